@@ -1,0 +1,77 @@
+"""blipq: asynchronous BLIP-2 jobs over a message queue. This is the producers' side."""
+
+from blipq.client import Client
+from blipq.contract import (
+    Caption,
+    CaptionRequest,
+    CaptionResult,
+    ErrorCode,
+    Generation,
+    ImageRef,
+    JobError,
+    JobInfo,
+    Kind,
+    MatchRequest,
+    MatchResult,
+    Options,
+    Priority,
+    Receipt,
+    Status,
+    Turn,
+    VQARequest,
+    VQAResult,
+    Webhook,
+)
+from blipq.errors import (
+    BlipqError,
+    IdempotencyConflict,
+    InvalidRequest,
+    JobCancelled,
+    JobEnded,
+    JobExpired,
+    JobFailed,
+    JobNotFound,
+    QueueFull,
+    QueueUnavailable,
+    ResultTimeout,
+)
+from blipq.job import Job
+from blipq.settings import Settings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlipqError",
+    "Caption",
+    "CaptionRequest",
+    "CaptionResult",
+    "Client",
+    "ErrorCode",
+    "Generation",
+    "IdempotencyConflict",
+    "ImageRef",
+    "InvalidRequest",
+    "Job",
+    "JobCancelled",
+    "JobEnded",
+    "JobError",
+    "JobExpired",
+    "JobFailed",
+    "JobInfo",
+    "JobNotFound",
+    "Kind",
+    "MatchRequest",
+    "MatchResult",
+    "Options",
+    "Priority",
+    "QueueFull",
+    "QueueUnavailable",
+    "Receipt",
+    "ResultTimeout",
+    "Settings",
+    "Status",
+    "Turn",
+    "VQARequest",
+    "VQAResult",
+    "Webhook",
+]

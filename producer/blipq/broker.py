@@ -1,0 +1,126 @@
+"""The Celery app that both sides use: it carries job ids, the ledger decides.
+
+The settings come from measurements: late acks and one message per thread; a visibility timeout far
+above any job, because leases in the ledger do the recovering; no results in Celery; sockets that
+never wait for ever.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import RedisError
+
+from blipq.contract import CONTRACT, Priority, queue_name, task_name
+from blipq.ledger import Message
+from blipq.settings import Settings
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+#: A publish that takes longer is left to the reconciler: the job is recorded already.
+PUBLISH_TIMEOUT_S = 1.0
+
+
+def make_app(settings: Settings) -> "Celery":
+    """A Celery app for the settings' broker."""
+    from celery import Celery
+
+    app = Celery("blipq", broker=settings.effective_broker_url, set_as_current=False)
+    app.conf.update(
+        task_acks_late=True,
+        task_ignore_result=True,
+        task_serializer="json",
+        accept_content=["json"],
+        worker_prefetch_multiplier=1,
+        task_publish_retry_policy={
+            "max_retries": 2,
+            "interval_start": 0,
+            "interval_step": 0.2,
+            "interval_max": 0.5,
+        },
+        task_create_missing_queues=True,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_connection_timeout=3,
+        broker_transport_options=_transport_options(settings),
+    )
+    return app
+
+
+def _transport_options(settings: Settings) -> dict[str, Any]:
+    if not settings.effective_broker_url.startswith(("redis", "sentinel")):
+        return {}
+    return {
+        "visibility_timeout": 3600,
+        "unacked_restore_interval": 10,
+        "unacked_restore_throttle": 1,
+        "health_check_interval": 10,
+        "socket_timeout": 10,
+        "socket_connect_timeout": 3,
+        "socket_keepalive": True,
+        "queue_order_strategy": "round_robin",
+    }
+
+
+def queues_of(model: str) -> list[str]:
+    """The queues of a served model, high priority first."""
+    return [queue_name(model, priority) for priority in Priority]
+
+
+class Broker:
+    """Publishes job ids. Never blocks its caller for more than PUBLISH_TIMEOUT_S."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    @cached_property
+    def app(self) -> "Celery":
+        """The Celery app, made at the first publish: importing Celery takes a while."""
+        return make_app(self.settings)
+
+    @cached_property
+    def _publisher(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="blipq-publish")
+
+    def publish(self, message: Message) -> bool:
+        """Publishes a recorded job; False if the broker did not take it in time.
+
+        That loses nothing: the record is there, and a worker's reconciler publishes it again.
+        """
+        return self.publish_all([message])
+
+    def publish_all(self, messages: list[Message]) -> bool:
+        """Publishes many through one producer; False if the broker did not take them in time."""
+        from kombu.exceptions import KombuError
+
+        # celery-types does not know that KombuError is an exception.
+        refused: tuple[Any, ...] = (FutureTimeout, OSError, KombuError, RedisError)
+        sent: Future[None] = self._publisher.submit(self._send, messages)
+        try:
+            sent.result(timeout=PUBLISH_TIMEOUT_S + 0.002 * len(messages))
+        except refused:
+            sent.cancel()
+            return False
+        return True
+
+    def _send(self, messages: list[Message]) -> None:
+        with self.app.producer_or_acquire() as producer:
+            for message in messages:
+                self.app.send_task(
+                    task_name(message.kind),
+                    args=[message.id],
+                    task_id=message.id,
+                    queue=message.queue,
+                    headers={"contract": CONTRACT},
+                    producer=producer,
+                    ignore_result=True,
+                )
+
+    def close(self) -> None:
+        """Closes the connections."""
+        if "_publisher" in self.__dict__:
+            self._publisher.shutdown(wait=False, cancel_futures=True)
+        if "app" in self.__dict__:
+            self.app.close()

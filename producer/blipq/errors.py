@@ -1,0 +1,118 @@
+"""Everything blipq raises, in one tree.
+
+    BlipqError
+    ├── InvalidRequest (ValueError)       the request or an option is wrong
+    │   └── IdempotencyConflict           the key was used with another request
+    ├── QueueUnavailable                  Redis or S3 did not answer in time; has .job_id
+    ├── QueueFull                         too many open jobs, or Redis is out of memory
+    ├── JobNotFound (LookupError)         no such job, or its result is past keeping
+    ├── ResultTimeout (TimeoutError)      not ended yet; the job goes on
+    ├── JobEnded                          the job ended without a result
+    │   ├── JobFailed                     has .code, .attempts
+    │   ├── JobCancelled
+    │   └── JobExpired
+    └── WorkError                         raised on the worker while it runs a job
+        ├── PermanentError                the same request would fail again
+        └── TransientError                it may pass later: retried with backoff
+
+Each class has ``retryable``: whether trying again, unchanged, can help.
+
+    try:
+        caption = job.result(timeout=30)
+    except blipq.ResultTimeout:
+        ...                               # still queued or running
+    except blipq.JobFailed as failure:
+        if failure.code == "image_not_found": ...
+"""
+
+from blipq.contract import ErrorCode
+
+
+class BlipqError(Exception):
+    """Base of everything blipq raises."""
+
+    retryable: bool = False
+
+
+class InvalidRequest(BlipqError, ValueError):
+    """The request or one of its options is wrong; the message names the field."""
+
+
+class IdempotencyConflict(InvalidRequest):
+    """The idempotency key belongs to a job with another request."""
+
+
+class QueueUnavailable(BlipqError):
+    """Redis or S3 did not answer in time.
+
+    After a submit, the job may or may not have been recorded: submitting again with the same
+    ``job_id`` (or idempotency key) cannot double it.
+    """
+
+    retryable = True
+
+    def __init__(self, message: str, job_id: str | None = None) -> None:
+        super().__init__(message)
+        self.job_id = job_id
+
+
+class QueueFull(BlipqError):
+    """Too many jobs are open, or Redis has no memory left. Slow down and try again."""
+
+    retryable = True
+
+
+class JobNotFound(BlipqError, LookupError):
+    """No job has this id: it was never submitted, or its result is past its retention."""
+
+
+class ResultTimeout(BlipqError, TimeoutError):
+    """The job has not ended within the timeout. It goes on; wait again or cancel it."""
+
+    retryable = True
+
+
+class JobEnded(BlipqError):
+    """The job ended without a result."""
+
+    def __init__(self, message: str, job_id: str) -> None:
+        super().__init__(message)
+        self.job_id = job_id
+
+
+class JobFailed(JobEnded):
+    """The job failed; ``code`` says why and ``retryable`` whether another submit can help."""
+
+    def __init__(
+        self, message: str, job_id: str, *, code: ErrorCode, attempts: int, retryable: bool
+    ) -> None:
+        super().__init__(message, job_id)
+        self.code = code
+        self.attempts = attempts
+        self.retryable = retryable
+
+
+class JobCancelled(JobEnded):
+    """The job was cancelled."""
+
+
+class JobExpired(JobEnded):
+    """The job's deadline passed before it was done."""
+
+
+class WorkError(BlipqError):
+    """What a worker raises while it runs a job; ``code`` becomes the job's error code."""
+
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class PermanentError(WorkError):
+    """The same request would fail again: the job fails at once."""
+
+
+class TransientError(WorkError):
+    """The same request may pass later: the job is retried with backoff."""
+
+    retryable = True

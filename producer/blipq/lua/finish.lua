@@ -1,0 +1,14 @@
+-- Ends a job with what its worker found. ARGV: id, token, status, dead letter ttl ms or 0,
+-- then field/value pairs. Returns 1, or 0 if the job is no longer this worker's to end.
+local id, token, status, dead_letter_ttl = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local job = load(id)
+if not job or job.status ~= 'running' or job.token ~= token then return 0 end
+if tonumber(job.deadline) <= now then
+  end_job(id, job, 'expired', {})
+  return 0
+end
+local fields = {}
+for i = 5, #ARGV do fields[#fields + 1] = ARGV[i] end
+end_job(id, job, status, fields)
+if dead_letter_ttl > 0 then bury(id, dead_letter_ttl) end
+return 1

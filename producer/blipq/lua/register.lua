@@ -1,0 +1,9 @@
+-- A worker says that it lives. ARGV: worker, ttl ms, spare (1 or 0), info JSON, then its models.
+local worker, ttl, spare, info = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4]
+redis.call('SET', 'blipq:worker:' .. worker, info, 'PX', ttl)
+for i = 5, #ARGV do
+  local key = serving_key(ARGV[i])
+  redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
+  index(key, now + ttl, worker)
+  if spare == '1' then redis.call('SET', spare_key(ARGV[i]), worker, 'PX', ttl) end
+end

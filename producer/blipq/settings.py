@@ -1,0 +1,145 @@
+"""Every option that producers and workers share, declared once.
+
+A setting is read from ``BLIPQ_<NAME>``. Where Redis and S3 are is found in this order: explicit
+``BLIPQ_*`` variables; a running local stack (``blipq up``); the defaults, which for S3 are AWS's
+own variables. A machine with a local stack therefore never sends a local photo to a live account.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import AliasChoices, Field, SecretStr
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from blipq.contract import Seconds
+
+#: Options that say where the services are. One of them set by hand switches discovery off.
+CONNECTION_FIELDS = (
+    "redis_url",
+    "broker_url",
+    "s3_endpoint_url",
+    "s3_access_key_id",
+    "s3_secret_access_key",
+)
+
+
+def cache_folder() -> Path:
+    """The user's cache folder for blipq."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "blipq"
+
+
+def stack_file() -> Path:
+    """Where a running local stack says how to reach it."""
+    override = os.environ.get("BLIPQ_STACK_FILE")
+    return Path(override) if override else cache_folder() / "stack.json"
+
+
+def read_stack_file() -> dict[str, Any] | None:
+    """What the local stack wrote, if its process still lives."""
+    try:
+        stack: dict[str, Any] = json.loads(stack_file().read_text())
+        os.kill(int(stack["pid"]), 0)
+    except (OSError, ValueError, KeyError):
+        return None
+    return stack
+
+
+class _LocalStack(PydanticBaseSettingsSource):
+    """Settings of the running local stack, unless a service was named by hand."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        raise NotImplementedError  # __call__ answers for all fields at once
+
+    def __call__(self) -> dict[str, Any]:
+        named = set(self.current_state).intersection(CONNECTION_FIELDS)
+        stack = None if named else read_stack_file()
+        return {} if stack is None else {**stack["settings"], "endpoint_source": "local stack"}
+
+
+class Settings(BaseSettings):
+    """Options of producers and workers alike."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="BLIPQ_", extra="ignore", frozen=True, populate_by_name=True
+    )
+
+    redis_url: str = Field(
+        default="redis://localhost:6379/0",
+        description="Redis that holds the job records (also rediss:// for TLS).",
+    )
+    broker_url: str | None = Field(
+        default=None,
+        description="Celery broker; by default the same Redis. RabbitMQ and SQS work too.",
+    )
+    s3_endpoint_url: str | None = Field(
+        default=None,
+        description="S3 endpoint; by default AWS_ENDPOINT_URL_S3, then AWS itself.",
+    )
+    s3_access_key_id: str | None = Field(
+        default=None, description="S3 access key; by default AWS's credential chain."
+    )
+    s3_secret_access_key: SecretStr | None = Field(
+        default=None, description="S3 secret key; by default AWS's credential chain."
+    )
+    s3_region: str | None = Field(
+        default=None,
+        validation_alias=AliasChoices("BLIPQ_S3_REGION", "AWS_REGION", "AWS_DEFAULT_REGION"),
+        description="S3 region.",
+    )
+    inbox_bucket: str = Field(
+        default="blipq-inbox", description="Bucket that clients upload local files to."
+    )
+    endpoint_source: str = Field(
+        default="settings", description="Where the endpoints came from; set by discovery."
+    )
+
+    timeout_s: Seconds = Field(
+        default=3.0,
+        gt=0,
+        description="Longest a submit, status or cancel waits for Redis before QueueUnavailable.",
+    )
+    default_expires_in: Seconds = Field(
+        default=7 * 86400.0, gt=0, description="Deadline of jobs that name none, in seconds."
+    )
+    result_ttl: Seconds = Field(
+        default=86400.0,
+        gt=0,
+        description="How long a succeeded, cancelled or expired job is kept, in seconds.",
+    )
+    failed_ttl: Seconds = Field(
+        default=7 * 86400.0, gt=0, description="How long a failed job is kept, in seconds."
+    )
+    dead_letter_ttl: Seconds = Field(
+        default=14 * 86400.0, gt=0, description="How long a dead letter is kept, in seconds."
+    )
+    max_open_jobs: int = Field(
+        default=1_000_000, ge=1, description="Open jobs beyond which submit raises QueueFull."
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, then the environment, then the local stack."""
+        return init_settings, env_settings, _LocalStack(settings_cls)
+
+    @property
+    def effective_broker_url(self) -> str:
+        """The broker Celery connects to."""
+        return self.broker_url or self.redis_url
+
+    @property
+    def endpoints(self) -> str:
+        """One line that says which services are used, without credentials."""
+        s3 = self.s3_endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or "AWS"
+        redis_host = self.redis_url.rsplit("@", 1)[-1].removeprefix("redis://")
+        return f"redis {redis_host}, s3 {s3} ({self.endpoint_source})"

@@ -1,0 +1,131 @@
+"""Keeps child processes running: starts them, restarts what dies, stops them all."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+#: A process that lived this long starts again at once; one that dies sooner waits longer each time.
+STEADY_S = 30.0
+FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 30.0
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with_parent() -> None:
+    """Linux: the kernel ends the child when its parent is killed, so nothing is left behind."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class Service:
+    """One child process. Its output goes to ``log``, or to this process' own if None."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        log: Path | None = None,
+    ) -> None:
+        self.name = name
+        self.command = list(command)
+        self.log = log
+        self._env = {**os.environ, **(env or {})}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+        self._pause = FIRST_PAUSE_S
+
+    @property
+    def pid(self) -> int | None:
+        """The process id while it runs."""
+        return self._process.pid if self._process and self._process.poll() is None else None
+
+    @property
+    def exit_code(self) -> int | None:
+        """How it ended, or None while it runs or has not been started."""
+        return self._process.poll() if self._process else None
+
+    def start(self) -> None:
+        """Starts the process in a session of its own: Ctrl-C reaches only the supervisor."""
+        output = self.log.open("ab") if self.log else None
+        try:
+            self._process = subprocess.Popen(
+                self.command,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+        finally:
+            if output:
+                output.close()
+        self._started = time.monotonic()
+
+    def stop(self, timeout: float = 10.0, *, sign: int = signal.SIGTERM) -> None:
+        """Asks the process to end, and kills it after ``timeout`` seconds."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.send_signal(sign)
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def revive(self) -> bool:
+        """Starts a process that died, after its pause; True if it was started."""
+        if self.exit_code is None:
+            return False
+        lived = time.monotonic() - self._started
+        if lived >= STEADY_S:
+            self._pause = FIRST_PAUSE_S
+        if lived < self._pause:
+            return False
+        self._pause = min(2 * self._pause, LAST_PAUSE_S)
+        self.start()
+        return True
+
+    def last_words(self, lines: int = 12) -> str:
+        """The end of the log."""
+        if self.log is None or not self.log.exists():
+            return ""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def supervise(
+    services: Sequence[Service],
+    stop: threading.Event,
+    *,
+    tell: Callable[[str], None] = print,
+    give_up_on: Sequence[int] = (),
+) -> int:
+    """Restarts what dies until ``stop`` is set; returns 0.
+
+    A service that exits with 0 or with a code in ``give_up_on`` (say, a model that cannot be
+    loaded) is not restarted; when all have, their last code is returned.
+    """
+    told: dict[str, int] = {}
+    while not stop.wait(0.2):
+        done = 0
+        for service in services:
+            code = service.exit_code
+            if code is None:
+                told.pop(service.name, None)
+            elif code == 0 or code in give_up_on:
+                done += 1
+            elif service.revive():
+                tell(f"{service.name} was started again (pid {service.pid})")
+            elif service.name not in told:
+                told[service.name] = code
+                tell(f"{service.name} ended with {code}")
+        if done == len(services):
+            return services[-1].exit_code or 0
+    return 0

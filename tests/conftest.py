@@ -1,0 +1,126 @@
+"""The real local stack, once per test run: a Redis-protocol server, an S3 server and a worker."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from blipq import Client, Settings
+from blipq.ledger import Ledger, connect
+from blipq.local import LocalStack
+from blipq.supervisor import Service
+
+ROOT = Path(__file__).parent.parent
+
+# Settings of the person who runs the tests must not reach them.
+for name in [name for name in os.environ if name.startswith(("BLIPQ_", "AWS_"))]:
+    del os.environ[name]
+os.environ["BLIPQ_STACK_FILE"] = os.devnull
+
+
+def wait_until(condition: Callable[[], object], what: str, timeout: float = 30.0) -> None:
+    """Polls until the condition holds; fails saying what was waited for."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout:g} s for {what}"
+        time.sleep(0.02)
+
+
+def live_workers(settings: Settings, model: str = "default") -> int:
+    """How many workers say that they serve a model."""
+    with connect(settings) as client:
+        return int(client.zcount(f"blipq:serving:{model}", time.time() * 1000, "+inf"))
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
+    """Redis and S3 on free ports, in a folder that goes away."""
+    stack = LocalStack(tmp_path_factory.mktemp("stack"))
+    stack.start()
+    yield stack
+    stack.stop()
+
+
+@pytest.fixture(scope="session")
+def settings(stack: LocalStack) -> Settings:
+    return stack.settings()
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[Client]:
+    with Client(settings) as client:
+        yield client
+
+
+@pytest.fixture
+def raw_redis(settings: Settings) -> Iterator["redis.Redis"]:
+    """A plain Redis client."""
+    with connect(settings) as raw:
+        yield raw
+
+
+@pytest.fixture
+def ledger(raw_redis: "redis.Redis", settings: Settings) -> Ledger:
+    return Ledger(raw_redis, settings)
+
+
+def start_worker(stack: LocalStack, log: Path, **options: str) -> Service:
+    """A worker process of the stack, as `blipq worker` starts it; options are BLIPQ_* settings."""
+    environment = stack.environment() | {"OMP_NUM_THREADS": "1"}
+    environment |= {f"BLIPQ_{name.upper()}": value for name, value in options.items()}
+    service = Service("worker", [sys.executable, "-m", "blipq_worker"], env=environment, log=log)
+    service.start()
+    return service
+
+
+def wait_for_worker(service: Service, settings: Settings, model: str = "default") -> None:
+    """Until the worker serves the model; shows its log if it dies."""
+
+    def served() -> bool:
+        assert service.exit_code is None, service.last_words(40)
+        return live_workers(settings, model) > 0
+
+    wait_until(served, "the worker", timeout=90)
+
+
+@pytest.fixture(scope="session")
+def worker(
+    stack: LocalStack, settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    """A real worker with the demo model in fp32, for the whole run."""
+    log = tmp_path_factory.mktemp("worker") / "worker.log"
+    service = start_worker(stack, log, dtype="float32")
+    wait_for_worker(service, settings)
+    yield service
+    service.stop(timeout=30)
+
+
+@pytest.fixture(autouse=True)
+def _every_key_expires(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test may leave one of our Redis keys without a time to live."""
+    yield
+    if "stack" not in request.fixturenames:
+        return
+    with connect(request.getfixturevalue("settings")) as raw:
+        keys = list(raw.scan_iter("blipq:*"))
+        forever = [key for key in keys if raw.ttl(key) == -1]
+    assert not forever, f"keys without a time to live: {forever}"
+
+
+def blipq(
+    *arguments: str, stack: LocalStack | None = None, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs the `blipq` command."""
+    environment = {**os.environ, **(stack.environment() if stack else {}), **extra}
+    return subprocess.run(
+        [sys.executable, "-m", "blipq", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=90,
+    )

@@ -1,0 +1,1 @@
+"""blipq's worker: keeps BLIP-2 resident, pulls jobs in batches and ends them in the ledger."""

@@ -1,0 +1,169 @@
+"""Wires a worker process together and runs it from start to drain: the only file that knows all."""
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+from collections.abc import Mapping
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from celery.exceptions import Reject
+from celery.signals import setup_logging, worker_ready
+
+from blipq.broker import Broker, make_app, queues_of
+from blipq.contract import Kind, task_name
+from blipq.ledger import GRACE_S, Ledger, connect
+from blipq.settings import Settings
+from blipq.storage import Storage
+from blipq_worker.engine import Engine
+from blipq_worker.fetch import Fetcher
+from blipq_worker.gate import Gate
+from blipq_worker.leases import Heartbeat, Held, Reconciler
+from blipq_worker.settings import WorkerSettings
+from blipq_worker.tasks import HandBack, JobFailedTask, Runner
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from blipq_worker.blip2 import Blip2
+
+log = logging.getLogger(__name__)
+
+RECONCILE_EVERY_S = 1.0
+
+
+class Worker:
+    """One worker process: the parts, how they start, and how they stop."""
+
+    def __init__(
+        self, settings: Settings, options: WorkerSettings, models: Mapping[str, "Blip2"]
+    ) -> None:
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self._options = options
+        self._models = list(models)
+        self._broker = Broker(settings)
+        self._gate = Gate()
+        self._held = Held()
+        self._engine = Engine(
+            models,
+            max_batch_size=options.max_batch_size,
+            batch_wait_timeout_s=options.batch_wait_timeout_s,
+            max_waiting=2 * options.threads,
+        )
+        ledger = Ledger(connect(settings), settings)
+        storage = Storage(settings, max_connections=options.threads)
+        self._runner = Runner(
+            ledger=ledger,
+            broker=self._broker,
+            storage=storage,
+            fetcher=Fetcher(
+                storage,
+                max_bytes=options.max_image_bytes,
+                timeout_s=options.fetch_timeout_s,
+                allowed_buckets=options.allowed_buckets,
+            ),
+            engine=self._engine,
+            gate=self._gate,
+            held=self._held,
+            worker=self.name,
+            settings=options,
+        )
+        self._heartbeat = Heartbeat(
+            ledger,
+            self._held,
+            self.name,
+            self._models,
+            threads=options.threads,
+            lease_s=options.lease_s,
+            watchdog_s=options.watchdog_s,
+            stalled_for=self._engine.batcher.stalled_for,
+            draining=lambda: self._gate.closed,
+        )
+        grace_s = min(GRACE_S, options.lease_s)
+        self._reconciler = Reconciler(
+            ledger, self._broker, self.name, interval_s=RECONCILE_EVERY_S, grace_s=grace_s
+        )
+        self._app = make_app(settings)
+        register_tasks(self._app, self._runner)
+
+    def run(self) -> int:
+        """Works until it is told to stop; the exit code."""
+        self._engine.batcher.start()
+        self._heartbeat.start()
+        self._reconciler.start()
+        # A receiver, so that Celery leaves logging as the process set it up.
+        setup_logging.connect(_keep_logging)
+        worker_ready.connect(self._on_ready)
+        worker = self._app.Worker(
+            hostname=f"blipq@{self.name}",
+            pool="threads",
+            concurrency=self._options.threads,
+            queues=[queue for model in self._models for queue in queues_of(model)],
+            without_gossip=True,
+            without_mingle=True,
+            without_heartbeat=not self._options.send_events,
+            task_events=self._options.send_events,
+            quiet=True,
+        )
+        worker.start()
+        self._stop()
+        return int(worker.exitcode or 0)
+
+    # -- the end --
+
+    def _on_ready(self, **_: Any) -> None:
+        """Takes the signals over from Celery, whose own handling waits without an end."""
+        log.info("%s is ready: %s", self.name, ", ".join(self._models))
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        from celery.worker import state
+
+        if self._gate.closed:
+            # Not from this frame: it may have interrupted a lock that handing back needs.
+            threading.Thread(target=self._leave_now, daemon=True).start()
+            return
+        log.info("draining: at most %g s", self._options.drain_timeout_s)
+        deadline = threading.Timer(self._options.drain_timeout_s, self._leave_now)
+        deadline.daemon = True
+        deadline.start()
+        self._gate.close()
+        state.should_stop = 0  # type: ignore[assignment]
+
+    def _leave_now(self) -> None:
+        """Hands everything back and ends the process: its threads cannot be stopped."""
+        count = self._runner.hand_back_all()
+        log.warning("handed back: %d", count)
+        logging.shutdown()
+        os._exit(0)
+
+    def _stop(self) -> None:
+        self._reconciler.stop()
+        self._engine.batcher.close(timeout=5)
+        self._heartbeat.stop()
+        self._broker.close()
+
+
+def _keep_logging(**_: Any) -> None:
+    """Logging is set up already."""
+
+
+def register_tasks(app: "Celery", runner: Runner) -> None:
+    """One Celery task per kind, so that monitors show what runs."""
+    for kind in Kind:
+        _register(app, runner, kind)
+
+
+def _register(app: "Celery", runner: Runner, kind: Kind) -> None:
+    def run(id: str, request: Any = None, options: Any = None) -> None:
+        try:
+            runner.run(kind, id, request, options)
+        except HandBack as error:
+            raise Reject(str(error), requeue=True) from error
+
+    # A failed job is no surprise to the worker: Celery logs one line, not a traceback.
+    app.task(name=task_name(kind), throws=(JobFailedTask,))(run)

@@ -1,0 +1,113 @@
+"""Fetches one object from S3, or says why not."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from urllib3.exceptions import HTTPError
+
+from blipq.contract import ErrorCode, ImageRef
+from blipq.errors import PermanentError, TransientError
+from blipq.storage import Storage, status_of
+
+CHUNK_BYTES = 256 * 1024
+
+_PERMANENT = {
+    304: ErrorCode.IMAGE_CHANGED,
+    401: ErrorCode.IMAGE_FORBIDDEN,
+    403: ErrorCode.IMAGE_FORBIDDEN,
+    404: ErrorCode.IMAGE_NOT_FOUND,
+    405: ErrorCode.IMAGE_NOT_FOUND,  # a delete marker, read by its version id
+    412: ErrorCode.IMAGE_CHANGED,
+}
+
+
+class Fetcher:
+    """Reads objects whole, under a cap on bytes and on the time in all."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        max_bytes: int,
+        timeout_s: float,
+        allowed_buckets: Sequence[str] = (),
+    ) -> None:
+        self._storage = storage
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+        self._allowed = tuple(allowed_buckets)
+
+    def fetch(self, image: ImageRef) -> bytes:
+        """The object's bytes.
+
+        Raises PermanentError (image_not_found, image_forbidden, image_changed, image_too_large) or
+        TransientError (image_unavailable). Bytes are counted while they stream, and the deadline
+        covers the whole download: a slow drip never trips a read timeout.
+        """
+        self._check_allowed(image)
+        deadline = time.monotonic() + self._timeout_s
+        try:
+            response = self._storage.client.get_object(**_arguments(image))
+            return self._read(image, response, deadline)
+        except ClientError as error:
+            raise _refused(image, error) from error
+        except NoCredentialsError as error:
+            message = "the worker has no S3 credentials"
+            raise PermanentError(ErrorCode.IMAGE_FORBIDDEN, message) from error
+        except (BotoCoreError, HTTPError, OSError) as error:
+            message = f"{image.uri}: {error}"
+            raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, message) from error
+
+    def _check_allowed(self, image: ImageRef) -> None:
+        path = f"{image.bucket}/{image.key}"
+        if self._allowed and not any(
+            image.bucket == allowed or ("/" in allowed and path.startswith(allowed))
+            for allowed in self._allowed
+        ):
+            message = f"{image.uri} is outside BLIPQ_ALLOWED_BUCKETS"
+            raise PermanentError(ErrorCode.IMAGE_FORBIDDEN, message)
+
+    def _read(self, image: ImageRef, response: Any, deadline: float) -> bytes:
+        body = response["Body"]
+        try:
+            if response["ContentLength"] > self._max_bytes:
+                raise self._too_large(image)
+            data = bytearray()
+            # read1-sized steps: a whole chunk of a drip would outlast the deadline unseen.
+            while piece := body._raw_stream.read1(CHUNK_BYTES):
+                data += piece
+                if len(data) > self._max_bytes:
+                    raise self._too_large(image)
+                if time.monotonic() > deadline:
+                    message = f"{image.uri}: not read within {self._timeout_s:g} s"
+                    raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, message)
+            if len(data) != response["ContentLength"]:
+                message = f"{image.uri}: the connection was cut after {len(data):,} bytes"
+                raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, message)
+            return bytes(data)
+        except BaseException:
+            body.close()  # unread bytes: the connection cannot be used again
+            raise
+
+    def _too_large(self, image: ImageRef) -> PermanentError:
+        message = f"{image.uri} is larger than {self._max_bytes:,} bytes"
+        return PermanentError(ErrorCode.IMAGE_TOO_LARGE, message)
+
+
+def _arguments(image: ImageRef) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"Bucket": image.bucket, "Key": image.key}
+    if image.version_id is not None:
+        arguments["VersionId"] = image.version_id
+    if image.etag is not None:
+        arguments["IfMatch"] = image.etag
+    return arguments
+
+
+def _refused(image: ImageRef, error: ClientError) -> PermanentError | TransientError:
+    code = _PERMANENT.get(status_of(error))
+    message = f"{image.uri}: {error.response.get('Error', {}).get('Message') or error}"
+    if code is None:
+        return TransientError(ErrorCode.IMAGE_UNAVAILABLE, message)
+    return PermanentError(code, message)

@@ -1,0 +1,191 @@
+"""Bytes to one RGB image, or a reason why not.
+
+The bytes come from strangers: the list of formats is closed, the size is checked before any pixel
+is decoded, and whatever a decoder raises on hostile input becomes ``image_invalid``.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
+
+from PIL import Image
+
+from blipq.contract import ErrorCode
+from blipq.errors import PermanentError
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """What is decoded at all.
+
+    formats: Pillow's format names. max_pixels: width x height. max_side: pixels.
+    max_aspect: longer side over shorter side.
+    """
+
+    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "AVIF", "GIF")
+    max_pixels: int = 50_000_000
+    max_side: int = 16_384
+    max_aspect: float = 100.0
+
+
+DEFAULT_LIMITS = ImageLimits()
+
+# Pillow's own guard, for sizes that a decoder meets before `decode` can look. It is set once for
+# the process, because swapping warning filters around each decode would race between threads.
+Image.MAX_IMAGE_PIXELS = DEFAULT_LIMITS.max_pixels
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+Image.init()
+
+_EIGHT_OF_SIXTEEN_BITS = [round(value / 257) for value in range(65_536)]
+
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT_BY_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_MAGIC = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF8", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\x00", "TIFF"),
+    (b"MM\x00*", "TIFF"),
+    (b"8BPS", "PSD"),
+    (b"\x00\x00\x01\x00", "ICO"),
+    (b"\x00\x00\x00\x0cjP  ", "JPEG2000"),
+    (b"%PDF", "PDF"),
+    (b"%!PS", "EPS"),
+    (b"PK\x03\x04", "ZIP"),
+)
+_BOX_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}
+
+
+def decode(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """The image in ``data``: RGB, upright, first frame of an animation.
+
+    EXIF orientation is applied, transparency is laid on white, 16-bit greyscale is scaled to
+    8 bits, and CMYK, palettes, greyscale and bitmaps are converted. Thread-safe.
+
+    Raises PermanentError with ``image_too_large`` before any pixel is decoded, or with
+    ``image_invalid`` when the bytes are not a whole image of an accepted format.
+    """
+    if not data:
+        raise _invalid("the file is empty (0 bytes)")
+    if limits.max_pixels > (Image.MAX_IMAGE_PIXELS or 0):
+        Image.MAX_IMAGE_PIXELS = limits.max_pixels
+    image = _open(data, limits)
+    _check_size(image.width, image.height, limits)
+    try:
+        image.load()
+        image = _upright(image)  # frees the other orientation: these may hold 200 MB each
+        return _rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # a decoder may raise anything on damaged bytes
+        raise _invalid(f"the {image.format} image is damaged: {error}") from error
+
+
+def _open(data: bytes, limits: ImageLimits) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=limits.formats)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(
+            f"the image has more than {limits.max_pixels:,} pixels ({error})"
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _invalid(_why_not_opened(data, limits)) from error
+
+
+def _why_not_opened(data: bytes, limits: ImageLimits) -> str:
+    found = _sniff(data)
+    accepted = ", ".join(limits.formats)
+    if found in limits.formats:
+        return f"the {found} image has a damaged header"
+    return f"found {found}, where one of {accepted} was expected"
+
+
+def _sniff(data: bytes) -> str:
+    """What the bytes seem to be, in words for an error message."""
+    for magic, name in _MAGIC:
+        if data.startswith(magic):
+            return name
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[4:8] == b"ftyp":
+        return _BOX_BRANDS.get(data[8:12], "an ISO media file such as MP4")
+    return _sniff_text(data)
+
+
+def _sniff_text(data: bytes) -> str:
+    start = data[:256].lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "an HTML page"
+    if b"<svg" in start:
+        return "SVG"
+    if start.startswith(b"<?xml") or start.startswith(b"<error"):
+        return "an XML document"
+    if start.startswith((b"{", b"[")):
+        return "JSON"
+    return f"unknown bytes ({data[:8].hex(' ')})"
+
+
+def _check_size(width: int, height: int, limits: ImageLimits) -> None:
+    found = f"the image is {width:,} x {height:,} pixels"
+    if min(width, height) < 1:
+        raise _invalid(f"{found}: it has no pixels")
+    if width * height > limits.max_pixels:
+        raise _too_large(f"{found}: at most {limits.max_pixels:,} in all are accepted")
+    if max(width, height) > limits.max_side:
+        raise _too_large(f"{found}: a side has at most {limits.max_side:,}")
+    if max(width, height) > limits.max_aspect * min(width, height):
+        raise _too_large(f"{found}: sides differ by a factor of at most {limits.max_aspect:g}")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    method = _UPRIGHT_BY_ORIENTATION.get(_orientation(image))
+    return image if method is None else image.transpose(method)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # a damaged EXIF block does not spoil the picture it came with
+        return 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        return _on_white(image if image.mode == "RGBA" else image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    # Pillow's own conversion clips, so that everything above 255 of 65,535 turns white.
+    scaled = image.convert("I").point(_EIGHT_OF_SIXTEEN_BITS, "L")
+    scaled.info.pop("transparency", None)  # a 16-bit colour key means nothing in 8 bits
+    return scaled
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    # A plain conversion would show the colour that fully transparent pixels hide.
+    canvas = Image.new("RGB", image.size, (255, 255, 255))
+    canvas.paste(image, mask=image)
+    return canvas
+
+
+def _invalid(message: str) -> PermanentError:
+    return PermanentError(ErrorCode.IMAGE_INVALID, message)
+
+
+def _too_large(message: str) -> PermanentError:
+    return PermanentError(ErrorCode.IMAGE_TOO_LARGE, message)

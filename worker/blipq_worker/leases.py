@@ -1,0 +1,192 @@
+"""Keeps this process's leases alive, and brings back the jobs of those that died."""
+
+import json
+import logging
+import os
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+from blipq.broker import Broker
+from blipq.errors import BlipqError
+from blipq.ledger import Claim, Ledger
+
+log = logging.getLogger(__name__)
+
+#: A worker whose model hangs ends with this code, so that its supervisor starts it again.
+EXIT_HUNG = 70
+
+RECONCILER_LOCK = "blipq:reconciler"
+RECONCILER_LOCK_MS = 5000
+
+
+class Held:
+    """The jobs this process has claimed. A claim that is lost hears of it through its event."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._claims: dict[str, tuple[Claim, threading.Event, list[Callable[[], object]]]] = {}
+
+    def add(self, claim: Claim) -> None:
+        """Holds a claim."""
+        with self._lock:
+            self._claims[claim.id] = (claim, threading.Event(), [])
+
+    def event(self, claim: Claim) -> threading.Event:
+        """The event that is set when the claim is lost."""
+        with self._lock:
+            entry = self._claims.get(claim.id)
+        if entry is not None and entry[0].token == claim.token:
+            return entry[1]
+        gone = threading.Event()
+        gone.set()
+        return gone
+
+    def on_lost(self, claim: Claim, call: Callable[[], object]) -> None:
+        """Calls ``call`` when the claim is lost."""
+        with self._lock:
+            entry = self._claims.get(claim.id)
+            if entry is not None:
+                entry[2].append(call)
+
+    def remove(self, claim: Claim) -> None:
+        """Lets a claim go."""
+        with self._lock:
+            entry = self._claims.get(claim.id)
+            if entry is not None and entry[0].token == claim.token:
+                del self._claims[claim.id]
+
+    def claims(self) -> list[Claim]:
+        """What is held now."""
+        with self._lock:
+            return [claim for claim, _, _ in self._claims.values()]
+
+    def lose(self, ids: Sequence[str]) -> None:
+        """Tells those whose claims are gone."""
+        with self._lock:
+            entries = [self._claims[id] for id in ids if id in self._claims]
+        for _, lost, calls in entries:
+            lost.set()
+            for call in calls:
+                call()
+
+
+class Periodic(ABC):
+    """A daemon thread that does one thing every ``interval_s``, and outlives Redis' outages."""
+
+    def __init__(self, name: str, interval_s: float) -> None:
+        self._interval_s = interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stops the thread after what it does now."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    @abstractmethod
+    def tick(self) -> None:
+        """The one thing."""
+
+    def _loop(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            try:
+                self.tick()
+            except BlipqError as error:
+                log.warning("%s: %s", self._thread.name, error)
+            except Exception:
+                log.exception("%s", self._thread.name)
+
+
+class Heartbeat(Periodic):
+    """Renews the leases, says that the worker lives, and ends a process whose model hangs.
+
+    The three belong together: a lease must not be renewed for a model that makes no progress.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        held: Held,
+        worker: str,
+        models: Sequence[str],
+        *,
+        threads: int,
+        lease_s: float,
+        watchdog_s: float,
+        stalled_for: Callable[[], float],
+        draining: Callable[[], bool],
+    ) -> None:
+        super().__init__("blipq-heartbeat", min(2.0, lease_s / 5))
+        self._ledger = ledger
+        self._held = held
+        self._worker = worker
+        self._models = list(models)
+        self._threads = threads
+        self._lease_s = lease_s
+        self._watchdog_s = watchdog_s
+        self._stalled_for = stalled_for
+        self._draining = draining
+        self._started = time.time()
+
+    def tick(self) -> None:
+        """One beat."""
+        self._watch()
+        claims = self._held.claims()
+        if claims:
+            tokens = {claim.id: claim.token for claim in claims}
+            self._held.lose(self._ledger.renew(tokens, lease_s=self._lease_s))
+        self._register(len(claims))
+
+    def _watch(self) -> None:
+        stalled = self._stalled_for()
+        if stalled > self._watchdog_s:
+            log.critical("the model has made no progress for %.0f s: ending", stalled)
+            logging.shutdown()
+            os._exit(EXIT_HUNG)
+
+    def _register(self, active: int) -> None:
+        info = {
+            "pid": os.getpid(),
+            "models": self._models,
+            "threads": self._threads,
+            "active": active,
+            "draining": self._draining(),
+            "started_at": self._started,
+        }
+        spare = active < self._threads and not self._draining()
+        models = [] if self._draining() else self._models
+        # Two missed beats and the worker no longer counts as live.
+        ttl_s = 2.5 * self._interval_s
+        self._ledger.register(self._worker, models, json.dumps(info), ttl_s=ttl_s, spare=spare)
+
+
+class Reconciler(Periodic):
+    """Publishes again what a crash, a lost message or a backoff left behind.
+
+    One worker at a time does it, under a lock that a dead one cannot keep.
+    """
+
+    def __init__(
+        self, ledger: Ledger, broker: Broker, worker: str, *, interval_s: float, grace_s: float
+    ) -> None:
+        super().__init__("blipq-reconciler", interval_s)
+        self._ledger = ledger
+        self._broker = broker
+        self._worker = worker
+        self._grace_s = grace_s
+
+    def tick(self) -> None:
+        """One sweep, if the lock is ours."""
+        if not self._ledger.lock(RECONCILER_LOCK, self._worker, RECONCILER_LOCK_MS):
+            return
+        messages = self._ledger.reconcile(grace_s=self._grace_s)
+        if messages:
+            log.info("published again: %d", len(messages))
+            self._broker.publish_all(messages)

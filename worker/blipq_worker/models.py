@@ -1,0 +1,102 @@
+"""Served models: names for a generation checkpoint and the retrieval checkpoint beside it."""
+
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blipq.errors import BlipqError
+from blipq_worker.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from blipq_worker.blip2 import Blip2
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What a served model's name stands for; a checkpoint is a hub id or a folder.
+
+    Without a retrieval checkpoint, match jobs fail with model_unavailable.
+    """
+
+    name: str
+    generation: str
+    retrieval: str | None = None
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model that can be served by its short name."""
+
+    generation: str
+    retrieval: str | None
+    about: str
+
+
+_BASE, _COCO = "Salesforce/blip2-itm-vit-g", "Salesforce/blip2-itm-vit-g-coco"
+
+#: Every published BLIP-2 checkpoint, with the retrieval checkpoint that shares its image size.
+KNOWN_MODELS: dict[str, KnownModel] = {
+    "opt-2.7b": KnownModel("Salesforce/blip2-opt-2.7b", _BASE, "captions, short answers"),
+    "opt-6.7b": KnownModel("Salesforce/blip2-opt-6.7b", _BASE, "captions, short answers"),
+    "opt-2.7b-coco": KnownModel("Salesforce/blip2-opt-2.7b-coco", _COCO, "best COCO captions"),
+    "opt-6.7b-coco": KnownModel("Salesforce/blip2-opt-6.7b-coco", _COCO, "COCO captions"),
+    "flan-t5-xl": KnownModel("Salesforce/blip2-flan-t5-xl", _BASE, "questions, instructions"),
+    "flan-t5-xxl": KnownModel("Salesforce/blip2-flan-t5-xxl", _BASE, "best answers"),
+    "flan-t5-xl-coco": KnownModel("Salesforce/blip2-flan-t5-xl-coco", _COCO, "COCO captions"),
+}
+
+
+def demo_folder() -> Path:
+    """The demo model's checkpoints: a small BLIP-2 of a world of coloured shapes."""
+    return Path(str(resources.files("blipq_worker.demo"))) / "models"
+
+
+def served_model(name: str, what: str) -> ServedModel:
+    """What ``what`` stands for: ``demo``, a known model, or ``generation[+retrieval]``."""
+    if what == "demo":
+        folder = demo_folder()
+        return ServedModel(name, str(folder / "opt"), str(folder / "itm"))
+    known = KNOWN_MODELS.get(what)
+    if known is not None:
+        return ServedModel(name, known.generation, known.retrieval)
+    generation, _, retrieval = what.partition("+")
+    return ServedModel(name, generation, retrieval or None)
+
+
+class ModelError(BlipqError):
+    """A served model cannot be loaded; the message says what to do."""
+
+
+def load_models(options: WorkerSettings) -> "dict[str, Blip2]":
+    """Loads every served model, once. Raises ModelError.
+
+    CUDA is first touched here: the process has no children to share it with.
+    """
+    import torch
+
+    from blipq_worker.blip2 import Blip2, CheckpointError
+
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    quantization = options.quantization
+    if quantization == "auto":
+        quantization = "nf4" if device.startswith("cuda") else "none"
+    loaded = {}
+    for name, what in options.models.items():
+        served = served_model(name, what)
+        try:
+            model = Blip2.load(
+                served.generation,
+                served.retrieval,
+                quantization=quantization,
+                dtype=options.dtype,
+                device=device,
+            )
+            # Receipts name a model as it was asked for, not by its folder on this machine.
+            model.info = replace(model.info, checkpoint=what)
+            loaded[name] = model
+        except (CheckpointError, ValueError) as error:
+            raise ModelError(f"model {name!r}: {error}") from error
+    return loaded

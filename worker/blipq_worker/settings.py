@@ -1,0 +1,105 @@
+"""A worker's own options, beside those it shares with producers."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from blipq.contract import Seconds
+
+Quantization = Literal["auto", "none", "int8", "nf4"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _pairs(value: Any) -> Any:
+    """``a=b,c=d`` as a mapping; a name alone stands for itself."""
+    if not isinstance(value, str):
+        return value
+    pairs = (part.strip().partition("=") for part in value.split(",") if part.strip())
+    return {name.strip(): (served.strip() or name.strip()) for name, _, served in pairs}
+
+
+def _names(value: Any) -> Any:
+    return (
+        [part.strip() for part in value.split(",") if part.strip()]
+        if isinstance(value, str)
+        else value
+    )
+
+
+class WorkerSettings(BaseSettings):
+    """Options of a worker process. Each is read from ``BLIPQ_<NAME>``."""
+
+    model_config = SettingsConfigDict(env_prefix="BLIPQ_", extra="ignore", frozen=True)
+
+    models: Annotated[dict[str, str], NoDecode, BeforeValidator(_pairs)] = Field(
+        default={"default": "demo"},
+        description=(
+            "Served models: `name=what` pairs. What is a known model (`blipq models list`), or "
+            "`generation[+retrieval]` as hub ids or folders."
+        ),
+    )
+    quantization: Quantization = Field(
+        default="auto", description="Precision of the weights; auto is nf4 on a GPU, none on a CPU."
+    )
+    dtype: Dtype = Field(
+        default="auto",
+        description="Compute type; auto is LAVIS's mix on a GPU and bfloat16 on CPUs that have it.",
+    )
+    device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
+
+    max_batch_size: int = Field(
+        default=16, ge=1, le=256, description="Most jobs in one pass of the model."
+    )
+    batch_wait_timeout_s: Seconds = Field(
+        default=0.005, ge=0, description="Longest a job waits for company, in seconds."
+    )
+    concurrency: int | None = Field(
+        default=None,
+        ge=1,
+        description="Jobs held at once; by default 2 x max_batch_size: the next batch is ready.",
+    )
+    decode_threads: int = Field(default=4, ge=1, description="Images decoded at the same time.")
+
+    max_image_bytes: int = Field(
+        default=20 * 2**20, ge=1, description="Largest object fetched, in bytes."
+    )
+    max_image_pixels: int = Field(
+        default=50_000_000, ge=1, description="Largest image decoded, in pixels."
+    )
+    image_formats: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = Field(
+        default=("JPEG", "PNG", "WEBP", "AVIF", "GIF"),
+        description="Image formats accepted, by Pillow's names.",
+    )
+    fetch_timeout_s: Seconds = Field(
+        default=30.0, gt=0, description="Longest one download may take in all, in seconds."
+    )
+    allowed_buckets: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = Field(
+        default=(), description="Buckets (or bucket/prefix) that may be read; empty means any."
+    )
+
+    lease_s: Seconds = Field(
+        default=30.0, gt=0.5, description="A crashed worker's jobs are claimed again after this."
+    )
+    watchdog_s: Seconds = Field(
+        default=120.0,
+        gt=0,
+        description="A pass of the model without progress for this long ends the process.",
+    )
+    drain_timeout_s: Seconds = Field(
+        default=60.0, ge=0, description="Longest a stopping worker finishes its running jobs."
+    )
+    job_timeout_s: Seconds = Field(
+        default=600.0, gt=0, description="Longest one job waits for the model."
+    )
+    retry_backoff_s: Seconds = Field(
+        default=1.0, gt=0, description="First pause before a retry; doubles each time, up to 60 s."
+    )
+    send_events: bool = Field(
+        default=True, description="Celery events and remote control (Flower, celery inspect)."
+    )
+
+    @property
+    def threads(self) -> int:
+        """Threads of the pool: one per job held."""
+        return self.concurrency or 2 * self.max_batch_size

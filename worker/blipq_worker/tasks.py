@@ -1,0 +1,274 @@
+"""One job's life on the worker: claim, fetch, decode, ask the model, finish."""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from blipq.broker import Broker
+from blipq.client import checked, explain
+from blipq.contract import ErrorCode, JobError, Kind, Options, Request, request_adapter
+from blipq.errors import (
+    InvalidRequest,
+    PermanentError,
+    QueueFull,
+    QueueUnavailable,
+    TransientError,
+    WorkError,
+)
+from blipq.ledger import MAX_RETRIES, Claim, Ledger, Message
+from blipq.storage import Storage
+from blipq_worker import kinds
+from blipq_worker.ask import Asker, Lost, Stopwatch
+from blipq_worker.engine import Engine
+from blipq_worker.fetch import Fetcher
+from blipq_worker.gate import Draining, Gate
+from blipq_worker.images import ImageLimits, decode
+from blipq_worker.leases import Held
+from blipq_worker.settings import WorkerSettings
+
+log = logging.getLogger(__name__)
+
+#: An outcome that Redis cannot take is offered again for this long; after that the lease runs out
+#: and the job runs again.
+FINISH_FOR_S = 60.0
+LONGEST_BACKOFF_S = 60.0
+
+
+class JobFailedTask(Exception):
+    """Tells Celery that the job failed, so that its monitors show a failed task."""
+
+
+class HandBack(Exception):
+    """The message must go back to its queue: this worker cannot run it now."""
+
+
+class Runner:
+    """Runs jobs: one call of ``run`` per message, each on a thread of its own."""
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        broker: Broker,
+        storage: Storage,
+        fetcher: Fetcher,
+        engine: Engine,
+        gate: Gate,
+        held: Held,
+        worker: str,
+        settings: WorkerSettings,
+    ) -> None:
+        self._ledger = ledger
+        self._broker = broker
+        self._storage = storage
+        self._fetcher = fetcher
+        self._engine = engine
+        self._gate = gate
+        self._held = held
+        self._worker = worker
+        self._settings = settings
+        self._decoding = threading.Semaphore(settings.decode_threads)
+        self._limits = ImageLimits(
+            formats=settings.image_formats, max_pixels=settings.max_image_pixels
+        )
+
+    def run(self, kind: Kind, id: str, request: Any = None, options: Any = None) -> None:
+        """Runs the job of a message.
+
+        ``request`` and ``options`` come in messages of foreign Celery clients: a job that the
+        ledger does not know is recorded first. Raises JobFailedTask when the job failed, HandBack
+        when the message must go back.
+        """
+        try:
+            with self._gate.shared():
+                claim = self._claim(kind, id, request, options)
+                if claim is None:
+                    return
+                if not claim.solo:
+                    self._work(claim)
+                    return
+        except Draining:
+            raise HandBack from None
+        self._work_alone(claim)
+
+    def hand_back_all(self) -> int:
+        """Gives every running job back, uncounted: another worker takes it at once."""
+        claims = self._held.claims()
+        for claim in claims:
+            self._hand_back(claim)
+        return len(claims)
+
+    # -- claim --
+
+    def _claim(self, kind: Kind, id: str, request: Any, options: Any) -> Claim | None:
+        """Takes the job, or None if there is nothing to do."""
+        try:
+            claim = self._ledger.claim(id, self._worker, lease_s=self._settings.lease_s)
+            if claim == "unknown" and request is not None:
+                self._adopt(kind, id, request, options)
+                claim = self._ledger.claim(id, self._worker, lease_s=self._settings.lease_s)
+        except (QueueUnavailable, QueueFull) as error:
+            raise HandBack from error
+        if claim == "newer":
+            log.warning("%s: its contract is newer than this worker's: handed back", id)
+            raise HandBack
+        if not isinstance(claim, Claim):
+            log.info("%s: nothing to do (%s)", id, claim)
+            return None
+        self._held.add(claim)
+        return claim
+
+    def _adopt(self, kind: Kind, id: str, request: Any, options: Any) -> None:
+        """Records a job that a foreign client sent whole, or why it cannot be run."""
+        try:
+            parsed = _parsed({**request, "kind": kind} if isinstance(request, dict) else request)
+            self._ledger.submit(id, parsed, checked(Options, **(options or {})), notify="foreign")
+        except (WorkError, InvalidRequest, TypeError) as error:
+            log.warning("%s: %s", id, error)
+            self._ledger.refuse(id, kind, _error(ErrorCode.INVALID_REQUEST, str(error)))
+
+    # -- work --
+
+    def _work_alone(self, claim: Claim) -> None:
+        """It may have killed its worker: it runs after the others have left, and before any come.
+
+        Its lease is renewed while it waits for them.
+        """
+        try:
+            with self._gate.alone():
+                self._work(claim)
+        except Draining:
+            self._hand_back(claim)
+
+    def _work(self, claim: Claim) -> None:
+        """Runs a claimed job to its outcome, or leaves it to whoever claims it next."""
+        watch = Stopwatch(queue_ms=claim.queue_ms, worker=self._worker)
+        try:
+            result = self._answer(claim, watch)
+            self._finish(lambda: self._ledger.succeed(claim, result, watch.receipt()), claim)
+        except Lost:
+            log.info("%s: cancelled, expired or taken over", claim.id)
+        except PermanentError as error:
+            self._fail(claim, error, watch)
+        except TransientError as error:
+            self._retry(claim, error, watch)
+        finally:
+            self._held.remove(claim)
+
+    def _answer(self, claim: Claim, watch: Stopwatch) -> str:
+        """The job's result as JSON; every failure as a WorkError."""
+        try:
+            request = _parsed_json(claim.request)
+            model = self._engine.model(claim.model)
+            lost = self._held.event(claim)
+            with watch.stage("fetch"):
+                data = self._fetcher.fetch(kinds.image_of(request))
+            _raise_if(lost)
+            with self._decoding, watch.stage("decode"):
+                image = decode(data, self._limits)
+                pixels = model.preprocess(image)
+            watch.note(model.info.checkpoint, image.size)
+            _raise_if(lost)
+            asker = Asker(self._engine, claim, self._held, watch, self._settings.job_timeout_s)
+            result = kinds.answer(request, pixels, asker).model_dump_json(exclude_none=True)
+            if claim.output:
+                self._write_output(claim, result)
+            return result
+        except (WorkError, Lost):
+            raise
+        except CancelledError as error:
+            raise Lost from error
+        except FutureTimeout as error:
+            message = f"the model did not answer within {self._settings.job_timeout_s:g} s"
+            raise TransientError(ErrorCode.INTERNAL, message) from error
+        except Exception as error:
+            _raise_internal(claim, error)
+
+    def _write_output(self, claim: Claim, result: str) -> None:
+        try:
+            self._storage.put(claim.output, result.encode(), content_type="application/json")
+        except InvalidRequest as error:
+            raise PermanentError(ErrorCode.INVALID_REQUEST, f"output: {error}") from error
+        except QueueUnavailable as error:
+            raise TransientError(ErrorCode.INTERNAL, f"output: {error}") from error
+
+    # -- outcome --
+
+    def _fail(self, claim: Claim, error: WorkError, watch: Stopwatch) -> NoReturn:
+        text = _error(error.code, str(error), retryable=error.retryable)
+        self._finish(lambda: self._ledger.fail(claim, text, watch.receipt()), claim)
+        raise JobFailedTask(f"{error.code}: {error}") from error
+
+    def _retry(self, claim: Claim, error: TransientError, watch: Stopwatch) -> None:
+        if claim.retries >= MAX_RETRIES:
+            self._fail(claim, error, watch)
+        pause = min(self._settings.retry_backoff_s * 2**claim.retries, LONGEST_BACKOFF_S)
+        pause *= random.uniform(0.5, 1.5)
+        log.warning("%s: %s: again in %.1f s", claim.id, error, pause)
+        self._finish(lambda: self._ledger.retry(claim, pause), claim)
+
+    def _hand_back(self, claim: Claim) -> None:
+        try:
+            if self._ledger.hand_back(claim):
+                self._broker.publish(Message(claim.kind, claim.id, claim.queue))
+        except (QueueUnavailable, QueueFull) as error:
+            log.warning("%s: not handed back, its lease will run out: %s", claim.id, error)
+        finally:
+            self._held.remove(claim)
+
+    def _finish(self, write: Callable[[], bool], claim: Claim) -> None:
+        """Stores an outcome, through an outage of Redis if need be."""
+        deadline = time.monotonic() + FINISH_FOR_S
+        pause = 0.1
+        while True:
+            try:
+                if not write():
+                    log.info("%s: its outcome came too late and is dropped", claim.id)
+                return
+            except (QueueUnavailable, QueueFull) as error:
+                if time.monotonic() > deadline:
+                    log.error("%s: outcome not stored, the job will run again: %s", claim.id, error)
+                    return
+            time.sleep(pause)
+            pause = min(2 * pause, 2.0)
+
+
+def _parsed_json(text: str) -> Request:
+    try:
+        return request_adapter.validate_json(text)
+    except ValidationError as error:
+        raise PermanentError(ErrorCode.INVALID_REQUEST, explain(error)) from None
+
+
+def _parsed(value: Any) -> Request:
+    try:
+        return request_adapter.validate_python(value)
+    except ValidationError as error:
+        raise PermanentError(ErrorCode.INVALID_REQUEST, explain(error)) from None
+
+
+def _error(code: ErrorCode, message: str, *, retryable: bool = False) -> str:
+    error = JobError(code=code, message=message[:2000], retryable=retryable)
+    return error.model_dump_json()
+
+
+def _raise_if(lost: threading.Event) -> None:
+    if lost.is_set():
+        raise Lost
+
+
+def _raise_internal(claim: Claim, error: Exception) -> NoReturn:
+    """A bug or a model's failure: the job fails at once, with the cause in the worker's log."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        message = "the model ran out of memory on this job alone"
+        raise PermanentError(ErrorCode.OUT_OF_MEMORY, message) from error
+    log.error("%s: %s", claim.id, error, exc_info=error)
+    message = f"{type(error).__name__}: {error}"
+    raise PermanentError(ErrorCode.INTERNAL, message) from error
