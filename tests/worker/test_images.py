@@ -1,0 +1,212 @@
+"""Decoding: correct pixels for every accepted kind of image, one clear error for the rest."""
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from blipq.contract import ErrorCode
+from blipq.errors import PermanentError
+from blipq_worker.images import ImageLimits, decode
+
+RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A small PNG whose header promises many pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(64))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+
+
+def refused(data: bytes, code: ErrorCode, limits: ImageLimits | None = None) -> str:
+    with pytest.raises(PermanentError) as caught:
+        decode(data, limits or ImageLimits())
+    assert caught.value.code == code
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "AVIF", "GIF"])
+def test_each_accepted_format_decodes_to_rgb(format: str) -> None:
+    image = decode(encoded(Image.new("RGB", (16, 12), RED), format))
+    assert (image.mode, image.size) == ("RGB", (16, 12))
+    pixel = image.getpixel((8, 6))
+    assert isinstance(pixel, tuple)
+    assert all(abs(got - want) <= 8 for got, want in zip(pixel, RED, strict=True))
+
+
+def test_a_truncated_jpeg_is_image_invalid() -> None:
+    data = encoded(Image.effect_noise((200, 200), 60), "JPEG")
+    assert "truncated" in refused(data[: len(data) // 2], ErrorCode.IMAGE_INVALID)
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "AVIF", "GIF"])
+def test_half_a_file_is_image_invalid(format: str) -> None:
+    data = encoded(Image.effect_noise((200, 200), 60).convert("RGB"), format)
+    refused(data[: len(data) // 2], ErrorCode.IMAGE_INVALID)
+
+
+def test_an_empty_file_is_image_invalid() -> None:
+    assert "0 bytes" in refused(b"", ErrorCode.IMAGE_INVALID)
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"<!DOCTYPE html><html><body>403</body></html>", "an HTML page"),
+        (b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>", "an XML document"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+        (b'{"error": "not found"}', "JSON"),
+        (b"%PDF-1.7 ...", "PDF"),
+        (b"\x00\x00\x00\x18ftypheic....", "HEIC"),
+        (b"\x01\x02\x03", "unknown bytes (01 02 03)"),
+    ],
+)
+def test_what_is_not_an_image_is_named_in_the_message(data: bytes, found: str) -> None:
+    assert f"found {found}," in refused(data, ErrorCode.IMAGE_INVALID)
+
+
+@pytest.mark.parametrize("format", ["TIFF", "BMP", "ICO"])
+def test_a_format_outside_the_list_is_image_invalid(format: str) -> None:
+    data = encoded(Image.new("RGB", (8, 8)), format)
+    assert f"found {format}," in refused(data, ErrorCode.IMAGE_INVALID)
+
+
+def test_the_list_of_formats_can_be_widened_and_narrowed() -> None:
+    picture = Image.new("RGB", (8, 8), BLUE)
+    assert decode(encoded(picture, "BMP"), ImageLimits(formats=("BMP",))).getpixel((0, 0)) == BLUE
+    narrow = ImageLimits(formats=("JPEG",))
+    assert "found PNG," in refused(encoded(picture, "PNG"), ErrorCode.IMAGE_INVALID, narrow)
+
+
+def test_a_damaged_header_is_image_invalid() -> None:
+    data = b"\x89PNG\r\n\x1a\n" + bytes(40)
+    assert "damaged header" in refused(data, ErrorCode.IMAGE_INVALID)
+
+
+@pytest.mark.parametrize("side", [30_000, 9_000])
+def test_a_png_bomb_is_image_too_large_before_it_is_decoded(side: int) -> None:
+    assert "50,000,000" in refused(png_claiming(side, side), ErrorCode.IMAGE_TOO_LARGE)
+
+
+@pytest.mark.parametrize(
+    ("size", "limits"),
+    [
+        ((20, 20), ImageLimits(max_pixels=399)),
+        ((21, 2), ImageLimits(max_side=20)),
+        ((101, 1), ImageLimits()),
+        ((1, 101), ImageLimits()),
+    ],
+)
+def test_each_limit_is_checked(size: tuple[int, int], limits: ImageLimits) -> None:
+    refused(encoded(Image.new("RGB", size)), ErrorCode.IMAGE_TOO_LARGE, limits)
+
+
+def test_an_image_at_the_limits_passes() -> None:
+    limits = ImageLimits(max_pixels=400, max_side=40, max_aspect=4)
+    assert decode(encoded(Image.new("RGB", (40, 10))), limits).size == (40, 10)
+
+
+def test_a_raised_pixel_limit_also_raises_pillows_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert decode(encoded(Image.new("RGB", (20, 20)))).size == (20, 20)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    stored = Image.new("RGB", (20, 10), BLUE)
+    stored.paste(RED, (0, 0, 5, 5))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = decode(encoded(stored, "PNG", exif=exif))
+    assert image.size == ((20, 10) if orientation < 5 else (10, 20))
+    corners = [(0, 0), (image.width - 1, 0), (image.width - 1, image.height - 1)]
+    corners.append((0, image.height - 1))
+    red_corner = {1: 0, 2: 1, 3: 2, 4: 3, 5: 0, 6: 1, 7: 2, 8: 3}[orientation]
+    assert [image.getpixel(at) == RED for at in corners].index(True) == red_corner
+
+
+def test_a_jpeg_with_exif_6_stands_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode(encoded(Image.new("RGB", (20, 10)), "JPEG", exif=exif)).size == (10, 20)
+
+
+def test_a_damaged_exif_block_does_not_spoil_the_picture() -> None:
+    data = encoded(Image.new("RGB", (20, 10), RED), "JPEG", exif=b"Exif\x00\x00garbage")
+    assert decode(data).size == (20, 10)
+
+
+def test_hidden_red_does_not_show_through_transparency() -> None:
+    image = decode(encoded(Image.new("RGBA", (4, 4), (*RED, 0))))
+    assert image.getpixel((0, 0)) == WHITE
+
+
+def test_half_transparent_red_is_laid_on_white() -> None:
+    image = decode(encoded(Image.new("RGBA", (4, 4), (*RED, 128))))
+    assert image.getpixel((0, 0)) == (255, 127, 127)
+
+
+def test_transparent_greyscale_is_laid_on_white() -> None:
+    assert decode(encoded(Image.new("LA", (4, 4), (0, 0)))).getpixel((0, 0)) == WHITE
+
+
+def test_a_transparent_palette_colour_is_laid_on_white() -> None:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([*BLUE, *RED])
+    image.putpixel((0, 0), 0)
+    decoded = decode(encoded(image, "PNG", transparency=1))
+    assert [decoded.getpixel((0, 0)), decoded.getpixel((1, 1))] == [BLUE, WHITE]
+
+
+def test_a_palette_with_an_alpha_for_each_colour_is_laid_on_white() -> None:
+    image = Image.new("P", (2, 1), 0)
+    image.putpalette([*BLUE, *RED])
+    image.putpixel((1, 0), 1)
+    decoded = decode(encoded(image, "PNG", transparency=bytes([255, 0])))
+    assert [decoded.getpixel((0, 0)), decoded.getpixel((1, 0))] == [BLUE, WHITE]
+
+
+def test_sixteen_bit_greyscale_is_scaled_and_not_clipped() -> None:
+    image = Image.new("I;16", (2, 1))
+    image.putpixel((0, 0), 40_000)
+    image.putpixel((1, 0), 65_535)
+    decoded = decode(encoded(image))
+    assert [decoded.getpixel((0, 0)), decoded.getpixel((1, 0))] == [(156,) * 3, WHITE]
+
+
+@pytest.mark.parametrize("quality", [30, 95])
+def test_a_cmyk_jpeg_becomes_rgb(quality: int) -> None:
+    cyan = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+    pixel = decode(encoded(cyan, "JPEG", quality=quality)).getpixel((8, 8))
+    assert isinstance(pixel, tuple)
+    assert pixel[0] < 20
+    assert min(pixel[1:]) > 235
+
+
+def test_greyscale_and_bitmaps_become_rgb() -> None:
+    assert decode(encoded(Image.new("L", (2, 2), 77))).getpixel((0, 0)) == (77, 77, 77)
+    assert decode(encoded(Image.new("1", (2, 2), 1))).getpixel((0, 0)) == WHITE
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "MPO"])
+def test_an_animation_gives_its_first_frame(format: str) -> None:
+    frames = [Image.new("RGB", (8, 8), color) for color in (RED, BLUE)]
+    lossless = {"lossless": True} if format == "WEBP" else {}
+    data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **lossless)
+    pixel = decode(data).getpixel((4, 4))
+    assert isinstance(pixel, tuple)
+    assert pixel[0] > 240
+    assert pixel[2] < 15

@@ -1,0 +1,308 @@
+"""Captions and answers: one vision pass per image, then one language-model row per prompt.
+
+The queries and the prompt enter the language model as embeddings, with no ids: that is what LAVIS
+does (lavis/models/blip2_models/blip2_opt.py and blip2_t5.py), it cannot ignore the image, and
+lengths and penalties count new tokens only. Paper: Li et al., BLIP-2, arXiv 2301.12597.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Protocol
+
+import torch
+
+from blipq.contract import ErrorCode
+from blipq.errors import PermanentError
+from blipq_worker.blip2.checkpoints import Checkpoint, CheckpointError, Family
+from blipq_worker.blip2.features import image_features, query_features
+from blipq_worker.blip2.preprocessing import Pixels
+
+# T5 counts distances and so has no last position; this bounds its memory as OPT's limit does.
+_T5_POSITIONS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationParams:
+    """How texts are chosen, under Hugging Face's names; lengths count new tokens.
+
+    The defaults are those of LAVIS's captions. top_k 0 is off. Items that run together have equal
+    parameters.
+    """
+
+    max_new_tokens: int = 30
+    min_new_tokens: int = 1
+    num_beams: int = 5
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 0.9
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    length_penalty: float = 1.0
+    num_return_sequences: int = 1
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerateItem:
+    """One image and the prompts to go on from; an empty prompt is allowed."""
+
+    pixels: Pixels
+    prompts: tuple[str, ...]
+    params: GenerationParams
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedText:
+    """A text and how many tokens were generated for it, its end token included."""
+
+    text: str
+    tokens: int
+
+
+class HasFamily(Protocol):
+    """A ``ModelInfo``, as far as parameters depend on it."""
+
+    @property
+    def family(self) -> Family:
+        """The language model's family."""
+
+
+def resolve(
+    kind: Literal["caption", "vqa"], info: HasFamily, overrides: Mapping[str, Any] | None = None
+) -> GenerationParams:
+    """LAVIS's defaults for the kind and language model, with ``overrides`` (None = not given).
+
+    Parameters without effect are set to their defaults, so that equal work has equal parameters.
+    Raises PermanentError ``invalid_request`` for combinations that cannot run.
+    """
+    given = {name: value for name, value in (overrides or {}).items() if value is not None}
+    unknown = given.keys() - {field.name for field in fields(GenerationParams)}
+    if unknown:
+        raise _invalid(f"unknown generation parameters: {', '.join(sorted(unknown))}")
+    for name in ("temperature", "top_p", "repetition_penalty", "length_penalty"):
+        if name in given:
+            given[name] = float(given[name])  # transformers refuses whole numbers here
+    params = replace(_defaults(kind, info.family), **given)
+    _check_combination(params)
+    return _without_idle_parameters(params)
+
+
+def _defaults(kind: Literal["caption", "vqa"], family: Family) -> GenerationParams:
+    # LAVIS's min_length 1 counts T5's start token, so that it forces no new token there.
+    params = GenerationParams(min_new_tokens=0 if family == "t5" else 1)
+    if kind == "vqa":
+        params = replace(params, max_new_tokens=10, length_penalty=-1.0 if family == "t5" else 0.0)
+    return params
+
+
+def _check_combination(params: GenerationParams) -> None:
+    if params.max_new_tokens < 1:
+        raise _invalid("max_new_tokens must be at least 1")
+    if params.min_new_tokens > params.max_new_tokens:
+        raise _invalid("min_new_tokens is greater than max_new_tokens")
+    if params.num_return_sequences > params.num_beams and params.num_beams > 1:
+        raise _invalid(
+            f"num_return_sequences ({params.num_return_sequences}) is greater than num_beams "
+            f"({params.num_beams}): raise num_beams, or sample with num_beams 1"
+        )
+    if params.num_return_sequences > 1 and params.num_beams == 1 and not params.do_sample:
+        raise _invalid("num_return_sequences above 1 needs beams or sampling")
+
+
+def _without_idle_parameters(params: GenerationParams) -> GenerationParams:
+    if not params.do_sample:
+        params = replace(params, temperature=1.0, top_p=0.9, top_k=0, seed=None)
+    if params.num_beams == 1:
+        params = replace(params, length_penalty=1.0)
+    return params
+
+
+class Generator:
+    """Runs a generation checkpoint. Not thread-safe, except for ``check``."""
+
+    def __init__(self, checkpoint: Checkpoint, model: Any, tokenizer: Any) -> None:
+        if checkpoint.family == "retrieval":
+            raise CheckpointError(f"{checkpoint.name!r} is a retrieval checkpoint: it cannot write")
+        self.model = model
+        self.family = checkpoint.family
+        self._tokenizer = tokenizer
+        self._num_query_tokens = checkpoint.num_query_tokens
+        text = checkpoint.config.text_config
+        self._pad = text.pad_token_id
+        self._eos = _end_tokens(model.language_model, text, tokenizer)
+        self._positions = text.max_position_embeddings if self.family == "opt" else _T5_POSITIONS
+        self._require_marks(checkpoint)
+
+    def _require_marks(self, checkpoint: Checkpoint) -> None:
+        # Without its first token OPT writes noise, without its last one so does T5. Both are the
+        # tokenizer's business, and it has lost them before between versions.
+        text = checkpoint.config.text_config
+        mark = text.bos_token_id if self.family == "opt" else text.eos_token_id
+        at = 0 if self.family == "opt" else -1
+        if self._ids("") != [mark] or self._ids("a photo of")[at] != mark:
+            raise CheckpointError(
+                f"the tokenizer of {checkpoint.name!r} does not put token {mark} "
+                f"{'before' if self.family == 'opt' else 'after'} every text"
+            )
+
+    def _ids(self, prompt: str) -> list[int]:
+        ids: list[int] = self._tokenizer(prompt, verbose=False)["input_ids"]
+        return ids
+
+    def check(self, prompts: Sequence[str], params: GenerationParams) -> None:
+        """Raises PermanentError ``invalid_request`` where ``generate`` would. Thread-safe."""
+        for prompt in prompts:
+            self._checked_ids(prompt, params)
+
+    def _checked_ids(self, prompt: str, params: GenerationParams) -> list[int]:
+        ids = self._ids(prompt)
+        room = self._positions - self._num_query_tokens
+        if self.family == "opt":
+            room -= params.max_new_tokens
+        if len(ids) > room:
+            raise _invalid(
+                f"a prompt has {len(ids):,} tokens, where this model has room for {max(room, 0):,}"
+            )
+        return ids
+
+    @torch.inference_mode()
+    def generate(self, items: Sequence[GenerateItem]) -> list[list[list[GeneratedText]]]:
+        """For each item, for each of its prompts, ``num_return_sequences`` texts, best first.
+
+        All items have equal parameters, else ValueError. A seeded item runs alone, with its own
+        state of the random numbers, so its neighbours do not change what it says; equal results
+        need the same weights, precision and kind of device. Raises PermanentError
+        ``invalid_request`` for a prompt that is too long.
+        """
+        if not items:
+            return []
+        if len({item.params for item in items}) > 1:
+            raise ValueError("items of one batch must have equal generation parameters")
+        seed = items[0].params.seed
+        if seed is None:
+            return self._generate(items)
+        return [self._generate_seeded(item, seed) for item in items]
+
+    def _generate_seeded(self, item: GenerateItem, seed: int) -> list[list[GeneratedText]]:
+        device = self.model.query_tokens.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            return self._generate([item])[0]
+
+    def _generate(self, items: Sequence[GenerateItem]) -> list[list[list[GeneratedText]]]:
+        params = items[0].params
+        owners = [index for index, item in enumerate(items) for _ in item.prompts]
+        rows = [self._checked_ids(prompt, params) for item in items for prompt in item.prompts]
+        answers: list[list[list[GeneratedText]]] = [[] for _ in items]
+        if not rows:
+            return answers
+        queries = self.project([item.pixels.generation for item in items])
+        texts = self._write(queries[owners], rows, params)
+        for owner, alternatives in zip(owners, texts, strict=True):
+            answers[owner].append(alternatives)
+        return answers
+
+    def project(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Images as the language model reads them: (B, 32, its hidden size).
+
+        One pass of the vision tower over all images, whatever number of prompts follows.
+        """
+        queries = query_features(self.model, image_features(self.model, pixels))
+        projection = self.model.language_projection
+        embedding = self.model.language_model.get_input_embeddings().weight
+        projected: torch.Tensor = projection(queries.to(projection.weight.dtype))
+        return projected.to(embedding.dtype)
+
+    def _write(
+        self, queries: torch.Tensor, rows: Sequence[list[int]], params: GenerationParams
+    ) -> list[list[GeneratedText]]:
+        """Texts for each row: ``queries`` of shape (rows, 32, hidden) followed by its prompt."""
+        language_model = self.model.language_model
+        ids, mask = self._padded(rows, queries.device)
+        embedded = language_model.get_input_embeddings()(ids)
+        with _quiet_about_penalties():
+            written = language_model.generate(
+                inputs_embeds=torch.cat([queries, embedded], dim=1),
+                attention_mask=torch.cat([mask.new_ones(queries.shape[:2]), mask], dim=1),
+                eos_token_id=self._eos,
+                pad_token_id=self._pad,
+                **_hugging_face(params),
+            )
+        if self.family == "t5":
+            written = written[:, 1:]  # the decoder's start token
+        texts = [self._text(row) for row in written.tolist()]
+        each = params.num_return_sequences
+        return [texts[start : start + each] for start in range(0, len(texts), each)]
+
+    def _padded(
+        self, rows: Sequence[list[int]], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask of shape (rows, longest).
+
+        OPT's last prompt token must be the last of its row, as its next token follows there; the
+        gap before the prompt costs nothing, since positions count the mask. T5 measures distances,
+        which a gap between queries and prompt would stretch, so its gap is at the end.
+        """
+        width = max(map(len, rows))
+        ids, mask = [], []
+        for row in rows:
+            gap = width - len(row)
+            left, right = (gap, 0) if self.family == "opt" else (0, gap)
+            ids.append([self._pad] * left + row + [self._pad] * right)
+            mask.append([0] * left + [1] * len(row) + [0] * right)
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    def _text(self, row: Sequence[int]) -> GeneratedText:
+        end = next((at for at, token in enumerate(row) if token in self._eos), None)
+        kept = row if end is None else row[:end]
+        text: str = self._tokenizer.decode(kept, skip_special_tokens=True)
+        if self.family == "opt":
+            text = text.strip()
+        return GeneratedText(text, len(row) if end is None else end + 1)
+
+
+def _end_tokens(language_model: Any, text_config: Any, tokenizer: Any) -> list[int]:
+    configured = language_model.generation_config.eos_token_id
+    if configured is None:
+        configured = text_config.eos_token_id
+    if configured is None:  # the end that LAVIS trains OPT to write
+        configured = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    return [configured] if isinstance(configured, int) else list(configured)
+
+
+def _hugging_face(params: GenerationParams) -> dict[str, Any]:
+    """Arguments of ``generate``; what only sampling reads is left out otherwise, as it warns."""
+    always = {
+        "max_new_tokens": params.max_new_tokens,
+        "min_new_tokens": params.min_new_tokens,
+        "num_beams": params.num_beams,
+        "do_sample": params.do_sample,
+        "repetition_penalty": params.repetition_penalty,
+        "no_repeat_ngram_size": params.no_repeat_ngram_size,
+        "num_return_sequences": params.num_return_sequences,
+    }
+    if params.num_beams > 1:
+        always["length_penalty"] = params.length_penalty
+    if not params.do_sample:
+        return always
+    sampling = {"temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
+    return {**always, **sampling}
+
+
+@contextmanager
+def _quiet_about_penalties() -> Iterator[None]:
+    # That penalties do not see the prompt is LAVIS's behaviour and wanted here.
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore",
+            message=r"Passing `(repetition_penalty|no_repeat_ngram_size)` with `inputs_embeds`",
+            category=UserWarning,
+        )
+        yield
+
+
+def _invalid(message: str) -> PermanentError:
+    return PermanentError(ErrorCode.INVALID_REQUEST, message)

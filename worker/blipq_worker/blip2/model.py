@@ -1,0 +1,152 @@
+"""A served model: a generation checkpoint and, where matching is served, a retrieval one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from blipq.contract import ErrorCode
+from blipq.errors import PermanentError
+from blipq_worker.blip2.checkpoints import Checkpoint, Family, open_checkpoint
+from blipq_worker.blip2.generation import (
+    GeneratedText,
+    GenerateItem,
+    GenerationParams,
+    Generator,
+)
+from blipq_worker.blip2.loading import (
+    Dtype,
+    Quantization,
+    choose_precision,
+    load_tokenizer,
+    load_weights,
+)
+from blipq_worker.blip2.preprocessing import Pixels, Preprocessor
+from blipq_worker.blip2.retrieval import Matcher, MatchItem
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What answers came from.
+
+    dtype: of the vision tower and the language model, joined by "/" where they differ. revision:
+    the hub's commit, or the SHA-256 of the weights. image_size: side of the square that the
+    generation checkpoint sees, in pixels. default_prompt: for captions without one.
+    """
+
+    checkpoint: str
+    family: Family
+    dtype: str
+    quantization: Quantization
+    device: str
+    revision: str
+    image_size: int
+    default_prompt: str
+    retrieval_checkpoint: str | None = None
+    retrieval_revision: str | None = None
+
+    @property
+    def has_retrieval(self) -> bool:
+        """Whether ``match`` is served."""
+        return self.retrieval_checkpoint is not None
+
+
+class Blip2:
+    """A resident model. One thread calls ``generate`` and ``match``; the rest is thread-safe."""
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        generator: Generator,
+        preprocessor: Preprocessor,
+        matcher: Matcher | None = None,
+        match_preprocessor: Preprocessor | None = None,
+    ) -> None:
+        self.info = info
+        self.generator = generator
+        self.matcher = matcher
+        self._preprocessor = preprocessor
+        self._match_preprocessor = match_preprocessor
+
+    @classmethod
+    def load(
+        cls,
+        generation: str,
+        retrieval: str | None = None,
+        *,
+        quantization: Quantization = "none",
+        dtype: Dtype = "auto",
+        device: str = "cpu",
+    ) -> "Blip2":
+        """Loads the checkpoints (folders or hub ids) onto ``device``; see ``choose_precision``.
+
+        Raises CheckpointError, and ValueError for a type that the device is no good at.
+        """
+        on = torch.device(device)
+        written = open_checkpoint(generation)
+        matched = open_checkpoint(retrieval) if retrieval is not None else None
+        precision = choose_precision(dtype, on, written.family)
+        generator = Generator(
+            written, load_weights(written, precision, quantization, on), load_tokenizer(written)
+        )
+        matcher = _matcher(matched, quantization, dtype, on) if matched else None
+        info = ModelInfo(
+            checkpoint=written.name,
+            family=written.family,
+            dtype=str(precision),
+            quantization=quantization,
+            device=device,
+            revision=written.revision,
+            image_size=written.image_size,
+            default_prompt=written.default_prompt,
+            retrieval_checkpoint=matched.name if matched else None,
+            retrieval_revision=matched.revision if matched else None,
+        )
+        return cls(
+            info,
+            generator,
+            Preprocessor(written),
+            matcher,
+            Preprocessor(matched) if matched else None,
+        )
+
+    def preprocess(self, image: Image.Image) -> Pixels:
+        """The image as both checkpoints take it, on the CPU. Thread-safe."""
+        pixels = self._preprocessor(image)
+        if self._match_preprocessor is None:
+            return Pixels(pixels)
+        if self._match_preprocessor == self._preprocessor:
+            return Pixels(pixels, pixels)
+        return Pixels(pixels, self._match_preprocessor(image))
+
+    def check(self, prompts: Sequence[str], params: GenerationParams) -> None:
+        """Raises PermanentError ``invalid_request`` where ``generate`` would. Thread-safe.
+
+        For the job's own thread, so that a prompt that is too long spoils no batch.
+        """
+        self.generator.check(prompts, params)
+
+    def generate(self, items: Sequence[GenerateItem]) -> list[list[list[GeneratedText]]]:
+        """Texts per item, per prompt, per returned sequence. See ``Generator.generate``."""
+        return self.generator.generate(items)
+
+    def match(self, items: Sequence[MatchItem]) -> list[list[float]]:
+        """A score per text, per item. See ``Matcher.match``.
+
+        Raises PermanentError ``model_unavailable`` without a retrieval checkpoint.
+        """
+        if self.matcher is None:
+            raise PermanentError(
+                ErrorCode.MODEL_UNAVAILABLE,
+                f"the served model {self.info.checkpoint!r} has no retrieval checkpoint",
+            )
+        return self.matcher.match(items)
+
+
+def _matcher(
+    checkpoint: Checkpoint, quantization: Quantization, dtype: Dtype, device: torch.device
+) -> Matcher:
+    precision = choose_precision(dtype, device, checkpoint.family)
+    weights = load_weights(checkpoint, precision, quantization, device)
+    return Matcher(checkpoint, weights, load_tokenizer(checkpoint))
