@@ -1,0 +1,65 @@
+# Every target does its own set-up: `make demo` and `make test` work in a fresh clone.
+PYTHON ?= python3
+# cpu, or cuda for a machine with an NVIDIA GPU.
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+
+.PHONY: help demo up test guarantees lint types check format constraints demo-model clean
+
+help:  ## List the targets.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+demo: $(VENV)/installed  ## Run the main job on a local stack and write demo-report.html.
+	$(BIN)/blipq demo
+
+up: $(VENV)/installed  ## Start a local stack: Redis, S3 and a worker with the demo model.
+	$(BIN)/blipq up
+
+test: $(VENV)/installed-dev  ## Run the tests.
+	$(BIN)/pytest
+
+lint: $(VENV)/installed-dev  ## Check style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test  ## What CI runs.
+
+format: $(VENV)/installed-dev  ## Format the code.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo-model: $(VENV)/installed-dev  ## Train the demo model from nothing (more than an hour).
+	$(BIN)/python -m tools.demo_model.train
+
+constraints: $(VENV)/installed-dev  ## Pin what is installed now.
+	@{ sed -n 1p constraints.txt; \
+	  $(BIN)/pip freeze --exclude-editable | sed -E 's/\+(cpu|cu[0-9]+)$$//'; } > constraints.new
+	mv constraints.new constraints.txt
+
+clean:  ## Remove what make installed and built.
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache demo-report.html
+
+$(VENV)/torch: constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade 'pip>=25.1'
+ifeq ($(TORCH),cpu)
+	@# PyTorch's own index has the small CPU build; where it is out of reach, the default index.
+	$(PIP) --timeout 5 --retries 0 --index-url https://download.pytorch.org/whl/cpu \
+	  --extra-index-url https://pypi.org/simple 'torch==$(TORCH_VERSION)' 2>/dev/null \
+	  || $(PIP) 'torch==$(TORCH_VERSION)'
+else
+	$(PIP) 'torch==$(TORCH_VERSION)'
+endif
+	@touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml
+	$(PIP) -c constraints.txt -e '.[worker,local]'
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) -c constraints.txt --group dev
+	@touch $@
