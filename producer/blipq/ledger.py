@@ -36,6 +36,8 @@ GRACE_S = 10.0
 MAX_CRASHES = 3
 MAX_RETRIES = 5
 
+DEAD_LETTERS = "blipq:dead-letters"
+
 Unclaimed = Literal["unknown", "ended", "busy", "newer"]
 
 
@@ -210,6 +212,33 @@ class Ledger:
         with redis_errors(id):
             return cast("Literal['cancelled', 'ended', 'unknown']", self._run("cancel", id))
 
+    # -- dead letters: jobs that are out of attempts --
+
+    def dead_letters(self, limit: int = 100) -> list[JobInfo]:
+        """The newest dead letters."""
+        with redis_errors():
+            ids = cast("list[str]", self.redis.zrevrange(DEAD_LETTERS, 0, limit - 1))
+        found = (self.read(id) for id in ids)
+        return [info for info in found if info is not None]
+
+    def retry_dead_letter(self, id: str) -> Message | None:
+        """Queues a dead letter again, alone, with fresh attempts; the message to publish."""
+        settings = self.settings
+        retention = ms(max(settings.result_ttl, settings.failed_ttl))
+        with redis_errors(id):
+            if not self._run("revive", id, ms(settings.default_expires_in), retention):
+                return None
+            kind, queue = cast("list[str]", self.redis.hmget(f"blipq:job:{id}", "kind", "queue"))
+        return Message(Kind(kind), id, queue)
+
+    def drop_dead_letter(self, id: str) -> bool:
+        """Forgets a dead letter and its job."""
+        with redis_errors(id):
+            if not self.redis.zrem(DEAD_LETTERS, id):
+                return False
+            self.redis.delete(f"blipq:job:{id}")
+        return True
+
     # -- the worker's side --
 
     def claim(self, id: str, worker: str, *, lease_s: float = LEASE_S) -> Claim | Unclaimed:
@@ -289,6 +318,17 @@ class Ledger:
         """Says that a worker lives, and whether it could take more jobs now."""
         with redis_errors():
             self._run("register", worker, ms(ttl_s), int(spare), info, *models)
+
+    def workers(self) -> dict[str, dict[str, Any]]:
+        """The live workers by name, and what they say of themselves."""
+        with redis_errors():
+            keys = list(self.redis.scan_iter("blipq:worker:*", count=1000))
+            texts = cast("list[str | None]", self.redis.mget(keys)) if keys else []
+        return {
+            key.removeprefix("blipq:worker:"): json.loads(text)
+            for key, text in zip(keys, texts, strict=True)
+            if text is not None
+        }
 
     def lock(self, key: str, owner: str, ttl_ms: int) -> bool:
         """Takes or renews a lock that its owner's death cannot keep."""

@@ -69,11 +69,16 @@ class Service:
                 output.close()
         self._started = time.monotonic()
 
-    def stop(self, timeout: float = 10.0, *, sign: int = signal.SIGTERM) -> None:
+    def signal(self, number: int) -> None:
+        """Sends a signal if the process runs."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def stop(self, timeout: float = 10.0) -> None:
         """Asks the process to end, and kills it after ``timeout`` seconds."""
         if self._process is None or self._process.poll() is not None:
             return
-        self._process.send_signal(sign)
+        self._process.terminate()
         try:
             self._process.wait(timeout)
         except subprocess.TimeoutExpired:

@@ -5,12 +5,10 @@ import sys
 import threading
 from pathlib import Path
 
+from blipq.fleet import EXIT_MODEL
 from blipq.local import REDIS_PORT, S3_PORT, LocalStack, worker_service
 from blipq.settings import cache_folder, read_stack_file
 from blipq.supervisor import Service, supervise
-
-#: A worker whose model cannot be loaded is not started again.
-EXIT_MODEL = 78
 
 
 def run(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import redis
 from celery.exceptions import Reject
 from celery.signals import setup_logging, worker_ready
 
@@ -21,6 +22,7 @@ from blipq.storage import Storage
 from blipq_worker.engine import Engine
 from blipq_worker.fetch import Fetcher
 from blipq_worker.gate import Gate
+from blipq_worker.health import BrokerLoop, HealthServer
 from blipq_worker.leases import Heartbeat, Held, Reconciler
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.tasks import HandBack, JobFailedTask, Runner
@@ -86,6 +88,8 @@ class Worker:
         self._reconciler = Reconciler(
             ledger, self._broker, self.name, interval_s=RECONCILE_EVERY_S, grace_s=grace_s
         )
+        self._broker_loop = BrokerLoop()
+        self._health = self._health_server(ledger) if options.health_port is not None else None
         self._app = make_app(settings)
         register_tasks(self._app, self._runner)
 
@@ -94,6 +98,8 @@ class Worker:
         self._engine.batcher.start()
         self._heartbeat.start()
         self._reconciler.start()
+        if self._health is not None:
+            self._health.start()
         # A receiver, so that Celery leaves logging as the process set it up.
         setup_logging.connect(_keep_logging)
         worker_ready.connect(self._on_ready)
@@ -112,10 +118,42 @@ class Worker:
         self._stop()
         return int(worker.exitcode or 0)
 
+    def _health_server(self, ledger: Ledger) -> HealthServer:
+        def redis_away() -> str | None:
+            try:
+                ledger.redis.ping()
+            except redis.RedisError as error:
+                return str(error)
+            return None
+
+        def model_stuck() -> str | None:
+            stalled = self._engine.batcher.stalled_for()
+            return (
+                f"no progress for {stalled:.0f} s" if stalled > self._options.watchdog_s else None
+            )
+
+        def loop_stuck() -> str | None:
+            # While Redis is away the loop waits for it; ending the process would not help.
+            stuck = self._broker_loop.stuck()
+            return stuck if stuck and redis_away() is None else None
+
+        return HealthServer(
+            self._options.health_port or 0,
+            live={"model": model_stuck, "broker loop": loop_stuck},
+            ready={
+                "redis": redis_away,
+                "model": model_stuck,
+                "broker loop": self._broker_loop.stuck,
+                "draining": lambda: "yes" if self._gate.closed else None,
+            },
+        )
+
     # -- the end --
 
-    def _on_ready(self, **_: Any) -> None:
+    def _on_ready(self, sender: Any, **_: Any) -> None:
         """Takes the signals over from Celery, whose own handling waits without an end."""
+        self._broker_loop.turned()
+        sender.timer.call_repeatedly(2.0, self._broker_loop.turned)
         log.info("%s is ready: %s", self.name, ", ".join(self._models))
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
@@ -145,6 +183,8 @@ class Worker:
         self._reconciler.stop()
         self._engine.batcher.close(timeout=5)
         self._heartbeat.stop()
+        if self._health is not None:
+            self._health.stop()
         self._broker.close()
 
 

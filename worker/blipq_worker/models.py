@@ -75,6 +75,7 @@ def load_models(options: WorkerSettings) -> "dict[str, Blip2]":
     """
     import torch
 
+    from blipq_worker import canary
     from blipq_worker.blip2 import Blip2, CheckpointError
 
     device = options.device
@@ -96,7 +97,12 @@ def load_models(options: WorkerSettings) -> "dict[str, Blip2]":
             )
             # Receipts name a model as it was asked for, not by its folder on this machine.
             model.info = replace(model.info, checkpoint=what)
+            if options.canary:
+                canary.check(model)
             loaded[name] = model
+        except canary.CanaryError as error:
+            advice = "it is damaged or does not suit these settings (BLIPQ_CANARY=0 serves it)"
+            raise ModelError(f"model {name!r} failed its check: {error}; {advice}") from error
         except (CheckpointError, ValueError) as error:
             raise ModelError(f"model {name!r}: {error}") from error
     return loaded

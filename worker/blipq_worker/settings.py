@@ -95,6 +95,12 @@ class WorkerSettings(BaseSettings):
     retry_backoff_s: Seconds = Field(
         default=1.0, gt=0, description="First pause before a retry; doubles each time, up to 60 s."
     )
+    health_port: int | None = Field(
+        default=None, ge=0, le=65535, description="Port of /healthz and /readyz; none by default."
+    )
+    canary: bool = Field(
+        default=True, description="Check at start that the model sees and speaks; refuse if not."
+    )
     send_events: bool = Field(
         default=True, description="Celery events and remote control (Flower, celery inspect)."
     )

@@ -1,0 +1,55 @@
+"""The ``blipq`` command. Text for people on a terminal, ``--json`` for programs.
+
+Exit codes: 0 success, 1 anything unexpected, 2 wrong usage or request, 3 the job failed, 4 no such
+job, 5 not ended in time, 6 cancelled or expired, 7 Redis or S3 does not answer or is full,
+130 interrupted.
+"""
+
+from typing import Annotated
+
+import typer
+
+from blipq import __version__
+from blipq.cli import dead_letters, jobs, services
+
+app = typer.Typer(
+    help="Asynchronous BLIP-2 jobs: captions, answers and matches for images in S3.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for command in (
+    jobs.caption,
+    jobs.vqa,
+    jobs.match,
+    jobs.status,
+    jobs.result,
+    jobs.cancel,
+    services.up,
+    services.down,
+    services.worker,
+):
+    app.command()(command)
+app.add_typer(dead_letters.app, name="dead-letters")
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        print(f"blipq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Asynchronous BLIP-2 jobs: captions, answers and matches for images in S3."""
+
+
+def main() -> None:
+    """The entry point."""
+    app()

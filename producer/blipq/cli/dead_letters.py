@@ -1,0 +1,57 @@
+"""Commands for jobs that are out of attempts."""
+
+from typing import Annotated
+
+import typer
+
+from blipq.cli.output import IdArgument, JsonOption, connected, out, status_line
+from blipq.errors import JobNotFound
+
+app = typer.Typer(help="Jobs that are out of attempts.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_(
+    limit: Annotated[int, typer.Option(help="At most this many, newest first.")] = 100,
+    as_json: JsonOption = False,
+) -> None:
+    """List the dead letters."""
+    with connected(as_json) as client:
+        for info in client.ledger.dead_letters(limit):
+            if as_json:
+                print(info.model_dump_json(exclude_none=True))
+            else:
+                out.print(f"{info.completed_at:%Y-%m-%d %H:%M:%S}  {status_line(info)}")
+
+
+@app.command("show")
+def show(id: IdArgument) -> None:
+    """Show one dead letter, as JSON."""
+    with connected(as_json=True) as client:
+        print(client.job(id).info().model_dump_json(indent=2, exclude_none=True))
+
+
+@app.command("retry")
+def retry(
+    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="The jobs' ids.")],
+) -> None:
+    """Queue dead letters again, with fresh attempts; they run alone."""
+    with connected() as client:
+        for id in ids:
+            message = client.ledger.retry_dead_letter(id)
+            if message is None:
+                raise JobNotFound(f"no dead letter {id}")
+            client.broker.publish(message)
+            out.print(f"{id}: queued")
+
+
+@app.command("drop")
+def drop(
+    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="The jobs' ids.")],
+) -> None:
+    """Forget dead letters and their jobs."""
+    with connected() as client:
+        for id in ids:
+            if not client.ledger.drop_dead_letter(id):
+                raise JobNotFound(f"no dead letter {id}")
+            out.print(f"{id}: dropped")

@@ -1,0 +1,159 @@
+"""What every command prints, and how its errors become exit codes."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from blipq.client import Client
+from blipq.contract import (
+    CaptionResult,
+    JobInfo,
+    MatchResult,
+    Result,
+    Status,
+    VQAResult,
+)
+from blipq.errors import (
+    BlipqError,
+    InvalidRequest,
+    JobCancelled,
+    JobExpired,
+    JobFailed,
+    JobNotFound,
+    QueueFull,
+    QueueUnavailable,
+    ResultTimeout,
+)
+from blipq.job import Job
+from blipq.settings import Settings
+
+EXIT_CODES: dict[type[BlipqError], int] = {
+    InvalidRequest: 2,
+    JobFailed: 3,
+    JobNotFound: 4,
+    ResultTimeout: 5,
+    JobCancelled: 6,
+    JobExpired: 6,
+    QueueUnavailable: 7,
+    QueueFull: 7,
+}
+
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The job's id.")]
+
+
+@contextmanager
+def connected(as_json: bool = False) -> Iterator[Client]:
+    """A client; blipq's errors become one line and an exit code."""
+    with reported(as_json):
+        settings = Settings()
+        if not as_json:
+            errors.print(f"using {settings.endpoints}", style="dim")
+        with Client(settings) as client:
+            yield client
+
+
+@contextmanager
+def reported(as_json: bool = False) -> Iterator[None]:
+    """Turns an error into one line on stderr (or JSON) and a stable exit code."""
+    try:
+        yield
+    except BlipqError as error:
+        if as_json:
+            described = {"error": type(error).__name__, "message": str(error)}
+            described |= {"code": error.code} if isinstance(error, JobFailed) else {}
+            print(json.dumps(described))
+        else:
+            errors.print(f"blipq: {error}", style="red", markup=False)
+        raise typer.Exit(_exit_code(error)) from None
+
+
+def _exit_code(error: BlipqError) -> int:
+    return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
+
+
+def follow(job: Job[Any], wait: bool, timeout: float, as_json: bool) -> None:
+    """Prints the job's result, or its id where nobody waits."""
+    if not wait:
+        print(json.dumps({"id": job.id}) if as_json else job.id)
+        return
+    try:
+        info = _wait(job, timeout)
+        found = job.result(timeout=0)
+    except ResultTimeout:
+        if not as_json:
+            errors.print(f"go on waiting with: blipq result {job.id}", style="dim")
+        raise
+    if as_json:
+        print_json(info)
+        return
+    for line in lines_of(found):
+        out.print(line, markup=False)
+    if info.receipt is not None and info.receipt.note:
+        errors.print(f"note: {info.receipt.note}", style="yellow")
+
+
+def _wait(job: Job[Any], timeout: float) -> JobInfo:
+    """Waits, and after a second says on a terminal what for."""
+    deadline = time.monotonic() + timeout
+    try:
+        return job.wait(min(1.0, timeout))
+    except ResultTimeout:
+        with errors.status(f"{job.id}: {job.status}") as spinner:
+            while True:
+                left = deadline - time.monotonic()
+                try:
+                    return job.wait(max(0.0, min(1.0, left)))
+                except ResultTimeout:
+                    if left <= 0:
+                        raise ResultTimeout(_waited(job, timeout)) from None
+                    spinner.update(status_line(job.info()))
+
+
+def _waited(job: Job[Any], timeout: float) -> str:
+    return f"not ended after {timeout:g} s: {status_line(job.info())}"
+
+
+def status_line(info: JobInfo) -> str:
+    """A job on one line."""
+    line = f"{info.id}: {info.status}"
+    if info.error is not None:
+        line += f" ({info.error.code}: {info.error.message})"
+    if info.live_workers == 0:
+        line += f", no live worker serves the model {info.model!r}"
+    if info.attempts > 1:
+        line += f", attempt {info.attempts}"
+    return line
+
+
+def lines_of(result: Result) -> Iterator[str]:
+    """A result as lines for people."""
+    match result:
+        case CaptionResult():
+            for found in result.captions:
+                yield found.text if found.score is None else f"{found.score:.3f}  {found.text}"
+        case VQAResult(answers=(answer,)):
+            yield answer.text
+        case VQAResult():
+            for answer in result.answers:
+                yield f"{answer.question}  {answer.text}"
+        case MatchResult():
+            for scored in result.scores:
+                yield f"{scored.score:.3f}  {scored.text}"
+        case _:
+            yield result.model_dump_json(exclude_none=True)
+
+
+def print_json(info: JobInfo) -> None:
+    """The job as one line of JSON."""
+    print(info.model_dump_json(exclude_none=True))
+    if info.status is Status.FAILED:
+        raise typer.Exit(EXIT_CODES[JobFailed])

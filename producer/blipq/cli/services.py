@@ -1,0 +1,58 @@
+"""Commands that start and stop services."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blipq.cli.output import errors, reported
+from blipq.settings import read_stack_file
+
+
+def up(
+    redis_port: Annotated[int | None, typer.Option(help="Redis port.")] = None,
+    s3_port: Annotated[int | None, typer.Option(help="S3 port.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where data and logs are kept.")] = None,
+    worker: Annotated[bool, typer.Option(help="Also start a worker.")] = True,
+) -> None:
+    """Start a local stack: Redis, S3 and a worker. Ctrl-C stops it all."""
+    from blipq import up as stack
+
+    with reported():
+        raise typer.Exit(stack.run(redis_port, s3_port, folder, with_worker=worker))
+
+
+def down() -> None:
+    """Stop the local stack that `blipq up` started."""
+    stack = read_stack_file()
+    if stack is None:
+        errors.print("no local stack is running")
+        return
+    pid = int(stack["pid"])
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + 90
+    while read_stack_file() is not None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if read_stack_file() is not None:
+        errors.print(f"the local stack (pid {pid}) is still draining")
+        raise typer.Exit(1)
+    errors.print("stopped")
+
+
+def worker(
+    gpus: Annotated[
+        str | None, typer.Option(help="One process per GPU: 'all', or indexes such as 0,1.")
+    ] = None,
+    drain: Annotated[float, typer.Option(help="With --gpus: seconds until SIGKILL.")] = 60.0,
+) -> None:
+    """Run a worker for the services that the settings name. SIGTERM drains it."""
+    from blipq import fleet
+
+    with reported():
+        if gpus is None:
+            fleet.run_one()
+        else:
+            raise typer.Exit(fleet.run_per_gpu(gpus, drain_s=drain))

@@ -1,0 +1,83 @@
+"""``blipq worker``: one process, or one supervised process per GPU."""
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+
+from blipq.errors import InvalidRequest
+from blipq.supervisor import Service, supervise
+
+COMMAND = [sys.executable, "-m", "blipq_worker"]
+
+#: A worker's model cannot be loaded, or answers nonsense: starting it again would not help.
+EXIT_MODEL = 78
+
+
+def run_one() -> None:
+    """Becomes a worker process. Does not return."""
+    _require_worker()
+    os.execv(COMMAND[0], COMMAND)
+
+
+def run_per_gpu(gpus: str, *, drain_s: float) -> int:
+    """Runs a worker per GPU and starts again what dies; the exit code.
+
+    ``gpus``: ``all``, or indexes such as ``0,2``. SIGTERM and SIGINT drain them all.
+    """
+    _require_worker()
+    indexes = _all_gpus() if gpus == "all" else _indexes(gpus)
+    health_port = os.environ.get("BLIPQ_HEALTH_PORT")
+    services = []
+    for place, index in enumerate(indexes):
+        environment = {"CUDA_VISIBLE_DEVICES": index}
+        if health_port:  # one port per process, upwards
+            environment["BLIPQ_HEALTH_PORT"] = str(int(health_port) + place)
+        services.append(Service(f"worker on GPU {index}", COMMAND, env=environment))
+    return run_supervised(services, drain_s=drain_s)
+
+
+def run_supervised(services: Sequence[Service], *, drain_s: float) -> int:
+    """Runs services until a signal comes, then drains them side by side."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    for service in services:
+        service.start()
+    try:
+        return supervise(services, stop, tell=_tell, give_up_on=(EXIT_MODEL,))
+    finally:
+        for service in services:
+            service.signal(signal.SIGTERM)
+        for service in services:
+            service.stop(timeout=drain_s + 10)
+
+
+def _require_worker() -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise InvalidRequest("no worker here: pip install 'blipq[worker]'")
+
+
+def _all_gpus() -> list[str]:
+    if shutil.which("nvidia-smi") is None:
+        raise InvalidRequest("no GPU here: nvidia-smi is not on PATH")
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
+    count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    if count == 0:
+        raise InvalidRequest(f"no GPU here: nvidia-smi says {listed.stderr or listed.stdout!r}")
+    return [str(index) for index in range(count)]
+
+
+def _indexes(gpus: str) -> list[str]:
+    indexes = [part.strip() for part in gpus.split(",")]
+    if not all(index.isdecimal() for index in indexes):
+        raise InvalidRequest(f"--gpus takes 'all' or indexes such as 0,1; not {gpus!r}")
+    return indexes
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,14 @@
+-- Puts a dead letter back into its queue with fresh attempts. ARGV: id, expires_in ms, retention ms.
+-- Returns 1, or 0 if it is no dead letter.
+local id, expires_in, retention = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local job = load(id)
+if not job or not redis.call('ZSCORE', DEAD, id) or job.status ~= 'failed' then return 0 end
+local key = job_key(id)
+redis.call('ZREM', DEAD, id)
+redis.call('HDEL', key, 'error', 'receipt', 'completed_at', 'crashes', 'retries')
+redis.call('HSET', key, 'deadline', now + expires_in)
+redis.call('PEXPIRE', key, expires_in + retention)
+index(OPEN, now + expires_in, id)
+index(QUEUES, now, job.queue)
+enqueue(id, job, now)
+return 1

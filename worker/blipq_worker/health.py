@@ -1,0 +1,74 @@
+"""``/healthz`` and ``/readyz`` over HTTP, for whatever keeps worker processes alive.
+
+Live: the model makes progress and the broker loop turns; a process that is not should be ended.
+Ready: the models are loaded and checked, Redis answers, and the worker is not draining.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+#: A broker loop that has not turned for this long is stuck, unless Redis itself is away.
+LONGEST_TURN_S = 60.0
+
+Checks = Mapping[str, Callable[[], str | None]]
+
+
+class BrokerLoop:
+    """When Celery's consumer loop last turned."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def turned(self) -> None:
+        """Called from the loop itself."""
+        self._last = time.monotonic()
+
+    def stuck(self) -> str | None:
+        """What is wrong, or None."""
+        age = time.monotonic() - self._last
+        return f"no turn for {age:.0f} s" if age > LONGEST_TURN_S else None
+
+
+class HealthServer:
+    """Answers 200 with what was checked, or 503 with what is wrong."""
+
+    def __init__(self, port: int, live: Checks, ready: Checks) -> None:
+        checks = {"/healthz": live, "/readyz": ready}
+
+        class Handler(BaseHTTPRequestHandler):
+            timeout = 5
+
+            def do_GET(self) -> None:
+                if self.path not in checks:
+                    self.send_error(404)
+                    return
+                found = {name: check() for name, check in checks[self.path].items()}
+                wrong = any(problem is not None for problem in found.values())
+                body = json.dumps({name: problem or "ok" for name, problem in found.items()})
+                self.send_response(503 if wrong else 200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body.encode())
+
+            def log_message(self, format: str, *args: object) -> None:
+                """A probe every few seconds is no news."""
+
+        self._server = ThreadingHTTPServer(("", port), Handler)
+        self._server.daemon_threads = True
+        self.port = self._server.server_port
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, name="blipq-health", daemon=True
+        )
+
+    def start(self) -> None:
+        """Starts answering."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stops answering."""
+        self._server.shutdown()
+        self._server.server_close()
