@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: help demo up test guarantees lint types check format constraints demo-model clean
+.PHONY: help demo up test guarantees chaos lint types check format constraints demo-model clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -19,14 +19,22 @@ up: $(VENV)/installed  ## Start a local stack: Redis, S3 and a worker with the d
 	$(BIN)/blipq up
 
 test: $(VENV)/installed-dev  ## Run the tests.
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not guarantee'
+
+guarantees: $(VENV)/installed-dev  ## Break things on the real stack, and see each promise kept.
+	$(BIN)/pytest -m guarantee --numprocesses 3 tests/guarantees
+
+SEED ?= 7
+JOBS ?= 10000
+chaos: $(VENV)/installed-dev  ## Load with faults at random; SEED=7 JOBS=10000.
+	$(BIN)/python tests/guarantees/chaos.py --seed $(SEED) --jobs $(JOBS)
 
 lint: $(VENV)/installed-dev  ## Check style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test  ## What CI runs.
+check: lint test guarantees  ## What CI runs.
 
 format: $(VENV)/installed-dev  ## Format the code.
 	$(BIN)/ruff check --fix .

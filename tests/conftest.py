@@ -69,6 +69,19 @@ def ledger(raw_redis: "redis.Redis", settings: Settings) -> Ledger:
     return Ledger(raw_redis, settings)
 
 
+@pytest.fixture
+def apart(stack: LocalStack) -> Iterator[Settings]:
+    """The same services, but a Redis database that is empty and that no worker looks at."""
+    fields = stack.settings_fields()
+    fields["redis_url"] = fields["redis_url"].removesuffix("/0") + "/1"
+    settings = Settings.model_validate(fields)
+    with connect(settings) as raw:
+        raw.flushdb()
+        yield settings
+        forever = [key for key in raw.scan_iter("blipq:*") if raw.ttl(key) == -1]
+    assert not forever, f"keys without a time to live: {forever}"
+
+
 def start_worker(stack: LocalStack, log: Path, **options: str) -> Service:
     """A worker process of the stack, as `blipq worker` starts it; options are BLIPQ_* settings."""
     environment = stack.environment() | {"OMP_NUM_THREADS": "1"}
@@ -103,10 +116,11 @@ def worker(
 @pytest.fixture(autouse=True)
 def _every_key_expires(request: pytest.FixtureRequest) -> Iterator[None]:
     """No test may leave one of our Redis keys without a time to live."""
+    stack = request.getfixturevalue("stack") if "stack" in request.fixturenames else None
     yield
-    if "stack" not in request.fixturenames:
+    if stack is None:
         return
-    with connect(request.getfixturevalue("settings")) as raw:
+    with connect(stack.settings()) as raw:
         keys = list(raw.scan_iter("blipq:*"))
         forever = [key for key in keys if raw.ttl(key) == -1]
     assert not forever, f"keys without a time to live: {forever}"

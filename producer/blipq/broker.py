@@ -5,9 +5,11 @@ above any job, because leases in the ledger do the recovering; no results in Cel
 never wait for ever.
 """
 
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import cached_property
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
@@ -18,6 +20,8 @@ from blipq.settings import Settings
 
 if TYPE_CHECKING:
     from celery import Celery
+
+_Batch = tuple["Future[None]", list[Message]]
 
 #: A publish that takes longer is left to the reconciler: the job is recorded already.
 PUBLISH_TIMEOUT_S = 1.0
@@ -81,8 +85,12 @@ class Broker:
         return make_app(self.settings)
 
     @cached_property
-    def _publisher(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(1, thread_name_prefix="blipq-publish")
+    def _outgoing(self) -> "SimpleQueue[_Batch | None]":
+        """What the publishing thread takes. It is a daemon: a hanging broker holds no exit up."""
+        outgoing: SimpleQueue[_Batch | None] = SimpleQueue()
+        target, args = self._publish_from, (outgoing,)
+        threading.Thread(target=target, args=args, name="blipq-publish", daemon=True).start()
+        return outgoing
 
     def publish(self, message: Message) -> bool:
         """Publishes a recorded job; False if the broker did not take it in time.
@@ -97,13 +105,25 @@ class Broker:
 
         # celery-types does not know that KombuError is an exception.
         refused: tuple[Any, ...] = (FutureTimeout, OSError, KombuError, RedisError)
-        sent: Future[None] = self._publisher.submit(self._send, messages)
+        _ = self.app  # importing Celery must not use up the publisher's time
+        sent: Future[None] = Future()
+        self._outgoing.put((sent, messages))
         try:
             sent.result(timeout=PUBLISH_TIMEOUT_S + 0.002 * len(messages))
-        except refused:
-            sent.cancel()
+        except refused:  # one that is only slow is sent all the same; twice does no harm
             return False
         return True
+
+    def _publish_from(self, outgoing: "SimpleQueue[_Batch | None]") -> None:
+        while (batch := outgoing.get()) is not None:
+            sent, messages = batch
+            if sent.set_running_or_notify_cancel():
+                try:
+                    self._send(messages)
+                except Exception as error:
+                    sent.set_exception(error)
+                else:
+                    sent.set_result(None)
 
     def _send(self, messages: list[Message]) -> None:
         with self.app.producer_or_acquire() as producer:
@@ -120,7 +140,7 @@ class Broker:
 
     def close(self) -> None:
         """Closes the connections."""
-        if "_publisher" in self.__dict__:
-            self._publisher.shutdown(wait=False, cancel_futures=True)
+        if "_outgoing" in self.__dict__:
+            self._outgoing.put(None)
         if "app" in self.__dict__:
             self.app.close()

@@ -206,5 +206,7 @@ class Client:
 def _turn(turn: Turn | tuple[str, str]) -> Turn:
     if isinstance(turn, Turn):
         return turn
+    if len(turn) != 2:
+        raise InvalidRequest("history: a turn is a question and its answer")
     question, answer = turn
     return checked(Turn, question=question, answer=answer)

@@ -6,7 +6,7 @@
     ├── QueueUnavailable                  Redis or S3 did not answer in time; has .job_id
     ├── QueueFull                         too many open jobs, or Redis is out of memory
     ├── JobNotFound (LookupError)         no such job, or its result is past keeping
-    ├── ResultTimeout (TimeoutError)      not ended yet; the job goes on
+    ├── ResultTimeout (TimeoutError)      not ended yet; the job goes on; has .job_id
     ├── JobEnded                          the job ended without a result
     │   ├── JobFailed                     has .code, .attempts
     │   ├── JobCancelled
@@ -70,6 +70,10 @@ class ResultTimeout(BlipqError, TimeoutError):
     """The job has not ended within the timeout. It goes on; wait again or cancel it."""
 
     retryable = True
+
+    def __init__(self, message: str, job_id: str) -> None:
+        super().__init__(message)
+        self.job_id = job_id
 
 
 class JobEnded(BlipqError):

@@ -9,6 +9,9 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from pydantic import TypeAdapter
+
+from blipq.contract import Seconds
 from blipq.errors import InvalidRequest
 from blipq.supervisor import Service, supervise
 
@@ -24,7 +27,7 @@ def run_one() -> None:
     os.execv(COMMAND[0], COMMAND)
 
 
-def run_per_gpu(gpus: str, *, drain_s: float) -> int:
+def run_per_gpu(gpus: str) -> int:
     """Runs a worker per GPU and starts again what dies; the exit code.
 
     ``gpus``: ``all``, or indexes such as ``0,2``. SIGTERM and SIGINT drain them all.
@@ -38,7 +41,7 @@ def run_per_gpu(gpus: str, *, drain_s: float) -> int:
         if health_port:  # one port per process, upwards
             environment["BLIPQ_HEALTH_PORT"] = str(int(health_port) + place)
         services.append(Service(f"worker on GPU {index}", COMMAND, env=environment))
-    return run_supervised(services, drain_s=drain_s)
+    return run_supervised(services, drain_s=_drain_timeout_s())
 
 
 def run_supervised(services: Sequence[Service], *, drain_s: float) -> int:
@@ -60,6 +63,11 @@ def run_supervised(services: Sequence[Service], *, drain_s: float) -> int:
 def _require_worker() -> None:
     if importlib.util.find_spec("torch") is None:
         raise InvalidRequest("no worker here: pip install 'blipq[worker]'")
+
+
+def _drain_timeout_s() -> float:
+    """The workers' own deadline; a process that outlasts it by more than a little is killed."""
+    return TypeAdapter(Seconds).validate_python(os.environ.get("BLIPQ_DRAIN_TIMEOUT_S", 60.0))
 
 
 def _all_gpus() -> list[str]:

@@ -94,7 +94,7 @@ class Job(Generic[ResultT]):
                 return info
             left = LAST_POLL_S if ending is None else ending - time.monotonic()
             if left <= 0:
-                raise down or ResultTimeout(_still_open(cast(JobInfo, info), timeout))
+                raise down or ResultTimeout(_still_open(cast(JobInfo, info), timeout), self.id)
             told.wait(min(pause, left))
             told.clear()
             pause = min(pause * 1.5, LAST_POLL_S)

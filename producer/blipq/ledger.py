@@ -93,8 +93,8 @@ def connect(settings: Settings, *, timeout_s: float | None = None) -> "redis.Red
         socket_connect_timeout=timeout,
         socket_keepalive=True,
         health_check_interval=30,
-        retry=Retry(NoBackoff(), 1),
-        retry_on_error=[redis.ConnectionError],
+        # A dropped connection is opened again once; a timeout is final, or it would double.
+        retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
     )
 
 
@@ -115,7 +115,8 @@ def redis_errors(job_id: str | None = None) -> Iterator[None]:
 
 def digest(request: str, options: Options) -> str:
     """What makes two submits the same: the request and every option but the key itself."""
-    rest = options.model_dump_json(exclude_defaults=True, exclude={"idempotency_key"})
+    given = options.model_dump(mode="json", exclude_defaults=True, exclude={"idempotency_key"})
+    rest = json.dumps(given, sort_keys=True)  # metadata in another order is the same
     return hashlib.sha256(f"{request}\n{rest}".encode()).hexdigest()[:32]
 
 
@@ -130,9 +131,13 @@ class Ledger:
     def __init__(self, client: "redis.Redis", settings: Settings) -> None:
         self.redis = client
         self.settings = settings
+        self._scripts: dict[str, Any] = {}
 
     def _run(self, script: str, *args: str | int | float) -> Any:
-        return _registered(self.redis, script)(args=args)
+        if script not in self._scripts:
+            # Sent by its hash, and loaded again where Redis lost it.
+            self._scripts[script] = self.redis.register_script(script_text(script))
+        return self._scripts[script](args=args)
 
     # -- the producer's side --
 
@@ -243,11 +248,8 @@ class Ledger:
 
     def claim(self, id: str, worker: str, *, lease_s: float = LEASE_S) -> Claim | Unclaimed:
         """Takes a job under a lease, or says why not."""
-        ttl = ms(self.settings.dead_letter_ttl)
         with redis_errors(id):
-            outcome, *pairs = self._run(
-                "claim", id, worker, ms(lease_s), MAX_CRASHES, ttl, CONTRACT
-            )
+            outcome, *pairs = self._run("claim", id, worker, ms(lease_s), CONTRACT)
         if outcome != "claimed":
             return cast("Unclaimed", outcome)
         job = _paired(pairs)
@@ -304,11 +306,17 @@ class Ledger:
         with redis_errors(claim.id):
             return bool(self._run("requeue", claim.id, claim.token, 0, "hand-back"))
 
-    def reconcile(self, *, limit: int = 100, grace_s: float = GRACE_S) -> list[Message]:
-        """One sweep over what is due; the messages to publish again."""
+    def reconcile(
+        self, *, limit: int = 100, grace_s: float = GRACE_S, judge: bool = True
+    ) -> list[Message]:
+        """One sweep over what is due; the messages to publish again.
+
+        Without ``judge`` it leaves leases that ran out alone: after an outage of Redis they say
+        nothing about their workers.
+        """
         ttl = ms(self.settings.dead_letter_ttl)
         with redis_errors():
-            flat = self._run("reconcile", limit, ms(grace_s), MAX_CRASHES, ttl)
+            flat = self._run("reconcile", limit, ms(grace_s), MAX_CRASHES, ttl, int(judge))
         triples = zip(flat[::3], flat[1::3], flat[2::3], strict=True)
         return [Message(Kind(kind), id, queue) for kind, id, queue in triples]
 
@@ -330,15 +338,15 @@ class Ledger:
             if text is not None
         }
 
-    def lock(self, key: str, owner: str, ttl_ms: int) -> bool:
-        """Takes or renews a lock that its owner's death cannot keep."""
+    def lock(self, key: str, owner: str, ttl_s: float) -> Literal["taken", "kept", "new"]:
+        """Takes or renews a lock that its owner's death cannot keep.
+
+        ``taken`` by another owner, ``kept`` from before, or ``new``: nobody held it until now.
+        """
         with redis_errors():
-            return bool(self._run("lock", key, owner, ttl_ms))
-
-
-def _registered(client: "redis.Redis", name: str) -> Any:
-    """The script as redis-py registers it: sent by hash, loaded where Redis lost it."""
-    return client.register_script(script_text(name))
+            answer = self._run("lock", key, owner, ms(ttl_s))
+        outcomes: tuple[Literal["taken", "kept", "new"], ...] = ("taken", "kept", "new")
+        return outcomes[answer]
 
 
 def _flat(fields: Mapping[str, Any]) -> list[Any]:

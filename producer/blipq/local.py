@@ -21,7 +21,7 @@ from pathlib import Path
 import redis
 
 from blipq.errors import BlipqError
-from blipq.settings import Settings, stack_file
+from blipq.settings import Settings, born, stack_file
 from blipq.storage import Storage
 from blipq.supervisor import Service
 
@@ -141,7 +141,9 @@ class LocalStack:
         """Writes the file by which clients on this machine find the stack while it lives."""
         path = stack_file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"pid": os.getpid(), "settings": self.settings_fields()}, indent=2)
+        pid = os.getpid()
+        found = {"pid": pid, "born": born(pid), "settings": self.settings_fields()}
+        text = json.dumps(found, indent=2)
         scratch = path.with_suffix(".new")
         scratch.touch(mode=0o600)
         scratch.write_text(text)

@@ -25,7 +25,6 @@ class Notifier:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
-        self._subscribed = threading.Event()
         self._pubsub: Any = None
 
     @contextmanager
@@ -48,6 +47,10 @@ class Notifier:
     def close(self) -> None:
         """Stops listening."""
         self._closed.set()
+        # The answer to this wakes the thread at once.
+        with self._lock, suppress(redis.RedisError, OSError):
+            if self._pubsub is not None:
+                self._pubsub.unsubscribe()
         if self._thread is not None:
             self._thread.join(timeout=2)
 

@@ -38,12 +38,22 @@ def stack_file() -> Path:
     return Path(override) if override else cache_folder() / "stack.json"
 
 
+def born(pid: int) -> str | None:
+    """When a process started, where the system says so: pids are used again."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
 def read_stack_file() -> dict[str, Any] | None:
     """What the local stack wrote, if its process still lives."""
     try:
         stack: dict[str, Any] = json.loads(stack_file().read_text())
         os.kill(int(stack["pid"]), 0)
-    except (OSError, ValueError, KeyError):
+        if stack.get("born") not in (None, born(stack["pid"])):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return stack
 
@@ -69,6 +79,7 @@ class Settings(BaseSettings):
 
     redis_url: str = Field(
         default="redis://localhost:6379/0",
+        pattern=r"^(rediss?|unix)://",
         description="Redis that holds the job records (also rediss:// for TLS).",
     )
     broker_url: str | None = Field(

@@ -131,8 +131,9 @@ def _read(source: str | Path | bytes) -> tuple[bytes, str]:
         try:
             size = path.stat().st_size
             data = path.read_bytes() if size <= MAX_UPLOAD_BYTES else b""
-        except OSError as error:
-            raise InvalidRequest(f"cannot read {path}: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            why = getattr(error, "strerror", None) or error
+            raise InvalidRequest(f"cannot read {path}: {why}") from error
         if size > MAX_UPLOAD_BYTES:
             raise InvalidRequest(f"{path} has {size:,} bytes; the most is {MAX_UPLOAD_BYTES:,}")
         suffix = path.suffix.lower()

@@ -26,6 +26,7 @@ from blipq_worker.health import BrokerLoop, HealthServer
 from blipq_worker.leases import Heartbeat, Held, Reconciler
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.tasks import HandBack, JobFailedTask, Runner
+from blipq_worker.transport import harden
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from blipq_worker.blip2 import Blip2
 
 log = logging.getLogger(__name__)
-
-RECONCILE_EVERY_S = 1.0
 
 
 class Worker:
@@ -84,12 +83,16 @@ class Worker:
             stalled_for=self._engine.batcher.stalled_for,
             draining=lambda: self._gate.closed,
         )
-        grace_s = min(GRACE_S, options.lease_s)
         self._reconciler = Reconciler(
-            ledger, self._broker, self.name, interval_s=RECONCILE_EVERY_S, grace_s=grace_s
+            ledger,
+            self._broker,
+            self.name,
+            lease_s=options.lease_s,
+            grace_s=min(GRACE_S, options.lease_s),
         )
         self._broker_loop = BrokerLoop()
         self._health = self._health_server(ledger) if options.health_port is not None else None
+        harden()
         self._app = make_app(settings)
         register_tasks(self._app, self._runner)
 

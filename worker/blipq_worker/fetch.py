@@ -62,17 +62,16 @@ class Fetcher:
 
     def _check_allowed(self, image: ImageRef) -> None:
         path = f"{image.bucket}/{image.key}"
-        if self._allowed and not any(
-            image.bucket == allowed or ("/" in allowed and path.startswith(allowed))
-            for allowed in self._allowed
-        ):
+        inside = any(path.startswith(allowed.rstrip("/") + "/") for allowed in self._allowed)
+        if self._allowed and not inside:
             message = f"{image.uri} is outside BLIPQ_ALLOWED_BUCKETS"
             raise PermanentError(ErrorCode.IMAGE_FORBIDDEN, message)
 
     def _read(self, image: ImageRef, response: Any, deadline: float) -> bytes:
         body = response["Body"]
         try:
-            if response["ContentLength"] > self._max_bytes:
+            length = response.get("ContentLength")  # none in a chunked answer
+            if length is not None and length > self._max_bytes:
                 raise self._too_large(image)
             data = bytearray()
             # read1-sized steps: a whole chunk of a drip would outlast the deadline unseen.
@@ -83,7 +82,7 @@ class Fetcher:
                 if time.monotonic() > deadline:
                     message = f"{image.uri}: not read within {self._timeout_s:g} s"
                     raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, message)
-            if len(data) != response["ContentLength"]:
+            if length is not None and len(data) != length:
                 message = f"{image.uri}: the connection was cut after {len(data):,} bytes"
                 raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, message)
             return bytes(data)

@@ -18,7 +18,13 @@ log = logging.getLogger(__name__)
 EXIT_HUNG = 70
 
 RECONCILER_LOCK = "blipq:reconciler"
-RECONCILER_LOCK_MS = 5000
+LONGEST_BEAT_S = 2.0
+LONGEST_LOCK_S = 5.0
+
+
+def beat_s(lease_s: float) -> float:
+    """How often leases are renewed."""
+    return min(LONGEST_BEAT_S, lease_s / 5)
 
 
 class Held:
@@ -44,11 +50,13 @@ class Held:
         return gone
 
     def on_lost(self, claim: Claim, call: Callable[[], object]) -> None:
-        """Calls ``call`` when the claim is lost."""
+        """Calls ``call`` when the claim is lost, at once if it is already."""
         with self._lock:
             entry = self._claims.get(claim.id)
             if entry is not None:
                 entry[2].append(call)
+        if self.event(claim).is_set():
+            call()
 
     def remove(self, claim: Claim) -> None:
         """Lets a claim go."""
@@ -123,7 +131,7 @@ class Heartbeat(Periodic):
         stalled_for: Callable[[], float],
         draining: Callable[[], bool],
     ) -> None:
-        super().__init__("blipq-heartbeat", min(2.0, lease_s / 5))
+        super().__init__("blipq-heartbeat", beat_s(lease_s))
         self._ledger = ledger
         self._held = held
         self._worker = worker
@@ -170,23 +178,32 @@ class Heartbeat(Periodic):
 class Reconciler(Periodic):
     """Publishes again what a crash, a lost message or a backoff left behind.
 
-    One worker at a time does it, under a lock that a dead one cannot keep.
+    One worker at a time does it, under a lock that a dead one cannot keep. Where nobody held the
+    lock, Redis may have been away, and every lease with it: live workers first get the time to
+    renew theirs.
     """
 
     def __init__(
-        self, ledger: Ledger, broker: Broker, worker: str, *, interval_s: float, grace_s: float
+        self, ledger: Ledger, broker: Broker, worker: str, *, lease_s: float, grace_s: float
     ) -> None:
-        super().__init__("blipq-reconciler", interval_s)
+        super().__init__("blipq-reconciler", min(1.0, lease_s / 4))
         self._ledger = ledger
         self._broker = broker
         self._worker = worker
+        self._lock_s = min(LONGEST_LOCK_S, lease_s / 2)
+        self._patience_s = 2 * beat_s(lease_s)
+        self._judge_from = 0.0
         self._grace_s = grace_s
 
     def tick(self) -> None:
         """One sweep, if the lock is ours."""
-        if not self._ledger.lock(RECONCILER_LOCK, self._worker, RECONCILER_LOCK_MS):
+        lock = self._ledger.lock(RECONCILER_LOCK, self._worker, self._lock_s)
+        if lock == "taken":
             return
-        messages = self._ledger.reconcile(grace_s=self._grace_s)
+        if lock == "new":
+            self._judge_from = time.monotonic() + self._patience_s
+        judge = time.monotonic() >= self._judge_from
+        messages = self._ledger.reconcile(grace_s=self._grace_s, judge=judge)
         if messages:
             log.info("published again: %d", len(messages))
             self._broker.publish_all(messages)

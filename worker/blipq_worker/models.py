@@ -46,6 +46,19 @@ KNOWN_MODELS: dict[str, KnownModel] = {
     "flan-t5-xl-coco": KnownModel("Salesforce/blip2-flan-t5-xl-coco", _COCO, "COCO captions"),
 }
 
+#: Parameters of the published checkpoints; tests/worker/test_memory.py counts them.
+PARAMETERS: dict[str, int] = {
+    "Salesforce/blip2-opt-2.7b": 3_744_761_856,
+    "Salesforce/blip2-opt-6.7b": 7_752_869_376,
+    "Salesforce/blip2-opt-2.7b-coco": 3_745_353_216,
+    "Salesforce/blip2-opt-6.7b-coco": 7_753_460_736,
+    "Salesforce/blip2-flan-t5-xl": 3_942_446_592,
+    "Salesforce/blip2-flan-t5-xxl": 12_229_596_672,
+    "Salesforce/blip2-flan-t5-xl-coco": 3_943_037_952,
+    _BASE: 1_172_032_258,
+    _COCO: 1_172_623_618,
+}
+
 
 def demo_folder() -> Path:
     """The demo model's checkpoints: a small BLIP-2 of a world of coloured shapes."""
@@ -77,6 +90,8 @@ def load_models(options: WorkerSettings) -> "dict[str, Blip2]":
 
     from blipq_worker import canary
     from blipq_worker.blip2 import Blip2, CheckpointError
+    from blipq_worker.blip2.checkpoints import CheckpointMissing
+    from blipq_worker.weights import how_to_get, weights_of_served
 
     device = options.device
     if device == "auto":
@@ -103,6 +118,10 @@ def load_models(options: WorkerSettings) -> "dict[str, Blip2]":
         except canary.CanaryError as error:
             advice = "it is damaged or does not suit these settings (BLIPQ_CANARY=0 serves it)"
             raise ModelError(f"model {name!r} failed its check: {error}; {advice}") from error
+        except CheckpointMissing as error:
+            missing = [each for each in weights_of_served(options.models) if not each.present]
+            advice = how_to_get(missing)
+            raise ModelError(f"model {name!r}: {error.what}; {advice}") from error
         except (CheckpointError, ValueError) as error:
             raise ModelError(f"model {name!r}: {error}") from error
     return loaded

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from blipq.contract import Seconds
+from blipq.contract import Name, Seconds
 
 Quantization = Literal["auto", "none", "int8", "nf4"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -32,8 +32,9 @@ class WorkerSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="BLIPQ_", extra="ignore", frozen=True)
 
-    models: Annotated[dict[str, str], NoDecode, BeforeValidator(_pairs)] = Field(
+    models: Annotated[dict[Name, str], NoDecode, BeforeValidator(_pairs)] = Field(
         default={"default": "demo"},
+        min_length=1,
         description=(
             "Served models: `name=what` pairs. What is a known model (`blipq models list`), or "
             "`generation[+retrieval]` as hub ids or folders."

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from blipq import __version__
-from blipq.cli import dead_letters, jobs, services
+from blipq.cli import dead_letters, demo, doctor, jobs, models, services
 
 app = typer.Typer(
     help="Asynchronous BLIP-2 jobs: captions, answers and matches for images in S3.",
@@ -27,12 +27,15 @@ for command in (
     jobs.status,
     jobs.result,
     jobs.cancel,
+    demo.demo,
+    doctor.doctor,
     services.up,
     services.down,
     services.worker,
 ):
     app.command()(command)
 app.add_typer(dead_letters.app, name="dead-letters")
+app.add_typer(models.app, name="models")
 
 
 def _version(shown: bool) -> None:

@@ -9,13 +9,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from blipq.client import Client
+from blipq.client import Client, checked
 from blipq.contract import (
     CaptionResult,
     JobInfo,
     MatchResult,
     Result,
-    Status,
     VQAResult,
 )
 from blipq.errors import (
@@ -54,7 +53,7 @@ IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The job's id.")]
 def connected(as_json: bool = False) -> Iterator[Client]:
     """A client; blipq's errors become one line and an exit code."""
     with reported(as_json):
-        settings = Settings()
+        settings = checked(Settings)
         if not as_json:
             errors.print(f"using {settings.endpoints}", style="dim")
         with Client(settings) as client:
@@ -70,6 +69,8 @@ def reported(as_json: bool = False) -> Iterator[None]:
         if as_json:
             described = {"error": type(error).__name__, "message": str(error)}
             described |= {"code": error.code} if isinstance(error, JobFailed) else {}
+            if (job_id := getattr(error, "job_id", None)) is not None:
+                described["job_id"] = job_id
             print(json.dumps(described))
         else:
             errors.print(f"blipq: {error}", style="red", markup=False)
@@ -114,7 +115,7 @@ def _wait(job: Job[Any], timeout: float) -> JobInfo:
                     return job.wait(max(0.0, min(1.0, left)))
                 except ResultTimeout:
                     if left <= 0:
-                        raise ResultTimeout(_waited(job, timeout)) from None
+                        raise ResultTimeout(_waited(job, timeout), job.id) from None
                     spinner.update(status_line(job.info()))
 
 
@@ -155,5 +156,3 @@ def lines_of(result: Result) -> Iterator[str]:
 def print_json(info: JobInfo) -> None:
     """The job as one line of JSON."""
     print(info.model_dump_json(exclude_none=True))
-    if info.status is Status.FAILED:
-        raise typer.Exit(EXIT_CODES[JobFailed])

@@ -46,7 +46,6 @@ def worker(
     gpus: Annotated[
         str | None, typer.Option(help="One process per GPU: 'all', or indexes such as 0,1.")
     ] = None,
-    drain: Annotated[float, typer.Option(help="With --gpus: seconds until SIGKILL.")] = 60.0,
 ) -> None:
     """Run a worker for the services that the settings name. SIGTERM drains it."""
     from blipq import fleet
@@ -55,4 +54,4 @@ def worker(
         if gpus is None:
             fleet.run_one()
         else:
-            raise typer.Exit(fleet.run_per_gpu(gpus, drain_s=drain))
+            raise typer.Exit(fleet.run_per_gpu(gpus))

@@ -1,7 +1,6 @@
--- Takes a job under a lease. ARGV: id, worker, lease ms, max crashes, dead letter ttl ms, contract.
+-- Takes a job under a lease. ARGV: id, worker, lease ms, contract.
 -- Returns {'claimed', field, value, ...} or {reason}: unknown, ended, busy, newer.
-local id, worker, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local max_crashes, dead_letter_ttl, contract = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local id, worker, lease, contract = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 
 local job = load(id)
 if not job then return {'unknown'} end
@@ -10,12 +9,8 @@ if tonumber(job.deadline) <= now then
   end_job(id, job, 'expired', {})
   return {'ended'}
 end
-if job.status == 'running' then
-  local lease_end = redis.call('ZSCORE', RUNNING, id)
-  if lease_end and tonumber(lease_end) > now then return {'busy'} end
-  if not crashed(id, job, max_crashes, dead_letter_ttl) then return {'ended'} end
-  job.solo = '1'
-end
+-- Only the reconciler judges a lease that ran out.
+if job.status == 'running' then return {'busy'} end
 -- A retry waits for its time even if an older message of the job turns up.
 if redis.call('ZSCORE', DELAYED, id) then return {'busy'} end
 if tonumber(job.contract) > contract then return {'newer'} end

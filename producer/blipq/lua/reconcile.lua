@@ -1,5 +1,5 @@
 -- One sweep over what is due, the oldest first and at most LIMIT of each: O(1) with any backlog.
--- ARGV: limit, grace ms, max crashes, dead letter ttl ms.
+-- ARGV: limit, grace ms, max crashes, dead letter ttl ms, whether to judge leases (1 or 0).
 -- Returns {kind, id, queue, ...} triples of the jobs to publish again.
 local limit, grace = tonumber(ARGV[1]), tonumber(ARGV[2])
 local max_crashes, dead_letter_ttl = tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -20,7 +20,7 @@ for _, id in ipairs(due(OPEN)) do
   if job and not ended(job) then end_job(id, job, 'expired', {}) else redis.call('ZREM', OPEN, id) end
 end
 
-for _, id in ipairs(due(RUNNING)) do
+for _, id in ipairs(ARGV[5] == '1' and due(RUNNING) or {}) do
   local job = load(id)
   if not job or job.status ~= 'running' then
     redis.call('ZREM', RUNNING, id)

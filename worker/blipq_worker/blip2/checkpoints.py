@@ -20,6 +20,14 @@ class CheckpointError(BlipqError):
     """A checkpoint is missing, incomplete or of the wrong kind; the message says what to do."""
 
 
+class CheckpointMissing(CheckpointError):
+    """A checkpoint is neither here nor to be had from the hub; ``what`` says so without advice."""
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"{what}. {advice}")
+        self.what = what
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint in a local folder.
@@ -72,10 +80,11 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=_NEEDED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
+        raise CheckpointMissing(
             f"checkpoint {name!r} is neither a folder here nor in the local cache, and the hub "
-            f"did not give it ({type(error).__name__}). Fetch it where there is a network with "
-            f"`hf download {hub_id}`, or name a folder that holds it"
+            f"did not give it ({type(error).__name__})",
+            f"Fetch it where there is a network with `hf download {hub_id}`, or name a folder "
+            "that holds it",
         ) from error
 
 

@@ -1,0 +1,56 @@
+"""``blipq demo``."""
+
+import importlib.util
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blipq.cli.output import JsonOption, reported
+from blipq.errors import BlipqError
+
+NEEDED = ("torch", "transformers", "PIL", "jinja2")
+
+
+class Quantization(StrEnum):
+    """Precisions of the weights."""
+
+    AUTO = "auto"
+    NONE = "none"
+    INT8 = "int8"
+    NF4 = "nf4"
+
+
+def demo(
+    images: Annotated[int, typer.Option(min=1, help="How many pictures; 6 jobs each.")] = 64,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed draws the same pictures; random by default.")
+    ] = None,
+    quantization: Annotated[
+        Quantization, typer.Option(help="Precision of the weights; auto: nf4 on a GPU.")
+    ] = Quantization.AUTO,
+    report: Annotated[
+        Path, typer.Option(metavar="FILE", help="Where the report is written.")
+    ] = Path("demo-report.html"),
+    model: Annotated[
+        str, typer.Option(metavar="WHAT", help="Model to serve, as in BLIPQ_MODELS.")
+    ] = "demo",
+    as_json: JsonOption = False,
+) -> None:
+    """Show it all in a minute: servers, a worker, and pictures whose content is known.
+
+    Every answer is checked and the report shows each beside its picture. Everything runs on this
+    machine and is stopped at the end. Exits 0 if at least 95 % is right and no job failed.
+    """
+    arguments = ["--images", images, "--quantization", quantization, "--report", report]
+    arguments += ["--model", model]
+    arguments += [] if seed is None else ["--seed", seed]
+    arguments += ["--json"] if as_json else []
+    with reported(as_json):
+        if not all(map(importlib.util.find_spec, NEEDED)):
+            raise BlipqError("a part is missing for the demo: pip install 'blipq[worker,local]'")
+        command = [sys.executable, "-m", "blipq_worker.demo", *map(str, arguments)]
+        os.execv(command[0], command)

@@ -1,0 +1,99 @@
+"""Submit a job, get its result: the three things to ask about an image."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from blipq import Client, JobFailed
+from blipq.supervisor import Service
+from blipq_worker.demo import world
+
+pytestmark = pytest.mark.usefixtures("worker")
+
+
+def test_submit_a_caption_and_get_it(client: Client, picture: bytes, scene: world.Scene) -> None:
+    job = client.caption(picture)
+    assert job.result(timeout=60).text == scene.caption
+    assert job.status == "succeeded"
+
+
+def test_a_caption_can_go_on_from_a_prompt(client: Client, picture: bytes) -> None:
+    result = client.caption(picture, "a photo of").result(timeout=60)
+    assert len(result.captions) == 1
+
+
+def test_the_best_of_several_captions_comes_first(client: Client, picture: bytes) -> None:
+    captions = client.caption(picture, best_of=3).result(timeout=60).captions
+    scores = [caption.score for caption in captions]
+    assert len(captions) == 3
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_ask_several_questions(client: Client, picture: bytes, scene: world.Scene) -> None:
+    asked = scene.questions()[:3]
+    result = client.vqa(picture, [each.question for each in asked]).result(timeout=60)
+    assert [answer.question for answer in result.answers] == [each.question for each in asked]
+    assert [answer.text for answer in result.answers] == [each.answer for each in asked]
+
+
+def test_one_question_needs_no_list(client: Client, picture: bytes, scene: world.Scene) -> None:
+    asked = scene.questions()[0]
+    assert client.vqa(picture, asked.question).result(timeout=60).text == asked.answer
+
+
+def test_score_texts_by_probability(client: Client, picture: bytes, scene: world.Scene) -> None:
+    wrong = scene.non_matching_texts(random.Random(1), 2)
+    result = client.match(picture, [*wrong, scene.caption]).result(timeout=60)
+    assert all(0 <= scored.score <= 1 for scored in result.scores)
+    assert result.best.text == scene.caption
+
+
+def test_score_texts_by_cosine(client: Client, picture: bytes, scene: world.Scene) -> None:
+    wrong = scene.non_matching_texts(random.Random(1), 1)
+    result = client.match(picture, [*wrong, scene.caption], head="itc").result(timeout=60)
+    assert all(-1 <= scored.score <= 1 for scored in result.scores)
+
+
+def test_a_local_file_is_uploaded_first(client: Client, picture: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "scene.png"
+    path.write_bytes(picture)
+    assert client.caption(path).result(timeout=60).text
+
+
+def test_an_image_that_is_in_s3_is_only_named(client: Client, picture: bytes) -> None:
+    uri = client.storage.upload(picture).uri
+    assert client.caption(uri).result(timeout=60).text
+
+
+def test_a_job_that_fails_says_why_and_whether_to_try_again(client: Client) -> None:
+    job = client.caption("s3://blipq-inbox/no-such-picture.png")
+    with pytest.raises(JobFailed) as raised:
+        job.result(timeout=60)
+    assert raised.value.code == "image_not_found"
+    assert not raised.value.retryable
+    assert job.status == "failed"
+
+
+def test_what_is_no_image_fails(client: Client) -> None:
+    with pytest.raises(JobFailed, match="image_invalid"):
+        client.caption(b"this is text").result(timeout=60)
+
+
+def test_generation_parameters_have_hugging_faces_names(client: Client, picture: bytes) -> None:
+    job = client.caption(picture, generation={"num_beams": 1, "max_new_tokens": 1})
+    job.result(timeout=60)
+    assert job.info().receipt.tokens == 1
+
+
+def test_the_receipt_says_what_the_work_took(
+    client: Client, picture: bytes, worker: Service
+) -> None:
+    job = client.caption(picture)
+    job.result(timeout=60)
+    receipt = job.info().receipt
+    assert receipt.tokens > 0
+    assert receipt.generate_ms > 0
+    assert receipt.batch_size >= 1
+    assert (receipt.dtype, receipt.quantization) == ("float32", "none")
+    assert f"-{worker.pid}-" in receipt.worker

@@ -1,0 +1,235 @@
+"""``make chaos SEED=7 JOBS=10000``: load, faults at random, and an audit of every job.
+
+Three workers are kept running by a supervisor while they are killed, frozen and drained, Redis is
+killed, frozen and filled, and S3 answers with errors, drips and cut connections. At the end every
+job that was ever submitted must have exactly one outcome, one that its request allows; only jobs
+that kill their workers may be dead letters; no key may live for ever. Exit code 0 only if all hold.
+"""
+
+import argparse
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from blipq import ErrorCode, JobInfo, QueueFull, QueueUnavailable, Status, supervisor
+from blipq.client import new_id
+from blipq.contract import CaptionRequest, Options, Priority
+from blipq.supervisor import Service
+from guarantees.rig import LEASE_S, Rig
+
+WORKERS = 3
+SETTLE_S = 240.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A kind of job, how often it occurs, and the outcomes that are right for it."""
+
+    weight: float
+    prompt: str
+    right: frozenset[str]
+    fault: str | None = None
+    cancel: bool = False
+    expires_in: float | None = None
+
+
+def right(*outcomes: str) -> frozenset[str]:
+    return frozenset(outcomes)
+
+
+RECIPES = (
+    Recipe(60, "fine", right("succeeded")),
+    Recipe(20, "sleep 0.01", right("succeeded")),
+    Recipe(2, "raise", right(ErrorCode.INTERNAL)),
+    Recipe(2, "oom-in-company", right("succeeded")),
+    Recipe(4, "sleep 0.01", right("succeeded", "cancelled"), cancel=True),
+    Recipe(3, "fine", right("succeeded", "expired"), expires_in=4.0),
+    Recipe(1, "fine", right(ErrorCode.IMAGE_NOT_FOUND), fault="404"),
+    Recipe(1, "fine", right(ErrorCode.IMAGE_FORBIDDEN), fault="403"),
+    Recipe(1, "fine", right(ErrorCode.IMAGE_CHANGED), fault="412"),
+    Recipe(1, "fine", right("succeeded"), fault="503x2"),
+    Recipe(1, "fine", right("succeeded"), fault="cutx1"),
+    Recipe(0.3, "fine", right("succeeded"), fault="dripx1"),
+    Recipe(0.03, "exit", right(ErrorCode.ATTEMPTS_EXHAUSTED)),
+)
+
+
+@dataclass
+class Chaos:
+    """One run."""
+
+    rig: Rig
+    jobs: int
+    rng: random.Random
+    submitted: dict[str, Recipe] = field(default_factory=dict)
+    faults: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+
+    def run(self) -> bool:
+        """Load and faults, then calm, then the audit; whether it is clean."""
+        workers = [
+            self.rig.launch_worker(max_batch_size=16, fetch_timeout_s=2) for _ in range(WORKERS)
+        ]
+        calm, stop = threading.Event(), threading.Event()
+        supervisor.LAST_PAUSE_S = 1.0  # a day's trouble in minutes
+        keep = threading.Thread(
+            target=supervisor.supervise, args=(workers, stop), kwargs={"tell": self._say}
+        )
+        trouble = threading.Thread(target=self._make_trouble, args=(workers, calm))
+        keep.start()
+        trouble.start()
+        try:
+            self._submit_all()
+            self._wait_until_most_have_ended()
+            calm.set()
+            trouble.join()
+            self._say("calm")
+            return self._audit()
+        finally:
+            calm.set()
+            stop.set()
+            keep.join()
+
+    # -- load --
+
+    def _submit_all(self) -> None:
+        weights = [recipe.weight for recipe in RECIPES]
+        for number in range(self.jobs):
+            self._submit(self.rng.choices(RECIPES, weights)[0])
+            if number % 1000 == 999:
+                self._say(f"{number + 1} submitted")
+
+    def _submit(self, recipe: Recipe) -> None:
+        """Submits as a careful service does: the same id again until it is taken."""
+        image = self.rig.image if recipe.fault is None else self.rig.upload(recipe.fault)
+        request = CaptionRequest.model_validate({"image": image, "prompt": recipe.prompt})
+        priority = self.rng.choice(tuple(Priority))
+        options = Options(priority=priority, expires_in=recipe.expires_in)
+        id = new_id()
+        while True:
+            try:
+                job = self.rig.client.submit(request, options, id=id)
+                break
+            except (QueueUnavailable, QueueFull) as error:
+                self.refused[type(error).__name__] += 1
+                time.sleep(0.2)
+        self.submitted[id] = recipe
+        if recipe.cancel:
+            with suppress(QueueUnavailable, QueueFull):
+                job.cancel()
+
+    def _wait_until_most_have_ended(self) -> None:
+        """Faults go on until nine jobs in ten have ended."""
+        deadline = time.monotonic() + SETTLE_S + self.jobs / 20
+        while time.monotonic() < deadline:
+            with suppress(Exception):
+                if self._open() < self.jobs / 10:
+                    return
+            time.sleep(1)
+
+    def _open(self) -> int:
+        return int(self.rig.redis(lambda raw: raw.zcard("blipq:open")))
+
+    # -- faults --
+
+    def _make_trouble(self, workers: list[Service], calm: threading.Event) -> None:
+        server = self.rig.stack.services[0]
+        kinds: dict[str, Callable[[], None]] = {
+            "worker killed": lambda: self.rng.choice(workers).signal(signal.SIGKILL),
+            "worker drained": lambda: self.rng.choice(workers).signal(signal.SIGTERM),
+            "worker frozen": lambda: self._freeze(self.rng.choice(workers), 2 * LEASE_S),
+            "redis killed": self._kill_redis,
+            "redis frozen": lambda: self._freeze(server, self.rng.uniform(1, 2 * LEASE_S)),
+            "redis full": self._fill_redis,
+            "connections cut": self._cut_connections,
+        }
+        weights = (4, 2, 2, 1, 1, 1, 2)
+        while not calm.wait(self.rng.uniform(2, 6)):
+            kind = self.rng.choices(list(kinds), weights)[0]
+            self._say(kind)
+            self.faults[kind] += 1
+            kinds[kind]()
+
+    def _freeze(self, service: Service, seconds: float) -> None:
+        service.signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        service.signal(signal.SIGCONT)
+
+    def _kill_redis(self) -> None:
+        self.rig.kill_redis()
+        time.sleep(self.rng.uniform(0.5, 2 * LEASE_S))
+        self.rig.start_redis()
+
+    def _fill_redis(self) -> None:
+        with suppress(Exception):
+            self.rig.redis(lambda raw: raw.config_set("maxmemory", 1))
+            time.sleep(self.rng.uniform(1, LEASE_S))
+        self.rig.redis(lambda raw: raw.config_set("maxmemory", 0))
+
+    def _cut_connections(self) -> None:
+        with suppress(Exception):
+            self.rig.redis(lambda raw: raw.client_kill_filter(_type="normal", skipme=True))
+
+    # -- audit --
+
+    def _audit(self) -> bool:
+        self._settle()
+        wrong = Counter(
+            f"{recipe.prompt} {recipe.fault or ''} -> {outcome}"
+            for recipe, outcome in map(self._outcome, self.submitted.items())
+            if outcome not in recipe.right
+        )
+        dead = {info.id for info in self.rig.client.ledger.dead_letters(10_000)}
+        innocent = [id for id in dead if self.submitted[id].prompt != "exit"]
+        forever = self.rig.keys_without_ttl()
+        print(f"jobs {len(self.submitted)}, open {self._open()}, faults {dict(self.faults)}")
+        print(f"submits repeated {dict(self.refused)}, dead letters {len(dead)}")
+        print(f"wrong outcomes {dict(wrong)}, innocent dead letters {len(innocent)}")
+        print(f"keys without a time to live {forever}")
+        return not (wrong or innocent or forever)
+
+    def _settle(self) -> None:
+        deadline = time.monotonic() + SETTLE_S
+        while self._open() and time.monotonic() < deadline:
+            time.sleep(0.5)
+
+    def _outcome(self, item: tuple[str, Recipe]) -> tuple[Recipe, str]:
+        id, recipe = item
+        info: JobInfo | None = self.rig.client.ledger.read(id)
+        if info is None:
+            return recipe, "lost"
+        if info.status is Status.FAILED and info.error is not None:
+            return recipe, info.error.code
+        return recipe, info.status
+
+    def _say(self, text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--jobs", type=int, default=10_000)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rig = Rig(Path(folder))
+        try:
+            clean = Chaos(rig, arguments.jobs, random.Random(arguments.seed)).run()
+        finally:
+            rig.close()
+    print("clean" if clean else "NOT CLEAN")
+    return 0 if clean else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

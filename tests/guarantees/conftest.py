@@ -1,0 +1,25 @@
+"""A rig per test: nothing that one test breaks reaches another."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from guarantees.rig import Rig
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    rig = Rig(tmp_path)
+    try:
+        yield rig
+        assert rig.keys_without_ttl() == []
+    finally:
+        rig.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.guarantee)

@@ -1,0 +1,79 @@
+"""A real worker process around a model that does what the caption's prompt tells it.
+
+Everything but the model is what ships: Celery, ledger, leases, fetch, decode and batcher. Prompts:
+"exit" and "segfault" end the process, "hang" never returns, "raise" raises, "oom" runs out of
+memory, "oom-in-company" only beside other items, "sleep N" takes N seconds, others answer at once.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from blipq.settings import Settings
+from blipq_worker.app import Worker
+from blipq_worker.blip2 import GeneratedText, GenerateItem, GenerationParams, ModelInfo
+from blipq_worker.settings import WorkerSettings
+
+
+class FaultyModel:
+    """Stands in for Blip2."""
+
+    info = ModelInfo(
+        checkpoint="faulty",
+        family="opt",
+        dtype="float32",
+        quantization="none",
+        device="cpu",
+        revision="0",
+        image_size=64,
+        default_prompt="",
+    )
+
+    def preprocess(self, image: Any) -> Any:
+        return SimpleNamespace(size=image.size)
+
+    def check(self, prompts: Sequence[str], params: GenerationParams) -> None:
+        """Any prompt will do."""
+
+    def generate(self, items: Sequence[GenerateItem]) -> list[list[list[GeneratedText]]]:
+        prompts = [prompt for item in items for prompt in item.prompts]
+        for prompt in prompts:
+            _obey(prompt, alone=len(prompts) == 1)
+        return [[[GeneratedText(f"did {p}", 1)] for p in item.prompts] for item in items]
+
+    def match(self, items: Sequence[Any]) -> list[list[float]]:
+        return [[1.0 for _ in item.texts] for item in items]
+
+
+def _obey(prompt: str, *, alone: bool) -> None:
+    match prompt.split():
+        case ["exit"]:
+            os._exit(1)
+        case ["segfault"]:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case ["hang"]:
+            threading.Event().wait()
+        case ["raise"]:
+            raise RuntimeError("the model broke")
+        case ["oom"]:
+            raise MemoryError
+        case ["oom-in-company"] if not alone:
+            raise MemoryError
+        case ["sleep", seconds]:
+            time.sleep(float(seconds))
+
+
+def main() -> int:
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    models: Any = {"default": FaultyModel()}
+    return Worker(Settings(), WorkerSettings(), models).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""A rig for breaking things: a stack of its own, and worker processes to kill, freeze and drain."""
+
+import io
+import itertools
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from blipq import Client, Job, JobInfo, Status
+from blipq.errors import BlipqError
+from blipq.ledger import connect
+from blipq.local import LocalStack
+from blipq.supervisor import Service
+from conftest import wait_until
+from guarantees.faulty_s3 import FaultyS3
+
+#: Leases are scaled down, so that a crash costs seconds. The real settings run on demand.
+LEASE_S = float(os.environ.get("GUARANTEES_LEASE_S", "3"))
+
+FAULTY_WORKER = Path(__file__).with_name("faulty_worker.py")
+
+
+class Rig:
+    """A stack, a client and workers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.stack = LocalStack(folder / "stack")
+        self.stack.start()
+        self.settings = self.stack.settings()
+        self.client = Client(self.settings)
+        self.image = self.client.storage.upload(png())
+        self.s3 = FaultyS3(str(self.settings.s3_endpoint_url))
+        self.workers: list[Service] = []
+        self._numbers = itertools.count()
+
+    # -- workers --
+
+    def start_worker(self, **options: Any) -> Service:
+        """Starts a worker and waits until it serves."""
+        worker = self.launch_worker(**options)
+        name = f"-{worker.pid}-"
+        wait_until(lambda: self._alive(worker, name), "the worker", timeout=60)
+        return worker
+
+    def launch_worker(self, **options: Any) -> Service:
+        """Starts a worker without waiting."""
+        options = {"lease_s": LEASE_S, "drain_timeout_s": 10, "retry_backoff_s": 0.1} | options
+        environment = self.stack.environment() | {"OMP_NUM_THREADS": "1"}
+        environment["BLIPQ_S3_ENDPOINT_URL"] = self.s3.url
+        environment |= {f"BLIPQ_{key.upper()}": str(value) for key, value in options.items()}
+        log = self.folder / f"worker-{next(self._numbers)}.log"
+        worker = Service("worker", [sys.executable, str(FAULTY_WORKER)], env=environment, log=log)
+        worker.start()
+        self.workers.append(worker)
+        return worker
+
+    def _alive(self, worker: Service, name: str) -> bool:
+        assert worker.exit_code is None, worker.last_words(40)
+        with suppress(BlipqError):
+            return any(name in known for known in self.client.ledger.workers())
+        return False
+
+    def wait_for_death(self, worker: Service, timeout: float = 60.0) -> None:
+        wait_until(lambda: worker.exit_code is not None, "the worker's death", timeout)
+
+    def kill(self, worker: Service) -> None:
+        """kill -9."""
+        worker.signal(signal.SIGKILL)
+        self.wait_for_death(worker)
+
+    # -- jobs --
+
+    def submit(self, prompt: str, **options: Any) -> Job[Any]:
+        """A job whose prompt says what its worker does with it."""
+        return self.client.caption(self.image, prompt, **options)
+
+    def submit_all(self, prompts: Sequence[str], **options: Any) -> list[Job[Any]]:
+        return [self.submit(prompt, **options) for prompt in prompts]
+
+    def running(self) -> int:
+        """How many jobs are under a lease."""
+        return int(self.redis(lambda raw: raw.zcard("blipq:running")))
+
+    def redis(self, do: Callable[[Any], Any]) -> Any:
+        with connect(self.settings) as raw:
+            return do(raw)
+
+    def outcomes(self, jobs: Sequence[Job[Any]], timeout: float = 60.0) -> list[JobInfo]:
+        """Waits for all jobs to end."""
+        deadline = time.monotonic() + timeout
+        return [job.wait(max(0.1, deadline - time.monotonic())) for job in jobs]
+
+    def all_succeed(self, jobs: Sequence[Job[Any]], timeout: float = 60.0) -> None:
+        infos = self.outcomes(jobs, timeout)
+        assert {info.status for info in infos} == {Status.SUCCEEDED}, [
+            info for info in infos if info.status is not Status.SUCCEEDED
+        ][:3]
+
+    def upload(self, fault: str, data: bytes | None = None) -> str:
+        """A picture whose download meets a fault (see FaultyS3)."""
+        uri = f"s3://{self.settings.inbox_bucket}/fault={fault}/{next(self._numbers)}.png"
+        self.client.storage.put(uri, png() if data is None else data, content_type="image/png")
+        return uri
+
+    # -- Redis --
+
+    def keys_without_ttl(self) -> list[str]:
+        """Our keys that would live for ever."""
+        with connect(self.settings) as raw:
+            return [key for key in raw.scan_iter("blipq:*") if raw.ttl(key) == -1]
+
+    def kill_redis(self) -> None:
+        """kill -9 of the Redis server."""
+        self.stack.services[0].signal(signal.SIGKILL)
+        wait_until(lambda: self.stack.services[0].exit_code is not None, "Redis' death")
+
+    def start_redis(self) -> None:
+        """Starts the Redis server again on its data."""
+        self.stack.services[0].start()
+        wait_until(self._redis_answers, "Redis")
+
+    def _redis_answers(self) -> bool:
+        with suppress(Exception):
+            return bool(self.redis(lambda raw: raw.ping()))
+        return False
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.signal(signal.SIGCONT)
+            worker.signal(signal.SIGKILL)
+        for worker in self.workers:
+            worker.stop()
+        for service in self.stack.services:
+            service.signal(signal.SIGCONT)
+        self.client.close()
+        self.s3.close()
+        self.stack.stop()
+
+
+def png(color: str = "red", size: tuple[int, int] = (32, 32)) -> bytes:
+    """A small picture."""
+    stream = io.BytesIO()
+    Image.new("RGB", size, color).save(stream, "PNG")
+    return stream.getvalue()

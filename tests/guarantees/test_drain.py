@@ -1,0 +1,73 @@
+"""Faults 5, 6 and 37: a worker is told to stop."""
+
+import signal
+
+from blipq import Status
+from conftest import wait_until
+from guarantees.rig import Rig
+
+
+def test_a_stopping_worker_finishes_what_runs_and_leaves_the_rest_in_the_queue(rig: Rig) -> None:
+    worker = rig.start_worker(max_batch_size=4)
+    jobs = rig.submit_all(["sleep 0.2"] * 20)
+    wait_until(lambda: rig.running() == 8, "a full worker")
+    worker.signal(signal.SIGTERM)
+    rig.wait_for_death(worker, 30)
+    assert worker.exit_code == 0
+    infos = [job.info() for job in jobs]
+    assert {info.status for info in infos} == {Status.SUCCEEDED, Status.QUEUED}
+    assert rig.running() == 0
+    assert all(info.attempts == 0 for info in infos if info.status is Status.QUEUED)
+    assert rig.redis(lambda raw: raw.hlen("unacked")) == 0
+    rig.start_worker()
+    rig.all_succeed(jobs)
+
+
+def test_what_outlasts_the_drain_deadline_is_handed_back_uncounted(rig: Rig) -> None:
+    worker = rig.start_worker(drain_timeout_s=1)
+    job = rig.submit("sleep 6")
+    wait_until(lambda: rig.running() == 1, "the job to run")
+    worker.signal(signal.SIGTERM)
+    rig.wait_for_death(worker, 10)
+    assert worker.exit_code == 0
+    info = job.info()
+    assert (info.status, info.attempts) == (Status.QUEUED, 0)
+    rig.start_worker()
+    assert job.wait(30).attempts == 1
+
+
+def test_a_second_signal_ends_the_worker_at_once_and_loses_nothing(rig: Rig) -> None:
+    worker = rig.start_worker(drain_timeout_s=60)
+    job = rig.submit("sleep 8")
+    wait_until(lambda: rig.running() == 1, "the job to run")
+    worker.signal(signal.SIGTERM)
+    wait_until(lambda: "draining" in worker.last_words(), "the drain to begin")
+    worker.signal(signal.SIGTERM)
+    rig.wait_for_death(worker, 5)
+    rig.start_worker()
+    rig.all_succeed([job])
+
+
+def test_a_worker_killed_while_it_drains_leaves_its_jobs_to_the_next(rig: Rig) -> None:
+    worker = rig.start_worker(drain_timeout_s=60)
+    job = rig.submit("sleep 4")
+    wait_until(lambda: rig.running() == 1, "the job to run")
+    worker.signal(signal.SIGTERM)
+    rig.kill(worker)
+    rig.start_worker()
+    info = job.wait(40)
+    assert (info.status, info.attempts) == (Status.SUCCEEDED, 2)
+
+
+def test_a_job_with_a_newer_contract_waits_for_a_newer_worker(rig: Rig) -> None:
+    old = rig.start_worker()
+    job = rig.submit("later")
+    rig.redis(lambda raw: raw.hset(f"blipq:job:{job.id}", "contract", 2))
+    newer = rig.submit("newer")
+    rig.redis(lambda raw: raw.hset(f"blipq:job:{newer.id}", "contract", 99))
+    known = rig.submit("known")
+    known.result(20)
+    assert newer.info().status in {Status.QUEUED, Status.SUCCEEDED}
+    assert old.exit_code is None
+    newer.cancel()
+    job.cancel()

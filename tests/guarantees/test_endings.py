@@ -1,0 +1,180 @@
+"""Faults 4, 9, 10, 20-27, 35 and 36: each way a job can end, and only one of them."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from blipq import (
+    Client,
+    ErrorCode,
+    IdempotencyConflict,
+    JobCancelled,
+    JobFailed,
+    Priority,
+    QueueUnavailable,
+    Status,
+)
+from blipq.client import new_id
+from blipq.contract import CaptionRequest, Options
+from blipq.ledger import Message
+from conftest import wait_until
+from guarantees.rig import LEASE_S, Rig
+
+
+def test_a_job_whose_message_was_never_published_runs_all_the_same(rig: Rig) -> None:
+    """The client died between recording the job and publishing it."""
+    request = CaptionRequest(image=rig.image, prompt="lost")
+    id = new_id()
+    assert isinstance(rig.client.ledger.submit(id, request, Options(), notify="x"), Message)
+    rig.start_worker()
+    assert rig.client.job(id).wait(30).status is Status.SUCCEEDED
+
+
+def test_a_repeated_submit_is_the_same_job(rig: Rig) -> None:
+    request = CaptionRequest(image=rig.image, prompt="once")
+    id = new_id()
+    first, again = (rig.client.submit(request, id=id) for _ in range(2))
+    assert first == again
+    rig.start_worker()
+    assert first.wait(20).attempts == 1
+
+
+def test_a_model_error_fails_its_job_at_once_and_no_other(rig: Rig) -> None:
+    rig.start_worker(batch_wait_timeout_s=0.2)
+    others = rig.submit_all(["fine"] * 5)
+    bad = rig.submit("raise")
+    rig.all_succeed([*others, *rig.submit_all(["fine"] * 5)])
+    info = bad.wait(20)
+    assert info.error is not None
+    assert (info.error.code, info.attempts) == (ErrorCode.INTERNAL, 1)
+
+
+def test_only_what_runs_out_of_memory_alone_fails(rig: Rig) -> None:
+    rig.start_worker(batch_wait_timeout_s=0.3)
+    jobs = rig.submit_all(["oom-in-company"] * 4)
+    alone = rig.submit("oom")
+    rig.all_succeed(jobs)
+    with pytest.raises(JobFailed) as failed:
+        alone.result(20)
+    assert failed.value.code is ErrorCode.OUT_OF_MEMORY
+
+
+def test_a_job_longer_than_its_lease_runs_once(rig: Rig) -> None:
+    rig.start_worker()
+    job = rig.submit(f"sleep {LEASE_S * 2.5}")
+    assert job.wait(60).attempts == 1
+
+
+def test_a_message_delivered_five_times_runs_its_job_once(rig: Rig) -> None:
+    rig.start_worker()
+    job = rig.submit("sleep 0.5")
+    message = Message(job.info().kind, job.id, "blipq.default.normal")
+    rig.client.broker.publish_all([message] * 5)
+    assert job.wait(20).attempts == 1
+
+
+def test_one_idempotency_key_used_fifty_times_at_once_is_one_job(rig: Rig) -> None:
+    with ThreadPoolExecutor(10) as pool:
+        jobs = list(pool.map(lambda _: rig.submit("same", idempotency_key="k"), range(50)))
+    assert len({job.id for job in jobs}) == 1
+    with pytest.raises(IdempotencyConflict):
+        rig.submit("another", idempotency_key="k")
+    rig.start_worker()
+    rig.all_succeed(jobs[:1])
+
+
+def test_a_cancelled_job_never_runs_even_after_its_worker_was_killed(rig: Rig) -> None:
+    worker = rig.start_worker()
+    running = rig.submit("sleep 30")
+    wait_until(lambda: rig.running() == 1, "the job to run")
+    queued = rig.submit("sleep 0", priority="low")
+    assert running.cancel()
+    assert queued.cancel() or queued.info().ended
+    assert running.status is Status.CANCELLED
+    assert not running.cancel()
+    rig.kill(worker)
+    rig.start_worker()
+    rig.all_succeed([rig.submit("next")])
+    with pytest.raises(JobCancelled):
+        running.result(1)
+
+
+def test_an_expired_job_is_settled_with_no_worker_and_never_downloaded(rig: Rig) -> None:
+    missing = "s3://blipq-inbox/nothing-is-here"
+    job = rig.client.caption(missing, expires_in=0.3)
+    wait_until(lambda: job.info().ended, "the deadline")
+    assert job.status is Status.EXPIRED
+    rig.start_worker()
+    rig.all_succeed([rig.submit("after")])
+    info = job.info()
+    assert (info.status, info.attempts) == (Status.EXPIRED, 0)
+
+
+def test_a_deadline_that_passes_while_a_job_runs_ends_it(rig: Rig) -> None:
+    rig.start_worker()
+    job = rig.submit("sleep 3", expires_in=1)
+    assert job.wait(20).status is Status.EXPIRED
+
+
+def test_the_next_worker_reconciles_when_the_one_that_did_is_killed(rig: Rig) -> None:
+    first = rig.start_worker()
+    wait_until(lambda: rig.redis(lambda raw: raw.get("blipq:reconciler")), "a reconciler")
+    second = rig.start_worker()
+    rig.kill(first)
+    request = CaptionRequest(image=rig.image, prompt="lost")
+    rig.client.ledger.submit("job_lost", request, Options(), notify="x")
+    assert rig.client.job("job_lost").wait(30).status is Status.SUCCEEDED
+    assert second.exit_code is None
+
+
+def test_high_priority_is_not_behind_a_thousand_low_jobs(rig: Rig) -> None:
+    low = rig.submit_all(["sleep 0.005"] * 1000, priority=Priority.LOW)
+    rig.start_worker(max_batch_size=8)
+    wait_until(lambda: rig.running() == 16, "a full worker")
+    high = rig.submit_all(["high"] * 10, priority=Priority.HIGH)
+    rig.all_succeed(high, timeout=10)
+    behind = rig.redis(lambda raw: raw.llen("blipq.default.low"))
+    assert behind > 500, "the low jobs were still waiting when the high ones were done"
+    rig.all_succeed(low, timeout=90)
+
+
+def test_malformed_messages_leave_the_worker_alive(rig: Rig) -> None:
+    worker = rig.start_worker()
+    app = rig.client.broker.app
+    queue = "blipq.default.normal"
+    app.send_task("blipq.nonsense", args=["x"], queue=queue)
+    app.send_task("blipq.caption", args=[], queue=queue)
+    app.send_task("blipq.caption", args=["job_bad", {"image": 7}], queue=queue)
+    app.send_task("blipq.caption", args=["job_odd", "text"], queue=queue)
+    for junk in ("not a message", "7", "{}", '{"properties": {}}', b"\x80\x04\x95pickle"):
+        rig.redis(lambda raw, junk=junk: raw.lpush(queue, junk))
+    rig.all_succeed([rig.submit("fine")])
+    for id in ("job_bad", "job_odd"):
+        error = rig.client.job(id).wait(10).error
+        assert error is not None
+        assert error.code is ErrorCode.INVALID_REQUEST
+    assert worker.exit_code is None
+
+
+def test_a_submit_that_meets_no_redis_can_be_repeated_with_its_id(rig: Rig) -> None:
+    rig.kill_redis()
+    with pytest.raises(QueueUnavailable) as raised:
+        rig.submit("again")
+    assert raised.value.job_id is not None
+    rig.start_redis()
+    request = CaptionRequest(image=rig.image, prompt="again")
+    job = rig.client.submit(request, id=raised.value.job_id)
+    rig.start_worker()
+    rig.all_succeed([job])
+
+
+def test_waiting_in_many_threads_needs_one_subscription(rig: Rig) -> None:
+    rig.start_worker()
+    jobs = rig.submit_all(["sleep 0.1"] * 20)
+    with Client(rig.settings) as other, ThreadPoolExecutor(20) as pool:
+        waiting = [pool.submit(other.job(job.id).wait, 30) for job in jobs]
+        subscribed = rig.redis(lambda raw: len(raw.client_list(_type="pubsub")))
+        assert subscribed <= 4  # this client's, the other's and Celery's own
+        assert all(each.result().status is Status.SUCCEEDED for each in waiting)
+    assert threading.active_count() < 40

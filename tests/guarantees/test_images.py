@@ -1,0 +1,82 @@
+"""Faults 28 and 29: what S3 answers and what the bytes turn out to be."""
+
+import io
+import struct
+import zlib
+
+import pytest
+from PIL import Image
+
+from blipq import ErrorCode, ImageRef, JobFailed, Status
+from guarantees.rig import Rig, png
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        ("404", ErrorCode.IMAGE_NOT_FOUND),
+        ("403", ErrorCode.IMAGE_FORBIDDEN),
+        ("412", ErrorCode.IMAGE_CHANGED),
+        ("huge", ErrorCode.IMAGE_TOO_LARGE),
+    ],
+)
+def test_a_lasting_s3_fault_fails_the_job_at_once(rig: Rig, fault: str, code: ErrorCode) -> None:
+    rig.start_worker()
+    info = rig.client.caption(rig.upload(fault)).wait(30)
+    assert info.error is not None
+    assert (info.error.code, info.attempts) == (code, 1)
+    assert sum(rig.s3.sent.values()) < 64 * 2**20
+
+
+def test_a_passing_s3_fault_is_retried_until_it_passes(rig: Rig) -> None:
+    rig.start_worker(fetch_timeout_s=1)
+    faults = ("503x4", "cutx2", "dripx2", "500x1")
+    jobs = [rig.client.caption(rig.upload(fault)) for fault in faults]
+    rig.all_succeed(jobs, timeout=60)
+
+
+def test_an_s3_fault_that_does_not_pass_ends_as_image_unavailable(rig: Rig) -> None:
+    rig.start_worker(fetch_timeout_s=0.5, retry_backoff_s=0.01)
+    for fault in ("503", "drip"):
+        with pytest.raises(JobFailed) as failed:
+            rig.client.caption(rig.upload(fault)).result(60)
+        assert (failed.value.code, failed.value.retryable) == (ErrorCode.IMAGE_UNAVAILABLE, True)
+
+
+def test_an_image_that_changed_since_the_submit_is_refused(rig: Rig) -> None:
+    rig.start_worker()
+    uri = rig.upload("none")
+    job = rig.client.caption(ImageRef(uri=uri, etag='"0123456789abcdef0123456789abcdef"'))
+    error = job.wait(20).error
+    assert error is not None
+    assert error.code is ErrorCode.IMAGE_CHANGED
+
+
+def bomb(side: int) -> bytes:
+    """A PNG whose header promises side x side pixels."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header
+    chunk += struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    return b"\x89PNG\r\n\x1a\n" + chunk + png()[33:]
+
+
+def test_sixty_four_hostile_images_at_once_cost_little_memory_and_no_neighbour(rig: Rig) -> None:
+    worker = rig.start_worker()
+    large = io.BytesIO()
+    Image.new("L", (7000, 7000)).save(large, "PNG")
+    hostile = [b"<html>", png()[:60], bomb(30_000), large.getvalue()] * 16
+    jobs = [rig.client.caption(rig.upload("none", data)) for data in hostile]
+    fine = rig.submit_all(["fine"] * 10)
+    infos = rig.outcomes(jobs, timeout=90)
+    rig.all_succeed(fine)
+    failed = {info.error.code for info in infos if info.error is not None}
+    assert failed == {ErrorCode.IMAGE_INVALID, ErrorCode.IMAGE_TOO_LARGE}
+    assert [info.status for info in infos].count(Status.SUCCEEDED) == 16
+    assert peak_kb(worker.pid) < 2.5 * 2**20
+
+
+def peak_kb(pid: int | None) -> int:
+    """The most memory a process has held, in KiB."""
+    with open(f"/proc/{pid}/status") as status:
+        line = next(line for line in status if line.startswith("VmHWM"))
+    return int(line.split()[1])

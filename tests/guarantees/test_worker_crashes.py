@@ -1,0 +1,91 @@
+"""Faults 1-3, 6-8 and 11: a worker dies, freezes or hangs, and every job still ends once."""
+
+import signal
+from typing import Any
+
+from blipq import ErrorCode, Job, Status
+from blipq.ledger import Message
+from conftest import wait_until
+from guarantees.rig import LEASE_S, Rig
+
+
+def test_jobs_of_a_killed_worker_all_succeed_on_the_next(rig: Rig) -> None:
+    first = rig.start_worker(max_batch_size=16)
+    jobs = rig.submit_all(["sleep 0.03"] * 232)
+    wait_until(lambda: rig.running() >= 32, "a full worker")
+    rig.kill(first)
+    rig.start_worker(max_batch_size=16)
+    rig.all_succeed(jobs, timeout=90)
+    assert max(job.info().attempts for job in jobs) == 2
+
+
+def test_a_worker_frozen_past_its_lease_cannot_finish_a_job_twice(rig: Rig) -> None:
+    frozen = rig.start_worker()
+    job = rig.submit("sleep 2")
+    wait_until(lambda: rig.running() == 1, "the job to run")
+    frozen.signal(signal.SIGSTOP)
+    rig.start_worker()
+    info = job.wait(LEASE_S + 30)
+    frozen.signal(signal.SIGCONT)
+    wait_until(
+        lambda: "too late" in frozen.last_words() or "taken over" in frozen.last_words(),
+        "the stale worker to notice",
+    )
+    again = job.info()
+    assert (again.status, again.completed_at) == (Status.SUCCEEDED, info.completed_at)
+    assert again.receipt == info.receipt
+
+
+def test_a_job_that_keeps_killing_workers_becomes_a_dead_letter_and_harms_no_other(
+    rig: Rig,
+) -> None:
+    poison = rig.submit("exit")
+    others = rig.submit_all(["sleep 0.1"] * 20)
+    deaths = _restart_until_ended(rig, poison)
+    info = poison.info()
+    assert info.error is not None
+    assert (info.status, info.error.code) == (Status.FAILED, ErrorCode.ATTEMPTS_EXHAUSTED)
+    assert deaths <= 3
+    assert [letter.id for letter in rig.client.ledger.dead_letters()] == [poison.id]
+    rig.start_worker()
+    rig.all_succeed(others, timeout=60)
+
+
+def _restart_until_ended(rig: Rig, job: Job[Any]) -> int:
+    """Keeps a worker running, as a supervisor would, until the job ends; how many died."""
+    deaths = 0
+    worker = rig.launch_worker()
+
+    def settled() -> bool:
+        return worker.exit_code is not None or job.info().ended
+
+    while True:
+        wait_until(settled, "a death or the end", timeout=60)
+        if job.info().ended:
+            return deaths
+        deaths += 1
+        worker = rig.launch_worker()
+
+
+def test_a_hung_model_ends_its_process_and_the_job_in_the_end(rig: Rig) -> None:
+    job = rig.submit("hang")
+    for _ in range(3):
+        worker = rig.launch_worker(watchdog_s=2)
+        rig.wait_for_death(worker)
+        assert worker.exit_code == 70
+    rig.start_worker()
+    info = job.wait(LEASE_S + 20)
+    assert info.error is not None
+    assert info.error.code is ErrorCode.ATTEMPTS_EXHAUSTED
+
+
+def test_a_finished_job_that_is_delivered_again_keeps_its_result(rig: Rig) -> None:
+    """The worker died between storing the outcome and acknowledging the message."""
+    rig.start_worker()
+    job = rig.submit("once")
+    info = job.wait(20)
+    again = Message(info.kind, job.id, "blipq.default.normal")
+    assert rig.client.broker.publish_all([again] * 5)
+    marker = rig.submit("after")
+    marker.result(20)
+    assert job.info() == info

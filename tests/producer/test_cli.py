@@ -1,0 +1,314 @@
+"""The command: results on stdout, messages on stderr, stable exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from blipq import Client, Settings
+from blipq.cli import app
+from blipq.ledger import Claim, Ledger
+
+IMAGE = "s3://uploads/cat.jpg"
+CAPTION = {"kind": "caption", "captions": [{"text": "a [red] cat"}]}
+VQA = {
+    "kind": "vqa",
+    "answers": [{"question": "why?", "text": "a"}, {"question": "how?", "text": "b"}],
+}
+MATCH = {"kind": "match", "head": "itm", "scores": [{"text": "a cat", "score": 0.9876}]}
+ERROR = {"code": "image_not_found", "message": "no such key", "retryable": False}
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def environment(apart: Settings, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    variables = {
+        "BLIPQ_REDIS_URL": apart.redis_url,
+        "BLIPQ_S3_ENDPOINT_URL": str(apart.s3_endpoint_url),
+        "BLIPQ_S3_ACCESS_KEY_ID": str(apart.s3_access_key_id),
+        "BLIPQ_S3_SECRET_ACCESS_KEY": apart.s3_secret_access_key.get_secret_value(),
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return variables
+
+
+@pytest.fixture
+def run(environment: dict[str, str]) -> Run:
+    """The command in this process."""
+    return lambda *arguments: CliRunner().invoke(app, list(arguments))
+
+
+def succeeded(client: Client, ledger: Ledger, result: dict[str, Any]) -> str:
+    """The id of a job with this result."""
+    job = client.caption(IMAGE)
+    claim = ledger.claim(job.id, "w1")
+    assert isinstance(claim, Claim)
+    ledger.succeed(claim, json.dumps(result), json.dumps({"note": "only shapes"}))
+    return job.id
+
+
+def failed(client: Client, ledger: Ledger) -> str:
+    job = client.caption(IMAGE)
+    claim = ledger.claim(job.id, "w1")
+    assert isinstance(claim, Claim)
+    ledger.fail(claim, json.dumps(ERROR), "{}")
+    return job.id
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("result", "lines"),
+    [
+        (CAPTION, "a [red] cat\n"),
+        (VQA, "why?  a\nhow?  b\n"),
+        (MATCH, "0.988  a cat\n"),
+    ],
+)
+def test_a_result_is_printed_for_people(
+    run: Run, client: Client, ledger: Ledger, result: dict[str, Any], lines: str
+) -> None:
+    ran = run("result", succeeded(client, ledger, result))
+    assert (ran.exit_code, ran.stdout) == (0, lines)
+
+
+def test_which_services_are_used_and_what_to_know_is_told_on_stderr(
+    run: Run, client: Client, ledger: Ledger, apart: Settings
+) -> None:
+    ran = run("result", succeeded(client, ledger, CAPTION))
+    assert f"using {apart.endpoints}" in ran.stderr
+    assert "note: only shapes" in ran.stderr
+
+
+def test_json_is_one_object_on_stdout_and_silence_on_stderr(
+    run: Run, client: Client, ledger: Ledger
+) -> None:
+    ran = run("result", succeeded(client, ledger, CAPTION), "--json")
+    info = json.loads(ran.stdout)
+    assert (info["status"], info["result"]["captions"][0]["text"]) == ("succeeded", "a [red] cat")
+    assert ran.stderr == ""
+
+
+def test_nobody_has_to_wait(run: Run, client: Client) -> None:
+    ran = run("caption", IMAGE, "--no-wait")
+    assert client.job(ran.stdout.strip()).status == "queued"
+    as_json = run("caption", IMAGE, "--no-wait", "--json")
+    assert client.job(json.loads(as_json.stdout)["id"]).status == "queued"
+
+
+def test_every_option_of_a_job_can_be_given(run: Run, client: Client) -> None:
+    options = ["--model", "m", "--priority", "high", "--expires-in", "10m"]
+    options += ["--idempotency-key", "k", "--output", "s3://results/1.json"]
+    ran = run("caption", IMAGE, "--no-wait", "--set", "num_beams=2", "--best-of", "3", *options)
+    job = client._redis.hgetall(f"blipq:job:{ran.stdout.strip()}")
+    assert (job["queue"], job["output"]) == ("blipq.m.high", "s3://results/1.json")
+    request = json.loads(job["request"])
+    assert (request["generation"], request["best_of"]) == ({"num_beams": 2}, 3)
+    assert int(job["deadline"]) - int(job["created_at"]) == 600_000
+
+
+@pytest.mark.parametrize(
+    "arguments", [("vqa", IMAGE, "why?", "how?"), ("match", IMAGE, "a cat", "--head", "itc")]
+)
+def test_questions_and_texts_are_submitted(
+    run: Run, client: Client, arguments: tuple[str, ...]
+) -> None:
+    ran = run(*arguments, "--no-wait")
+    assert client.job(ran.stdout.strip()).info().kind == arguments[0]
+
+
+def test_a_local_file_is_uploaded(run: Run, client: Client, tmp_path: Path) -> None:
+    (tmp_path / "cat.png").write_bytes(b"a cat")
+    ran = run("caption", str(tmp_path / "cat.png"), "--no-wait")
+    assert ran.exit_code == 0, ran.output
+    assert "s3://blipq-inbox/" in client._redis.hget(f"blipq:job:{ran.stdout.strip()}", "request")
+
+
+def test_a_status_says_that_no_worker_lives(run: Run, client: Client) -> None:
+    ran = run("status", client.caption(IMAGE, model="nobody").id)
+    assert ran.exit_code == 0
+    assert "queued, no live worker serves the model 'nobody'" in ran.stdout
+
+
+@pytest.mark.parametrize("as_json", [(), ("--json",)])
+def test_the_status_of_a_failed_job_is_a_success(
+    run: Run, client: Client, ledger: Ledger, as_json: tuple[str, ...]
+) -> None:
+    ran = run("status", failed(client, ledger), *as_json)
+    assert ran.exit_code == 0
+    assert "image_not_found" in ran.stdout
+
+
+def test_a_job_is_cancelled_once(run: Run, client: Client) -> None:
+    id = client.caption(IMAGE).id
+    assert run("cancel", id).stdout == "cancelled\n"
+    assert run("cancel", id).stdout == "it had ended: cancelled\n"
+    ran = run("cancel", id, "--json")
+    assert json.loads(ran.stdout) == {"id": id, "cancelled": False, "status": "cancelled"}
+
+
+# --- exit codes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("caption", "https://example.org/cat.jpg"),
+        ("caption", "/nonexistent.png"),
+        ("caption", IMAGE, "--set", "num_beans=1"),
+        ("caption", IMAGE, "--set", "num_beams"),
+        ("caption", IMAGE, "--priority", "urgent"),
+        ("caption", IMAGE, "--expires-in", "soon"),
+        ("match", IMAGE, "a cat", "--head", "itx"),
+        ("caption",),
+        ("--nonsense",),
+    ],
+)
+def test_a_wrong_request_exits_2(run: Run, arguments: tuple[str, ...]) -> None:
+    ran = run(*arguments)
+    assert (ran.exit_code, ran.stdout) == (2, "")
+    assert ran.stderr
+
+
+def test_a_failed_job_exits_3(run: Run, client: Client, ledger: Ledger) -> None:
+    id = failed(client, ledger)
+    ran = run("result", id)
+    assert (ran.exit_code, ran.stdout) == (3, "")
+    assert "blipq: image_not_found: no such key" in ran.stderr
+    as_json = run("result", id, "--json")
+    assert as_json.exit_code == 3
+    assert json.loads(as_json.stdout)["code"] == "image_not_found"
+
+
+@pytest.mark.parametrize("command", ["status", "result", "cancel"])
+def test_an_unknown_job_exits_4(run: Run, command: str) -> None:
+    ran = run(command, "job_unknown")
+    assert (ran.exit_code, ran.stdout) == (4, "")
+    assert json.loads(run(command, "job_unknown", "--json").stdout)["error"] == "JobNotFound"
+
+
+def test_a_job_that_goes_on_exits_5_and_says_how_to_wait(run: Run) -> None:
+    ran = run("caption", IMAGE, "--timeout", "0.1", "--model", "nobody")
+    assert (ran.exit_code, ran.stdout) == (5, "")
+    assert "no live worker" in ran.stderr
+    assert "blipq result job_" in ran.stderr
+
+
+def test_a_timeout_in_json_names_the_job(run: Run) -> None:
+    """A program that gave up waiting must be able to go on with the same job."""
+    ran = run("caption", IMAGE, "--timeout", "0.1", "--json")
+    assert ran.exit_code == 5
+    assert json.loads(ran.stdout)["job_id"].startswith("job_")
+
+
+def test_a_cancelled_or_expired_job_exits_6(run: Run, client: Client) -> None:
+    job = client.caption(IMAGE)
+    job.cancel()
+    assert run("result", job.id).exit_code == 6
+    assert run("result", client.caption(IMAGE, expires_in="10ms").id).exit_code == 6
+
+
+def test_services_that_are_down_exit_7(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLIPQ_REDIS_URL", "redis://127.0.0.1:1/0")
+    ran = run("status", "job_1")
+    assert ran.exit_code == 7
+    assert "Redis does not answer" in ran.stderr
+
+
+def test_an_s3_that_is_down_exits_7(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("BLIPQ_S3_ENDPOINT_URL", "http://127.0.0.1:1")
+    (tmp_path / "cat.png").write_bytes(b"a cat")
+    ran = run("caption", str(tmp_path / "cat.png"))
+    assert ran.exit_code == 7
+    assert "S3 does not answer" in ran.stderr
+
+
+def test_a_wrong_setting_exits_2_with_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLIPQ_TIMEOUT_S", "soon")
+    ran = run("status", "job_1")
+    assert ran.exit_code == 2
+    assert "timeout_s" in ran.stderr
+
+
+def test_an_interrupt_exits_130(environment: dict[str, str], client: Client) -> None:
+    job = client.caption(IMAGE)
+    waiting = subprocess.Popen(
+        [sys.executable, "-m", "blipq", "result", job.id],
+        env={**os.environ, **environment},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert waiting.stderr is not None
+    assert waiting.stderr.readline().startswith("using")
+    waiting.send_signal(signal.SIGINT)
+    _, told = waiting.communicate(timeout=30)
+    assert waiting.returncode == 130
+    assert "Traceback" not in told
+
+
+# --- a process of its own -------------------------------------------------------------------------
+
+
+def process(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "blipq", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_pipeline_gets_the_result_alone(
+    environment: dict[str, str], client: Client, ledger: Ledger
+) -> None:
+    id = succeeded(client, ledger, CAPTION)
+    ran = process("result", id, environment=environment)
+    assert (ran.returncode, ran.stdout) == (0, "a [red] cat\n")
+
+
+def test_a_process_ends_soon_when_the_broker_is_frozen(
+    environment: dict[str, str], own_redis: Settings
+) -> None:
+    """The job is recorded; nothing may keep the process, whatever the broker does."""
+    from blipq.ledger import connect
+
+    with connect(own_redis) as raw:
+        pid = raw.info("server")["process_id"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        frozen = environment | {"BLIPQ_BROKER_URL": own_redis.redis_url}
+        ran = process("caption", IMAGE, "--no-wait", environment=frozen)
+        took = time.monotonic() - started
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("job_")
+    assert took < 10
+
+
+def test_the_version_is_told(environment: dict[str, str]) -> None:
+    assert process("--version", environment=environment).stdout == "blipq 0.1.0\n"
+
+
+def test_every_command_has_help(run: Run) -> None:
+    commands = [info.name or info.callback.__name__ for info in app.registered_commands]
+    assert {"caption", "vqa", "match", "status", "result", "cancel", "up", "down"} <= set(commands)
+    for command in commands:
+        ran = run(command, "--help")
+        assert ran.exit_code == 0
+        assert "Usage:" in ran.stdout

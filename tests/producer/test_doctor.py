@@ -1,0 +1,202 @@
+"""The doctor, on services that are well and on services that are not."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from pytest_httpserver import HTTPServer
+
+from blipq import Client, Settings, doctor
+from blipq.doctor import Finding, examine
+from blipq.ledger import Ledger, connect
+from blipq.local import LocalStack
+from blipq.supervisor import Service
+from conftest import blipq, start_worker, wait_for_worker
+
+
+def found(settings: Settings, *, canary: bool = False) -> dict[str, Finding]:
+    """The findings by what was checked; the worst of each."""
+    severity = {"ok": 0, "warn": 1, "bad": 2}
+    findings: dict[str, Finding] = {}
+    for finding in examine(settings, canary=canary):
+        known = findings.get(finding.check)
+        if known is None or severity[finding.state] > severity[known.state]:
+            findings[finding.check] = finding
+    return findings
+
+
+@pytest.fixture
+def tiny_worker(apart: Settings, stack: LocalStack, tmp_path: Path) -> Iterator[Settings]:
+    """A real worker with random weights, under the name that the canary asks for."""
+    from worker.tiny_models import save_opt
+
+    worker: Service = start_worker(
+        stack,
+        tmp_path / "worker.log",
+        redis_url=apart.redis_url,
+        models=f"default={save_opt(tmp_path / 'opt')}",
+        canary="0",
+        dtype="float32",
+    )
+    wait_for_worker(worker, apart)
+    yield apart
+    worker.stop(timeout=30)
+
+
+def test_services_that_are_well_have_nothing_to_mend(apart: Settings) -> None:
+    findings = found(apart)
+    for check in ("redis", "redis eviction", "redis persistence", "redis clock"):
+        assert findings[check].state == "ok", findings[check]
+    for check in ("s3 credentials", "s3 write", "s3 read", "s3 conditional write", "s3 clock"):
+        assert findings[check].state == "ok", findings[check]
+    assert findings["dead letters"].state == "ok"
+
+
+def test_a_worker_runs_the_doctors_job_end_to_end(tiny_worker: Settings, stack: LocalStack) -> None:
+    ran = blipq("doctor", "--json", stack=stack, BLIPQ_REDIS_URL=tiny_worker.redis_url)
+    told = json.loads(ran.stdout)
+    canary = next(check for check in told["checks"] if check["check"] == "canary")
+    assert canary["state"] == "ok", canary
+    assert (told["ok"], ran.returncode) == (True, 0), told
+
+
+def test_without_a_worker_it_says_how_to_start_one(apart: Settings) -> None:
+    findings = found(apart, canary=True)
+    assert findings["workers"].state == "warn"
+    assert "blipq worker" in (findings["workers"].advice or "")
+    assert findings["canary"].message.startswith("not run")
+
+
+def test_jobs_that_nobody_will_run_are_bad(apart: Settings, client: Client) -> None:
+    client.caption("s3://bucket/key", model="forgotten")
+    finding = found(apart)["queues"]
+    assert finding.state == "bad"
+    assert "blipq.forgotten.normal: 1 waiting" in finding.message
+    assert "BLIPQ_MODELS=forgotten=" in (finding.advice or "")
+
+
+def test_a_draining_worker_does_not_count(apart: Settings, ledger: Ledger) -> None:
+    info = json.dumps({"models": ["default"], "active": 1, "draining": True})
+    ledger.register("leaving", [], info, ttl_s=30, spare=False)
+    assert found(apart)["workers"].state == "warn"
+
+
+def test_a_redis_that_evicts_and_forgets_is_told(own_redis: Settings) -> None:
+    with connect(own_redis) as raw:
+        raw.config_set("maxmemory-policy", "allkeys-lru")
+    findings = found(own_redis)
+    assert findings["redis eviction"].state == "bad"
+    assert findings["redis persistence"].state == "warn"
+
+
+def test_a_redis_that_fills_is_told(own_redis: Settings) -> None:
+    with connect(own_redis) as raw:
+        raw.config_set("maxmemory-policy", "noeviction")
+        raw.config_set("maxmemory", int(raw.info("memory")["used_memory"] * 1.2))
+    assert found(own_redis)["redis memory"].state == "warn"
+
+
+def test_what_does_not_answer_is_bad_and_nothing_rests_on_it(apart: Settings) -> None:
+    gone = apart.model_copy(
+        update={"redis_url": "redis://:hush@127.0.0.1:1/0", "s3_endpoint_url": "http://127.0.0.1:1"}
+    )
+    started = time.monotonic()
+    findings = found(gone, canary=True)
+    assert findings["redis"].state == findings["s3"].state == "bad"
+    assert "workers" not in findings
+    assert time.monotonic() - started < 60
+
+
+def test_a_missing_bucket_is_told_and_can_be_made(apart: Settings, httpserver: HTTPServer) -> None:
+    missing = "<Error><Code>NoSuchBucket</Code></Error>"
+    probe = f"/{apart.inbox_bucket}/{doctor.PROBE_KEY}"
+    httpserver.expect_request(probe).respond_with_data(missing, status=404)
+    httpserver.expect_oneshot_request(f"/{apart.inbox_bucket}", method="PUT").respond_with_data()
+    settings = apart.model_copy(update={"s3_endpoint_url": httpserver.url_for("").rstrip("/")})
+    assert "--create-bucket" in (found(settings)["s3 write"].advice or "")
+    list(examine(settings, canary=False, create_bucket=True))
+    httpserver.check_assertions()
+    assert any(request.path == f"/{apart.inbox_bucket}" for request, _ in httpserver.log)
+
+
+def test_wrong_keys_are_told(apart: Settings) -> None:
+    settings = Settings.model_validate(
+        {**apart.model_dump(), "s3_access_key_id": "nobody", "s3_secret_access_key": "wrong"}
+    )
+    assert found(settings)["s3 write"].state == "bad"
+
+
+def test_an_s3_without_conditional_writes_is_told(apart: Settings, httpserver: HTTPServer) -> None:
+    """It answers 200 to everything, three hours ago."""
+    late = {"Date": "Tue, 24 Nov 2026 00:00:00 GMT"}
+    httpserver.expect_request(
+        f"/{apart.inbox_bucket}/{doctor.PROBE_KEY}", method="PUT"
+    ).respond_with_data(headers=late)
+    httpserver.expect_request(
+        f"/{apart.inbox_bucket}/{doctor.PROBE_KEY}", method="GET"
+    ).respond_with_data("other")
+    settings = apart.model_copy(update={"s3_endpoint_url": httpserver.url_for("").rstrip("/")})
+    findings = found(settings)
+    assert findings["s3 conditional write"].state == "warn"
+    assert findings["s3 read"].state == "bad"
+
+
+def test_a_clock_that_is_off_is_told() -> None:
+    assert [doctor._skew("clock", seconds).state for seconds in (0.2, -60.0, 3600.0)] == [
+        "ok",
+        "warn",
+        "bad",
+    ]
+
+
+def test_another_broker_is_looked_at_too(apart: Settings) -> None:
+    well = apart.model_copy(update={"broker_url": apart.redis_url})
+    assert found(well)["broker"].state == "ok"
+    gone = apart.model_copy(update={"broker_url": "amqp://user:hush@127.0.0.1:1//"})
+    assert found(gone)["broker"].state == "bad"
+
+
+def test_no_secret_is_printed(apart: Settings, stack: LocalStack) -> None:
+    environment = stack.environment()
+    secret = environment["BLIPQ_S3_SECRET_ACCESS_KEY"]
+    password = apart.redis_url.partition("://:")[2].partition("@")[0]
+    ran = blipq(
+        "doctor", "--no-canary", stack=stack, BLIPQ_BROKER_URL="amqp://me:hush@127.0.0.1:1//"
+    )
+    assert ran.returncode == 1
+    for hidden in (secret, password, "hush"):
+        assert hidden not in ran.stdout + ran.stderr
+
+
+def test_an_answer_that_echoes_a_secret_is_cut() -> None:
+    settings = Settings(redis_url="redis://:hush@127.0.0.1:1/0")
+    finding = doctor._without_secrets(settings, Finding("bad", "redis", "no hush here", "hush"))
+    assert (finding.message, finding.advice) == ("no *** here", "***")
+
+
+def test_a_check_that_breaks_is_a_finding(apart: Settings) -> None:
+    def broken(_: Settings) -> Iterator[Finding]:
+        raise redis.ResponseError("NOPERM")
+        yield
+
+    (finding,) = doctor._each(apart, "redis", broken)
+    assert (finding.state, finding.message) == ("bad", "ResponseError: NOPERM")
+
+
+def test_gpus_are_read_as_nvidia_smi_lists_them() -> None:
+    listed = subprocess.CompletedProcess([], 0, "NVIDIA L4, 550.54.15, 23034, 22500\n", "")
+    (finding,) = doctor._gpu_findings(listed)
+    assert finding.message == "NVIDIA L4, driver 550.54.15, 22500 of 23034 MiB free"
+    lost = subprocess.CompletedProcess([], 9, "", "NVIDIA-SMI has failed\n")
+    assert next(doctor._gpu_findings(lost)).state == "bad"
+
+
+def test_looking_needs_neither_torch_nor_pillow() -> None:
+    code = "import sys, blipq.doctor, blipq_worker.memory; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert not {"torch", "PIL", "transformers", "boto3"} & set(ran.stdout.split())

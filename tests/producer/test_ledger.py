@@ -1,0 +1,541 @@
+"""What the ledger promises, a script at a time, on a real Redis.
+
+A worker is played by hand: it claims, renews, finishes or dies.
+"""
+
+import json
+from typing import Any
+
+import pytest
+import redis
+
+from blipq import (
+    IdempotencyConflict,
+    JobInfo,
+    Options,
+    QueueFull,
+    QueueUnavailable,
+    Settings,
+    Status,
+    Webhook,
+)
+from blipq.contract import CONTRACT, CaptionRequest, Kind, MatchRequest
+from blipq.ledger import MAX_CRASHES, Claim, Ledger, Message, connect
+from conftest import wait_until
+
+IMAGE = "s3://uploads/cat.jpg"
+REQUEST = CaptionRequest.model_validate({"image": IMAGE})
+OTHER = MatchRequest.model_validate({"image": IMAGE, "texts": ["a cat"]})
+QUEUE = "blipq.default.normal"
+RESULT = json.dumps({"kind": "caption", "captions": [{"text": "a cat"}]})
+ERROR = json.dumps({"code": "image_invalid", "message": "not an image", "retryable": False})
+SOON_S = 0.03
+
+
+def submitted(ledger: Ledger, id: str = "job_1", **options: Any) -> Message | str:
+    return ledger.submit(id, REQUEST, Options(**options), notify="test")
+
+
+def claimed(ledger: Ledger, id: str = "job_1", worker: str = "w1", lease_s: float = 30.0) -> Claim:
+    claim = ledger.claim(id, worker, lease_s=lease_s)
+    assert isinstance(claim, Claim), claim
+    return claim
+
+
+def running(ledger: Ledger, id: str = "job_1", lease_s: float = 30.0, **options: Any) -> Claim:
+    submitted(ledger, id, **options)
+    return claimed(ledger, id, lease_s=lease_s)
+
+
+def read(ledger: Ledger, id: str = "job_1") -> JobInfo:
+    info = ledger.read(id)
+    assert info is not None
+    return info
+
+
+def published_again(ledger: Ledger, grace_s: float = 60.0) -> list[str]:
+    """Sweeps until something is due; the ids to publish."""
+    swept: list[Message] = []
+    wait_until(lambda: swept or swept.extend(ledger.reconcile(grace_s=grace_s)), "a sweep")
+    return [message.id for message in swept]
+
+
+def crash(ledger: Ledger, id: str = "job_1") -> None:
+    """A worker claims the job and is never heard of again; the reconciler notices."""
+    claimed(ledger, id, lease_s=SOON_S)
+    before = ledger.redis.hget(f"blipq:job:{id}", "crashes")
+    wait_until(
+        lambda: ledger.reconcile() or ledger.redis.hget(f"blipq:job:{id}", "crashes") != before,
+        "the lease to run out",
+    )
+
+
+# --- submit ---------------------------------------------------------------------------------------
+
+
+def test_a_submitted_job_is_queued_and_has_a_message(ledger: Ledger) -> None:
+    assert submitted(ledger, metadata={"order": "42"}) == Message(Kind.CAPTION, "job_1", QUEUE)
+    info = read(ledger)
+    assert (info.status, info.kind, info.model) == ("queued", "caption", "default")
+    assert info.metadata == {"order": "42"}
+    assert info.attempts == 0
+
+
+def test_the_same_job_is_recorded_once(ledger: Ledger) -> None:
+    submitted(ledger)
+    assert submitted(ledger) == "job_1"
+
+
+def test_the_same_id_with_another_request_conflicts(ledger: Ledger) -> None:
+    submitted(ledger)
+    with pytest.raises(IdempotencyConflict, match="job_1"):
+        ledger.submit("job_1", OTHER, Options(), notify="test")
+
+
+def test_the_same_key_gives_the_first_job(ledger: Ledger) -> None:
+    submitted(ledger, "job_1", idempotency_key="order-42")
+    assert submitted(ledger, "job_2", idempotency_key="order-42") == "job_1"
+    assert ledger.read("job_2") is None
+
+
+def test_the_same_key_with_other_options_conflicts(ledger: Ledger) -> None:
+    submitted(ledger, "job_1", idempotency_key="order-42")
+    with pytest.raises(IdempotencyConflict):
+        submitted(ledger, "job_2", idempotency_key="order-42", priority="high")
+
+
+def test_metadata_in_another_order_is_the_same_request(ledger: Ledger) -> None:
+    submitted(ledger, "job_1", idempotency_key="k", metadata={"a": "1", "b": "2"})
+    again = submitted(ledger, "job_2", idempotency_key="k", metadata={"b": "2", "a": "1"})
+    assert again == "job_1"
+
+
+def test_a_key_still_finds_a_job_that_has_ended(ledger: Ledger) -> None:
+    ledger.succeed(running(ledger, idempotency_key="order-42"), RESULT, "{}")
+    assert submitted(ledger, "job_2", idempotency_key="order-42") == "job_1"
+
+
+def test_more_open_jobs_than_allowed_are_refused(raw_redis: "redis.Redis", apart: Settings) -> None:
+    ledger = Ledger(raw_redis, apart.model_copy(update={"max_open_jobs": 1}))
+    submitted(ledger, "job_1")
+    with pytest.raises(QueueFull, match="BLIPQ_MAX_OPEN_JOBS"):
+        submitted(ledger, "job_2")
+    assert submitted(ledger, "job_1") == "job_1", "a known job is no new one"
+    ledger.cancel("job_1")
+    assert isinstance(submitted(ledger, "job_2"), Message)
+
+
+def test_a_redis_without_memory_is_a_full_queue(own_redis: Settings) -> None:
+    with connect(own_redis) as raw:
+        raw.config_set("maxmemory", "1")
+        with pytest.raises(QueueFull, match="maxmemory"):
+            submitted(Ledger(raw, own_redis))
+
+
+def test_a_job_takes_at_most_two_kilobytes(ledger: Ledger, raw_redis: "redis.Redis") -> None:
+    submitted(ledger, "job_0")
+    before = raw_redis.info("memory")["used_memory_dataset"]
+    for number in range(200):
+        submitted(ledger, f"job_00000000-0000-7000-8000-{number:012}")
+    taken = raw_redis.info("memory")["used_memory_dataset"] - before
+    assert taken / 200 < 2048
+
+
+# --- claim ----------------------------------------------------------------------------------------
+
+
+def test_a_claim_carries_the_request(ledger: Ledger) -> None:
+    claim = running(ledger, output="s3://results/1.json", expires_in=60)
+    assert CaptionRequest.model_validate_json(claim.request) == REQUEST
+    assert (claim.output, claim.queue, claim.solo) == ("s3://results/1.json", QUEUE, False)
+    assert 0 < claim.expires_in <= 60
+    assert claim.queue_ms >= 0
+    assert read(ledger).status is Status.RUNNING
+
+
+def test_an_unknown_job_cannot_be_claimed(ledger: Ledger) -> None:
+    assert ledger.claim("job_9", "w1") == "unknown"
+
+
+def test_a_running_job_is_busy(ledger: Ledger) -> None:
+    running(ledger)
+    assert ledger.claim("job_1", "w2") == "busy"
+
+
+@pytest.mark.parametrize("ending", ["succeeded", "failed", "cancelled"])
+def test_an_ended_job_is_not_claimed_again(ledger: Ledger, ending: str) -> None:
+    end(ledger, running(ledger), ending)
+    assert ledger.claim("job_1", "w2") == "ended"
+    assert read(ledger).status == ending
+
+
+def test_a_job_of_a_newer_contract_is_left_alone(ledger: Ledger, raw_redis: "redis.Redis") -> None:
+    submitted(ledger)
+    raw_redis.hset("blipq:job:job_1", "contract", CONTRACT + 1)
+    assert ledger.claim("job_1", "w1") == "newer"
+    assert (read(ledger).status, read(ledger).attempts) == ("queued", 0)
+
+
+def test_a_job_whose_deadline_passed_is_not_claimed(ledger: Ledger) -> None:
+    submitted(ledger, expires_in=SOON_S)
+    wait_until(lambda: read(ledger).status == "expired", "the deadline")
+    assert ledger.claim("job_1", "w1") == "ended"
+
+
+# --- finish ---------------------------------------------------------------------------------------
+
+
+def end(ledger: Ledger, claim: Claim, ending: str) -> object:
+    match ending:
+        case "succeeded":
+            return ledger.succeed(claim, RESULT, "{}")
+        case "failed":
+            return ledger.fail(claim, ERROR, "{}")
+        case _:
+            return ledger.cancel(claim.id)
+
+
+def test_a_result_and_its_receipt_are_kept(ledger: Ledger) -> None:
+    claim = running(ledger)
+    assert ledger.succeed(claim, RESULT, json.dumps({"tokens": 3}))
+    info = read(ledger)
+    assert (info.status, info.result.text, info.receipt.tokens) == ("succeeded", "a cat", 3)
+    assert info.created_at <= info.started_at <= info.completed_at
+    assert info.live_workers is None
+
+
+def test_a_failure_keeps_its_error(ledger: Ledger) -> None:
+    assert ledger.fail(running(ledger), ERROR, "{}")
+    info = read(ledger)
+    assert (info.status, info.error.code, info.result) == ("failed", "image_invalid", None)
+
+
+def test_a_job_ends_once(ledger: Ledger) -> None:
+    claim = running(ledger)
+    assert ledger.succeed(claim, RESULT, "{}")
+    assert not ledger.fail(claim, ERROR, "{}")
+    assert not ledger.succeed(claim, RESULT, "{}")
+    assert read(ledger).status is Status.SUCCEEDED
+
+
+def test_a_stale_worker_cannot_finish_a_job(ledger: Ledger) -> None:
+    submitted(ledger)
+    stale = claimed(ledger, lease_s=SOON_S)
+    published_again(ledger)
+    claimed(ledger)
+    assert not ledger.succeed(stale, RESULT, "{}")
+    assert not ledger.retry(stale, 0)
+    assert not ledger.hand_back(stale)
+    assert read(ledger).status is Status.RUNNING
+
+
+def test_each_claim_has_a_larger_token(ledger: Ledger) -> None:
+    first = running(ledger)
+    ledger.hand_back(first)
+    assert claimed(ledger).token > first.token
+
+
+def test_an_outcome_after_the_deadline_is_dropped(ledger: Ledger) -> None:
+    claim = running(ledger, expires_in=SOON_S)
+    assert claim.expires_in <= SOON_S
+    wait_until(lambda: not ledger.succeed(claim, RESULT, "{}"), "the deadline")
+    assert read(ledger).status in ("expired", "succeeded")
+
+
+def test_the_end_of_a_job_is_told_on_its_clients_channel(
+    ledger: Ledger, raw_redis: "redis.Redis"
+) -> None:
+    channel = "blipq:ended:test"
+    with raw_redis.pubsub(ignore_subscribe_messages=True) as pubsub:
+        pubsub.subscribe(channel)
+        pubsub.get_message(timeout=5)
+        ledger.succeed(running(ledger), RESULT, "{}")
+        told = pubsub.get_message(timeout=5)
+    assert (told["channel"], told["data"]) == (channel, "job_1")
+    assert ledger.notify_channel_of("job_1") == channel
+
+
+# --- leases ---------------------------------------------------------------------------------------
+
+
+def test_a_renewed_lease_lives_on(ledger: Ledger, raw_redis: "redis.Redis") -> None:
+    claim = running(ledger, lease_s=5)
+    before = raw_redis.zscore("blipq:running", "job_1")
+    assert ledger.renew({"job_1": claim.token}, lease_s=30) == []
+    assert raw_redis.zscore("blipq:running", "job_1") > before
+
+
+@pytest.mark.parametrize("ending", ["succeeded", "failed", "cancelled"])
+def test_a_worker_hears_that_a_job_is_no_longer_its_own(ledger: Ledger, ending: str) -> None:
+    claim = running(ledger)
+    end(ledger, claim, ending)
+    assert ledger.renew({"job_1": claim.token}) == ["job_1"]
+
+
+def test_a_worker_hears_that_another_took_its_job(ledger: Ledger) -> None:
+    claim = running(ledger)
+    ledger.hand_back(claim)
+    claimed(ledger, worker="w2")
+    assert ledger.renew({"job_1": claim.token}) == ["job_1"]
+
+
+def test_renewing_a_lease_past_the_deadline_ends_the_job(ledger: Ledger) -> None:
+    claim = running(ledger, expires_in=SOON_S)
+    wait_until(lambda: ledger.renew({"job_1": claim.token}) == ["job_1"], "the deadline")
+    assert read(ledger).status is Status.EXPIRED
+
+
+def test_renewing_nothing_is_fine(ledger: Ledger) -> None:
+    assert ledger.renew({}) == []
+
+
+# --- crashes --------------------------------------------------------------------------------------
+
+
+def test_a_crashed_workers_job_is_published_again_and_then_runs_alone(ledger: Ledger) -> None:
+    running(ledger, lease_s=SOON_S)
+    assert published_again(ledger) == ["job_1"]
+    assert read(ledger).status is Status.QUEUED
+    assert claimed(ledger).solo
+
+
+def test_only_the_reconciler_judges_a_lease_that_ran_out(ledger: Ledger) -> None:
+    """After an outage of Redis every lease has run out, and the workers are well."""
+    running(ledger, lease_s=0.001)
+    assert ledger.claim("job_1", "w2") == "busy"
+    assert ledger.reconcile(judge=False) == []
+    assert read(ledger).status is Status.RUNNING
+    assert published_again(ledger) == ["job_1"]
+
+
+def test_a_job_that_kills_its_workers_becomes_a_dead_letter(
+    ledger: Ledger, raw_redis: "redis.Redis"
+) -> None:
+    submitted(ledger)
+    for _ in range(MAX_CRASHES):
+        crash(ledger)
+    info = read(ledger)
+    assert (info.status, info.error.code) == ("failed", "attempts_exhausted")
+    assert (info.attempts, info.error.retryable) == (MAX_CRASHES, False)
+    assert raw_redis.zscore("blipq:dead-letters", "job_1")
+    assert raw_redis.ttl("blipq:job:job_1") > 13 * 86400
+
+
+def test_a_job_that_is_out_of_retries_becomes_a_dead_letter(
+    ledger: Ledger, raw_redis: "redis.Redis"
+) -> None:
+    ledger.fail(running(ledger), ERROR, "{}", dead=True)
+    assert raw_redis.zscore("blipq:dead-letters", "job_1")
+
+
+# --- retry and hand-back --------------------------------------------------------------------------
+
+
+def test_a_retry_waits_for_its_time(ledger: Ledger) -> None:
+    ledger.retry(running(ledger), 60)
+    assert read(ledger).status is Status.QUEUED
+    assert ledger.claim("job_1", "w2") == "busy"
+    assert ledger.reconcile() == []
+
+
+def test_a_due_retry_is_published_and_counted(ledger: Ledger) -> None:
+    ledger.retry(running(ledger), SOON_S)
+    assert published_again(ledger) == ["job_1"]
+    again = claimed(ledger)
+    assert (again.retries, again.attempts, again.solo) == (1, 2, False)
+
+
+def test_a_job_handed_back_has_lost_no_attempt(ledger: Ledger) -> None:
+    assert ledger.hand_back(running(ledger))
+    assert (read(ledger).status, read(ledger).attempts) == ("queued", 0)
+    again = claimed(ledger)
+    assert (again.attempts, again.retries) == (1, 0)
+
+
+# --- cancel ---------------------------------------------------------------------------------------
+
+
+def test_a_queued_job_is_cancelled(ledger: Ledger) -> None:
+    submitted(ledger)
+    assert ledger.cancel("job_1") == "cancelled"
+    assert read(ledger).status is Status.CANCELLED
+
+
+def test_a_running_job_is_cancelled_and_its_result_dropped(ledger: Ledger) -> None:
+    claim = running(ledger)
+    assert ledger.cancel("job_1") == "cancelled"
+    assert not ledger.succeed(claim, RESULT, "{}")
+    assert read(ledger).result is None
+
+
+def test_a_job_waiting_for_a_retry_is_cancelled(ledger: Ledger) -> None:
+    ledger.retry(running(ledger), SOON_S)
+    assert ledger.cancel("job_1") == "cancelled"
+    assert ledger.reconcile() == []
+
+
+@pytest.mark.parametrize("ending", ["succeeded", "failed", "cancelled"])
+def test_an_ended_job_cannot_be_cancelled(ledger: Ledger, ending: str) -> None:
+    end(ledger, running(ledger), ending)
+    assert ledger.cancel("job_1") == "ended"
+    assert read(ledger).status == ending
+
+
+def test_an_unknown_job_cannot_be_cancelled(ledger: Ledger) -> None:
+    assert ledger.cancel("job_9") == "unknown"
+
+
+# --- reconcile ------------------------------------------------------------------------------------
+
+
+def test_a_waiting_job_is_not_published_again_while_workers_are_busy(ledger: Ledger) -> None:
+    submitted(ledger)
+    ledger.register("w1", ["default"], "{}", ttl_s=5, spare=False)
+    assert ledger.reconcile(grace_s=0.001) == []
+
+
+def test_a_lost_message_is_published_again_when_a_worker_idles(ledger: Ledger) -> None:
+    submitted(ledger)
+    ledger.register("w1", ["default"], "{}", ttl_s=5, spare=True)
+    assert ledger.reconcile(grace_s=60) == [], "within its grace it may be on its way"
+    assert published_again(ledger, grace_s=SOON_S) == ["job_1"]
+
+
+def test_an_idle_worker_of_another_model_proves_nothing(ledger: Ledger) -> None:
+    submitted(ledger)
+    ledger.register("w1", ["other"], "{}", ttl_s=5, spare=True)
+    assert ledger.reconcile(grace_s=0.001) == []
+
+
+def test_a_job_overtaken_in_its_queue_has_lost_its_message(ledger: Ledger) -> None:
+    submitted(ledger, "job_1")
+    first = ledger.redis.zscore(f"blipq:queued:{QUEUE}", "job_1")
+    wait_until(lambda: now_ms(ledger) > first + 1000 * SOON_S, "a later moment")
+    running(ledger, "job_2")
+    assert ledger.reconcile(grace_s=60) == []
+    assert published_again(ledger, grace_s=SOON_S / 2) == ["job_1"]
+
+
+def test_a_job_is_published_again_once_per_grace(ledger: Ledger) -> None:
+    submitted(ledger)
+    ledger.register("w1", ["default"], "{}", ttl_s=60, spare=True)
+    published_again(ledger, grace_s=SOON_S)
+    assert ledger.reconcile(grace_s=60) == []
+
+
+def test_a_sweep_is_bounded(ledger: Ledger) -> None:
+    for number in range(5):
+        ledger.retry(running(ledger, f"job_{number}"), 0.001)
+    due = now_ms(ledger) + 1
+    wait_until(lambda: now_ms(ledger) > due, "the retries to be due")
+    assert len(ledger.reconcile(limit=3)) == 3
+    assert len(ledger.reconcile(limit=3)) == 2
+
+
+def test_a_passed_deadline_is_settled_by_reading(ledger: Ledger) -> None:
+    submitted(ledger, expires_in=SOON_S)
+    wait_until(lambda: read(ledger).status == "expired", "the deadline")
+    assert ledger.redis.zscore("blipq:open", "job_1") is None
+
+
+def test_a_passed_deadline_is_settled_by_a_sweep(ledger: Ledger, raw_redis: "redis.Redis") -> None:
+    submitted(ledger, expires_in=SOON_S)
+    wait_until(
+        lambda: ledger.reconcile() or raw_redis.hget("blipq:job:job_1", "status") == "expired",
+        "the deadline",
+    )
+
+
+def now_ms(ledger: Ledger) -> float:
+    seconds, micros = ledger.redis.time()
+    return seconds * 1000 + micros / 1000
+
+
+# --- workers --------------------------------------------------------------------------------------
+
+
+def test_an_open_job_says_how_many_live_workers_serve_its_model(ledger: Ledger) -> None:
+    submitted(ledger)
+    assert read(ledger).live_workers == 0
+    ledger.register("w1", ["default", "other"], "{}", ttl_s=60, spare=True)
+    ledger.register("w2", ["default"], "{}", ttl_s=60, spare=False)
+    assert read(ledger).live_workers == 2
+
+
+def test_a_worker_that_is_not_heard_of_is_not_live(ledger: Ledger) -> None:
+    submitted(ledger)
+    ledger.register("w1", ["default"], "{}", ttl_s=SOON_S, spare=True)
+    wait_until(lambda: read(ledger).live_workers == 0, "the worker to be missed")
+
+
+def test_one_owner_holds_a_lock_until_it_runs_out(ledger: Ledger) -> None:
+    assert ledger.lock("blipq:lock", "w1", 60) == "new"
+    assert ledger.lock("blipq:lock", "w2", 60) == "taken"
+    assert ledger.lock("blipq:lock", "w1", 0.02) == "kept"
+    wait_until(lambda: ledger.lock("blipq:lock", "w2", 1) == "new", "the lock to run out")
+
+
+# --- foreign messages -----------------------------------------------------------------------------
+
+
+def test_a_refused_message_leaves_a_failed_job(ledger: Ledger) -> None:
+    assert ledger.refuse("job_1", Kind.CAPTION, ERROR)
+    assert (read(ledger).status, read(ledger).error.code) == ("failed", "image_invalid")
+    assert ledger.claim("job_1", "w1") == "ended"
+
+
+def test_a_known_job_cannot_be_refused(ledger: Ledger) -> None:
+    submitted(ledger)
+    assert not ledger.refuse("job_1", Kind.CAPTION, ERROR)
+    assert read(ledger).status is Status.QUEUED
+
+
+# --- Redis ----------------------------------------------------------------------------------------
+
+
+def test_every_key_expires(ledger: Ledger, raw_redis: "redis.Redis") -> None:
+    hook = Webhook(url="https://example.org/hook")
+    ledger.fail(running(ledger, "job_1", idempotency_key="a", webhook=hook), ERROR, "{}", dead=True)
+    ledger.retry(running(ledger, "job_2"), 60)
+    running(ledger, "job_3")
+    submitted(ledger, "job_4")
+    ledger.register("w1", ["default"], "{}", ttl_s=5, spare=True)
+    ledger.lock("blipq:lock", "w1", 5000)
+    keys = list(raw_redis.scan_iter("blipq:*"))
+    assert len(keys) >= 14, keys
+    assert [key for key in keys if raw_redis.ttl(key) < 0] == []
+
+
+def test_an_open_job_outlives_its_deadline(ledger: Ledger, raw_redis: "redis.Redis") -> None:
+    submitted(ledger, expires_in="30d")
+    assert raw_redis.ttl("blipq:job:job_1") > 30 * 86400
+
+
+@pytest.mark.parametrize(("ending", "days"), [("succeeded", 1), ("failed", 7), ("cancelled", 1)])
+def test_an_ended_job_is_kept_for_its_retention(
+    ledger: Ledger, raw_redis: "redis.Redis", ending: str, days: int
+) -> None:
+    end(ledger, running(ledger), ending)
+    assert days * 86400 - 60 < raw_redis.ttl("blipq:job:job_1") <= days * 86400
+
+
+def test_scripts_that_redis_forgot_are_loaded_again(
+    ledger: Ledger, raw_redis: "redis.Redis"
+) -> None:
+    submitted(ledger)
+    raw_redis.script_flush()
+    assert read(ledger).status is Status.QUEUED
+
+
+def test_a_redis_that_is_down_is_an_unavailable_queue(apart: Settings) -> None:
+    nowhere = apart.model_copy(update={"redis_url": "redis://127.0.0.1:1/0"})
+    with connect(nowhere) as raw, pytest.raises(QueueUnavailable, match="Redis") as raised:
+        submitted(Ledger(raw, nowhere), "job_7")
+    assert raised.value.job_id == "job_7"
+
+
+def test_a_wrong_password_is_told(apart: Settings) -> None:
+    host = apart.redis_url.rsplit("@", 1)[1]
+    locked = apart.model_copy(update={"redis_url": f"redis://:wrong@{host}"})
+    with connect(locked) as raw, pytest.raises(QueueUnavailable, match="password"):
+        Ledger(raw, locked).read("job_1")

@@ -1,0 +1,203 @@
+"""The local stack: real servers that leave nothing behind."""
+
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from blipq import Client
+from blipq.local import LocalStack, StackError, free_port
+from blipq.settings import read_stack_file
+from blipq.supervisor import Service, supervise
+from conftest import blipq, wait_until
+
+
+def listens(port: int | None) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def sockets_in_tmp() -> set[Path]:
+    return set(Path("/tmp").glob("seaweedfs-*.sock"))
+
+
+def lives(pid: int) -> bool:
+    with suppress(OSError, ValueError):
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
+    return False
+
+
+def test_a_stopped_stack_leaves_no_process_port_or_file(tmp_path: Path) -> None:
+    before = sockets_in_tmp()
+    stack = LocalStack(tmp_path / "stack")
+    stack.start()
+    pids = [service.pid for service in stack.services]
+    assert listens(stack.redis_port)
+    assert listens(stack.s3_port)
+    stack.stop()
+    assert not any(map(lives, pids))
+    assert not any(map(listens, (stack.redis_port, stack.s3_port, *stack._inner_ports)))
+    assert sockets_in_tmp() <= before
+
+
+def test_secrets_are_readable_by_their_owner_alone(stack: LocalStack) -> None:
+    assert stat.S_IMODE(stack.folder.stat().st_mode) == 0o700
+    for file in ("redis/redis.conf", "s3.json"):
+        assert stat.S_IMODE((stack.folder / file).stat().st_mode) == 0o600
+
+
+def test_a_taken_port_is_told(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        stack = LocalStack(tmp_path, redis_port=port)
+        with pytest.raises(StackError, match=f"port {port} is taken.*--redis-port"):
+            stack.start()
+    assert stack.services == []
+
+
+def test_a_stack_is_announced_and_withdrawn(
+    stack: LocalStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cache" / "stack.json"
+    monkeypatch.setenv("BLIPQ_STACK_FILE", str(path))
+    stack.announce()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with Client() as client:
+        assert client.settings.endpoint_source == "local stack"
+    stack.withdraw()
+    assert read_stack_file() is None
+
+
+# --- blipq up and down ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> dict[str, str]:
+    return {"BLIPQ_STACK_FILE": str(tmp_path / "stack.json"), "XDG_CACHE_HOME": str(tmp_path)}
+
+
+def up(cache: dict[str, str], folder: Path, *more: str) -> subprocess.Popen[str]:
+    ports = ("--redis-port", str(free_port()), "--s3-port", str(free_port()))
+    command = [sys.executable, "-m", "blipq", "up", "--folder", str(folder), *ports, *more]
+    return subprocess.Popen(command, env={**os.environ, **cache}, stderr=subprocess.PIPE, text=True)
+
+
+def test_up_serves_this_machine_until_down(tmp_path: Path, cache: dict[str, str]) -> None:
+    running = up(cache, tmp_path / "stack", "--no-worker")
+    wait_until(Path(cache["BLIPQ_STACK_FILE"]).exists, "the stack")
+    found = blipq("status", "job_1", **cache)
+    assert found.returncode == 4
+    assert "(local stack)" in found.stderr
+    again = blipq("up", "--no-worker", **cache)
+    assert again.returncode == 1
+    assert f"runs already (pid {running.pid})" in again.stderr
+    stopped = blipq("down", **cache)
+    assert (stopped.returncode, stopped.stderr) == (0, "stopped\n")
+    _, told = running.communicate(timeout=30)
+    assert running.returncode == 0, told
+    assert not Path(cache["BLIPQ_STACK_FILE"]).exists()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_stack(tmp_path: Path, cache: dict[str, str], sign: int) -> None:
+    running = up(cache, tmp_path / "stack", "--no-worker")
+    wait_until(Path(cache["BLIPQ_STACK_FILE"]).exists, "the stack")
+    running.send_signal(sign)
+    _, told = running.communicate(timeout=30)
+    assert (running.returncode, "stopping" in told) == (0, True)
+
+
+def test_a_killed_stack_takes_its_servers_along(tmp_path: Path, cache: dict[str, str]) -> None:
+    running = up(cache, tmp_path / "stack", "--no-worker")
+    wait_until(Path(cache["BLIPQ_STACK_FILE"]).exists, "the stack")
+    children = [int(pid) for pid in _children(running.pid)]
+    assert len(children) == 2
+    commands = " ".join(Path(f"/proc/{pid}/cmdline").read_text() for pid in children)
+    running.kill()
+    running.communicate(timeout=30)
+    wait_until(lambda: not any(map(lives, children)), "the servers to end")
+    for port in re.findall(r"port[a-z.]*=(\d+)", commands):  # nobody was left to remove these
+        for socket_file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+            socket_file.unlink()
+    assert blipq("down", **cache).stderr == "no local stack is running\n"
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def test_down_without_a_stack_says_so(cache: dict[str, str]) -> None:
+    down = blipq("down", **cache)
+    assert (down.returncode, down.stderr) == (0, "no local stack is running\n")
+
+
+def test_up_on_a_taken_port_fails_with_one_line(tmp_path: Path, cache: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        folder = str(tmp_path / "stack")
+        failed = blipq("up", "--no-worker", "--folder", folder, "--redis-port", port, **cache)
+    assert failed.returncode == 1
+    assert f"port {port} is taken" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+# --- the supervisor -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def supervised(tmp_path: Path) -> Callable[[str], Service]:
+    return lambda code: Service("child", [sys.executable, "-c", code], log=tmp_path / "log")
+
+
+def test_a_service_that_keeps_dying_is_started_again_and_told(
+    supervised: Callable[[str], Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blipq.supervisor.FIRST_PAUSE_S", 0.01)
+    service, stop, told = supervised("raise SystemExit(3)"), threading.Event(), []
+    service._pause = 0.01
+    service.start()
+
+    def tell(text: str) -> None:
+        told.append(text)
+        if "started again" in text:
+            stop.set()
+
+    assert supervise([service], stop, tell=tell) == 0
+    assert "child ended with 3" in told or "child was started again" in told[0]
+    service.stop()
+
+
+def test_a_service_that_must_not_start_again_ends_the_supervision(
+    supervised: Callable[[str], Service],
+) -> None:
+    service = supervised("raise SystemExit(78)")
+    service.start()
+    assert supervise([service], threading.Event(), tell=str, give_up_on=(78,)) == 78
+
+
+def test_a_service_that_ignores_sigterm_is_killed(supervised: Callable[[str], Service]) -> None:
+    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True)"
+    service = supervised(f"{code}; time.sleep(60)")
+    service.start()
+    wait_until(lambda: "up" in service.last_words(), "the child")
+    service.stop(timeout=0.1)
+    assert service.exit_code == -signal.SIGKILL
+
+
+def test_the_last_words_of_a_service_are_its_logs_end(
+    supervised: Callable[[str], Service],
+) -> None:
+    service = supervised("print(*range(20), sep='\\n')")
+    service.start()
+    wait_until(lambda: service.exit_code == 0, "the child")
+    assert service.last_words(2) == "18\n19"
+    assert (service.pid, service.exit_code) == (None, 0)

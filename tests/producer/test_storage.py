@@ -1,0 +1,115 @@
+"""Uploads to a real S3."""
+
+import hashlib
+import socket
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blipq import InvalidRequest, QueueUnavailable, Settings
+from blipq.storage import MAX_UPLOAD_BYTES, Storage
+
+
+@pytest.fixture
+def storage(apart: Settings) -> Storage:
+    return Storage(apart)
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A server that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_a_file_is_uploaded_under_the_hash_of_its_content(storage: Storage, tmp_path: Path) -> None:
+    path = tmp_path / "Cat.PNG"
+    path.write_bytes(b"a cat")
+    image = storage.upload(path)
+    assert image.key == hashlib.sha256(b"a cat").hexdigest() + ".png"
+    found = storage.client.get_object(Bucket=image.bucket, Key=image.key)
+    assert (found["Body"].read(), found["ContentType"]) == (b"a cat", "image/png")
+
+
+def test_the_same_bytes_are_stored_once(storage: Storage) -> None:
+    first = storage.upload(b"twice")
+    stored = storage.client.head_object(Bucket=first.bucket, Key=first.key)["LastModified"]
+    assert storage.upload(b"twice") == first
+    again = storage.client.head_object(Bucket=first.bucket, Key=first.key)["LastModified"]
+    assert again == stored
+
+
+def test_a_path_may_be_text(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"as text")
+    assert storage.upload(str(tmp_path / "a.jpg")).key.endswith(".jpg")
+
+
+def test_an_object_is_written_and_read(storage: Storage) -> None:
+    storage.put("s3://blipq-inbox/results/1.json", b"{}", content_type="application/json")
+    with urllib.request.urlopen(storage.presign("s3://blipq-inbox/results/1.json")) as response:
+        assert response.read() == b"{}"
+
+
+def test_a_bucket_may_exist_already(storage: Storage) -> None:
+    storage.create_bucket("blipq-inbox")
+    storage.create_bucket("blipq-inbox")
+
+
+def test_a_file_that_is_not_there_is_told(storage: Storage, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"cannot read .*gone\.png: No such file"):
+        storage.upload(tmp_path / "gone.png")
+
+
+def test_a_folder_is_no_image(storage: Storage, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="cannot read"):
+        storage.upload(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["a\0b.png", "\udcff.png", "x" * 5000])
+def test_a_path_that_cannot_be_is_told(storage: Storage, path: str) -> None:
+    with pytest.raises(InvalidRequest, match="cannot read"):
+        storage.upload(path)
+
+
+def test_an_empty_file_is_refused(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(InvalidRequest, match="empty"):
+        storage.upload(tmp_path / "empty.png")
+
+
+def test_a_huge_file_is_refused_unread(storage: Storage, tmp_path: Path) -> None:
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(MAX_UPLOAD_BYTES + 1)
+    with pytest.raises(InvalidRequest, match="the most is 67,108,864"):
+        storage.upload(tmp_path / "huge.png")
+
+
+def test_a_wrong_secret_key_is_told(apart: Settings) -> None:
+    fields = apart.model_dump() | {"s3_secret_access_key": "wrong"}
+    with pytest.raises(InvalidRequest, match=r"S3 refuses.*SignatureDoesNotMatch"):
+        Storage(Settings.model_validate(fields)).upload(b"a cat")
+
+
+def test_missing_credentials_are_told(apart: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", "/nonexistent")
+    anonymous = Settings(s3_endpoint_url=apart.s3_endpoint_url)
+    with pytest.raises(InvalidRequest, match="BLIPQ_S3_ACCESS_KEY_ID"):
+        Storage(anonymous).upload(b"a cat")
+
+
+def test_an_s3_that_is_down_is_an_unavailable_queue(apart: Settings) -> None:
+    nowhere = apart.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:1"})
+    started = time.monotonic()
+    with pytest.raises(QueueUnavailable, match="S3 does not answer"):
+        Storage(nowhere).upload(b"a cat")
+    assert time.monotonic() - started < 10
+
+
+def test_a_silent_s3_is_given_up(apart: Settings, silent_port: int) -> None:
+    silent = apart.model_copy(update={"s3_endpoint_url": f"http://127.0.0.1:{silent_port}"})
+    with pytest.raises(QueueUnavailable, match="S3 does not answer"):
+        Storage(silent, read_timeout_s=0.1).upload(b"a cat")

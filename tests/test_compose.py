@@ -1,0 +1,229 @@
+"""docker-compose.yml and the Dockerfile. No Docker runs here: their commands do, on real parts."""
+
+import json
+import re
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from blipq import Settings
+from blipq.ledger import connect
+from blipq.local import _INNER_PORTS, free_port, redis_command, s3_command
+from blipq.settings import Settings as ProducerSettings
+from blipq.storage import Storage
+from blipq.supervisor import Service
+from blipq_worker.health import HealthServer
+from blipq_worker.settings import WorkerSettings
+from conftest import ROOT, blipq, wait_until
+
+VALUES = {"BLIPQ_REDIS_PASSWORD": "hush", "BLIPQ_S3_SECRET_ACCESS_KEY": "quiet"}
+
+
+def resolved(text: str) -> str:
+    """``${NAME:-default}`` and ``${NAME:?message}`` as compose fills them in."""
+
+    def value(match: "re.Match[str]") -> str:
+        default = match["rest"].removeprefix("-") if match["rest"].startswith("-") else ""
+        return VALUES.get(match["name"], default)
+
+    return re.sub(r"\$\{(?P<name>\w+):(?P<rest>[^}]*)\}", value, text)
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(resolved((ROOT / "docker-compose.yml").read_text()))
+    return loaded
+
+
+@contextmanager
+def running(name: str, command: list[str], log: Path) -> Iterator[Service]:
+    service = Service(name, command, log=log)
+    service.start()
+    try:
+        yield service
+    finally:
+        service.stop()
+
+
+def seconds(text: str) -> float:
+    return float(text.removesuffix("s"))
+
+
+def test_it_follows_the_compose_specification() -> None:
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "check_jsonschema"),
+            *("--builtin-schema", "vendor.compose-spec", str(ROOT / "docker-compose.yml")),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+
+
+def test_redis_takes_its_flags(compose: dict[str, Any], tmp_path: Path) -> None:
+    _, *flags = compose["services"]["redis"]["command"]
+    port = free_port()
+    own = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(tmp_path)]
+    settings = Settings(redis_url=f"redis://:hush@127.0.0.1:{port}/0")
+    with (
+        running("redis", [redis_command(), *flags, *own], tmp_path / "log"),
+        connect(settings) as raw,
+    ):
+
+        def answers() -> bool:
+            with suppress(Exception):
+                return bool(raw.ping())
+            return False
+
+        wait_until(answers, "Redis")
+        assert raw.config_get("maxmemory*")["maxmemory-policy"] == "noeviction"
+        assert raw.config_get("maxmemory")["maxmemory"] == str(2 * 2**30)
+        assert raw.config_get("appendonly")["appendonly"] == "yes"
+        assert raw.config_get("save")["save"] == ""
+
+
+def test_seaweedfs_takes_its_flags_and_makes_the_inbox(
+    compose: dict[str, Any], tmp_path: Path
+) -> None:
+    service = compose["services"]["seaweedfs"]
+    identities = tmp_path / "s3.json"
+    identities.write_text(json.dumps(json.loads(compose["configs"]["s3"]["content"])))
+    port = free_port()
+    replaced = {
+        "-dir": str(tmp_path / "data"),
+        "-ip.bind": "127.0.0.1",
+        "-s3.port": str(port),
+        "-s3.config": str(identities),
+    }
+    mini, *flags = service["command"]
+    names = [flag.partition("=")[0] for flag in flags]
+    assert set(replaced) <= set(names)
+    kept = [flag for flag in flags if flag.partition("=")[0] not in replaced]
+    own = [f"{name}={value}" for name, value in replaced.items()]
+    own += ["-ip=127.0.0.1", *(f"-{name}={free_port()}" for name in _INNER_PORTS)]
+    (tmp_path / "data").mkdir()
+    command = [s3_command(), f"-logdir={tmp_path}", mini, *kept, *own]
+    health = service["healthcheck"]["test"][-1].replace(":8333", f":{port}")
+    environment = compose["services"]["worker"]["environment"]
+    settings = Settings(
+        s3_endpoint_url=f"http://127.0.0.1:{port}",
+        s3_access_key_id=environment["BLIPQ_S3_ACCESS_KEY_ID"],
+        s3_secret_access_key=environment["BLIPQ_S3_SECRET_ACCESS_KEY"],
+    )
+
+    def buckets() -> list[str]:
+        with suppress(Exception):
+            urllib.request.urlopen(health, timeout=3).close()
+            listed = Storage(settings, read_timeout_s=3).client.list_buckets()
+            return [bucket["Name"] for bucket in listed["Buckets"]]
+        return []
+
+    with running("s3", command, tmp_path / "log"):
+        wait_until(lambda: settings.inbox_bucket in buckets(), "the inbox")
+    for each in (port, *own):
+        number = str(each).rpartition("=")[2]
+        for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
+            left.unlink(missing_ok=True)
+
+
+def test_the_workers_command_is_one_that_blipq_takes(compose: dict[str, Any]) -> None:
+    program, *arguments = compose["services"]["worker"]["command"]
+    assert program == "blipq"
+    ran = blipq(*arguments, PATH="/nowhere")
+    assert ran.returncode == 2
+    assert "nvidia-smi is not on PATH" in ran.stderr
+
+
+def test_the_workers_probe_follows_readiness(compose: dict[str, Any]) -> None:
+    worker = compose["services"]["worker"]
+    marker, program, *arguments = worker["healthcheck"]["test"]
+    assert (marker, program) == ("CMD", "python")
+    port = worker["environment"]["BLIPQ_HEALTH_PORT"]
+    wrong: list[str] = []
+    server = HealthServer(0, live={}, ready={"model": lambda: wrong[0] if wrong else None})
+    server.start()
+    try:
+        probe = [
+            sys.executable,
+            *(each.replace(f":{port}", f":{server.port}") for each in arguments),
+        ]
+        assert subprocess.run(probe, capture_output=True, timeout=30).returncode == 0
+        wrong.append("no progress")
+        assert subprocess.run(probe, capture_output=True, timeout=30).returncode != 0
+    finally:
+        server.stop()
+
+
+def test_the_drain_fits_into_the_grace_period(compose: dict[str, Any]) -> None:
+    worker = compose["services"]["worker"]
+    drain = float(worker["environment"]["BLIPQ_DRAIN_TIMEOUT_S"])
+    assert seconds(worker["stop_grace_period"]) > drain + 10
+
+
+def test_every_setting_exists_and_is_valid(
+    compose: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {
+        f"BLIPQ_{name.upper()}" for name in {**Settings.model_fields, **WorkerSettings.model_fields}
+    }
+    for name in ("worker", "tools"):
+        environment = compose["services"][name]["environment"]
+        environment = {**environment.pop("<<", {}), **environment}
+        assert set(environment) <= known
+        with monkeypatch.context() as patched:
+            for variable, value in environment.items():
+                patched.setenv(variable, value)
+            try:
+                settings, options = ProducerSettings(), WorkerSettings()
+            except ValidationError as error:
+                pytest.fail(str(error))
+        assert settings.redis_url == "redis://:hush@redis:6379/0"
+        assert options.models == {"default": "opt-2.7b" if name == "worker" else "demo"}
+
+
+def test_services_that_stay_up_restart_and_are_probed(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        if name == "tools":
+            continue
+        assert service["restart"] == "unless-stopped", name
+        assert service["healthcheck"], name
+    for ports in (service.get("ports", ()) for service in compose["services"].values()):
+        assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_all_gpus_are_reserved(compose: dict[str, Any]) -> None:
+    (device,) = compose["services"]["worker"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+
+
+def test_the_dockerfile_has_the_targets_and_copies_what_there_is(compose: dict[str, Any]) -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    targets = set(re.findall(r"^FROM \S+ AS (\w+)", text, re.MULTILINE))
+    for service in compose["services"].values():
+        if "build" in service:
+            assert service["build"]["target"] in targets
+    sent = {
+        line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[0] == "!"
+    }
+    for copied in re.findall(r"^COPY ((?:[\w./-]+ )+)\S+$", text, re.MULTILINE):
+        for name in copied.split():
+            assert (ROOT / name).exists(), name
+            assert name in sent, f"{name} is not sent to the build"
+
+
+def test_no_image_holds_the_workers_extra_but_the_workers() -> None:
+    """torch and its CUDA libraries are gigabytes that a producer never needs."""
+    text = (ROOT / "Dockerfile").read_text()
+    producer = text.partition(" AS producer")[2].partition("FROM ")[0]
+    worker = text.partition(" AS worker")[2]
+    assert "blipq[worker]" not in producer
+    assert "blipq[worker]" in worker

@@ -1,0 +1,200 @@
+"""An object from S3, or why not: against the real S3, and against servers that misbehave."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import pytest
+
+from blipq import ErrorCode, ImageRef, Settings
+from blipq.errors import PermanentError, TransientError, WorkError
+from blipq.storage import Storage
+from blipq_worker.fetch import Fetcher
+
+BYTES = bytes(range(256)) * 2000
+OK = b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\nETag: "x"\r\n\r\n'
+ANYWHERE = ImageRef(uri="s3://bucket/key.png")
+
+
+@pytest.fixture(scope="module")
+def storage(settings: Settings) -> Storage:
+    return Storage(settings)
+
+
+@pytest.fixture(scope="module")
+def image(storage: Storage) -> ImageRef:
+    return storage.upload(BYTES)
+
+
+def fetcher(storage: Storage, **options: object) -> Fetcher:
+    return Fetcher(storage, **{"max_bytes": 2**20, "timeout_s": 10.0, **options})  # type: ignore[arg-type]
+
+
+def refusal(fetcher: Fetcher, image: ImageRef) -> WorkError:
+    with pytest.raises(WorkError) as raised:
+        fetcher.fetch(image)
+    return raised.value
+
+
+def is_unavailable(error: WorkError) -> bool:
+    return isinstance(error, TransientError) and error.code is ErrorCode.IMAGE_UNAVAILABLE
+
+
+# --- the real S3 ----------------------------------------------------------------------------------
+
+
+def test_an_object_is_fetched_whole(storage: Storage, image: ImageRef) -> None:
+    assert fetcher(storage).fetch(image) == BYTES
+
+
+def test_an_object_of_just_the_allowed_size_is_fetched(storage: Storage, image: ImageRef) -> None:
+    assert fetcher(storage, max_bytes=len(BYTES)).fetch(image) == BYTES
+
+
+def test_an_empty_object_is_fetched(storage: Storage) -> None:
+    storage.put("s3://blipq-inbox/empty", b"", content_type="image/png")
+    assert fetcher(storage).fetch(ImageRef(uri="s3://blipq-inbox/empty")) == b""
+
+
+@pytest.mark.parametrize("uri", ["s3://blipq-inbox/no/such.png", "s3://no-such-bucket-at-all/key"])
+def test_a_missing_object_is_not_found(storage: Storage, uri: str) -> None:
+    error = refusal(fetcher(storage), ImageRef(uri=uri))
+    assert isinstance(error, PermanentError)
+    assert error.code is ErrorCode.IMAGE_NOT_FOUND
+    assert uri in str(error)
+
+
+def test_an_object_that_may_not_be_read_is_forbidden(settings: Settings, image: ImageRef) -> None:
+    fields = settings.model_dump() | {"s3_secret_access_key": "wrong"}
+    error = refusal(fetcher(Storage(Settings.model_validate(fields))), image)
+    assert (type(error), error.code) == (PermanentError, ErrorCode.IMAGE_FORBIDDEN)
+
+
+def test_an_object_that_changed_is_told(storage: Storage, image: ImageRef) -> None:
+    found = storage.client.head_object(Bucket=image.bucket, Key=image.key)
+    pinned = image.model_copy(update={"etag": found["ETag"]})
+    assert fetcher(storage).fetch(pinned) == BYTES
+    other = image.model_copy(update={"etag": '"0123456789abcdef0123456789abcdef"'})
+    error = refusal(fetcher(storage), other)
+    assert (type(error), error.code) == (PermanentError, ErrorCode.IMAGE_CHANGED)
+
+
+def test_a_large_object_is_refused_by_its_header(storage: Storage, image: ImageRef) -> None:
+    error = refusal(fetcher(storage, max_bytes=len(BYTES) - 1), image)
+    assert (type(error), error.code) == (PermanentError, ErrorCode.IMAGE_TOO_LARGE)
+    assert f"larger than {len(BYTES) - 1:,} bytes" in str(error)
+
+
+@pytest.mark.parametrize("allowed", ["blipq-inbox", "blipq-inbox/"])
+def test_an_allowed_bucket_is_read(storage: Storage, image: ImageRef, allowed: str) -> None:
+    assert fetcher(storage, allowed_buckets=["other", allowed]).fetch(image) == BYTES
+
+
+@pytest.mark.parametrize("allowed", ["blipq", "blipq-inbox-2", "blipq-inbox/private/"])
+def test_another_bucket_is_forbidden_unread(
+    storage: Storage, image: ImageRef, allowed: str
+) -> None:
+    error = refusal(fetcher(storage, allowed_buckets=[allowed]), image)
+    assert (type(error), error.code) == (PermanentError, ErrorCode.IMAGE_FORBIDDEN)
+    assert "BLIPQ_ALLOWED_BUCKETS" in str(error)
+
+
+# --- servers that misbehave -----------------------------------------------------------------------
+
+Reply = Callable[[socket.socket], object]
+Serve = Callable[[Reply], Storage]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """A one-trick HTTP server; gives the storage that asks it."""
+    over = threading.Event()
+
+    def serve(reply: Reply) -> Storage:
+        server = socket.create_server(("127.0.0.1", 0))
+        server.settimeout(0.05)
+        started.append(threading.Thread(target=_serve, args=(server, reply, over)))
+        started[-1].start()
+        port = server.getsockname()[1]
+        settings = Settings(
+            s3_endpoint_url=f"http://127.0.0.1:{port}",
+            s3_access_key_id="key",
+            s3_secret_access_key="secret",
+        )
+        return Storage(settings, read_timeout_s=0.3)
+
+    started: list[threading.Thread] = []
+    yield serve
+    over.set()
+    for thread in started:
+        thread.join()
+
+
+def _serve(server: socket.socket, reply: Reply, over: threading.Event) -> None:
+    with server:
+        while not over.is_set():
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                continue
+            with connection, suppress(OSError):
+                connection.recv(65536)
+                while reply(connection) and not over.wait(0.02):
+                    pass
+
+
+def test_a_slow_drip_ends_with_the_deadline(serve: Serve) -> None:
+    """Each byte comes well within the read timeout; all of them would take for ever."""
+    sent = threading.Event()
+
+    def drip(connection: socket.socket) -> bool:
+        if not sent.is_set():
+            connection.sendall(OK % 100_000)
+            sent.set()
+        connection.sendall(b"x")
+        return True
+
+    error = refusal(fetcher(serve(drip), timeout_s=0.3), ANYWHERE)
+    assert is_unavailable(error)
+    assert "not read within 0.3 s" in str(error)
+
+
+def test_a_cut_connection_may_pass_later(serve: Serve) -> None:
+    error = refusal(fetcher(serve(lambda c: c.sendall(OK % 100 + b"x" * 40))), ANYWHERE)
+    assert is_unavailable(error)
+
+
+def test_a_server_that_stops_in_the_middle_may_pass_later(serve: Serve) -> None:
+    def stop(connection: socket.socket) -> object:
+        connection.sendall(OK % 100 + b"x" * 40)
+        return connection.recv(1)
+
+    assert is_unavailable(refusal(fetcher(serve(stop)), ANYWHERE))
+
+
+def test_a_body_without_a_length_is_counted_while_it_streams(serve: Serve) -> None:
+    """Some gateways send chunks; the cap must hold without a header to trust."""
+    chunk = b"800\r\n" + b"x" * 2048 + b"\r\n"
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    storage = serve(lambda c: c.sendall(head + 4 * chunk + b"0\r\n\r\n"))
+    assert fetcher(storage, max_bytes=8192).fetch(ANYWHERE) == b"x" * 8192
+    error = refusal(fetcher(storage, max_bytes=8191), ANYWHERE)
+    assert error.code is ErrorCode.IMAGE_TOO_LARGE
+
+
+@pytest.mark.parametrize("status", [b"503 Slow Down", b"500 Internal Server Error"])
+def test_a_server_in_trouble_may_pass_later(serve: Serve, status: bytes) -> None:
+    storage = serve(lambda c: c.sendall(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n"))
+    assert is_unavailable(refusal(fetcher(storage), ANYWHERE))
+
+
+def test_a_server_that_talks_nonsense_may_pass_later(serve: Serve) -> None:
+    assert is_unavailable(refusal(fetcher(serve(lambda c: c.sendall(b"hello\r\n"))), ANYWHERE))
+
+
+def test_a_server_that_is_gone_may_come_back() -> None:
+    nowhere = Settings(
+        s3_endpoint_url="http://127.0.0.1:1", s3_access_key_id="k", s3_secret_access_key="s"
+    )
+    assert is_unavailable(refusal(fetcher(Storage(nowhere)), ANYWHERE))

@@ -1,0 +1,132 @@
+"""What each kind of job asks of the model, and what it makes of the answers."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from blipq.contract import (
+    CaptionRequest,
+    EmbedRequest,
+    ErrorCode,
+    MatchRequest,
+    SearchRequest,
+    Turn,
+    VQARequest,
+)
+from blipq.errors import PermanentError
+from blipq_worker import kinds
+from blipq_worker.blip2 import GeneratedText, GenerateItem, MatchItem, Pixels, vqa_prompt
+from blipq_worker.engine import Generated, Matched
+
+IMAGE = {"uri": "s3://uploads/cat.jpg"}
+PIXELS = Pixels(None)  # type: ignore[arg-type]
+
+
+class Model:
+    """Numbers its texts; scores a text by its last digit."""
+
+    info = SimpleNamespace(family="opt", default_prompt="a photo of")
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def generate(self, item: GenerateItem) -> Generated:
+        self.asked.append(item)
+        count = item.params.num_return_sequences
+        texts = [[GeneratedText(f"text {n}", 2) for n in range(count)] for _ in item.prompts]
+        return Generated(texts, pass_ms=1, batch_size=1)
+
+    def match(self, item: MatchItem) -> Matched:
+        self.asked.append(item)
+        return Matched([int(text[-1]) / 10 for text in item.texts], pass_ms=1, batch_size=1)
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+def caption(model: Model, **fields: Any) -> Any:
+    return kinds.answer(CaptionRequest.model_validate({"image": IMAGE, **fields}), PIXELS, model)
+
+
+def test_a_caption_is_one_text_by_default(model: Model) -> None:
+    result = caption(model)
+    assert [(each.text, each.score) for each in result.captions] == [("text 0", None)]
+    assert model.asked[0].params.num_beams == 5
+
+
+def test_a_caption_goes_on_from_its_prompt(model: Model) -> None:
+    caption(model, prompt="a cat that")
+    assert "a cat that" in model.asked[0].prompts[0]
+
+
+def test_several_sequences_are_several_captions(model: Model) -> None:
+    result = caption(model, generation={"num_return_sequences": 3})
+    assert [each.text for each in result.captions] == ["text 0", "text 1", "text 2"]
+
+
+def test_the_best_of_several_captions_are_ranked_by_matching(model: Model) -> None:
+    result = caption(model, best_of=3)
+    assert [(each.text, each.score) for each in result.captions] == [
+        ("text 2", 0.2),
+        ("text 1", 0.1),
+        ("text 0", 0.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("generation", "best_of", "beams"), [({}, 3, 5), ({}, 8, 8), ({"num_beams": 2}, 4, 4)]
+)
+def test_the_best_of_several_has_beams_enough(
+    model: Model, generation: dict[str, int], best_of: int, beams: int
+) -> None:
+    caption(model, generation=generation, best_of=best_of)
+    assert model.asked[0].params.num_beams == beams
+
+
+def test_the_best_of_several_may_be_samples(model: Model) -> None:
+    caption(model, generation={"do_sample": True, "num_beams": 1}, best_of=4)
+    params = model.asked[0].params
+    assert (params.num_beams, params.num_return_sequences) == (1, 4)
+
+
+def test_generation_parameters_reach_the_model(model: Model) -> None:
+    caption(model, generation={"max_new_tokens": 7, "do_sample": True, "seed": 3})
+    params = model.asked[0].params
+    assert (params.max_new_tokens, params.seed) == (7, 3)
+
+
+def test_each_question_is_a_prompt_of_one_item(model: Model) -> None:
+    request = VQARequest.model_validate({"image": IMAGE, "questions": ["why?", "how?"]})
+    result = kinds.answer(request, PIXELS, model)
+    assert [answer.question for answer in result.answers] == ["why?", "how?"]
+    assert model.asked[0].prompts == (vqa_prompt("why?", ()), vqa_prompt("how?", ()))
+
+
+def test_earlier_turns_are_part_of_the_prompt(model: Model) -> None:
+    turn = Turn(question="what?", answer="a cat")
+    request = VQARequest.model_validate({"image": IMAGE, "questions": "why?", "history": [turn]})
+    kinds.answer(request, PIXELS, model)
+    assert model.asked[0].prompts == (vqa_prompt("why?", (("what?", "a cat"),)),)
+
+
+@pytest.mark.parametrize("head", ["itm", "itc"])
+def test_a_score_per_text_in_the_order_given(model: Model, head: str) -> None:
+    request = MatchRequest.model_validate({"image": IMAGE, "texts": ["a 1", "b 9"], "head": head})
+    result = kinds.answer(request, PIXELS, model)
+    assert [(each.text, each.score) for each in result.scores] == [("a 1", 0.1), ("b 9", 0.9)]
+    assert (result.head, model.asked[0].head) == (head, head)
+
+
+def test_a_request_without_an_image_is_refused() -> None:
+    with pytest.raises(PermanentError, match="embed without an image") as raised:
+        kinds.image_of(EmbedRequest(text="a cat", mode="text"))
+    assert raised.value.code is ErrorCode.INVALID_REQUEST
+
+
+def test_a_kind_that_is_not_served_says_so(model: Model) -> None:
+    with pytest.raises(PermanentError, match="search") as raised:
+        kinds.answer(SearchRequest(index="pets", text="a cat"), PIXELS, model)
+    assert raised.value.code is ErrorCode.INVALID_REQUEST

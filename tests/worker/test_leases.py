@@ -1,0 +1,191 @@
+"""What a worker holds, how it keeps it, and how it brings back what others lost."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import redis
+
+from blipq import Client, Settings
+from blipq.ledger import Claim, Ledger, connect
+from blipq_worker.leases import EXIT_HUNG, RECONCILER_LOCK, Heartbeat, Held, Reconciler
+from conftest import wait_until
+
+IMAGE = "s3://uploads/cat.jpg"
+
+
+@pytest.fixture
+def client(apart: Settings) -> Any:
+    with Client(apart) as client:
+        yield client
+
+
+@pytest.fixture
+def ledger(client: Client) -> Ledger:
+    return client.ledger
+
+
+@pytest.fixture
+def claim(client: Client) -> Claim:
+    return claimed(client)
+
+
+def claimed(client: Client, *, lease_s: float = 30.0, **options: Any) -> Claim:
+    claim = client.ledger.claim(client.caption(IMAGE, **options).id, "w1", lease_s=lease_s)
+    assert isinstance(claim, Claim)
+    return claim
+
+
+def heartbeat(ledger: Ledger, held: Held, **changes: Any) -> Heartbeat:
+    options = {"threads": 2, "lease_s": 30.0, "watchdog_s": 60.0}
+    options |= {"stalled_for": lambda: 0.0, "draining": lambda: False}
+    return Heartbeat(ledger, held, "w1", ["default"], **(options | changes))  # type: ignore[arg-type]
+
+
+# --- held -----------------------------------------------------------------------------------------
+
+
+def test_a_lost_claim_hears_of_it(claim: Claim) -> None:
+    held, calls = Held(), []
+    held.add(claim)
+    held.on_lost(claim, lambda: calls.append("told"))
+    assert not held.event(claim).is_set()
+    held.lose([claim.id, "job_unknown"])
+    assert held.event(claim).is_set()
+    assert calls == ["told"]
+
+
+def test_a_claim_that_is_not_held_is_lost(claim: Claim) -> None:
+    held = Held()
+    assert held.event(claim).is_set()
+    held.add(claim)
+    held.remove(claim)
+    assert held.event(claim).is_set()
+    assert held.claims() == []
+
+
+def test_who_asks_after_the_loss_is_told_at_once(claim: Claim) -> None:
+    """The loss may fall between putting an item into the batcher and asking to hear of it."""
+    held, calls = Held(), []
+    held.add(claim)
+    held.lose([claim.id])
+    held.on_lost(claim, lambda: calls.append("told"))
+    assert calls == ["told"]
+
+
+def test_an_older_claim_of_a_job_does_not_let_a_newer_one_go(
+    client: Client, claim: Claim, ledger: Ledger
+) -> None:
+    held = Held()
+    ledger.hand_back(claim)
+    newer = ledger.claim(claim.id, "w1")
+    assert isinstance(newer, Claim)
+    held.add(newer)
+    held.remove(claim)
+    assert held.claims() == [newer]
+    assert held.event(claim).is_set()
+    assert not held.event(newer).is_set()
+
+
+# --- heartbeat ------------------------------------------------------------------------------------
+
+
+def test_a_beat_renews_leases(client: Client, ledger: Ledger) -> None:
+    held, claim = Held(), claimed(client, lease_s=1)
+    held.add(claim)
+    before = ledger.redis.zscore("blipq:running", claim.id)
+    heartbeat(ledger, held).tick()
+    assert ledger.redis.zscore("blipq:running", claim.id) > before
+
+
+def test_a_beat_finds_out_that_a_job_was_cancelled(ledger: Ledger, claim: Claim) -> None:
+    held = Held()
+    held.add(claim)
+    ledger.cancel(claim.id)
+    heartbeat(ledger, held).tick()
+    assert held.event(claim).is_set()
+
+
+def test_a_beat_says_that_the_worker_lives(client: Client, ledger: Ledger) -> None:
+    heartbeat(ledger, Held()).tick()
+    assert client.caption(IMAGE).info().live_workers == 1
+    info = json.loads(ledger.redis.get("blipq:worker:w1"))
+    assert (info["models"], info["threads"], info["active"]) == (["default"], 2, 0)
+
+
+def test_a_worker_with_room_says_so(ledger: Ledger) -> None:
+    heartbeat(ledger, Held()).tick()
+    assert ledger.redis.exists("blipq:spare:default")
+
+
+def test_a_full_worker_has_no_room(client: Client, ledger: Ledger) -> None:
+    held = Held()
+    for number in range(2):
+        held.add(claimed(client, metadata={"number": str(number)}))
+    heartbeat(ledger, held).tick()
+    assert not ledger.redis.exists("blipq:spare:default")
+
+
+def test_a_draining_worker_serves_no_model(client: Client, ledger: Ledger) -> None:
+    heartbeat(ledger, Held(), draining=lambda: True).tick()
+    assert client.caption(IMAGE).info().live_workers == 0
+
+
+def test_a_heart_beats_until_it_is_stopped(ledger: Ledger) -> None:
+    beating = heartbeat(ledger, Held(), lease_s=0.05)
+    beating.start()
+    wait_until(lambda: ledger.redis.exists("blipq:worker:w1"), "a beat")
+    beating.stop()
+    assert not beating._thread.is_alive()
+
+
+def test_a_heart_outlives_an_outage_of_redis(apart: Settings, ledger: Ledger) -> None:
+    nowhere = apart.model_copy(update={"redis_url": "redis://127.0.0.1:1/0"})
+    beating = heartbeat(Ledger(connect(nowhere), nowhere), Held(), lease_s=0.05)
+    beating.start()
+    beating._ledger = ledger
+    wait_until(lambda: ledger.redis.exists("blipq:worker:w1"), "a beat after the outage")
+    beating.stop()
+
+
+def test_a_worker_whose_model_hangs_ends() -> None:
+    code = (
+        "from blipq_worker.leases import Heartbeat, Held\n"
+        "Heartbeat(None, Held(), 'w1', [], threads=1, lease_s=30, watchdog_s=1,"
+        " stalled_for=lambda: 2.0, draining=bool).tick()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == EXIT_HUNG, ended.stderr
+
+
+# --- reconciler -----------------------------------------------------------------------------------
+
+
+def reconciler(client: Client, worker: str = "w1") -> Reconciler:
+    return Reconciler(client.ledger, client.broker, worker, lease_s=0.1, grace_s=0.01)
+
+
+def test_a_dead_workers_job_is_published_again(client: Client, ledger: Ledger) -> None:
+    claim = claimed(client, lease_s=0.01)
+    ledger.redis.delete("blipq.default.normal")
+    sweeping = reconciler(client)
+    sweeping.start()
+    wait_until(lambda: ledger.redis.llen("blipq.default.normal"), "the message")
+    sweeping.stop()
+    message = json.loads(ledger.redis.lindex("blipq.default.normal", 0))
+    assert message["headers"]["id"] == claim.id
+
+
+def test_one_worker_at_a_time_sweeps(client: Client, ledger: Ledger) -> None:
+    claimed(client, lease_s=0.01)
+    ledger.lock(RECONCILER_LOCK, "w2", 60)
+    wait_until(lambda: _due(ledger.redis), "the lease to run out")
+    reconciler(client).tick()
+    assert _due(ledger.redis), "left to the other"
+
+
+def _due(raw: "redis.Redis") -> int:
+    seconds, micros = raw.time()
+    return raw.zcount("blipq:running", "-inf", seconds * 1000 + micros // 1000)

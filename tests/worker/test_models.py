@@ -1,0 +1,42 @@
+"""What a served model's name stands for."""
+
+from pathlib import Path
+
+import pytest
+
+from blipq_worker.models import KNOWN_MODELS, ModelError, demo_folder, load_models, served_model
+from blipq_worker.settings import WorkerSettings
+
+
+def test_the_demo_model_comes_with_the_worker() -> None:
+    served = served_model("default", "demo")
+    assert served.generation == str(demo_folder() / "opt")
+    assert served.retrieval == str(demo_folder() / "itm")
+
+
+@pytest.mark.parametrize("name", KNOWN_MODELS)
+def test_a_known_model_brings_its_retrieval_checkpoint_along(name: str) -> None:
+    served = served_model("default", name)
+    assert served.generation == f"Salesforce/blip2-{name}"
+    assert served.retrieval is not None
+    assert served.retrieval.endswith("-coco") == name.endswith("-coco")
+
+
+def test_a_checkpoint_of_ones_own_is_one_or_two_folders() -> None:
+    assert served_model("m", "/a").retrieval is None
+    both = served_model("m", "/a+/b")
+    assert (both.name, both.generation, both.retrieval) == ("m", "/a", "/b")
+
+
+def test_models_are_loaded_under_their_names(checkpoints: dict[str, Path]) -> None:
+    what = f"{checkpoints['opt']}+{checkpoints['itm']}"
+    loaded = load_models(WorkerSettings(models={"default": what}, device="cpu", dtype="float32"))
+    assert list(loaded) == ["default"]
+    assert loaded["default"].info.checkpoint == what
+    assert loaded["default"].info.has_retrieval
+
+
+def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:
+    options = WorkerSettings(models={"mine": str(tmp_path / "gone")}, device="cpu")
+    with pytest.raises(ModelError, match="model 'mine'"):
+        load_models(options)

@@ -1,0 +1,72 @@
+"""A worker's own options, as they are written in the environment."""
+
+import pytest
+from pydantic import ValidationError
+
+from blipq_worker.settings import WorkerSettings
+
+
+def test_the_demo_model_is_served_by_default() -> None:
+    assert WorkerSettings().models == {"default": "demo"}
+
+
+@pytest.mark.parametrize(
+    ("written", "served"),
+    [
+        ("default=opt-2.7b", {"default": "opt-2.7b"}),
+        ("opt-2.7b", {"opt-2.7b": "opt-2.7b"}),
+        ("default=demo, vqa=flan-t5-xl,", {"default": "demo", "vqa": "flan-t5-xl"}),
+        ("default=/models/a+/models/b", {"default": "/models/a+/models/b"}),
+    ],
+)
+def test_served_models_are_pairs(
+    monkeypatch: pytest.MonkeyPatch, written: str, served: dict[str, str]
+) -> None:
+    monkeypatch.setenv("BLIPQ_MODELS", written)
+    assert WorkerSettings().models == served
+
+
+@pytest.mark.parametrize("wrong", ["", " , ", "a b=demo", "a/b=demo", "=demo"])
+def test_a_served_model_has_a_name_that_fits_into_queue_names(
+    monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    monkeypatch.setenv("BLIPQ_MODELS", wrong)
+    with pytest.raises(ValidationError, match="models"):
+        WorkerSettings()
+
+
+def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLIPQ_ALLOWED_BUCKETS", "uploads, archive/2026/")
+    monkeypatch.setenv("BLIPQ_IMAGE_FORMATS", "PNG")
+    options = WorkerSettings()
+    assert options.allowed_buckets == ("uploads", "archive/2026/")
+    assert options.image_formats == ("PNG",)
+
+
+def test_durations_have_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLIPQ_LEASE_S", "2m")
+    monkeypatch.setenv("BLIPQ_DRAIN_TIMEOUT_S", "45")
+    options = WorkerSettings()
+    assert (options.lease_s, options.drain_timeout_s) == (120, 45)
+
+
+def test_twice_a_batch_is_held_unless_said_otherwise() -> None:
+    assert WorkerSettings(max_batch_size=8).threads == 16
+    assert WorkerSettings(max_batch_size=8, concurrency=3).threads == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("QUANTIZATION", "int3"),
+        ("DTYPE", "float8"),
+        ("MAX_BATCH_SIZE", "0"),
+        ("CONCURRENCY", "0"),
+        ("LEASE_S", "0.1"),
+        ("JOB_TIMEOUT_S", "soon"),
+    ],
+)
+def test_a_wrong_option_is_named(monkeypatch: pytest.MonkeyPatch, name: str, wrong: str) -> None:
+    monkeypatch.setenv(f"BLIPQ_{name}", wrong)
+    with pytest.raises(ValidationError, match=name.lower()):
+        WorkerSettings()

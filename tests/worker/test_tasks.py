@@ -1,0 +1,424 @@
+"""A job's life on the worker, with everything real but the model."""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from blipq import Client, ErrorCode, Job, JobInfo, Kind, Settings
+from blipq.errors import PermanentError, TransientError
+from blipq.ledger import MAX_RETRIES, Claim, Ledger
+from blipq.storage import Storage
+from blipq_worker.blip2 import GeneratedText, GenerateItem, MatchItem, Pixels
+from blipq_worker.engine import Engine
+from blipq_worker.fetch import Fetcher
+from blipq_worker.gate import Gate
+from blipq_worker.leases import Held
+from blipq_worker.settings import WorkerSettings
+from blipq_worker.tasks import HandBack, JobFailedTask, Runner
+from conftest import wait_until
+
+TINY = WorkerSettings(retry_backoff_s=0.001, job_timeout_s=20, decode_threads=1)
+
+
+class Model:
+    """Says how large the picture is. ``before`` is called before each answer."""
+
+    info = SimpleNamespace(
+        checkpoint="fake",
+        family="opt",
+        revision="1",
+        dtype="float32",
+        quantization="none",
+        default_prompt="a photo of",
+        has_retrieval=True,
+    )
+
+    def __init__(self) -> None:
+        self.before: Callable[[], object] = lambda: None
+
+    def preprocess(self, image: Image.Image) -> Pixels:
+        return Pixels(image.size)  # type: ignore[arg-type]
+
+    def check(self, prompts: Any, params: Any) -> None:
+        if any("too long" in prompt for prompt in prompts):
+            raise PermanentError(ErrorCode.INVALID_REQUEST, "the prompt is too long")
+
+    def generate(self, items: list[GenerateItem]) -> list[list[list[GeneratedText]]]:
+        self.before()
+        said = ["{} x {}".format(*item.pixels.generation) for item in items]
+        return [
+            [[GeneratedText(text, 3)] for _ in item.prompts]
+            for text, item in zip(said, items, strict=True)
+        ]
+
+    def match(self, items: list[MatchItem]) -> list[list[float]]:
+        self.before()
+        return [[1 / len(text) for text in item.texts] for item in items]
+
+
+class Parts(SimpleNamespace):
+    """A runner and what it is made of."""
+
+    client: Client
+    ledger: Ledger
+    model: Model
+    held: Held
+    gate: Gate
+    runner: Runner
+
+    def run(self, job: Job[Any]) -> JobInfo:
+        """Runs the message of a job; what became of it."""
+        self.runner.run(Kind(job.info().kind), job.id)
+        return job.info()
+
+    def fail(self, job: Job[Any]) -> JobInfo:
+        """Runs a job that fails."""
+        with pytest.raises(JobFailedTask):
+            self.run(job)
+        return job.info()
+
+
+@pytest.fixture(scope="module")
+def storage(settings: Settings) -> Storage:
+    """Making an S3 client takes longer than any of these tests."""
+    return Storage(settings)
+
+
+@pytest.fixture
+def parts(apart: Settings, storage: Storage) -> Iterator[Parts]:
+    with Client(apart) as client:
+        client.storage = storage
+        model, held, gate = Model(), Held(), Gate()
+        engine = Engine(
+            {"default": model},  # type: ignore[dict-item]
+            max_batch_size=4,
+            batch_wait_timeout_s=0,
+            max_waiting=8,
+        )
+        engine.batcher.start()
+        runner = Runner(
+            ledger=client.ledger,
+            broker=client.broker,
+            storage=client.storage,
+            fetcher=Fetcher(client.storage, max_bytes=2**20, timeout_s=10),
+            engine=engine,
+            gate=gate,
+            held=held,
+            worker="w1",
+            settings=TINY,
+        )
+        yield Parts(
+            client=client, ledger=client.ledger, model=model, held=held, gate=gate, runner=runner
+        )
+        engine.batcher.close(timeout=10)
+
+
+@pytest.fixture(scope="module")
+def picture() -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(data, "PNG")
+    return data.getvalue()
+
+
+# --- what goes well -------------------------------------------------------------------------------
+
+
+def test_a_caption_is_stored_with_its_receipt(parts: Parts, picture: bytes) -> None:
+    info = parts.run(parts.client.caption(picture))
+    assert (info.status, info.attempts) == ("succeeded", 1)
+    assert info.result.text == "30 x 20"
+    receipt = info.receipt
+    assert (receipt.worker, receipt.checkpoint, receipt.dtype) == ("w1", "fake", "float32")
+    assert (receipt.tokens, receipt.batch_size) == (3, 1)
+    times = (receipt.queue_ms, receipt.fetch_ms, receipt.decode_ms, receipt.generate_ms)
+    assert all(time is not None and time >= 0 for time in times)
+    assert parts.held.claims() == []
+
+
+def test_answers_come_in_the_order_of_the_questions(parts: Parts, picture: bytes) -> None:
+    info = parts.run(parts.client.vqa(picture, ["why?", "how?"]))
+    assert [answer.question for answer in info.result.answers] == ["why?", "how?"]
+
+
+def test_texts_are_scored(parts: Parts, picture: bytes) -> None:
+    info = parts.run(parts.client.match(picture, ["ab", "a"]))
+    assert [scored.score for scored in info.result.scores] == [0.5, 1.0]
+
+
+def test_an_output_is_the_result_as_json(parts: Parts, picture: bytes) -> None:
+    uri = "s3://blipq-inbox/results/1.json"
+    info = parts.run(parts.client.caption(picture, output=uri))
+    stored = parts.client.storage.client.get_object(Bucket="blipq-inbox", Key="results/1.json")
+    assert json.loads(stored["Body"].read()) == info.result.model_dump(mode="json") | {
+        "captions": [{"text": "30 x 20"}]
+    }
+
+
+def test_an_output_is_there_before_the_job_ends(
+    parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = parts.client.caption(picture, output="s3://blipq-inbox/results/2.json")
+    statuses = []
+    put = parts.client.storage.put
+
+    def watched(*args: Any, **kwargs: Any) -> None:
+        statuses.append(job.status)
+        put(*args, **kwargs)
+
+    monkeypatch.setattr(parts.client.storage, "put", watched)
+    assert (parts.run(job).status, statuses) == ("succeeded", ["running"])
+
+
+def test_a_second_message_of_a_job_does_nothing(parts: Parts, picture: bytes) -> None:
+    job = parts.client.caption(picture)
+    first = parts.run(job)
+    assert parts.run(job) == first
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
+def test_a_missing_image_fails_at_once(parts: Parts) -> None:
+    info = parts.fail(parts.client.caption("s3://blipq-inbox/no/such.png"))
+    assert (info.status, info.error.code) == ("failed", "image_not_found")
+    assert (info.attempts, info.error.retryable) == (1, False)
+    assert info.receipt.fetch_ms is not None
+
+
+def test_what_is_no_image_fails_at_once(parts: Parts) -> None:
+    assert parts.fail(parts.client.caption(b"not an image")).error.code == "image_invalid"
+
+
+def test_a_prompt_that_is_too_long_is_an_invalid_request(parts: Parts, picture: bytes) -> None:
+    info = parts.fail(parts.client.caption(picture, "too long"))
+    assert (info.error.code, info.error.message) == ("invalid_request", "the prompt is too long")
+
+
+def test_a_model_that_is_not_served_fails_at_once(parts: Parts, picture: bytes) -> None:
+    info = parts.fail(parts.client.caption(picture, model="other"))
+    assert info.error.code == "model_unavailable"
+
+
+def test_an_unexpected_failure_of_the_model_is_internal(parts: Parts, picture: bytes) -> None:
+    parts.model.before = lambda: 1 / 0
+    info = parts.fail(parts.client.caption(picture))
+    assert info.error.code == "internal"
+    assert info.error.message == "ZeroDivisionError: division by zero"
+
+
+def test_a_job_that_needs_too_much_memory_says_so(parts: Parts, picture: bytes) -> None:
+    def out_of_memory() -> None:
+        raise MemoryError
+
+    parts.model.before = out_of_memory
+    assert parts.fail(parts.client.caption(picture)).error.code == "out_of_memory"
+
+
+def test_a_huge_message_is_cut(parts: Parts, picture: bytes) -> None:
+    def shout() -> None:
+        raise RuntimeError("x" * 100_000)
+
+    parts.model.before = shout
+    assert len(parts.fail(parts.client.caption(picture)).error.message) == 2000
+
+
+def test_an_output_that_cannot_be_written_fails_the_job(
+    parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from blipq import InvalidRequest
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise InvalidRequest("S3 refuses: AccessDenied")
+
+    monkeypatch.setattr(parts.client.storage, "put", refuse)
+    info = parts.fail(parts.client.caption(picture, output="s3://blipq-inbox/results/3.json"))
+    assert (info.error.code, info.result) == ("invalid_request", None)
+    assert info.error.message == "output: S3 refuses: AccessDenied"
+
+
+# --- retries --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(*_: Any) -> bytes:
+        raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, "S3 is slow")
+
+    monkeypatch.setattr(Fetcher, "fetch", fetch)
+
+
+def due_again(parts: Parts) -> None:
+    wait_until(lambda: parts.ledger.reconcile(), "the retry to be due")
+
+
+@pytest.mark.usefixtures("unavailable")
+def test_a_passing_failure_puts_the_job_back(parts: Parts, picture: bytes) -> None:
+    info = parts.run(parts.client.caption(picture))
+    assert (info.status, info.error) == ("queued", None)
+    assert parts.held.claims() == []
+
+
+def test_a_retry_can_succeed(parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = parts.client.caption(picture)
+    with monkeypatch.context() as broken:
+        broken.setattr(Fetcher, "fetch", _raise_unavailable)
+        parts.run(job)
+    due_again(parts)
+    info = parts.run(job)
+    assert (info.status, info.attempts) == ("succeeded", 2)
+
+
+def _raise_unavailable(*_: Any) -> bytes:
+    raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, "S3 is slow")
+
+
+@pytest.mark.usefixtures("unavailable")
+def test_a_job_that_is_out_of_retries_keeps_its_own_code(parts: Parts, picture: bytes) -> None:
+    job = parts.client.caption(picture)
+    for _ in range(MAX_RETRIES):
+        assert parts.run(job).status == "queued"
+        due_again(parts)
+    info = parts.fail(job)
+    assert (info.status, info.error.code) == ("failed", "image_unavailable")
+    assert (info.error.retryable, info.attempts) == (True, MAX_RETRIES + 1)
+
+
+# --- jobs that nobody wants any more --------------------------------------------------------------
+
+
+def test_a_cancelled_job_is_not_started(parts: Parts, picture: bytes) -> None:
+    job = parts.client.caption(picture)
+    job.cancel()
+    parts.model.before = lambda: pytest.fail("the model was asked")
+    assert parts.run(job).status == "cancelled"
+
+
+def test_a_job_cancelled_midway_has_no_result(parts: Parts, picture: bytes) -> None:
+    job = parts.client.caption(picture)
+
+    def cancel() -> None:
+        job.cancel()
+        parts.held.lose(parts.ledger.renew({job.id: 1}))  # as the heartbeat does
+
+    parts.model.before = cancel
+    info = parts.run(job)
+    assert (info.status, info.result) == ("cancelled", None)
+    assert parts.held.claims() == []
+
+
+def test_a_cancelled_job_writes_no_output(
+    parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = parts.client.caption(picture, output="s3://blipq-inbox/results/4.json")
+
+    def cancel() -> None:
+        job.cancel()
+        parts.held.lose([job.id])
+
+    parts.model.before = cancel
+    monkeypatch.setattr(parts.client.storage, "put", lambda *_, **__: pytest.fail("written"))
+    assert parts.run(job).status == "cancelled"
+
+
+def test_a_job_taken_over_keeps_the_other_workers_result(parts: Parts, picture: bytes) -> None:
+    job = parts.client.caption(picture)
+    other = json.dumps({"kind": "caption", "captions": [{"text": "the other's"}]})
+
+    def take_over() -> None:
+        (mine,) = parts.held.claims()
+        parts.ledger.hand_back(mine)
+        claim = parts.ledger.claim(job.id, "w2")
+        assert isinstance(claim, Claim)
+        parts.ledger.succeed(claim, other, "{}")
+
+    parts.model.before = take_over
+    assert parts.run(job).result.text == "the other's"
+
+
+# --- hand-back and drain --------------------------------------------------------------------------
+
+
+def test_a_draining_worker_leaves_messages_alone(parts: Parts, picture: bytes) -> None:
+    job = parts.client.caption(picture)
+    parts.gate.close()
+    with pytest.raises(HandBack):
+        parts.run(job)
+    assert (job.info().status, job.info().attempts) == ("queued", 0)
+
+
+def test_what_runs_can_be_handed_back(parts: Parts, picture: bytes) -> None:
+    job = parts.client.caption(picture)
+    counts: list[int] = []
+    parts.model.before = lambda: counts.append(parts.runner.hand_back_all())
+    info = parts.run(job)
+    assert counts == [1]
+    assert (info.status, info.attempts) == ("queued", 0)
+
+
+def test_a_newer_contract_goes_back_to_its_queue(parts: Parts, picture: bytes) -> None:
+    job = parts.client.caption(picture)
+    parts.ledger.redis.hset(f"blipq:job:{job.id}", "contract", 99)
+    with pytest.raises(HandBack):
+        parts.run(job)
+    assert (job.status, job.info().attempts) == ("queued", 0)
+
+
+def test_a_message_waits_while_redis_does_not_answer(parts: Parts, apart: Settings) -> None:
+    parts.ledger.redis = Client(redis_url="redis://127.0.0.1:1/0").ledger.redis
+    with pytest.raises(HandBack):
+        parts.runner.run(Kind.CAPTION, "job_1")
+
+
+def test_a_job_that_may_have_killed_its_worker_runs_alone(parts: Parts, picture: bytes) -> None:
+    job = parts.client.caption(picture)
+    parts.ledger.claim(job.id, "w0", lease_s=0.01)
+    alone: list[bool] = []
+    parts.model.before = lambda: alone.append(parts.gate._solo)
+
+    def ran() -> bool:
+        parts.runner.run(Kind.CAPTION, job.id)
+        return bool(alone)
+
+    wait_until(ran, "the other worker's lease to run out")
+    assert alone == [True]
+    assert (job.status, job.info().attempts) == ("succeeded", 2)
+
+
+# --- messages of foreign clients ------------------------------------------------------------------
+
+
+def test_a_job_sent_whole_is_recorded_and_run(parts: Parts, picture: bytes) -> None:
+    uri = parts.client.storage.upload(picture).uri
+    parts.runner.run(Kind.CAPTION, "job_foreign", {"image": uri}, {"metadata": {"a": "b"}})
+    info = parts.client.job("job_foreign").info()
+    assert (info.result.text, info.metadata) == ("30 x 20", {"a": "b"})
+
+
+@pytest.mark.parametrize(
+    ("request_", "options"),
+    [
+        ({"image": "not s3"}, None),
+        ({}, None),
+        ([1], None),
+        ("text", None),
+        ({"image": "s3://uploads/a.png"}, {"priority": "urgent"}),
+        ({"image": "s3://uploads/a.png"}, ["urgent"]),
+        ({"image": "s3://uploads/a.png"}, {3: 4}),
+    ],
+)
+def test_a_message_that_makes_no_sense_is_a_failed_job(
+    parts: Parts, request_: Any, options: Any
+) -> None:
+    parts.runner.run(Kind.CAPTION, "job_foreign", request_, options)
+    info = parts.client.job("job_foreign").info()
+    assert (info.status, info.error.code) == ("failed", "invalid_request")
+
+
+def test_a_message_without_a_job_is_dropped(parts: Parts) -> None:
+    parts.runner.run(Kind.CAPTION, "job_unknown")
+    assert parts.ledger.read("job_unknown") is None

@@ -1,0 +1,1 @@
+"""Trains and measures the demo model: a small, real BLIP-2 of a world of coloured shapes."""

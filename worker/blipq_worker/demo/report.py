@@ -1,0 +1,138 @@
+"""The demo's report: one HTML file that needs nothing else, not even a network or JavaScript."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+import blipq
+from blipq_worker.demo.plots import stage_plot, throughput_plot
+from blipq_worker.demo.score import PASS_SHARE, Answered, Run, Tally
+from blipq_worker.demo.world import Demonstration, render, with_article
+
+
+@dataclass(frozen=True)
+class Card:
+    """One picture of the gallery and what was said about it."""
+
+    number: int
+    picture: str
+    alt: str
+    answers: Sequence[Answered]
+
+    @property
+    def tally(self) -> Tally:
+        """Its answers counted."""
+        return Tally(self.answers)
+
+    @property
+    def flawed(self) -> bool:
+        """Whether something is not right."""
+        return self.tally.right < self.tally.asked
+
+
+def write_report(run: Run, path: Path) -> None:
+    """Writes the report, whole or not at all."""
+    scratch = path.with_name(f".{path.name}.new")
+    try:
+        scratch.write_text(render_report(run), encoding="utf-8")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def render_report(run: Run) -> str:
+    """The report as HTML."""
+    environment = Environment(
+        loader=PackageLoader("blipq_worker.demo", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=number, milliseconds=milliseconds, percent=percent)
+    return environment.get_template("report.html").render(
+        run=run,
+        tally=run.tally,
+        pass_share=PASS_SHARE,
+        precision=precision(run),
+        version=blipq.__version__,
+        written=datetime.now().astimezone(),
+        throughput=throughput_plot(run.ended_after()),
+        stages=stage_plot(run.answers),
+        batch_size=batch_size(run),
+        cards=cards(run),
+    )
+
+
+def cards(run: Run) -> list[Card]:
+    """The gallery, in the order asked."""
+    answers: list[list[Answered]] = [[] for _ in run.shown]
+    for answer in run.answers:
+        answers[answer.asked.picture].append(answer)
+    return [
+        Card(place + 1, data_uri(render(shown.scene)), alt_text(shown), answers[place])
+        for place, shown in enumerate(run.shown)
+    ]
+
+
+def data_uri(picture: Image.Image) -> str:
+    """The picture as a JPEG inside a URI: a tenth of the PNG that the model was shown."""
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=88, subsampling=0)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def alt_text(shown: Demonstration) -> str:
+    """What the picture truly shows."""
+    scene = shown.scene
+    if not scene.shapes:
+        return shown.caption.capitalize()
+    return f"{shown.caption} on {with_article(scene.background)} background".capitalize()
+
+
+def precision(run: Run) -> str:
+    """Quantization and compute type in words."""
+    receipt = run.receipt
+    if receipt.dtype is None:
+        return "unknown"
+    weights = "weights not quantized"
+    if receipt.quantization not in (None, "none"):
+        weights = f"{receipt.quantization} weights"
+    return f"{receipt.dtype}, {weights}"
+
+
+def batch_size(run: Run) -> float | None:
+    """The usual number of jobs in the pass of the model that a job was part of."""
+    receipts = (answer.info.receipt for answer in run.answers)
+    sizes = [receipt.batch_size for receipt in receipts if receipt and receipt.batch_size]
+    return median(sizes) if sizes else None
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    """A number with three figures or so."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def percent(share: float) -> str:
+    """A share of 1; never "100 %" for less than all."""
+    tenths = int(share * 1000 + 1e-9)
+    return f"{tenths // 10} %" if tenths % 10 == 0 else f"{tenths / 10} %"
+
+
+def milliseconds(value: float | None) -> str:
+    """A time, in the unit that reads best."""
+    if value is None:
+        return "–"
+    if value >= 1000:
+        return f"{value / 1000:.2f} s"
+    return f"{value:.0f} ms" if value >= 10 else f"{value:.1f} ms"
