@@ -108,9 +108,11 @@ def worker(
     """A real worker with the demo model in fp32, for the whole run."""
     log = tmp_path_factory.mktemp("worker") / "worker.log"
     service = start_worker(stack, log, dtype="float32")
-    wait_for_worker(service, settings)
-    yield service
-    service.stop(timeout=30)
+    try:
+        wait_for_worker(service, settings)
+        yield service
+    finally:
+        service.stop(timeout=30)
 
 
 @pytest.fixture(autouse=True)

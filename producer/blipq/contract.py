@@ -19,6 +19,8 @@ from pydantic import (
     model_validator,
 )
 
+from blipq.webhooks import guard
+
 #: Goes up when a worker must know something new to run a job. A worker that meets a newer number
 #: hands the job back, so workers are deployed before producers.
 CONTRACT = 1
@@ -309,10 +311,15 @@ _TERMINAL_EVENTS: tuple[JobEvent, ...] = (
 )
 
 
+def _checked_webhook_url(url: str) -> str:
+    guard.parse(url)
+    return url
+
+
 class Webhook(_Asked):
     """Where to post the job's events; by default the one that ends it."""
 
-    url: str = Field(max_length=2048)
+    url: Annotated[str, Field(max_length=2048), AfterValidator(_checked_webhook_url)]
     events: tuple[JobEvent, ...] = Field(default=_TERMINAL_EVENTS, min_length=1)
 
 

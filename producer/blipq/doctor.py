@@ -28,6 +28,7 @@ from blipq.errors import BlipqError, ResultTimeout
 from blipq.ledger import DEAD_LETTERS, Ledger, connect
 from blipq.settings import Settings
 from blipq.storage import Storage, status_of
+from blipq.webhooks.outbox import Outbox
 
 State = Literal["ok", "warn", "bad"]
 
@@ -76,6 +77,7 @@ def examine(
         seen = yield from _each(settings, "workers", _workers)
         served = all(finding.state == "ok" for finding in seen)
         yield from _each(settings, "queues", _queues)
+        yield from _each(settings, "webhooks", _webhooks)
     yield from _each(settings, "this machine", lambda _: _machine(torch))
     if canary and redis_answers and uploads and served:
         yield from _each(settings, "canary", _canary)
@@ -333,6 +335,20 @@ def _queues(settings: Settings) -> Findings:
                 advice = f"start a worker: BLIPQ_MODELS={model}=... blipq worker"
                 yield Finding("bad", "queues", f"{message}, and no live worker", advice)
         yield _dead_letters(raw.zcard(DEAD_LETTERS))
+
+
+def _webhooks(settings: Settings) -> Findings:
+    with connect(settings) as raw:
+        outbox = Outbox(raw, settings)
+        pending, dead, senders = outbox.pending(), outbox.dead(), len(outbox.senders())
+    message = f"{pending} events wait, {senders} live senders"
+    if pending and not senders:
+        advice = "start one, with BLIPQ_WEBHOOK_SECRETS set: blipq webhooks run"
+        yield Finding("warn", "webhooks", message, advice)
+    else:
+        yield Finding("ok", "webhooks", message)
+    if dead:
+        yield Finding("warn", "webhooks", f"{dead} were given up", "blipq webhooks list --dead")
 
 
 def _dead_letters(count: int) -> Finding:

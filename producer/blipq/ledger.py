@@ -27,8 +27,9 @@ from blipq.contract import (
     Status,
     queue_name,
 )
-from blipq.errors import IdempotencyConflict, QueueFull, QueueUnavailable
+from blipq.errors import IdempotencyConflict, InvalidRequest, QueueFull, QueueUnavailable
 from blipq.settings import Settings
+from blipq.webhooks.guard import Forbidden
 
 LEASE_S = 30.0
 #: A queued job whose message must have been lost is published again after this long.
@@ -42,10 +43,10 @@ Unclaimed = Literal["unknown", "ended", "busy", "newer"]
 
 
 @functools.cache
-def script_text(name: str) -> str:
+def script_text(*names: str) -> str:
     """A script with the shared functions in front of it."""
     folder = resources.files("blipq") / "lua"
-    return (folder / "common.lua").read_text() + (folder / f"{name}.lua").read_text()
+    return "".join((folder / f"{name}.lua").read_text() for name in ("common", *names))
 
 
 def ms(seconds: float) -> int:
@@ -125,8 +126,10 @@ def notify_channel(client: str) -> str:
     return f"blipq:ended:{client}"
 
 
-class Ledger:
-    """The scripts as methods. Raises QueueUnavailable and QueueFull, never Redis' own errors."""
+class Scripted:
+    """Runs scripts. ``shared``: texts that stand between ``common.lua`` and each script."""
+
+    shared: tuple[str, ...] = ()
 
     def __init__(self, client: "redis.Redis", settings: Settings) -> None:
         self.redis = client
@@ -136,8 +139,13 @@ class Ledger:
     def _run(self, script: str, *args: str | int | float) -> Any:
         if script not in self._scripts:
             # Sent by its hash, and loaded again where Redis lost it.
-            self._scripts[script] = self.redis.register_script(script_text(script))
+            text = script_text(*self.shared, script)
+            self._scripts[script] = self.redis.register_script(text)
         return self._scripts[script](args=args)
+
+
+class Ledger(Scripted):
+    """The scripts as methods. Raises QueueUnavailable and QueueFull, never Redis' own errors."""
 
     # -- the producer's side --
 
@@ -157,6 +165,7 @@ class Ledger:
     ) -> list[str | int]:
         """The submit script's arguments."""
         settings = self.settings
+        _check_webhook(options, settings)
         expires_in = options.expires_in or settings.default_expires_in
         text = request.model_dump_json(exclude_defaults=True)
         text = json.dumps({"kind": request.kind, **json.loads(text)}, separators=(",", ":"))
@@ -344,9 +353,17 @@ class Ledger:
         ``taken`` by another owner, ``kept`` from before, or ``new``: nobody held it until now.
         """
         with redis_errors():
-            answer = self._run("lock", key, owner, ms(ttl_s))
+            answer: int = self._run("lock", key, owner, ms(ttl_s))
         outcomes: tuple[Literal["taken", "kept", "new"], ...] = ("taken", "kept", "new")
         return outcomes[answer]
+
+
+def _check_webhook(options: Options, settings: Settings) -> None:
+    try:
+        if options.webhook:
+            settings.webhook_policy.check(options.webhook.url)
+    except Forbidden as error:
+        raise InvalidRequest(f"webhook.url: {error}") from None
 
 
 def _flat(fields: Mapping[str, Any]) -> list[Any]:

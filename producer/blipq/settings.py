@@ -5,16 +5,23 @@ A setting is read from ``BLIPQ_<NAME>``. Where Redis and S3 are is found in this
 own variables. A machine with a local stack therefore never sends a local photo to a live account.
 """
 
+import base64
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import AliasChoices, Field, SecretStr
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from blipq.contract import Seconds
+from blipq.webhooks.guard import Policy
 
 #: Options that say where the services are. One of them set by hand switches discovery off.
 CONNECTION_FIELDS = (
@@ -56,6 +63,30 @@ def read_stack_file() -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return stack
+
+
+def _parts(value: Any) -> Any:
+    return value.replace(",", " ").split() if isinstance(value, str) else value
+
+
+def _checked_secret(secret: SecretStr) -> SecretStr:
+    """``whsec_`` and 24 to 64 bytes in base64, as receivers' libraries read it."""
+    prefix, _, text = secret.get_secret_value().partition("_")
+    try:
+        size = len(base64.b64decode(text, validate=True))
+    except ValueError:
+        size = 0
+    if prefix != "whsec" or not 24 <= size <= 64:
+        raise ValueError(
+            "a secret is whsec_ and 24 to 64 bytes in base64: blipq webhooks secret new"
+        )
+    return secret
+
+
+def _checked_ladder(ladder: tuple[float, ...]) -> tuple[float, ...]:
+    if ladder[0] != 0:
+        raise ValueError("the first attempt is made at once: start with 0")
+    return ladder
 
 
 class _LocalStack(PydanticBaseSettingsSource):
@@ -131,6 +162,44 @@ class Settings(BaseSettings):
         default=1_000_000, ge=1, description="Open jobs beyond which submit raises QueueFull."
     )
 
+    webhook_secrets: Annotated[
+        tuple[Annotated[SecretStr, AfterValidator(_checked_secret)], ...],
+        NoDecode,
+        BeforeValidator(_parts),
+    ] = Field(
+        default=(),
+        description="Secrets that sign webhooks, the newest first: all of them sign. Sender only.",
+    )
+    webhook_ladder: Annotated[
+        tuple[Annotated[Seconds, Field(ge=0, le=7 * 86400)], ...],
+        NoDecode,
+        BeforeValidator(_parts),
+        AfterValidator(_checked_ladder),
+    ] = Field(
+        default=(0, 5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400),
+        min_length=1,
+        description="Pauses before each attempt at a webhook, in seconds; then it is given up.",
+    )
+    webhook_timeout_s: Seconds = Field(
+        default=15.0, gt=0, description="Longest a receiver of webhooks may take to answer."
+    )
+    webhook_allow: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parts)] = Field(
+        default=(),
+        description=(
+            "Hosts, addresses and networks that webhooks may go to inside, over http and on any "
+            "port. For producers and senders alike."
+        ),
+    )
+    webhook_ports: Annotated[tuple[int, ...], NoDecode, BeforeValidator(_parts)] = Field(
+        default=(443,), description="Ports that webhooks may go to."
+    )
+    webhook_concurrency: int = Field(
+        default=256, ge=1, description="Webhooks that one sender sends at the same time."
+    )
+    webhook_host_concurrency: int = Field(
+        default=16, ge=1, description="Of these, to one host; to one that timed out, a single one."
+    )
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -142,6 +211,11 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Arguments, then the environment, then the local stack."""
         return init_settings, env_settings, _LocalStack(settings_cls)
+
+    @property
+    def webhook_policy(self) -> Policy:
+        """Which URLs webhooks may go to."""
+        return Policy(allow=self.webhook_allow, ports=self.webhook_ports)
 
     @property
     def effective_broker_url(self) -> str:

@@ -23,11 +23,17 @@ class Storage:
     """Reads and writes objects. boto3 is imported at the first use."""
 
     def __init__(
-        self, settings: Settings, *, max_connections: int = 16, read_timeout_s: float = 10.0
+        self,
+        settings: Settings,
+        *,
+        max_connections: int = 16,
+        read_timeout_s: float = 5.0,
+        attempts: int = 2,
     ) -> None:
         self.settings = settings
         self._max_connections = max_connections
         self._read_timeout_s = read_timeout_s
+        self._attempts = attempts
 
     @cached_property
     def client(self) -> "S3Client":
@@ -47,7 +53,7 @@ class Storage:
             config=Config(
                 connect_timeout=3,
                 read_timeout=self._read_timeout_s,
-                retries={"mode": "standard", "total_max_attempts": 3},
+                retries={"mode": "standard", "total_max_attempts": self._attempts},
                 max_pool_connections=self._max_connections,
                 s3={"addressing_style": "path"} if self.settings.s3_endpoint_url else {},
             ),

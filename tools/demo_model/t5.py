@@ -27,7 +27,7 @@ from blipq_worker.demo import OPT
 
 LOG = logging.getLogger(__name__)
 FOLDER = Path("tests/models/t5")
-STEPS = 2500
+STEPS = 700
 BATCH = 32
 TEXTS = 6  # about each picture
 PEAK = 1.5e-3
@@ -132,7 +132,7 @@ def train(vision: Blip2VisionModel, training: Pictures, validation: Pictures) ->
         save(model, tokenizer, FOLDER)
         model.train()
 
-    optimize(parameter_groups(model), losses, STEPS, PEAK, checkpoint)
+    optimize(parameter_groups(model), losses, STEPS, PEAK, checkpoint, every=100)
 
 
 def paired_logits(

@@ -26,10 +26,11 @@ def validation_pictures() -> Pictures:
 def main() -> None:
     """Run all phases in order, or only those that are named."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    phases = argparse.ArgumentParser(description=__doc__)
-    phases.add_argument("phases", nargs="*", default=[*PHASES], metavar="|".join(PHASES))
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("phases", nargs="*", default=[*PHASES], metavar="|".join(PHASES))
+    phases = arguments.parse_args().phases
     training, validation = training_pictures(), validation_pictures()
-    for phase in phases.parse_args().phases:
+    for phase in phases:
         LOG.info("phase %s", phase)
         PHASES[phase](training, validation)
 

@@ -30,7 +30,8 @@ def corpus() -> Iterator[str]:
         yield f"a photo of {scene.caption}"
         for asked in scene.questions():
             for prompt in QUESTION_PROMPTS:
-                yield f"{prompt.format(asked.question)} {asked.answer}. {prompt[:9]}\n"
+                next_turn = prompt.split()[0]
+                yield f"{prompt.format(asked.question)} {asked.answer}. {next_turn}\n"
 
 
 def opt_tokenizer() -> PreTrainedTokenizerFast:

@@ -96,7 +96,7 @@ def _default(name: str, field: FieldInfo) -> str:
     if isinstance(value, dict):
         return f"`{','.join(f'{key}={what}' for key, what in value.items())}`"
     if isinstance(value, tuple):
-        return f"`{','.join(value)}`"
+        return f"`{','.join(map(str, value))}`"
     if isinstance(value, float) and value >= 3600:
         return f"`{value:.0f}` ({_readable(value)})"
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"

@@ -55,7 +55,13 @@ class Worker:
             max_waiting=2 * options.threads,
         )
         ledger = Ledger(connect(settings), settings)
-        storage = Storage(settings, max_connections=options.threads)
+        # One attempt within the job's deadline: the job itself is retried, with longer pauses.
+        storage = Storage(
+            settings,
+            max_connections=options.threads,
+            read_timeout_s=min(10.0, options.fetch_timeout_s),
+            attempts=1,
+        )
         self._runner = Runner(
             ledger=ledger,
             broker=self._broker,

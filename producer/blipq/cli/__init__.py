@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from blipq import __version__
-from blipq.cli import dead_letters, demo, doctor, jobs, models, services
+from blipq.cli import dead_letters, demo, doctor, jobs, models, services, webhooks
 
 app = typer.Typer(
     help="Asynchronous BLIP-2 jobs: captions, answers and matches for images in S3.",
@@ -36,6 +36,7 @@ for command in (
     app.command()(command)
 app.add_typer(dead_letters.app, name="dead-letters")
 app.add_typer(models.app, name="models")
+app.add_typer(webhooks.app, name="webhooks")
 
 
 def _version(shown: bool) -> None:

@@ -26,7 +26,11 @@ local token = redis.call('HINCRBY', key, 'token', 1)
 local attempts = redis.call('HINCRBY', key, 'attempts', 1)
 redis.call('HSET', key, 'status', 'running', 'worker', worker, 'started_at', job.started_at or now)
 index(RUNNING, now + lease, id)
-if not job.started_at then post_event(id, job, 'job.running') end
+local event = not job.started_at and post_event(id, job, 'job.running')
+if event then
+  job.status, job.attempts, job.started_at = 'running', attempts, now
+  keep_snapshot(event, job)
+end
 return {'claimed', 'token', token, 'attempts', attempts, 'kind', job.kind, 'model', job.model,
   'queue', job.queue, 'request', job.request, 'output', job.output or '', 'solo', job.solo or '0',
   'retries', job.retries or '0', 'deadline', job.deadline, 'now', now, 'created_at', job.created_at}

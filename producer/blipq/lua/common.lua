@@ -8,9 +8,10 @@ local RUNNING = 'blipq:running'    -- zset: id -> end of lease
 local DELAYED = 'blipq:delayed'    -- zset: id -> when a retry is due
 local QUEUES = 'blipq:queues'      -- zset: queue -> last use
 local DEAD = 'blipq:dead-letters'  -- zset: id -> when it was given up
-local OUTBOX = 'blipq:outbox'      -- zset: event id -> when to send it next
-local INDEX_TTL = 40 * 86400 * 1000 -- longer than any job can stay open
-local OUTBOX_TTL = 5 * 86400 * 1000 -- the delivery ladder (about 76 h) and a day
+local OUTBOX = 'blipq:outbox'      -- zset: host -> when its next webhook event is due
+local DAY = 86400 * 1000
+local INDEX_TTL = 40 * DAY         -- longer than any job can stay open
+local OUTBOX_TTL = 14 * DAY        -- how long an event waits for a sender, counted from each attempt
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -20,6 +21,8 @@ local function queued_key(queue) return 'blipq:queued:' .. queue end       -- zs
 local function claimed_key(queue) return 'blipq:claimed:' .. queue end     -- published at, of the newest claim
 local function serving_key(model) return 'blipq:serving:' .. model end     -- zset: worker -> alive until
 local function spare_key(model) return 'blipq:spare:' .. model end         -- exists while a worker idles
+local function outbox_key(host) return 'blipq:outbox:' .. host end         -- zset: event id -> when to send it
+local function event_key(event) return 'blipq:event:' .. event end
 
 local function index(key, score, member)
   redis.call('ZADD', key, score, member)
@@ -46,15 +49,42 @@ local function forget(id, job)
   redis.call('ZREM', queued_key(job.queue), id)
 end
 
+-- A host has a queue of its own, so that one that hangs is passed over at no cost.
+local function schedule(host, event, due)
+  index(outbox_key(host), due, event)
+  redis.call('ZADD', OUTBOX, 'LT', due, host)
+  redis.call('PEXPIRE', OUTBOX, INDEX_TTL)
+end
+
+local function event_id(id, job, event)
+  -- A dead letter that is tried again has further events, which are not those from before.
+  return id .. '/' .. event .. (job.revivals and '/' .. job.revivals or '')
+end
+
 -- Puts one event of a job into the outbox if the job asked for it: in the same script as the
--- change of status, so that no outcome is without its webhook, whatever dies.
+-- change of status, so that no outcome is without its webhook, whatever dies. Returns its id.
 local function post_event(id, job, event)
   if not job.webhook_events or not string.find(job.webhook_events, event, 1, true) then
     return false
   end
-  redis.call('ZADD', OUTBOX, now, id .. '/' .. event)
-  redis.call('PEXPIRE', OUTBOX, INDEX_TTL)
-  return true
+  local name = event_id(id, job, event)
+  local host = string.lower(string.match(job.webhook_url, '^%a+://([^/?]+)') or '?')
+  redis.call('HSET', event_key(name), 'id', id, 'type', event, 'url', job.webhook_url,
+    'host', host, 'at', now)
+  redis.call('PEXPIRE', event_key(name), OUTBOX_TTL)
+  schedule(host, name, now)
+  return name
+end
+
+-- The fields of a job that an event tells, without its result.
+local TOLD = {'kind', 'model', 'status', 'created_at', 'started_at', 'completed_at', 'deadline',
+  'attempts', 'error', 'receipt', 'metadata', 'output'}
+
+-- For an event whose job goes on to change: it tells the job as it is now.
+local function keep_snapshot(event, job)
+  local told = {}
+  for _, field in ipairs(TOLD) do told[field] = job[field] and tostring(job[field]) end
+  redis.call('HSET', event_key(event), 'job', cjson.encode(told))
 end
 
 -- The one way a job ends. The caller has checked that it has not ended yet.
@@ -63,7 +93,10 @@ local function end_job(id, job, status, fields)
   redis.call('HSET', key, 'status', status, 'completed_at', now, unpack(fields))
   forget(id, job)
   local ttl = tonumber(status == 'failed' and job.failed_ttl or job.result_ttl)
-  if post_event(id, job, 'job.' .. status) then ttl = math.max(ttl, OUTBOX_TTL) end
+  if post_event(id, job, 'job.' .. status) then
+    redis.call('HSET', key, 'keep_until', now + ttl)
+    ttl = math.max(ttl, OUTBOX_TTL)
+  end
   redis.call('PEXPIRE', key, ttl)
   redis.call('PUBLISH', job.notify, id)
 end
@@ -71,7 +104,12 @@ end
 local function bury(id, ttl)
   redis.call('ZREMRANGEBYSCORE', DEAD, '-inf', now - ttl)
   index(DEAD, now, id)
-  redis.call('PEXPIRE', job_key(id), ttl)
+  local key = job_key(id)
+  if redis.call('HEXISTS', key, 'keep_until') == 1 then
+    redis.call('HSET', key, 'keep_until', now + ttl)
+    ttl = math.max(ttl, OUTBOX_TTL)
+  end
+  redis.call('PEXPIRE', key, ttl)
 end
 
 -- Back to the queue: seen by the reconciler from now on, and to be published by the caller.

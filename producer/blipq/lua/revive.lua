@@ -4,8 +4,11 @@ local id, expires_in, retention = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local job = load(id)
 if not job or not redis.call('ZSCORE', DEAD, id) or job.status ~= 'failed' then return 0 end
 local key = job_key(id)
+local event = event_id(id, job, 'job.failed')
+if redis.call('EXISTS', event_key(event)) == 1 then keep_snapshot(event, job) end
+redis.call('HINCRBY', key, 'revivals', 1)
 redis.call('ZREM', DEAD, id)
-redis.call('HDEL', key, 'error', 'receipt', 'completed_at', 'crashes', 'retries')
+redis.call('HDEL', key, 'error', 'receipt', 'completed_at', 'keep_until', 'crashes', 'retries')
 redis.call('HSET', key, 'deadline', now + expires_in)
 redis.call('PEXPIRE', key, expires_in + retention)
 index(OPEN, now + expires_in, id)

@@ -1,0 +1,132 @@
+"""Commands for webhooks: the process that sends them, and looking after what it could not send."""
+
+import asyncio
+import json
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from blipq.cli.output import JsonOption, errors, out, reported
+from blipq.client import checked
+from blipq.errors import InvalidRequest, JobNotFound
+from blipq.ledger import connect
+from blipq.settings import Settings
+
+if TYPE_CHECKING:
+    from blipq.webhooks.http import Answer
+    from blipq.webhooks.outbox import Outbox
+
+app = typer.Typer(help="Outcomes by signed webhook.", no_args_is_help=True)
+secret = typer.Typer(help="Secrets that sign webhooks.", no_args_is_help=True)
+app.add_typer(secret, name="secret")
+
+
+@app.command("run")
+def run() -> None:
+    """Send webhooks until SIGTERM. Any number may run; they share the work."""
+    from blipq.webhooks import sender
+
+    with reported():
+        sender.run(checked(Settings))
+
+
+@app.command("test")
+def try_(
+    url: Annotated[str, typer.Argument(help="Where to post an event of the type blipq.test.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Post a signed test event, as a sender on this machine would. Exit code 1 unless it is 2xx."""
+    with reported(as_json):
+        answer = asyncio.run(_post_test(checked(Settings), url))
+    if as_json:
+        print(json.dumps({"outcome": answer.outcome, "detail": answer.detail}))
+    else:
+        out.print(f"{answer.outcome}: {answer.detail}", markup=False)
+    raise typer.Exit(0 if answer.outcome == "delivered" else 1)
+
+
+async def _post_test(settings: Settings, url: str) -> "Answer":
+    from blipq.webhooks.delivery import signed_headers, trial_body
+    from blipq.webhooks.http import GuardedHttp
+
+    if not settings.webhook_secrets:
+        raise InvalidRequest("no secret to sign with: set BLIPQ_WEBHOOK_SECRETS")
+    secrets = [each.get_secret_value() for each in settings.webhook_secrets]
+    now = datetime.now(UTC)
+    body = trial_body(now)
+    http = GuardedHttp(settings.webhook_policy, timeout_s=settings.webhook_timeout_s)
+    try:
+        headers = signed_headers(f"msg_{uuid.uuid4().hex}", body, secrets, now=now)
+        return await http.post(url, headers, body)
+    finally:
+        http.close()
+
+
+@app.command("list")
+def list_(
+    dead: Annotated[bool, typer.Option("--dead", help="Those that were given up.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="At most this many.")] = 100,
+    as_json: JsonOption = False,
+) -> None:
+    """List events that wait to be sent, or were given up, and count what came of all attempts."""
+    with _outbox(as_json) as outbox:
+        events = outbox.listed(dead=dead, limit=limit)
+        counted: dict[str, Any] = {
+            "pending": outbox.pending(),
+            "dead": outbox.dead(),
+            "attempts": outbox.counts(),
+            "senders": list(outbox.senders()),
+        }
+    if as_json:
+        print(json.dumps({**counted, "events": events}))
+        return
+    for event in events:
+        out.print(_line(event), markup=False)
+    told = ", ".join(f"{number} {outcome}" for outcome, number in counted["attempts"].items())
+    summary = f"{counted['pending']} pending, {counted['dead']} dead, "
+    summary += f"{len(counted['senders'])} senders; attempts: {told or 'none'}"
+    errors.print(summary, style="dim")
+
+
+def _line(event: dict[str, Any]) -> str:
+    at = datetime.fromtimestamp(event.get("dead_at") or event["due_at"], UTC)
+    line = f"{at:%Y-%m-%d %H:%M:%S}  {event['event']}  {event['url']}  attempts {event['attempts']}"
+    return f"{line}, {event['outcome']}: {event['detail']}" if "outcome" in event else line
+
+
+@app.command("replay")
+def replay(
+    ids: Annotated[
+        list[str], typer.Argument(metavar="ID...", help="An event, a webhook-id or a job's id.")
+    ],
+) -> None:
+    """Send events again, under the same webhook-id: dead, waiting, or the end of a kept job."""
+    with _outbox() as outbox:
+        for id in ids:
+            events = outbox.replay(id)
+            if not events:
+                raise JobNotFound(f"no event {id}: never posted, or past its retention")
+            for event in events:
+                out.print(f"{event}: queued", markup=False)
+
+
+@secret.command("new")
+def new() -> None:
+    """Print a new secret. Put it first in BLIPQ_WEBHOOK_SECRETS, and give it to receivers."""
+    from blipq.webhooks.delivery import new_secret
+
+    print(new_secret())
+
+
+@contextmanager
+def _outbox(as_json: bool = False) -> "Iterator[Outbox]":
+    from blipq.webhooks.outbox import Outbox
+
+    with reported(as_json):
+        settings = checked(Settings)
+        with connect(settings) as raw:
+            yield Outbox(raw, settings)

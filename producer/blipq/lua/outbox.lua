@@ -1,0 +1,42 @@
+-- Shared by the scripts of webhook events, behind common.lua.
+
+local DEAD_EVENTS = 'blipq:dead-events'      -- zset: event id -> when it was given up
+local COUNTS = 'blipq:event-counts'          -- hash: outcome of an attempt -> how often
+
+local function stopped_key(url) return 'blipq:stopped:' .. redis.sha1hex(url) end -- answered 410
+
+local function count(outcome)
+  redis.call('HINCRBY', COUNTS, outcome, 1)
+  redis.call('PEXPIRE', COUNTS, INDEX_TTL)
+end
+
+-- A job that has ended is kept no longer for the sake of its last event, but a day after it:
+-- whoever was told may want to read more.
+local function release_job(event, id)
+  local job = load(id)
+  if not job or not job.keep_until or event_id(id, job, 'job.' .. job.status) ~= event then return end
+  redis.call('PEXPIREAT', job_key(id), math.max(tonumber(job.keep_until), now + DAY))
+end
+
+local function keep_job(id, ttl)
+  local left = redis.call('PTTL', job_key(id))
+  if left >= 0 and left < ttl then redis.call('PEXPIRE', job_key(id), ttl) end
+end
+
+-- An event that is sent no more. It stays listed, and can be replayed.
+local function bury_event(event, record, ttl, outcome, detail)
+  redis.call('ZREM', outbox_key(record.host), event)
+  redis.call('ZREMRANGEBYSCORE', DEAD_EVENTS, '-inf', now - ttl)
+  index(DEAD_EVENTS, now, event)
+  redis.call('HSET', event_key(event), 'outcome', outcome, 'detail', detail, 'dead_at', now)
+  redis.call('PEXPIRE', event_key(event), ttl)
+  if record.body then release_job(event, record.id) else keep_job(record.id, ttl) end
+end
+
+local function load_event(event)
+  local flat = redis.call('HGETALL', event_key(event))
+  if #flat == 0 then return nil end
+  local record = {}
+  for i = 1, #flat, 2 do record[flat[i]] = flat[i + 1] end
+  return record
+end

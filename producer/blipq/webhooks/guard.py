@@ -1,0 +1,204 @@
+"""Which URLs a caller may make us connect to: nothing inside, and nothing that only looks outside.
+
+Three steps, each for what is known at its time. ``parse`` knows only the text. ``Policy`` knows the
+settings. ``Guard`` knows the addresses: it resolves a name once, judges every answer, and hands out
+only what it judged, so that whoever connects cannot be given another address in between.
+"""
+
+import ipaddress
+import re
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+#: Name and port to addresses. Raises Unresolved.
+Resolver = Callable[[str, int], Awaitable[Iterable[str]]]
+
+DEFAULT_PORTS = {"https": 443, "http": 80}
+
+_URL = re.compile(r"(?P<scheme>[a-z]+)://(?P<authority>[^/?]*)(?P<path>.*)", re.I)
+# What URL parsers disagree about: all but printable ASCII, and these two.
+_TROUBLE = re.compile(r"[^!-~]|[\\#]")
+_AUTHORITY = re.compile(r"(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?", re.I)
+_LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
+# inet_aton reads all of these as an address: 127.1, 2130706433, 0x7f.0.0.1
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
+
+_NAT64 = IPv6Network("64:ff9b::/96")
+
+
+class Forbidden(ValueError):
+    """A URL that may not be connected to; the message says why."""
+
+
+class Unresolved(OSError):
+    """The host has no address now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The parts of a URL. ``host`` is a lower-case name, or an address without brackets."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+    @property
+    def address(self) -> Address | None:
+        """The address that the URL names, if it names one."""
+        try:
+            return ipaddress.ip_address(self.host)
+        except ValueError:
+            return None
+
+    @property
+    def authority(self) -> str:
+        """What the Host header says."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
+
+
+def parse(url: str) -> Target:
+    """The parts of an http or https URL, if its text can be read in one way only.
+
+    Raises Forbidden for everything that parsers are known to read differently.
+    """
+    if _TROUBLE.search(url):
+        raise Forbidden("only printable ASCII, without spaces, '\\' and '#'; names as xn--...")
+    match = _URL.fullmatch(url)
+    if match is None or match["scheme"].lower() not in DEFAULT_PORTS:
+        raise Forbidden("not an https:// URL")
+    if "@" in match["authority"]:
+        raise Forbidden("a user name or password in the URL is not taken")
+    authority = _AUTHORITY.fullmatch(match["authority"])
+    if authority is None:
+        raise Forbidden(f"{match['authority']!r} is not a host and port")
+    scheme, path = match["scheme"].lower(), match["path"]
+    return Target(
+        scheme=scheme,
+        host=_host(authority["host"].lower()),
+        port=_port(authority["port"], scheme),
+        path=path if path.startswith("/") else f"/{path}",
+    )
+
+
+def _host(text: str) -> str:
+    if text.startswith("["):
+        try:
+            return str(IPv6Address(text[1:-1]))
+        except ValueError:
+            raise Forbidden(f"{text} is not an IPv6 address") from None
+    name = text.removesuffix(".")
+    labels = name.split(".")
+    if _NUMBER.fullmatch(labels[-1]):
+        try:
+            return str(IPv4Address(name))
+        except ValueError:
+            raise Forbidden(f"{text} is no address in the form 192.0.2.1") from None
+    if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
+        raise Forbidden(f"{text} is not a host name")
+    return name
+
+
+def _port(text: str | None, scheme: str) -> int:
+    port = int(text) if text else DEFAULT_PORTS[scheme]
+    if not 0 < port < 65536:
+        raise Forbidden(f"{port} is not a port")
+    return port
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the settings allow.
+
+    allow: names, addresses and networks that may be inside, over http and on any port. A name that
+    is not listed itself may resolve into a listed network, but stays bound to https and ``ports``.
+    """
+
+    allow: tuple[str, ...] = ()
+    ports: tuple[int, ...] = (443,)
+    _names: frozenset[str] = field(init=False, repr=False)
+    _networks: tuple[Network, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        networks = {each: as_network(each) for each in self.allow}
+        names = {each.lower() for each, network in networks.items() if network is None}
+        object.__setattr__(self, "_names", frozenset(names))
+        object.__setattr__(self, "_networks", tuple(filter(None, networks.values())))
+
+    def check(self, url: str) -> Target:
+        """The URL's parts; Forbidden if the text alone says that it may not be connected to."""
+        target = parse(url)
+        if self._lists_host(target):
+            return target
+        if target.scheme != "https":
+            raise Forbidden("only https (BLIPQ_WEBHOOK_ALLOW lists hosts that may use http)")
+        if target.port not in self.ports:
+            raise Forbidden(f"port {target.port} is not allowed (BLIPQ_WEBHOOK_PORTS)")
+        return target
+
+    def judge(self, host: str, addresses: Iterable[str]) -> list[Address]:
+        """The addresses of a host, if every one of them may be connected to; Forbidden if not."""
+        judged = [ipaddress.ip_address(address) for address in addresses]
+        if not judged:
+            raise Unresolved(f"{host} has no address")
+        if host not in self._names:
+            for address in judged:
+                if not is_public(address) and not self._lists(address):
+                    raise Forbidden(f"{host} is at {address}, which is not a public address")
+        return judged
+
+    def _lists_host(self, target: Target) -> bool:
+        address = target.address
+        return target.host in self._names or (address is not None and self._lists(address))
+
+    def _lists(self, address: Address) -> bool:
+        return any(address in network for network in self._networks)
+
+
+def as_network(text: str) -> Network | None:
+    """An address or network in CIDR notation; None for a name."""
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError:
+        return None
+
+
+def is_public(address: Address) -> bool:
+    """Whether packets to the address leave for the public internet, however it is wrapped."""
+    if isinstance(address, IPv6Address):
+        if address.ipv4_mapped is not None:
+            return is_public(address.ipv4_mapped)
+        if address in _NAT64:
+            return is_public(IPv4Address(int(address) & 0xFFFF_FFFF))
+        inner = [address.sixtofour, *(address.teredo or ())]
+        if not all(is_public(each) for each in inner if each is not None):
+            return False
+        if address.is_site_local:
+            return False
+    return address.is_global and not (
+        address.is_multicast or address.is_reserved or address.is_link_local
+    )
+
+
+class Guard:
+    """Addresses that may be connected to."""
+
+    def __init__(self, policy: Policy, resolve: Resolver) -> None:
+        self.policy = policy
+        self._resolve = resolve
+
+    async def addresses(self, host: str, port: int) -> list[Address]:
+        """The judged addresses of a host: connect to these, and look nothing up again.
+
+        Raises Forbidden or Unresolved.
+        """
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            return self.policy.judge(host, await self._resolve(host, port))
+        return self.policy.judge(host, [host])

@@ -1,0 +1,229 @@
+"""``blipq webhooks run``: takes due events from the outbox, sends them, records what came of it.
+
+Several may run beside each other. Whatever is not recorded when one dies is sent again when its
+lease is over, under the same id.
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
+
+from blipq.errors import InvalidRequest, QueueFull, QueueUnavailable
+from blipq.ledger import connect
+from blipq.settings import Settings
+from blipq.storage import Storage
+from blipq.webhooks.delivery import Verdict, body_of, signed_headers, verdict_on
+from blipq.webhooks.http import Answer, GuardedHttp
+from blipq.webhooks.outbox import Event, Outbox
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.1
+ALIVE_S = 15.0
+#: Hosts that timed out and have not answered since; beyond this many, the oldest is forgotten.
+MOST_SLOW_HOSTS = 1000
+
+T = TypeVar("T")
+
+
+class Lost(Exception):
+    """Another sender has the event now."""
+
+
+class Sender:
+    """One process that sends. ``http`` is replaceable for its resolver and its trust in TLS."""
+
+    def __init__(self, settings: Settings, *, http: GuardedHttp | None = None) -> None:
+        if not settings.webhook_secrets:
+            raise InvalidRequest(
+                "no secret to sign with, so events wait: set BLIPQ_WEBHOOK_SECRETS to the answer "
+                "of `blipq webhooks secret new`"
+            )
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+        self._settings = settings
+        self._secrets = [secret.get_secret_value() for secret in settings.webhook_secrets]
+        self._http = http or GuardedHttp(
+            settings.webhook_policy, timeout_s=settings.webhook_timeout_s
+        )
+        self._storage = Storage(settings)
+        self._redis = connect(settings)
+        self._outbox = Outbox(self._redis, settings)
+        # Longer than any attempt takes: two senders at one event would be a needless repetition.
+        self._lease_s = 2 * settings.webhook_timeout_s
+        self._threads = ThreadPoolExecutor(8, "blipq-outbox")
+        self._sending: Counter[str] = Counter()
+        self._slow: dict[str, None] = {}
+        self._freed = asyncio.Event()
+        self._registered = -ALIVE_S
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Sends until ``stop`` is set, and then finishes what it has begun."""
+        log.info("sender %s: webhooks from %s", self.name, self._settings.endpoints)
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                while not stop.is_set():
+                    if not await self._take(tasks):
+                        self._freed.clear()
+                        freed = asyncio.create_task(self._freed.wait())
+                        await asyncio.wait(
+                            {freed, stopping}, timeout=POLL_S, return_when="FIRST_COMPLETED"
+                        )
+                        freed.cancel()
+        finally:
+            stopping.cancel()
+            self._http.close()
+            self._threads.shutdown()
+            self._redis.close()
+        log.info("sender %s: stopped", self.name)
+
+    # -- take --
+
+    async def _take(self, tasks: asyncio.TaskGroup) -> int:
+        """Starts to send what is due and has room; how many that were."""
+        free = self._settings.webhook_concurrency - self._sending.total()
+        room = self._room()  # here, because only this thread changes what it reads
+        try:
+            events = await self._in_thread(lambda: self._taken(free, room))
+        except (QueueUnavailable, QueueFull) as error:
+            log.warning("no events: %s", error)
+            await asyncio.sleep(1)
+            return 0
+        for event in events:
+            self._sending[event.record["host"]] += 1
+            tasks.create_task(self._deliver(event))
+        return len(events)
+
+    def _taken(self, free: int, room: dict[str, int]) -> list[Event]:
+        if time.monotonic() > self._registered + ALIVE_S / 3:
+            self._outbox.register(self.name, ALIVE_S)
+            self._registered = time.monotonic()
+        if free <= 0:
+            return []
+        return self._outbox.take(
+            free,
+            lease_s=self._lease_s,
+            most_of_a_host=self._settings.webhook_host_concurrency,
+            room=room,
+        )
+
+    def _room(self) -> dict[str, int]:
+        """How many more events a host may get, where that is less than usual.
+
+        A host that does not answer holds each of its places for the whole timeout, so it has one.
+        """
+        most = self._settings.webhook_host_concurrency
+        hosts = {**self._slow, **dict.fromkeys(self._sending)}
+        return {
+            host: max(0, (1 if host in self._slow else most) - self._sending[host])
+            for host in hosts
+        }
+
+    # -- send --
+
+    async def _deliver(self, event: Event) -> None:
+        host = event.record["host"]
+        started = time.monotonic()
+        try:
+            answer = await self._attempt(event)
+            self._note_speed(host, answer)
+            await self._record(event, answer, started)
+        except Lost:
+            log.warning("%s: taken over by another sender", event.name)
+        except (QueueUnavailable, QueueFull) as error:
+            log.warning("%s: not recorded, so it is sent again: %s", event.name, error)
+        except Exception:  # one event that makes no sense must not end the sender
+            log.exception("%s: cannot be sent", event.name)
+            with suppress(QueueUnavailable, QueueFull):
+                await self._settled(event, Answer("refused", "blipq cannot make sense of it"), 0)
+        finally:
+            self._sending[host] -= 1
+            if not self._sending[host]:
+                del self._sending[host]
+            self._freed.set()
+
+    async def _attempt(self, event: Event) -> Answer:
+        body = await self._in_thread(lambda: self._body(event))
+        headers = signed_headers(event.webhook_id, body, self._secrets)
+        return await self._http.post(event.record["url"], headers, body)
+
+    def _body(self, event: Event) -> bytes:
+        """The bytes to send, fixed before they are sent for the first time."""
+        if "body" in event.record:
+            return event.record["body"].encode()
+        body = self._outbox.keep_body(event, body_of(event.record, event.job or {}, self._storage))
+        if body is None:
+            raise Lost
+        return body
+
+    def _note_speed(self, host: str, answer: Answer) -> None:
+        if answer.outcome == "timeout":
+            self._slow[host] = None
+            if len(self._slow) > MOST_SLOW_HOSTS:
+                del self._slow[next(iter(self._slow))]
+        else:
+            self._slow.pop(host, None)
+
+    # -- record --
+
+    async def _record(self, event: Event, answer: Answer, started: float) -> None:
+        """Stores the outcome, for as long as the event is ours."""
+        until = started + self._lease_s
+        verdict, delay = verdict_on(answer, event.attempts, self._settings.webhook_ladder)
+        while True:
+            try:
+                await self._settled(event, answer, delay, verdict)
+                break
+            except (QueueUnavailable, QueueFull):
+                if time.monotonic() > until:
+                    raise
+                await asyncio.sleep(0.5)
+        log.info(
+            "%s %s to %s: %s (%s), attempt %d, %s, %.0f ms",
+            event.webhook_id,
+            event.name,
+            event.record["host"],
+            answer.outcome,
+            answer.detail,
+            event.attempts,
+            f"again in {delay:.0f} s" if verdict == "retry" else verdict,
+            1000 * (time.monotonic() - started),
+        )
+
+    async def _settled(
+        self, event: Event, answer: Answer, delay: float, verdict: Verdict = "dead"
+    ) -> None:
+        settled = await self._in_thread(
+            lambda: self._outbox.settle(event, verdict, answer.outcome, answer.detail, delay)
+        )
+        if not settled:
+            raise Lost
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def run(settings: Settings) -> None:
+    """Sends until SIGTERM or SIGINT. Raises InvalidRequest without a secret."""
+    logging.basicConfig(
+        level=os.environ.get("BLIPQ_LOG_LEVEL", "INFO"),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    asyncio.run(_until_told(settings))
+
+
+async def _until_told(settings: Settings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    await Sender(settings).run(stop)

@@ -1,0 +1,312 @@
+"""Which URLs are met: hostile ones never connect, neither by their text nor by their addresses."""
+
+import asyncio
+import ipaddress
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blipq import Client, InvalidRequest, Settings, Webhook
+from blipq.webhooks.guard import Forbidden, Policy, is_public, parse
+from blipq.webhooks.http import MAX_ANSWER_BYTES, Answer, GuardedHttp
+from receivers import Receiver, receiving
+
+HOSTILE_TEXTS = [
+    "http://example.org/",
+    "ftp://example.org/",
+    "file:///etc/passwd",
+    "gopher://127.0.0.1:6379/_FLUSHALL",
+    "//example.org/",
+    "https:example.org",
+    "https://",
+    "https://user@example.org/",
+    "https://user:password@example.org/",
+    "https://example.org@127.0.0.1/",
+    "https://example.org\\@127.0.0.1/",
+    "https://127.0.0.1#@example.org/",
+    "https://example.org:22/",
+    "https://example.org:8443/",
+    "https://example.org:0/",
+    "https://example.org:99999/",
+    "https://example.org:/",
+    "https://example.org/\r\nHost: 127.0.0.1",
+    "https://exam ple.org/",
+    "https://2130706433/",
+    "https://0x7f000001/",
+    "https://0x7f.1/",
+    "https://0177.0.0.1/",
+    "https://127.1/",
+    "https://127.0.0.1.:80/",
+    "https://①②⑦.⓪.⓪.①/",
+    "https://exämple.org/",
+    "https://[::1%25lo]/",
+    "https://[::1/",
+    "https://-example.org/",
+    "https://a..b/",
+]
+INSIDE = [
+    "127.0.0.1",
+    "127.255.0.9",
+    "0.0.0.0",
+    "10.0.0.1",
+    "172.16.0.1",
+    "192.168.1.1",
+    "169.254.169.254",
+    "100.64.0.1",
+    "100.100.100.200",
+    "198.18.0.1",
+    "192.0.2.1",
+    "224.0.0.1",
+    "240.0.0.1",
+    "255.255.255.255",
+    "[::]",
+    "[::1]",
+    "[::127.0.0.1]",
+    "[::ffff:127.0.0.1]",
+    "[::ffff:a9fe:a9fe]",
+    "[64:ff9b::127.0.0.1]",
+    "[64:ff9b::a9fe:a9fe]",
+    "[64:ff9b:1::1]",
+    "[2002:7f00:1::]",
+    "[2002:a00:1::1]",
+    "[2001:0:7f00:1::1]",
+    "[fe80::1]",
+    "[fec0::1]",
+    "[fc00::1]",
+    "[fd00:ec2::254]",
+    "[ff02::1]",
+    "[2001:db8::1]",
+]
+
+
+class Names:
+    """A resolver that answers as told, in order, and the last answer for ever."""
+
+    def __init__(self, *answers: list[str]) -> None:
+        self.answers = list(answers)
+        self.asked = 0
+
+    async def __call__(self, host: str, port: int) -> list[str]:
+        self.asked += 1
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+
+def post(http: GuardedHttp, *urls: str) -> list[Answer]:
+    async def all_() -> list[Answer]:
+        return [await http.post(url, {"webhook-id": "msg_1"}, b"{}") for url in urls]
+
+    try:
+        return asyncio.run(all_())
+    finally:
+        http.close()
+
+
+@pytest.fixture
+def connects(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every address that this process connects to."""
+    met: list[Any] = []
+    real = socket.socket.connect
+
+    def connect(self: socket.socket, address: Any) -> None:
+        met.append(address)
+        real(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+
+    async def create_connection(self: Any, factory: Any, host: Any, port: Any, **_: Any) -> Any:
+        met.append((host, port))
+        raise ConnectionRefusedError(f"not in this test: {host}")
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "create_connection", create_connection)
+    return met
+
+
+@pytest.mark.parametrize("url", HOSTILE_TEXTS)
+def test_a_hostile_text_is_refused_at_submit_and_never_connects(
+    url: str, connects: list[Any]
+) -> None:
+    client = Client(redis_url="redis://127.0.0.1:1")
+    with client, pytest.raises(InvalidRequest, match=r"webhook\.url"):
+        client.caption("s3://bucket/key", webhook={"url": url})
+    http = GuardedHttp(Policy(), timeout_s=1, resolve=Names(["127.0.0.1"]))
+    assert [answer.outcome for answer in post(http, url)] == ["url_forbidden"]
+    assert connects == []
+
+
+@pytest.mark.parametrize("host", INSIDE)
+def test_an_address_inside_never_connects_however_it_is_written_or_named(
+    host: str, connects: list[Any]
+) -> None:
+    named = GuardedHttp(Policy(), timeout_s=1, resolve=Names([host.strip("[]")]))
+    beside = GuardedHttp(Policy(), timeout_s=1, resolve=Names(["8.8.8.8", host.strip("[]")]))
+    for http, url in (
+        (named, f"https://{host}/"),
+        (named, "https://example.org/"),
+        (beside, "https://example.org/"),
+    ):
+        (answer,) = post(http, url)
+        assert answer.outcome == "url_forbidden", answer
+    assert connects == []
+
+
+def test_names_that_turn_inside_after_they_were_checked_never_connect_there(
+    connects: list[Any],
+) -> None:
+    """DNS answers a public address first and 127.0.0.1 from then on."""
+    names = Names(["93.184.216.34"], ["127.0.0.1"])
+    http = GuardedHttp(Policy(), timeout_s=1, resolve=names)
+    first, second = post(http, "https://rebinds.example/", "https://rebinds.example/")
+    assert (first.outcome, second.outcome) == ("unreachable", "url_forbidden")
+    assert connects == [("93.184.216.34", 443)]
+    assert names.asked == 2
+
+
+def test_public_addresses_are_public_however_they_are_wrapped() -> None:
+    for text in (
+        "8.8.8.8",
+        "2606:4700::1",
+        "::ffff:8.8.8.8",
+        "64:ff9b::8.8.8.8",
+        "2002:808:808::1",
+    ):
+        assert is_public(ipaddress.ip_address(text)), text
+
+
+def test_good_urls_are_taken_apart() -> None:
+    target = parse("HTTPS://Hooks.Example.ORG.:443?a=b@c")
+    assert (target.scheme, target.host, target.port) == ("https", "hooks.example.org", 443)
+    assert (target.path, target.authority) == ("/?a=b@c", "hooks.example.org")
+    assert parse("http://[2606:4700::1]:8080/x").authority == "[2606:4700::1]:8080"
+
+
+def test_a_webhook_model_knows_the_syntax_without_any_settings() -> None:
+    assert Webhook(url="http://inside:8080/").url
+    with pytest.raises(ValueError, match="user name"):
+        Webhook(url="https://a@b/")
+
+
+def test_listed_hosts_may_be_inside_over_http_and_on_any_port() -> None:
+    policy = Policy(allow=("hooks.inside", "10.1.0.0/16"), ports=(443, 8443))
+    assert policy.check("http://hooks.inside:8080/")
+    assert policy.check("http://10.1.2.3/")
+    assert policy.check("https://example.org:8443/")
+    assert policy.judge("hooks.inside", ["10.9.9.9"])
+    assert policy.judge("other.example", ["10.1.2.3"])
+    for url in ("http://example.org/", "http://10.2.0.1/", "https://example.org:80/"):
+        with pytest.raises(Forbidden):
+            policy.check(url)
+    with pytest.raises(Forbidden, match=r"10\.2\.0\.1"):
+        policy.judge("other.example", ["10.1.2.3", "10.2.0.1"])
+
+
+# --- real receivers -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with receiving() as receiver:
+        yield receiver
+
+
+LOOPBACK = Policy(allow=("127.0.0.1",))
+
+
+def test_a_receiver_on_loopback_gets_nothing_unless_it_is_listed(receiver: Receiver) -> None:
+    https = receiver.url.replace("http:", "https:")
+    refused = GuardedHttp(Policy(ports=(receiver.port,)), timeout_s=1)
+    assert post(refused, https)[0].outcome == "url_forbidden"
+    assert receiver.connections == 0
+    assert post(GuardedHttp(LOOPBACK, timeout_s=2), receiver.url)[0].outcome == "delivered"
+
+
+def test_a_redirect_inside_is_not_followed(receiver: Receiver) -> None:
+    receiver.behave = lambda got: (301, {"location": "http://10.0.0.1/"})
+    assert post(GuardedHttp(LOOPBACK, timeout_s=2), receiver.url)[0].outcome == "redirected"
+    assert len(receiver.got) == 1
+
+
+def test_proxies_of_the_environment_are_not_used(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    assert post(GuardedHttp(LOOPBACK, timeout_s=2), receiver.url)[0].outcome == "delivered"
+
+
+def test_a_slow_drip_ends_at_the_timeout_and_an_endless_answer_at_its_cap() -> None:
+    def serve(listener: socket.socket, head: bytes, part: bytes, sent: list[int]) -> None:
+        peer, _ = listener.accept()
+        with peer:
+            peer.recv(65536)
+            try:
+                peer.sendall(head)
+                while not peer.sendall(part):
+                    sent.append(len(part))
+                    stop.wait(0.05 if len(part) == 1 else 0)
+            except OSError:
+                pass
+
+    def answered(head: bytes, part: bytes) -> tuple[Answer, int]:
+        sent: list[int] = []
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            thread = threading.Thread(target=serve, args=(listener, head, part, sent))
+            thread.start()
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+            (answer,) = post(GuardedHttp(LOOPBACK, timeout_s=0.5), url)
+            thread.join(10)
+        return answer, sum(sent)
+
+    stop = threading.Event()
+    dripped, _ = answered(b"HTTP/1.1 200 OK\r\n", b"x")
+    assert dripped.outcome == "timeout"
+    endless, size = answered(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 65536)
+    assert endless.outcome == "delivered"
+    assert size < 100 * MAX_ANSWER_BYTES  # what the kernel's buffers take, not an endless stream
+
+
+def test_the_checked_address_is_met_under_the_name_of_the_url(tmp_path: Path) -> None:
+    """TLS asks for the name's certificate, and Host is the name, at the address that was judged."""
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    _self_signed(certificate, key, "hooks.example")
+    seen: list[str] = []
+    with receiving() as receiver:
+        server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        server.load_cert_chain(certificate, key)
+        server.sni_callback = lambda _, name, __: seen.append(name)
+        receiver.server.socket = server.wrap_socket(receiver.server.socket, server_side=True)
+        policy = Policy(allow=("127.0.0.0/8",), ports=(receiver.port,))
+
+        def http() -> GuardedHttp:
+            trust = ssl.create_default_context(cafile=certificate)
+            return GuardedHttp(policy, timeout_s=3, resolve=Names(["127.0.0.1"]), tls=trust)
+
+        good = post(http(), f"https://hooks.example:{receiver.port}/x")[0]
+        other = post(http(), f"https://other.example:{receiver.port}/x")[0]
+        untrusting = GuardedHttp(policy, timeout_s=3, resolve=Names(["127.0.0.1"]))
+        unknown = post(untrusting, f"https://hooks.example:{receiver.port}/x")[0]
+    assert good.outcome == "delivered", good
+    assert receiver.got[0].headers["host"] == f"hooks.example:{receiver.port}"
+    assert seen[0] == "hooks.example"
+    assert {other.outcome, unknown.outcome} == {"unreachable"}
+    assert len(receiver.got) == 1
+
+
+def _self_signed(certificate: Path, key: Path, name: str) -> None:
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    command += ["-nodes", "-keyout", str(key), "-out", str(certificate), "-days", "2"]
+    command += ["-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"]
+    subprocess.run(command, check=True, capture_output=True, timeout=30)
+
+
+def test_a_name_without_an_address_is_unresolved_and_a_closed_port_unreachable(
+    settings: Settings,
+) -> None:
+    http = GuardedHttp(Policy(allow=("127.0.0.1",)), timeout_s=5)
+    nowhere, closed = post(http, "https://nothing.invalid/", "http://127.0.0.1:1/")
+    assert (nowhere.outcome, closed.outcome) == ("unresolved", "unreachable")

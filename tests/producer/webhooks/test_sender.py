@@ -1,0 +1,331 @@
+"""What a sender does with events: sends, records, retries, gives up, on real HTTP receivers."""
+
+import json
+import time
+from typing import Any
+
+import pytest
+import redis
+from standardwebhooks import Webhook, WebhookVerificationError
+
+from blipq import Client, Settings
+from blipq.errors import InvalidRequest
+from blipq.ledger import Claim, Ledger
+from blipq.webhooks.delivery import new_secret, verdict_on, webhook_id
+from blipq.webhooks.http import Answer, _retry_after
+from blipq.webhooks.outbox import Outbox
+from blipq.webhooks.sender import Sender
+from conftest import wait_until
+from producer.webhooks.conftest import CAPTION, End, sending
+from receivers import SECRET, Receiver, receiving
+
+LADDER = (0.0, 5.0, 300.0)
+
+
+def settled(outbox: Outbox) -> None:
+    wait_until(lambda: outbox.pending() == 0, "every event to be settled")
+
+
+def take(outbox: Outbox, lease_s: float = 30.0, **room: int) -> list[Any]:
+    return outbox.take(10, lease_s=lease_s, most_of_a_host=10, room=room)
+
+
+# --- a delivery -----------------------------------------------------------------------------------
+
+
+def test_a_delivery_tells_the_job_signed_and_is_done_with_2xx(
+    hooked: Settings, client: Client, outbox: Outbox, receiver: Receiver, end: End
+) -> None:
+    receiver.behave = lambda got: 204
+    id = end(receiver.url, metadata={"order": "42"})
+    with sending(hooked):
+        settled(outbox)
+    (got,) = receiver.got
+    event = Webhook(SECRET).verify(got.body, got.headers)
+    info = client.job(id).info()
+    assert event["type"] == "job.succeeded"
+    assert event["data"] == json.loads(info.model_dump_json(exclude_none=True))
+    assert event["data"]["result"]["captions"] == CAPTION["captions"]
+    assert info.completed_at is not None
+    assert event["timestamp"] == f"{info.completed_at:%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z"
+    assert got.id == webhook_id(f"{id}/job.succeeded")
+    assert got.headers["content-type"] == "application/json"
+    assert outbox.counts() == {"delivered": 1}
+
+
+def test_a_changed_byte_an_old_timestamp_and_a_wrong_secret_fail_verification(
+    hooked: Settings, outbox: Outbox, receiver: Receiver, end: End
+) -> None:
+    end(receiver.url)
+    with sending(hooked):
+        settled(outbox)
+    (got,) = receiver.got
+    assert Webhook(SECRET).verify(got.body, got.headers)
+    changed = got.body.replace(b"red", b"bed")
+    old = {**got.headers, "webhook-timestamp": str(int(time.time()) - 600)}
+    for secret, body, headers in (
+        (SECRET, changed, got.headers),
+        (SECRET, got.body, old),
+        (new_secret(), got.body, got.headers),
+    ):
+        with pytest.raises(WebhookVerificationError):
+            Webhook(secret).verify(body, headers)
+
+
+def test_while_secrets_change_either_verifies(
+    hooked: Settings, outbox: Outbox, receiver: Receiver, end: End
+) -> None:
+    newer = new_secret()
+    fields = {**hooked.model_dump(), "webhook_secrets": f"{newer},{SECRET}"}
+    end(receiver.url)
+    with sending(Settings.model_validate(fields)):
+        settled(outbox)
+    (got,) = receiver.got
+    assert len(got.headers["webhook-signature"].split(" ")) == 2
+    for secret in (newer, SECRET):
+        assert Webhook(secret).verify(got.body, got.headers)
+
+
+def test_without_a_secret_events_wait_and_nothing_is_sent_unsigned(
+    hooked: Settings, outbox: Outbox, receiver: Receiver, end: End
+) -> None:
+    end(receiver.url)
+    with pytest.raises(InvalidRequest, match="BLIPQ_WEBHOOK_SECRETS"):
+        Sender(hooked.model_copy(update={"webhook_secrets": ()}))
+    assert (outbox.pending(), receiver.connections) == (1, 0)
+
+
+def test_a_running_event_tells_the_running_job_even_after_it_has_ended(
+    hooked: Settings, outbox: Outbox, receiver: Receiver, end: End
+) -> None:
+    end(receiver.url, events=["job.running", "job.succeeded"])
+    with sending(hooked):
+        settled(outbox)
+    events = {each["type"]: each["data"] for each in (json.loads(got.body) for got in receiver.got)}
+    assert events["job.running"]["status"] == "running"
+    assert "result" not in events["job.running"]
+    assert "completed_at" not in events["job.running"]
+    assert events["job.succeeded"]["status"] == "succeeded"
+    assert len({got.id for got in receiver.got}) == 2
+
+
+def test_a_large_result_is_replaced_by_a_pointer(
+    hooked: Settings, client: Client, outbox: Outbox, receiver: Receiver, end: End
+) -> None:
+    large = {"kind": "caption", "captions": [{"text": "é" * 11_000}]}
+    end(receiver.url, large)
+    uri = f"s3://{hooked.inbox_bucket}/result.json"
+    client.storage.put(uri, b"{}", content_type="application/json")
+    end(receiver.url, large, output=uri)
+    with sending(hooked):
+        settled(outbox)
+    told = [json.loads(got.body)["data"] for got in receiver.got]
+    assert all("result" not in data and data["status"] == "succeeded" for data in told)
+    plain, pointed = sorted(told, key=lambda data: "result_url" in data)
+    assert "blipq result" in plain["result_omitted"]
+    assert pointed["result_uri"] == uri
+    assert pointed["result_url"].startswith(f"{hooked.s3_endpoint_url}/")
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+def test_every_attempt_sends_the_same_bytes_under_the_same_id(
+    hooked: Settings, outbox: Outbox, receiver: Receiver, end: End
+) -> None:
+    receiver.behave = lambda got: 200 if got.number == 3 else 500
+    uri = f"s3://{hooked.inbox_bucket}/presigned-once"
+    end(receiver.url, {"kind": "caption", "captions": [{"text": "x" * 21_000}]}, output=uri)
+    with sending(hooked):
+        settled(outbox)
+    assert len(receiver.got) == 3
+    assert len({(got.id, got.body) for got in receiver.got}) == 1
+
+
+@pytest.mark.parametrize("answer", [500, 404, 301, "drop"])
+def test_what_is_not_2xx_is_tried_until_the_ladder_ends_and_then_dead(
+    hooked: Settings, outbox: Outbox, receiver: Receiver, end: End, answer: Any
+) -> None:
+    receiver.behave = lambda got: answer
+    id = end(receiver.url)
+    with sending(hooked):
+        settled(outbox)
+    assert len(receiver.got) == len(hooked.webhook_ladder)
+    (dead,) = outbox.listed(dead=True, limit=10)
+    assert (dead["job_id"], dead["attempts"]) == (id, len(hooked.webhook_ladder))
+    assert dead["outcome"] in ("refused", "redirected", "unreachable")
+
+
+def test_410_stops_the_url_for_later_events_until_one_is_replayed(
+    hooked: Settings, outbox: Outbox, receiver: Receiver, end: End
+) -> None:
+    receiver.behave = lambda got: 410
+    end(receiver.url)
+    other = receiver.url + "/other"
+    with sending(hooked):
+        settled(outbox)
+        later = end(receiver.url)
+        end(other)
+        settled(outbox)
+        paths = [got.path for got in receiver.got]
+        assert sorted(paths) == ["/hook", "/hook/other"]
+        dead = {each["event"]: each["outcome"] for each in outbox.listed(dead=True, limit=10)}
+        assert sorted(dead.values()) == ["gone", "gone", "stopped"]
+        receiver.behave = lambda got: 200
+        assert outbox.replay(f"{later}/job.succeeded")
+        settled(outbox)
+    assert receiver.delivered[webhook_id(f"{later}/job.succeeded")] == 1
+
+
+def test_an_address_inside_is_recorded_as_url_forbidden_and_dead_at_once(
+    hooked: Settings, outbox: Outbox, end: End
+) -> None:
+    end("https://169.254.169.254/latest/meta-data")
+    with sending(hooked):
+        settled(outbox)
+    (dead,) = outbox.listed(dead=True, limit=10)
+    assert (dead["outcome"], dead["attempts"]) == ("url_forbidden", 1)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "attempts", "verdict", "least", "most"),
+    [
+        ("delivered", 1, "delivered", 0, 0),
+        ("refused", 1, "retry", 5, 6),
+        ("timeout", 2, "retry", 300, 360),
+        ("unresolved", 2, "retry", 300, 360),
+        ("unreachable", 3, "dead", 0, 0),
+        ("gone", 1, "stop", 0, 0),
+        ("url_forbidden", 1, "dead", 0, 0),
+    ],
+)
+def test_the_ladder_says_when_to_try_again(
+    outcome: Any, attempts: int, verdict: str, least: float, most: float
+) -> None:
+    for _ in range(20):
+        found, delay = verdict_on(Answer(outcome, ""), attempts, LADDER)
+        assert found == verdict
+        assert least <= delay <= most
+
+
+def test_retry_after_is_a_least_pause_as_a_number_or_a_date() -> None:
+    assert verdict_on(Answer("throttled", "", 60), 1, LADDER)[1] == 60
+    assert verdict_on(Answer("throttled", "", 60), 2, LADDER)[1] >= 300
+    assert _retry_after(b"7") == 7
+    assert _retry_after(b"999999999") == 86400
+    assert _retry_after(b"Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert 80_000 < _retry_after(b"Wed, 21 Oct 2099 07:28:00 GMT") <= 86400
+    assert _retry_after(b"soon") == _retry_after(b"-3") == _retry_after(b"") == 0
+
+
+# --- leases ---------------------------------------------------------------------------------------
+
+
+def test_a_taken_event_is_due_again_when_its_lease_is_over_and_the_stale_sender_is_refused(
+    outbox: Outbox, end: End
+) -> None:
+    end("https://example.org/")
+    (first,) = take(outbox, lease_s=0.05)
+    assert take(outbox) == []
+    again: list[Any] = []
+    wait_until(lambda: again or again.extend(take(outbox)), "the lease to run out")
+    assert (again[0].name, again[0].attempts) == (first.name, 2)
+    assert not outbox.settle(first, "delivered", "delivered", "")
+    assert outbox.keep_body(first, b"{}") is None
+    assert outbox.settle(again[0], "delivered", "delivered", "")
+    assert not outbox.settle(again[0], "delivered", "delivered", "")
+
+
+def test_a_host_gets_no_more_than_its_room(outbox: Outbox, end: End) -> None:
+    for _ in range(3):
+        end("https://a.example/")
+        end("https://b.example/")
+    room = {"a.example": 1}
+    taken = outbox.take(10, lease_s=30, most_of_a_host=2, room=room)
+    assert sorted(event.record["host"] for event in taken) == [
+        "a.example",
+        "b.example",
+        "b.example",
+    ]
+    assert (
+        outbox.take(10, lease_s=30, most_of_a_host=2, room={"a.example": 0, "b.example": 0}) == []
+    )
+
+
+# --- what is kept, and for how long ---------------------------------------------------------------
+
+
+def test_a_job_is_kept_while_its_event_waits_and_no_longer_for_its_sake(
+    outbox: Outbox, raw_redis: "redis.Redis", end: End
+) -> None:
+    id = end("https://example.org/")
+    key, event = f"blipq:job:{id}", f"blipq:event:{id}/job.succeeded"
+    assert raw_redis.ttl(key) > 5 * 86400
+    assert raw_redis.ttl(event) > 5 * 86400
+    (taken,) = take(outbox)
+    assert outbox.settle(taken, "retry", "refused", "", 30 * 86400)
+    assert min(raw_redis.ttl(key), raw_redis.ttl(event)) > 31 * 86400
+    assert outbox.replay(id) == [taken.name]
+    (taken,) = take(outbox)
+    assert outbox.settle(taken, "delivered", "delivered", "")
+    assert not raw_redis.exists(event)
+    assert 86000 < raw_redis.ttl(key) <= 86400
+
+
+def test_a_dead_event_is_kept_for_two_weeks(
+    outbox: Outbox, raw_redis: "redis.Redis", end: End
+) -> None:
+    id = end("https://example.org/")
+    (taken,) = take(outbox)
+    assert outbox.keep_body(taken, b"{}") == b"{}"
+    assert outbox.settle(taken, "dead", "refused", "HTTP 500")
+    assert 13 * 86400 < raw_redis.ttl(f"blipq:event:{id}/job.succeeded") <= 14 * 86400
+    assert (outbox.pending(), outbox.dead()) == (0, 1)
+
+
+def test_a_dead_letter_that_is_tried_again_has_an_event_of_its_own(
+    client: Client, ledger: Ledger, outbox: Outbox
+) -> None:
+    job = client.caption("s3://uploads/cat.jpg", webhook={"url": "https://example.org/"})
+    error = json.dumps({"code": "attempts_exhausted", "message": "died", "retryable": False})
+
+    def fail() -> None:
+        claim = ledger.claim(job.id, "w1")
+        assert isinstance(claim, Claim)
+        assert ledger.fail(claim, error, "{}", dead=True)
+
+    fail()
+    assert ledger.retry_dead_letter(job.id)
+    (first,) = take(outbox)
+    assert first.job is not None
+    assert (first.job["status"], json.loads(first.job["error"])["message"]) == ("failed", "died")
+    fail()
+    (second,) = take(outbox)
+    assert first.webhook_id != second.webhook_id
+    assert outbox.settle(first, "delivered", "delivered", "")
+    assert second.job is not None
+
+
+def test_a_delivered_event_of_a_kept_job_can_be_replayed_under_its_id(
+    hooked: Settings, outbox: Outbox, receiver: Receiver, end: End
+) -> None:
+    id = end(receiver.url)
+    with sending(hooked):
+        settled(outbox)
+        assert outbox.replay(id) == [f"{id}/job.succeeded"]
+        settled(outbox)
+    first, second = receiver.got
+    assert (first.id, first.body) == (second.id, second.body)
+    assert outbox.replay("job_unknown") == []
+
+
+def test_two_senders_share_the_work_and_repeat_nothing(
+    hooked: Settings, outbox: Outbox, end: End
+) -> None:
+    with receiving() as receiver:
+        ids = [end(receiver.url) for _ in range(30)]
+        with sending(hooked), sending(hooked):
+            settled(outbox)
+        assert sorted(got.id for got in receiver.got) == sorted(
+            webhook_id(f"{id}/job.succeeded") for id in ids
+        )
