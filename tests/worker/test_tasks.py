@@ -380,11 +380,8 @@ def test_a_job_that_may_have_killed_its_worker_runs_alone(parts: Parts, picture:
     alone: list[bool] = []
     parts.model.before = lambda: alone.append(parts.gate._solo)
 
-    def ran() -> bool:
-        parts.runner.run(Kind.CAPTION, job.id)
-        return bool(alone)
-
-    wait_until(ran, "the other worker's lease to run out")
+    wait_until(parts.ledger.reconcile, "the other worker's lease to run out")
+    parts.run(job)
     assert alone == [True]
     assert (job.status, job.info().attempts) == ("succeeded", 2)
 
