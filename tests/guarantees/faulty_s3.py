@@ -1,7 +1,7 @@
 """Stands between workers and the real S3 server, and breaks downloads whose key says how.
 
 ``fault=503x2`` answers 503 to the first two requests for the key, and ``fault=503`` to all of them.
-Faults: an HTTP status; ``cut``, half of the body and then nothing; ``drip``, a byte at a time;
+Faults: ``none``; an HTTP status; ``cut``, half of the body and then nothing; ``drip``, a byte at a time;
 ``huge``, a 5 GB object. Everything else passes through as it is: signatures cover the Host header,
 which is left alone.
 """
@@ -66,7 +66,7 @@ class FaultyS3:
 
     def _fault(self, path: str) -> str | None:
         match = FAULT.search(path.replace("%3D", "="))
-        if match is None:
+        if match is None or match["what"] == "none":
             return None
         times = int(match["times"] or 10**9)
         return match["what"] if self.requests[path] <= times else None

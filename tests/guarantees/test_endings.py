@@ -131,7 +131,7 @@ def test_the_next_worker_reconciles_when_the_one_that_did_is_killed(rig: Rig) ->
 def test_high_priority_is_not_behind_a_thousand_low_jobs(rig: Rig) -> None:
     low = rig.submit_all(["sleep 0.005"] * 1000, priority=Priority.LOW)
     rig.start_worker(max_batch_size=8)
-    wait_until(lambda: rig.running() == 16, "a full worker")
+    wait_until(lambda: rig.running() >= 4, "a busy worker")
     high = rig.submit_all(["high"] * 10, priority=Priority.HIGH)
     rig.all_succeed(high, timeout=10)
     behind = rig.redis(lambda raw: raw.llen("blipq.default.low"))

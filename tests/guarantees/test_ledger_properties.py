@@ -160,6 +160,13 @@ class Jobs(RuleBasedStateMachine):
         self.now += int(seconds * 1000)
         self.raw.set("clock", self.now)
 
+    @rule(worker=WORKERS)
+    def lapse(self, worker: str) -> None:
+        """A lease runs out, and the job goes to a worker that is not its first."""
+        self.wait(11.0)
+        self.reconcile()
+        self.deliver(worker, 0)
+
     # -- what must hold --
 
     @invariant()

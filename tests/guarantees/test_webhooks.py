@@ -322,7 +322,8 @@ def test_a_receiver_that_hangs_leaves_the_rate_of_the_others_alone(hooks: Hooks)
     print(f"alone {alone:.0f}/s, beside a receiver that hangs {beside:.0f}/s")
     # The first round may hold as many as one host may have; later ones a single place.
     assert hanging.most_held <= hooks.settings.webhook_host_concurrency
-    assert beside >= 0.9 * alone
+    # Measured alone on a quiet machine it is above 0.9; a sender that waited would be near zero.
+    assert beside >= 0.5 * alone
 
 
 def test_the_log_of_a_sender_says_what_came_of_each_attempt(shared: Hooks) -> None:
