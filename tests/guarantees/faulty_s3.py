@@ -19,6 +19,13 @@ DRIP_S = 0.05
 HUGE = 5 * 2**30
 
 
+class _QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A worker that was killed in the middle of a download is no news."""
+
+
 class FaultyS3:
     """The server; ``url`` is what workers are given as their S3 endpoint."""
 
@@ -40,8 +47,7 @@ class FaultyS3:
             def log_message(self, format: str, *args: object) -> None:
                 """Quiet."""
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _QuietServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
