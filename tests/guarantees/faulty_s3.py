@@ -2,8 +2,8 @@
 
 ``fault=503x2`` answers 503 to the first two requests for the key, and ``fault=503`` to all of them.
 Faults: ``none``; an HTTP status; ``cut``, half of the body and then nothing; ``drip``, a byte at a
-time; ``huge``, a 5 GB object. Everything else passes through as it is: signatures cover the Host header,
-which is left alone.
+time; ``huge``, a 5 GB object. Everything else passes through as it is: signatures cover the Host
+header, which is left alone.
 """
 
 import http.client
