@@ -18,7 +18,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _die_with_parent() -> None:
-    """Linux: the kernel ends the child when its parent is killed, so nothing is left behind."""
+    """Linux: the kernel ends the child when its parent is killed, so nothing is left behind.
+
+    The parent is the thread that started it: start services from one that lives as long as they.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

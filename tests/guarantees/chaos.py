@@ -80,25 +80,26 @@ class Chaos:
         workers = [
             self.rig.launch_worker(max_batch_size=16, fetch_timeout_s=2) for _ in range(WORKERS)
         ]
-        calm, stop = threading.Event(), threading.Event()
+        calm, quiet, stop = threading.Event(), threading.Event(), threading.Event()
         supervisor.LAST_PAUSE_S = 1.0  # a day's trouble in minutes
         keep = threading.Thread(
             target=supervisor.supervise, args=(workers, stop), kwargs={"tell": self._say}
         )
-        trouble = threading.Thread(target=self._make_trouble, args=(workers, calm))
+        trouble = threading.Thread(target=self._make_trouble, args=(workers, calm, quiet, stop))
         keep.start()
         trouble.start()
         try:
             self._submit_all()
             self._wait_until_most_have_ended()
             calm.set()
-            trouble.join()
+            quiet.wait(60)
             self._say("calm")
             return self._audit()
         finally:
             calm.set()
             stop.set()
             keep.join()
+            trouble.join()
 
     # -- load --
 
@@ -142,7 +143,14 @@ class Chaos:
 
     # -- faults --
 
-    def _make_trouble(self, workers: list[Service], calm: threading.Event) -> None:
+    def _make_trouble(
+        self,
+        workers: list[Service],
+        calm: threading.Event,
+        quiet: threading.Event,
+        stop: threading.Event,
+    ) -> None:
+        """Faults until ``calm``; then the thread stays, as Redis ends with who started it."""
         server = self.rig.stack.services[0]
         kinds: dict[str, Callable[[], None]] = {
             "worker killed": lambda: self.rng.choice(workers).signal(signal.SIGKILL),
@@ -159,6 +167,8 @@ class Chaos:
             self._say(kind)
             self.faults[kind] += 1
             kinds[kind]()
+        quiet.set()
+        stop.wait()
 
     def _freeze(self, service: Service, seconds: float) -> None:
         service.signal(signal.SIGSTOP)
