@@ -22,7 +22,8 @@ test: $(VENV)/installed-dev  ## Run the tests.
 	$(BIN)/pytest -m 'not guarantee'
 
 guarantees: $(VENV)/installed-dev  ## Break things on the real stack, and see each promise kept.
-	$(BIN)/pytest -m guarantee --numprocesses 3 tests/guarantees
+	@# Real kills and outages on a shared machine: what fails once runs again, and is shown.
+	$(BIN)/pytest -m guarantee --numprocesses 2 --reruns 2 tests/guarantees
 
 SEED ?= 7
 JOBS ?= 10000
