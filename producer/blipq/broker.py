@@ -5,6 +5,7 @@ above any job, because leases in the ledger do the recovering; no results in Cel
 never wait for ever.
 """
 
+import os
 import threading
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -78,6 +79,7 @@ class Broker:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._pid = os.getpid()
 
     @cached_property
     def app(self) -> "Celery":
@@ -105,6 +107,7 @@ class Broker:
 
         # celery-types does not know that KombuError is an exception.
         refused: tuple[Any, ...] = (FutureTimeout, OSError, KombuError, RedisError)
+        self._forget_after_fork()
         _ = self.app  # importing Celery must not use up the publisher's time
         sent: Future[None] = Future()
         self._outgoing.put((sent, messages))
@@ -113,6 +116,13 @@ class Broker:
         except refused:  # one that is only slow is sent all the same; twice does no harm
             return False
         return True
+
+    def _forget_after_fork(self) -> None:
+        """A forked child has neither its parent's thread nor a right to its connections."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self.__dict__.pop("_outgoing", None)
+            self.__dict__.pop("app", None)
 
     def _publish_from(self, outgoing: "SimpleQueue[_Batch | None]") -> None:
         while (batch := outgoing.get()) is not None:

@@ -139,13 +139,12 @@ class Client:
         questions: str | Sequence[str],
         *,
         history: Sequence[Turn | tuple[str, str]] | None = None,
-        choices: Sequence[str] | None = None,
         generation: Generation | Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Job[VQAResult]:
         """Asks one or many questions about an image.
 
-        ``history`` holds earlier (question, answer) turns; ``choices`` limits the answers.
+        ``history`` holds earlier (question, answer) turns, oldest first.
         """
         checked_options = checked(Options, **options)
         request = checked(
@@ -153,7 +152,6 @@ class Client:
             image=self._reference(image),
             questions=questions,
             history=[_turn(turn) for turn in history] if history else None,
-            choices=choices,
             generation=generation,
         )
         return cast("Job[VQAResult]", self.submit(request, checked_options))

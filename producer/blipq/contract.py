@@ -193,7 +193,10 @@ class Turn(_Asked):
 
 
 class VQARequest(_Asked):
-    """Answer questions about the image; ``history`` holds earlier turns, oldest first."""
+    """Answer questions about the image; ``history`` holds earlier turns, oldest first.
+
+    ``choices`` is for later: no worker serves it yet, and refuses it as invalid_request.
+    """
 
     kind: Literal[Kind.VQA] = Kind.VQA
     image: Image

@@ -37,6 +37,14 @@ GRACE_S = 10.0
 MAX_CRASHES = 3
 MAX_RETRIES = 5
 
+#: Answers of a Redis that is failing over, full on disk, or not ours to write to.
+REFUSALS = ("READONLY", "NOREPLICAS", "MISCONF", "CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN", "NOPERM")
+READ_ONLY = (
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.NoPermissionError,
+    redis.exceptions.ClusterDownError,
+)
+
 DEAD_LETTERS = "blipq:dead-letters"
 
 Unclaimed = Literal["unknown", "ended", "busy", "newer"]
@@ -111,6 +119,8 @@ def redis_errors(job_id: str | None = None) -> Iterator[None]:
     except redis.exceptions.ResponseError as error:
         if "OOM" in str(error):
             raise QueueFull("Redis has no memory left (maxmemory)") from error
+        if str(error).startswith(REFUSALS) or isinstance(error, READ_ONLY):
+            raise QueueUnavailable(f"Redis refuses: {error}", job_id) from error
         raise
 
 

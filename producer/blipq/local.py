@@ -89,10 +89,24 @@ class LocalStack:
     def __post_init__(self) -> None:
         self.redis_port = self.redis_port or free_port()
         self.s3_port = self.s3_port or free_port()
-        self._password = secrets.token_urlsafe(16)
         self._access_key = "blipq-local"
-        self._secret_key = secrets.token_urlsafe(24)
+        self._password, self._secret_key = self._keys()
         self._inner_ports = [free_port() for _ in _INNER_PORTS]
+
+    def _keys(self) -> tuple[str, str]:
+        """Redis' password and S3's secret key, kept in the folder.
+
+        A worker of its own outlives a restart of the stack.
+        """
+        kept = self.folder / "keys.json"
+        with suppress(OSError, ValueError):
+            password, secret = json.loads(kept.read_text())
+            return str(password), str(secret)
+        keys = secrets.token_urlsafe(16), secrets.token_urlsafe(24)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        kept.touch(mode=0o600)
+        kept.write_text(json.dumps(keys))
+        return keys
 
     # -- what runs --
 
@@ -165,7 +179,7 @@ class LocalStack:
             "bind": "127.0.0.1",
             "port": self.redis_port,
             "requirepass": self._password,
-            "dir": folder,
+            "dir": json.dumps(str(folder)),
             "appendonly": "yes" if self.persistent else "no",
             "save": '""',
             "maxmemory-policy": "noeviction",

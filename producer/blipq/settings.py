@@ -10,6 +10,7 @@ import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr
 from pydantic.fields import FieldInfo
@@ -99,6 +100,12 @@ class _LocalStack(PydanticBaseSettingsSource):
         named = set(self.current_state).intersection(CONNECTION_FIELDS)
         stack = None if named else read_stack_file()
         return {} if stack is None else {**stack["settings"], "endpoint_source": "local stack"}
+
+
+def _place(url: str) -> str:
+    """A URL without user, password and query."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rsplit('@', 1)[-1]}{parts.path}"
 
 
 class Settings(BaseSettings):
@@ -225,6 +232,7 @@ class Settings(BaseSettings):
     @property
     def endpoints(self) -> str:
         """One line that says which services are used, without credentials."""
-        s3 = self.s3_endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or "AWS"
-        redis_host = self.redis_url.rsplit("@", 1)[-1].removeprefix("redis://")
-        return f"redis {redis_host}, s3 {s3} ({self.endpoint_source})"
+        named = self.s3_endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3")
+        s3 = named or os.environ.get("AWS_ENDPOINT_URL")
+        redis_place = _place(self.redis_url).removeprefix("redis://")
+        return f"redis {redis_place}, s3 {_place(s3) if s3 else 'AWS'} ({self.endpoint_source})"

@@ -118,8 +118,9 @@ def s3_errors() -> Iterator[None]:
         yield
     except NoCredentialsError as error:
         raise InvalidRequest(
-            "no S3 credentials: set BLIPQ_S3_ACCESS_KEY_ID and BLIPQ_S3_SECRET_ACCESS_KEY, "
-            "or AWS's own variables"
+            "no S3 credentials: start a local stack with blipq up, or set BLIPQ_S3_ACCESS_KEY_ID "
+            "and BLIPQ_S3_SECRET_ACCESS_KEY or AWS's own variables (one BLIPQ_* service variable "
+            "switches the local stack off)"
         ) from error
     except ClientError as error:
         if 400 <= status_of(error) < 500:

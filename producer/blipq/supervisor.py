@@ -43,6 +43,7 @@ class Service:
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
         self._pause = FIRST_PAUSE_S
+        self._seen_dead: float | None = None
 
     @property
     def pid(self) -> int | None:
@@ -71,6 +72,7 @@ class Service:
             if output:
                 output.close()
         self._started = time.monotonic()
+        self._seen_dead = None
 
     def signal(self, number: int) -> None:
         """Sends a signal if the process runs."""
@@ -92,10 +94,12 @@ class Service:
         """Starts a process that died, after its pause; True if it was started."""
         if self.exit_code is None:
             return False
-        lived = time.monotonic() - self._started
-        if lived >= STEADY_S:
-            self._pause = FIRST_PAUSE_S
-        if lived < self._pause:
+        now = time.monotonic()
+        if self._seen_dead is None:
+            self._seen_dead = now
+            if now - self._started >= STEADY_S:
+                self._pause = FIRST_PAUSE_S
+        if now - self._started < self._pause:
             return False
         self._pause = min(2 * self._pause, LAST_PAUSE_S)
         self.start()
@@ -115,25 +119,22 @@ def supervise(
     tell: Callable[[str], None] = print,
     give_up_on: Sequence[int] = (),
 ) -> int:
-    """Restarts what dies until ``stop`` is set; returns 0.
+    """Starts again what ends until ``stop`` is set; returns 0.
 
-    A service that exits with 0 or with a code in ``give_up_on`` (say, a model that cannot be
-    loaded) is not restarted; when all have, their last code is returned.
+    A code in ``give_up_on`` (say, a model that cannot be loaded) is returned at once: starting
+    again would not help.
     """
-    told: dict[str, int] = {}
+    told: set[str] = set()
     while not stop.wait(0.2):
-        done = 0
         for service in services:
             code = service.exit_code
             if code is None:
-                told.pop(service.name, None)
-            elif code == 0 or code in give_up_on:
-                done += 1
+                told.discard(service.name)
+            elif code in give_up_on:
+                return code
             elif service.revive():
                 tell(f"{service.name} was started again (pid {service.pid})")
             elif service.name not in told:
-                told[service.name] = code
+                told.add(service.name)
                 tell(f"{service.name} ended with {code}")
-        if done == len(services):
-            return services[-1].exit_code or 0
     return 0

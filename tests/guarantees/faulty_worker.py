@@ -35,6 +35,9 @@ class FaultyModel:
         default_prompt="",
     )
 
+    def on_step(self, call: Any) -> None:
+        """Its steps take no time, or for ever."""
+
     def preprocess(self, image: Any) -> Any:
         return SimpleNamespace(size=image.size)
 

@@ -60,14 +60,32 @@ def test_a_worker_killed_while_it_drains_leaves_its_jobs_to_the_next(rig: Rig) -
 
 
 def test_a_job_with_a_newer_contract_waits_for_a_newer_worker(rig: Rig) -> None:
-    old = rig.start_worker()
-    job = rig.submit("later")
-    rig.redis(lambda raw: raw.hset(f"blipq:job:{job.id}", "contract", 2))
+    """It once ended the worker: giving the message back went through a broken path."""
     newer = rig.submit("newer")
     rig.redis(lambda raw: raw.hset(f"blipq:job:{newer.id}", "contract", 99))
-    known = rig.submit("known")
-    known.result(20)
-    assert newer.info().status in {Status.QUEUED, Status.SUCCEEDED}
+    old = rig.start_worker()
+    rig.all_succeed(rig.submit_all(["known"] * 5))
+    wait_until(lambda: "newer than this" in old.last_words(50), "the worker to meet it")
+    rig.all_succeed(rig.submit_all(["known"] * 5))
+    assert (newer.info().status, newer.info().attempts) == (Status.QUEUED, 0)
     assert old.exit_code is None
-    newer.cancel()
-    job.cancel()
+    rig.redis(lambda raw: raw.hset(f"blipq:job:{newer.id}", "contract", 1))  # its worker comes
+    rig.all_succeed([newer], timeout=30)
+
+
+def test_a_message_that_a_killed_worker_left_unacknowledged_harms_no_later_worker(
+    rig: Rig,
+) -> None:
+    """It once ended every worker that came an hour after the kill."""
+    first = rig.start_worker()
+    job = rig.submit("sleep 3")
+    wait_until(lambda: rig.running() == 1, "the job to run")
+    rig.kill(first)
+    left = rig.redis(lambda raw: raw.zrange("unacked_index", 0, -1, withscores=True))
+    assert left
+    aged = {tag: score - 2 * 3600 for tag, score in left}
+    rig.redis(lambda raw: raw.zadd("unacked_index", aged))
+    second = rig.start_worker()
+    wait_until(lambda: not rig.redis(lambda raw: raw.zrange("unacked_index", 0, -1)), "its return")
+    rig.all_succeed([job, rig.submit("after")])
+    assert second.exit_code is None

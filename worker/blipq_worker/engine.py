@@ -53,6 +53,8 @@ class Engine:
             batch_wait_timeout_s=batch_wait_timeout_s,
             max_waiting=max_waiting,
         )
+        for model in self.models.values():
+            model.on_step(self.batcher.progress)
 
     def model(self, name: str) -> Blip2:
         """A served model; PermanentError (model_unavailable) if it is not served here."""

@@ -14,6 +14,7 @@ from blipq.storage import Storage, status_of
 CHUNK_BYTES = 256 * 1024
 
 _PERMANENT = {
+    400: ErrorCode.INVALID_REQUEST,
     304: ErrorCode.IMAGE_CHANGED,
     401: ErrorCode.IMAGE_FORBIDDEN,
     403: ErrorCode.IMAGE_FORBIDDEN,
@@ -61,9 +62,7 @@ class Fetcher:
             raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, message) from error
 
     def _check_allowed(self, image: ImageRef) -> None:
-        path = f"{image.bucket}/{image.key}"
-        inside = any(path.startswith(allowed.rstrip("/") + "/") for allowed in self._allowed)
-        if self._allowed and not inside:
+        if not is_allowed(image.bucket, image.key, self._allowed):
             message = f"{image.uri} is outside BLIPQ_ALLOWED_BUCKETS"
             raise PermanentError(ErrorCode.IMAGE_FORBIDDEN, message)
 
@@ -93,6 +92,15 @@ class Fetcher:
     def _too_large(self, image: ImageRef) -> PermanentError:
         message = f"{image.uri} is larger than {self._max_bytes:,} bytes"
         return PermanentError(ErrorCode.IMAGE_TOO_LARGE, message)
+
+
+def is_allowed(bucket: str, key: str, allowed: Sequence[str]) -> bool:
+    """Whether an object is in one of the buckets, or folders in them; any is if none is named."""
+    if not allowed:
+        return True
+    if ".." in key.split("/"):  # a server that tidies paths up would leave the folder
+        return False
+    return any(f"{bucket}/{key}".startswith(each.rstrip("/") + "/") for each in allowed)
 
 
 def _arguments(image: ImageRef) -> dict[str, Any]:

@@ -78,6 +78,10 @@ class WorkerSettings(BaseSettings):
     allowed_buckets: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = Field(
         default=(), description="Buckets (or bucket/prefix) that may be read; empty means any."
     )
+    allowed_outputs: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = Field(
+        default=(),
+        description="Buckets (or bucket/prefix) that `output` may write; by default the above.",
+    )
 
     lease_s: Seconds = Field(
         default=30.0, gt=0.5, description="A crashed worker's jobs are claimed again after this."

@@ -13,7 +13,16 @@ from pydantic import ValidationError
 
 from blipq.broker import Broker
 from blipq.client import checked, explain
-from blipq.contract import ErrorCode, JobError, Kind, Options, Request, request_adapter
+from blipq.contract import (
+    ErrorCode,
+    ImageRef,
+    JobError,
+    Kind,
+    Options,
+    Request,
+    request_adapter,
+    split_s3_uri,
+)
 from blipq.errors import (
     InvalidRequest,
     PermanentError,
@@ -26,8 +35,9 @@ from blipq.ledger import MAX_RETRIES, Claim, Ledger, Message
 from blipq.storage import Storage
 from blipq_worker import kinds
 from blipq_worker.ask import Asker, Lost, Stopwatch
+from blipq_worker.blip2 import Blip2, Pixels
 from blipq_worker.engine import Engine
-from blipq_worker.fetch import Fetcher
+from blipq_worker.fetch import Fetcher, is_allowed
 from blipq_worker.gate import Draining, Gate
 from blipq_worker.images import ImageLimits, decode
 from blipq_worker.leases import Held
@@ -39,6 +49,7 @@ log = logging.getLogger(__name__)
 #: and the job runs again.
 FINISH_FOR_S = 60.0
 LONGEST_BACKOFF_S = 60.0
+HAND_BACK_PAUSE_S = 1.0
 
 
 class JobFailedTask(Exception):
@@ -115,10 +126,12 @@ class Runner:
                 self._adopt(kind, id, request, options)
                 claim = self._ledger.claim(id, self._worker, lease_s=self._settings.lease_s)
         except (QueueUnavailable, QueueFull) as error:
+            time.sleep(HAND_BACK_PAUSE_S)  # or it would be here again at once
             raise HandBack from error
         if claim == "newer":
-            log.warning("%s: its contract is newer than this worker's: handed back", id)
-            raise HandBack
+            # It stays queued: the reconciler publishes it again, until a newer worker takes it.
+            log.warning("%s: its contract is newer than this worker's: left in the queue", id)
+            return None
         if not isinstance(claim, Claim):
             log.info("%s: nothing to do (%s)", id, claim)
             return None
@@ -168,13 +181,7 @@ class Runner:
             request = _parsed_json(claim.request)
             model = self._engine.model(claim.model)
             lost = self._held.event(claim)
-            with watch.stage("fetch"):
-                data = self._fetcher.fetch(kinds.image_of(request))
-            _raise_if(lost)
-            with self._decoding, watch.stage("decode"):
-                image = decode(data, self._limits)
-                pixels = model.preprocess(image)
-            watch.note(model.info.checkpoint, image.size)
+            pixels = self._pixels(kinds.image_of(request), model, watch, lost)
             _raise_if(lost)
             asker = Asker(self._engine, claim, self._held, watch, self._settings.job_timeout_s)
             result = kinds.answer(request, pixels, asker).model_dump_json(exclude_none=True)
@@ -191,7 +198,23 @@ class Runner:
         except Exception as error:
             _raise_internal(claim, error)
 
+    def _pixels(
+        self, image: ImageRef, model: Blip2, watch: Stopwatch, lost: threading.Event
+    ) -> Pixels:
+        """Fetches and decodes an image. Of its bytes and its full size nothing is kept."""
+        with watch.stage("fetch"):
+            data = self._fetcher.fetch(image)
+        _raise_if(lost)
+        with self._decoding, watch.stage("decode"):
+            picture = decode(data, self._limits)
+            watch.note(model.info.checkpoint, picture.size)
+            return model.preprocess(picture)
+
     def _write_output(self, claim: Claim, result: str) -> None:
+        allowed = self._settings.allowed_outputs or self._settings.allowed_buckets
+        if not is_allowed(*split_s3_uri(claim.output), allowed):
+            message = f"output: {claim.output} is outside BLIPQ_ALLOWED_OUTPUTS"
+            raise PermanentError(ErrorCode.INVALID_REQUEST, message)
         try:
             self._storage.put(claim.output, result.encode(), content_type="application/json")
         except InvalidRequest as error:

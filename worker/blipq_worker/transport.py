@@ -26,9 +26,13 @@ def harden() -> None:
 
 
 def _message(text: str) -> Any:
-    """A message's JSON. What is not a message is logged and skipped, as if nothing had come."""
+    """What kombu stored, as JSON: a message in a queue, or one that was taken with its address.
+    What is not a message is logged and skipped, as if nothing had come.
+    """
     try:
         message = _loads(text)
+        if isinstance(message, list):  # a message that was taken, with its exchange and key
+            return message
         message["body"], message["headers"], message["properties"]["delivery_info"]
         message["properties"]["delivery_tag"]
     except (ValueError, TypeError, KeyError) as error:

@@ -21,7 +21,9 @@ def list_(
             if as_json:
                 print(info.model_dump_json(exclude_none=True))
             else:
-                out.print(f"{info.completed_at:%Y-%m-%d %H:%M:%S}  {status_line(info)}")
+                out.print(
+                    f"{info.completed_at:%Y-%m-%d %H:%M:%S}  {status_line(info)}", markup=False
+                )
 
 
 @app.command("show")

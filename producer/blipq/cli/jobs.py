@@ -115,7 +115,7 @@ def status(id: IdArgument, as_json: JsonOption = False) -> None:
         if as_json:
             print_json(info)
         else:
-            out.print(status_line(info))
+            out.print(status_line(info), markup=False)
 
 
 def result(id: IdArgument, timeout: TimeoutOption = 60.0, as_json: JsonOption = False) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from blipq.client import Client, checked
 from blipq.contract import (
@@ -90,9 +91,11 @@ def follow(job: Job[Any], wait: bool, timeout: float, as_json: bool) -> None:
         info = _wait(job, timeout)
         found = job.result(timeout=0)
     except ResultTimeout:
-        if not as_json:
-            errors.print(f"go on waiting with: blipq result {job.id}", style="dim")
+        _go_on(job, as_json)
         raise
+    except KeyboardInterrupt:  # the job goes on: whoever leaves must know its id
+        _go_on(job, as_json)
+        raise typer.Exit(130) from None
     if as_json:
         print_json(info)
         return
@@ -100,6 +103,13 @@ def follow(job: Job[Any], wait: bool, timeout: float, as_json: bool) -> None:
         out.print(line, markup=False)
     if info.receipt is not None and info.receipt.note:
         errors.print(f"note: {info.receipt.note}", style="yellow")
+
+
+def _go_on(job: Job[Any], as_json: bool) -> None:
+    if as_json:
+        return
+    errors.print(f"go on waiting with: blipq result {job.id}", style="dim")
+    errors.print(f"or end it with:     blipq cancel {job.id}", style="dim")
 
 
 def _wait(job: Job[Any], timeout: float) -> JobInfo:
@@ -116,7 +126,7 @@ def _wait(job: Job[Any], timeout: float) -> JobInfo:
                 except ResultTimeout:
                     if left <= 0:
                         raise ResultTimeout(_waited(job, timeout), job.id) from None
-                    spinner.update(status_line(job.info()))
+                    spinner.update(escape(status_line(job.info())))
 
 
 def _waited(job: Job[Any], timeout: float) -> str:

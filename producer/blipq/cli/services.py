@@ -34,12 +34,21 @@ def down() -> None:
     pid = int(stack["pid"])
     os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + 90
-    while read_stack_file() is not None and time.monotonic() < deadline:
+    # Its file goes first, its servers last: only the end of the process means that all is down.
+    while (alive := _alive(pid)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    if read_stack_file() is not None:
+    if alive:
         errors.print(f"the local stack (pid {pid}) is still draining")
         raise typer.Exit(1)
     errors.print("stopped")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def worker(

@@ -41,6 +41,7 @@ end
 
 -- A queued job's message is lost if a job published a grace later was claimed (queues are first
 -- in, first out), or if a worker with room sees nothing: any other waiting job waits its turn.
+redis.call('ZREMRANGEBYSCORE', QUEUES, '-inf', now - INDEX_TTL)
 for _, queue in ipairs(redis.call('ZRANGE', QUEUES, 0, -1)) do
   local model = string.match(queue, '^blipq%.(.+)%.%a+$')
   local newest = tonumber(redis.call('GET', claimed_key(queue)) or 0)

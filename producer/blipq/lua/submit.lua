@@ -6,7 +6,11 @@ local expires_in, retention, max_open = tonumber(ARGV[4]), tonumber(ARGV[5]), to
 
 local function known(existing)
   local same = redis.call('HGET', job_key(existing), 'digest')
-  if not same then return nil end
+  if not same then
+    -- A record without a digest was made for a message that could not be run.
+    if redis.call('EXISTS', job_key(existing)) == 1 then return {'conflict', existing} end
+    return nil
+  end
   return {same == digest and 'exists' or 'conflict', existing}
 end
 

@@ -6,12 +6,13 @@ lengths and penalties count new tokens only. Paper: Li et al., BLIP-2, arXiv 230
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
@@ -134,6 +135,8 @@ class Generator:
         self._pad = text.pad_token_id
         self._eos = _end_tokens(model.language_model, text, tokenizer)
         self._positions = text.max_position_embeddings if self.family == "opt" else _T5_POSITIONS
+        #: Called after every decode step: a long batch is not a hung one.
+        self.on_step: Callable[[], None] = lambda: None
         self._require_marks(checkpoint)
 
     def _require_marks(self, checkpoint: Checkpoint) -> None:
@@ -229,6 +232,7 @@ class Generator:
                 attention_mask=torch.cat([mask.new_ones(queries.shape[:2]), mask], dim=1),
                 eos_token_id=self._eos,
                 pad_token_id=self._pad,
+                stopping_criteria=StoppingCriteriaList([_EachStep(self.on_step)]),
                 **_hugging_face(params),
             )
         if self.family == "t5":
@@ -262,6 +266,19 @@ class Generator:
         if self.family == "opt":
             text = text.strip()
         return GeneratedText(text, len(row) if end is None else end + 1)
+
+
+class _EachStep(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
+    """Stops nothing; it is the one hook that ``generate`` calls after each step."""
+
+    def __init__(self, on_step: Callable[[], None]) -> None:
+        self._on_step = on_step
+
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        self._on_step()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _end_tokens(language_model: Any, text_config: Any, tokenizer: Any) -> list[int]:

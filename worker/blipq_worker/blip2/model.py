@@ -1,6 +1,6 @@
 """A served model: a generation checkpoint and, where matching is served, a retrieval one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +110,12 @@ class Blip2:
             matcher,
             Preprocessor(matched) if matched else None,
         )
+
+    def on_step(self, call: Callable[[], None]) -> None:
+        """Has ``call`` called after every decode step and chunk of pairs."""
+        self.generator.on_step = call
+        if self.matcher is not None:
+            self.matcher.on_step = call
 
     def preprocess(self, image: Image.Image) -> Pixels:
         """The image as both checkpoints take it, on the CPU. Thread-safe."""

@@ -5,7 +5,7 @@ rather than through transformers' own forward, which drops the first 32 ids of a
 takes one text per image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,6 +52,8 @@ class Matcher:
             raise CheckpointError(
                 f"the tokenizer of {checkpoint.name!r} does not put [CLS] and [SEP] around texts"
             )
+        #: Called after each chunk of pairs: a long batch is not a hung one.
+        self.on_step: Callable[[], None] = lambda: None
 
     @torch.inference_mode()
     def match(self, items: Sequence[MatchItem]) -> list[list[float]]:
@@ -69,6 +71,7 @@ class Matcher:
             for start in range(0, len(texts), _PAIRS_AT_ONCE):
                 chunk = slice(start, start + _PAIRS_AT_ONCE)
                 found = score(images, owners[chunk], texts[chunk])
+                self.on_step()
                 for owner, value in zip(owners[chunk], found.tolist(), strict=True):
                     scores[owner].append(value)
         return scores
