@@ -2,7 +2,8 @@
 
 Everything but the model is what ships: Celery, ledger, leases, fetch, decode and batcher. Prompts:
 "exit" and "segfault" end the process, "hang" never returns, "raise" raises, "oom" runs out of
-memory, "oom-in-company" only beside other items, "sleep N" takes N seconds, others answer at once.
+memory, "oom-in-company" only beside other items, "sleep N" takes N seconds, "steps N" takes N
+steps, others answer at once.
 """
 
 import logging
@@ -11,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,8 +36,8 @@ class FaultyModel:
         default_prompt="",
     )
 
-    def on_step(self, call: Any) -> None:
-        """Its steps take no time, or for ever."""
+    def on_step(self, call: Callable[[], None]) -> None:
+        self._step = call
 
     def preprocess(self, image: Any) -> Any:
         return SimpleNamespace(size=image.size)
@@ -47,14 +48,14 @@ class FaultyModel:
     def generate(self, items: Sequence[GenerateItem]) -> list[list[list[GeneratedText]]]:
         prompts = [prompt for item in items for prompt in item.prompts]
         for prompt in prompts:
-            _obey(prompt, alone=len(prompts) == 1)
+            _obey(prompt, self._step, alone=len(prompts) == 1)
         return [[[GeneratedText(f"did {p}", 1)] for p in item.prompts] for item in items]
 
     def match(self, items: Sequence[Any]) -> list[list[float]]:
         return [[1.0 for _ in item.texts] for item in items]
 
 
-def _obey(prompt: str, *, alone: bool) -> None:
+def _obey(prompt: str, step: Callable[[], None], *, alone: bool) -> None:
     match prompt.split():
         case ["exit"]:
             os._exit(1)
@@ -70,6 +71,10 @@ def _obey(prompt: str, *, alone: bool) -> None:
             raise MemoryError
         case ["sleep", seconds]:
             time.sleep(float(seconds))
+        case ["steps", count]:
+            for _ in range(int(count)):
+                time.sleep(0.2)
+                step()
 
 
 def main() -> int:

@@ -178,3 +178,10 @@ def test_waiting_in_many_threads_needs_one_subscription(rig: Rig) -> None:
         assert subscribed <= 4  # this client's, the other's and Celery's own
         assert all(each.result().status is Status.SUCCEEDED for each in waiting)
     assert threading.active_count() < 40
+
+
+def test_a_long_batch_that_makes_progress_is_not_taken_for_a_hung_one(rig: Rig) -> None:
+    """The watchdog once counted from the start of the batch."""
+    worker = rig.start_worker(watchdog_s=1.5)
+    rig.all_succeed([rig.submit("steps 20")], timeout=30)
+    assert worker.exit_code is None

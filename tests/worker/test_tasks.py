@@ -41,6 +41,9 @@ class Model:
     def __init__(self) -> None:
         self.before: Callable[[], object] = lambda: None
 
+    def on_step(self, call: Any) -> None:
+        """It has no steps."""
+
     def preprocess(self, image: Image.Image) -> Pixels:
         return Pixels(image.size)  # type: ignore[arg-type]
 

@@ -174,11 +174,11 @@ class Worker:
             # Not from this frame: it may have interrupted a lock that handing back needs.
             threading.Thread(target=self._leave_now, daemon=True).start()
             return
+        self._gate.close()  # first: the next signal must find it closed
         log.info("draining: at most %g s", self._options.drain_timeout_s)
         deadline = threading.Timer(self._options.drain_timeout_s, self._leave_now)
         deadline.daemon = True
         deadline.start()
-        self._gate.close()
         state.should_stop = 0  # type: ignore[assignment]
 
     def _leave_now(self) -> None:
