@@ -22,7 +22,7 @@ from pydantic import (
 from blipq.webhooks import guard
 
 #: Goes up when a worker must know something new to run a job. A worker that meets a newer number
-#: hands the job back, so workers are deployed before producers.
+#: leaves the job in its queue, so workers are deployed before producers.
 CONTRACT = 1
 
 
