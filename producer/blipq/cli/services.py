@@ -44,11 +44,15 @@ def down() -> None:
 
 
 def _alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for does not."""
     try:
         os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except ProcessLookupError:
         return False
-    return True
+    except OSError:  # no /proc here
+        return True
+    return state != "Z"
 
 
 def worker(
