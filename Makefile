@@ -59,7 +59,7 @@ $(VENV)/torch: constraints.txt
 ifeq ($(TORCH),cpu)
 	@# PyTorch's own index has the small CPU build; where it is out of reach, the default index.
 	$(PIP) --timeout 5 --retries 0 --index-url https://download.pytorch.org/whl/cpu \
-	  --extra-index-url https://pypi.org/simple 'torch==$(TORCH_VERSION)' 2>/dev/null \
+	  'torch==$(TORCH_VERSION)' 2>/dev/null \
 	  || $(PIP) 'torch==$(TORCH_VERSION)'
 else
 	$(PIP) 'torch==$(TORCH_VERSION)'
