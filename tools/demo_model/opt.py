@@ -24,7 +24,7 @@ from transformers import (
 from blipq_worker.demo import OPT, world
 
 LOG = logging.getLogger(__name__)
-STEPS = 3500
+STEPS = 4000
 BATCH = 64
 PEAK = 2e-3
 TEXT_TOKENS = 112  # of all texts about one picture, which share one sequence

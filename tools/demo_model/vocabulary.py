@@ -56,14 +56,18 @@ def opt_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def itm_tokenizer() -> PreTrainedTokenizerFast:
-    """WordPiece as BERT's uncased one, for the Q-Former."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
+    """WordPiece as BERT's uncased one, for the Q-Former: whole words, and characters."""
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    words = set(_pieces(normalizer, pre_tokenizer, corpus()))
+    characters = {*map(chr, range(33, 127))}
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=270, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(corpus(), trainer)
+    pieces = [*special, *sorted(words | characters), *(f"##{c}" for c in sorted(characters))]
+    vocabulary = {piece: id for id, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.WordPiece()
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
