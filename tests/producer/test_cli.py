@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from blipq import Client, Settings
 from blipq.cli import app
+from blipq.contract import Kind, Options
 from blipq.ledger import Claim, Ledger
 
 IMAGE = "s3://uploads/cat.jpg"
@@ -110,12 +112,24 @@ def test_nobody_has_to_wait(run: Run, client: Client) -> None:
 def test_every_option_of_a_job_can_be_given(run: Run, client: Client) -> None:
     options = ["--model", "m", "--priority", "high", "--expires-in", "10m"]
     options += ["--idempotency-key", "k", "--output", "s3://results/1.json"]
+    options += ["--webhook", "https://example.org/hook", "--metadata", "a=1", "--metadata", "b=2=3"]
     ran = run("caption", IMAGE, "--no-wait", "--set", "num_beams=2", "--best-of", "3", *options)
     job = client._redis.hgetall(f"blipq:job:{ran.stdout.strip()}")
+    assert job["webhook_url"] == "https://example.org/hook"
+    assert json.loads(job["metadata"]) == {"a": "1", "b": "2=3"}
     assert (job["queue"], job["output"]) == ("blipq.m.high", "s3://results/1.json")
     request = json.loads(job["request"])
     assert (request["generation"], request["best_of"]) == ({"num_beams": 2}, 3)
     assert int(job["deadline"]) - int(job["created_at"]) == 600_000
+
+
+def test_every_verb_takes_every_option_of_a_job() -> None:
+    commands: Any = typer.main.get_command(app)
+    verbs = [name for name in commands.commands if name in set(Kind)]
+    assert {"caption", "vqa", "match"} <= set(verbs)
+    for name in verbs:
+        taken = {param.name for param in commands.commands[name].params}
+        assert set(Options.model_fields) | {"timeout", "wait", "as_json"} <= taken, name
 
 
 @pytest.mark.parametrize(
@@ -168,6 +182,8 @@ def test_a_job_is_cancelled_once(run: Run, client: Client) -> None:
         ("caption", "/nonexistent.png"),
         ("caption", IMAGE, "--set", "num_beans=1"),
         ("caption", IMAGE, "--set", "num_beams"),
+        ("caption", IMAGE, "--metadata", "lonely"),
+        ("caption", IMAGE, "--webhook", "no-url"),
         ("caption", IMAGE, "--priority", "urgent"),
         ("caption", IMAGE, "--expires-in", "soon"),
         ("match", IMAGE, "a cat", "--head", "itx"),

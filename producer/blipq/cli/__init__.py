@@ -11,10 +11,10 @@ import typer
 
 from blipq import __version__
 from blipq.cli import dead_letters, demo, doctor, jobs, models, services, webhooks
+from blipq.cli.group import Group
 
-app = typer.Typer(
-    help="Asynchronous BLIP-2 jobs: captions, answers and matches for images in S3.",
-    no_args_is_help=True,
+app = Group(
+    "Asynchronous BLIP-2 jobs: captions, answers and matches for images in S3.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -4,10 +4,11 @@ from typing import Annotated
 
 import typer
 
+from blipq.cli.group import Group
 from blipq.cli.output import IdArgument, JsonOption, connected, out, status_line
 from blipq.errors import JobNotFound
 
-app = typer.Typer(help="Jobs that are out of attempts.", no_args_is_help=True)
+app = Group("Jobs that are out of attempts.")
 
 
 @app.command("list")

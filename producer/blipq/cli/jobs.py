@@ -5,107 +5,71 @@ from typing import Annotated, Any
 
 import typer
 
+from blipq.cli.options import TimeoutOption, pairs, verb
 from blipq.cli.output import IdArgument, JsonOption, connected, follow, out, print_json, status_line
-from blipq.contract import Priority
+from blipq.client import Client
+from blipq.job import Job
 
 ImageArgument = Annotated[str, typer.Argument(help="s3://bucket/key, or a local file to upload.")]
-ModelOption = Annotated[str, typer.Option(help="Served model.")]
-PriorityOption = Annotated[Priority, typer.Option(help="Served round robin.")]
-ExpiresOption = Annotated[str | None, typer.Option(help="Deadline, such as 90s, 10m or 2d.")]
-KeyOption = Annotated[str | None, typer.Option(help="The same key gives the same job.")]
-OutputOption = Annotated[str | None, typer.Option(help="s3:// object to write the result to.")]
-TimeoutOption = Annotated[float, typer.Option(help="Longest wait for the result, in seconds.")]
-WaitOption = Annotated[bool, typer.Option("--wait/--no-wait", help="Print the id and leave.")]
 GenerationOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Generation parameter, e.g. num_beams=1."),
 ]
 
 
+@verb
 def caption(
+    client: Client,
     image: ImageArgument,
     prompt: Annotated[str | None, typer.Option(help="Text the caption goes on from.")] = None,
     best_of: Annotated[int | None, typer.Option(help="Rank this many captions.")] = None,
     generation: GenerationOption = None,
-    model: ModelOption = "default",
-    priority: PriorityOption = Priority.NORMAL,
-    expires_in: ExpiresOption = None,
-    idempotency_key: KeyOption = None,
-    output: OutputOption = None,
-    timeout: TimeoutOption = 60.0,
-    wait: WaitOption = True,
-    as_json: JsonOption = False,
-) -> None:
-    """Describe an image: blipq caption photo.jpg"""
-    with connected(as_json) as client:
-        job = client.caption(
-            image,
-            prompt,
-            best_of=best_of,
-            generation=_parameters(generation),
-            model=model,
-            priority=priority,
-            expires_in=expires_in,
-            idempotency_key=idempotency_key,
-            output=output,
-        )
-        follow(job, wait, timeout, as_json)
+    **options: Any,
+) -> Job[Any]:
+    """Describe an image.
+
+    Examples:
+        blipq caption photo.jpg
+        blipq caption s3://photos/1.jpg --best-of 3 --set num_beams=1
+        blipq caption s3://photos/1.jpg --no-wait --output s3://captions/1.json
+    """
+    parameters = pairs(generation, "--set")
+    return client.caption(image, prompt, best_of=best_of, generation=parameters, **options)
 
 
+@verb
 def vqa(
+    client: Client,
     image: ImageArgument,
     questions: Annotated[list[str], typer.Argument(help="One or more questions.")],
     generation: GenerationOption = None,
-    model: ModelOption = "default",
-    priority: PriorityOption = Priority.NORMAL,
-    expires_in: ExpiresOption = None,
-    idempotency_key: KeyOption = None,
-    output: OutputOption = None,
-    timeout: TimeoutOption = 60.0,
-    wait: WaitOption = True,
-    as_json: JsonOption = False,
-) -> None:
-    """Ask about an image: blipq vqa photo.jpg "how many dogs are there?"."""
-    with connected(as_json) as client:
-        job = client.vqa(
-            image,
-            questions,
-            generation=_parameters(generation),
-            model=model,
-            priority=priority,
-            expires_in=expires_in,
-            idempotency_key=idempotency_key,
-            output=output,
-        )
-        follow(job, wait, timeout, as_json)
+    **options: Any,
+) -> Job[Any]:
+    """Ask questions about an image.
+
+    Examples:
+        blipq vqa photo.jpg "how many dogs are there?"
+        blipq vqa s3://photos/1.jpg "what is it?" "what color is it?" --priority high --json
+    """
+    return client.vqa(image, questions, generation=pairs(generation, "--set"), **options)
 
 
+@verb
 def match(
+    client: Client,
     image: ImageArgument,
     texts: Annotated[list[str], typer.Argument(help="One or more texts.")],
     head: Annotated[str, typer.Option(help="itm: a probability; itc: a cosine.")] = "itm",
-    model: ModelOption = "default",
-    priority: PriorityOption = Priority.NORMAL,
-    expires_in: ExpiresOption = None,
-    idempotency_key: KeyOption = None,
-    output: OutputOption = None,
-    timeout: TimeoutOption = 60.0,
-    wait: WaitOption = True,
-    as_json: JsonOption = False,
-) -> None:
-    """Score texts against an image: blipq match photo.jpg "a cat" "a dog"."""
-    with connected(as_json) as client:
-        job = client.match(
-            image,
-            texts,
-            head=head,  # type: ignore[arg-type]  # pydantic checks it and names the choices
-            model=model,
-            priority=priority,
-            expires_in=expires_in,
-            idempotency_key=idempotency_key,
-            output=output,
-        )
-        follow(job, wait, timeout, as_json)
+    **options: Any,
+) -> Job[Any]:
+    """Score texts against an image.
+
+    Examples:
+        blipq match photo.jpg "a cat" "a dog"
+        blipq match s3://photos/1.jpg "a cat" --head itc
+    """
+    # pydantic checks the head and names the choices
+    return client.match(image, texts, head=head, **options)  # type: ignore[arg-type]
 
 
 def status(id: IdArgument, as_json: JsonOption = False) -> None:
@@ -133,10 +97,3 @@ def cancel(id: IdArgument, as_json: JsonOption = False) -> None:
             print(json.dumps({"id": id, "cancelled": cancelled, "status": job.status}))
         else:
             out.print("cancelled" if cancelled else f"it had ended: {job.status}")
-
-
-def _parameters(pairs: list[str] | None) -> dict[str, Any] | None:
-    if not pairs:
-        return None
-    split = [pair.partition("=") for pair in pairs]
-    return {name.strip(): value.strip() for name, _, value in split}

@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
+from blipq.cli.group import Group
 from blipq.cli.output import JsonOption
 
-app = typer.Typer(help="Models that can be served.", no_args_is_help=True)
+app = Group("Models that can be served.")
 
 
 @app.command("list")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from blipq.cli.group import Group
 from blipq.cli.output import JsonOption, errors, out, reported
 from blipq.client import checked
 from blipq.errors import InvalidRequest, JobNotFound
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from blipq.webhooks.http import Answer
     from blipq.webhooks.outbox import Outbox
 
-app = typer.Typer(help="Outcomes by signed webhook.", no_args_is_help=True)
-secret = typer.Typer(help="Secrets that sign webhooks.", no_args_is_help=True)
+app = Group("Outcomes by signed webhook.")
+secret = Group("Secrets that sign webhooks.")
 app.add_typer(secret, name="secret")
 
 
