@@ -2,9 +2,12 @@
 
 from blipq.client import Client
 from blipq.contract import (
+    Array,
     Caption,
     CaptionRequest,
     CaptionResult,
+    EmbedRequest,
+    EmbedResult,
     ErrorCode,
     Generation,
     ImageRef,
@@ -41,11 +44,14 @@ from blipq.settings import Settings
 __version__ = "0.1.0"
 
 __all__ = [
+    "Array",
     "BlipqError",
     "Caption",
     "CaptionRequest",
     "CaptionResult",
     "Client",
+    "EmbedRequest",
+    "EmbedResult",
     "ErrorCode",
     "Generation",
     "IdempotencyConflict",

@@ -17,6 +17,10 @@ from blipq.broker import Broker
 from blipq.contract import (
     CaptionRequest,
     CaptionResult,
+    EmbedDtype,
+    EmbedMode,
+    EmbedRequest,
+    EmbedResult,
     Generation,
     Head,
     ImageRef,
@@ -168,6 +172,31 @@ class Client:
         checked_options = checked(Options, **options)
         request = checked(MatchRequest, image=self._reference(image), texts=texts, head=head)
         return cast("Job[MatchResult]", self.submit(request, checked_options))
+
+    def embed(
+        self,
+        image: ImageSource | None = None,
+        text: str | None = None,
+        *,
+        mode: EmbedMode | None = None,
+        dtype: EmbedDtype = "float16",
+        **options: Any,
+    ) -> Job[EmbedResult]:
+        """Asks for features of an image, a text, or both read together (``multimodal``).
+
+        Without ``mode``, what is given decides.
+        """
+        checked_options = checked(Options, **options)
+        if mode is None:
+            mode = "image" if text is None else "text" if image is None else "multimodal"
+        request = checked(
+            EmbedRequest,
+            image=None if image is None else self._reference(image),
+            text=text,
+            mode=mode,
+            dtype=dtype,
+        )
+        return cast("Job[EmbedResult]", self.submit(request, checked_options))
 
     # -- any kind --
 

@@ -4,7 +4,10 @@ Requests refuse unknown fields, so that a typing error is an error; results igno
 older client can read a newer worker's answer. Changes are additive only. JSON always, never pickle.
 """
 
+import base64
+import math
 import re
+import struct
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Any, Literal
@@ -219,16 +222,23 @@ class MatchRequest(_Asked):
 
 
 EmbedMode = Literal["image", "text", "multimodal"]
+EmbedDtype = Literal["float16", "float32"]
 
 
 class EmbedRequest(_Asked):
-    """Features of an image, a text or both, as LAVIS's ``extract_features`` defines them."""
+    """Features of an image, a text or both, as LAVIS's ``extract_features`` defines them.
+
+    image: ``image_embeds`` (32, 768) and ``image_embeds_proj`` (32, 256). text: ``text_embeds``
+    (tokens, 768) and ``text_embeds_proj`` (tokens, 256), of which row 0 stands for the text.
+    multimodal: ``multimodal_embeds`` (32, 768). Each row of a ``_proj`` has length 1; the cosine
+    of image and text is the best of the 32 rows against row 0.
+    """
 
     kind: Literal[Kind.EMBED] = Kind.EMBED
     image: Image | None = None
     text: Text | None = None
     mode: EmbedMode = "image"
-    dtype: Literal["float16", "float32"] = "float16"
+    dtype: EmbedDtype = "float16"
 
     @model_validator(mode="after")
     def _mode_has_its_inputs(self) -> "EmbedRequest":
@@ -417,11 +427,32 @@ class MatchResult(_Told):
 
 
 class Array(_Told):
-    """Numbers in row-major order: little-endian ``dtype``, base64."""
+    """Numbers in row-major order: little-endian ``dtype``, base64.
+
+    ``tolist`` needs nothing; ``numpy.asarray`` takes it as it is, without a copy of the numbers.
+    """
 
     shape: tuple[int, ...]
-    dtype: Literal["float16", "float32"]
+    dtype: EmbedDtype
     data: str
+
+    def tobytes(self) -> bytes:
+        """The numbers as they lie in memory."""
+        return base64.b64decode(self.data, validate=True)
+
+    def tolist(self) -> list[Any]:
+        """The numbers as floats, in lists nested like ``shape``."""
+        code = "e" if self.dtype == "float16" else "f"
+        values: list[Any] = list(struct.unpack(f"<{math.prod(self.shape)}{code}", self.tobytes()))
+        for size in reversed(self.shape[1:]):
+            values = [values[at : at + size] for at in range(0, len(values), size)]
+        return values
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        """What NumPy reads an array from."""
+        typestr = "<f2" if self.dtype == "float16" else "<f4"
+        return {"version": 3, "shape": self.shape, "typestr": typestr, "data": self.tobytes()}
 
 
 class EmbedResult(_Told):
@@ -429,6 +460,9 @@ class EmbedResult(_Told):
 
     kind: Literal[Kind.EMBED] = Kind.EMBED
     arrays: dict[str, Array]
+
+    def __getitem__(self, name: str) -> Array:
+        return self.arrays[name]
 
 
 class DescribeResult(_Told):
@@ -488,6 +522,7 @@ class Receipt(_Told):
     vision_ms: float | None = None
     generate_ms: float | None = None
     match_ms: float | None = None
+    embed_ms: float | None = None
     tokens: int | None = None
     batch_size: int | None = None
     cache_hit: bool | None = None

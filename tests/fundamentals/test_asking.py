@@ -1,4 +1,4 @@
-"""Submit a job, get its result: the three things to ask about an image."""
+"""Submit a job, get its result: what to ask about an image."""
 
 import random
 from pathlib import Path
@@ -53,6 +53,22 @@ def test_score_texts_by_cosine(client: Client, picture: bytes, scene: world.Scen
     wrong = scene.non_matching_texts(random.Random(1), 1)
     result = client.match(picture, [*wrong, scene.caption], head="itc").result(timeout=60)
     assert all(-1 <= scored.score <= 1 for scored in result.scores)
+
+
+def test_features_of_an_image_and_of_texts_compare(
+    client: Client, picture: bytes, scene: world.Scene
+) -> None:
+    """The best of an image's 32 rows against a text's first one: what an index of images holds."""
+    image = client.embed(picture).result(timeout=60)["image_embeds_proj"].tolist()
+
+    def cosine(text: str) -> float:
+        features = client.embed(text=text).result(timeout=60)["text_embeds_proj"].tolist()
+        return max(sum(a * b for a, b in zip(row, features[0], strict=True)) for row in image)
+
+    texts = [scene.caption, *scene.non_matching_texts(random.Random(1), 1)]
+    matched = client.match(picture, texts, head="itc").result(timeout=60)
+    expected = [scored.score for scored in matched.scores]
+    assert [cosine(text) for text in texts] == pytest.approx(expected, abs=5e-3)
 
 
 def test_a_local_file_is_uploaded_first(client: Client, picture: bytes, tmp_path: Path) -> None:

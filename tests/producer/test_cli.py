@@ -26,6 +26,10 @@ VQA = {
     "answers": [{"question": "why?", "text": "a"}, {"question": "how?", "text": "b"}],
 }
 MATCH = {"kind": "match", "head": "itm", "scores": [{"text": "a cat", "score": 0.9876}]}
+EMBED = {
+    "kind": "embed",
+    "arrays": {"image_embeds": {"shape": [32, 768], "dtype": "float16", "data": ""}},
+}
 ERROR = {"code": "image_not_found", "message": "no such key", "retryable": False}
 
 Run = Callable[..., Result]
@@ -76,6 +80,7 @@ def failed(client: Client, ledger: Ledger) -> str:
         (CAPTION, "a [red] cat\n"),
         (VQA, "why?  a\nhow?  b\n"),
         (MATCH, "0.988  a cat\n"),
+        (EMBED, "image_embeds  float16 (32, 768)\n"),
     ],
 )
 def test_a_result_is_printed_for_people(

@@ -64,6 +64,22 @@ def test_earlier_turns_may_be_pairs(client: Client) -> None:
     assert request_of(client, pairs) == request_of(client, turns)
 
 
+@pytest.mark.parametrize(
+    ("given", "mode"),
+    [
+        ({"image": IMAGE}, "image"),
+        ({"text": "a cat"}, "text"),
+        ({"image": IMAGE, "text": "a cat"}, "multimodal"),
+    ],
+)
+def test_what_is_given_decides_what_is_embedded(
+    client: Client, given: dict[str, str], mode: str
+) -> None:
+    request = request_of(client, client.embed(**given))  # type: ignore[arg-type]
+    assert request.get("mode", "image") == mode
+    assert request.get("image") == ({"uri": IMAGE} if "image" in given else None)
+
+
 def test_an_image_may_be_a_reference_with_an_etag(client: Client) -> None:
     job = client.match(ImageRef(uri=IMAGE, etag="abc"), "a cat", head="itc")
     assert request_of(client, job)["image"] == {"uri": IMAGE, "etag": "abc"}
@@ -90,6 +106,8 @@ def test_a_local_image_is_uploaded(
         (lambda client: client.vqa(IMAGE, "a\udcff"), "questions"),
         (lambda client: client.vqa(IMAGE, "why?", choices=["one"]), "choices"),
         (lambda client: client.match(IMAGE, "a cat", head="itx"), "head"),
+        (lambda client: client.embed(), "image"),
+        (lambda client: client.embed(text="a cat", dtype="int8"), "dtype"),
         (lambda client: client.caption(IMAGE, priority="urgent"), "priority"),
         (lambda client: client.caption(IMAGE, expires_in="soon"), "expires_in"),
         (lambda client: client.caption(IMAGE, modle="demo"), "modle"),

@@ -1,5 +1,7 @@
 """What crosses the wire survives the wire."""
 
+import base64
+import struct
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -313,3 +315,20 @@ def test_an_open_job_has_not_ended() -> None:
     )
     assert not running.ended
     assert running.model_copy(update={"status": Status.EXPIRED}).ended
+
+
+@pytest.mark.parametrize(("dtype", "code"), [("float16", "e"), ("float32", "f")])
+def test_an_array_is_read_with_and_without_numpy(dtype: str, code: str) -> None:
+    numpy = pytest.importorskip("numpy")
+    numbers = [0.5, -1.25, 3.0, 0.0, 2.0, -7.5]
+    data = base64.b64encode(struct.pack(f"<6{code}", *numbers)).decode()
+    array = Array(shape=(1, 3, 2), dtype=dtype, data=data)
+    assert array.tolist() == [[[0.5, -1.25], [3.0, 0.0], [2.0, -7.5]]]
+    same = numpy.asarray(array)
+    assert (same.dtype, same.shape) == (dtype, (1, 3, 2))
+    assert same.tolist() == array.tolist()
+
+
+def test_a_flat_array_is_a_flat_list() -> None:
+    data = base64.b64encode(struct.pack("<2f", 1.0, 2.0)).decode()
+    assert Array(shape=(2,), dtype="float32", data=data).tolist() == [1.0, 2.0]

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from blipq.contract import (
@@ -16,8 +17,15 @@ from blipq.contract import (
 )
 from blipq.errors import PermanentError
 from blipq_worker import kinds
-from blipq_worker.blip2 import GeneratedText, GenerateItem, MatchItem, Pixels, vqa_prompt
-from blipq_worker.engine import Generated, Matched
+from blipq_worker.blip2 import (
+    EmbedItem,
+    GeneratedText,
+    GenerateItem,
+    MatchItem,
+    Pixels,
+    vqa_prompt,
+)
+from blipq_worker.engine import Embedded, Generated, Matched
 
 IMAGE = {"uri": "s3://uploads/cat.jpg"}
 PIXELS = Pixels(None)  # type: ignore[arg-type]
@@ -40,6 +48,11 @@ class Model:
     def match(self, item: MatchItem) -> Matched:
         self.asked.append(item)
         return Matched([int(text[-1]) / 10 for text in item.texts], pass_ms=1, batch_size=1)
+
+    def embed(self, item: EmbedItem) -> Embedded:
+        self.asked.append(item)
+        values = np.arange(6, dtype=np.float32).reshape(2, 3)
+        return Embedded({"image_embeds": values}, pass_ms=1, batch_size=1)
 
 
 @pytest.fixture
@@ -120,10 +133,25 @@ def test_a_score_per_text_in_the_order_given(model: Model, head: str) -> None:
     assert (result.head, model.asked[0].head) == (head, head)
 
 
-def test_a_request_without_an_image_is_refused() -> None:
-    with pytest.raises(PermanentError, match="embed without an image") as raised:
-        kinds.image_of(EmbedRequest(text="a cat", mode="text"))
-    assert raised.value.code is ErrorCode.INVALID_REQUEST
+def test_features_keep_their_shape_and_type(model: Model) -> None:
+    for dtype in ("float16", "float32"):
+        result = kinds.answer(EmbedRequest(image=IMAGE, dtype=dtype), PIXELS, model)
+        assert result["image_embeds"].shape == (2, 3)
+        assert result["image_embeds"].dtype == dtype
+        assert result["image_embeds"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "image", "text"),
+    [("image", IMAGE, None), ("text", None, "a cat"), ("multimodal", IMAGE, "a cat")],
+)
+def test_a_mode_takes_its_own_inputs_and_no_others(
+    model: Model, mode: Any, image: Any, text: str | None
+) -> None:
+    request = EmbedRequest(image=IMAGE, text="a cat", mode=mode)
+    assert (kinds.image_of(request) is None) == (image is None)
+    kinds.answer(request, PIXELS if image else None, model)
+    assert (model.asked[0].mode, model.asked[0].text) == (mode, text)
 
 
 def test_a_kind_that_is_not_served_says_so(model: Model) -> None:

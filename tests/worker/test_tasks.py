@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -13,7 +14,7 @@ from blipq import Client, ErrorCode, Job, JobInfo, Kind, Settings
 from blipq.errors import PermanentError, TransientError
 from blipq.ledger import MAX_RETRIES, Claim, Ledger
 from blipq.storage import Storage
-from blipq_worker.blip2 import GeneratedText, GenerateItem, MatchItem, Pixels
+from blipq_worker.blip2 import EmbedItem, GeneratedText, GenerateItem, MatchItem, Pixels
 from blipq_worker.engine import Engine
 from blipq_worker.fetch import Fetcher
 from blipq_worker.gate import Gate
@@ -62,6 +63,15 @@ class Model:
     def match(self, items: list[MatchItem]) -> list[list[float]]:
         self.before()
         return [[1 / len(text) for text in item.texts] for item in items]
+
+    def check_text(self, text: str) -> None:
+        if "too long" in text:
+            raise PermanentError(ErrorCode.INVALID_REQUEST, "the text is too long")
+
+    def embed(self, items: list[EmbedItem]) -> list[Any]:
+        self.before()
+        sizes = [item.pixels.generation if item.pixels else (0, 0) for item in items]
+        return [{"size": np.array(size, dtype=np.float32)} for size in sizes]
 
 
 class Parts(SimpleNamespace):
@@ -151,6 +161,23 @@ def test_answers_come_in_the_order_of_the_questions(parts: Parts, picture: bytes
 def test_texts_are_scored(parts: Parts, picture: bytes) -> None:
     info = parts.run(parts.client.match(picture, ["ab", "a"]))
     assert [scored.score for scored in info.result.scores] == [0.5, 1.0]
+
+
+def test_features_of_an_image_are_stored(parts: Parts, picture: bytes) -> None:
+    info = parts.run(parts.client.embed(picture))
+    assert info.result["size"].tolist() == [30, 20]
+    assert info.receipt.embed_ms >= 0
+
+
+def test_features_of_a_text_need_no_image(parts: Parts) -> None:
+    info = parts.run(parts.client.embed(text="a cat"))
+    assert info.result["size"].tolist() == [0, 0]
+    assert info.receipt.fetch_ms is None
+
+
+def test_a_text_that_is_too_long_to_embed_is_an_invalid_request(parts: Parts) -> None:
+    info = parts.fail(parts.client.embed(text="too long"))
+    assert (info.error.code, info.error.message) == ("invalid_request", "the text is too long")
 
 
 def test_an_output_is_the_result_as_json(parts: Parts, picture: bytes) -> None:

@@ -8,8 +8,8 @@ from typing import cast
 
 from blipq.contract import Priority, Receipt
 from blipq.ledger import Claim
-from blipq_worker.blip2 import GenerateItem, MatchItem, ModelInfo
-from blipq_worker.engine import Engine, Generated, Item, ItemAnswer, Matched
+from blipq_worker.blip2 import EmbedItem, GenerateItem, MatchItem, ModelInfo
+from blipq_worker.engine import Embedded, Engine, Generated, Item, ItemAnswer, Matched
 from blipq_worker.leases import Held
 
 DEMO = "demo"
@@ -98,6 +98,14 @@ class Asker:
         """A score per text."""
         answer = cast(Matched, self._ask(item))
         self._watch.add("match_ms", answer.pass_ms)
+        return answer
+
+    def embed(self, item: EmbedItem) -> Embedded:
+        """Features by name. Raises PermanentError (invalid_request) for a text too long."""
+        if item.text is not None:
+            self._engine.model(self._claim.model).check_text(item.text)
+        answer = cast(Embedded, self._ask(item))
+        self._watch.add("embed_ms", answer.pass_ms)
         return answer
 
     def _ask(self, item: Item) -> ItemAnswer:

@@ -1,14 +1,14 @@
 """The resident models behind one batcher: the one place where jobs of a process meet the GPU."""
 
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from blipq.contract import ErrorCode, Priority
 from blipq.errors import PermanentError
 from blipq_worker.batcher import Batcher
-from blipq_worker.blip2 import Blip2, GeneratedText, GenerateItem, MatchItem
+from blipq_worker.blip2 import Arrays, Blip2, EmbedItem, GeneratedText, GenerateItem, MatchItem
 
 _URGENCY = {Priority.HIGH: 0, Priority.NORMAL: 1, Priority.LOW: 2}
 
@@ -31,8 +31,24 @@ class Matched:
     batch_size: int
 
 
-Item = GenerateItem | MatchItem
-ItemAnswer = Generated | Matched
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """Features by name, and what they took."""
+
+    arrays: Arrays
+    pass_ms: float
+    batch_size: int
+
+
+Item = GenerateItem | MatchItem | EmbedItem
+ItemAnswer = Generated | Matched | Embedded
+
+#: The model's method that runs items of a type, and what its answers become.
+_VERBS: Mapping[type, tuple[str, Callable[..., ItemAnswer]]] = {
+    GenerateItem: ("generate", Generated),
+    MatchItem: ("match", Matched),
+    EmbedItem: ("embed", Embedded),
+}
 
 
 class Engine:
@@ -71,18 +87,20 @@ class Engine:
     def _run(self, key: Hashable, items: Sequence[Item]) -> Sequence[ItemAnswer]:
         """One pass of a model; on the batcher's thread."""
         model = self.models[key[0]]  # type: ignore[index]
+        verb, answer = _VERBS[type(items[0])]
         started = time.monotonic()
-        if isinstance(items[0], GenerateItem):
-            texts = model.generate(items)  # type: ignore[arg-type]
-            took = (time.monotonic() - started) * 1000
-            return [Generated(said, took, len(items)) for said in texts]
-        scores = model.match(items)  # type: ignore[arg-type]
+        answers = getattr(model, verb)(items)
         took = (time.monotonic() - started) * 1000
-        return [Matched(score, took, len(items)) for score in scores]
+        return [answer(each, took, len(items)) for each in answers]
 
 
 def _batch_key(name: str, item: Item) -> Hashable:
     """What items must share to run together: the model, and what is one setting for all rows."""
-    if isinstance(item, GenerateItem):
-        return name, "generate", item.params
-    return name, "match", item.head
+    verb, _ = _VERBS[type(item)]
+    match item:
+        case GenerateItem():
+            return name, verb, item.params
+        case MatchItem():
+            return name, verb, item.head
+        case EmbedItem():
+            return name, verb

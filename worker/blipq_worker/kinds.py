@@ -4,14 +4,21 @@ A handler turns a request into items for the batcher and their answers into a re
 one item and waits for its answer; handlers know nothing of queues, leases or batches.
 """
 
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
+
 from blipq.contract import (
     Answer,
+    Array,
     Caption,
     CaptionRequest,
     CaptionResult,
+    EmbedDtype,
+    EmbedRequest,
+    EmbedResult,
     ErrorCode,
     Generation,
     ImageRef,
@@ -25,6 +32,7 @@ from blipq.contract import (
 )
 from blipq.errors import PermanentError
 from blipq_worker.blip2 import (
+    EmbedItem,
     GenerateItem,
     GenerationParams,
     MatchItem,
@@ -34,7 +42,7 @@ from blipq_worker.blip2 import (
     resolve,
     vqa_prompt,
 )
-from blipq_worker.engine import Generated, Matched
+from blipq_worker.engine import Embedded, Generated, Matched
 
 
 class Ask(Protocol):
@@ -50,16 +58,22 @@ class Ask(Protocol):
     def match(self, item: MatchItem) -> Matched:
         """A score per text."""
 
+    def embed(self, item: EmbedItem) -> Embedded:
+        """Features by name. Raises PermanentError (invalid_request) for a text too long."""
 
-def image_of(request: Request) -> ImageRef:
-    """The image a request is about."""
-    if request.image is None:
-        raise PermanentError(ErrorCode.INVALID_REQUEST, f"{request.kind} without an image")
+
+def image_of(request: Request) -> ImageRef | None:
+    """The image that must be fetched for a request, if any."""
+    if isinstance(request, EmbedRequest) and request.mode == "text":
+        return None
     return request.image
 
 
-def answer(request: Request, pixels: Pixels, ask: Ask) -> Result:
-    """Runs a request on the model. Raises PermanentError (invalid_request, model_unavailable)."""
+def answer(request: Request, pixels: Pixels | None, ask: Ask) -> Result:
+    """Runs a request on the model; ``pixels`` are those of ``image_of``.
+
+    Raises PermanentError (invalid_request, model_unavailable).
+    """
     handler = _HANDLERS.get(type(request))
     if handler is None:
         message = f"this worker does not serve {request.kind} jobs"
@@ -116,6 +130,19 @@ def _match(request: MatchRequest, pixels: Pixels, ask: Ask) -> MatchResult:
     )
 
 
+def _embed(request: EmbedRequest, pixels: Pixels | None, ask: Ask) -> EmbedResult:
+    text = None if request.mode == "image" else request.text
+    arrays = ask.embed(EmbedItem(request.mode, pixels, text)).arrays
+    return EmbedResult(
+        arrays={name: _array(values, request.dtype) for name, values in arrays.items()}
+    )
+
+
+def _array(values: Any, dtype: EmbedDtype) -> Array:
+    data = np.asarray(values, dtype=np.dtype(dtype).newbyteorder("<")).tobytes()
+    return Array(shape=values.shape, dtype=dtype, data=b64encode(data).decode())
+
+
 def _params(
     kind: Any, info: ModelInfo, generation: Generation | None, **forced: Any
 ) -> GenerationParams:
@@ -123,8 +150,9 @@ def _params(
     return resolve(kind, info, {**given, **forced})
 
 
-_HANDLERS: Mapping[type, Callable[[Any, Pixels, Ask], Result]] = {
+_HANDLERS: Mapping[type, Callable[[Any, Any, Ask], Result]] = {
     CaptionRequest: _caption,
     VQARequest: _vqa,
     MatchRequest: _match,
+    EmbedRequest: _embed,
 }

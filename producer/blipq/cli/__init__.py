@@ -24,6 +24,7 @@ for command in (
     jobs.caption,
     jobs.vqa,
     jobs.match,
+    jobs.embed,
     jobs.status,
     jobs.result,
     jobs.cancel,

@@ -72,6 +72,31 @@ def match(
     return client.match(image, texts, head=head, **options)  # type: ignore[arg-type]
 
 
+@verb
+def embed(
+    client: Client,
+    image: Annotated[
+        str | None, typer.Argument(help="s3://bucket/key, or a local file to upload.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="A text, instead of an image or with it.")
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="image, text or multimodal; by default what is given.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
+    **options: Any,
+) -> Job[Any]:
+    """Get the features of an image, of a text, or of both read together.
+
+    Examples:
+        blipq embed photo.jpg --json
+        blipq embed --text "a cat" --json
+    """
+    # pydantic checks mode and dtype, and names the choices
+    return client.embed(image, text, mode=mode, dtype=dtype, **options)  # type: ignore[arg-type]
+
+
 def status(id: IdArgument, as_json: JsonOption = False) -> None:
     """Show where a job is, and when no live worker serves its model."""
     with connected(as_json) as client:

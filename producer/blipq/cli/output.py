@@ -13,6 +13,7 @@ from rich.markup import escape
 from blipq.client import Client, checked
 from blipq.contract import (
     CaptionResult,
+    EmbedResult,
     JobInfo,
     MatchResult,
     Result,
@@ -159,6 +160,9 @@ def lines_of(result: Result) -> Iterator[str]:
         case MatchResult():
             for scored in result.scores:
                 yield f"{scored.score:.3f}  {scored.text}"
+        case EmbedResult():
+            for name, array in result.arrays.items():
+                yield f"{name}  {array.dtype} {array.shape}"
         case _:
             yield result.model_dump_json(exclude_none=True)
 

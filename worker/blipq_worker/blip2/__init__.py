@@ -1,10 +1,12 @@
 """BLIP-2 itself: a resident generation checkpoint and, beside it, a retrieval checkpoint.
 
 Read in this order: ``model`` (what a worker holds), ``loading`` and ``checkpoints`` (where it comes
-from), ``features`` (image to queries), ``generation`` and ``retrieval`` (queries to answers).
+from), ``features`` (image to queries), ``generation``, ``retrieval`` and ``embedding`` (queries to
+answers).
 """
 
 from blipq_worker.blip2.checkpoints import CheckpointError
+from blipq_worker.blip2.embedding import Arrays, EmbedItem
 from blipq_worker.blip2.generation import GeneratedText, GenerateItem, GenerationParams, resolve
 from blipq_worker.blip2.model import Blip2, ModelInfo
 from blipq_worker.blip2.preprocessing import Pixels
@@ -12,8 +14,10 @@ from blipq_worker.blip2.prompts import caption_prompt, match_text, vqa_prompt
 from blipq_worker.blip2.retrieval import MatchItem
 
 __all__ = [
+    "Arrays",
     "Blip2",
     "CheckpointError",
+    "EmbedItem",
     "GenerateItem",
     "GeneratedText",
     "GenerationParams",

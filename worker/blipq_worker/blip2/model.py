@@ -9,6 +9,7 @@ from PIL import Image
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
 from blipq_worker.blip2.checkpoints import Checkpoint, Family, open_checkpoint
+from blipq_worker.blip2.embedding import Arrays, Embedder, EmbedItem
 from blipq_worker.blip2.generation import (
     GeneratedText,
     GenerateItem,
@@ -48,12 +49,15 @@ class ModelInfo:
 
     @property
     def has_retrieval(self) -> bool:
-        """Whether ``match`` is served."""
+        """Whether ``match`` and ``embed`` are served."""
         return self.retrieval_checkpoint is not None
 
 
 class Blip2:
-    """A resident model. One thread calls ``generate`` and ``match``; the rest is thread-safe."""
+    """A resident model.
+
+    One thread calls ``generate``, ``match`` and ``embed``; the rest is thread-safe.
+    """
 
     def __init__(
         self,
@@ -61,11 +65,13 @@ class Blip2:
         generator: Generator,
         preprocessor: Preprocessor,
         matcher: Matcher | None = None,
+        embedder: Embedder | None = None,
         match_preprocessor: Preprocessor | None = None,
     ) -> None:
         self.info = info
         self.generator = generator
         self.matcher = matcher
+        self.embedder = embedder
         self._preprocessor = preprocessor
         self._match_preprocessor = match_preprocessor
 
@@ -90,7 +96,9 @@ class Blip2:
         generator = Generator(
             written, load_weights(written, precision, quantization, on), load_tokenizer(written)
         )
-        matcher = _matcher(matched, quantization, dtype, on) if matched else None
+        matcher, embedder = (
+            _retrieval(matched, quantization, dtype, on) if matched else (None, None)
+        )
         info = ModelInfo(
             checkpoint=written.name,
             family=written.family,
@@ -108,6 +116,7 @@ class Blip2:
             generator,
             Preprocessor(written),
             matcher,
+            embedder,
             Preprocessor(matched) if matched else None,
         )
 
@@ -143,16 +152,33 @@ class Blip2:
         Raises PermanentError ``model_unavailable`` without a retrieval checkpoint.
         """
         if self.matcher is None:
-            raise PermanentError(
-                ErrorCode.MODEL_UNAVAILABLE,
-                f"the served model {self.info.checkpoint!r} has no retrieval checkpoint",
-            )
+            raise self._no_retrieval()
         return self.matcher.match(items)
 
+    def check_text(self, text: str) -> None:
+        """Raises PermanentError where ``embed`` would for this text. Thread-safe."""
+        if self.embedder is None:
+            raise self._no_retrieval()
+        self.embedder.check(text)
 
-def _matcher(
+    def embed(self, items: Sequence[EmbedItem]) -> list[Arrays]:
+        """Features by name, per item. See ``Embedder.embed``.
+
+        Raises PermanentError ``model_unavailable`` without a retrieval checkpoint.
+        """
+        if self.embedder is None:
+            raise self._no_retrieval()
+        return self.embedder.embed(items)
+
+    def _no_retrieval(self) -> PermanentError:
+        message = f"the served model {self.info.checkpoint!r} has no retrieval checkpoint"
+        return PermanentError(ErrorCode.MODEL_UNAVAILABLE, message)
+
+
+def _retrieval(
     checkpoint: Checkpoint, quantization: Quantization, dtype: Dtype, device: torch.device
-) -> Matcher:
+) -> tuple[Matcher, Embedder]:
     precision = choose_precision(dtype, device, checkpoint.family)
     weights = load_weights(checkpoint, precision, quantization, device)
-    return Matcher(checkpoint, weights, load_tokenizer(checkpoint))
+    tokenizer = load_tokenizer(checkpoint)
+    return Matcher(checkpoint, weights, tokenizer), Embedder(checkpoint, weights, tokenizer)

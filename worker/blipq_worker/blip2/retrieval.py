@@ -13,9 +13,14 @@ import torch
 from torch.nn.functional import normalize
 
 from blipq_worker.blip2.checkpoints import Checkpoint, CheckpointError
-from blipq_worker.blip2.features import image_features, query_features
+from blipq_worker.blip2.features import (
+    image_features,
+    pair_features,
+    query_features,
+    text_features,
+)
 from blipq_worker.blip2.preprocessing import Pixels
-from blipq_worker.blip2.prompts import match_text
+from blipq_worker.blip2.texts import Texts
 
 Head = Literal["itm", "itc"]
 
@@ -47,11 +52,7 @@ class Matcher:
                 "later revision"
             )
         self.model = model
-        self._tokenizer = tokenizer
-        if len(tokenizer("")["input_ids"]) != 2:
-            raise CheckpointError(
-                f"the tokenizer of {checkpoint.name!r} does not put [CLS] and [SEP] around texts"
-            )
+        self.texts = Texts(checkpoint, tokenizer, longest=_MAX_TEXT_TOKENS)
         #: Called after each chunk of pairs: a long batch is not a hung one.
         self.on_step: Callable[[], None] = lambda: None
 
@@ -80,16 +81,9 @@ class Matcher:
         self, images: torch.Tensor, owners: Sequence[int], texts: Sequence[str]
     ) -> torch.Tensor:
         """Match probabilities, (pairs,): the queries read the text and the image together."""
-        ids, mask = self._tokens(texts, images.device)
-        queries = self.model.query_tokens.expand(len(texts), -1, -1)
-        count = queries.shape[1]
-        read = self.model.qformer(
-            query_embeds=self.model.embeddings(input_ids=ids, query_embeds=queries),
-            query_length=count,
-            attention_mask=torch.cat([mask.new_ones(queries.shape[:2]), mask], dim=1),
-            encoder_hidden_states=images[list(owners)],
-        ).last_hidden_state
-        logits = self.model.itm_head(read[:, :count]).mean(dim=1)
+        ids, mask = self.texts.padded(texts, images.device)
+        read = pair_features(self.model, images[list(owners)], ids, mask)
+        logits = self.model.itm_head(read).mean(dim=1)
         probabilities: torch.Tensor = logits.softmax(dim=-1)
         return probabilities[:, 1]
 
@@ -100,27 +94,11 @@ class Matcher:
         distinct = sorted(set(owners))
         image = query_features(self.model, images[distinct])
         image = normalize(self.model.vision_projection(image), dim=-1)
-        ids, mask = self._tokens(texts, images.device)
-        read = self.model.qformer(
-            query_embeds=self.model.embeddings(input_ids=ids), query_length=0, attention_mask=mask
-        ).last_hidden_state
+        ids, mask = self.texts.padded(texts, images.device)
+        read = text_features(self.model, ids, mask)
         text = normalize(self.model.text_projection(read[:, 0]), dim=-1)
         own = image[[distinct.index(owner) for owner in owners]]
         return torch.einsum("pqd,pd->pq", own, text).amax(dim=-1)
-
-    def _tokens(
-        self, texts: Sequence[str], device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask, (pairs, longest), padded on the right: BERT's positions are absolute."""
-        encoded = self._tokenizer(
-            [match_text(text) for text in texts],
-            padding=True,
-            padding_side="right",
-            truncation=True,
-            max_length=_MAX_TEXT_TOKENS,
-            return_tensors="pt",
-        )
-        return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
 
 
 def _pixels(item: MatchItem) -> torch.Tensor:
