@@ -1,11 +1,14 @@
 """The real local stack, once per test run: a Redis-protocol server, an S3 server and a worker."""
 
+import asyncio
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -107,12 +110,32 @@ def worker(
 ) -> Iterator[Service]:
     """A real worker with the demo model in fp32, for the whole run."""
     log = tmp_path_factory.mktemp("worker") / "worker.log"
-    service = start_worker(stack, log, dtype="float32")
+    service = start_worker(stack, log, dtype="float32", image_allow="127.0.0.1")
     try:
         wait_for_worker(service, settings)
         yield service
     finally:
         service.stop(timeout=30)
+
+
+@pytest.fixture
+def connects(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every address that this process connects to."""
+    met: list[Any] = []
+    real = socket.socket.connect
+
+    def connect(self: socket.socket, address: Any) -> None:
+        met.append(address)
+        real(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+
+    async def create_connection(self: Any, factory: Any, host: Any, port: Any, **_: Any) -> Any:
+        met.append((host, port))
+        raise ConnectionRefusedError(f"not in this test: {host}")
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "create_connection", create_connection)
+    return met
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,8 @@ LATE = ("celery", "kombu", "boto3", "botocore")
 #: Each module may import those of earlier rows and of its own.
 ROWS = (
     ("settings", "gate", "batcher"),
-    ("fetch", "images", "blip2"),
+    ("https", "images", "blip2"),
+    ("fetch",),
     ("engine",),
     ("leases", "ask"),
     ("kinds",),

@@ -42,7 +42,7 @@ from blipq.storage import Storage
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
-#: An s3:// URI, a reference with version or etag, a local file, or the file's bytes.
+#: An s3:// or https:// URI, a reference with version or etag, a local file, or the file's bytes.
 ImageSource = str | Path | bytes | ImageRef
 
 

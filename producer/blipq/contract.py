@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from blipq.webhooks import guard
+from blipq import guard
 
 #: Goes up when a worker must know something new to run a job. A worker that meets a newer number
 #: leaves the job in its queue, so workers are deployed before producers.
@@ -116,21 +116,42 @@ def _checked_s3_uri(uri: str) -> str:
 S3Uri = Annotated[str, AfterValidator(_checked_s3_uri)]
 
 
-class ImageRef(_Asked):
-    """An object in S3. With ``etag`` or ``version_id`` the worker refuses any other bytes."""
+def _checked_image_uri(uri: str) -> str:
+    if uri.lower().startswith(("https://", "http://")):
+        guard.parse(uri)
+        return uri
+    return _checked_s3_uri(uri)
 
-    uri: S3Uri
+
+class ImageRef(_Asked):
+    """An object in S3, or at a public https:// URL.
+
+    With ``etag`` or ``version_id`` (S3 alone) the worker refuses any other bytes.
+    """
+
+    uri: Annotated[str, Field(max_length=4096), AfterValidator(_checked_image_uri)]
     version_id: str | None = Field(default=None, max_length=1024)
     etag: str | None = Field(default=None, max_length=256)
 
+    @model_validator(mode="after")
+    def _only_s3_has_versions(self) -> "ImageRef":
+        if self.version_id is not None and not self.in_s3:
+            raise ValueError("version_id is for s3:// references")
+        return self
+
+    @property
+    def in_s3(self) -> bool:
+        """Whether it has a bucket and a key; else it is a URL."""
+        return self.uri.startswith("s3://")
+
     @property
     def bucket(self) -> str:
-        """The bucket's name."""
+        """The bucket's name; ValueError for a URL."""
         return split_s3_uri(self.uri)[0]
 
     @property
     def key(self) -> str:
-        """The object's key."""
+        """The object's key; ValueError for a URL."""
         return split_s3_uri(self.uri)[1]
 
 

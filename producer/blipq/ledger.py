@@ -28,8 +28,8 @@ from blipq.contract import (
     queue_name,
 )
 from blipq.errors import IdempotencyConflict, InvalidRequest, QueueFull, QueueUnavailable
+from blipq.guard import Forbidden
 from blipq.settings import Settings
-from blipq.webhooks.guard import Forbidden
 
 LEASE_S = 30.0
 #: A queued job whose message must have been lost is published again after this long.
@@ -175,7 +175,7 @@ class Ledger(Scripted):
     ) -> list[str | int]:
         """The submit script's arguments."""
         settings = self.settings
-        _check_webhook(options, settings)
+        _check_urls(request, options, settings)
         expires_in = options.expires_in or settings.default_expires_in
         text = request.model_dump_json(exclude_defaults=True)
         text = json.dumps({"kind": request.kind, **json.loads(text)}, separators=(",", ":"))
@@ -368,12 +368,17 @@ class Ledger(Scripted):
         return outcomes[answer]
 
 
-def _check_webhook(options: Options, settings: Settings) -> None:
+def _check_urls(request: Request, options: Options, settings: Settings) -> None:
+    """Says at once what the text of a URL says; its addresses are judged when it is met."""
+    field = "webhook.url"
     try:
         if options.webhook:
             settings.webhook_policy.check(options.webhook.url)
+        field = "image.uri"
+        if request.image is not None and not request.image.in_s3:
+            settings.image_policy.check(request.image.uri)
     except Forbidden as error:
-        raise InvalidRequest(f"webhook.url: {error}") from None
+        raise InvalidRequest(f"{field}: {error}") from None
 
 
 def _flat(fields: Mapping[str, Any]) -> list[Any]:

@@ -22,7 +22,7 @@ from pydantic_settings import (
 )
 
 from blipq.contract import Seconds
-from blipq.webhooks.guard import Policy
+from blipq.guard import Policy
 
 #: Options that say where the services are. One of them set by hand switches discovery off.
 CONNECTION_FIELDS = (
@@ -207,6 +207,17 @@ class Settings(BaseSettings):
         default=16, ge=1, description="Of these, to one host; to one that timed out, a single one."
     )
 
+    image_allow: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parts)] = Field(
+        default=(),
+        description=(
+            "Hosts, addresses and networks that images may come from inside, over http and on any "
+            "port. For producers and workers alike."
+        ),
+    )
+    image_ports: Annotated[tuple[int, ...], NoDecode, BeforeValidator(_parts)] = Field(
+        default=(443,), description="Ports that https images may come from."
+    )
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -223,6 +234,11 @@ class Settings(BaseSettings):
     def webhook_policy(self) -> Policy:
         """Which URLs webhooks may go to."""
         return Policy(allow=self.webhook_allow, ports=self.webhook_ports)
+
+    @property
+    def image_policy(self) -> Policy:
+        """Which URLs images may come from."""
+        return Policy(allow=self.image_allow, ports=self.image_ports, options="BLIPQ_IMAGE")
 
     @property
     def effective_broker_url(self) -> str:

@@ -4,8 +4,9 @@ import random
 from pathlib import Path
 
 import pytest
+from pytest_httpserver import HTTPServer
 
-from blipq import Client, JobFailed
+from blipq import Client, JobFailed, Settings
 from blipq.supervisor import Service
 from blipq_worker.demo import world
 
@@ -28,6 +29,16 @@ def test_the_best_of_several_captions_comes_first(client: Client, picture: bytes
     scores = [caption.score for caption in captions]
     assert len(captions) == 3
     assert scores == sorted(scores, reverse=True)
+
+
+def test_the_image_may_be_at_a_url(
+    settings: Settings, picture: bytes, scene: world.Scene, httpserver: HTTPServer
+) -> None:
+    httpserver.expect_request("/scene.png").respond_with_data(picture)
+    inside = settings.model_copy(update={"image_allow": ("127.0.0.1",)})  # https needs no setting
+    with Client(inside) as client:
+        job = client.caption(f"http://127.0.0.1:{httpserver.port}/scene.png")
+        assert job.result(timeout=60).text == scene.caption
 
 
 def test_ask_several_questions(client: Client, picture: bytes, scene: world.Scene) -> None:

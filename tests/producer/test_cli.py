@@ -183,7 +183,7 @@ def test_a_job_is_cancelled_once(run: Run, client: Client) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("caption", "https://example.org/cat.jpg"),
+        ("caption", "ftp://example.org/cat.jpg"),
         ("caption", "/nonexistent.png"),
         ("caption", IMAGE, "--set", "num_beans=1"),
         ("caption", IMAGE, "--set", "num_beams"),

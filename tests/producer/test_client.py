@@ -98,7 +98,7 @@ def test_a_local_image_is_uploaded(
 @pytest.mark.parametrize(
     ("ask", "field"),
     [
-        (lambda client: client.caption("https://example.org/cat.jpg"), "image"),
+        (lambda client: client.caption("ftp://example.org/cat.jpg"), "image"),
         (lambda client: client.caption(IMAGE, generation={"num_beans": 1}), "num_beans"),
         (lambda client: client.caption(IMAGE, generation={"temperature": "nan"}), "temperature"),
         (lambda client: client.caption(IMAGE, best_of=0), "best_of"),

@@ -239,7 +239,6 @@ def test_a_key_may_hold_any_character(key: str) -> None:
         "s3://uploads/",
         "s3:///key",
         "s3://UP/key",
-        "https://example.org/cat.jpg",
         "S3://uploads/key",
         "s3://u/key",
         "file:///etc/passwd",
@@ -248,6 +247,12 @@ def test_a_key_may_hold_any_character(key: str) -> None:
 def test_other_image_references_are_refused(wrong: str) -> None:
     with pytest.raises(ValidationError, match="s3://bucket/key"):
         ImageRef(uri=wrong)
+
+
+def test_an_image_may_be_at_a_url_with_an_etag() -> None:
+    image = ImageRef(uri="https://example.org/cat.jpg?size=large", etag='"1"')
+    assert not image.in_s3
+    assert ImageRef(uri="s3://uploads/cat.jpg").in_s3
 
 
 def test_a_key_has_at_most_1024_bytes() -> None:

@@ -16,6 +16,7 @@ from celery.signals import setup_logging, worker_ready
 
 from blipq.broker import Broker, make_app, queues_of
 from blipq.contract import Kind, task_name
+from blipq.guarded_http import GuardedHttp
 from blipq.ledger import GRACE_S, Ledger, connect
 from blipq.settings import Settings
 from blipq.storage import Storage
@@ -23,6 +24,7 @@ from blipq_worker.engine import Engine
 from blipq_worker.fetch import Fetcher
 from blipq_worker.gate import Gate
 from blipq_worker.health import BrokerLoop, HealthServer
+from blipq_worker.https import HttpsFetcher
 from blipq_worker.leases import Heartbeat, Held, Reconciler
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.tasks import HandBack, JobFailedTask, Runner
@@ -71,6 +73,7 @@ class Worker:
                 max_bytes=options.max_image_bytes,
                 timeout_s=options.fetch_timeout_s,
                 allowed_buckets=options.allowed_buckets,
+                https=self._https_fetcher(settings) if options.https_images else None,
             ),
             engine=self._engine,
             gate=self._gate,
@@ -126,6 +129,10 @@ class Worker:
         worker.start()
         self._stop()
         return int(worker.exitcode or 0)
+
+    def _https_fetcher(self, settings: Settings) -> HttpsFetcher:
+        http = GuardedHttp(settings.image_policy, timeout_s=self._options.fetch_timeout_s)
+        return HttpsFetcher(http, max_bytes=self._options.max_image_bytes)
 
     def _health_server(self, ledger: Ledger) -> HealthServer:
         def redis_away() -> str | None:

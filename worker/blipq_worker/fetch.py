@@ -1,4 +1,4 @@
-"""Fetches one object from S3, or says why not."""
+"""Fetches one image from S3 or over https, or says why not."""
 
 import time
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from urllib3.exceptions import HTTPError
 from blipq.contract import ErrorCode, ImageRef
 from blipq.errors import PermanentError, TransientError
 from blipq.storage import Storage, status_of
+from blipq_worker.https import HttpsFetcher
 
 CHUNK_BYTES = 256 * 1024
 
@@ -34,19 +35,23 @@ class Fetcher:
         max_bytes: int,
         timeout_s: float,
         allowed_buckets: Sequence[str] = (),
+        https: HttpsFetcher | None = None,
     ) -> None:
         self._storage = storage
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
         self._allowed = tuple(allowed_buckets)
+        self._https = https
 
     def fetch(self, image: ImageRef) -> bytes:
-        """The object's bytes.
+        """The image's bytes.
 
-        Raises PermanentError (image_not_found, image_forbidden, image_changed, image_too_large) or
-        TransientError (image_unavailable). Bytes are counted while they stream, and the deadline
-        covers the whole download: a slow drip never trips a read timeout.
+        Raises PermanentError (image_not_found, image_forbidden, image_changed, image_too_large,
+        url_forbidden) or TransientError (image_unavailable). Bytes are counted while they stream,
+        and the deadline covers the whole download: a slow drip never trips a read timeout.
         """
+        if not image.in_s3:
+            return self._over_https(image)
         self._check_allowed(image)
         deadline = time.monotonic() + self._timeout_s
         try:
@@ -60,6 +65,12 @@ class Fetcher:
         except (BotoCoreError, HTTPError, OSError) as error:
             message = f"{image.uri}: {error}"
             raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, message) from error
+
+    def _over_https(self, image: ImageRef) -> bytes:
+        if self._https is None:
+            message = "this worker reads s3:// alone (BLIPQ_HTTPS_IMAGES)"
+            raise PermanentError(ErrorCode.URL_FORBIDDEN, message)
+        return self._https.fetch(image)
 
     def _check_allowed(self, image: ImageRef) -> None:
         if not is_allowed(image.bucket, image.key, self._allowed):

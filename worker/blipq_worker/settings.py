@@ -78,6 +78,10 @@ class WorkerSettings(BaseSettings):
     allowed_buckets: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = Field(
         default=(), description="Buckets (or bucket/prefix) that may be read; empty means any."
     )
+    https_images: bool = Field(
+        default=True,
+        description="Whether images may come from https:// URLs, through the guard.",
+    )
     allowed_outputs: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = Field(
         default=(),
         description="Buckets (or bucket/prefix) that `output` may write; by default the above.",

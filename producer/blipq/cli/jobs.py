@@ -10,7 +10,9 @@ from blipq.cli.output import IdArgument, JsonOption, connected, follow, out, pri
 from blipq.client import Client
 from blipq.job import Job
 
-ImageArgument = Annotated[str, typer.Argument(help="s3://bucket/key, or a local file to upload.")]
+ImageArgument = Annotated[
+    str, typer.Argument(help="s3://bucket/key, https://..., or a local file to upload.")
+]
 GenerationOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Generation parameter, e.g. num_beams=1."),
@@ -76,7 +78,7 @@ def match(
 def embed(
     client: Client,
     image: Annotated[
-        str | None, typer.Argument(help="s3://bucket/key, or a local file to upload.")
+        str | None, typer.Argument(help="s3://bucket/key, https://..., or a local file to upload.")
     ] = None,
     text: Annotated[
         str | None, typer.Option(help="A text, instead of an image or with it.")

@@ -18,7 +18,7 @@ from blipq.ledger import connect
 from blipq.settings import Settings
 
 if TYPE_CHECKING:
-    from blipq.webhooks.http import Answer
+    from blipq.webhooks.answer import Answer
     from blipq.webhooks.outbox import Outbox
 
 app = Group("Outcomes by signed webhook.")
@@ -51,8 +51,9 @@ def try_(
 
 
 async def _post_test(settings: Settings, url: str) -> "Answer":
+    from blipq.guarded_http import GuardedHttp
+    from blipq.webhooks.answer import post
     from blipq.webhooks.delivery import signed_headers, trial_body
-    from blipq.webhooks.http import GuardedHttp
 
     if not settings.webhook_secrets:
         raise InvalidRequest("no secret to sign with: set BLIPQ_WEBHOOK_SECRETS")
@@ -62,7 +63,7 @@ async def _post_test(settings: Settings, url: str) -> "Answer":
     http = GuardedHttp(settings.webhook_policy, timeout_s=settings.webhook_timeout_s)
     try:
         headers = signed_headers(f"msg_{uuid.uuid4().hex}", body, secrets, now=now)
-        return await http.post(url, headers, body)
+        return await post(http, url, headers, body)
     finally:
         http.close()
 

@@ -13,7 +13,7 @@ from blipq.ledger import job_info
 from blipq.storage import Storage
 
 if TYPE_CHECKING:
-    from blipq.webhooks.http import Answer
+    from blipq.webhooks.answer import Answer
 
 #: Larger bodies carry a pointer to the result instead of the result.
 MAX_BODY_BYTES = 20_000

@@ -18,11 +18,12 @@ from contextlib import suppress
 from typing import TypeVar
 
 from blipq.errors import InvalidRequest, QueueFull, QueueUnavailable
+from blipq.guarded_http import GuardedHttp
 from blipq.ledger import connect
 from blipq.settings import Settings
 from blipq.storage import Storage
+from blipq.webhooks.answer import Answer, post
 from blipq.webhooks.delivery import Verdict, body_of, signed_headers, verdict_on
-from blipq.webhooks.http import Answer, GuardedHttp
 from blipq.webhooks.outbox import Event, Outbox
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ class Sender:
     async def _attempt(self, event: Event) -> Answer:
         body = await self._in_thread(lambda: self._body(event))
         headers = signed_headers(event.webhook_id, body, self._secrets)
-        return await self._http.post(event.record["url"], headers, body)
+        return await post(self._http, event.record["url"], headers, body)
 
     def _body(self, event: Event) -> bytes:
         """The bytes to send, fixed before they are sent for the first time."""

@@ -11,8 +11,8 @@ from standardwebhooks import Webhook, WebhookVerificationError
 from blipq import Client, Settings
 from blipq.errors import InvalidRequest
 from blipq.ledger import Claim, Ledger
+from blipq.webhooks.answer import Answer, _retry_after
 from blipq.webhooks.delivery import new_secret, verdict_on, webhook_id
-from blipq.webhooks.http import Answer, _retry_after
 from blipq.webhooks.outbox import Outbox
 from blipq.webhooks.sender import Sender
 from conftest import wait_until
@@ -211,11 +211,11 @@ def test_the_ladder_says_when_to_try_again(
 def test_retry_after_is_a_least_pause_as_a_number_or_a_date() -> None:
     assert verdict_on(Answer("throttled", "", 60), 1, LADDER)[1] == 60
     assert verdict_on(Answer("throttled", "", 60), 2, LADDER)[1] >= 300
-    assert _retry_after(b"7") == 7
-    assert _retry_after(b"999999999") == 86400
-    assert _retry_after(b"Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    assert 80_000 < _retry_after(b"Wed, 21 Oct 2099 07:28:00 GMT") <= 86400
-    assert _retry_after(b"soon") == _retry_after(b"-3") == _retry_after(b"") == 0
+    assert _retry_after("7") == 7
+    assert _retry_after("999999999") == 86400
+    assert _retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert 80_000 < _retry_after("Wed, 21 Oct 2099 07:28:00 GMT") <= 86400
+    assert _retry_after("soon") == _retry_after("-3") == _retry_after("") == 0
 
 
 # --- leases ---------------------------------------------------------------------------------------

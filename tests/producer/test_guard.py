@@ -1,10 +1,12 @@
-"""Which URLs are met: hostile ones never connect, neither by their text nor by their addresses."""
+"""Which URLs are met: hostile ones never connect, neither by their text nor by their addresses.
+
+Here on the way of a webhook; ``worker/test_https.py`` takes images along the same URLs.
+"""
 
 import asyncio
 import ipaddress
 import socket
 import ssl
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,118 +15,22 @@ from typing import Any
 import pytest
 
 from blipq import Client, InvalidRequest, Settings, Webhook
-from blipq.webhooks.guard import Forbidden, Policy, is_public, parse
-from blipq.webhooks.http import MAX_ANSWER_BYTES, Answer, GuardedHttp
+from blipq.guard import Forbidden, Policy, is_public, parse
+from blipq.guarded_http import GuardedHttp
+from blipq.webhooks import answer as webhooks
+from blipq.webhooks.answer import MAX_ANSWER_BYTES, Answer
+from hostile import HOSTILE_TEXTS, INSIDE, Names, self_signed
 from receivers import Receiver, receiving
-
-HOSTILE_TEXTS = [
-    "http://example.org/",
-    "ftp://example.org/",
-    "file:///etc/passwd",
-    "gopher://127.0.0.1:6379/_FLUSHALL",
-    "//example.org/",
-    "https:example.org",
-    "https://",
-    "https://user@example.org/",
-    "https://user:password@example.org/",
-    "https://example.org@127.0.0.1/",
-    "https://example.org\\@127.0.0.1/",
-    "https://127.0.0.1#@example.org/",
-    "https://example.org:22/",
-    "https://example.org:8443/",
-    "https://example.org:0/",
-    "https://example.org:99999/",
-    "https://example.org:/",
-    "https://example.org/\r\nHost: 127.0.0.1",
-    "https://exam ple.org/",
-    "https://2130706433/",
-    "https://0x7f000001/",
-    "https://0x7f.1/",
-    "https://0177.0.0.1/",
-    "https://127.1/",
-    "https://127.0.0.1.:80/",
-    "https://①②⑦.⓪.⓪.①/",
-    "https://exämple.org/",
-    "https://[::1%25lo]/",
-    "https://[::1/",
-    "https://-example.org/",
-    "https://a..b/",
-]
-INSIDE = [
-    "127.0.0.1",
-    "127.255.0.9",
-    "0.0.0.0",
-    "10.0.0.1",
-    "172.16.0.1",
-    "192.168.1.1",
-    "169.254.169.254",
-    "100.64.0.1",
-    "100.100.100.200",
-    "198.18.0.1",
-    "192.0.2.1",
-    "224.0.0.1",
-    "240.0.0.1",
-    "255.255.255.255",
-    "[::]",
-    "[::1]",
-    "[::127.0.0.1]",
-    "[::ffff:127.0.0.1]",
-    "[::ffff:a9fe:a9fe]",
-    "[64:ff9b::127.0.0.1]",
-    "[64:ff9b::a9fe:a9fe]",
-    "[64:ff9b:1::1]",
-    "[2002:7f00:1::]",
-    "[2002:a00:1::1]",
-    "[2001:0:7f00:1::1]",
-    "[fe80::1]",
-    "[fec0::1]",
-    "[fc00::1]",
-    "[fd00:ec2::254]",
-    "[ff02::1]",
-    "[2001:db8::1]",
-]
-
-
-class Names:
-    """A resolver that answers as told, in order, and the last answer for ever."""
-
-    def __init__(self, *answers: list[str]) -> None:
-        self.answers = list(answers)
-        self.asked = 0
-
-    async def __call__(self, host: str, port: int) -> list[str]:
-        self.asked += 1
-        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
 
 
 def post(http: GuardedHttp, *urls: str) -> list[Answer]:
     async def all_() -> list[Answer]:
-        return [await http.post(url, {"webhook-id": "msg_1"}, b"{}") for url in urls]
+        return [await webhooks.post(http, url, {"webhook-id": "msg_1"}, b"{}") for url in urls]
 
     try:
         return asyncio.run(all_())
     finally:
         http.close()
-
-
-@pytest.fixture
-def connects(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every address that this process connects to."""
-    met: list[Any] = []
-    real = socket.socket.connect
-
-    def connect(self: socket.socket, address: Any) -> None:
-        met.append(address)
-        real(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", connect)
-
-    async def create_connection(self: Any, factory: Any, host: Any, port: Any, **_: Any) -> Any:
-        met.append((host, port))
-        raise ConnectionRefusedError(f"not in this test: {host}")
-
-    monkeypatch.setattr(asyncio.BaseEventLoop, "create_connection", create_connection)
-    return met
 
 
 @pytest.mark.parametrize("url", HOSTILE_TEXTS)
@@ -273,7 +179,7 @@ def test_a_slow_drip_ends_at_the_timeout_and_an_endless_answer_at_its_cap() -> N
 def test_the_checked_address_is_met_under_the_name_of_the_url(tmp_path: Path) -> None:
     """TLS asks for the name's certificate, and Host is the name, at the address that was judged."""
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    _self_signed(certificate, key, "hooks.example")
+    self_signed(certificate, key, "hooks.example")
     seen: list[str] = []
     with receiving() as receiver:
         server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -295,13 +201,6 @@ def test_the_checked_address_is_met_under_the_name_of_the_url(tmp_path: Path) ->
     assert seen[0] == "hooks.example"
     assert {other.outcome, unknown.outcome} == {"unreachable"}
     assert len(receiver.got) == 1
-
-
-def _self_signed(certificate: Path, key: Path, name: str) -> None:
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
-    command += ["-nodes", "-keyout", str(key), "-out", str(certificate), "-days", "2"]
-    command += ["-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"]
-    subprocess.run(command, check=True, capture_output=True, timeout=30)
 
 
 def test_a_name_without_an_address_is_unresolved_and_a_closed_port_unreachable(

@@ -117,10 +117,12 @@ class Policy:
 
     allow: names, addresses and networks that may be inside, over http and on any port. A name that
     is not listed itself may resolve into a listed network, but stays bound to https and ``ports``.
+    ``options`` is how the names of these two settings begin.
     """
 
     allow: tuple[str, ...] = ()
     ports: tuple[int, ...] = (443,)
+    options: str = "BLIPQ_WEBHOOK"
     _names: frozenset[str] = field(init=False, repr=False)
     _networks: tuple[Network, ...] = field(init=False, repr=False)
 
@@ -136,9 +138,9 @@ class Policy:
         if self._lists_host(target):
             return target
         if target.scheme != "https":
-            raise Forbidden("only https (BLIPQ_WEBHOOK_ALLOW lists hosts that may use http)")
+            raise Forbidden(f"only https ({self.options}_ALLOW lists hosts that may use http)")
         if target.port not in self.ports:
-            raise Forbidden(f"port {target.port} is not allowed (BLIPQ_WEBHOOK_PORTS)")
+            raise Forbidden(f"port {target.port} is not allowed ({self.options}_PORTS)")
         return target
 
     def judge(self, host: str, addresses: Iterable[str]) -> list[Address]:
