@@ -12,12 +12,15 @@ import pytest
 from conftest import ROOT
 
 PRODUCER, WORKER = ROOT / "producer" / "blipq", ROOT / "worker" / "blipq_worker"
-HEAVY = ("torch", "transformers", "PIL", "numpy", "bitsandbytes", "accelerate")
+HEAVY = (
+    *("torch", "transformers", "bitsandbytes", "accelerate"),
+    *("PIL", "numpy", "lancedb", "pyarrow"),
+)
 LATE = ("celery", "kombu", "boto3", "botocore")
 
 #: Each module may import those of earlier rows and of its own.
 ROWS = (
-    ("settings", "gate", "batcher"),
+    ("settings", "gate", "batcher", "index"),
     ("https", "images", "blip2"),
     ("fetch",),
     ("engine",),

@@ -142,6 +142,11 @@ class Settings(BaseSettings):
     inbox_bucket: str = Field(
         default="blipq-inbox", description="Bucket that clients upload local files to."
     )
+    indexes: str = Field(
+        default="s3://blipq-indexes",
+        pattern=r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?|[./~].*)$",
+        description="Where search indexes are: `s3://bucket/prefix`, or a folder.",
+    )
     endpoint_source: str = Field(
         default="settings", description="Where the endpoints came from; set by discovery."
     )
@@ -246,9 +251,14 @@ class Settings(BaseSettings):
         return self.broker_url or self.redis_url
 
     @property
+    def s3_endpoint(self) -> str | None:
+        """The S3 endpoint, also where AWS's own variables name it; None is AWS itself."""
+        named = self.s3_endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3")
+        return named or os.environ.get("AWS_ENDPOINT_URL")
+
+    @property
     def endpoints(self) -> str:
         """One line that says which services are used, without credentials."""
-        named = self.s3_endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3")
-        s3 = named or os.environ.get("AWS_ENDPOINT_URL")
+        s3 = self.s3_endpoint
         redis_place = _place(self.redis_url).removeprefix("redis://")
         return f"redis {redis_place}, s3 {_place(s3) if s3 else 'AWS'} ({self.endpoint_source})"

@@ -103,6 +103,19 @@ class Storage:
         with suppress(exists.BucketAlreadyOwnedByYou, exists.BucketAlreadyExists):
             self.client.create_bucket(Bucket=bucket)
 
+    def has_bucket(self, bucket: str) -> bool:
+        """Whether a bucket exists."""
+        from botocore.exceptions import ClientError
+
+        with s3_errors():
+            try:
+                self.client.head_bucket(Bucket=bucket)
+            except ClientError as error:
+                if status_of(error) != 404:
+                    raise
+                return False
+        return True
+
 
 def status_of(error: Any) -> int:
     """The HTTP status of a botocore ClientError, or 0."""
