@@ -143,12 +143,14 @@ class Client:
         questions: str | Sequence[str],
         *,
         history: Sequence[Turn | tuple[str, str]] | None = None,
+        choices: Sequence[str] | None = None,
         generation: Generation | Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Job[VQAResult]:
         """Asks one or many questions about an image.
 
-        ``history`` holds earlier (question, answer) turns, oldest first.
+        ``history`` holds earlier (question, answer) turns, oldest first. ``choices`` are the only
+        answers allowed: they come back ranked, with probabilities.
         """
         checked_options = checked(Options, **options)
         request = checked(
@@ -156,6 +158,7 @@ class Client:
             image=self._reference(image),
             questions=questions,
             history=[_turn(turn) for turn in history] if history else None,
+            choices=choices,
             generation=generation,
         )
         return cast("Job[VQAResult]", self.submit(request, checked_options))

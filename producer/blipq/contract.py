@@ -219,7 +219,8 @@ class Turn(_Asked):
 class VQARequest(_Asked):
     """Answer questions about the image; ``history`` holds earlier turns, oldest first.
 
-    ``choices`` is for later: no worker serves it yet, and refuses it as invalid_request.
+    With ``choices`` nothing is generated: each question's answer is the one that the model finds
+    most likely, and all are ranked.
     """
 
     kind: Literal[Kind.VQA] = Kind.VQA
@@ -228,6 +229,17 @@ class VQARequest(_Asked):
     history: tuple[Turn, ...] = Field(default=(), max_length=32)
     choices: Annotated[tuple[Text, ...], Field(min_length=2, max_length=256)] | None = None
     generation: Generation | None = None
+
+    @model_validator(mode="after")
+    def _choices_differ(self) -> "VQARequest":
+        if self.choices is None:
+            return self
+        if self.generation is not None:
+            raise ValueError("generation has no effect on choices: leave one of them out")
+        different = {choice.strip() for choice in self.choices} - {""}
+        if len(different) < len(self.choices):
+            raise ValueError("choices must differ, and none may be blank")
+        return self
 
 
 Head = Literal["itm", "itc"]
@@ -401,10 +413,15 @@ class CaptionResult(_Told):
 
 
 class Choice(_Told):
-    """One of the offered answers and its probability among them."""
+    """One of the offered answers and its probability among them.
+
+    ``log_likelihood`` is the sum of the natural logarithms of its tokens' probabilities, its end
+    token included; ``probability`` is the softmax of these over the choices of one question.
+    """
 
     text: str
     probability: float
+    log_likelihood: float | None = None
 
 
 class Answer(_Told):

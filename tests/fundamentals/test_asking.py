@@ -53,6 +53,14 @@ def test_one_question_needs_no_list(client: Client, picture: bytes, scene: world
     assert client.vqa(picture, asked.question).result(timeout=60).text == asked.answer
 
 
+def test_choose_among_given_answers(client: Client, picture: bytes, scene: world.Scene) -> None:
+    asked = next(each for each in scene.questions() if each.answer in world.COLORS)
+    colors = list(world.COLORS)
+    (answer,) = client.vqa(picture, asked.question, choices=colors).result(timeout=60).answers
+    assert answer.text == asked.answer
+    assert sum(choice.probability for choice in answer.choices) == pytest.approx(1)
+
+
 def test_score_texts_by_probability(client: Client, picture: bytes, scene: world.Scene) -> None:
     wrong = scene.non_matching_texts(random.Random(1), 2)
     result = client.match(picture, [*wrong, scene.caption]).result(timeout=60)

@@ -26,6 +26,16 @@ VQA = {
     "answers": [{"question": "why?", "text": "a"}, {"question": "how?", "text": "b"}],
 }
 MATCH = {"kind": "match", "head": "itm", "scores": [{"text": "a cat", "score": 0.9876}]}
+CHOSEN = {
+    "kind": "vqa",
+    "answers": [
+        {
+            "question": "why?",
+            "text": "a",
+            "choices": [{"text": "a", "probability": 0.75}, {"text": "b", "probability": 0.25}],
+        }
+    ],
+}
 EMBED = {
     "kind": "embed",
     "arrays": {"image_embeds": {"shape": [32, 768], "dtype": "float16", "data": ""}},
@@ -80,6 +90,7 @@ def failed(client: Client, ledger: Ledger) -> str:
         (CAPTION, "a [red] cat\n"),
         (VQA, "why?  a\nhow?  b\n"),
         (MATCH, "0.988  a cat\n"),
+        (CHOSEN, "0.750  a\n0.250  b\n"),
         (EMBED, "image_embeds  float16 (32, 768)\n"),
     ],
 )

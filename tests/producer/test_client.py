@@ -105,6 +105,14 @@ def test_a_local_image_is_uploaded(
         (lambda client: client.vqa(IMAGE, []), "questions"),
         (lambda client: client.vqa(IMAGE, "a\udcff"), "questions"),
         (lambda client: client.vqa(IMAGE, "why?", choices=["one"]), "choices"),
+        (lambda client: client.vqa(IMAGE, "why?", choices=["one", "one "]), "choices must differ"),
+        (lambda client: client.vqa(IMAGE, "why?", choices=["one", " "]), "choices must differ"),
+        (
+            lambda client: client.vqa(
+                IMAGE, "why?", choices=["one", "two"], generation={"num_beams": 1}
+            ),
+            "no effect on choices",
+        ),
         (lambda client: client.match(IMAGE, "a cat", head="itx"), "head"),
         (lambda client: client.embed(), "image"),
         (lambda client: client.embed(text="a cat", dtype="int8"), "dtype"),

@@ -66,6 +66,9 @@ generations = st.builds(
     temperature=maybe(st.floats(0.1, 10)),
     seed=maybe(st.integers(0, 2**63 - 1)),
 )
+offered = st.lists(
+    texts.filter(str.strip), min_size=2, max_size=4, unique_by=lambda text: text.strip()
+).map(tuple)
 requests = st.one_of(
     st.builds(
         CaptionRequest,
@@ -79,9 +82,9 @@ requests = st.one_of(
         image=images,
         questions=several(texts),
         history=several(st.builds(Turn, question=texts, answer=texts), 0),
-        choices=maybe(several(texts, 2)),
         generation=maybe(generations),
     ),
+    st.builds(VQARequest, image=images, questions=several(texts), choices=offered),
     st.builds(
         MatchRequest, image=images, texts=several(texts), head=st.sampled_from(["itm", "itc"])
     ),

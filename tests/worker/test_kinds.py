@@ -1,5 +1,6 @@
 """What each kind of job asks of the model, and what it makes of the answers."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,9 +24,10 @@ from blipq_worker.blip2 import (
     GenerateItem,
     MatchItem,
     Pixels,
+    RankItem,
     vqa_prompt,
 )
-from blipq_worker.engine import Embedded, Generated, Matched
+from blipq_worker.engine import Embedded, Generated, Matched, Ranked
 
 IMAGE = {"uri": "s3://uploads/cat.jpg"}
 PIXELS = Pixels(None)  # type: ignore[arg-type]
@@ -48,6 +50,11 @@ class Model:
     def match(self, item: MatchItem) -> Matched:
         self.asked.append(item)
         return Matched([int(text[-1]) / 10 for text in item.texts], pass_ms=1, batch_size=1)
+
+    def rank(self, item: RankItem) -> Ranked:
+        self.asked.append(item)
+        numbers = [-float(len(choice)) for choice in item.choices]
+        return Ranked([numbers for _ in item.prompts], pass_ms=1, batch_size=1)
 
     def embed(self, item: EmbedItem) -> Embedded:
         self.asked.append(item)
@@ -123,6 +130,28 @@ def test_earlier_turns_are_part_of_the_prompt(model: Model) -> None:
     request = VQARequest.model_validate({"image": IMAGE, "questions": "why?", "history": [turn]})
     kinds.answer(request, PIXELS, model)
     assert model.asked[0].prompts == (vqa_prompt("why?", (("what?", "a cat"),)),)
+
+
+def test_choices_are_ranked_with_probabilities_that_add_up(model: Model) -> None:
+    request = VQARequest.model_validate(
+        {"image": IMAGE, "questions": ["why?", "how?"], "choices": ["maybe", "no", "yes"]}
+    )
+    result = kinds.answer(request, PIXELS, model)
+    assert model.asked[0].prompts == (vqa_prompt("why?", ()), vqa_prompt("how?", ()))
+    for answer in result.answers:
+        assert answer.text == "no"
+        assert [choice.text for choice in answer.choices] == ["no", "yes", "maybe"]
+        assert [choice.log_likelihood for choice in answer.choices] == [-2, -3, -5]
+        no, yes, maybe = (choice.probability for choice in answer.choices)
+        assert no + yes + maybe == pytest.approx(1)
+        assert no / maybe == pytest.approx(math.exp(3))
+
+
+def test_choices_that_are_all_very_unlikely_still_have_probabilities(model: Model) -> None:
+    choices = ["x" * 2000, "x" * 2001]
+    request = VQARequest.model_validate({"image": IMAGE, "questions": "why?", "choices": choices})
+    result = kinds.answer(request, PIXELS, model)
+    assert result.answers[0].choices[0].probability == pytest.approx(1 / (1 + math.exp(-1)))
 
 
 @pytest.mark.parametrize("head", ["itm", "itc"])

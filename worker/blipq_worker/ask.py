@@ -8,8 +8,8 @@ from typing import cast
 
 from blipq.contract import Priority, Receipt
 from blipq.ledger import Claim
-from blipq_worker.blip2 import EmbedItem, GenerateItem, MatchItem, ModelInfo
-from blipq_worker.engine import Embedded, Engine, Generated, Item, ItemAnswer, Matched
+from blipq_worker.blip2 import EmbedItem, GenerateItem, MatchItem, ModelInfo, RankItem
+from blipq_worker.engine import Embedded, Engine, Generated, Item, ItemAnswer, Matched, Ranked
 from blipq_worker.leases import Held
 
 DEMO = "demo"
@@ -92,6 +92,16 @@ class Asker:
         answer = cast(Generated, self._ask(item))
         self._watch.add("generate_ms", answer.pass_ms)
         self._watch.add("tokens", sum(text.tokens for texts in answer.texts for text in texts))
+        return answer
+
+    def rank(self, item: RankItem) -> Ranked:
+        """A log-likelihood per choice and prompt.
+
+        Raises PermanentError (invalid_request) for a prompt too long.
+        """
+        self._engine.model(self._claim.model).check_choices(item.prompts, item.choices)
+        answer = cast(Ranked, self._ask(item))
+        self._watch.add("generate_ms", answer.pass_ms)
         return answer
 
     def match(self, item: MatchItem) -> Matched:

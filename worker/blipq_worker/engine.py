@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from blipq.contract import ErrorCode, Priority
 from blipq.errors import PermanentError
 from blipq_worker.batcher import Batcher
-from blipq_worker.blip2 import Arrays, Blip2, EmbedItem, GeneratedText, GenerateItem, MatchItem
+from blipq_worker.blip2 import (
+    Arrays,
+    Blip2,
+    EmbedItem,
+    GeneratedText,
+    GenerateItem,
+    MatchItem,
+    RankItem,
+)
 
 _URGENCY = {Priority.HIGH: 0, Priority.NORMAL: 1, Priority.LOW: 2}
 
@@ -18,6 +26,15 @@ class Generated:
     """Texts per prompt (several where several were asked for), and what they took."""
 
     texts: list[list[GeneratedText]]
+    pass_ms: float
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A log-likelihood per choice, per prompt, and what they took."""
+
+    likelihoods: list[list[float]]
     pass_ms: float
     batch_size: int
 
@@ -40,12 +57,13 @@ class Embedded:
     batch_size: int
 
 
-Item = GenerateItem | MatchItem | EmbedItem
-ItemAnswer = Generated | Matched | Embedded
+Item = GenerateItem | RankItem | MatchItem | EmbedItem
+ItemAnswer = Generated | Ranked | Matched | Embedded
 
 #: The model's method that runs items of a type, and what its answers become.
 _VERBS: Mapping[type, tuple[str, Callable[..., ItemAnswer]]] = {
     GenerateItem: ("generate", Generated),
+    RankItem: ("rank", Ranked),
     MatchItem: ("match", Matched),
     EmbedItem: ("embed", Embedded),
 }
@@ -102,5 +120,5 @@ def _batch_key(name: str, item: Item) -> Hashable:
             return name, verb, item.params
         case MatchItem():
             return name, verb, item.head
-        case EmbedItem():
+        case RankItem() | EmbedItem():
             return name, verb

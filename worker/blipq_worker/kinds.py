@@ -4,8 +4,9 @@ A handler turns a request into items for the batcher and their answers into a re
 one item and waits for its answer; handlers know nothing of queues, leases or batches.
 """
 
+import math
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from blipq.contract import (
     Caption,
     CaptionRequest,
     CaptionResult,
+    Choice,
     EmbedDtype,
     EmbedRequest,
     EmbedResult,
@@ -38,11 +40,12 @@ from blipq_worker.blip2 import (
     MatchItem,
     ModelInfo,
     Pixels,
+    RankItem,
     caption_prompt,
     resolve,
     vqa_prompt,
 )
-from blipq_worker.engine import Embedded, Generated, Matched
+from blipq_worker.engine import Embedded, Generated, Matched, Ranked
 
 
 class Ask(Protocol):
@@ -54,6 +57,12 @@ class Ask(Protocol):
 
     def generate(self, item: GenerateItem) -> Generated:
         """Texts per prompt. Raises PermanentError (invalid_request) for a prompt too long."""
+
+    def rank(self, item: RankItem) -> Ranked:
+        """A log-likelihood per choice and prompt.
+
+        Raises PermanentError (invalid_request) for a prompt too long.
+        """
 
     def match(self, item: MatchItem) -> Matched:
         """A score per text."""
@@ -104,11 +113,16 @@ def _best_of(request: CaptionRequest) -> dict[str, Any]:
 
 
 def _vqa(request: VQARequest, pixels: Pixels, ask: Ask) -> VQAResult:
-    if request.choices is not None:
-        message = "choices are not served yet"
-        raise PermanentError(ErrorCode.INVALID_REQUEST, message)
     history = tuple((turn.question, turn.answer) for turn in request.history)
     prompts = tuple(vqa_prompt(question, history) for question in request.questions)
+    if request.choices is not None:
+        ranked = ask.rank(RankItem(pixels, prompts, request.choices)).likelihoods
+        return VQAResult(
+            answers=tuple(
+                _chosen(question, request.choices, likelihoods)
+                for question, likelihoods in zip(request.questions, ranked, strict=True)
+            )
+        )
     params = _params("vqa", ask.info, request.generation)
     said = ask.generate(GenerateItem(pixels, prompts, params)).texts
     return VQAResult(
@@ -117,6 +131,18 @@ def _vqa(request: VQARequest, pixels: Pixels, ask: Ask) -> VQAResult:
             for question, texts in zip(request.questions, said, strict=True)
         )
     )
+
+
+def _chosen(question: str, texts: Sequence[str], likelihoods: Sequence[float]) -> Answer:
+    """The choices, most likely first, with probabilities that add up to 1."""
+    greatest = max(likelihoods)
+    weights = [math.exp(likelihood - greatest) for likelihood in likelihoods]
+    choices = [
+        Choice(text=text, probability=weight / sum(weights), log_likelihood=likelihood)
+        for text, weight, likelihood in zip(texts, weights, likelihoods, strict=True)
+    ]
+    choices.sort(key=lambda choice: -choice.probability)
+    return Answer(question=question, text=choices[0].text, choices=tuple(choices))
 
 
 def _match(request: MatchRequest, pixels: Pixels, ask: Ask) -> MatchResult:

@@ -44,6 +44,10 @@ def vqa(
     client: Client,
     image: ImageArgument,
     questions: Annotated[list[str], typer.Argument(help="One or more questions.")],
+    choices: Annotated[
+        list[str] | None,
+        typer.Option("--choice", help="An answer to choose from; give two or more."),
+    ] = None,
     generation: GenerationOption = None,
     **options: Any,
 ) -> Job[Any]:
@@ -52,8 +56,10 @@ def vqa(
     Examples:
         blipq vqa photo.jpg "how many dogs are there?"
         blipq vqa s3://photos/1.jpg "what is it?" "what color is it?" --priority high --json
+        blipq vqa photo.jpg "what is it?" --choice cat --choice dog
     """
-    return client.vqa(image, questions, generation=pairs(generation, "--set"), **options)
+    parameters = pairs(generation, "--set")
+    return client.vqa(image, questions, choices=choices, generation=parameters, **options)
 
 
 @verb

@@ -152,11 +152,8 @@ def lines_of(result: Result) -> Iterator[str]:
         case CaptionResult():
             for found in result.captions:
                 yield found.text if found.score is None else f"{found.score:.3f}  {found.text}"
-        case VQAResult(answers=(answer,)):
-            yield answer.text
         case VQAResult():
-            for answer in result.answers:
-                yield f"{answer.question}  {answer.text}"
+            yield from _lines_of_answers(result)
         case MatchResult():
             for scored in result.scores:
                 yield f"{scored.score:.3f}  {scored.text}"
@@ -165,6 +162,15 @@ def lines_of(result: Result) -> Iterator[str]:
                 yield f"{name}  {array.dtype} {array.shape}"
         case _:
             yield result.model_dump_json(exclude_none=True)
+
+
+def _lines_of_answers(result: VQAResult) -> Iterator[str]:
+    for answer in result.answers:
+        question = f"{answer.question}  " if len(result.answers) > 1 else ""
+        if answer.choices is None:
+            yield f"{question}{answer.text}"
+        for choice in answer.choices or ():
+            yield f"{question}{choice.probability:.3f}  {choice.text}"
 
 
 def print_json(info: JobInfo) -> None:

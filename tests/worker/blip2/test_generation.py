@@ -107,7 +107,7 @@ def test_items_may_have_different_numbers_of_prompts(
 
 def test_a_text_ends_at_its_end_token(opt: Blip2, t5: Blip2) -> None:
     end = opt.generator._eos[0]
-    (letter,) = opt.generator._ids("b")[1:]
+    (letter,) = opt.generator.ids("b")[1:]
     assert opt.generator._text([letter, end, letter, 1]) == GeneratedText("b", 2)
     assert opt.generator._text([letter, letter]) == GeneratedText("bb", 2)
     assert t5.generator._text([1, 0, 0]) == GeneratedText("", 1)
@@ -125,11 +125,11 @@ def test_lengths_count_new_tokens(either: Blip2, pictures: list[Image.Image]) ->
 
 def test_an_image_token_in_a_prompt_is_plain_text(either: Blip2) -> None:
     image_token = either.generator._tokenizer.convert_tokens_to_ids("<image>")
-    assert image_token not in either.generator._ids("a <image> b")
+    assert image_token not in either.generator.ids("a <image> b")
 
 
 def test_an_end_token_in_a_prompt_is_plain_text(opt: Blip2) -> None:
-    assert opt.generator._ids("a </s> b").count(2) == 1
+    assert opt.generator.ids("a </s> b").count(2) == 1
 
 
 # --- sampling -------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """BLIP-2 itself: a resident generation checkpoint and, beside it, a retrieval checkpoint.
 
 Read in this order: ``model`` (what a worker holds), ``loading`` and ``checkpoints`` (where it comes
-from), ``features`` (image to queries), ``generation``, ``retrieval`` and ``embedding`` (queries to
-answers).
+from), ``features`` (image to queries), then what makes answers of them: ``generation``,
+``choices``, ``retrieval`` and ``embedding``.
 """
 
 from blipq_worker.blip2.checkpoints import CheckpointError
+from blipq_worker.blip2.choices import RankItem
 from blipq_worker.blip2.embedding import Arrays, EmbedItem
 from blipq_worker.blip2.generation import GeneratedText, GenerateItem, GenerationParams, resolve
 from blipq_worker.blip2.model import Blip2, ModelInfo
@@ -24,6 +25,7 @@ __all__ = [
     "MatchItem",
     "ModelInfo",
     "Pixels",
+    "RankItem",
     "caption_prompt",
     "match_text",
     "resolve",

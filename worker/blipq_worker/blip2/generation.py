@@ -18,6 +18,7 @@ from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
 from blipq_worker.blip2.checkpoints import Checkpoint, CheckpointError, Family
 from blipq_worker.blip2.features import image_features, query_features
+from blipq_worker.blip2.padding import padded
 from blipq_worker.blip2.preprocessing import Pixels
 
 # T5 counts distances and so has no last position; this bounds its memory as OPT's limit does.
@@ -145,15 +146,31 @@ class Generator:
         text = checkpoint.config.text_config
         mark = text.bos_token_id if self.family == "opt" else text.eos_token_id
         at = 0 if self.family == "opt" else -1
-        if self._ids("") != [mark] or self._ids("a photo of")[at] != mark:
+        if self.ids("") != [mark] or self.ids("a photo of")[at] != mark:
             raise CheckpointError(
                 f"the tokenizer of {checkpoint.name!r} does not put token {mark} "
                 f"{'before' if self.family == 'opt' else 'after'} every text"
             )
 
-    def _ids(self, prompt: str) -> list[int]:
+    def ids(self, prompt: str) -> list[int]:
+        """A prompt's token ids, with the mark that the language model wants. Thread-safe."""
         ids: list[int] = self._tokenizer(prompt, verbose=False)["input_ids"]
         return ids
+
+    def answer_ids(self, text: str) -> list[int]:
+        """The token ids with which the model would say ``text`` and end. Thread-safe."""
+        if self.family == "t5":
+            return self.ids(text)
+        # After "answer:" OPT goes on with a space, which is part of its next token.
+        spoken = self._tokenizer(f" {text.strip()}", add_special_tokens=False, verbose=False)
+        return [*spoken["input_ids"], self._eos[0]]
+
+    def room(self, new_tokens: int) -> int:
+        """The most tokens a prompt may have, where ``new_tokens`` must follow it."""
+        room = self._positions - self._num_query_tokens
+        if self.family == "opt":
+            room -= new_tokens
+        return max(room, 0)
 
     def check(self, prompts: Sequence[str], params: GenerationParams) -> None:
         """Raises PermanentError ``invalid_request`` where ``generate`` would. Thread-safe."""
@@ -161,13 +178,11 @@ class Generator:
             self._checked_ids(prompt, params)
 
     def _checked_ids(self, prompt: str, params: GenerationParams) -> list[int]:
-        ids = self._ids(prompt)
-        room = self._positions - self._num_query_tokens
-        if self.family == "opt":
-            room -= params.max_new_tokens
+        ids = self.ids(prompt)
+        room = self.room(params.max_new_tokens)
         if len(ids) > room:
             raise _invalid(
-                f"a prompt has {len(ids):,} tokens, where this model has room for {max(room, 0):,}"
+                f"a prompt has {len(ids):,} tokens, where this model has room for {room:,}"
             )
         return ids
 
@@ -202,18 +217,20 @@ class Generator:
         answers: list[list[list[GeneratedText]]] = [[] for _ in items]
         if not rows:
             return answers
-        queries = self.project([item.pixels.generation for item in items])
+        queries = self.project([item.pixels for item in items])
         texts = self._write(queries[owners], rows, params)
         for owner, alternatives in zip(owners, texts, strict=True):
             answers[owner].append(alternatives)
         return answers
 
-    def project(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
+    def project(self, images: Sequence[Pixels]) -> torch.Tensor:
         """Images as the language model reads them: (B, 32, its hidden size).
 
         One pass of the vision tower over all images, whatever number of prompts follows.
         """
-        queries = query_features(self.model, image_features(self.model, pixels))
+        queries = query_features(
+            self.model, image_features(self.model, [image.generation for image in images])
+        )
         projection = self.model.language_projection
         embedding = self.model.language_model.get_input_embeddings().weight
         projected: torch.Tensor = projection(queries.to(projection.weight.dtype))
@@ -224,12 +241,11 @@ class Generator:
     ) -> list[list[GeneratedText]]:
         """Texts for each row: ``queries`` of shape (rows, 32, hidden) followed by its prompt."""
         language_model = self.model.language_model
-        ids, mask = self._padded(rows, queries.device)
-        embedded = language_model.get_input_embeddings()(ids)
+        embeds, mask = self.prefix(queries, rows)
         with _quiet_about_penalties():
             written = language_model.generate(
-                inputs_embeds=torch.cat([queries, embedded], dim=1),
-                attention_mask=torch.cat([mask.new_ones(queries.shape[:2]), mask], dim=1),
+                inputs_embeds=embeds,
+                attention_mask=mask,
                 eos_token_id=self._eos,
                 pad_token_id=self._pad,
                 stopping_criteria=StoppingCriteriaList([_EachStep(self.on_step)]),
@@ -241,23 +257,19 @@ class Generator:
         each = params.num_return_sequences
         return [texts[start : start + each] for start in range(0, len(texts), each)]
 
-    def _padded(
-        self, rows: Sequence[list[int]], device: torch.device
+    def prefix(
+        self, queries: torch.Tensor, rows: Sequence[list[int]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask of shape (rows, longest).
+        """What texts go on from: embeddings of queries and prompts, and their mask.
 
         OPT's last prompt token must be the last of its row, as its next token follows there; the
         gap before the prompt costs nothing, since positions count the mask. T5 measures distances,
         which a gap between queries and prompt would stretch, so its gap is at the end.
         """
-        width = max(map(len, rows))
-        ids, mask = [], []
-        for row in rows:
-            gap = width - len(row)
-            left, right = (gap, 0) if self.family == "opt" else (0, gap)
-            ids.append([self._pad] * left + row + [self._pad] * right)
-            mask.append([0] * left + [1] * len(row) + [0] * right)
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+        ids, mask = padded(rows, self._pad, queries.device, left=self.family == "opt")
+        embedded = self.model.language_model.get_input_embeddings()(ids)
+        seen = mask.new_ones(queries.shape[:2])
+        return torch.cat([queries, embedded], dim=1), torch.cat([seen, mask], dim=1)
 
     def _text(self, row: Sequence[int]) -> GeneratedText:
         end = next((at for at, token in enumerate(row) if token in self._eos), None)

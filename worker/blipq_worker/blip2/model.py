@@ -9,6 +9,7 @@ from PIL import Image
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
 from blipq_worker.blip2.checkpoints import Checkpoint, Family, open_checkpoint
+from blipq_worker.blip2.choices import Ranker, RankItem
 from blipq_worker.blip2.embedding import Arrays, Embedder, EmbedItem
 from blipq_worker.blip2.generation import (
     GeneratedText,
@@ -56,7 +57,7 @@ class ModelInfo:
 class Blip2:
     """A resident model.
 
-    One thread calls ``generate``, ``match`` and ``embed``; the rest is thread-safe.
+    One thread calls ``generate``, ``rank``, ``match`` and ``embed``; the rest is thread-safe.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Blip2:
     ) -> None:
         self.info = info
         self.generator = generator
+        self.ranker = Ranker(generator)
         self.matcher = matcher
         self.embedder = embedder
         self._preprocessor = preprocessor
@@ -123,6 +125,7 @@ class Blip2:
     def on_step(self, call: Callable[[], None]) -> None:
         """Has ``call`` called after every decode step and chunk of pairs."""
         self.generator.on_step = call
+        self.ranker.on_step = call
         if self.matcher is not None:
             self.matcher.on_step = call
 
@@ -145,6 +148,14 @@ class Blip2:
     def generate(self, items: Sequence[GenerateItem]) -> list[list[list[GeneratedText]]]:
         """Texts per item, per prompt, per returned sequence. See ``Generator.generate``."""
         return self.generator.generate(items)
+
+    def check_choices(self, prompts: Sequence[str], choices: Sequence[str]) -> None:
+        """Raises PermanentError ``invalid_request`` for what does not fit. Thread-safe."""
+        self.ranker.check(prompts, choices)
+
+    def rank(self, items: Sequence[RankItem]) -> list[list[list[float]]]:
+        """A log-likelihood per choice, per prompt, per item. See ``Ranker.rank``."""
+        return self.ranker.rank(items)
 
     def match(self, items: Sequence[MatchItem]) -> list[list[float]]:
         """A score per text, per item. See ``Matcher.match``.

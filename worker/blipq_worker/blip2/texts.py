@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from blipq_worker.blip2.checkpoints import Checkpoint, CheckpointError
+from blipq_worker.blip2.padding import padded
 from blipq_worker.blip2.prompts import match_text
 
 
@@ -37,8 +38,4 @@ class Texts:
         self, texts: Sequence[str], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask, (texts, longest), padded on the right: BERT's positions are absolute."""
-        rows = [self.ids(text) for text in texts]
-        width = max(map(len, rows))
-        ids = [row + [self._pad] * (width - len(row)) for row in rows]
-        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+        return padded([self.ids(text) for text in texts], self._pad, device)
