@@ -52,8 +52,11 @@ def save_opt(folder: Path, **changes: Any) -> Path:
     return _save_generation(folder, text, tokenizer, **changes)
 
 
-def save_t5(folder: Path, **changes: Any) -> Path:
-    """T5 in the style of Flan: gated, ends with </s> (1), pads and starts with 0."""
+def save_t5(folder: Path, *, untied: bool = False, **changes: Any) -> Path:
+    """T5 in the style of Flan: gated, ends with </s> (1), pads and starts with 0.
+
+    untied: with an output layer of its own, as Flan's.
+    """
     tokenizer = _t5_tokenizer()
     text = T5Config(
         vocab_size=len(tokenizer) + 8,
@@ -68,6 +71,7 @@ def save_t5(folder: Path, **changes: Any) -> Path:
         bos_token_id=1,
         decoder_start_token_id=0,
         initializer_factor=1.0,
+        tie_word_embeddings=not untied,
     )
     return _save_generation(folder, text, tokenizer, **changes)
 
@@ -149,6 +153,9 @@ def _stir(model: Any) -> None:
             for weight in model.language_model.parameters():
                 weight.mul_(3.0)
             model.language_model.shared.weight.mul_(0.05)
+            if not model.config.text_config.scale_decoder_outputs:
+                own = model.language_model.shared.weight.roll(1, dims=0)
+                model.language_model.lm_head.weight = torch.nn.Parameter(own)
         for name, weight in model.named_parameters():
             if name.endswith("bias"):
                 weight.normal_(std=0.1)

@@ -20,6 +20,7 @@ from blipq.guarded_http import GuardedHttp
 from blipq.ledger import GRACE_S, Ledger, connect
 from blipq.settings import Settings
 from blipq.storage import Storage
+from blipq_worker.blip2.compiling import since_compiling
 from blipq_worker.engine import Engine
 from blipq_worker.fetch import Fetcher
 from blipq_worker.gate import Gate
@@ -89,7 +90,7 @@ class Worker:
             threads=options.threads,
             lease_s=options.lease_s,
             watchdog_s=options.watchdog_s,
-            stalled_for=self._engine.batcher.stalled_for,
+            stalled_for=self._stalled_for,
             draining=lambda: self._gate.closed,
         )
         self._reconciler = Reconciler(
@@ -134,6 +135,10 @@ class Worker:
         http = GuardedHttp(settings.image_policy, timeout_s=self._options.fetch_timeout_s)
         return HttpsFetcher(http, max_bytes=self._options.max_image_bytes)
 
+    def _stalled_for(self) -> float:
+        """Seconds without progress; a model that compiles is not stalled."""
+        return min(self._engine.batcher.stalled_for(), since_compiling())
+
     def _health_server(self, ledger: Ledger) -> HealthServer:
         def redis_away() -> str | None:
             try:
@@ -143,7 +148,7 @@ class Worker:
             return None
 
         def model_stuck() -> str | None:
-            stalled = self._engine.batcher.stalled_for()
+            stalled = self._stalled_for()
             return (
                 f"no progress for {stalled:.0f} s" if stalled > self._options.watchdog_s else None
             )

@@ -107,7 +107,10 @@ def load_models(options: WorkerSettings) -> "dict[str, Blip2]":
                 served.generation,
                 served.retrieval,
                 quantization=quantization,
+                quantize_vision=options.quantize_vision,
                 dtype=options.dtype,
+                attention=options.attention,
+                compiled=options.compile,
                 device=device,
             )
             # Receipts name a model as it was asked for, not by its folder on this machine.

@@ -9,6 +9,7 @@ from blipq.contract import Name, Seconds
 
 Quantization = Literal["auto", "none", "int8", "nf4"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
 
 def _pairs(value: Any) -> Any:
@@ -46,6 +47,20 @@ class WorkerSettings(BaseSettings):
     dtype: Dtype = Field(
         default="auto",
         description="Compute type; auto is LAVIS's mix on a GPU and bfloat16 on CPUs that have it.",
+    )
+    quantize_vision: bool = Field(
+        default=False,
+        description="Quantize the vision tower, too, for less memory and a little less accuracy.",
+    )
+    attention: Attention = Field(
+        default="sdpa",
+        description=(
+            "How attention is computed; flash_attention_2 is for the vision tower and OPT on a GPU."
+        ),
+    )
+    compile: bool = Field(
+        default=False,
+        description="Run the models through torch.compile: minutes at start, faster passes after.",
     )
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
 

@@ -1,5 +1,8 @@
 """Precision part by part, quantization, and refusal to run on random weights."""
 
+import math
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +11,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from blipq_worker.blip2 import Blip2, CheckpointError, GenerateItem, MatchItem, resolve
-from blipq_worker.blip2 import model as module
-from blipq_worker.blip2.loading import choose_precision
+from blipq_worker.blip2 import (
+    Blip2,
+    CheckpointError,
+    GenerateItem,
+    MatchItem,
+    compiling,
+    loading,
+    resolve,
+)
+from blipq_worker.blip2.compiling import LONGEST_S, compile_parts, since_compiling
+from blipq_worker.blip2.features import image_features
+from blipq_worker.blip2.loading import choose_attention, choose_precision
+from worker.tiny_models import save_t5
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+LAYERS = {"int8": "Linear8bitLt", "nf4": "Linear4bit"}
 
 
 def types(model: Any, part: str) -> set[torch.dtype]:
@@ -95,12 +109,98 @@ def test_quantized_checkpoints_load_and_run(
 ) -> None:
     model = Blip2.load(str(checkpoints[name]), str(checkpoints["itm"]), quantization=quantization)
     assert model.matcher is not None
-    layer = {"int8": "Linear8bitLt", "nf4": "Linear4bit"}[quantization]
+    layer = LAYERS[quantization]
     assert layer in kinds(model.generator.model, "language_model")
     for network in (model.generator.model, model.matcher.model):
         for part in ("vision_model", "qformer", "projection", "itm_head", "lm_head"):
             assert layer not in kinds(network, part), part
     answers_everything(model, pictures[0])
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_the_vision_tower_is_quantized_only_if_asked(
+    checkpoints: dict[str, Path], pictures: list[Image.Image], quantization: Any
+) -> None:
+    model = Blip2.load(
+        str(checkpoints["opt"]),
+        str(checkpoints["itm"]),
+        quantization=quantization,
+        quantize_vision=True,
+    )
+    assert model.matcher is not None
+    for network in (model.generator.model, model.matcher.model):
+        assert LAYERS[quantization] in kinds(network, "vision_model")
+        for part in ("qformer", "_projection", "itm_head", "lm_head"):
+            assert LAYERS[quantization] not in kinds(network, part), part
+    answers_everything(model, pictures[0])
+    assert model.info.quantization == f"{quantization}+vision"
+
+
+def test_quantizing_the_tower_means_nothing_without_quantization(
+    checkpoints: dict[str, Path],
+) -> None:
+    model = Blip2.load(str(checkpoints["opt"]), quantize_vision=True, dtype="float32")
+    assert model.info.quantization == "none"
+    assert types(model.generator.model, "vision_model") == {torch.float32}
+
+
+def test_every_attention_computes_the_same(
+    checkpoints: dict[str, Path], opt: Blip2, pictures: list[Image.Image]
+) -> None:
+    eager = Blip2.load(
+        str(checkpoints["opt"]), str(checkpoints["itm"]), dtype="float32", attention="eager"
+    )
+    parts = eager.generator.model.config
+    for part in (parts.vision_config, parts.qformer_config, parts.text_config):
+        assert part._attn_implementation == "eager"
+    pixels = opt.preprocess(pictures[0])
+    ours, theirs = (image_features(m.generator.model, [pixels.generation]) for m in (opt, eager))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    params = resolve("caption", opt.info, {"max_new_tokens": 8})
+    item = GenerateItem(pixels, ("a photo of",), params)
+    assert opt.generate([item]) == eager.generate([item])
+
+
+@pytest.mark.parametrize(("family", "language"), [("opt", "flash_attention_2"), ("t5", "sdpa")])
+def test_flash_attention_is_for_the_parts_that_can(
+    monkeypatch: pytest.MonkeyPatch, family: Any, language: str
+) -> None:
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: object())
+    precision = choose_precision("auto", GPU, family)
+    assert choose_attention("flash_attention_2", family, precision, GPU) == {
+        "": "sdpa",
+        "vision_config": "flash_attention_2",
+        "qformer_config": "sdpa",
+        "text_config": language,
+    }
+
+
+def test_flash_attention_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    half, full = (choose_precision(dtype, GPU, "opt") for dtype in ("auto", "float32"))
+    for precision, device in ((half, CPU), (full, GPU)):
+        with pytest.raises(ValueError, match="needs a GPU and 16 bits"):
+            choose_attention("flash_attention_2", "opt", precision, device)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install flash-attn"):
+        choose_attention("flash_attention_2", "opt", half, GPU)
+
+
+def test_the_files_are_read_and_not_mapped(checkpoints: dict[str, Path]) -> None:
+    """Pages of a mapped file count as the process' memory: four times the weights for nf4."""
+    model = Blip2.load(str(checkpoints["opt"]), dtype="float32")
+    assert model.generator.model.query_tokens.device == CPU
+    assert str(checkpoints["opt"]) not in Path("/proc/self/maps").read_text()
+
+
+def test_an_output_layer_of_its_own_is_kept(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Flan-T5's is not its input layer, though transformers calls every T5 tied."""
+    folder = save_t5(tmp_path / "t5", untied=True)
+    stored = load_file(folder / "model.safetensors")["language_model.lm_head.weight"]
+    for quantization in ("none", "nf4"):
+        model = Blip2.load(str(folder), dtype="float32", quantization=quantization)  # type: ignore[arg-type]
+        network = model.generator.model.language_model
+        assert torch.equal(network.lm_head.weight, stored)
+        assert not torch.equal(network.shared.weight, stored)
 
 
 @pytest.mark.parametrize("name", ["opt", "t5"])
@@ -112,7 +212,7 @@ def test_the_mix_of_types_for_gpus_fits_together(
 ) -> None:
     """Run on the CPU, which is as good for finding tensors of different types that meet."""
     mix = choose_precision("auto", GPU, name)
-    monkeypatch.setattr(module, "choose_precision", lambda *_: mix)
+    monkeypatch.setattr(loading, "choose_precision", lambda *_: mix)
     model = Blip2.load(str(checkpoints[name]), str(checkpoints["itm"]))
     assert types(model.generator.model, "language_model") == {mix.language}
     assert types(model.generator.model, "vision_model") == {torch.float16}
@@ -137,3 +237,26 @@ def test_damaged_weights_are_a_clear_error(checkpoints: dict[str, Path], tmp_pat
     (tmp_path / "config.json").write_bytes((checkpoints["opt"] / "config.json").read_bytes())
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         Blip2.load(str(tmp_path), dtype="float32")
+
+
+def test_compiled_parts_answer_the_same(
+    checkpoints: dict[str, Path],
+    opt: Blip2,
+    pictures: list[Image.Image],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The tower, traced by the compiler and run without its code generator, which takes minutes."""
+    monkeypatch.setattr(loading, "compile_parts", partial(compile_parts, backend="eager"))
+    assert since_compiling() == math.inf
+    model = Blip2.load(str(checkpoints["opt"]), dtype="float32", compiled=True)
+    pixels = [opt.preprocess(picture).generation for picture in pictures[:2]]
+    ours, theirs = (image_features(m.generator.model, pixels) for m in (opt, model))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert 0 < since_compiling() < 600, "the watchdog never heard of a compilation"
+
+
+def test_a_compilation_is_no_stall_until_it_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling._Clock, "began", time.monotonic() - 60)
+    assert since_compiling() == 0.0
+    monkeypatch.setattr(compiling._Clock, "began", time.monotonic() - LONGEST_S - 200)
+    assert since_compiling() >= 200

@@ -5,12 +5,15 @@ and the matching heads in fp32. Transformers alone keeps the Q-Former in fp32 fo
 ordinary cast after loading would undo even that, so the types are decided while loading.
 """
 
+import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -19,14 +22,42 @@ from transformers import (
 )
 
 from blipq_worker.blip2.checkpoints import Checkpoint, CheckpointError, Family
+from blipq_worker.blip2.compiling import compile_parts
 
 Quantization = Literal["none", "int8", "nf4"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
-# Only the language model is quantized: the vision tower is what every answer rests on. By itself
-# bitsandbytes would take the tower and the projection, too; and a list replaces its own default,
-# which is why lm_head must be in it.
-_NOT_QUANTIZED = ["vision_model", "qformer", "language_projection", "lm_head"]
+# By itself bitsandbytes would quantize the vision tower, the projection and the heads, too, and a
+# matching head that is quantized fails on its first use. A list replaces bitsandbytes' own default,
+# which is why lm_head must be in it. T5's `wo` is kept by transformers, whatever the list says.
+_NEVER_QUANTIZED = ("qformer", "language_projection", "lm_head")
+_HEADS = ("itm_head", "vision_projection", "text_projection")
+_VISION = "vision_model"
+
+
+@dataclass(frozen=True, slots=True)
+class Quantizing:
+    """How weights are quantized. vision: the tower of every checkpoint, too.
+
+    The tower is what every answer rests on, so it is left alone unless memory is short.
+    """
+
+    method: Quantization = "none"
+    vision: bool = False
+
+    def applies_to(self, family: Family) -> bool:
+        """Whether anything of such a checkpoint is quantized: a retrieval one has only a tower."""
+        return self.method != "none" and (family != "retrieval" or self.vision)
+
+    @property
+    def skipped(self) -> list[str]:
+        """The modules that bitsandbytes must leave alone."""
+        kept = [*_NEVER_QUANTIZED, *_HEADS]
+        return kept if self.vision else [_VISION, *kept]
+
+    def __str__(self) -> str:
+        return f"{self.method}+vision" if self.vision and self.method != "none" else self.method
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +113,44 @@ class _Retrieval(_ByParts, Blip2ForImageTextRetrieval):  # type: ignore[misc]
     pass
 
 
-def load_weights(
-    checkpoint: Checkpoint, precision: Precision, quantization: Quantization, device: torch.device
-) -> Any:
-    """The model of the checkpoint on ``device``: frozen, in evaluation mode, attention by SDPA.
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How a served model's checkpoints are loaded and run. compiled: by ``torch.compile``."""
 
-    Raises CheckpointError where weights are missing, rather than run on random ones.
+    device: torch.device
+    dtype: Dtype = "auto"
+    quantizing: Quantizing = Quantizing()
+    attention: Attention = "sdpa"
+    compiled: bool = False
+
+    def precision(self, family: Family) -> Precision:
+        """The types for a checkpoint of this family."""
+        return choose_precision(self.dtype, self.device, family)
+
+
+def load_weights(checkpoint: Checkpoint, setup: Setup) -> Any:
+    """The model of the checkpoint: frozen and in evaluation mode.
+
+    Raises CheckpointError where weights are missing, rather than run on random ones, and ValueError
+    for a type or an attention that cannot run on the device.
     """
     base = _Retrieval if checkpoint.family == "retrieval" else _Generation
+    precision = setup.precision(checkpoint.family)
     model_class: Any = type(base.__name__, (base,), {"precision": precision})
+    attention = choose_attention(setup.attention, checkpoint.family, precision, setup.device)
+    quantizing = _bitsandbytes(checkpoint.family, precision, setup.quantizing)
     try:
-        model, report = model_class.from_pretrained(
-            checkpoint.folder,
-            dtype=precision.vision,
-            attn_implementation="sdpa",
-            quantization_config=_quantization(checkpoint.family, precision, quantization),
-            device_map={"": device},
-            output_loading_info=True,
-        )
+        with _stored_weights(checkpoint) as weights:
+            model, report = model_class.from_pretrained(
+                None,
+                config=checkpoint.config,
+                state_dict=weights,
+                dtype=precision.vision,
+                attn_implementation=attention,
+                quantization_config=quantizing,
+                device_map={"": setup.device},
+                output_loading_info=True,
+            )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the weights of checkpoint {checkpoint.name!r} cannot be loaded: {error}"
@@ -107,22 +158,60 @@ def load_weights(
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise CheckpointError(f"checkpoint {checkpoint.name!r} lacks weights, such as {some}")
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    if setup.compiled:
+        compile_parts(model)
+    return model
 
 
-def _quantization(family: Family, precision: Precision, quantization: Quantization) -> Any:
-    if quantization == "none" or family == "retrieval":
-        return None  # a retrieval checkpoint has no language model
+@contextmanager
+def _stored_weights(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+    """The checkpoint's tensors by name, each read when it is asked for and not kept.
+
+    Transformers itself maps the files into memory, and what it has read of them stays resident
+    until all is loaded: for nf4 that is four times what the model takes.
+    """
+    with ExitStack() as files:
+        weights: dict[str, Any] = {}
+        for path in sorted(checkpoint.folder.glob("*.safetensors")):
+            file = files.enter_context(safe_open(path, framework="pt", backend="pread"))
+            weights |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        yield weights
+
+
+def choose_attention(
+    attention: Attention, family: Family, precision: Precision, device: torch.device
+) -> dict[str, str]:
+    """The implementation for each part, by the name of its configuration ("": the whole).
+
+    flash_attention_2 is for the vision tower and OPT: the Q-Former is fp32, which it cannot do, and
+    T5's distances are biases, which it cannot add. Both stay with sdpa. Raises ValueError where it
+    cannot run.
+    """
+    if attention != "flash_attention_2":
+        return dict.fromkeys(("", "vision_config", "qformer_config", "text_config"), attention)
+    if device.type != "cuda" or torch.float32 in (precision.vision, precision.language):
+        raise ValueError("flash_attention_2 needs a GPU and 16 bits: choose sdpa or another dtype")
+    if importlib.util.find_spec("flash_attn") is None:
+        raise ValueError("flash_attention_2 needs `pip install flash-attn`, or choose sdpa")
+    language = attention if family == "opt" else "sdpa"
+    kept = {"": "sdpa", "qformer_config": "sdpa"}
+    return {**kept, "vision_config": attention, "text_config": language}
+
+
+def _bitsandbytes(family: Family, precision: Precision, quantizing: Quantizing) -> Any:
+    if not quantizing.applies_to(family):
+        return None
     # On every multiplication int8 logs that it casts its input.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_NOT_QUANTIZED)
+    if quantizing.method == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=quantizing.skipped)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=precision.language,
-        llm_int8_skip_modules=_NOT_QUANTIZED,
+        llm_int8_skip_modules=quantizing.skipped,
     )
 
 

@@ -18,9 +18,11 @@ from blipq_worker.blip2.generation import (
     Generator,
 )
 from blipq_worker.blip2.loading import (
+    Attention,
     Dtype,
     Quantization,
-    choose_precision,
+    Quantizing,
+    Setup,
     load_tokenizer,
     load_weights,
 )
@@ -32,7 +34,8 @@ from blipq_worker.blip2.retrieval import Matcher, MatchItem
 class ModelInfo:
     """What answers came from.
 
-    dtype: of the vision tower and the language model, joined by "/" where they differ. revision:
+    dtype: of the vision tower and the language model, joined by "/" where they differ.
+    quantization: none, int8 or nf4, and "+vision" where the tower is quantized, too. revision:
     the hub's commit, or the SHA-256 of the weights. image_size: side of the square that the
     generation checkpoint sees, in pixels. default_prompt: for captions without one.
     """
@@ -40,7 +43,7 @@ class ModelInfo:
     checkpoint: str
     family: Family
     dtype: str
-    quantization: Quantization
+    quantization: str
     device: str
     revision: str
     image_size: int
@@ -84,28 +87,33 @@ class Blip2:
         retrieval: str | None = None,
         *,
         quantization: Quantization = "none",
+        quantize_vision: bool = False,
         dtype: Dtype = "auto",
+        attention: Attention = "sdpa",
+        compiled: bool = False,
         device: str = "cpu",
     ) -> "Blip2":
-        """Loads the checkpoints (folders or hub ids) onto ``device``; see ``choose_precision``.
+        """Loads the checkpoints (folders or hub ids) onto ``device``; see ``loading``.
 
-        Raises CheckpointError, and ValueError for a type that the device is no good at.
+        Raises CheckpointError, and ValueError for a type or an attention that the device is no good
+        at.
         """
-        on = torch.device(device)
+        setup = Setup(
+            device=torch.device(device),
+            dtype=dtype,
+            quantizing=Quantizing(quantization, quantize_vision),
+            attention=attention,
+            compiled=compiled,
+        )
         written = open_checkpoint(generation)
         matched = open_checkpoint(retrieval) if retrieval is not None else None
-        precision = choose_precision(dtype, on, written.family)
-        generator = Generator(
-            written, load_weights(written, precision, quantization, on), load_tokenizer(written)
-        )
-        matcher, embedder = (
-            _retrieval(matched, quantization, dtype, on) if matched else (None, None)
-        )
+        generator = Generator(written, load_weights(written, setup), load_tokenizer(written))
+        matcher, embedder = _retrieval(matched, setup) if matched else (None, None)
         info = ModelInfo(
             checkpoint=written.name,
             family=written.family,
-            dtype=str(precision),
-            quantization=quantization,
+            dtype=str(setup.precision(written.family)),
+            quantization=str(setup.quantizing),
             device=device,
             revision=written.revision,
             image_size=written.image_size,
@@ -186,10 +194,7 @@ class Blip2:
         return PermanentError(ErrorCode.MODEL_UNAVAILABLE, message)
 
 
-def _retrieval(
-    checkpoint: Checkpoint, quantization: Quantization, dtype: Dtype, device: torch.device
-) -> tuple[Matcher, Embedder]:
-    precision = choose_precision(dtype, device, checkpoint.family)
-    weights = load_weights(checkpoint, precision, quantization, device)
+def _retrieval(checkpoint: Checkpoint, setup: Setup) -> tuple[Matcher, Embedder]:
+    weights = load_weights(checkpoint, setup)
     tokenizer = load_tokenizer(checkpoint)
     return Matcher(checkpoint, weights, tokenizer), Embedder(checkpoint, weights, tokenizer)
