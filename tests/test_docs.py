@@ -87,7 +87,7 @@ def message(id: str, *arguments: Any) -> dict[str, Any]:
     return told
 
 
-@pytest.mark.parametrize("generator", ["configuration", "schemas"])
+@pytest.mark.parametrize("generator", ["configuration", "schemas", "cli"])
 def test_generated_pages_are_fresh(generator: str) -> None:
     command = [sys.executable, "-m", f"tools.docs.{generator}", "--check"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -263,6 +263,21 @@ class Ledger(Scripted):
             self.redis.delete(f"blipq:job:{id}")
         return True
 
+    # -- many jobs --
+
+    def purge(self, queue: str, ids: Sequence[str]) -> int:
+        """Cancels those of these jobs that still wait in the queue; how many."""
+        with redis_errors():
+            return int(self._run("purge", queue, *ids))
+
+    def release(self, ids: Sequence[str]) -> int:
+        """Forgets jobs whose outcome the caller keeps; how many.
+
+        Dead letters stay, and jobs with a webhook.
+        """
+        with redis_errors():
+            return int(self._run("release", *ids))
+
     # -- the worker's side --
 
     def claim(self, id: str, worker: str, *, lease_s: float = LEASE_S) -> Claim | Unclaimed:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from typer.testing import CliRunner, Result
 
 from blipq import Client, Settings
 from blipq.cli import app
+from blipq.cli.group import split_help
 from blipq.contract import Kind, Options
 from blipq.ledger import Claim, Ledger
+from conftest import wait_until
 
 IMAGE = "s3://uploads/cat.jpg"
 CAPTION = {"kind": "caption", "captions": [{"text": "a [red] cat"}]}
@@ -337,10 +339,44 @@ def test_the_version_is_told(environment: dict[str, str]) -> None:
     assert process("--version", environment=environment).stdout == "blipq 0.1.0\n"
 
 
-def test_every_command_has_help(run: Run) -> None:
-    commands = [info.name or info.callback.__name__ for info in app.registered_commands]
-    assert {"caption", "vqa", "match", "status", "result", "cancel", "up", "down"} <= set(commands)
-    for command in commands:
-        ran = run(command, "--help")
-        assert ran.exit_code == 0
-        assert "Usage:" in ran.stdout
+def test_an_early_interrupt_shows_no_traceback(environment: dict[str, str]) -> None:
+    """Loading the command takes a while, and people change their minds."""
+    early = subprocess.Popen(
+        [sys.executable, "-m", "blipq_main", "status", "job_1"],
+        env={**os.environ, **environment},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    maps = Path(f"/proc/{early.pid}/maps")
+    wait_until(lambda: early.poll() is not None or "pydantic_core" in maps.read_text(), "imports")
+    early.send_signal(signal.SIGINT)
+    _, told = early.communicate(timeout=30)
+    assert early.returncode in (130, 4)
+    assert "Traceback" not in told
+
+
+def every_command(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from every_command(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+COMMANDS = dict(every_command(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_every_command_has_help_with_examples(run: Run, path: tuple[str, ...]) -> None:
+    ran = run(*path, "--help")
+    assert ran.exit_code == 0
+    assert "Usage:" in ran.stdout
+    text, examples = split_help(COMMANDS[path].callback)
+    assert text, "say in a docstring what the command does"
+    assert examples, "end its docstring with 'Examples:' and a command line or more"
+    assert all(f"blipq {' '.join(path)}" in line for line in examples)
+
+
+def test_every_option_has_help() -> None:
+    for path, command in COMMANDS.items():
+        assert [param.name for param in command.params if not param.help] == [], path

@@ -10,7 +10,16 @@ from typing import Annotated
 import typer
 
 from blipq import __version__
-from blipq.cli import dead_letters, demo, doctor, jobs, models, services, webhooks
+from blipq.cli import (
+    dead_letters,
+    demo,
+    doctor,
+    jobs,
+    models,
+    overview,
+    services,
+    webhooks,
+)
 from blipq.cli.group import Group
 
 app = Group(
@@ -28,6 +37,7 @@ for command in (
     jobs.status,
     jobs.result,
     jobs.cancel,
+    overview.wait,
     demo.demo,
     doctor.doctor,
     services.up,
@@ -35,6 +45,8 @@ for command in (
     services.worker,
 ):
     app.command()(command)
+app.command("list")(overview.list_)
+app.add_typer(overview.app, name="queue")
 app.add_typer(dead_letters.app, name="dead-letters")
 app.add_typer(models.app, name="models")
 app.add_typer(webhooks.app, name="webhooks")

@@ -16,7 +16,11 @@ def list_(
     limit: Annotated[int, typer.Option(help="At most this many, newest first.")] = 100,
     as_json: JsonOption = False,
 ) -> None:
-    """List the dead letters."""
+    """List the dead letters.
+
+    Examples:
+        blipq dead-letters list --limit 20
+    """
     with connected(as_json) as client:
         for info in client.ledger.dead_letters(limit):
             if as_json:
@@ -29,7 +33,11 @@ def list_(
 
 @app.command("show")
 def show(id: IdArgument) -> None:
-    """Show one dead letter, as JSON."""
+    """Show one dead letter, as JSON.
+
+    Examples:
+        blipq dead-letters show job_0197f2a0-5c7e-7d3b-9a51-3c1d6e0f4a2b
+    """
     with connected(as_json=True) as client:
         print(client.job(id).info().model_dump_json(indent=2, exclude_none=True))
 
@@ -38,7 +46,11 @@ def show(id: IdArgument) -> None:
 def retry(
     ids: Annotated[list[str], typer.Argument(metavar="ID...", help="The jobs' ids.")],
 ) -> None:
-    """Queue dead letters again, with fresh attempts; they run alone."""
+    """Queue dead letters again, with fresh attempts; they run alone.
+
+    Examples:
+        blipq dead-letters retry job_0197f2a0-5c7e-7d3b-9a51-3c1d6e0f4a2b
+    """
     with connected() as client:
         for id in ids:
             message = client.ledger.retry_dead_letter(id)
@@ -52,7 +64,11 @@ def retry(
 def drop(
     ids: Annotated[list[str], typer.Argument(metavar="ID...", help="The jobs' ids.")],
 ) -> None:
-    """Forget dead letters and their jobs."""
+    """Forget dead letters and their jobs.
+
+    Examples:
+        blipq dead-letters drop job_0197f2a0-5c7e-7d3b-9a51-3c1d6e0f4a2b
+    """
     with connected() as client:
         for id in ids:
             if not client.ledger.drop_dead_letter(id):

@@ -44,6 +44,10 @@ def demo(
 
     Every answer is checked and the report shows each beside its picture. Everything runs on this
     machine and is stopped at the end. Exits 0 if at least 95 % is right and no job failed.
+
+    Examples:
+        blipq demo
+        blipq demo --images 8 --seed 7 --report report.html
     """
     arguments = ["--images", images, "--quantization", quantization, "--report", report]
     arguments += ["--model", model]

@@ -23,7 +23,12 @@ def doctor(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check everything a job needs. Exit code 1 if anything is bad."""
+    """Check everything a job needs. Exit code 1 if anything is bad.
+
+    Examples:
+        blipq doctor
+        blipq doctor --no-canary --json
+    """
     findings: list[Finding] = []
     with reported(as_json):
         settings = checked(Settings)

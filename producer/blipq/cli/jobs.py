@@ -106,7 +106,11 @@ def embed(
 
 
 def status(id: IdArgument, as_json: JsonOption = False) -> None:
-    """Show where a job is, and when no live worker serves its model."""
+    """Show where a job is, and when no live worker serves its model.
+
+    Examples:
+        blipq status job_0197f2a0-5c7e-7d3b-9a51-3c1d6e0f4a2b
+    """
     with connected(as_json) as client:
         info = client.job(id).info()
         if as_json:
@@ -116,13 +120,21 @@ def status(id: IdArgument, as_json: JsonOption = False) -> None:
 
 
 def result(id: IdArgument, timeout: TimeoutOption = 60.0, as_json: JsonOption = False) -> None:
-    """Wait for a job and print its result."""
+    """Wait for a job and print its result.
+
+    Examples:
+        blipq result job_0197f2a0-5c7e-7d3b-9a51-3c1d6e0f4a2b --timeout 300
+    """
     with connected(as_json) as client:
         follow(client.job(id), True, timeout, as_json)
 
 
 def cancel(id: IdArgument, as_json: JsonOption = False) -> None:
-    """Cancel a job, wherever it is."""
+    """Cancel a job, wherever it is.
+
+    Examples:
+        blipq cancel job_0197f2a0-5c7e-7d3b-9a51-3c1d6e0f4a2b
+    """
     with connected(as_json) as client:
         job = client.job(id)
         cancelled = job.cancel()

@@ -17,7 +17,11 @@ app = Group("Models that can be served.")
 
 @app.command("list")
 def list_(as_json: JsonOption = False) -> None:
-    """List the known models, and whether their weights are on this machine."""
+    """List the known models, and whether their weights are on this machine.
+
+    Examples:
+        blipq models list
+    """
     _become("list", as_json=as_json)
 
 
@@ -32,7 +36,11 @@ def memory(
     new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 30,
     as_json: JsonOption = False,
 ) -> None:
-    """Count the GPU memory that a model takes, without loading it."""
+    """Count the GPU memory that a model takes, without loading it.
+
+    Examples:
+        blipq models memory opt-2.7b --quantization nf4 --batch-size 16
+    """
     options = {
         "--batch-size": batch_size,
         "--quantization": quantization,

@@ -18,7 +18,12 @@ def up(
     folder: Annotated[Path | None, typer.Option(help="Where data and logs are kept.")] = None,
     worker: Annotated[bool, typer.Option(help="Also start a worker.")] = True,
 ) -> None:
-    """Start a local stack: Redis, S3 and a worker. Ctrl-C stops it all."""
+    """Start a local stack: Redis, S3 and a worker. Ctrl-C stops it all.
+
+    Examples:
+        blipq up
+        blipq up --no-worker --folder /tmp/stack
+    """
     from blipq import up as stack
 
     with reported():
@@ -26,7 +31,11 @@ def up(
 
 
 def down() -> None:
-    """Stop the local stack that `blipq up` started."""
+    """Stop the local stack that `blipq up` started.
+
+    Examples:
+        blipq down
+    """
     stack = read_stack_file()
     if stack is None:
         errors.print("no local stack is running")
@@ -60,7 +69,12 @@ def worker(
         str | None, typer.Option(help="One process per GPU: 'all', or indexes such as 0,1.")
     ] = None,
 ) -> None:
-    """Run a worker for the services that the settings name. SIGTERM drains it."""
+    """Run a worker for the services that the settings name. SIGTERM drains it.
+
+    Examples:
+        blipq worker
+        BLIPQ_MODELS=default=opt-2.7b blipq worker --gpus all
+    """
     from blipq import fleet
 
     with reported():

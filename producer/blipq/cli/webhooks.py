@@ -28,7 +28,11 @@ app.add_typer(secret, name="secret")
 
 @app.command("run")
 def run() -> None:
-    """Send webhooks until SIGTERM. Any number may run; they share the work."""
+    """Send webhooks until SIGTERM. Any number may run; they share the work.
+
+    Examples:
+        BLIPQ_WEBHOOK_SECRETS=whsec_... blipq webhooks run
+    """
     from blipq.webhooks import sender
 
     with reported():
@@ -40,7 +44,11 @@ def try_(
     url: Annotated[str, typer.Argument(help="Where to post an event of the type blipq.test.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Post a signed test event, as a sender on this machine would. Exit code 1 unless it is 2xx."""
+    """Post a signed test event, as a sender on this machine would. Exit code 1 unless it is 2xx.
+
+    Examples:
+        blipq webhooks test https://example.org/hook
+    """
     with reported(as_json):
         answer = asyncio.run(_post_test(checked(Settings), url))
     if as_json:
@@ -74,7 +82,11 @@ def list_(
     limit: Annotated[int, typer.Option(min=1, help="At most this many.")] = 100,
     as_json: JsonOption = False,
 ) -> None:
-    """List events that wait to be sent, or were given up, and count what came of all attempts."""
+    """List events that wait to be sent, or were given up, and count what came of all attempts.
+
+    Examples:
+        blipq webhooks list --dead
+    """
     with _outbox(as_json) as outbox:
         events = outbox.listed(dead=dead, limit=limit)
         counted: dict[str, Any] = {
@@ -106,7 +118,11 @@ def replay(
         list[str], typer.Argument(metavar="ID...", help="An event, a webhook-id or a job's id.")
     ],
 ) -> None:
-    """Send events again, under the same webhook-id: dead, waiting, or the end of a kept job."""
+    """Send events again, under the same webhook-id: dead, waiting, or the end of a kept job.
+
+    Examples:
+        blipq webhooks replay job_0197f2a0-5c7e-7d3b-9a51-3c1d6e0f4a2b
+    """
     with _outbox() as outbox:
         for id in ids:
             events = outbox.replay(id)
@@ -118,7 +134,11 @@ def replay(
 
 @secret.command("new")
 def new() -> None:
-    """Print a new secret. Put it first in BLIPQ_WEBHOOK_SECRETS, and give it to receivers."""
+    """Print a new secret. Put it first in BLIPQ_WEBHOOK_SECRETS, and give it to receivers.
+
+    Examples:
+        blipq webhooks secret new
+    """
     from blipq.webhooks.delivery import new_secret
 
     print(new_secret())

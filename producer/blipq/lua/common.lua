@@ -8,6 +8,7 @@ local RUNNING = 'blipq:running'    -- zset: id -> end of lease
 local DELAYED = 'blipq:delayed'    -- zset: id -> when a retry is due
 local QUEUES = 'blipq:queues'      -- zset: queue -> last use
 local DEAD = 'blipq:dead-letters'  -- zset: id -> when it was given up
+local RECENT = 'blipq:recent'      -- zset: id -> when it ended, the last thousand
 local OUTBOX = 'blipq:outbox'      -- zset: host -> when its next webhook event is due
 local DAY = 86400 * 1000
 local INDEX_TTL = 40 * DAY         -- longer than any job can stay open
@@ -98,6 +99,8 @@ local function end_job(id, job, status, fields)
     ttl = math.max(ttl, OUTBOX_TTL)
   end
   redis.call('PEXPIRE', key, ttl)
+  index(RECENT, now, id)
+  redis.call('ZREMRANGEBYRANK', RECENT, 0, -1001)
   redis.call('PUBLISH', job.notify, id)
 end
 

@@ -1,0 +1,22 @@
+"""The ``blipq`` command before anything of it is loaded, which takes a while."""
+
+import os
+import signal
+from types import FrameType
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os._exit(130)
+
+
+def main() -> None:
+    """An interrupt this early ends the command without a traceback: nothing has begun."""
+    signal.signal(signal.SIGINT, _leave)
+    from blipq.cli import main as command
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    command()
+
+
+if __name__ == "__main__":
+    main()

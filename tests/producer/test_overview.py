@@ -1,0 +1,161 @@
+"""Many jobs at a glance: list, wait, and the queues."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+import redis
+from typer.testing import CliRunner, Result
+
+from blipq import Client, JobInfo, Settings
+from blipq.cli import app
+from blipq.ledger import Claim, Ledger
+from blipq.overview import Overview
+
+IMAGE = "s3://uploads/cat.jpg"
+CAPTION = json.dumps({"kind": "caption", "captions": [{"text": "a cat"}]})
+ERROR = json.dumps({"code": "image_not_found", "message": "no such key"})
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(apart: Settings, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("BLIPQ_REDIS_URL", apart.redis_url)
+    return lambda *arguments, **options: CliRunner().invoke(app, list(arguments), **options)
+
+
+def claimed(ledger: Ledger, id: str) -> Claim:
+    claim = ledger.claim(id, "w1")
+    assert isinstance(claim, Claim)
+    return claim
+
+
+@pytest.fixture
+def jobs(client: Client, ledger: Ledger) -> dict[str, str]:
+    """A job of each status, in this order."""
+    ids = {
+        name: client.caption(IMAGE, model="m").id
+        for name in ("succeeded", "failed", "cancelled", "running", "queued")
+    }
+    ledger.succeed(claimed(ledger, ids["succeeded"]), CAPTION, "{}")
+    ledger.fail(claimed(ledger, ids["failed"]), ERROR, "{}")
+    ledger.cancel(ids["cancelled"])
+    claimed(ledger, ids["running"])
+    return ids
+
+
+def listed(ran: Result) -> list[JobInfo]:
+    assert ran.exit_code == 0, ran.output
+    return [JobInfo.model_validate_json(line) for line in ran.stdout.splitlines()]
+
+
+def test_jobs_are_listed_the_newest_first(run: Run, jobs: dict[str, str]) -> None:
+    found = listed(run("list", "--json"))
+    assert {info.id for info in found} == set(jobs.values())
+    assert [info.created_at for info in found] == sorted(
+        (info.created_at for info in found), reverse=True
+    )
+    assert len(listed(run("list", "--json", "--limit", "2"))) == 2
+
+
+@pytest.mark.parametrize("status", ["succeeded", "failed", "cancelled", "running", "queued"])
+def test_jobs_are_listed_by_status(run: Run, jobs: dict[str, str], status: str) -> None:
+    assert [info.id for info in listed(run("list", "--status", status, "--json"))] == [jobs[status]]
+
+
+def test_jobs_are_listed_by_model(run: Run, jobs: dict[str, str], client: Client) -> None:
+    other = client.caption(IMAGE, model="other").id
+    assert [info.id for info in listed(run("list", "--model", "other", "--json"))] == [other]
+
+
+def test_a_list_for_people_says_what_failed(run: Run, jobs: dict[str, str]) -> None:
+    ran = run("list", "--status", "failed")
+    assert jobs["failed"] in ran.stdout
+    assert "image_not_found: no such key" in ran.stdout
+
+
+def test_only_the_last_thousand_that_ended_are_indexed(
+    client: Client, raw_redis: "redis.Redis"
+) -> None:
+    """The index is for people; it must not grow with the load."""
+    raw_redis.zadd("blipq:recent", {f"job_{n}": n for n in range(1500)})
+    id = client.caption(IMAGE).id
+    client.job(id).cancel()
+    assert raw_redis.zcard("blipq:recent") == 1000
+    assert raw_redis.zrevrange("blipq:recent", 0, 0) == [id]
+    assert [info.id for info in Overview(client.ledger).jobs()] == [id]
+
+
+@pytest.mark.parametrize(
+    ("names", "code"),
+    [
+        (("succeeded",), 0),
+        (("succeeded", "failed", "cancelled"), 3),
+        (("cancelled", "failed"), 6),
+    ],
+)
+def test_wait_exits_by_the_first_that_did_not_succeed(
+    run: Run, jobs: dict[str, str], names: tuple[str, ...], code: int
+) -> None:
+    ran = run("wait", *(jobs[name] for name in names), "--json")
+    assert ran.exit_code == code
+    assert [json.loads(line)["status"] for line in ran.stdout.splitlines()] == list(names)
+
+
+def test_wait_for_a_job_that_goes_on_exits_5(run: Run, jobs: dict[str, str]) -> None:
+    assert run("wait", jobs["succeeded"], jobs["queued"], "--timeout", "0.1").exit_code == 5
+
+
+def test_queues_say_what_waits_and_for_whom(run: Run, jobs: dict[str, str]) -> None:
+    told = json.loads(run("queue", "stats", "--json").stdout)
+    assert (told["open"], told["running"], told["delayed"]) == (2, 1, 0)
+    (queue,) = told["queues"]
+    assert (queue["queue"], queue["waiting"]) == ("blipq.m.normal", 1)
+    assert 0 <= queue["oldest_s"] < 60
+    assert queue["live_workers"] == 0
+    assert "blipq.m.normal  1 waiting" in run("queue", "stats").stdout
+
+
+def test_a_purge_asks_first(run: Run, jobs: dict[str, str], client: Client) -> None:
+    ran = run("queue", "purge", "blipq.m.normal", input="n\n")
+    assert ran.exit_code == 1
+    assert "Cancel 1 jobs" in ran.stderr
+    assert client.job(jobs["queued"]).status == "queued"
+
+
+def test_a_purge_cancels_what_waits_and_nothing_else(
+    run: Run, jobs: dict[str, str], client: Client
+) -> None:
+    ran = run("queue", "purge", "blipq.m.normal", "--yes", "--json")
+    assert json.loads(ran.stdout) == {"queue": "blipq.m.normal", "cancelled": 1}
+    assert client.job(jobs["queued"]).status == "cancelled"
+    assert client.job(jobs["running"]).status == "running"
+
+
+def test_a_purge_ends_beside_stale_entries(client: Client, raw_redis: "redis.Redis") -> None:
+    """An entry without a job must not be found again and again."""
+    raw_redis.zadd("blipq:queued:q", {"job_gone": 1})
+    assert Overview(client.ledger).purge("q") == 0
+    assert not raw_redis.exists("blipq:queued:q")
+
+
+def test_a_collected_job_is_forgotten_but_not_an_open_one(
+    client: Client, ledger: Ledger, jobs: dict[str, str]
+) -> None:
+    assert ledger.release(list(jobs.values())) == 3
+    assert ledger.read(jobs["succeeded"]) is None
+    assert ledger.read(jobs["queued"]) is not None
+
+
+def test_a_released_job_stays_while_its_webhook_waits(client: Client, ledger: Ledger) -> None:
+    job = client.caption(IMAGE, webhook={"url": "https://example.org/hook"})
+    job.cancel()
+    assert ledger.release([job.id]) == 0
+    assert job.status == "cancelled"
+
+
+def test_a_dead_letter_is_not_released(client: Client, ledger: Ledger) -> None:
+    id = client.caption(IMAGE).id
+    ledger.fail(claimed(ledger, id), ERROR, "{}", dead=True)
+    assert ledger.release([id]) == 0
