@@ -17,6 +17,8 @@ from blipq.broker import Broker
 from blipq.contract import (
     CaptionRequest,
     CaptionResult,
+    DescribeRequest,
+    DescribeResult,
     EmbedDtype,
     EmbedMode,
     EmbedRequest,
@@ -200,6 +202,33 @@ class Client:
             dtype=dtype,
         )
         return cast("Job[EmbedResult]", self.submit(request, checked_options))
+
+    def describe(
+        self,
+        image: ImageSource,
+        *,
+        caption: bool = True,
+        questions: str | Sequence[str] = (),
+        texts: str | Sequence[str] = (),
+        embed: bool = False,
+        generation: Generation | Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Job[DescribeResult]:
+        """Asks for several things about an image, which is looked at once.
+
+        ``texts`` are scored by probability; ``embed`` asks for the image's features.
+        """
+        checked_options = checked(Options, **options)
+        request = checked(
+            DescribeRequest,
+            image=self._reference(image),
+            caption=caption,
+            questions=questions,
+            texts=texts,
+            embed=embed,
+            generation=generation,
+        )
+        return cast("Job[DescribeResult]", self.submit(request, checked_options))
 
     # -- any kind --
 

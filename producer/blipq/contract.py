@@ -283,7 +283,11 @@ class EmbedRequest(_Asked):
 
 
 class DescribeRequest(_Asked):
-    """Several things about one image from one vision pass."""
+    """Several things about one image from one vision pass.
+
+    ``texts`` are scored by ``itm``; ``embed`` gives the image's features. ``generation`` is for the
+    caption and the answers.
+    """
 
     kind: Literal[Kind.DESCRIBE] = Kind.DESCRIBE
     image: Image
@@ -296,6 +300,12 @@ class DescribeRequest(_Asked):
     )
     embed: bool = False
     generation: Generation | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> "DescribeRequest":
+        if not (self.caption or self.questions or self.texts or self.embed):
+            raise ValueError("ask for a caption, questions, texts or embed")
+        return self
 
 
 class SearchRequest(_Asked):

@@ -90,6 +90,17 @@ def test_features_of_an_image_and_of_texts_compare(
     assert [cosine(text) for text in texts] == pytest.approx(expected, abs=5e-3)
 
 
+def test_describe_an_image_at_one_look(client: Client, picture: bytes, scene: world.Scene) -> None:
+    asked = scene.questions()[0]
+    result = client.describe(
+        picture, questions=asked.question, texts=scene.caption, embed=True
+    ).result(timeout=60)
+    assert result.caption.text == scene.caption
+    assert result.vqa.text == asked.answer
+    assert result.match.best.score > 0.5
+    assert len(result.embed["image_embeds"].tolist()) == 32
+
+
 def test_a_local_file_is_uploaded_first(client: Client, picture: bytes, tmp_path: Path) -> None:
     path = tmp_path / "scene.png"
     path.write_bytes(picture)

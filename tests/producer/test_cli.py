@@ -93,6 +93,7 @@ def failed(client: Client, ledger: Ledger) -> str:
         (VQA, "why?  a\nhow?  b\n"),
         (MATCH, "0.988  a cat\n"),
         (CHOSEN, "0.750  a\n0.250  b\n"),
+        ({"kind": "describe", "caption": CAPTION, "match": MATCH}, "a [red] cat\n0.988  a cat\n"),
         (EMBED, "image_embeds  float16 (32, 768)\n"),
     ],
 )

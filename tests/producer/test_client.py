@@ -80,6 +80,11 @@ def test_what_is_given_decides_what_is_embedded(
     assert request.get("image") == ({"uri": IMAGE} if "image" in given else None)
 
 
+def test_a_description_may_ask_one_question_and_one_text(client: Client) -> None:
+    request = request_of(client, client.describe(IMAGE, questions="why?", texts="a cat"))
+    assert (request["questions"], request["texts"]) == (["why?"], ["a cat"])
+
+
 def test_an_image_may_be_a_reference_with_an_etag(client: Client) -> None:
     job = client.match(ImageRef(uri=IMAGE, etag="abc"), "a cat", head="itc")
     assert request_of(client, job)["image"] == {"uri": IMAGE, "etag": "abc"}
@@ -115,6 +120,7 @@ def test_a_local_image_is_uploaded(
         ),
         (lambda client: client.match(IMAGE, "a cat", head="itx"), "head"),
         (lambda client: client.embed(), "image"),
+        (lambda client: client.describe(IMAGE, caption=False), "ask for a caption"),
         (lambda client: client.embed(text="a cat", dtype="int8"), "dtype"),
         (lambda client: client.caption(IMAGE, priority="urgent"), "priority"),
         (lambda client: client.caption(IMAGE, expires_in="soon"), "expires_in"),

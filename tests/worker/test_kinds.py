@@ -9,6 +9,7 @@ import pytest
 
 from blipq.contract import (
     CaptionRequest,
+    DescribeRequest,
     EmbedRequest,
     ErrorCode,
     MatchRequest,
@@ -40,6 +41,18 @@ class Model:
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
+        self.notes: list[str] = []
+        self.room = 1000
+
+    def all(self, items: list[Any]) -> list[Any]:
+        verbs = {GenerateItem: self.generate, MatchItem: self.match, EmbedItem: self.embed}
+        return [verbs[type(item)](item) for item in items]
+
+    def fits(self, item: Any) -> bool:
+        return all(len(prompt) <= self.room for prompt in item.prompts)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def generate(self, item: GenerateItem) -> Generated:
         self.asked.append(item)
@@ -132,6 +145,37 @@ def test_earlier_turns_are_part_of_the_prompt(model: Model) -> None:
     assert model.asked[0].prompts == (vqa_prompt("why?", (("what?", "a cat"),)),)
 
 
+TURNS = tuple((f"what is number {number}?", "a cat") for number in range(9))
+
+
+def chat(model: Model, question: str = "why?", **fields: Any) -> Any:
+    history = [{"question": asked, "answer": answer} for asked, answer in TURNS]
+    request = {"image": IMAGE, "questions": question, "history": history, **fields}
+    kinds.answer(VQARequest.model_validate(request), PIXELS, model)
+    return model.asked[0].prompts[0]
+
+
+def test_a_history_that_fits_is_kept_whole(model: Model) -> None:
+    assert chat(model) == vqa_prompt("why?", TURNS)
+    assert not model.notes
+
+
+@pytest.mark.parametrize("kept", range(9))
+@pytest.mark.parametrize("fields", [{}, {"choices": ["no", "yes"]}])
+def test_what_has_no_room_are_the_oldest_turns(
+    model: Model, kept: int, fields: dict[str, Any]
+) -> None:
+    newest = TURNS[len(TURNS) - kept :]
+    model.room = len(vqa_prompt("why?", newest))
+    assert chat(model, **fields) == vqa_prompt("why?", newest)
+    assert model.notes == [f"{9 - kept} of 9 earlier turns were left out: there was no room"]
+
+
+def test_the_newest_question_is_never_left_out(model: Model) -> None:
+    model.room = 10
+    assert chat(model) == vqa_prompt("why?")
+
+
 def test_choices_are_ranked_with_probabilities_that_add_up(model: Model) -> None:
     request = VQARequest.model_validate(
         {"image": IMAGE, "questions": ["why?", "how?"], "choices": ["maybe", "no", "yes"]}
@@ -181,6 +225,29 @@ def test_a_mode_takes_its_own_inputs_and_no_others(
     assert (kinds.image_of(request) is None) == (image is None)
     kinds.answer(request, PIXELS if image else None, model)
     assert (model.asked[0].mode, model.asked[0].text) == (mode, text)
+
+
+def test_the_parts_of_a_description_are_those_asked_for(model: Model) -> None:
+    request = DescribeRequest(image=IMAGE, questions="why?", texts=("a 1", "a 2"), embed=True)
+    result = kinds.answer(request, PIXELS, model)
+    assert result.caption.text == "text 0"
+    assert [answer.question for answer in result.vqa.answers] == ["why?"]
+    assert [scored.score for scored in result.match.scores] == [0.1, 0.2]
+    assert result.embed["image_embeds"].shape == (2, 3)
+    only_texts = DescribeRequest(image=IMAGE, caption=False, texts="a 1")
+    told = kinds.answer(only_texts, PIXELS, model)
+    assert (told.caption, told.vqa, told.embed) == (None, None, None)
+
+
+def test_the_parts_of_a_description_are_what_their_own_jobs_would_ask(model: Model) -> None:
+    generation = {"max_new_tokens": 7}
+    caption(model, generation=generation)
+    vqa = {"image": IMAGE, "questions": "why?", "generation": generation}
+    kinds.answer(VQARequest.model_validate(vqa), PIXELS, model)
+    alone = [(item.prompts, item.params) for item in model.asked]
+    model.asked.clear()
+    kinds.answer(DescribeRequest.model_validate(vqa), PIXELS, model)
+    assert [(item.prompts, item.params) for item in model.asked] == alone
 
 
 def test_a_kind_that_is_not_served_says_so(model: Model) -> None:

@@ -48,9 +48,9 @@ class Model:
     def preprocess(self, image: Image.Image) -> Pixels:
         return Pixels(image.size)  # type: ignore[arg-type]
 
-    def check(self, prompts: Any, params: Any) -> None:
-        if any("too long" in prompt for prompt in prompts):
-            raise PermanentError(ErrorCode.INVALID_REQUEST, "the prompt is too long")
+    def check(self, item: Any) -> None:
+        if "too long" in str(getattr(item, "prompts", getattr(item, "text", None))):
+            raise PermanentError(ErrorCode.INVALID_REQUEST, "the text is too long")
 
     def generate(self, items: list[GenerateItem]) -> list[list[list[GeneratedText]]]:
         self.before()
@@ -63,10 +63,6 @@ class Model:
     def match(self, items: list[MatchItem]) -> list[list[float]]:
         self.before()
         return [[1 / len(text) for text in item.texts] for item in items]
-
-    def check_text(self, text: str) -> None:
-        if "too long" in text:
-            raise PermanentError(ErrorCode.INVALID_REQUEST, "the text is too long")
 
     def embed(self, items: list[EmbedItem]) -> list[Any]:
         self.before()
@@ -158,6 +154,34 @@ def test_answers_come_in_the_order_of_the_questions(parts: Parts, picture: bytes
     assert [answer.question for answer in info.result.answers] == ["why?", "how?"]
 
 
+def test_turns_that_there_is_no_room_for_are_left_out_and_told(
+    parts: Parts, picture: bytes
+) -> None:
+    history = [("a", "too long"), ("b", "short")]
+    info = parts.run(parts.client.vqa(picture, "why?", history=history))
+    assert info.status == "succeeded"
+    assert info.receipt.note == "1 of 2 earlier turns were left out: there was no room"
+
+
+def test_a_question_that_alone_is_too_long_is_an_invalid_request(
+    parts: Parts, picture: bytes
+) -> None:
+    info = parts.fail(parts.client.vqa(picture, "too long", history=[("a", "b")]))
+    assert info.error.code == "invalid_request"
+
+
+def test_a_description_has_several_parts(parts: Parts, picture: bytes) -> None:
+    job = parts.client.describe(picture, questions=["why?", "how?"], texts=["ab", "a"])
+    info = parts.run(job)
+    assert info.result.caption.text == "30 x 20"
+    assert len(info.result.vqa.answers) == 2
+    assert [scored.score for scored in info.result.match.scores] == [0.5, 1.0]
+    receipt = info.receipt
+    assert receipt.tokens == 9
+    assert receipt.generate_ms is not None
+    assert receipt.match_ms is not None
+
+
 def test_texts_are_scored(parts: Parts, picture: bytes) -> None:
     info = parts.run(parts.client.match(picture, ["ab", "a"]))
     assert [scored.score for scored in info.result.scores] == [0.5, 1.0]
@@ -226,7 +250,7 @@ def test_what_is_no_image_fails_at_once(parts: Parts) -> None:
 
 def test_a_prompt_that_is_too_long_is_an_invalid_request(parts: Parts, picture: bytes) -> None:
     info = parts.fail(parts.client.caption(picture, "too long"))
-    assert (info.error.code, info.error.message) == ("invalid_request", "the prompt is too long")
+    assert (info.error.code, info.error.message) == ("invalid_request", "the text is too long")
 
 
 def test_a_model_that_is_not_served_fails_at_once(parts: Parts, picture: bytes) -> None:

@@ -2,14 +2,16 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 from blipq.contract import Priority, Receipt
+from blipq.errors import PermanentError
 from blipq.ledger import Claim
-from blipq_worker.blip2 import EmbedItem, GenerateItem, MatchItem, ModelInfo, RankItem
-from blipq_worker.engine import Embedded, Engine, Generated, Item, ItemAnswer, Matched, Ranked
+from blipq_worker.blip2 import EmbedItem, GenerateItem, Item, MatchItem, ModelInfo, RankItem
+from blipq_worker.engine import Embedded, Engine, Generated, ItemAnswer, Matched, Ranked
 from blipq_worker.leases import Held
 
 DEMO = "demo"
@@ -18,6 +20,15 @@ DEMO_NOTE = (
     "the demo model only knows coloured shapes on a plain background; "
     "serve a real model for photos (BLIPQ_MODELS=default=opt-2.7b)"
 )
+
+
+#: Where the time of a pass is told in the receipt.
+_STAGES: Mapping[type, str] = {
+    GenerateItem: "generate_ms",
+    RankItem: "generate_ms",
+    MatchItem: "match_ms",
+    EmbedItem: "embed_ms",
+}
 
 
 class Lost(Exception):
@@ -47,10 +58,15 @@ class Stopwatch:
         """Sets facts."""
         self._fields.update(facts)
 
-    def note(self, checkpoint: str, size: tuple[int, int]) -> None:
+    def note(self, text: str) -> None:
+        """Adds to what a person should know about the answer."""
+        known = self._fields.get("note")
+        self.say(note=text if known is None else f"{known}; {text}")
+
+    def note_size(self, checkpoint: str, size: tuple[int, int]) -> None:
         """Warns who sent a photo to the demo model: its own pictures are small."""
         if checkpoint == DEMO and max(size) > DEMO_LARGEST_PX:
-            self.say(note=DEMO_NOTE)
+            self.note(DEMO_NOTE)
 
     def receipt(self) -> str:
         """The receipt as JSON."""
@@ -87,50 +103,72 @@ class Asker:
         return self._engine.model(self._claim.model).info
 
     def generate(self, item: GenerateItem) -> Generated:
-        """Texts per prompt. Raises PermanentError (invalid_request) for a prompt too long."""
-        self._engine.model(self._claim.model).check(item.prompts, item.params)
-        answer = cast(Generated, self._ask(item))
-        self._watch.add("generate_ms", answer.pass_ms)
-        self._watch.add("tokens", sum(text.tokens for texts in answer.texts for text in texts))
-        return answer
+        """Texts per prompt."""
+        return cast(Generated, self.all([item])[0])
 
     def rank(self, item: RankItem) -> Ranked:
-        """A log-likelihood per choice and prompt.
-
-        Raises PermanentError (invalid_request) for a prompt too long.
-        """
-        self._engine.model(self._claim.model).check_choices(item.prompts, item.choices)
-        answer = cast(Ranked, self._ask(item))
-        self._watch.add("generate_ms", answer.pass_ms)
-        return answer
+        """A log-likelihood per choice and prompt."""
+        return cast(Ranked, self.all([item])[0])
 
     def match(self, item: MatchItem) -> Matched:
         """A score per text."""
-        answer = cast(Matched, self._ask(item))
-        self._watch.add("match_ms", answer.pass_ms)
-        return answer
+        return cast(Matched, self.all([item])[0])
 
     def embed(self, item: EmbedItem) -> Embedded:
-        """Features by name. Raises PermanentError (invalid_request) for a text too long."""
-        if item.text is not None:
-            self._engine.model(self._claim.model).check_text(item.text)
-        answer = cast(Embedded, self._ask(item))
-        self._watch.add("embed_ms", answer.pass_ms)
-        return answer
+        """Features by name."""
+        return cast(Embedded, self.all([item])[0])
 
-    def _ask(self, item: Item) -> ItemAnswer:
-        """Waits for an answer; a claim that is lost meanwhile gives its place in the batch up."""
-        lost: threading.Event = self._held.event(self._claim)
+    def all(self, items: Sequence[Item]) -> list[Any]:
+        """The answers to several items, which may run together.
+
+        Raises PermanentError: invalid_request for a text that is too long, model_unavailable for
+        what the served model has no checkpoint for.
+        """
+        model = self._engine.model(self._claim.model)
+        for item in items:
+            model.check(item)  # on this thread, so that it spoils no batch
         started = time.monotonic()
-        future = self._engine.submit(self._claim.model, item, self._priority)
-        self._held.on_lost(self._claim, future.cancel)
+        answers = self._answers(items)
+        passes = sum(answer.pass_ms for answer in answers)
+        waited = (time.monotonic() - started) * 1000 - passes
+        self._watch.add("wait_ms", max(0.0, waited))
+        for item, answer in zip(items, answers, strict=True):
+            self._record(item, answer)
+        return answers
+
+    def fits(self, item: Item) -> bool:
+        """Whether the item's texts are short enough."""
         try:
-            answer = future.result(timeout=self._timeout_s)
+            self._engine.model(self._claim.model).check(item)
+        except PermanentError:
+            return False
+        return True
+
+    def note(self, text: str) -> None:
+        """Tells the caller something about the answer."""
+        self._watch.note(text)
+
+    def _record(self, item: Item, answer: ItemAnswer) -> None:
+        self._watch.add(_STAGES[type(item)], answer.pass_ms)
+        self._watch.say(batch_size=answer.batch_size)
+        if isinstance(answer, Generated):
+            self._watch.add("tokens", sum(text.tokens for texts in answer.texts for text in texts))
+
+    def _answers(self, items: Sequence[Item]) -> list[ItemAnswer]:
+        """Waits for answers; a claim that is lost meanwhile gives its places in batches up."""
+        lost: threading.Event = self._held.event(self._claim)
+        deadline = time.monotonic() + self._timeout_s
+        futures: list[Future[ItemAnswer]] = []
+        try:
+            for item in items:
+                futures.append(self._engine.submit(self._claim.model, item, self._priority))
+                self._held.on_lost(self._claim, futures[-1].cancel)
+            answers = [
+                future.result(timeout=max(0.0, deadline - time.monotonic())) for future in futures
+            ]
         finally:
-            future.cancel()
+            for future in futures:
+                future.cancel()
         if lost.is_set():
             raise Lost
-        waited = (time.monotonic() - started) * 1000 - answer.pass_ms
-        self._watch.add("wait_ms", max(0.0, waited))
-        self._watch.say(batch_size=answer.batch_size)
-        return answer
+        return answers

@@ -14,6 +14,7 @@ from blipq_worker.blip2 import (
     EmbedItem,
     GeneratedText,
     GenerateItem,
+    Item,
     MatchItem,
     RankItem,
 )
@@ -57,7 +58,6 @@ class Embedded:
     batch_size: int
 
 
-Item = GenerateItem | RankItem | MatchItem | EmbedItem
 ItemAnswer = Generated | Ranked | Matched | Embedded
 
 #: The model's method that runs items of a type, and what its answers become.

@@ -6,7 +6,9 @@ one item and waits for its answer; handlers know nothing of queues, leases or ba
 
 import math
 from base64 import b64encode
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +20,8 @@ from blipq.contract import (
     CaptionRequest,
     CaptionResult,
     Choice,
+    DescribeRequest,
+    DescribeResult,
     EmbedDtype,
     EmbedRequest,
     EmbedResult,
@@ -37,6 +41,7 @@ from blipq_worker.blip2 import (
     EmbedItem,
     GenerateItem,
     GenerationParams,
+    Item,
     MatchItem,
     ModelInfo,
     Pixels,
@@ -47,28 +52,40 @@ from blipq_worker.blip2 import (
 )
 from blipq_worker.engine import Embedded, Generated, Matched, Ranked
 
+Turns = tuple[tuple[str, str], ...]
+
 
 class Ask(Protocol):
-    """Sends one item to the model and waits for what it says."""
+    """Sends items to the model and waits for what it says.
+
+    Raises PermanentError: invalid_request for a text that is too long, model_unavailable for what
+    the served model has no checkpoint for.
+    """
 
     @property
     def info(self) -> ModelInfo:
         """The served model."""
 
     def generate(self, item: GenerateItem) -> Generated:
-        """Texts per prompt. Raises PermanentError (invalid_request) for a prompt too long."""
+        """Texts per prompt."""
 
     def rank(self, item: RankItem) -> Ranked:
-        """A log-likelihood per choice and prompt.
-
-        Raises PermanentError (invalid_request) for a prompt too long.
-        """
+        """A log-likelihood per choice and prompt."""
 
     def match(self, item: MatchItem) -> Matched:
         """A score per text."""
 
     def embed(self, item: EmbedItem) -> Embedded:
-        """Features by name. Raises PermanentError (invalid_request) for a text too long."""
+        """Features by name."""
+
+    def all(self, items: Sequence[Item]) -> list[Any]:
+        """The answers to several items, which may run together."""
+
+    def fits(self, item: Item) -> bool:
+        """Whether the item's texts are short enough."""
+
+    def note(self, text: str) -> None:
+        """Tells the caller something about the answer."""
 
 
 def image_of(request: Request) -> ImageRef | None:
@@ -90,15 +107,27 @@ def answer(request: Request, pixels: Pixels | None, ask: Ask) -> Result:
     return handler(request, pixels, ask)
 
 
+# -- caption --
+
+
 def _caption(request: CaptionRequest, pixels: Pixels, ask: Ask) -> CaptionResult:
-    params = _params("caption", ask.info, request.generation, **_best_of(request))
-    item = GenerateItem(pixels, (caption_prompt(request.prompt, ask.info.default_prompt),), params)
-    texts = [text.text for text in ask.generate(item).texts[0]]
+    said = ask.generate(_caption_item(request, pixels, ask))
     if request.best_of is None:
-        return CaptionResult(captions=tuple(Caption(text=text) for text in texts))
+        return _captions(said)
+    texts = [text.text for text in said.texts[0]]
     scores = ask.match(MatchItem(pixels, tuple(texts), "itm")).scores
     ranked = sorted(zip(texts, scores, strict=True), key=lambda pair: -pair[1])
     return CaptionResult(captions=tuple(Caption(text=text, score=score) for text, score in ranked))
+
+
+def _caption_item(request: CaptionRequest, pixels: Pixels, ask: Ask) -> GenerateItem:
+    params = _params("caption", ask.info, request.generation, **_best_of(request))
+    prompt = caption_prompt(request.prompt, ask.info.default_prompt)
+    return GenerateItem(pixels, (prompt,), params)
+
+
+def _captions(said: Generated) -> CaptionResult:
+    return CaptionResult(captions=tuple(Caption(text=text.text) for text in said.texts[0]))
 
 
 def _best_of(request: CaptionRequest) -> dict[str, Any]:
@@ -112,23 +141,60 @@ def _best_of(request: CaptionRequest) -> dict[str, Any]:
     return {"num_return_sequences": request.best_of, "num_beams": beams}
 
 
+# -- vqa --
+
+
 def _vqa(request: VQARequest, pixels: Pixels, ask: Ask) -> VQAResult:
-    history = tuple((turn.question, turn.answer) for turn in request.history)
-    prompts = tuple(vqa_prompt(question, history) for question in request.questions)
-    if request.choices is not None:
-        ranked = ask.rank(RankItem(pixels, prompts, request.choices)).likelihoods
-        return VQAResult(
-            answers=tuple(
-                _chosen(question, request.choices, likelihoods)
-                for question, likelihoods in zip(request.questions, ranked, strict=True)
-            )
-        )
+    item = _questions(request, pixels, ask)
+    if isinstance(item, RankItem):
+        return _choices(request, ask.rank(item))
+    return _answers(request, ask.generate(item))
+
+
+def _questions(request: VQARequest, pixels: Pixels, ask: Ask) -> GenerateItem | RankItem:
+    """One prompt per question, each with as many earlier turns as there is room for."""
     params = _params("vqa", ask.info, request.generation)
-    said = ask.generate(GenerateItem(pixels, prompts, params)).texts
+
+    def item(*prompts: str) -> GenerateItem | RankItem:
+        if request.choices is not None:
+            return RankItem(pixels, prompts, request.choices)
+        return GenerateItem(pixels, prompts, params)
+
+    turns = tuple((turn.question, turn.answer) for turn in request.history)
+    kept = [
+        _newest(turns, lambda rest, asked=asked: ask.fits(item(vqa_prompt(asked, rest))))  # type: ignore[misc]
+        for asked in request.questions
+    ]
+    dropped = len(turns) - min(map(len, kept))
+    if dropped:
+        ask.note(f"{dropped} of {len(turns)} earlier turns were left out: there was no room")
+    return item(*map(vqa_prompt, request.questions, kept))
+
+
+def _newest(turns: Turns, fits: Callable[[Turns], bool]) -> Turns:
+    """The turns without the oldest ones, so that the rest fits; none if even the last does not.
+
+    The fewer turns, the shorter the prompt: what to leave out is found by halving.
+    """
+    first = bisect_left(range(len(turns)), True, key=lambda first: fits(turns[first:]))
+    return turns[first:]
+
+
+def _answers(request: VQARequest, said: Generated) -> VQAResult:
     return VQAResult(
         answers=tuple(
             Answer(question=question, text=texts[0].text)
-            for question, texts in zip(request.questions, said, strict=True)
+            for question, texts in zip(request.questions, said.texts, strict=True)
+        )
+    )
+
+
+def _choices(request: VQARequest, ranked: Ranked) -> VQAResult:
+    choices = request.choices or ()
+    return VQAResult(
+        answers=tuple(
+            _chosen(question, choices, likelihoods)
+            for question, likelihoods in zip(request.questions, ranked.likelihoods, strict=True)
         )
     )
 
@@ -145,28 +211,65 @@ def _chosen(question: str, texts: Sequence[str], likelihoods: Sequence[float]) -
     return Answer(question=question, text=choices[0].text, choices=tuple(choices))
 
 
+# -- match, embed --
+
+
 def _match(request: MatchRequest, pixels: Pixels, ask: Ask) -> MatchResult:
-    scores = ask.match(MatchItem(pixels, request.texts, request.head)).scores
+    return _scores(request, ask.match(MatchItem(pixels, request.texts, request.head)))
+
+
+def _scores(request: MatchRequest, matched: Matched) -> MatchResult:
     return MatchResult(
         head=request.head,
         scores=tuple(
             TextScore(text=text, score=score)
-            for text, score in zip(request.texts, scores, strict=True)
+            for text, score in zip(request.texts, matched.scores, strict=True)
         ),
     )
 
 
 def _embed(request: EmbedRequest, pixels: Pixels | None, ask: Ask) -> EmbedResult:
     text = None if request.mode == "image" else request.text
-    arrays = ask.embed(EmbedItem(request.mode, pixels, text)).arrays
+    return _features(request, ask.embed(EmbedItem(request.mode, pixels, text)))
+
+
+def _features(request: EmbedRequest, embedded: Embedded) -> EmbedResult:
     return EmbedResult(
-        arrays={name: _array(values, request.dtype) for name, values in arrays.items()}
+        arrays={name: _array(values, request.dtype) for name, values in embedded.arrays.items()}
     )
 
 
 def _array(values: Any, dtype: EmbedDtype) -> Array:
     data = np.asarray(values, dtype=np.dtype(dtype).newbyteorder("<")).tobytes()
     return Array(shape=values.shape, dtype=dtype, data=b64encode(data).decode())
+
+
+# -- describe --
+
+
+def _describe(request: DescribeRequest, pixels: Pixels, ask: Ask) -> DescribeResult:
+    """All parts are asked at once: they may run together, and one vision pass serves them."""
+    caption = CaptionRequest(image=request.image, generation=request.generation)
+    parts: dict[str, tuple[Item, Callable[[Any], Any]]] = {}
+    if request.caption:
+        parts["caption"] = (_caption_item(caption, pixels, ask), _captions)
+    if request.questions:
+        vqa = VQARequest(
+            image=request.image, questions=request.questions, generation=request.generation
+        )
+        parts["vqa"] = (_questions(vqa, pixels, ask), partial(_answers, vqa))
+    if request.texts:
+        match = MatchRequest(image=request.image, texts=request.texts)
+        parts["match"] = (MatchItem(pixels, match.texts, match.head), partial(_scores, match))
+    if request.embed:
+        embed = EmbedRequest(image=request.image)
+        parts["embed"] = (EmbedItem(embed.mode, pixels), partial(_features, embed))
+    answers = ask.all([item for item, _ in parts.values()])
+    told = zip(parts, parts.values(), answers, strict=True)
+    return DescribeResult(**{name: result(said) for name, (_, result), said in told})
+
+
+# -- all --
 
 
 def _params(
@@ -181,4 +284,5 @@ _HANDLERS: Mapping[type, Callable[[Any, Any, Ask], Result]] = {
     VQARequest: _vqa,
     MatchRequest: _match,
     EmbedRequest: _embed,
+    DescribeRequest: _describe,
 }

@@ -208,7 +208,7 @@ class Runner:
         _raise_if(lost)
         with self._decoding, watch.stage("decode"):
             picture = decode(data, self._limits)
-            watch.note(model.info.checkpoint, picture.size)
+            watch.note_size(model.info.checkpoint, picture.size)
             return model.preprocess(picture)
 
     def _write_output(self, claim: Claim, result: str) -> None:

@@ -34,6 +34,7 @@ for command in (
     jobs.vqa,
     jobs.match,
     jobs.embed,
+    jobs.describe,
     jobs.status,
     jobs.result,
     jobs.cancel,

@@ -105,6 +105,38 @@ def embed(
     return client.embed(image, text, mode=mode, dtype=dtype, **options)  # type: ignore[arg-type]
 
 
+@verb
+def describe(
+    client: Client,
+    image: ImageArgument,
+    questions: Annotated[
+        list[str] | None, typer.Option("--question", help="A question; may be given again.")
+    ] = None,
+    texts: Annotated[
+        list[str] | None, typer.Option("--text", help="A text to score; may be given again.")
+    ] = None,
+    caption: Annotated[bool, typer.Option(help="Ask for a caption.")] = True,
+    embed: Annotated[bool, typer.Option("--embed", help="Ask for the image's features.")] = False,
+    generation: GenerationOption = None,
+    **options: Any,
+) -> Job[Any]:
+    """Ask for several things about an image, which is looked at once.
+
+    Examples:
+        blipq describe photo.jpg --question "what color is it?" --text "a cat" --text "a dog"
+        blipq describe photo.jpg --no-caption --embed --text "a cat" --json
+    """
+    return client.describe(
+        image,
+        caption=caption,
+        questions=questions or (),
+        texts=texts or (),
+        embed=embed,
+        generation=pairs(generation, "--set"),
+        **options,
+    )
+
+
 def status(id: IdArgument, as_json: JsonOption = False) -> None:
     """Show where a job is, and when no live worker serves its model.
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 from blipq.client import Client, checked
 from blipq.contract import (
     CaptionResult,
+    DescribeResult,
     EmbedResult,
     JobInfo,
     MatchResult,
@@ -160,6 +161,9 @@ def lines_of(result: Result) -> Iterator[str]:
         case EmbedResult():
             for name, array in result.arrays.items():
                 yield f"{name}  {array.dtype} {array.shape}"
+        case DescribeResult():
+            for part in (result.caption, result.vqa, result.match, result.embed):
+                yield from lines_of(part) if part is not None else ()
         case _:
             yield result.model_dump_json(exclude_none=True)
 

@@ -99,8 +99,11 @@ def test_an_answer_ends_with_its_end_token(opt: Blip2, t5: Blip2) -> None:
         assert ends == model.generator._eos[0]
 
 
-def test_a_prompt_that_does_not_fit_with_its_choices_is_refused(opt: Blip2) -> None:
-    opt.check_choices(["x" * 80], ["no", "yes"])
+def test_a_prompt_that_does_not_fit_with_its_choices_is_refused(
+    opt: Blip2, pictures: list[Image.Image]
+) -> None:
+    pixels = opt.preprocess(pictures[0])
+    opt.check(RankItem(pixels, ("x" * 90,), ("no", "yes")))
     with pytest.raises(PermanentError, match="a prompt has 92 tokens") as caught:
-        opt.check_choices(["x" * 91], ["no", "yes"])
+        opt.check(RankItem(pixels, ("x" * 91,), ("no", "yes")))
     assert caught.value.code == "invalid_request"

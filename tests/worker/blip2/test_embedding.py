@@ -132,13 +132,14 @@ def test_a_long_text_is_not_cut_where_matching_cuts_it(opt: Blip2) -> None:
 
 def test_a_text_that_does_not_fit_is_refused(opt: Blip2) -> None:
     with pytest.raises(PermanentError, match="a text has 82 tokens") as caught:
-        opt.check_text("xx " * 40)
+        opt.check(EmbedItem("text", text="xx " * 40))
     assert caught.value.code == "invalid_request"
-    opt.check_text("xx " * 31)
+    opt.check(EmbedItem("text", text="xx " * 31))
 
 
 def test_without_a_retrieval_checkpoint_there_are_no_features(t5: Blip2) -> None:
-    for ask in (lambda: t5.embed([EmbedItem("text", text="a")]), lambda: t5.check_text("a")):
+    item = EmbedItem("text", text="a")
+    for ask in (t5.check, lambda item: t5.embed([item])):
         with pytest.raises(PermanentError) as caught:
-            ask()
+            ask(item)
         assert caught.value.code == "model_unavailable"

@@ -9,7 +9,7 @@ from blipq_worker.blip2.checkpoints import CheckpointError
 from blipq_worker.blip2.choices import RankItem
 from blipq_worker.blip2.embedding import Arrays, EmbedItem
 from blipq_worker.blip2.generation import GeneratedText, GenerateItem, GenerationParams, resolve
-from blipq_worker.blip2.model import Blip2, ModelInfo
+from blipq_worker.blip2.model import Blip2, Item, ModelInfo
 from blipq_worker.blip2.preprocessing import Pixels
 from blipq_worker.blip2.prompts import caption_prompt, match_text, vqa_prompt
 from blipq_worker.blip2.retrieval import MatchItem
@@ -22,6 +22,7 @@ __all__ = [
     "GenerateItem",
     "GeneratedText",
     "GenerationParams",
+    "Item",
     "MatchItem",
     "ModelInfo",
     "Pixels",

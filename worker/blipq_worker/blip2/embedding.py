@@ -44,9 +44,9 @@ class Embedder:
         self._texts = Texts(checkpoint, tokenizer, longest=None)
         self._positions: int = checkpoint.config.qformer_config.max_position_embeddings
 
-    def check(self, text: str) -> None:
+    def check(self, item: EmbedItem) -> None:
         """Raises PermanentError ``invalid_request`` for a text that is too long. Thread-safe."""
-        count = len(self._texts.ids(text))
+        count = len(self._texts.ids(item.text or ""))
         if count > self._positions:
             message = f"a text has {count:,} tokens, where this model reads {self._positions:,}"
             raise PermanentError(ErrorCode.INVALID_REQUEST, message)

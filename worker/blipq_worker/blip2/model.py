@@ -11,12 +11,7 @@ from blipq.errors import PermanentError
 from blipq_worker.blip2.checkpoints import Checkpoint, Family, open_checkpoint
 from blipq_worker.blip2.choices import Ranker, RankItem
 from blipq_worker.blip2.embedding import Arrays, Embedder, EmbedItem
-from blipq_worker.blip2.generation import (
-    GeneratedText,
-    GenerateItem,
-    GenerationParams,
-    Generator,
-)
+from blipq_worker.blip2.generation import GeneratedText, GenerateItem, Generator
 from blipq_worker.blip2.loading import (
     Attention,
     Dtype,
@@ -28,6 +23,8 @@ from blipq_worker.blip2.loading import (
 )
 from blipq_worker.blip2.preprocessing import Pixels, Preprocessor
 from blipq_worker.blip2.retrieval import Matcher, MatchItem
+
+Item = GenerateItem | RankItem | MatchItem | EmbedItem
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,20 +143,24 @@ class Blip2:
             return Pixels(pixels, pixels)
         return Pixels(pixels, self._match_preprocessor(image))
 
-    def check(self, prompts: Sequence[str], params: GenerationParams) -> None:
-        """Raises PermanentError ``invalid_request`` where ``generate`` would. Thread-safe.
+    def check(self, item: Item) -> None:
+        """Raises PermanentError where the item could not run. Thread-safe.
 
-        For the job's own thread, so that a prompt that is too long spoils no batch.
+        For the job's own thread, so that a text that is too long spoils no batch.
         """
-        self.generator.check(prompts, params)
+        match item:
+            case GenerateItem():
+                self.generator.check(item.prompts, item.params)
+            case RankItem():
+                self.ranker.check(item.prompts, item.choices)
+            case MatchItem():
+                self._matcher()
+            case EmbedItem():
+                self._embedder().check(item)
 
     def generate(self, items: Sequence[GenerateItem]) -> list[list[list[GeneratedText]]]:
         """Texts per item, per prompt, per returned sequence. See ``Generator.generate``."""
         return self.generator.generate(items)
-
-    def check_choices(self, prompts: Sequence[str], choices: Sequence[str]) -> None:
-        """Raises PermanentError ``invalid_request`` for what does not fit. Thread-safe."""
-        self.ranker.check(prompts, choices)
 
     def rank(self, items: Sequence[RankItem]) -> list[list[list[float]]]:
         """A log-likelihood per choice, per prompt, per item. See ``Ranker.rank``."""
@@ -170,24 +171,24 @@ class Blip2:
 
         Raises PermanentError ``model_unavailable`` without a retrieval checkpoint.
         """
-        if self.matcher is None:
-            raise self._no_retrieval()
-        return self.matcher.match(items)
-
-    def check_text(self, text: str) -> None:
-        """Raises PermanentError where ``embed`` would for this text. Thread-safe."""
-        if self.embedder is None:
-            raise self._no_retrieval()
-        self.embedder.check(text)
+        return self._matcher().match(items)
 
     def embed(self, items: Sequence[EmbedItem]) -> list[Arrays]:
         """Features by name, per item. See ``Embedder.embed``.
 
         Raises PermanentError ``model_unavailable`` without a retrieval checkpoint.
         """
+        return self._embedder().embed(items)
+
+    def _matcher(self) -> Matcher:
+        if self.matcher is None:
+            raise self._no_retrieval()
+        return self.matcher
+
+    def _embedder(self) -> Embedder:
         if self.embedder is None:
             raise self._no_retrieval()
-        return self.embedder.embed(items)
+        return self.embedder
 
     def _no_retrieval(self) -> PermanentError:
         message = f"the served model {self.info.checkpoint!r} has no retrieval checkpoint"
