@@ -21,6 +21,9 @@ from blipq_worker.app import Worker
 from blipq_worker.blip2 import GeneratedText, GenerateItem, GenerationParams, ModelInfo
 from blipq_worker.settings import WorkerSettings
 
+#: A picture of this size hangs its decoder.
+HANGING_SIZE = (13, 13)
+
 
 class FaultyModel:
     """Stands in for Blip2."""
@@ -40,6 +43,8 @@ class FaultyModel:
         self._step = call
 
     def preprocess(self, image: Any) -> Any:
+        if image.size == HANGING_SIZE:
+            threading.Event().wait()
         return SimpleNamespace(size=image.size)
 
     def check(self, prompts: Sequence[str], params: GenerationParams) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 from blipq import ErrorCode, Job, Status
 from blipq.ledger import Message
 from conftest import wait_until
-from guarantees.rig import LEASE_S, Rig
+from guarantees.faulty_worker import HANGING_SIZE
+from guarantees.rig import LEASE_S, Rig, png
 
 
 def test_jobs_of_a_killed_worker_all_succeed_on_the_next(rig: Rig) -> None:
@@ -77,6 +78,17 @@ def test_a_hung_model_ends_its_process_and_the_job_in_the_end(rig: Rig) -> None:
     info = job.wait(LEASE_S + 20)
     assert info.error is not None
     assert info.error.code is ErrorCode.ATTEMPTS_EXHAUSTED
+
+
+def test_a_hung_decoder_ends_its_process_and_the_job_goes_on_alone(rig: Rig) -> None:
+    worker = rig.start_worker(watchdog_s=2)
+    image = rig.upload("none", png(size=HANGING_SIZE))
+    job = rig.client.caption(image)
+    rig.wait_for_death(worker)
+    assert worker.exit_code == 70
+    rig.client.storage.put(image, png(), content_type="image/png")
+    rig.start_worker()
+    assert job.wait(LEASE_S + 20).attempts == 2
 
 
 def test_a_finished_job_that_is_delivered_again_keeps_its_result(rig: Rig) -> None:

@@ -2,7 +2,10 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ from PIL import Image
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
-from blipq_worker.images import ImageLimits, decode
+from blipq_worker.images import ImageLimits, decode, decoded, opened
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
 
@@ -210,3 +213,21 @@ def test_an_animation_gives_its_first_frame(format: str) -> None:
     assert isinstance(pixel, tuple)
     assert pixel[0] > 240
     assert pixel[2] < 15
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("case", ["progressive JPEG", "turned JPEG", "PNG", "WEBP", "AVIF"])
+def test_decoding_takes_no_more_memory_than_is_said_before(case: str) -> None:
+    """Each in a process of its own, which gives back what it frees."""
+    script = Path(__file__).with_name("decode_once.py")
+    done = subprocess.run([sys.executable, str(script), case], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_damaged_image_keeps_no_pixels_while_its_error_is_told() -> None:
+    data = encoded(Image.effect_noise((200, 200), 60), "JPEG")
+    image = opened(data[: len(data) // 2])
+    with pytest.raises(PermanentError):
+        decoded(image)
+    with pytest.raises(ValueError, match="closed"):
+        image.getpixel((0, 0))

@@ -15,6 +15,7 @@ from blipq.errors import PermanentError, TransientError
 from blipq.ledger import MAX_RETRIES, Claim, Ledger
 from blipq.storage import Storage
 from blipq_worker.blip2 import EmbedItem, GeneratedText, GenerateItem, MatchItem, Pixels
+from blipq_worker.budget import Budget
 from blipq_worker.engine import Engine
 from blipq_worker.fetch import Fetcher
 from blipq_worker.gate import Gate
@@ -115,6 +116,7 @@ def parts(apart: Settings, storage: Storage) -> Iterator[Parts]:
             broker=client.broker,
             storage=client.storage,
             fetcher=Fetcher(client.storage, max_bytes=2**20, timeout_s=10),
+            decoding=Budget(TINY.decode_memory_bytes, most=TINY.decode_threads),
             engine=engine,
             gate=gate,
             held=held,

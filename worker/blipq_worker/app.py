@@ -21,6 +21,7 @@ from blipq.ledger import GRACE_S, Ledger, connect
 from blipq.settings import Settings
 from blipq.storage import Storage
 from blipq_worker.blip2.compiling import since_compiling
+from blipq_worker.budget import Budget, give_large_blocks_back
 from blipq_worker.engine import Engine
 from blipq_worker.fetch import Fetcher
 from blipq_worker.gate import Gate
@@ -57,6 +58,7 @@ class Worker:
             batch_wait_timeout_s=options.batch_wait_timeout_s,
             max_waiting=2 * options.threads,
         )
+        self._decoding = Budget(options.decode_memory_bytes, most=options.decode_threads)
         ledger = Ledger(connect(settings), settings)
         # One attempt within the job's deadline: the job itself is retried, with longer pauses.
         storage = Storage(
@@ -76,6 +78,7 @@ class Worker:
                 allowed_buckets=options.allowed_buckets,
                 https=self._https_fetcher(settings) if options.https_images else None,
             ),
+            decoding=self._decoding,
             engine=self._engine,
             gate=self._gate,
             held=self._held,
@@ -103,6 +106,7 @@ class Worker:
         self._broker_loop = BrokerLoop()
         self._health = self._health_server(ledger) if options.health_port is not None else None
         harden()
+        give_large_blocks_back()
         self._app = make_app(settings)
         register_tasks(self._app, self._runner)
 
@@ -136,8 +140,9 @@ class Worker:
         return HttpsFetcher(http, max_bytes=self._options.max_image_bytes)
 
     def _stalled_for(self) -> float:
-        """Seconds without progress; a model that compiles is not stalled."""
-        return min(self._engine.batcher.stalled_for(), since_compiling())
+        """Seconds without progress of the model, unless it compiles, or of a decoder."""
+        model = min(self._engine.batcher.stalled_for(), since_compiling())
+        return max(model, self._decoding.held_for())
 
     def _health_server(self, ledger: Ledger) -> HealthServer:
         def redis_away() -> str | None:

@@ -1,5 +1,6 @@
 """Fetches one image from S3 or over https, or says why not."""
 
+import io
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -83,19 +84,19 @@ class Fetcher:
             length = response.get("ContentLength")  # none in a chunked answer
             if length is not None and length > self._max_bytes:
                 raise self._too_large(image)
-            data = bytearray()
+            data = io.BytesIO()  # its value is its buffer: the bytes are held once
             # read1-sized steps: a whole chunk of a drip would outlast the deadline unseen.
             while piece := body._raw_stream.read1(CHUNK_BYTES):
-                data += piece
-                if len(data) > self._max_bytes:
+                data.write(piece)
+                if data.tell() > self._max_bytes:
                     raise self._too_large(image)
                 if time.monotonic() > deadline:
                     message = f"{image.uri}: not read within {self._timeout_s:g} s"
                     raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, message)
-            if length is not None and len(data) != length:
-                message = f"{image.uri}: the connection was cut after {len(data):,} bytes"
+            if length is not None and data.tell() != length:
+                message = f"{image.uri}: the connection was cut after {data.tell():,} bytes"
                 raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, message)
-            return bytes(data)
+            return data.getvalue()
         except BaseException:
             body.close()  # unread bytes: the connection cannot be used again
             raise

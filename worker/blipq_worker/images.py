@@ -6,6 +6,7 @@ is decoded, and whatever a decoder raises on hostile input becomes ``image_inval
 
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL import Image
@@ -35,6 +36,11 @@ DEFAULT_LIMITS = ImageLimits()
 Image.MAX_IMAGE_PIXELS = DEFAULT_LIMITS.max_pixels
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 Image.init()
+
+#: The most that decoding held, in bytes per pixel: the decoder's own buffers (WebP's two canvases,
+#: AVIF's planes, a progressive JPEG's coefficients), the picture, and its next form.
+_BYTES_PER_PIXEL = {"WEBP": 18, "AVIF": 14}
+_BYTES_PER_PIXEL_OF_OTHERS = 12
 
 _EIGHT_OF_SIXTEEN_BITS = [round(value / 257) for value in range(65_536)]
 
@@ -75,20 +81,48 @@ def decode(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     Raises PermanentError with ``image_too_large`` before any pixel is decoded, or with
     ``image_invalid`` when the bytes are not a whole image of an accepted format.
     """
+    return decoded(opened(data, limits))
+
+
+def opened(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """The image in ``data`` with its size checked and no pixel decoded. Raises as ``decode``."""
     if not data:
         raise _invalid("the file is empty (0 bytes)")
     if limits.max_pixels > (Image.MAX_IMAGE_PIXELS or 0):
         Image.MAX_IMAGE_PIXELS = limits.max_pixels
     image = _open(data, limits)
     _check_size(image.width, image.height, limits)
+    return image
+
+
+def bytes_to_decode(image: Image.Image) -> int:
+    """The most memory that ``decoded`` takes for an opened image, whatever its mode."""
+    each = _BYTES_PER_PIXEL.get(image.format or "", _BYTES_PER_PIXEL_OF_OTHERS)
+    return image.width * image.height * each
+
+
+def decoded(image: Image.Image) -> Image.Image:
+    """The picture of an opened image, which is closed: of it no pixel is kept, even on an error."""
+    found = image.format
     try:
         image.load()
-        image = _upright(image)  # frees the other orientation: these may hold 200 MB each
-        return _rgb(image)
+        for change in (_upright, _eight_bits, _on_white, _rgb):
+            image = _changed(image, change)
+        return image
     except MemoryError:
+        image.close()
         raise
     except Exception as error:  # a decoder may raise anything on damaged bytes
-        raise _invalid(f"the {image.format} image is damaged: {error}") from error
+        image.close()
+        raise _invalid(f"the {found} image is damaged: {error}") from error
+
+
+def _changed(image: Image.Image, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """The image after a change. What it was before gives its pixels up: they may be 200 MB."""
+    new = change(image)
+    if new is not image:
+        image.close()
+    return new
 
 
 def _open(data: bytes, limits: ImageLimits) -> Image.Image:
@@ -161,15 +195,9 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        image = _eight_bits(image)
-    if image.has_transparency_data:
-        return _on_white(image if image.mode == "RGBA" else image.convert("RGBA"))
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
 def _eight_bits(image: Image.Image) -> Image.Image:
+    if not image.mode.startswith("I"):
+        return image
     # Pillow's own conversion clips, so that everything above 255 of 65,535 turns white.
     scaled = image.convert("I").point(_EIGHT_OF_SIXTEEN_BITS, "L")
     scaled.info.pop("transparency", None)  # a 16-bit colour key means nothing in 8 bits
@@ -177,10 +205,17 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image
     # A plain conversion would show the colour that fully transparent pixels hide.
     canvas = Image.new("RGB", image.size, (255, 255, 255))
-    canvas.paste(image, mask=image)
+    seen = image if image.mode == "RGBA" else image.convert("RGBA")
+    canvas.paste(seen, mask=seen)
     return canvas
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _invalid(message: str) -> PermanentError:

@@ -14,7 +14,7 @@ from blipq.ledger import Claim, Ledger
 
 log = logging.getLogger(__name__)
 
-#: A worker whose model hangs ends with this code, so that its supervisor starts it again.
+#: A worker whose model or decoder hangs ends with this code: its supervisor starts it again.
 EXIT_HUNG = 70
 
 RECONCILER_LOCK = "blipq:reconciler"
@@ -113,9 +113,9 @@ class Periodic(ABC):
 
 
 class Heartbeat(Periodic):
-    """Renews the leases, says that the worker lives, and ends a process whose model hangs.
+    """Renews the leases, says that the worker lives, and ends a process that hangs.
 
-    The three belong together: a lease must not be renewed for a model that makes no progress.
+    The three belong together: a lease must not be renewed where nothing makes progress.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Heartbeat(Periodic):
     def _watch(self) -> None:
         stalled = self._stalled_for()
         if stalled > self._watchdog_s:
-            log.critical("the model has made no progress for %.0f s: ending", stalled)
+            log.critical("the model or a decoder has made no progress for %.0f s: ending", stalled)
             logging.shutdown()
             os._exit(EXIT_HUNG)
 

@@ -77,6 +77,17 @@ class WorkerSettings(BaseSettings):
     )
     decode_threads: int = Field(default=4, ge=1, description="Images decoded at the same time.")
 
+    decode_memory_bytes: int = Field(
+        default=2**30,
+        ge=1,
+        description="Memory that decoding takes at most; a larger image is decoded alone.",
+    )
+    fetch_memory_bytes: int = Field(
+        default=512 * 2**20,
+        ge=1,
+        description="Bytes of objects that are fetched or wait to be decoded, at most.",
+    )
+
     max_image_bytes: int = Field(
         default=20 * 2**20, ge=1, description="Largest object fetched, in bytes."
     )

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import closing
 from typing import Any, NoReturn
 
+from PIL.Image import Image
 from pydantic import ValidationError
 
 from blipq.broker import Broker
@@ -36,10 +38,11 @@ from blipq.storage import Storage
 from blipq_worker import kinds
 from blipq_worker.ask import Asker, Lost, Stopwatch
 from blipq_worker.blip2 import Blip2, Pixels
+from blipq_worker.budget import Budget
 from blipq_worker.engine import Engine
 from blipq_worker.fetch import Fetcher, is_allowed
 from blipq_worker.gate import Draining, Gate
-from blipq_worker.images import ImageLimits, decode
+from blipq_worker.images import ImageLimits, bytes_to_decode, decoded, opened
 from blipq_worker.leases import Held
 from blipq_worker.settings import WorkerSettings
 
@@ -70,6 +73,7 @@ class Runner:
         broker: Broker,
         storage: Storage,
         fetcher: Fetcher,
+        decoding: Budget,
         engine: Engine,
         gate: Gate,
         held: Held,
@@ -85,7 +89,8 @@ class Runner:
         self._held = held
         self._worker = worker
         self._settings = settings
-        self._decoding = threading.Semaphore(settings.decode_threads)
+        self._fetched = Budget(settings.fetch_memory_bytes, most=settings.threads)
+        self._decoding = decoding
         self._limits = ImageLimits(
             formats=settings.image_formats, max_pixels=settings.max_image_pixels
         )
@@ -203,11 +208,24 @@ class Runner:
         self, image: ImageRef, model: Blip2, watch: Stopwatch, lost: threading.Event
     ) -> Pixels:
         """Fetches and decodes an image. Of its bytes and its full size nothing is kept."""
-        with watch.stage("fetch"):
-            data = self._fetcher.fetch(image)
-        _raise_if(lost)
-        with self._decoding, watch.stage("decode"):
-            picture = decode(data, self._limits)
+        settings = self._settings
+        with self._fetched.reserve(
+            settings.max_image_bytes, timeout=settings.job_timeout_s
+        ) as share:
+            with watch.stage("fetch"):
+                data = self._fetcher.fetch(image)
+            share.shrink(len(data))
+            _raise_if(lost)
+            return self._decoded(opened(data, self._limits), model, watch)
+
+    def _decoded(self, image: Image, model: Blip2, watch: Stopwatch) -> Pixels:
+        room = bytes_to_decode(image)
+        # The picture is closed before its room goes to the next: whoever else refers to it.
+        with (
+            self._decoding.reserve(room, timeout=self._settings.job_timeout_s),
+            watch.stage("decode"),
+            closing(decoded(image)) as picture,
+        ):
             watch.note_size(model.info.checkpoint, picture.size)
             return model.preprocess(picture)
 
