@@ -177,7 +177,7 @@ def test_a_prompt_that_is_too_long_is_an_invalid_request(
     either: Blip2, pictures: list[Image.Image]
 ) -> None:
     (item,) = items(either, pictures[:1], ("a photo of " * 1000,))
-    for call in (lambda: either.generate([item]), lambda: either.check(item.prompts, item.params)):
+    for call in (lambda: either.generate([item]), lambda: either.check(item)):
         with pytest.raises(PermanentError, match="tokens, where this model has room") as caught:
             call()
         assert caught.value.code == ErrorCode.INVALID_REQUEST
