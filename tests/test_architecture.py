@@ -23,9 +23,9 @@ ROWS = (
     ("settings", "gate", "batcher", "index"),
     ("https", "images", "blip2"),
     ("fetch",),
-    ("engine",),
-    ("leases", "ask"),
-    ("kinds",),
+    ("engine", "index_writer"),
+    ("leases", "ask", "ask_index"),
+    ("kinds", "search"),
     ("tasks",),
     ("app",),
 )

@@ -26,11 +26,14 @@ from blipq.contract import (
     Generation,
     Head,
     ImageRef,
+    IndexEntry,
     MatchRequest,
     MatchResult,
     Options,
     Request,
     Result,
+    SearchRequest,
+    SearchResult,
     Turn,
     VQARequest,
     VQAResult,
@@ -185,11 +188,12 @@ class Client:
         *,
         mode: EmbedMode | None = None,
         dtype: EmbedDtype = "float16",
+        index: str | Mapping[str, Any] | IndexEntry | None = None,
         **options: Any,
     ) -> Job[EmbedResult]:
         """Asks for features of an image, a text, or both read together (``multimodal``).
 
-        Without ``mode``, what is given decides.
+        Without ``mode``, what is given decides. With ``index`` the image goes into a search index.
         """
         checked_options = checked(Options, **options)
         if mode is None:
@@ -200,6 +204,7 @@ class Client:
             text=text,
             mode=mode,
             dtype=dtype,
+            index=index,
         )
         return cast("Job[EmbedResult]", self.submit(request, checked_options))
 
@@ -229,6 +234,34 @@ class Client:
             generation=generation,
         )
         return cast("Job[DescribeResult]", self.submit(request, checked_options))
+
+    def search(
+        self,
+        index: str,
+        text: str | None = None,
+        *,
+        image: ImageSource | None = None,
+        top_k: int = 10,
+        rerank: int = 128,
+        filter: Mapping[str, str | Sequence[str]] | None = None,
+        **options: Any,
+    ) -> Job[SearchResult]:
+        """Asks for the images of an index that are nearest to a text, or to an image.
+
+        With a text the nearest ``rerank`` are looked at again, and ranked by matching. ``filter``
+        names metadata that hits must have.
+        """
+        checked_options = checked(Options, **options)
+        request = checked(
+            SearchRequest,
+            index=index,
+            text=text,
+            image=None if image is None else self._reference(image),
+            top_k=top_k,
+            rerank=rerank,
+            filter=filter,
+        )
+        return cast("Job[SearchResult]", self.submit(request, checked_options))
 
     # -- any kind --
 

@@ -93,6 +93,25 @@ class _Told(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
+#: Names of served models and indexes end up in queue names, keys and folders.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+MetadataName = Annotated[str, Field(max_length=64)]
+MetadataValue = Annotated[str, Field(max_length=512)]
+
+#: At most 16 pairs.
+Metadata = Annotated[dict[MetadataName, MetadataValue], Field(max_length=16)]
+
+#: What metadata must hold; a list means any of its values.
+Filter = Annotated[
+    dict[
+        MetadataName,
+        MetadataValue | Annotated[tuple[MetadataValue, ...], Field(min_length=1, max_length=64)],
+    ],
+    Field(min_length=1, max_length=16),
+]
+
+
 # --- the image ------------------------------------------------------------------------------------
 
 _S3_URI = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(?P<key>.+)", re.DOTALL)
@@ -258,6 +277,18 @@ EmbedMode = Literal["image", "text", "multimodal"]
 EmbedDtype = Literal["float16", "float32"]
 
 
+class IndexEntry(_Asked):
+    """Where an image goes in an index: under which id (by default its URI), with which metadata."""
+
+    name: Name
+    id: str | None = Field(default=None, min_length=1, max_length=1024)
+    metadata: Metadata = Field(default_factory=dict)
+
+
+def _entry_from_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
 class EmbedRequest(_Asked):
     """Features of an image, a text or both, as LAVIS's ``extract_features`` defines them.
 
@@ -265,6 +296,9 @@ class EmbedRequest(_Asked):
     (tokens, 768) and ``text_embeds_proj`` (tokens, 256), of which row 0 stands for the text.
     multimodal: ``multimodal_embeds`` (32, 768). Each row of a ``_proj`` has length 1; the cosine
     of image and text is the best of the 32 rows against row 0.
+
+    With ``index`` (a name or more) the image is put into a search index, which is made if there is
+    none, and the result holds its id there instead of arrays.
     """
 
     kind: Literal[Kind.EMBED] = Kind.EMBED
@@ -272,6 +306,7 @@ class EmbedRequest(_Asked):
     text: Text | None = None
     mode: EmbedMode = "image"
     dtype: EmbedDtype = "float16"
+    index: Annotated[IndexEntry, BeforeValidator(_entry_from_name)] | None = None
 
     @model_validator(mode="after")
     def _mode_has_its_inputs(self) -> "EmbedRequest":
@@ -279,6 +314,8 @@ class EmbedRequest(_Asked):
             raise ValueError(f"mode {self.mode!r} needs an image")
         if self.mode != "image" and self.text is None:
             raise ValueError(f"mode {self.mode!r} needs a text")
+        if self.index is not None and self.mode != "image":
+            raise ValueError("an index holds images: mode must be 'image'")
         return self
 
 
@@ -309,14 +346,20 @@ class DescribeRequest(_Asked):
 
 
 class SearchRequest(_Asked):
-    """Find images in an index by a text or by an image."""
+    """Find images in an index by a text or by an image.
+
+    The ``top_k`` nearest by cosine are found first. For a text, the ``rerank`` nearest are then
+    looked at again together with the text, and come first, by matching logit plus cosine; 0 leaves
+    that out. ``filter`` names metadata that a hit must have; a list means any of its values.
+    """
 
     kind: Literal[Kind.SEARCH] = Kind.SEARCH
-    index: str = Field(min_length=1, max_length=128)
+    index: Name
     text: Text | None = None
     image: Image | None = None
     top_k: int = Field(default=10, ge=1, le=1000)
-    filter: str | None = Field(default=None, max_length=4096)
+    rerank: int = Field(default=128, ge=0, le=1000)
+    filter: Filter | None = None
 
     @model_validator(mode="after")
     def _one_query(self) -> "SearchRequest":
@@ -355,9 +398,6 @@ Seconds = Annotated[float, BeforeValidator(_duration)]
 #: The longest a job may stay open: its record must outlive it in Redis.
 LONGEST_DEADLINE_S = 30 * 86400
 
-#: Names of served models and indexes end up in queue names and keys.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-
 JobEvent = Literal["job.running", "job.succeeded", "job.failed", "job.cancelled", "job.expired"]
 _TERMINAL_EVENTS: tuple[JobEvent, ...] = (
     "job.succeeded",
@@ -394,10 +434,7 @@ class Options(_Asked):
     idempotency_key: str | None = Field(default=None, min_length=1, max_length=255)
     webhook: Webhook | None = None
     output: S3Uri | None = None
-    metadata: dict[
-        Annotated[str, Field(max_length=64)],
-        Annotated[str, Field(max_length=512)],
-    ] = Field(default_factory=dict, max_length=16)
+    metadata: Metadata = Field(default_factory=dict)
 
 
 # --- results --------------------------------------------------------------------------------------
@@ -504,10 +541,14 @@ class Array(_Told):
 
 
 class EmbedResult(_Told):
-    """Features by name, e.g. ``image_embeds_proj`` of shape (32, 256)."""
+    """Features by name, e.g. ``image_embeds_proj`` of shape (32, 256).
+
+    ``indexed`` is the image's id in an index, where it went there instead.
+    """
 
     kind: Literal[Kind.EMBED] = Kind.EMBED
     arrays: dict[str, Array]
+    indexed: str | None = None
 
     def __getitem__(self, name: str) -> Array:
         return self.arrays[name]
@@ -524,19 +565,34 @@ class DescribeResult(_Told):
 
 
 class Hit(_Told):
-    """One image found: its id, cosine, and matching probability where it was re-ranked."""
+    """One image found.
+
+    itc: the cosine with the query, of the best of the image's 32 vectors (with an image as query:
+    the mean of that over the query's 32). itm: the probability that image and text match, where
+    they were looked at together.
+    """
 
     id: str
     itc: float
     itm: float | None = None
+    uri: str | None = None
     metadata: dict[str, str] = Field(default_factory=dict)
 
 
+class Skipped(_Told):
+    """An image of the index that could not be looked at again, and why."""
+
+    id: str
+    code: ErrorCode
+    message: str
+
+
 class SearchResult(_Told):
-    """Hits, best first."""
+    """Hits, best first; ``skipped`` were near, but have gone or changed since they were indexed."""
 
     kind: Literal[Kind.SEARCH] = Kind.SEARCH
     hits: tuple[Hit, ...]
+    skipped: tuple[Skipped, ...] = ()
 
 
 Result = Annotated[
@@ -571,6 +627,8 @@ class Receipt(_Told):
     generate_ms: float | None = None
     match_ms: float | None = None
     embed_ms: float | None = None
+    index_ms: float | None = None
+    rerank_ms: float | None = None
     tokens: int | None = None
     batch_size: int | None = None
     cache_hit: bool | None = None

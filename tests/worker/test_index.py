@@ -27,7 +27,7 @@ def vectors(count: int, seed: int = 0) -> Any:
 
 def entries(count: int, seed: int = 0, **metadata: str) -> list[Entry]:
     return [
-        Entry(f"s3://b/{number:03}", f"etag-{number}", each, metadata)
+        Entry(f"s3://b/{number:03}", f"s3://b/{number:03}", f"etag-{number}", each, metadata)
         for number, each in enumerate(vectors(count, seed))
     ]
 

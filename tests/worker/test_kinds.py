@@ -11,13 +11,10 @@ from blipq.contract import (
     CaptionRequest,
     DescribeRequest,
     EmbedRequest,
-    ErrorCode,
     MatchRequest,
-    SearchRequest,
     Turn,
     VQARequest,
 )
-from blipq.errors import PermanentError
 from blipq_worker import kinds
 from blipq_worker.blip2 import (
     EmbedItem,
@@ -29,6 +26,7 @@ from blipq_worker.blip2 import (
     vqa_prompt,
 )
 from blipq_worker.engine import Embedded, Generated, Matched, Ranked
+from blipq_worker.index import Entry
 
 IMAGE = {"uri": "s3://uploads/cat.jpg"}
 PIXELS = Pixels(None)  # type: ignore[arg-type]
@@ -43,6 +41,7 @@ class Model:
         self.asked: list[Any] = []
         self.notes: list[str] = []
         self.room = 1000
+        self.added: list[tuple[str, Entry]] = []
 
     def all(self, items: list[Any]) -> list[Any]:
         verbs = {GenerateItem: self.generate, MatchItem: self.match, EmbedItem: self.embed}
@@ -72,7 +71,11 @@ class Model:
     def embed(self, item: EmbedItem) -> Embedded:
         self.asked.append(item)
         values = np.arange(6, dtype=np.float32).reshape(2, 3)
-        return Embedded({"image_embeds": values}, pass_ms=1, batch_size=1)
+        arrays = {"image_embeds": values, "image_embeds_proj": values}
+        return Embedded(arrays, pass_ms=1, batch_size=1)
+
+    def add(self, index: str, entry: Entry) -> None:
+        self.added.append((index, entry))
 
 
 @pytest.fixture
@@ -250,7 +253,20 @@ def test_the_parts_of_a_description_are_what_their_own_jobs_would_ask(model: Mod
     assert [(item.prompts, item.params) for item in model.asked] == alone
 
 
-def test_a_kind_that_is_not_served_says_so(model: Model) -> None:
-    with pytest.raises(PermanentError, match="search") as raised:
-        kinds.answer(SearchRequest(index="pets", text="a cat"), PIXELS, model)
-    assert raised.value.code is ErrorCode.INVALID_REQUEST
+@pytest.mark.parametrize(
+    ("index", "id", "metadata"),
+    [
+        ("pets", IMAGE["uri"], {}),
+        ({"name": "pets", "id": "7", "metadata": {"a": "b"}}, "7", {"a": "b"}),
+    ],
+)
+def test_an_image_for_an_index_goes_there_and_not_into_the_result(
+    model: Model, index: Any, id: str, metadata: dict[str, str]
+) -> None:
+    image = {**IMAGE, "etag": "1"}
+    request = EmbedRequest.model_validate({"image": image, "index": index})
+    result = kinds.answer(request, PIXELS, model)
+    assert (result.arrays, result.indexed) == ({}, id)
+    ((name, entry),) = model.added
+    assert (name, entry.id, entry.uri, entry.etag) == ("pets", id, IMAGE["uri"], "1")
+    assert (entry.metadata, entry.vectors.shape) == (metadata, (2, 3))

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +15,13 @@ from blipq import Client, ErrorCode, Job, JobInfo, Kind, Settings
 from blipq.errors import PermanentError, TransientError
 from blipq.ledger import MAX_RETRIES, Claim, Ledger
 from blipq.storage import Storage
-from blipq_worker.blip2 import EmbedItem, GeneratedText, GenerateItem, MatchItem, Pixels
+from blipq_worker.blip2 import EmbedItem, GeneratedText, GenerateItem, MatchItem, Pixels, RerankItem
 from blipq_worker.budget import Budget
 from blipq_worker.engine import Engine
 from blipq_worker.fetch import Fetcher
 from blipq_worker.gate import Gate
+from blipq_worker.index import Indexes
+from blipq_worker.index_writer import IndexWriter
 from blipq_worker.leases import Held
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.tasks import HandBack, JobFailedTask, Runner
@@ -38,6 +41,8 @@ class Model:
         quantization="none",
         default_prompt="a photo of",
         has_retrieval=True,
+        retrieval_checkpoint="fake-itm",
+        retrieval_revision="1",
     )
 
     def __init__(self) -> None:
@@ -68,7 +73,25 @@ class Model:
     def embed(self, items: list[EmbedItem]) -> list[Any]:
         self.before()
         sizes = [item.pixels.generation if item.pixels else (0, 0) for item in items]
-        return [{"size": np.array(size, dtype=np.float32)} for size in sizes]
+        return [
+            {
+                "size": np.array(size, dtype=np.float32),
+                "image_embeds_proj": _direction(size[0]),
+                "text_embeds_proj": _direction(len(item.text or "")),
+            }
+            for size, item in zip(sizes, items, strict=True)
+        ]
+
+    def rerank(self, items: list[RerankItem]) -> list[tuple[float, float]]:
+        """The higher the picture, the better it matches."""
+        self.before()
+        heights = [float(item.pixels.generation[1]) for item in items]
+        return [(height, height / 100) for height in heights]
+
+
+def _direction(number: int) -> Any:
+    """(32, 256): 32 times the same direction, near to that of near numbers."""
+    return np.tile(np.eye(256)[0] * 30 + np.eye(256)[1] * number, (32, 1)) / np.hypot(30, number)
 
 
 class Parts(SimpleNamespace):
@@ -80,6 +103,7 @@ class Parts(SimpleNamespace):
     held: Held
     gate: Gate
     runner: Runner
+    indexes: Indexes
 
     def run(self, job: Job[Any]) -> JobInfo:
         """Runs the message of a job; what became of it."""
@@ -100,7 +124,7 @@ def storage(settings: Settings) -> Storage:
 
 
 @pytest.fixture
-def parts(apart: Settings, storage: Storage) -> Iterator[Parts]:
+def parts(apart: Settings, storage: Storage, tmp_path: Path) -> Iterator[Parts]:
     with Client(apart) as client:
         client.storage = storage
         model, held, gate = Model(), Held(), Gate()
@@ -111,6 +135,9 @@ def parts(apart: Settings, storage: Storage) -> Iterator[Parts]:
             max_waiting=8,
         )
         engine.batcher.start()
+        indexes = Indexes(Settings(indexes=str(tmp_path / "indexes")))
+        writer = IndexWriter(indexes, max_waiting=8)
+        writer.start()
         runner = Runner(
             ledger=client.ledger,
             broker=client.broker,
@@ -118,14 +145,23 @@ def parts(apart: Settings, storage: Storage) -> Iterator[Parts]:
             fetcher=Fetcher(client.storage, max_bytes=2**20, timeout_s=10),
             decoding=Budget(TINY.decode_memory_bytes, most=TINY.decode_threads),
             engine=engine,
+            indexes=indexes,
+            writer=writer,
             gate=gate,
             held=held,
             worker="w1",
             settings=TINY,
         )
         yield Parts(
-            client=client, ledger=client.ledger, model=model, held=held, gate=gate, runner=runner
+            client=client,
+            ledger=client.ledger,
+            model=model,
+            held=held,
+            gate=gate,
+            runner=runner,
+            indexes=indexes,
         )
+        writer.close()
         engine.batcher.close(timeout=10)
 
 
@@ -204,6 +240,96 @@ def test_features_of_a_text_need_no_image(parts: Parts) -> None:
 def test_a_text_that_is_too_long_to_embed_is_an_invalid_request(parts: Parts) -> None:
     info = parts.fail(parts.client.embed(text="too long"))
     assert (info.error.code, info.error.message) == ("invalid_request", "the text is too long")
+
+
+# --- search ---------------------------------------------------------------------------------------
+
+
+def png(width: int, height: int) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (width, height)).save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.fixture
+def pictures(parts: Parts) -> dict[str, str]:
+    """Three pictures in the index "sizes", their URIs by id."""
+    uris = {}
+    for id, size in {"a": (10, 50), "b": (20, 70), "c": (30, 60)}.items():
+        entry = {"name": "sizes", "id": id, "metadata": {"even": str(size[0] == 20)}}
+        uris[id] = parts.client.storage.upload(png(*size)).uri
+        info = parts.run(parts.client.embed(uris[id], index=entry))
+        assert (info.result.indexed, info.result.arrays) == (id, {})
+        assert info.receipt.index_ms > 0
+    return uris
+
+
+def test_the_nearest_are_looked_at_again_and_the_rest_follow(
+    parts: Parts, pictures: dict[str, str]
+) -> None:
+    ten = "x" * 10
+    by_cosine = parts.run(parts.client.search("sizes", ten, rerank=0)).result.hits
+    assert [(hit.id, hit.itm) for hit in by_cosine] == [("a", None), ("b", None), ("c", None)]
+    assert by_cosine[0].itc == pytest.approx(1, abs=1e-3)
+    info = parts.run(parts.client.search("sizes", ten, rerank=2))
+    assert [(hit.id, hit.itm) for hit in info.result.hits] == [("b", 0.7), ("a", 0.5), ("c", None)]
+    assert info.result.hits[0].uri == pictures["b"]
+    assert (info.receipt.rerank_ms > 0, info.result.skipped) == (True, ())
+    best = parts.run(parts.client.search("sizes", ten, top_k=1)).result
+    assert [hit.id for hit in best.hits] == ["b"]
+
+
+def test_an_image_is_searched_by_without_looking_again(
+    parts: Parts, pictures: dict[str, str]
+) -> None:
+    result = parts.run(parts.client.search("sizes", image=png(29, 9), top_k=2)).result
+    assert [(hit.id, hit.itm) for hit in result.hits] == [("c", None), ("b", None)]
+
+
+def test_hits_have_the_metadata_that_the_filter_asks_for(
+    parts: Parts, pictures: dict[str, str]
+) -> None:
+    result = parts.run(parts.client.search("sizes", "x", filter={"even": ["True", "x"]})).result
+    assert [(hit.id, hit.metadata) for hit in result.hits] == [("b", {"even": "True"})]
+
+
+def test_images_that_have_gone_are_skipped_and_named(
+    parts: Parts, pictures: dict[str, str]
+) -> None:
+    bucket, key = pictures["b"].removeprefix("s3://").split("/")
+    parts.client.storage.client.delete_object(Bucket=bucket, Key=key)
+    result = parts.run(parts.client.search("sizes", "x")).result
+    assert [hit.id for hit in result.hits] == ["c", "a"]
+    assert [(each.id, each.code) for each in result.skipped] == [("b", "image_not_found")]
+
+
+def test_a_search_of_no_index_is_an_invalid_request(parts: Parts) -> None:
+    error = parts.fail(parts.client.search("none", "x")).error
+    assert (error.code, error.message) == ("invalid_request", "index: there is no index 'none'")
+
+
+def test_an_index_that_is_away_is_asked_again_later(
+    parts: Parts, picture: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "indexes").write_text("not a folder")
+    job = parts.client.embed(picture, index="sizes")
+    assert parts.run(job).status == "queued"
+    (tmp_path / "indexes").unlink()
+    due_again(parts)
+    assert parts.run(job).status == "succeeded"
+
+
+def test_a_model_without_retrieval_searches_nothing(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(item: Any) -> None:
+        raise PermanentError(ErrorCode.MODEL_UNAVAILABLE, "no retrieval checkpoint")
+
+    monkeypatch.setattr(parts.model, "check", missing)
+    assert parts.fail(parts.client.search("sizes", "x")).error.code == "model_unavailable"
+
+
+# --- what else goes well --------------------------------------------------------------------------
 
 
 def test_an_output_is_the_result_as_json(parts: Parts, picture: bytes) -> None:

@@ -27,6 +27,8 @@ from blipq_worker.fetch import Fetcher
 from blipq_worker.gate import Gate
 from blipq_worker.health import BrokerLoop, HealthServer
 from blipq_worker.https import HttpsFetcher
+from blipq_worker.index import Indexes
+from blipq_worker.index_writer import IndexWriter
 from blipq_worker.leases import Heartbeat, Held, Reconciler
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.tasks import HandBack, JobFailedTask, Runner
@@ -67,6 +69,8 @@ class Worker:
             read_timeout_s=min(10.0, options.fetch_timeout_s),
             attempts=1,
         )
+        indexes = Indexes(settings)
+        self._writer = IndexWriter(indexes, max_waiting=2 * options.threads)
         self._runner = Runner(
             ledger=ledger,
             broker=self._broker,
@@ -80,6 +84,8 @@ class Worker:
             ),
             decoding=self._decoding,
             engine=self._engine,
+            indexes=indexes,
+            writer=self._writer,
             gate=self._gate,
             held=self._held,
             worker=self.name,
@@ -113,6 +119,7 @@ class Worker:
     def run(self) -> int:
         """Works until it is told to stop; the exit code."""
         self._engine.batcher.start()
+        self._writer.start()
         self._heartbeat.start()
         self._reconciler.start()
         if self._health is not None:
@@ -208,6 +215,7 @@ class Worker:
     def _stop(self) -> None:
         self._reconciler.stop()
         self._engine.batcher.close(timeout=5)
+        self._writer.close()
         self._heartbeat.stop()
         if self._health is not None:
             self._health.stop()

@@ -17,6 +17,7 @@ from blipq_worker.blip2 import (
     Item,
     MatchItem,
     RankItem,
+    RerankItem,
 )
 
 _URGENCY = {Priority.HIGH: 0, Priority.NORMAL: 1, Priority.LOW: 2}
@@ -50,6 +51,15 @@ class Matched:
 
 
 @dataclass(frozen=True, slots=True)
+class Reranked:
+    """The matching logit and the probability of a match, and what they took."""
+
+    scores: tuple[float, float]
+    pass_ms: float
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Embedded:
     """Features by name, and what they took."""
 
@@ -58,13 +68,14 @@ class Embedded:
     batch_size: int
 
 
-ItemAnswer = Generated | Ranked | Matched | Embedded
+ItemAnswer = Generated | Ranked | Matched | Reranked | Embedded
 
 #: The model's method that runs items of a type, and what its answers become.
 _VERBS: Mapping[type, tuple[str, Callable[..., ItemAnswer]]] = {
     GenerateItem: ("generate", Generated),
     RankItem: ("rank", Ranked),
     MatchItem: ("match", Matched),
+    RerankItem: ("rerank", Reranked),
     EmbedItem: ("embed", Embedded),
 }
 
@@ -120,5 +131,5 @@ def _batch_key(name: str, item: Item) -> Hashable:
             return name, verb, item.params
         case MatchItem():
             return name, verb, item.head
-        case RankItem() | EmbedItem():
+        case RankItem() | RerankItem() | EmbedItem():
             return name, verb

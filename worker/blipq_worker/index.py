@@ -57,6 +57,7 @@ class Entry:
     """An image to index. ``etag`` says which bytes its vectors come from, where that is known."""
 
     id: str
+    uri: str
     etag: str
     vectors: Vectors
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -67,6 +68,7 @@ class Found:
     """An indexed image and its cosine with the query, in [-1, 1]."""
 
     id: str
+    uri: str
     etag: str
     metadata: dict[str, str]
     cosine: float
@@ -228,10 +230,11 @@ class Index:
             search = search.distance_type("cosine").limit(limit)
             if filter:
                 search = search.where(_condition(filter), prefilter=True)
-            rows = search.select(["id", "etag", "metadata", "_distance"]).to_list()
+            rows = search.select(["id", "uri", "etag", "metadata", "_distance"]).to_list()
         return [
             Found(
                 id=row["id"],
+                uri=row["uri"],
                 etag=row["etag"],
                 metadata=_metadata(row["metadata"]),
                 cosine=1 - row["_distance"] / len(asked),
@@ -317,6 +320,7 @@ def _schema(space: Space) -> Any:
     return pa.schema(
         [
             pa.field("id", pa.string(), nullable=False, metadata=key),
+            pa.field("uri", pa.string()),
             pa.field("etag", pa.string()),
             pa.field("metadata", pa.list_(pa.string())),
             pa.field("vectors", pa.list_(pa.list_(pa.float16(), _DIMENSIONS))),
@@ -343,6 +347,7 @@ def _rows(entries: Sequence[Entry], schema: Any) -> Any:
     return pa.table(
         {
             "id": pa.array([entry.id for entry in entries], pa.string()),
+            "uri": pa.array([entry.uri for entry in entries], pa.string()),
             "etag": pa.array([entry.etag for entry in entries], pa.string()),
             "metadata": pa.array(pairs, pa.list_(pa.string())),
             "vectors": pa.ListArray.from_arrays(pa.array(ends), flat),

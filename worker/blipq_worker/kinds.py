@@ -25,18 +25,19 @@ from blipq.contract import (
     EmbedDtype,
     EmbedRequest,
     EmbedResult,
-    ErrorCode,
     Generation,
     ImageRef,
+    IndexEntry,
     MatchRequest,
     MatchResult,
     Request,
     Result,
+    SearchRequest,
     TextScore,
     VQARequest,
     VQAResult,
 )
-from blipq.errors import PermanentError
+from blipq_worker import search
 from blipq_worker.blip2 import (
     EmbedItem,
     GenerateItem,
@@ -51,11 +52,12 @@ from blipq_worker.blip2 import (
     vqa_prompt,
 )
 from blipq_worker.engine import Embedded, Generated, Matched, Ranked
+from blipq_worker.index import Entry, Vectors
 
 Turns = tuple[tuple[str, str], ...]
 
 
-class Ask(Protocol):
+class Ask(search.Ask, Protocol):
     """Sends items to the model and waits for what it says.
 
     Raises PermanentError: invalid_request for a text that is too long, model_unavailable for what
@@ -87,6 +89,9 @@ class Ask(Protocol):
     def note(self, text: str) -> None:
         """Tells the caller something about the answer."""
 
+    def add(self, index: str, entry: Entry) -> None:
+        """Puts an image into an index."""
+
 
 def image_of(request: Request) -> ImageRef | None:
     """The image that must be fetched for a request, if any."""
@@ -100,11 +105,7 @@ def answer(request: Request, pixels: Pixels | None, ask: Ask) -> Result:
 
     Raises PermanentError (invalid_request, model_unavailable).
     """
-    handler = _HANDLERS.get(type(request))
-    if handler is None:
-        message = f"this worker does not serve {request.kind} jobs"
-        raise PermanentError(ErrorCode.INVALID_REQUEST, message)
-    return handler(request, pixels, ask)
+    return _HANDLERS[type(request)](request, pixels, ask)
 
 
 # -- caption --
@@ -230,12 +231,27 @@ def _scores(request: MatchRequest, matched: Matched) -> MatchResult:
 
 def _embed(request: EmbedRequest, pixels: Pixels | None, ask: Ask) -> EmbedResult:
     text = None if request.mode == "image" else request.text
-    return _features(request, ask.embed(EmbedItem(request.mode, pixels, text)))
+    embedded = ask.embed(EmbedItem(request.mode, pixels, text))
+    if request.index is None or request.image is None:
+        return _features(request, embedded)
+    entry = _entry(request.index, request.image, embedded.arrays["image_embeds_proj"])
+    ask.add(request.index.name, entry)
+    return EmbedResult(arrays={}, indexed=entry.id)
 
 
 def _features(request: EmbedRequest, embedded: Embedded) -> EmbedResult:
     return EmbedResult(
         arrays={name: _array(values, request.dtype) for name, values in embedded.arrays.items()}
+    )
+
+
+def _entry(target: IndexEntry, image: ImageRef, vectors: Vectors) -> Entry:
+    return Entry(
+        id=target.id or image.uri,
+        uri=image.uri,
+        etag=image.etag or "",
+        vectors=vectors,
+        metadata=target.metadata,
     )
 
 
@@ -285,4 +301,5 @@ _HANDLERS: Mapping[type, Callable[[Any, Any, Ask], Result]] = {
     MatchRequest: _match,
     EmbedRequest: _embed,
     DescribeRequest: _describe,
+    SearchRequest: search.search,
 }

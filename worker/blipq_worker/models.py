@@ -113,8 +113,10 @@ def load_models(options: WorkerSettings) -> "dict[str, Blip2]":
                 compiled=options.compile,
                 device=device,
             )
-            # Receipts name a model as it was asked for, not by its folder on this machine.
-            model.info = replace(model.info, checkpoint=what)
+            # Receipts and indexes name a model as it was asked for, not by its folder here.
+            local = served.retrieval is not None and Path(served.retrieval).is_dir()
+            retrieval = what if local else served.retrieval
+            model.info = replace(model.info, checkpoint=what, retrieval_checkpoint=retrieval)
             if options.canary:
                 canary.check(model)
             loaded[name] = model

@@ -36,13 +36,16 @@ from blipq.errors import (
 from blipq.ledger import MAX_RETRIES, Claim, Ledger, Message
 from blipq.storage import Storage
 from blipq_worker import kinds
-from blipq_worker.ask import Asker, Lost, Stopwatch
+from blipq_worker.ask import Lost, Stopwatch
+from blipq_worker.ask_index import IndexAsker, work_errors
 from blipq_worker.blip2 import Blip2, Pixels
 from blipq_worker.budget import Budget
 from blipq_worker.engine import Engine
 from blipq_worker.fetch import Fetcher, is_allowed
 from blipq_worker.gate import Draining, Gate
 from blipq_worker.images import ImageLimits, bytes_to_decode, decoded, opened
+from blipq_worker.index import Indexes
+from blipq_worker.index_writer import IndexWriter
 from blipq_worker.leases import Held
 from blipq_worker.settings import WorkerSettings
 
@@ -75,6 +78,8 @@ class Runner:
         fetcher: Fetcher,
         decoding: Budget,
         engine: Engine,
+        indexes: Indexes,
+        writer: IndexWriter,
         gate: Gate,
         held: Held,
         worker: str,
@@ -85,6 +90,8 @@ class Runner:
         self._storage = storage
         self._fetcher = fetcher
         self._engine = engine
+        self._indexes = indexes
+        self._writer = writer
         self._gate = gate
         self._held = held
         self._worker = worker
@@ -189,7 +196,7 @@ class Runner:
             image = kinds.image_of(request)
             pixels = None if image is None else self._pixels(image, model, watch, lost)
             _raise_if(lost)
-            asker = Asker(self._engine, claim, self._held, watch, self._settings.job_timeout_s)
+            asker = self._asker(claim, model, watch, lost)
             result = kinds.answer(request, pixels, asker).model_dump_json(exclude_none=True)
             if claim.output:
                 self._write_output(claim, result)
@@ -203,6 +210,25 @@ class Runner:
             raise TransientError(ErrorCode.INTERNAL, message) from error
         except Exception as error:
             _raise_internal(claim, error)
+
+    def _asker(
+        self, claim: Claim, model: Blip2, watch: Stopwatch, lost: threading.Event
+    ) -> IndexAsker:
+        def load(image: ImageRef) -> Pixels:
+            """An image found in an index: the receipt counts it as part of the search."""
+            unread = Stopwatch(queue_ms=0, worker=self._worker)
+            return self._pixels(image, model, unread, lost)
+
+        return IndexAsker(
+            self._engine,
+            claim,
+            self._held,
+            watch,
+            self._settings.job_timeout_s,
+            indexes=self._indexes,
+            writer=self._writer,
+            load=load,
+        )
 
     def _pixels(
         self, image: ImageRef, model: Blip2, watch: Stopwatch, lost: threading.Event
@@ -234,12 +260,8 @@ class Runner:
         if not is_allowed(*split_s3_uri(claim.output), allowed):
             message = f"output: {claim.output} is outside BLIPQ_ALLOWED_OUTPUTS"
             raise PermanentError(ErrorCode.INVALID_REQUEST, message)
-        try:
+        with work_errors("output"):
             self._storage.put(claim.output, result.encode(), content_type="application/json")
-        except InvalidRequest as error:
-            raise PermanentError(ErrorCode.INVALID_REQUEST, f"output: {error}") from error
-        except QueueUnavailable as error:
-            raise TransientError(ErrorCode.INTERNAL, f"output: {error}") from error
 
     # -- outcome --
 

@@ -12,7 +12,7 @@ from blipq_worker.blip2.generation import GeneratedText, GenerateItem, Generatio
 from blipq_worker.blip2.model import Blip2, Item, ModelInfo
 from blipq_worker.blip2.preprocessing import Pixels
 from blipq_worker.blip2.prompts import caption_prompt, match_text, vqa_prompt
-from blipq_worker.blip2.retrieval import MatchItem
+from blipq_worker.blip2.retrieval import MatchItem, RerankItem
 
 __all__ = [
     "Arrays",
@@ -27,6 +27,7 @@ __all__ = [
     "ModelInfo",
     "Pixels",
     "RankItem",
+    "RerankItem",
     "caption_prompt",
     "match_text",
     "resolve",

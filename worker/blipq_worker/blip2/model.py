@@ -22,9 +22,9 @@ from blipq_worker.blip2.loading import (
     load_weights,
 )
 from blipq_worker.blip2.preprocessing import Pixels, Preprocessor
-from blipq_worker.blip2.retrieval import Matcher, MatchItem
+from blipq_worker.blip2.retrieval import Matcher, MatchItem, RerankItem
 
-Item = GenerateItem | RankItem | MatchItem | EmbedItem
+Item = GenerateItem | RankItem | MatchItem | RerankItem | EmbedItem
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,8 @@ class ModelInfo:
 class Blip2:
     """A resident model.
 
-    One thread calls ``generate``, ``rank``, ``match`` and ``embed``; the rest is thread-safe.
+    One thread calls ``generate``, ``rank``, ``match``, ``rerank`` and ``embed``; the rest is
+    thread-safe.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class Blip2:
                 self.generator.check(item.prompts, item.params)
             case RankItem():
                 self.ranker.check(item.prompts, item.choices)
-            case MatchItem():
+            case MatchItem() | RerankItem():
                 self._matcher()
             case EmbedItem():
                 self._embedder().check(item)
@@ -172,6 +173,13 @@ class Blip2:
         Raises PermanentError ``model_unavailable`` without a retrieval checkpoint.
         """
         return self._matcher().match(items)
+
+    def rerank(self, items: Sequence[RerankItem]) -> list[tuple[float, float]]:
+        """The matching logit and the probability of a match, per item. See ``Matcher.rerank``.
+
+        Raises PermanentError ``model_unavailable`` without a retrieval checkpoint.
+        """
+        return self._matcher().rerank(items)
 
     def embed(self, items: Sequence[EmbedItem]) -> list[Arrays]:
         """Features by name, per item. See ``Embedder.embed``.

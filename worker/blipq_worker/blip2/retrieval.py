@@ -38,6 +38,14 @@ class MatchItem:
     head: Head = "itm"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RerankItem:
+    """An image that is near a text, to be looked at together with it."""
+
+    pixels: Pixels
+    text: str
+
+
 class Matcher:
     """Runs a retrieval checkpoint. Not thread-safe."""
 
@@ -77,15 +85,28 @@ class Matcher:
                     scores[owner].append(value)
         return scores
 
+    @torch.inference_mode()
+    def rerank(self, items: Sequence[RerankItem]) -> list[tuple[float, float]]:
+        """The matching logit, by which LAVIS ranks, and the probability of a match, per item."""
+        images = image_features(self.model, [_pixels(item) for item in items])
+        logits = self._itm_logits(images, range(len(items)), [item.text for item in items])
+        probabilities = logits.softmax(dim=-1)
+        return list(zip(logits[:, 1].tolist(), probabilities[:, 1].tolist(), strict=True))
+
     def _itm(
         self, images: torch.Tensor, owners: Sequence[int], texts: Sequence[str]
     ) -> torch.Tensor:
-        """Match probabilities, (pairs,): the queries read the text and the image together."""
+        """Match probabilities, (pairs,)."""
+        return self._itm_logits(images, owners, texts).softmax(dim=-1)[:, 1]
+
+    def _itm_logits(
+        self, images: torch.Tensor, owners: Sequence[int], texts: Sequence[str]
+    ) -> torch.Tensor:
+        """No match and match, (pairs, 2): the queries read the text and the image together."""
         ids, mask = self.texts.padded(texts, images.device)
         read = pair_features(self.model, images[list(owners)], ids, mask)
-        logits = self.model.itm_head(read).mean(dim=1)
-        probabilities: torch.Tensor = logits.softmax(dim=-1)
-        return probabilities[:, 1]
+        logits: torch.Tensor = self.model.itm_head(read).mean(dim=1)
+        return logits
 
     def _itc(
         self, images: torch.Tensor, owners: Sequence[int], texts: Sequence[str]
@@ -101,7 +122,7 @@ class Matcher:
         return torch.einsum("pqd,pd->pq", own, text).amax(dim=-1)
 
 
-def _pixels(item: MatchItem) -> torch.Tensor:
+def _pixels(item: MatchItem | RerankItem) -> torch.Tensor:
     if item.pixels.retrieval is None:
         raise ValueError("these pixels were prepared without a retrieval checkpoint")
     return item.pixels.retrieval
