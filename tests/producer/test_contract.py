@@ -24,6 +24,7 @@ from blipq.contract import (
     Generation,
     Hit,
     ImageRef,
+    IndexEntry,
     JobError,
     JobInfo,
     MatchRequest,
@@ -44,6 +45,9 @@ from blipq.contract import (
 )
 
 IMAGE = "s3://uploads/cat.jpg"
+
+
+names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True)
 
 
 def several(item: st.SearchStrategy, least: int = 1) -> st.SearchStrategy:
@@ -92,11 +96,18 @@ requests = st.one_of(
         EmbedRequest, image=images, text=texts, mode=st.sampled_from(["image", "multimodal"])
     ),
     st.builds(DescribeRequest, image=images, questions=several(texts, 0), embed=st.booleans()),
-    st.builds(SearchRequest, index=texts, text=texts, top_k=st.integers(1, 1000)),
+    st.builds(
+        SearchRequest,
+        index=names,
+        text=texts,
+        top_k=st.integers(1, 1000),
+        filter=maybe(st.dictionaries(texts, texts | several(texts), min_size=1, max_size=3)),
+    ),
+    st.builds(EmbedRequest, image=images, index=st.builds(IndexEntry, name=names)),
 )
 options = st.builds(
     Options,
-    model=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True),
+    model=names,
     priority=st.sampled_from(Priority),
     expires_in=maybe(st.floats(0.001, 30 * 86400)),
     idempotency_key=maybe(texts),
@@ -307,6 +318,21 @@ def test_embedding_a_text_and_an_image_needs_both() -> None:
 def test_a_search_is_by_a_text_or_by_an_image(query: dict[str, str]) -> None:
     with pytest.raises(ValidationError, match="either a text or an image"):
         SearchRequest.model_validate({"index": "pets", **query})
+
+
+def test_an_index_is_named_in_short_and_takes_images_only() -> None:
+    request = EmbedRequest.model_validate({"image": IMAGE, "index": "pets"})
+    assert request.index == IndexEntry(name="pets")
+    with pytest.raises(ValidationError, match="an index holds images"):
+        EmbedRequest.model_validate({"text": "a cat", "mode": "text", "index": "pets"})
+    with pytest.raises(ValidationError, match="pattern"):
+        EmbedRequest.model_validate({"image": IMAGE, "index": "../pets"})
+
+
+@pytest.mark.parametrize("filter", [{}, "id = 1", {"a": []}, {"a": 1}, {"a": {"or": "b"}}])
+def test_a_filter_is_texts_by_name(filter: object) -> None:
+    with pytest.raises(ValidationError, match="filter"):
+        SearchRequest.model_validate({"index": "pets", "text": "a cat", "filter": filter})
 
 
 def test_the_best_answer_is_at_hand() -> None:
