@@ -50,7 +50,9 @@ class FaultyModel:
     def check(self, prompts: Sequence[str], params: GenerationParams) -> None:
         """Any prompt will do."""
 
-    def generate(self, items: Sequence[GenerateItem]) -> list[list[list[GeneratedText]]]:
+    def generate(
+        self, items: Sequence[GenerateItem], wanted: Callable[[int], bool]
+    ) -> list[list[list[GeneratedText]]]:
         prompts = [prompt for item in items for prompt in item.prompts]
         for prompt in prompts:
             _obey(prompt, self._step, alone=len(prompts) == 1)

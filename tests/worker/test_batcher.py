@@ -4,6 +4,7 @@ The model here is honest: it doubles numbers, and refuses what is no number.
 """
 
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any
@@ -21,10 +22,20 @@ class Doubler:
         self.batches: list[tuple[Hashable, list[Any]]] = []
         self.free = threading.Event()
         self.free.set()
+        self.given_up: list[Any] = []
 
-    def __call__(self, key: Hashable, items: Sequence[Any]) -> list[Any]:
+    def hold_the_next(self) -> None:
+        """Lets the running batch go, but not the one after it."""
+        free, self.free = self.free, threading.Event()
+        free.set()
+
+    def __call__(
+        self, key: Hashable, items: Sequence[Any], wanted: Callable[[int], bool]
+    ) -> list[Any]:
+        free = self.free
         self.batches.append((key, list(items)))
-        assert self.free.wait(10)
+        assert free.wait(10)
+        self.given_up += [item for index, item in enumerate(items) if not wanted(index)]
         if "poison" in items:
             raise ValueError("poison is no number")
         return [2 * item for item in items]
@@ -172,22 +183,35 @@ def test_a_batch_of_cancelled_items_is_not_run(busy: Batcher[Any, Any], model: D
     assert [key for key, _ in model.batches] == ["first", "later"]
 
 
-def test_an_item_in_its_batch_can_no_longer_be_cancelled(
-    make: Callable[..., Batcher[Any, Any]], model: Doubler
+def test_a_running_item_is_given_up_at_once_and_the_model_can_tell(
+    busy: Batcher[Any, Any], model: Doubler
 ) -> None:
-    model.free.clear()
-    future = make().submit(1, "k")
-    wait_until(lambda: model.batches, "the batch")
-    assert not future.cancel()
+    unwanted, wanted = busy.submit(1, "k"), busy.submit(2, "k")
+    model.hold_the_next()
+    wait_until(lambda: len(model.batches) == 2, "the batch")
+    assert unwanted.cancel()
+    with pytest.raises(CancelledError):
+        unwanted.result(timeout=0)
     model.free.set()
-    assert future.result(timeout=10) == 2
+    assert wanted.result(timeout=10) == 4
+    assert model.given_up == [1]
+
+
+def test_an_item_is_cancelled_at_its_deadline(busy: Batcher[Any, Any], model: Doubler) -> None:
+    late = busy.submit(1, "k", deadline=time.monotonic())
+    soon = busy.submit(2, "k", deadline=time.monotonic() + 60)
+    model.free.set()
+    assert soon.result(timeout=10) == 4
+    with pytest.raises(CancelledError):
+        late.result(timeout=10)
+    assert model.batches[1:] == [("k", [2])]
 
 
 @pytest.mark.parametrize("given", [0, 2])
 def test_a_model_that_answers_too_few_or_too_many_fails_its_jobs(
     make: Callable[..., Batcher[Any, Any]], given: int
 ) -> None:
-    batcher = make(lambda key, items: [0] * given)
+    batcher = make(lambda key, items, wanted: [0] * given)
     with pytest.raises(RuntimeError, match=f"{given} answers for 1 items"):
         batcher.submit(1, "k").result(timeout=10)
 

@@ -65,7 +65,7 @@ def answers(model: "Blip2", pictures: list[Image.Image], size: int) -> tuple[lis
     def run(number: int) -> Any:
         return kinds.answer(request(number), pixels[number // 7 % len(pixels)], ask)
 
-    with ThreadPoolExecutor(2 * size) as threads:
+    with ThreadPoolExecutor(2 * size if size > 1 else 1) as threads:
         found = list(threads.map(run, range(JOBS)))
     engine.batcher.close(timeout=10)
     return found, ask.batch_sizes

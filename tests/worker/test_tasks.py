@@ -58,7 +58,7 @@ class Model:
         if "too long" in str(getattr(item, "prompts", getattr(item, "text", None))):
             raise PermanentError(ErrorCode.INVALID_REQUEST, "the text is too long")
 
-    def generate(self, items: list[GenerateItem]) -> list[list[list[GeneratedText]]]:
+    def generate(self, items: list[GenerateItem], wanted: Any) -> list[list[list[GeneratedText]]]:
         self.before()
         said = ["{} x {}".format(*item.pixels.generation) for item in items]
         return [

@@ -59,6 +59,7 @@ class Worker:
             max_batch_size=options.max_batch_size,
             batch_wait_timeout_s=options.batch_wait_timeout_s,
             max_waiting=2 * options.threads,
+            max_beams=options.beams,
         )
         self._decoding = Budget(options.decode_memory_bytes, most=options.decode_threads)
         ledger = Ledger(connect(settings), settings)

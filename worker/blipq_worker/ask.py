@@ -88,6 +88,7 @@ class Asker:
         self._held = held
         self._watch = watch
         self._timeout_s = timeout_s
+        self._expires_at = time.monotonic() + claim.expires_in
         self._priority = Priority(claim.queue.rsplit(".", 1)[-1])
         info = self.info
         watch.say(
@@ -155,14 +156,17 @@ class Asker:
             self._watch.add("tokens", sum(text.tokens for texts in answer.texts for text in texts))
 
     def _answers(self, items: Sequence[Item]) -> list[ItemAnswer]:
-        """Waits for answers; a claim that is lost meanwhile gives its places in batches up."""
+        """Waits for answers; a claim that is lost meanwhile, or expires, ends the work on them."""
         lost: threading.Event = self._held.event(self._claim)
         deadline = time.monotonic() + self._timeout_s
         futures: list[Future[ItemAnswer]] = []
         try:
             for item in items:
-                futures.append(self._engine.submit(self._claim.model, item, self._priority))
-                self._held.on_lost(self._claim, futures[-1].cancel)
+                future = self._engine.submit(
+                    self._claim.model, item, self._priority, deadline=self._expires_at
+                )
+                futures.append(future)
+                self._held.on_lost(self._claim, future.cancel)
             answers = [
                 future.result(timeout=max(0.0, deadline - time.monotonic())) for future in futures
             ]

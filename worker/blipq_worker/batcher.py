@@ -1,22 +1,31 @@
-"""Groups items into batches, one Future each. Knows no Celery, torch or BLIP-2.
+"""Runs items together, one Future each. Knows no Celery, torch or BLIP-2.
 
-One thread owns the model: it takes the most urgent waiting item, gathers others of the same batch
-key, and runs them together. While a batch runs the next one fills by itself, so the window matters
-only when the model is idle.
+One thread owns the model. Items of most keys run in batches: the thread takes the most urgent
+waiting item, gathers others of the same key, and runs them together; while a batch runs the next
+one fills by itself, so the window matters only when the model is idle. Items of other keys join a
+``Session`` and leave it one by one: between two steps whoever is done goes and whoever waits comes.
 """
 
-import heapq
+import bisect
 import itertools
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+ItemIn = TypeVar("ItemIn", contravariant=True)
+AnswerOut = TypeVar("AnswerOut", covariant=True)
+
+#: Stands for an item; of two tickets the smaller is the more urgent one.
+Ticket = tuple[int, int]
+
+#: How many times as long as the last batch took the sessions run before a less urgent one.
+_LESS_URGENT_WAITS = 4
 
 
 class BatcherFull(Exception):
@@ -27,45 +36,104 @@ class BatcherClosed(Exception):
     """The batcher takes no more items."""
 
 
+class Session(Protocol[ItemIn, AnswerOut]):
+    """Items that run together and need neither start nor end together. Of one thread."""
+
+    def has_room(self, ticket: Ticket) -> bool:
+        """Whether an item of this urgency would be at work soon."""
+
+    def join(self, ticket: Ticket, item: ItemIn) -> None:
+        """Takes an item in. If it raises, the item fails."""
+
+    def leave(self, ticket: Ticket) -> None:
+        """Lets an item go, whatever it has come to. Does not raise."""
+
+    def step(self, tickets: Sequence[Ticket]) -> Sequence[tuple[Ticket, AnswerOut]]:
+        """Takes these items one step further; the answers of those that are done and have left.
+
+        If it raises, the batcher tries halves of them until the item that raises is alone: a step
+        that raised must be one that can be taken again.
+        """
+
+
+class Run(Protocol[ItemIn, AnswerOut]):
+    """Runs a batch."""
+
+    def __call__(
+        self, key: Hashable, items: Sequence[ItemIn], wanted: Callable[[int], bool]
+    ) -> Sequence[AnswerOut]:
+        """One answer per item, in order. ``wanted(i)`` says whether anyone waits for item ``i``."""
+
+
 @dataclass(order=True, slots=True)
 class _Entry(Generic[Item, Answer]):
-    """A waiting item; entries sort by urgency, then by arrival."""
+    """An item; entries sort by urgency, then by arrival. Times are of the monotonic clock."""
 
-    priority: int
-    order: int
+    ticket: Ticket
     key: Hashable = field(compare=False)
     item: Item = field(compare=False)
     arrived: float = field(compare=False)
+    deadline: float | None = field(compare=False)
+    # It stays pending while its item runs, so that it can be cancelled until there is an answer.
     future: "Future[Answer]" = field(compare=False)
+
+    @property
+    def priority(self) -> int:
+        return self.ticket[0]
+
+    def wanted(self) -> bool:
+        """Whether anyone waits for the answer; gives it up itself at the deadline."""
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            self.future.cancel()
+        return not self.future.cancelled()
+
+
+@dataclass(slots=True)
+class _Running(Generic[Item, Answer]):
+    """A session and the items in it."""
+
+    session: Session[Item, Answer]
+    entries: dict[Ticket, _Entry[Item, Answer]] = field(default_factory=dict)
 
 
 class Batcher(Generic[Item, Answer]):
-    """Runs ``run(key, items)`` on batches of items that share a key.
+    """Runs items with ``run`` in batches, and in sessions where their key has one.
 
-    max_batch_size: most items in one batch. batch_wait_timeout_s: longest the first item of a batch
-    waits for company. max_waiting: items beyond which ``submit`` blocks.
+    sessions: the keys whose items join and leave, and how to open a session. max_batch_size: most
+    items in one batch. max_batch_cost: their highest ``cost`` together; an item alone may cost
+    more. batch_wait_timeout_s: longest the first item of a batch waits for company. max_waiting:
+    items beyond which ``submit`` blocks.
 
-    A batch that raises is halved and run again until the item that raises is alone: it gets the
-    exception, the others their answers. ``run`` must return one answer per item, in order.
+    A batch or a step that raises is halved and run again until the item that raises is alone: it
+    gets the exception, the others their answers.
     """
 
     def __init__(
         self,
-        run: Callable[[Hashable, Sequence[Item]], Sequence[Answer]],
+        run: Run[Item, Answer],
         *,
         max_batch_size: int,
         batch_wait_timeout_s: float = 0.0,
         max_waiting: int = 64,
+        sessions: Mapping[Hashable, Callable[[], Session[Item, Answer]]] | None = None,
+        cost: Callable[[Item], int] = lambda item: 1,
+        max_batch_cost: float = float("inf"),
     ) -> None:
         self._run = run
         self._max_batch_size = max_batch_size
         self._window = batch_wait_timeout_s
+        self._openers = dict(sessions or {})
+        self._cost = cost
+        self._max_batch_cost = max_batch_cost
         self._room = threading.Semaphore(max_waiting)
-        self._waiting: list[_Entry[Item, Answer]] = []
+        self._waiting: list[_Entry[Item, Answer]] = []  # most urgent first
         self._changed = threading.Condition()
         self._orders = itertools.count()
         self._closed = False
         self._busy_since: float | None = None
+        self._sessions: dict[Hashable, _Running[Item, Answer]] = {}
+        self._batch_took = 0.0
+        self._batch_ended = 0.0
         self._thread = threading.Thread(target=self._loop, name="blipq-batcher", daemon=True)
 
     def start(self) -> None:
@@ -73,31 +141,39 @@ class Batcher(Generic[Item, Answer]):
         self._thread.start()
 
     def submit(
-        self, item: Item, key: Hashable, *, priority: int = 0, timeout: float | None = None
+        self,
+        item: Item,
+        key: Hashable,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+        deadline: float | None = None,
     ) -> "Future[Answer]":
         """Adds an item; smaller ``priority`` first. Raises BatcherFull and BatcherClosed.
 
-        A Future that is cancelled before its batch forms costs nothing.
+        A Future that is cancelled before its item runs costs nothing; later the item stops at the
+        next step. At the ``deadline`` (monotonic) it is cancelled by itself.
         """
         if not self._room.acquire(timeout=timeout):
             raise BatcherFull(f"no room for {timeout} s")
         future: Future[Answer] = Future()
-        entry = _Entry(priority, next(self._orders), key, item, time.monotonic(), future)
+        ticket = priority, next(self._orders)
+        entry = _Entry(ticket, key, item, time.monotonic(), deadline, future)
         with self._changed:
             if self._closed:
                 self._room.release()
                 raise BatcherClosed
-            heapq.heappush(self._waiting, entry)
+            bisect.insort(self._waiting, entry)
             self._changed.notify()
         return future
 
     def stalled_for(self) -> float:
-        """Seconds since the running batch last made progress; 0 when nothing runs."""
+        """Seconds since what runs last made progress; 0 when nothing runs."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
     def progress(self) -> None:
-        """Says that the running batch is alive: a decode step or a pass is done."""
+        """Says that what runs is alive: a decode step or a pass is done."""
         if self._busy_since is not None:
             self._busy_since = time.monotonic()
 
@@ -112,44 +188,156 @@ class Batcher(Generic[Item, Answer]):
     # -- the batcher's thread --
 
     def _loop(self) -> None:
-        while (batch := self._next_batch()) is not None:
-            live = [entry for entry in batch if entry.future.set_running_or_notify_cancel()]
-            if live:
-                self._busy_since = time.monotonic()
-                self._answer(live)
+        """Turn by turn: items join their sessions, a batch runs if it is its turn, all step."""
+        while self._wait():
+            self._busy_since = time.monotonic()
+            while (entry := self._next_to_join()) is not None:
+                self._join(entry)
+            if batch := self._next_batch():
+                self._answer_batch(batch)
+            for key in list(self._sessions):
+                self._step_session(key)
+            if not self._sessions:
                 self._busy_since = None
 
-    def _next_batch(self) -> list[_Entry[Item, Answer]] | None:
-        """Waits for a batch; None when closed and empty."""
+    def _wait(self) -> bool:
+        """Waits until there is something to do; False when closed and empty."""
         with self._changed:
-            while not self._waiting:
-                if self._closed:
-                    return None
-                self._changed.wait()
-            first = self._waiting[0]
-            until = first.arrived + self._window
-            while self._company(first.key) < self._max_batch_size and not self._closed:
-                left = until - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
-                    break
-            return self._take(self._waiting[0].key)
+            while not self._sessions and self._idle_for() > 0:
+                if self._closed and not self._waiting:
+                    return False
+                self._changed.wait(None if not self._waiting else self._idle_for())
+            return True
 
-    def _company(self, key: Hashable) -> int:
-        return sum(entry.key == key for entry in self._waiting)
+    def _idle_for(self) -> float:
+        """Seconds until a waiting item must run, where no session does."""
+        if any(entry.key in self._openers for entry in self._waiting):
+            return 0.0
+        return self._due_in(self._waiting[0]) if self._waiting else float("inf")
 
-    def _take(self, key: Hashable) -> list[_Entry[Item, Answer]]:
-        """The most urgent entries of a key, at most a batch of them."""
-        same = sorted(entry for entry in self._waiting if entry.key == key)
-        batch = same[: self._max_batch_size]
-        taken = {entry.order for entry in batch}
-        self._waiting = [entry for entry in self._waiting if entry.order not in taken]
-        heapq.heapify(self._waiting)
-        self._room.release(len(batch))
+    def _due_in(self, first: _Entry[Item, Answer]) -> float:
+        """Seconds for which the batch of an item may still wait for company."""
+        if self._closed or self._is_full(first.key):
+            return 0.0
+        return max(0.0, first.arrived + self._window - time.monotonic())
+
+    # -- sessions --
+
+    def _next_to_join(self) -> _Entry[Item, Answer] | None:
+        with self._changed:
+            for entry in self._waiting:
+                if entry.key in self._openers and self._may_join(entry):
+                    self._remove([entry])
+                    return entry
+        return None
+
+    def _may_join(self, entry: _Entry[Item, Answer]) -> bool:
+        running = self._sessions.get(entry.key)
+        return running is None or not entry.wanted() or running.session.has_room(entry.ticket)
+
+    def _join(self, entry: _Entry[Item, Answer]) -> None:
+        if not entry.wanted():
+            return
+        running = self._sessions.get(entry.key)
+        try:
+            if running is None:
+                running = self._sessions[entry.key] = _Running(self._openers[entry.key]())
+            running.session.join(entry.ticket, entry.item)
+        except Exception as error:
+            _settle(entry.future.set_exception, error)
+        else:
+            running.entries[entry.ticket] = entry
+
+    def _step_session(self, key: Hashable) -> None:
+        running = self._sessions[key]
+        for ticket in [each for each, entry in running.entries.items() if not entry.wanted()]:
+            del running.entries[ticket]
+            running.session.leave(ticket)
+        if running.entries:
+            self._step(running, list(running.entries))
+        if not running.entries:
+            del self._sessions[key]
+
+    def _step(self, running: _Running[Item, Answer], tickets: list[Ticket]) -> None:
+        try:
+            answers = running.session.step(tickets)
+        except Exception as error:
+            self.progress()
+            if len(tickets) == 1:
+                running.session.leave(tickets[0])
+                _settle(running.entries.pop(tickets[0]).future.set_exception, error)
+                return
+            middle = len(tickets) // 2
+            self._step(running, tickets[:middle])
+            self._step(running, tickets[middle:])
+            return
+        self.progress()
+        for ticket, answer in answers:
+            _settle(running.entries.pop(ticket).future.set_result, answer)
+
+    # -- batches --
+
+    def _next_batch(self) -> list[_Entry[Item, Answer]]:
+        """The batch whose turn it is; empty if there is none."""
+        with self._changed:
+            first = next((each for each in self._waiting if each.key not in self._openers), None)
+            if first is None or self._due_in(first) > 0 or not self._has_turn(first):
+                return []
+            batch = self._company(first.key)
+            self._remove(batch)
+        return [entry for entry in batch if entry.wanted()]
+
+    def _has_turn(self, first: _Entry[Item, Answer]) -> bool:
+        """Whether a batch may interrupt the sessions.
+
+        A more urgent one may at once, an equal one when they ran as long as the last batch.
+        """
+        inside = [
+            entry for running in self._sessions.values() for entry in running.entries.values()
+        ]
+        if not inside:
+            return True
+        outside = [entry for entry in self._waiting if entry.key in self._openers]
+        most_urgent = min(inside + outside).priority
+        if first.priority < most_urgent:
+            return True
+        share = 1 if first.priority == most_urgent else _LESS_URGENT_WAITS
+        return time.monotonic() - self._batch_ended >= share * self._batch_took
+
+    def _company(self, key: Hashable) -> list[_Entry[Item, Answer]]:
+        """The most urgent entries of a key, as many as fit into a batch."""
+        batch: list[_Entry[Item, Answer]] = []
+        left = self._max_batch_cost
+        for entry in self._waiting:
+            if entry.key != key:
+                continue
+            left -= self._cost(entry.item)
+            if len(batch) == self._max_batch_size or (batch and left < 0):
+                break
+            batch.append(entry)
         return batch
 
+    def _is_full(self, key: Hashable) -> bool:
+        batch = self._company(key)
+        waiting = sum(entry.key == key for entry in self._waiting)
+        return len(batch) == self._max_batch_size or len(batch) < waiting
+
+    def _remove(self, entries: list[_Entry[Item, Answer]]) -> None:
+        """Takes entries out of those that wait."""
+        gone = {entry.ticket for entry in entries}
+        self._waiting = [entry for entry in self._waiting if entry.ticket not in gone]
+        self._room.release(len(entries))
+
+    def _answer_batch(self, batch: list[_Entry[Item, Answer]]) -> None:
+        started = time.monotonic()
+        self._answer(batch)
+        self._batch_ended = time.monotonic()
+        self._batch_took = self._batch_ended - started
+
     def _answer(self, batch: list[_Entry[Item, Answer]]) -> None:
+        items = [entry.item for entry in batch]
         try:
-            answers = self._run(batch[0].key, [entry.item for entry in batch])
+            answers = self._run(batch[0].key, items, lambda index: batch[index].wanted())
             if len(answers) != len(batch):
                 raise RuntimeError(f"{len(answers)} answers for {len(batch)} items")
         except Exception as error:

@@ -4,10 +4,12 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from blipq.contract import ErrorCode, Priority
 from blipq.errors import PermanentError
-from blipq_worker.batcher import Batcher
+from blipq_worker.batcher import Batcher, Ticket
 from blipq_worker.blip2 import (
     Arrays,
     Blip2,
@@ -90,6 +92,7 @@ class Engine:
         max_batch_size: int,
         batch_wait_timeout_s: float,
         max_waiting: int,
+        max_beams: int = 80,
     ) -> None:
         self.models = dict(models)
         self.batcher: Batcher[Item, ItemAnswer] = Batcher(
@@ -97,6 +100,11 @@ class Engine:
             max_batch_size=max_batch_size,
             batch_wait_timeout_s=batch_wait_timeout_s,
             max_waiting=max_waiting,
+            sessions={
+                _in_flight(name): partial(_Writing, model) for name, model in self.models.items()
+            },
+            cost=_beams,
+            max_batch_cost=max_beams,
         )
         for model in self.models.values():
             model.on_step(self.batcher.progress)
@@ -109,27 +117,81 @@ class Engine:
             raise PermanentError(ErrorCode.MODEL_UNAVAILABLE, message)
         return model
 
-    def submit(self, name: str, item: Item, priority: Priority) -> "Future[ItemAnswer]":
-        """Sends an item to its model's next batch."""
-        return self.batcher.submit(item, _batch_key(name, item), priority=_URGENCY[priority])
+    def submit(
+        self, name: str, item: Item, priority: Priority, deadline: float | None = None
+    ) -> "Future[ItemAnswer]":
+        """Sends an item to its model. Cancelling the Future ends the work on it, and so does the
+        ``deadline`` (monotonic).
+        """
+        key = _batch_key(name, item)
+        return self.batcher.submit(item, key, priority=_URGENCY[priority], deadline=deadline)
 
-    def _run(self, key: Hashable, items: Sequence[Item]) -> Sequence[ItemAnswer]:
+    def _run(
+        self, key: Hashable, items: Sequence[Item], wanted: Callable[[int], bool]
+    ) -> Sequence[ItemAnswer]:
         """One pass of a model; on the batcher's thread."""
         model = self.models[key[0]]  # type: ignore[index]
         verb, answer = _VERBS[type(items[0])]
         started = time.monotonic()
-        answers = getattr(model, verb)(items)
+        if isinstance(items[0], GenerateItem):
+            answers: Any = model.generate(items, wanted)  # type: ignore[arg-type]
+        else:
+            answers = getattr(model, verb)(items)
         took = (time.monotonic() - started) * 1000
         return [answer(each, took, len(items)) for each in answers]
+
+
+class _Writing:
+    """A session of a model (see ``blipq_worker.batcher.Session``), with what its answers took."""
+
+    def __init__(self, model: Blip2) -> None:
+        self._session = model.session()
+        self._joined: dict[Ticket, float] = {}
+        self._company: dict[Ticket, int] = {}
+        self.has_room = self._session.has_room
+
+    def join(self, ticket: Ticket, item: Item) -> None:
+        """Takes an item in."""
+        self._session.join(ticket, item)  # type: ignore[arg-type]
+        self._joined[ticket] = time.monotonic()
+        self._company[ticket] = 0
+
+    def leave(self, ticket: Ticket) -> None:
+        """Lets an item go."""
+        self._session.leave(ticket)
+        del self._joined[ticket], self._company[ticket]
+
+    def step(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, ItemAnswer]]:
+        """One step; the batch size of an item is the most company that it had."""
+        for ticket in tickets:
+            self._company[ticket] = max(self._company[ticket], len(tickets))
+        said = self._session.step(tickets)
+        return [(ticket, self._answer(ticket, texts)) for ticket, texts in said]
+
+    def _answer(self, ticket: Ticket, texts: list[list[GeneratedText]]) -> Generated:
+        took = (time.monotonic() - self._joined.pop(ticket)) * 1000
+        return Generated(texts, took, self._company.pop(ticket))
+
+
+def _in_flight(name: str) -> Hashable:
+    """The key of a model's session."""
+    return name, "write"
 
 
 def _batch_key(name: str, item: Item) -> Hashable:
     """What items must share to run together: the model, and what is one setting for all rows."""
     verb, _ = _VERBS[type(item)]
     match item:
+        case GenerateItem() if item.params.in_flight:
+            return _in_flight(name)
         case GenerateItem():
             return name, verb, item.params
         case MatchItem():
             return name, verb, item.head
         case RankItem() | RerankItem() | EmbedItem():
             return name, verb
+
+
+def _beams(item: Item) -> int:
+    """What an item takes of a batch's room for beams."""
+    return len(item.prompts) * item.params.num_beams if isinstance(item, GenerateItem) else 1

@@ -112,6 +112,8 @@ def load_models(options: WorkerSettings) -> "dict[str, Blip2]":
                 attention=options.attention,
                 compiled=options.compile,
                 device=device,
+                slots=options.decode_slots,
+                max_beams=options.beams,
             )
             # Receipts and indexes name a model as it was asked for, not by its folder here.
             local = served.retrieval is not None and Path(served.retrieval).is_dir()

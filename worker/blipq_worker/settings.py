@@ -67,6 +67,23 @@ class WorkerSettings(BaseSettings):
     max_batch_size: int = Field(
         default=16, ge=1, le=256, description="Most jobs in one pass of the model."
     )
+    max_beams: int | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "Most beams in one pass (prompts x num_beams); by default 5 x max_batch_size. A prompt "
+            "with more runs alone."
+        ),
+    )
+    decode_slots: int = Field(
+        default=32,
+        ge=1,
+        le=1024,
+        description=(
+            "Most greedy or sampled texts in the making at once. Their keys and values take at "
+            "most 256 tokens per slot."
+        ),
+    )
     batch_wait_timeout_s: Seconds = Field(
         default=0.005, ge=0, description="Longest a job waits for company, in seconds."
     )
@@ -139,6 +156,11 @@ class WorkerSettings(BaseSettings):
     send_events: bool = Field(
         default=True, description="Celery events and remote control (Flower, celery inspect)."
     )
+
+    @property
+    def beams(self) -> int:
+        """Most beams in one pass."""
+        return self.max_beams or 5 * self.max_batch_size
 
     @property
     def threads(self) -> int:

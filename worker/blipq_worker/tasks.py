@@ -193,10 +193,10 @@ class Runner:
             request = _parsed_json(claim.request)
             model = self._engine.model(claim.model)
             lost = self._held.event(claim)
+            asker = self._asker(claim, model, watch, lost)
             image = kinds.image_of(request)
             pixels = None if image is None else self._pixels(image, model, watch, lost)
             _raise_if(lost)
-            asker = self._asker(claim, model, watch, lost)
             result = kinds.answer(request, pixels, asker).model_dump_json(exclude_none=True)
             if claim.output:
                 self._write_output(claim, result)

@@ -108,9 +108,9 @@ def test_items_may_have_different_numbers_of_prompts(
 def test_a_text_ends_at_its_end_token(opt: Blip2, t5: Blip2) -> None:
     end = opt.generator._eos[0]
     (letter,) = opt.generator.ids("b")[1:]
-    assert opt.generator._text([letter, end, letter, 1]) == GeneratedText("b", 2)
-    assert opt.generator._text([letter, letter]) == GeneratedText("bb", 2)
-    assert t5.generator._text([1, 0, 0]) == GeneratedText("", 1)
+    assert opt.generator.text([letter, end, letter, 1]) == GeneratedText("b", 2)
+    assert opt.generator.text([letter, letter]) == GeneratedText("bb", 2)
+    assert t5.generator.text([1, 0, 0]) == GeneratedText("", 1)
 
 
 def test_opt_ends_with_the_line_feed_of_its_checkpoint(opt: Blip2) -> None:
@@ -189,7 +189,7 @@ def test_prompts_are_checked_in_other_threads_while_the_model_writes(
     batch = items(opt, pictures)
     expected = opt.generate(batch)
     with ThreadPoolExecutor(4) as threads:
-        checks = [threads.submit(opt.check, PROMPTS, batch[0].params) for _ in range(200)]
+        checks = [threads.submit(opt.check, batch[0]) for _ in range(200)]
         assert opt.generate(batch) == expected
         assert [check.result(timeout=60) for check in checks] == [None] * 200
 

@@ -1,8 +1,8 @@
 """BLIP-2 itself: a resident generation checkpoint and, beside it, a retrieval checkpoint.
 
 Read in this order: ``model`` (what a worker holds), ``loading`` and ``checkpoints`` (where it comes
-from), ``features`` (image to queries), then what makes answers of them: ``generation``,
-``choices``, ``retrieval`` and ``embedding``.
+from), ``features`` (image to queries), then what makes answers of them: ``generation`` with
+``sessions`` and ``decoding``, ``choices``, ``retrieval`` and ``embedding``.
 """
 
 from blipq_worker.blip2.checkpoints import CheckpointError
@@ -13,6 +13,7 @@ from blipq_worker.blip2.model import Blip2, Item, ModelInfo
 from blipq_worker.blip2.preprocessing import Pixels
 from blipq_worker.blip2.prompts import caption_prompt, match_text, vqa_prompt
 from blipq_worker.blip2.retrieval import MatchItem, RerankItem
+from blipq_worker.blip2.sessions import WritingSession
 
 __all__ = [
     "Arrays",
@@ -28,6 +29,7 @@ __all__ = [
     "Pixels",
     "RankItem",
     "RerankItem",
+    "WritingSession",
     "caption_prompt",
     "match_text",
     "resolve",

@@ -1,5 +1,7 @@
 """Captions and answers: one vision pass per image, then one language-model row per prompt.
 
+Greedy and sampled texts are written in flight (``sessions``), beams in batches by ``generate``.
+
 The queries and the prompt enter the language model as embeddings, with no ids: that is what LAVIS
 does (lavis/models/blip2_models/blip2_opt.py and blip2_t5.py), it cannot ignore the image, and
 lengths and penalties count new tokens only. Paper: Li et al., BLIP-2, arXiv 2301.12597.
@@ -17,9 +19,11 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
 from blipq_worker.blip2.checkpoints import Checkpoint, CheckpointError, Family
+from blipq_worker.blip2.decoding import DecodeLoop
 from blipq_worker.blip2.features import image_features, query_features
 from blipq_worker.blip2.padding import padded
 from blipq_worker.blip2.preprocessing import Pixels
+from blipq_worker.blip2.sessions import WritingSession
 
 # T5 counts distances and so has no last position; this bounds its memory as OPT's limit does.
 _T5_POSITIONS = 2048
@@ -29,8 +33,8 @@ _T5_POSITIONS = 2048
 class GenerationParams:
     """How texts are chosen, under Hugging Face's names; lengths count new tokens.
 
-    The defaults are those of LAVIS's captions. top_k 0 is off. Items that run together have equal
-    parameters.
+    The defaults are those of LAVIS's captions; it leaves top_k to transformers, where it is 50.
+    top_k 0 is off. Beams that run together have equal parameters.
     """
 
     max_new_tokens: int = 30
@@ -39,12 +43,17 @@ class GenerationParams:
     do_sample: bool = False
     temperature: float = 1.0
     top_p: float = 0.9
-    top_k: int = 0
+    top_k: int = 50
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     length_penalty: float = 1.0
     num_return_sequences: int = 1
     seed: int | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether rows are independent of each other: greedy search and sampling, not beams."""
+        return self.num_beams == 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,21 +125,35 @@ def _check_combination(params: GenerationParams) -> None:
 
 def _without_idle_parameters(params: GenerationParams) -> GenerationParams:
     if not params.do_sample:
-        params = replace(params, temperature=1.0, top_p=0.9, top_k=0, seed=None)
+        params = replace(params, temperature=1.0, top_p=0.9, top_k=50, seed=None)
     if params.num_beams == 1:
         params = replace(params, length_penalty=1.0)
     return params
 
 
 class Generator:
-    """Runs a generation checkpoint. Not thread-safe, except for ``check``."""
+    """Runs a generation checkpoint. Not thread-safe, except for ``check``.
 
-    def __init__(self, checkpoint: Checkpoint, model: Any, tokenizer: Any) -> None:
+    slots: most rows in flight. max_beams: most beams (prompts x num_beams) in one pass; one prompt
+    may have more.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: Any,
+        tokenizer: Any,
+        *,
+        slots: int = 32,
+        max_beams: int = 80,
+    ) -> None:
         if checkpoint.family == "retrieval":
             raise CheckpointError(f"{checkpoint.name!r} is a retrieval checkpoint: it cannot write")
         self.model = model
         self.family = checkpoint.family
         self._tokenizer = tokenizer
+        self._slots = slots
+        self._max_beams = max_beams
         self._num_query_tokens = checkpoint.num_query_tokens
         text = checkpoint.config.text_config
         self._pad = text.pad_token_id
@@ -175,9 +198,10 @@ class Generator:
     def check(self, prompts: Sequence[str], params: GenerationParams) -> None:
         """Raises PermanentError ``invalid_request`` where ``generate`` would. Thread-safe."""
         for prompt in prompts:
-            self._checked_ids(prompt, params)
+            self.checked_ids(prompt, params)
 
-    def _checked_ids(self, prompt: str, params: GenerationParams) -> list[int]:
+    def checked_ids(self, prompt: str, params: GenerationParams) -> list[int]:
+        """A prompt's token ids. Raises PermanentError ``invalid_request`` if they are too many."""
         ids = self.ids(prompt)
         room = self.room(params.max_new_tokens)
         if len(ids) > room:
@@ -186,43 +210,82 @@ class Generator:
             )
         return ids
 
+    def session(self) -> WritingSession:
+        """Where items without beams are written, each by its own parameters."""
+        loop = DecodeLoop(self.model.language_model, ends=self._eos, slots=self._slots)
+        return WritingSession(self, loop)
+
     @torch.inference_mode()
-    def generate(self, items: Sequence[GenerateItem]) -> list[list[list[GeneratedText]]]:
+    def generate(
+        self, items: Sequence[GenerateItem], wanted: Callable[[int], bool] = lambda index: True
+    ) -> list[list[list[GeneratedText]]]:
         """For each item, for each of its prompts, ``num_return_sequences`` texts, best first.
 
-        All items have equal parameters, else ValueError. A seeded item runs alone, with its own
-        state of the random numbers, so its neighbours do not change what it says; equal results
-        need the same weights, precision and kind of device. Raises PermanentError
-        ``invalid_request`` for a prompt that is too long.
+        With beams all items have equal parameters, else ValueError. A seed decides what an item
+        says, whatever its neighbours; equal results need the same weights, precision and kind of
+        device. Items that are not ``wanted`` any more are given up between two steps: what they
+        say is void. Raises PermanentError ``invalid_request`` for a prompt that is too long.
         """
         if not items:
             return []
+        if all(item.params.in_flight for item in items):
+            return self._generate_in_flight(items, wanted)
         if len({item.params for item in items}) > 1:
-            raise ValueError("items of one batch must have equal generation parameters")
+            raise ValueError("items with beams must have equal generation parameters")
         seed = items[0].params.seed
         if seed is None:
-            return self._generate(items)
-        return [self._generate_seeded(item, seed) for item in items]
+            return self._generate_beams(items, wanted)
+        return [self._generate_seeded(items, index, seed, wanted) for index in range(len(items))]
 
-    def _generate_seeded(self, item: GenerateItem, seed: int) -> list[list[GeneratedText]]:
+    def _generate_in_flight(
+        self, items: Sequence[GenerateItem], wanted: Callable[[int], bool]
+    ) -> list[list[list[GeneratedText]]]:
+        session = self.session()
+        for index, item in enumerate(items):
+            session.join((0, index), item)
+        answers: list[list[list[GeneratedText]]] = [[] for _ in items]
+        left = set(range(len(items)))
+        while left := {index for index in left if wanted(index)}:
+            for (_, index), texts in session.step([(0, index) for index in sorted(left)]):
+                answers[index] = texts
+                left.remove(index)
+            self.on_step()
+        return answers
+
+    def _generate_seeded(
+        self,
+        items: Sequence[GenerateItem],
+        index: int,
+        seed: int,
+        wanted: Callable[[int], bool],
+    ) -> list[list[GeneratedText]]:
+        """One item alone, with its own state of the random numbers."""
         device = self.model.query_tokens.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            return self._generate([item])[0]
+            return self._generate_beams([items[index]], lambda _: wanted(index))[0]
 
-    def _generate(self, items: Sequence[GenerateItem]) -> list[list[list[GeneratedText]]]:
+    def _generate_beams(
+        self, items: Sequence[GenerateItem], wanted: Callable[[int], bool]
+    ) -> list[list[list[GeneratedText]]]:
         params = items[0].params
         owners = [index for index, item in enumerate(items) for _ in item.prompts]
-        rows = [self._checked_ids(prompt, params) for item in items for prompt in item.prompts]
+        rows = [self.checked_ids(prompt, params) for item in items for prompt in item.prompts]
         answers: list[list[list[GeneratedText]]] = [[] for _ in items]
         if not rows:
             return answers
         queries = self.project([item.pixels for item in items])
-        texts = self._write(queries[owners], rows, params)
-        for owner, alternatives in zip(owners, texts, strict=True):
-            answers[owner].append(alternatives)
+        at_once = max(1, self._max_beams // params.num_beams)
+        for start in range(0, len(rows), at_once):
+            some = owners[start : start + at_once]
+            texts = self._write(
+                queries[some], rows[start : start + at_once], params, _Unwanted(some, wanted)
+            )
+            for owner, alternatives in zip(some, texts, strict=True):
+                answers[owner].append(alternatives)
         return answers
 
+    @torch.inference_mode()
     def project(self, images: Sequence[Pixels]) -> torch.Tensor:
         """Images as the language model reads them: (B, 32, its hidden size).
 
@@ -237,7 +300,11 @@ class Generator:
         return projected.to(embedding.dtype)
 
     def _write(
-        self, queries: torch.Tensor, rows: Sequence[list[int]], params: GenerationParams
+        self,
+        queries: torch.Tensor,
+        rows: Sequence[list[int]],
+        params: GenerationParams,
+        unwanted: "_Unwanted",
     ) -> list[list[GeneratedText]]:
         """Texts for each row: ``queries`` of shape (rows, 32, hidden) followed by its prompt."""
         language_model = self.model.language_model
@@ -248,12 +315,12 @@ class Generator:
                 attention_mask=mask,
                 eos_token_id=self._eos,
                 pad_token_id=self._pad,
-                stopping_criteria=StoppingCriteriaList([_EachStep(self.on_step)]),
+                stopping_criteria=StoppingCriteriaList([_EachStep(self.on_step), unwanted]),
                 **_hugging_face(params),
             )
         if self.family == "t5":
             written = written[:, 1:]  # the decoder's start token
-        texts = [self._text(row) for row in written.tolist()]
+        texts = [self.text(row) for row in written.tolist()]
         each = params.num_return_sequences
         return [texts[start : start + each] for start in range(0, len(texts), each)]
 
@@ -271,7 +338,8 @@ class Generator:
         seen = mask.new_ones(queries.shape[:2])
         return torch.cat([queries, embedded], dim=1), torch.cat([seen, mask], dim=1)
 
-    def _text(self, row: Sequence[int]) -> GeneratedText:
+    def text(self, row: Sequence[int]) -> GeneratedText:
+        """What new tokens say, up to the first end token."""
         end = next((at for at, token in enumerate(row) if token in self._eos), None)
         kept = row if end is None else row[:end]
         text: str = self._tokenizer.decode(kept, skip_special_tokens=True)
@@ -291,6 +359,22 @@ class _EachStep(StoppingCriteria):  # type: ignore[misc]  # transformers has no 
     ) -> torch.Tensor:
         self._on_step()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class _Unwanted(StoppingCriteria):  # type: ignore[misc]
+    """Ends the rows that nobody waits for; ``owners`` has the item of each prompt."""
+
+    def __init__(self, owners: Sequence[int], wanted: Callable[[int], bool]) -> None:
+        self._owners = owners
+        self._wanted = wanted
+
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        each = len(input_ids) // len(self._owners)  # beams of one prompt
+        wanted = {owner: self._wanted(owner) for owner in set(self._owners)}
+        done = [not wanted[owner] for owner in self._owners for _ in range(each)]
+        return torch.tensor(done, device=input_ids.device)
 
 
 def _end_tokens(language_model: Any, text_config: Any, tokenizer: Any) -> list[int]:

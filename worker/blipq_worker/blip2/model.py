@@ -23,6 +23,7 @@ from blipq_worker.blip2.loading import (
 )
 from blipq_worker.blip2.preprocessing import Pixels, Preprocessor
 from blipq_worker.blip2.retrieval import Matcher, MatchItem, RerankItem
+from blipq_worker.blip2.sessions import WritingSession
 
 Item = GenerateItem | RankItem | MatchItem | RerankItem | EmbedItem
 
@@ -90,11 +91,13 @@ class Blip2:
         attention: Attention = "sdpa",
         compiled: bool = False,
         device: str = "cpu",
+        slots: int = 32,
+        max_beams: int = 80,
     ) -> "Blip2":
         """Loads the checkpoints (folders or hub ids) onto ``device``; see ``loading``.
 
-        Raises CheckpointError, and ValueError for a type or an attention that the device is no good
-        at.
+        slots, max_beams: see ``Generator``. Raises CheckpointError, and ValueError for a type or an
+        attention that the device is no good at.
         """
         setup = Setup(
             device=torch.device(device),
@@ -105,7 +108,13 @@ class Blip2:
         )
         written = open_checkpoint(generation)
         matched = open_checkpoint(retrieval) if retrieval is not None else None
-        generator = Generator(written, load_weights(written, setup), load_tokenizer(written))
+        generator = Generator(
+            written,
+            load_weights(written, setup),
+            load_tokenizer(written),
+            slots=slots,
+            max_beams=max_beams,
+        )
         matcher, embedder = _retrieval(matched, setup) if matched else (None, None)
         info = ModelInfo(
             checkpoint=written.name,
@@ -159,9 +168,15 @@ class Blip2:
             case EmbedItem():
                 self._embedder().check(item)
 
-    def generate(self, items: Sequence[GenerateItem]) -> list[list[list[GeneratedText]]]:
+    def session(self) -> WritingSession:
+        """Where items without beams join and leave. See ``Generator.session``."""
+        return self.generator.session()
+
+    def generate(
+        self, items: Sequence[GenerateItem], wanted: Callable[[int], bool] = lambda index: True
+    ) -> list[list[list[GeneratedText]]]:
         """Texts per item, per prompt, per returned sequence. See ``Generator.generate``."""
-        return self.generator.generate(items)
+        return self.generator.generate(items, wanted)
 
     def rank(self, items: Sequence[RankItem]) -> list[list[list[float]]]:
         """A log-likelihood per choice, per prompt, per item. See ``Ranker.rank``."""

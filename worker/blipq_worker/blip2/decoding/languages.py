@@ -1,0 +1,206 @@
+"""The forward passes of OPT and T5 for rows of all lengths.
+
+Both begin with a prefill, which fills caches of its own and gives the scores of each row's first
+token; when all has gone well, the caches are put into slots. Then come steps of one token per row.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.models.t5.modeling_t5 import T5Attention
+
+from blipq_worker.blip2.decoding.rows import Row
+from blipq_worker.blip2.decoding.slots import Slots
+
+#: Slots of the rows of a step: all that run, or some of them.
+Where = slice | torch.Tensor
+
+
+class Language(ABC):
+    """A language model and the slots of its running rows."""
+
+    #: What penalties count as written before a row's first token.
+    start: tuple[int, ...] = ()
+
+    @abstractmethod
+    def columns(self, row: Row) -> int:
+        """Columns that a row takes when it has reached its longest."""
+
+    @abstractmethod
+    def prefill(self, rows: Sequence[Row]) -> tuple[torch.Tensor, Any]:
+        """Scores of the first tokens, (rows, vocabulary), and what ``put`` needs."""
+
+    @abstractmethod
+    def put(self, running: Sequence[Row], rows: Sequence[Row], filled: Any) -> None:
+        """Puts prefilled rows into the slots behind the running ones."""
+
+    @abstractmethod
+    def step(self, rows: Sequence[Row], where: Where) -> torch.Tensor:
+        """Scores of the next tokens, (rows, vocabulary); may be taken again."""
+
+    @property
+    @abstractmethod
+    def slots(self) -> tuple[Slots, ...]:
+        """All slots."""
+
+
+class Opt(Language):
+    """Queries and prompt are the beginning of the text; positions count from it."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._slots = Slots(model.config.num_hidden_layers)
+
+    @property
+    def slots(self) -> tuple[Slots, ...]:  # noqa: D102
+        return (self._slots,)
+
+    def columns(self, row: Row) -> int:  # noqa: D102
+        return row.prompt_length + row.params.max_new_tokens - 1
+
+    def prefill(self, rows: Sequence[Row]) -> tuple[torch.Tensor, Any]:
+        """Gaps are at the end, where nobody looks: attention is causal, so it needs no mask."""
+        embeds, lengths = _embedded(self._model, rows)
+        cache = DynamicCache(config=self._model.config)
+        decoder = self._model.model.decoder
+        hidden = decoder(inputs_embeds=embeds, cache=cache, use_cache=True).last_hidden_state
+        last = hidden[torch.arange(len(rows), device=hidden.device), lengths - 1]
+        return self._model.lm_head(last), cache
+
+    def put(self, running: Sequence[Row], rows: Sequence[Row], filled: Any) -> None:  # noqa: D102
+        columns = max(self.columns(row) for row in [*running, *rows])
+        self._slots.put(len(running), filled, columns)
+
+    def step(self, rows: Sequence[Row], where: Where) -> torch.Tensor:  # noqa: D102
+        device = rows[0].queries.device
+        at = [row.prompt_length + len(row.tokens) - 1 for row in rows]
+        positions = torch.tensor(at, device=device)
+        self._slots.look(where, positions, max(at) + 1)
+        seen = torch.arange(max(at) + 1, device=device) <= positions[:, None]
+        hidden = self._model.model.decoder(
+            input_ids=_last_tokens(rows)[:, None],
+            attention_mask=self._mask(seen),
+            position_ids=positions[:, None],
+            cache=self._slots.cache,
+            use_cache=True,
+        ).last_hidden_state
+        scores: torch.Tensor = self._model.lm_head(hidden[:, -1])
+        return scores
+
+    def _mask(self, seen: torch.Tensor) -> torch.Tensor:
+        # Flash attention takes out what is not seen; the others add to its scores.
+        flash = "flash" in self._model.config._attn_implementation
+        return seen if flash else _bias(seen, self._slots.dtype)
+
+
+class T5(Language):
+    """Queries and prompt go to the encoder; the decoder begins with a start token.
+
+    Its position bias is per row here, which the model's own decoder cannot express (it has one
+    distance for all rows): so the blocks are called one by one.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._own, self._cross = (Slots(model.config.num_decoder_layers) for _ in range(2))
+        start = model.generation_config.decoder_start_token_id
+        self.start = (model.config.decoder_start_token_id if start is None else start,)
+
+    @property
+    def slots(self) -> tuple[Slots, ...]:  # noqa: D102
+        return self._own, self._cross
+
+    def columns(self, row: Row) -> int:  # noqa: D102
+        return row.prompt_length + row.params.max_new_tokens
+
+    def prefill(self, rows: Sequence[Row]) -> tuple[torch.Tensor, Any]:
+        """The encoder's pass, then the decoder's first step, which fills both caches."""
+        embeds, lengths = _embedded(self._model, rows)
+        seen = torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None]
+        encoded = self._model.encoder(inputs_embeds=embeds, attention_mask=seen).last_hidden_state
+        caches = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        tokens = torch.tensor(self.start * len(rows), device=embeds.device)
+        first = torch.zeros(len(rows), dtype=torch.long, device=embeds.device)
+        return self._decode(tokens, first, 1, encoded, seen, caches), caches
+
+    def put(self, running: Sequence[Row], rows: Sequence[Row], filled: Any) -> None:  # noqa: D102
+        everyone = [*running, *rows]
+        longest = max(row.params.max_new_tokens for row in everyone)
+        self._own.put(len(running), filled.self_attention_cache, longest)
+        widest = max(row.prompt_length for row in everyone)
+        self._cross.put(len(running), filled.cross_attention_cache, widest)
+
+    def step(self, rows: Sequence[Row], where: Where) -> torch.Tensor:  # noqa: D102
+        device = rows[0].queries.device
+        at = [len(row.tokens) for row in rows]
+        positions = torch.tensor(at, device=device)
+        lengths = torch.tensor([row.prompt_length for row in rows], device=device)
+        width = max(row.prompt_length for row in rows)
+        self._own.look(where, positions, max(at) + 1)
+        self._cross.look(where, positions, width)
+        seen = torch.arange(width, device=device) < lengths[:, None]
+        # Of what was encoded only the keys and values are needed, and the cross cache has them.
+        encoded = torch.empty((len(rows), width, 0), device=device)
+        caches = EncoderDecoderCache(self._own.cache, self._cross.cache)
+        return self._decode(_last_tokens(rows), positions, max(at) + 1, encoded, seen, caches)
+
+    def _decode(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        length: int,
+        encoded: torch.Tensor,
+        seen: torch.Tensor,
+        caches: Cache,
+    ) -> torch.Tensor:
+        """One token per row, (rows,), at its position; ``seen`` of the encoder, (rows, width)."""
+        decoder = self._model.decoder
+        hidden = decoder.embed_tokens(tokens[:, None])
+        own, cross = self._position_bias(positions, length), _bias(seen, hidden.dtype)
+        for block in decoder.block:
+            hidden, own, cross = block(hidden, None, own, encoded, None, cross, cache=caches)
+        hidden = decoder.final_layer_norm(hidden)[:, -1]
+        if self._model.config.scale_decoder_outputs:
+            hidden = hidden * self._model.config.d_model**-0.5
+        scores: torch.Tensor = self._model.lm_head(hidden)
+        return scores
+
+    def _position_bias(self, positions: torch.Tensor, length: int) -> torch.Tensor:
+        """What each row's distances add to its scores, (rows, heads, 1, length); no future."""
+        attention: T5Attention = self._model.decoder.block[0].layer[0].SelfAttention
+        distances = torch.arange(length, device=positions.device) - positions[:, None]
+        buckets = attention._relative_position_bucket(
+            distances,
+            bidirectional=False,
+            num_buckets=attention.relative_attention_num_buckets,
+            max_distance=attention.relative_attention_max_distance,
+        )
+        bias = attention.relative_attention_bias(buckets).permute(0, 2, 1)[:, :, None]
+        biased: torch.Tensor = bias + _bias(distances <= 0, bias.dtype)
+        return biased
+
+
+def _embedded(model: Any, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and prompts, (rows, longest, hidden), with gaps at the end; and their lengths."""
+    embed = model.get_input_embeddings()
+    longest = max(row.prompt_length for row in rows)
+    embeds = rows[0].queries.new_zeros((len(rows), longest, rows[0].queries.shape[-1]))
+    for index, row in enumerate(rows):
+        ids = torch.tensor(row.ids, device=embeds.device)
+        embeds[index, : row.prompt_length] = torch.cat([row.queries, embed(ids)])
+    lengths = torch.tensor([row.prompt_length for row in rows], device=embeds.device)
+    return embeds, lengths
+
+
+def _last_tokens(rows: Sequence[Row]) -> torch.Tensor:
+    return torch.tensor([row.tokens[-1] for row in rows], device=rows[0].queries.device)
+
+
+def _bias(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What to add to scores, (rows, 1, 1, columns), so that only what is seen counts."""
+    bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return bias.masked_fill(~seen, torch.finfo(dtype).min)[:, None, None]

@@ -1,0 +1,60 @@
+"""One text in the making."""
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+
+class RowParams(Protocol):
+    """How a row's tokens are chosen, under Hugging Face's names; lengths count new tokens."""
+
+    @property
+    def max_new_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def min_new_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def do_sample(self) -> bool: ...  # noqa: D102
+    @property
+    def temperature(self) -> float: ...  # noqa: D102
+    @property
+    def top_p(self) -> float: ...  # noqa: D102
+    @property
+    def top_k(self) -> int: ...  # noqa: D102
+    @property
+    def repetition_penalty(self) -> float: ...  # noqa: D102
+    @property
+    def no_repeat_ngram_size(self) -> int: ...  # noqa: D102
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """An image's projected queries, (32, hidden), a prompt, and the tokens written so far.
+
+    ``seed`` is that of its draws (``row_seed``); nothing else decides them.
+    """
+
+    queries: torch.Tensor
+    ids: list[int]
+    params: RowParams
+    seed: int = 0
+    tokens: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    def write(self, token: int, ends: Collection[int]) -> None:
+        """Appends a token; an end token, or the last one allowed, ends the row."""
+        self.tokens.append(token)
+        self.ended = token in ends or len(self.tokens) >= self.params.max_new_tokens
+
+    @property
+    def prompt_length(self) -> int:
+        """Positions before the first new token."""
+        return len(self.queries) + len(self.ids)
+
+
+def row_seed(seed: int, alternative: int = 0) -> int:
+    """The seed of the n-th alternative text that one seed asks for; 64 bits with a sign."""
+    digest = hashlib.blake2b(f"{seed}/{alternative}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, signed=True)

@@ -1,0 +1,127 @@
+"""Texts in flight: items join, their rows wait for slots, and when all have ended they leave."""
+
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from blipq_worker.blip2.decoding import DecodeLoop, Row, row_seed
+
+if TYPE_CHECKING:
+    from blipq_worker.blip2.generation import GeneratedText, GenerateItem, Generator
+
+#: Most rows that join at one step, while the others wait. On a CPU more at once save no time.
+JOINING_ON_A_CPU = 4
+JOINING = 16
+
+Ticket = tuple[int, int]
+Texts = list[list["GeneratedText"]]
+
+
+@dataclass(slots=True, eq=False)
+class _Writing:
+    """An item. ``rows`` has those of all prompts, once the image was seen."""
+
+    item: "GenerateItem"
+    ids: list[list[int]]
+    seed: int
+    rows: list[Row] = field(default_factory=list)
+    joined: int = 0
+
+    @property
+    def waiting(self) -> int:
+        """Rows that have no slot yet."""
+        return len(self.ids) * self.item.params.num_return_sequences - self.joined
+
+    def see(self, queries: torch.Tensor) -> None:
+        """Makes the rows: a prompt's alternatives one after the other. Queries: (32, hidden)."""
+        params = self.item.params
+        seeds = [row_seed(self.seed, index) for index in range(params.num_return_sequences)]
+        self.rows = [Row(queries, ids, params, seed) for ids in self.ids for seed in seeds]
+
+
+class WritingSession:
+    """Greedy and sampled texts of one generation checkpoint; see ``blipq_worker.batcher.Session``.
+
+    Tickets stand for items; rows of smaller tickets get their slots first.
+    """
+
+    def __init__(self, generator: "Generator", loop: DecodeLoop) -> None:
+        self._generator = generator
+        self._loop = loop
+        self._items: dict[Ticket, _Writing] = {}
+        device = generator.model.query_tokens.device
+        self._joining = JOINING_ON_A_CPU if device.type == "cpu" else JOINING
+
+    def has_room(self, ticket: Ticket) -> bool:
+        """Whether a slot is free that no more urgent row waits for."""
+        ahead = sum(each.waiting for key, each in self._items.items() if key < ticket)
+        return self._loop.free > ahead
+
+    def join(self, ticket: Ticket, item: "GenerateItem") -> None:
+        """Takes an item in. Raises PermanentError ``invalid_request`` for a prompt too long."""
+        seed = item.params.seed
+        self._items[ticket] = _Writing(
+            item,
+            [self._generator.checked_ids(prompt, item.params) for prompt in item.prompts],
+            secrets.randbits(63) if seed is None else seed,
+        )
+
+    def leave(self, ticket: Ticket) -> None:
+        """Lets an item go, finished or not."""
+        self._loop.leave(self._items.pop(ticket).rows)
+
+    def step(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, Texts]]:
+        """One more token for each running row of these items, after waiting rows have joined.
+
+        The texts of the items that are done, per prompt and alternative; they have left.
+        """
+        among = [self._items[ticket] for ticket in sorted(tickets)]
+        self._see(among)
+        joining = list(self._next_rows(among))
+        if joining:
+            self._loop.join([row for _, row in joining])
+            for each, _ in joining:
+                each.joined += 1
+        self._loop.step(
+            [row for each in among for row in each.rows[: each.joined] if not row.ended]
+        )
+        self._loop.leave([row for each in among for row in each.rows if row.ended])
+        return [(ticket, self._texts(ticket)) for ticket in tickets if self._is_done(ticket)]
+
+    def _see(self, among: Sequence[_Writing]) -> None:
+        """One pass of the vision tower over the images of the rows that come next."""
+        new: list[_Writing] = []
+        rows = min(self._joining, self._loop.free)
+        for each in among:
+            if rows <= 0:
+                break
+            rows -= each.waiting
+            if each.waiting and not each.rows:
+                new.append(each)
+        if new:
+            images = self._generator.project([each.item.pixels for each in new])
+            for each, queries in zip(new, images, strict=True):
+                each.see(queries)
+
+    def _next_rows(self, among: Sequence[_Writing]) -> Iterator[tuple[_Writing, Row]]:
+        """The rows that join now, in the order of their tickets."""
+        rows: list[Row] = []
+        for each in among:
+            for row in each.rows[each.joined :]:
+                if len(rows) == self._joining or not self._loop.fits(row, rows):
+                    return
+                rows.append(row)
+                yield each, row
+
+    def _is_done(self, ticket: Ticket) -> bool:
+        each = self._items[ticket]
+        return not each.waiting and all(row.ended for row in each.rows)
+
+    def _texts(self, ticket: Ticket) -> Texts:
+        each = self._items.pop(ticket)
+        texts = [self._generator.text(row.tokens) for row in each.rows]
+        number = each.item.params.num_return_sequences
+        return [texts[start : start + number] for start in range(0, len(texts), number)]
