@@ -45,8 +45,10 @@ from blipq.errors import (
     QueueFull,
     QueueUnavailable,
     ResultTimeout,
+    SubmitStopped,
 )
 from blipq.job import Job
+from blipq.requests import Submission
 from blipq.settings import Settings
 
 __version__ = "0.1.0"
@@ -92,6 +94,8 @@ __all__ = [
     "Settings",
     "Skipped",
     "Status",
+    "Submission",
+    "SubmitStopped",
     "Turn",
     "VQARequest",
     "VQAResult",

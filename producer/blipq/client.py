@@ -1,20 +1,15 @@
-"""The client: one verb per kind of job.
+"""The client: one verb per kind of job. What it shares with ``AsyncClient`` is in ``requests``."""
 
-``_Base`` holds what is pure (requests, options, ids); ``Client`` does the I/O.
-"""
-
-import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar, cast
-
-from pydantic import BaseModel, ValidationError
+from typing import Any, cast
 
 from blipq.broker import Broker
 from blipq.contract import (
+    Asks,
     CaptionRequest,
     CaptionResult,
     DescribeRequest,
@@ -27,60 +22,38 @@ from blipq.contract import (
     Head,
     ImageRef,
     IndexEntry,
+    JobInfo,
     MatchRequest,
     MatchResult,
     Options,
     Request,
     Result,
+    ResultT,
     SearchRequest,
     SearchResult,
     Turn,
     VQARequest,
     VQAResult,
 )
-from blipq.errors import InvalidRequest
+from blipq.errors import QueueFull, QueueUnavailable
 from blipq.job import Job
-from blipq.ledger import Ledger, Message, connect, notify_channel
+from blipq.ledger import Ledger
 from blipq.notifier import Notifier
+from blipq.progress import Progress
+from blipq.records import Looked, Message
+from blipq.requests import ImageSource, Submission, turns, uploadable
+from blipq.requests import checked as checked
+from blipq.requests import explain as explain
+from blipq.requests import new_id as new_id
+from blipq.services import Backend, PerProcess
 from blipq.settings import Settings
 from blipq.storage import Storage
-
-ModelT = TypeVar("ModelT", bound=BaseModel)
-
-#: An s3:// or https:// URI, a reference with version or etag, a local file, or the file's bytes.
-ImageSource = str | Path | bytes | ImageRef
-
-
-def new_id() -> str:
-    """A job id: ``job_`` and a UUIDv7 (RFC 9562), so ids sort by the time they were made."""
-    milliseconds = time.time_ns() // 1_000_000
-    value = (milliseconds << 80) | secrets.randbits(80)
-    value = (value & ~(0xF << 76)) | (7 << 76)
-    value = (value & ~(0x3 << 62)) | (2 << 62)
-    text = f"{value:032x}"
-    return "job_" + "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
-
-
-def checked(model: type[ModelT], /, **fields: Any) -> ModelT:
-    """A request or options from keyword arguments; InvalidRequest names what is wrong."""
-    given = {name: value for name, value in fields.items() if value is not None}
-    try:
-        return model.model_validate(given)
-    except ValidationError as error:
-        raise InvalidRequest(explain(error)) from None
-
-
-def explain(error: ValidationError) -> str:
-    """What is wrong, a field at a time, on one line."""
-    wrong = []
-    for item in error.errors(include_url=False, include_input=False):
-        field = ".".join(str(part) for part in item["loc"]) or "request"
-        wrong.append(f"{field}: {item['msg'].removeprefix('Value error, ')}")
-    return "; ".join(wrong)
+from blipq.submitting import Submitting
+from blipq.waiting import Waiting
 
 
 class Client:
-    """Submits jobs and reads their results. Thread-safe; close it, or use it as a context.
+    """Submits jobs and reads their results. Close it, or use it as a context.
 
         with Client() as client:
             job = client.caption("s3://uploads/cat.jpg")
@@ -89,16 +62,19 @@ class Client:
     Without arguments it finds the services by ``BLIPQ_*`` variables, then a running local stack,
     then the defaults. Every verb takes the options of ``Options`` as keyword arguments. A local
     path or bytes are uploaded first.
+
+    Threads may share it, and a process that forks may go on with it on both sides. ``backend``
+    replaces the services, such as by ``blipq.testing.FakeBlipq``.
     """
 
-    def __init__(self, settings: Settings | None = None, **overrides: Any) -> None:
+    def __init__(
+        self, settings: Settings | None = None, *, backend: Backend | None = None, **overrides: Any
+    ) -> None:
         self.settings = settings or checked(Settings, **overrides)
         self._id = secrets.token_hex(8)
-        self._redis = connect(self.settings)
-        self.ledger = Ledger(self._redis, self.settings)
-        self.broker = Broker(self.settings)
-        self.storage = Storage(self.settings)
-        self.notifier = Notifier(lambda: connect(self.settings), notify_channel(self._id))
+        backend = backend or Backend()
+        self._services = PerProcess(lambda: backend.services(self.settings, self._id))
+        self._services()
 
     def __enter__(self) -> "Client":
         return self
@@ -113,9 +89,28 @@ class Client:
 
     def close(self) -> None:
         """Closes the connections. Jobs go on."""
-        self.notifier.close()
-        self.broker.close()
-        self._redis.close()
+        if (services := self._services.made) is not None:
+            services.close()
+
+    @property
+    def ledger(self) -> Ledger:
+        """The job records."""
+        return self._services().ledger
+
+    @property
+    def broker(self) -> Broker:
+        """Publishes the ids of jobs."""
+        return self._services().broker
+
+    @property
+    def storage(self) -> Storage:
+        """S3."""
+        return self._services().storage
+
+    @property
+    def notifier(self) -> Notifier:
+        """Hears when jobs end."""
+        return self._services().notifier
 
     # -- verbs --
 
@@ -132,15 +127,8 @@ class Client:
 
         ``best_of`` n: n captions ranked by image-text matching.
         """
-        checked_options = checked(Options, **options)
-        request = checked(
-            CaptionRequest,
-            image=self._reference(image),
-            prompt=prompt,
-            generation=generation,
-            best_of=best_of,
-        )
-        return cast("Job[CaptionResult]", self.submit(request, checked_options))
+        fields = {"prompt": prompt, "generation": generation, "best_of": best_of}
+        return self._ask(CaptionRequest, image, fields, options)
 
     def vqa(
         self,
@@ -157,16 +145,8 @@ class Client:
         ``history`` holds earlier (question, answer) turns, oldest first. ``choices`` are the only
         answers allowed: they come back ranked, with probabilities.
         """
-        checked_options = checked(Options, **options)
-        request = checked(
-            VQARequest,
-            image=self._reference(image),
-            questions=questions,
-            history=[_turn(turn) for turn in history] if history else None,
-            choices=choices,
-            generation=generation,
-        )
-        return cast("Job[VQAResult]", self.submit(request, checked_options))
+        fields = {"questions": questions, "history": turns(history), "choices": choices}
+        return self._ask(VQARequest, image, fields | {"generation": generation}, options)
 
     def match(
         self,
@@ -177,9 +157,7 @@ class Client:
         **options: Any,
     ) -> Job[MatchResult]:
         """Asks how well each text matches: ``itm`` is a probability, ``itc`` a cosine."""
-        checked_options = checked(Options, **options)
-        request = checked(MatchRequest, image=self._reference(image), texts=texts, head=head)
-        return cast("Job[MatchResult]", self.submit(request, checked_options))
+        return self._ask(MatchRequest, image, {"texts": texts, "head": head}, options)
 
     def embed(
         self,
@@ -195,18 +173,10 @@ class Client:
 
         Without ``mode``, what is given decides. With ``index`` the image goes into a search index.
         """
-        checked_options = checked(Options, **options)
         if mode is None:
             mode = "image" if text is None else "text" if image is None else "multimodal"
-        request = checked(
-            EmbedRequest,
-            image=None if image is None else self._reference(image),
-            text=text,
-            mode=mode,
-            dtype=dtype,
-            index=index,
-        )
-        return cast("Job[EmbedResult]", self.submit(request, checked_options))
+        fields = {"text": text, "mode": mode, "dtype": dtype, "index": index}
+        return self._ask(EmbedRequest, image, fields, options)
 
     def describe(
         self,
@@ -223,17 +193,8 @@ class Client:
 
         ``texts`` are scored by probability; ``embed`` asks for the image's features.
         """
-        checked_options = checked(Options, **options)
-        request = checked(
-            DescribeRequest,
-            image=self._reference(image),
-            caption=caption,
-            questions=questions,
-            texts=texts,
-            embed=embed,
-            generation=generation,
-        )
-        return cast("Job[DescribeResult]", self.submit(request, checked_options))
+        fields = {"caption": caption, "questions": questions, "texts": texts, "embed": embed}
+        return self._ask(DescribeRequest, image, fields | {"generation": generation}, options)
 
     def search(
         self,
@@ -251,54 +212,135 @@ class Client:
         With a text the nearest ``rerank`` are looked at again, and ranked by matching. ``filter``
         names metadata that hits must have.
         """
-        checked_options = checked(Options, **options)
-        request = checked(
-            SearchRequest,
-            index=index,
-            text=text,
-            image=None if image is None else self._reference(image),
-            top_k=top_k,
-            rerank=rerank,
-            filter=filter,
-        )
-        return cast("Job[SearchResult]", self.submit(request, checked_options))
+        fields = {"index": index, "text": text, "top_k": top_k, "rerank": rerank, "filter": filter}
+        return self._ask(SearchRequest, image, fields, options)
 
     # -- any kind --
 
     def submit(
-        self, request: Request, options: Options | None = None, *, id: str | None = None
-    ) -> Job[Result]:
+        self, request: Asks[ResultT], options: Options | None = None, *, id: str | None = None
+    ) -> Job[ResultT]:
         """Submits a request of any kind; when this returns, the job will reach an outcome.
 
         The same ``id`` or idempotency key with the same request is the same job, so a submit that
         raised QueueUnavailable can be repeated with its ``job_id``. Raises IdempotencyConflict,
         QueueFull or QueueUnavailable.
         """
-        options = options or Options()
-        recorded = self.ledger.submit(id or new_id(), request, options, notify=self._id)
+        recorded = self.ledger.submit(
+            id or new_id(), cast(Request, request), options or Options(), notify=self._id
+        )
         if not isinstance(recorded, Message):
             return Job(recorded, self)
         # A message that is not taken in time is published by the reconciler: the job is recorded.
         self.broker.publish(recorded)
         return Job(recorded.id, self)
 
+    def submit_many(
+        self,
+        requests: Iterable[Asks[ResultT] | Submission],
+        options: Options | None = None,
+        *,
+        timeout: float = 0.0,
+    ) -> list[Job[ResultT]]:
+        """Submits many requests, a chunk per round trip, and returns their jobs in order.
+
+        The requests are taken as they are needed, so a generator of any length will do. A
+        ``Submission`` brings options and an id of its own. For ``timeout`` seconds a chunk is tried
+        again while the queue is full or Redis is away. Raises SubmitStopped, which says what is
+        recorded and what is not.
+        """
+        prepare = partial(self.ledger.prepare, notify=self._id)
+        submitting = Submitting(prepare, self._job, options, timeout)
+        for request in requests:
+            if submitting.add(request):
+                self._flush(submitting)
+        self._flush(submitting)
+        return submitting.jobs
+
     def job(self, id: str) -> Job[Result]:
         """A handle from a stored id. Looks nothing up."""
         return Job(id, self)
 
-    def _reference(self, image: ImageSource) -> Any:
-        """Uploads what is not in S3 yet."""
-        if isinstance(image, ImageRef):
-            return image
-        if isinstance(image, str) and "://" in image:
-            return image
-        return self.storage.upload(os.fspath(image) if isinstance(image, Path) else image)
+    # -- many jobs --
 
+    def as_completed(
+        self, jobs: Iterable[Job[ResultT]], timeout: float | None = None
+    ) -> Iterator[Job[ResultT]]:
+        """The jobs as they end, however they end; what they came to is read already.
 
-def _turn(turn: Turn | tuple[str, str]) -> Turn:
-    if isinstance(turn, Turn):
-        return turn
-    if len(turn) != 2:
-        raise InvalidRequest("history: a turn is a question and its answer")
-    question, answer = turn
-    return checked(Turn, question=question, answer=answer)
+        Thousands of jobs need one subscription and a look at a few hundred of them a second.
+        Raises ResultTimeout, JobNotFound and QueueUnavailable like ``Job.wait``.
+        """
+        for info in self.outcomes((job.id for job in jobs), timeout):
+            yield Job(info.id, self, info)
+
+    def wait_all(
+        self,
+        jobs: Iterable[Job[ResultT]],
+        timeout: float | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[Job[ResultT]]:
+        """Waits until all jobs have ended, and returns them in their order.
+
+        ``progress`` shows a bar on stderr. Raises like ``as_completed``.
+        """
+        ids = [job.id for job in jobs]
+        ended = {}
+        with Progress(len(set(ids)), shown=progress) as bar:
+            for info in self.outcomes(ids, timeout):
+                ended[info.id] = info
+                bar.count(info)
+        return [Job(id, self, ended[id]) for id in ids]
+
+    def outcomes(self, ids: Iterable[str], timeout: float | None = None) -> Iterator[JobInfo]:
+        """The jobs of these ids as they end, as the ledger has them."""
+        waiting = Waiting(ids, timeout)
+        notifier = self.notifier
+        with notifier.watch(waiting.open) as inbox:
+            while waiting.open:
+                if due := waiting.due(len(notifier)):
+                    found = self._look(due)
+                    if isinstance(found, Looked) and found.elsewhere:
+                        notifier.listen(inbox, found.elsewhere.values())
+                    yield from waiting.looked(due, found)
+                if waiting.open:
+                    waiting.tell(inbox.take(waiting.pause()))
+
+    def _look(self, ids: list[str]) -> Looked | QueueUnavailable:
+        try:
+            return self.ledger.look(ids, notify=self._id)
+        except QueueUnavailable as error:
+            return error
+
+    def _job(self, id: str) -> Job[Any]:
+        return Job(id, self)
+
+    def _ask(
+        self,
+        request: type[Asks[ResultT]],
+        image: ImageSource | None,
+        fields: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> Job[ResultT]:
+        """Checks the options, uploads the image unless it is in S3, and submits."""
+        chosen = checked(Options, **options)
+        asked = checked(cast(Any, request), image=self._reference(image), **fields)
+        return self.submit(cast("Asks[ResultT]", asked), chosen)
+
+    def _reference(self, image: ImageSource | None) -> str | ImageRef | None:
+        source = uploadable(image)
+        if source is None:
+            return cast("str | ImageRef | None", image)
+        return self.storage.upload(source)
+
+    def _flush(self, submitting: Submitting) -> None:
+        while submitting.waiting:
+            try:
+                answers = self.ledger.submit_all(submitting.waiting)
+            except (QueueUnavailable, QueueFull) as error:
+                answers = [error]
+            if messages := submitting.settle(answers):
+                self.broker.publish_all(messages)
+            time.sleep(submitting.pause())
+        submitting.check()

@@ -10,7 +10,7 @@ import re
 import struct
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -183,6 +183,12 @@ Image = Annotated[ImageRef, BeforeValidator(_image_from_text)]
 
 # --- requests -------------------------------------------------------------------------------------
 
+ResultT = TypeVar("ResultT", bound="Result", covariant=True)
+
+
+class Asks(Generic[ResultT]):
+    """Base of requests: its parameter is the type of the result."""
+
 
 class Generation(_Asked):
     """Generation parameters under Hugging Face's names. Unset means LAVIS's default for the kind.
@@ -215,7 +221,7 @@ def _one_or_many(value: Any) -> Any:
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 
 
-class CaptionRequest(_Asked):
+class CaptionRequest(_Asked, Asks["CaptionResult"]):
     """Describe the image in words, optionally going on from ``prompt``.
 
     ``best_of`` n draws n captions and returns them ranked by image-text matching.
@@ -235,7 +241,7 @@ class Turn(_Asked):
     answer: Text
 
 
-class VQARequest(_Asked):
+class VQARequest(_Asked, Asks["VQAResult"]):
     """Answer questions about the image; ``history`` holds earlier turns, oldest first.
 
     With ``choices`` nothing is generated: each question's answer is the one that the model finds
@@ -264,7 +270,7 @@ class VQARequest(_Asked):
 Head = Literal["itm", "itc"]
 
 
-class MatchRequest(_Asked):
+class MatchRequest(_Asked, Asks["MatchResult"]):
     """Score texts against the image: ``itm`` is a probability, ``itc`` a cosine."""
 
     kind: Literal[Kind.MATCH] = Kind.MATCH
@@ -289,7 +295,7 @@ def _entry_from_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-class EmbedRequest(_Asked):
+class EmbedRequest(_Asked, Asks["EmbedResult"]):
     """Features of an image, a text or both, as LAVIS's ``extract_features`` defines them.
 
     image: ``image_embeds`` (32, 768) and ``image_embeds_proj`` (32, 256). text: ``text_embeds``
@@ -319,7 +325,7 @@ class EmbedRequest(_Asked):
         return self
 
 
-class DescribeRequest(_Asked):
+class DescribeRequest(_Asked, Asks["DescribeResult"]):
     """Several things about one image from one vision pass.
 
     ``texts`` are scored by ``itm``; ``embed`` gives the image's features. ``generation`` is for the
@@ -345,7 +351,7 @@ class DescribeRequest(_Asked):
         return self
 
 
-class SearchRequest(_Asked):
+class SearchRequest(_Asked, Asks["SearchResult"]):
     """Find images in an index by a text or by an image.
 
     The ``top_k`` nearest by cosine are found first. For a text, the ``rerank`` nearest are then

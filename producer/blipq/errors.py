@@ -5,6 +5,7 @@
     │   └── IdempotencyConflict           the key was used with another request
     ├── QueueUnavailable                  Redis or S3 did not answer in time; has .job_id
     ├── QueueFull                         too many open jobs, or Redis is out of memory
+    ├── SubmitStopped                     submit_many stopped; has .jobs, .index, .pending
     ├── JobNotFound (LookupError)         no such job, or its result is past keeping
     ├── ResultTimeout (TimeoutError)      not ended yet; the job goes on; has .job_id
     ├── JobEnded                          the job ended without a result
@@ -24,6 +25,9 @@ Each class has ``retryable``: whether trying again, unchanged, can help.
     except blipq.JobFailed as failure:
         if failure.code == "image_not_found": ...
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 from blipq.contract import ErrorCode
 
@@ -60,6 +64,22 @@ class QueueFull(BlipqError):
     """Too many jobs are open, or Redis has no memory left. Slow down and try again."""
 
     retryable = True
+
+
+class SubmitStopped(BlipqError):
+    """``submit_many`` stopped at request number ``index``; ``__cause__`` says why.
+
+    ``jobs`` are those before it, all recorded. ``pending`` are the submissions that were taken and
+    are not known to be recorded, the one that was refused among them. They keep their ids, so
+    submitting them again cannot double a job: ``submit_many(chain(error.pending, the_rest))``.
+    """
+
+    def __init__(self, cause: BlipqError, jobs: Sequence[Any], pending: Sequence[Any]) -> None:
+        super().__init__(f"stopped at request {len(jobs)}: {cause}")
+        self.jobs = list(jobs)
+        self.index = len(jobs)
+        self.pending = list(pending)
+        self.retryable = cause.retryable
 
 
 class JobNotFound(BlipqError, LookupError):

@@ -1,51 +1,48 @@
 """A job's handle: an id and how to look it up."""
 
-import threading
-import time
-from typing import TYPE_CHECKING, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, cast
 
-from blipq.contract import JobInfo, Result, Status
-from blipq.errors import (
-    JobCancelled,
-    JobExpired,
-    JobFailed,
-    JobNotFound,
-    QueueUnavailable,
-    ResultTimeout,
-)
+from blipq.contract import JobInfo, ResultT, Status
+from blipq.errors import JobCancelled, JobExpired, JobFailed, ResultTimeout
+from blipq.waiting import not_found
 
 if TYPE_CHECKING:
     from blipq.client import Client
 
-ResultT = TypeVar("ResultT", bound=Result, covariant=True)
 
-#: While waiting, the record is also read this often: a lost notification only delays.
-FIRST_POLL_S, LAST_POLL_S = 0.05, 1.0
+class _Handle:
+    """What every handle is: an id. One of a job that has ended also knows how it ended."""
 
+    __slots__ = ("_ended", "id")
 
-class Job(Generic[ResultT]):
-    """One request to the model, from submit to outcome. Holds nothing but its id."""
-
-    __slots__ = ("_client", "id")
-
-    def __init__(self, id: str, client: "Client") -> None:
+    def __init__(self, id: str, ended: JobInfo | None = None) -> None:
         self.id = id
-        self._client = client
+        self._ended = ended
 
     def __repr__(self) -> str:
-        return f"<blipq.Job {self.id}>"
+        return f"<blipq.{type(self).__name__} {self.id}>"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Job) and other.id == self.id
+        return isinstance(other, _Handle) and other.id == self.id
 
     def __hash__(self) -> int:
         return hash(self.id)
 
+
+class Job(_Handle, Generic[ResultT]):
+    """One request to the model, from submit to outcome."""
+
+    __slots__ = ("_client",)
+
+    def __init__(self, id: str, client: "Client", ended: JobInfo | None = None) -> None:
+        super().__init__(id, ended)
+        self._client = client
+
     def info(self) -> JobInfo:
         """The job as it is now. Raises JobNotFound."""
-        info = self._client.ledger.read(self.id)
+        info = self._ended or self._client.ledger.read(self.id)
         if info is None:
-            raise JobNotFound(f"no job {self.id}: never submitted, or past its retention")
+            raise not_found(self.id)
         return info
 
     @property
@@ -60,9 +57,15 @@ class Job(Generic[ResultT]):
         away and come back meanwhile. Raises ResultTimeout, JobNotFound, and QueueUnavailable if
         Redis still does not answer when the time is up.
         """
-        ending = None if timeout is None else time.monotonic() + timeout
-        with self._client.notifier.watch(self.id, self._channel) as told:
-            return self._poll(told, timeout, ending)
+        if self._ended is not None:
+            return self._ended
+        try:
+            return next(self._client.outcomes([self.id], timeout))
+        except ResultTimeout as error:
+            info = self.info()
+            if info.ended:
+                return info
+            raise ResultTimeout(still_open(info, timeout), self.id) from error
 
     outcome = wait
 
@@ -71,46 +74,29 @@ class Job(Generic[ResultT]):
 
         Raises ResultTimeout, JobNotFound, JobFailed, JobCancelled or JobExpired.
         """
-        info = self.wait(timeout)
-        if info.status is Status.SUCCEEDED and info.result is not None:
-            return cast(ResultT, info.result)
-        raise _ending(info)
+        return cast(ResultT, result_of(self.wait(timeout)))
 
     def cancel(self) -> bool:
         """Cancels the job at once, wherever it is; False if it had ended. Raises JobNotFound."""
         answer = self._client.ledger.cancel(self.id)
         if answer == "unknown":
-            raise JobNotFound(f"no job {self.id}: never submitted, or past its retention")
+            raise not_found(self.id)
         return answer == "cancelled"
 
-    def _channel(self) -> str | None:
-        return self._client.ledger.notify_channel_of(self.id)
 
-    def _poll(self, told: threading.Event, timeout: float | None, ending: float | None) -> JobInfo:
-        pause = FIRST_POLL_S
-        while True:
-            info, down = self._try_info()
-            if info is not None and info.ended:
-                return info
-            left = LAST_POLL_S if ending is None else ending - time.monotonic()
-            if left <= 0:
-                raise down or ResultTimeout(_still_open(cast(JobInfo, info), timeout), self.id)
-            told.wait(min(pause, left))
-            told.clear()
-            pause = min(pause * 1.5, LAST_POLL_S)
-
-    def _try_info(self) -> tuple[JobInfo | None, QueueUnavailable | None]:
-        try:
-            return self.info(), None
-        except QueueUnavailable as error:
-            return None, error
-
-
-def _still_open(info: JobInfo, timeout: float | None) -> str:
+def still_open(info: JobInfo, timeout: float | None) -> str:
+    """Why there is no result yet."""
     text = f"job {info.id} is still {info.status} after {timeout:g} s"
     if info.live_workers == 0:
         text += f": no live worker serves the model {info.model!r}"
     return text
+
+
+def result_of(info: JobInfo) -> object:
+    """The result of a job that has ended. Raises JobFailed, JobCancelled or JobExpired."""
+    if info.status is Status.SUCCEEDED and info.result is not None:
+        return info.result
+    raise _ending(info)
 
 
 def _ending(info: JobInfo) -> Exception:

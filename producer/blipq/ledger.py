@@ -6,7 +6,6 @@ a time to live.
 """
 
 import functools
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,17 +17,24 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from blipq.contract import (
-    CONTRACT,
-    JobInfo,
-    Kind,
-    Options,
-    Request,
-    Status,
-    queue_name,
+from blipq.contract import CONTRACT, JobInfo, Kind, Options, Request, Status
+from blipq.errors import BlipqError, QueueFull, QueueUnavailable
+from blipq.records import Looked as Looked
+from blipq.records import Message as Message
+from blipq.records import (
+    Prepared,
+    Recorded,
+    flat,
+    job_info,
+    looked,
+    paired,
+    prepare,
+    submit_arguments,
+    submitted,
 )
-from blipq.errors import IdempotencyConflict, InvalidRequest, QueueFull, QueueUnavailable
-from blipq.guard import Forbidden
+from blipq.records import ms as ms
+from blipq.records import notify_channel as notify_channel
+from blipq.requests import Submission
 from blipq.settings import Settings
 
 LEASE_S = 30.0
@@ -57,11 +63,6 @@ def script_text(*names: str) -> str:
     return "".join((folder / f"{name}.lua").read_text() for name in ("common", *names))
 
 
-def ms(seconds: float) -> int:
-    """Seconds as the whole milliseconds that the scripts count in."""
-    return max(1, round(seconds * 1000))
-
-
 @dataclass(frozen=True, slots=True)
 class Claim:
     """A job taken under a lease. ``token`` fences: a later claim makes this one stale.
@@ -81,15 +82,6 @@ class Claim:
     solo: bool
     queue_ms: float
     expires_in: float
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """What must be published so that a worker looks at a job."""
-
-    kind: Kind
-    id: str
-    queue: str
 
 
 def connect(settings: Settings, *, timeout_s: float | None = None) -> "redis.Redis":
@@ -124,18 +116,6 @@ def redis_errors(job_id: str | None = None) -> Iterator[None]:
         raise
 
 
-def digest(request: str, options: Options) -> str:
-    """What makes two submits the same: the request and every option but the key itself."""
-    given = options.model_dump(mode="json", exclude_defaults=True, exclude={"idempotency_key"})
-    rest = json.dumps(given, sort_keys=True)  # metadata in another order is the same
-    return hashlib.sha256(f"{request}\n{rest}".encode()).hexdigest()[:32]
-
-
-def notify_channel(client: str) -> str:
-    """The one channel on which a client process hears that its jobs have ended."""
-    return f"blipq:ended:{client}"
-
-
 class Scripted:
     """Runs scripts. ``shared``: texts that stand between ``common.lua`` and each script."""
 
@@ -157,65 +137,37 @@ class Scripted:
 class Ledger(Scripted):
     """The scripts as methods. Raises QueueUnavailable and QueueFull, never Redis' own errors."""
 
+    def close(self) -> None:
+        """Closes the connections."""
+        self.redis.close()
+
     # -- the producer's side --
 
-    def submit(self, id: str, request: Request, options: Options, *, notify: str) -> Message | str:
+    def submit(self, id: str, request: Request, options: Options, *, notify: str) -> Recorded:
         """Records a job once; the message to publish, or the id of the job that exists already.
 
         The same id or idempotency key with the same request is the same job; with another one it
         raises IdempotencyConflict.
         """
-        args = self.submit_arguments(id, request, options, notify=notify)
-        with redis_errors(id):
-            outcome, known_id = self._run("submit", *args)
-        return self.submitted(outcome, known_id, request, options)
+        job = self.prepare(Submission(request, options, id), notify=notify)
+        (answer,) = self.submit_all([job])
+        if isinstance(answer, BlipqError):
+            raise answer
+        return answer
 
-    def submit_arguments(
-        self, id: str, request: Request, options: Options, *, notify: str
-    ) -> list[str | int]:
-        """The submit script's arguments."""
-        settings = self.settings
-        _check_urls(request, options, settings)
-        expires_in = options.expires_in or settings.default_expires_in
-        text = request.model_dump_json(exclude_defaults=True)
-        text = json.dumps({"kind": request.kind, **json.loads(text)}, separators=(",", ":"))
-        fields: dict[str, str | int] = {
-            "contract": CONTRACT,
-            "kind": request.kind,
-            "model": options.model,
-            "queue": queue_name(options.model, options.priority),
-            "request": text,
-            "notify": notify_channel(notify),
-            "result_ttl": ms(settings.result_ttl),
-            "failed_ttl": ms(settings.failed_ttl),
-        }
-        if options.output:
-            fields["output"] = options.output
-        if options.metadata:
-            fields["metadata"] = json.dumps(options.metadata)
-        if options.webhook:
-            fields["webhook_url"] = options.webhook.url
-            fields["webhook_events"] = " ".join(options.webhook.events)
-        return [
-            id,
-            digest(text, options),
-            options.idempotency_key or "",
-            ms(expires_in),
-            ms(max(settings.result_ttl, settings.failed_ttl)),
-            settings.max_open_jobs,
-            *_flat(fields),
-        ]
+    def prepare(self, submission: Submission, *, notify: str) -> Prepared:
+        """Makes a job ready to be recorded. Raises InvalidRequest for a forbidden URL."""
+        return prepare(submission, self.settings, notify=notify)
 
-    @staticmethod
-    def submitted(outcome: str, id: str, request: Request, options: Options) -> Message | str:
-        """What the submit script's answer means."""
-        if outcome == "conflict":
-            raise IdempotencyConflict(f"job {id} was submitted with another request or options")
-        if outcome == "full":
-            raise QueueFull("too many jobs are open (BLIPQ_MAX_OPEN_JOBS)")
-        if outcome == "exists":
-            return id
-        return Message(Kind(request.kind), id, queue_name(options.model, options.priority))
+    def submit_all(self, jobs: Sequence[Prepared]) -> list[Recorded | BlipqError]:
+        """Records jobs, each once and in order, in one round trip.
+
+        Answers like ``submit`` for each job, up to the first that is refused: its answer is the
+        error (IdempotencyConflict or QueueFull), and nothing after it was looked at.
+        """
+        with redis_errors(jobs[0].submission.id if len(jobs) == 1 else None):
+            answer = self._run("submit", *submit_arguments(jobs, self.settings))
+        return submitted(jobs, answer)
 
     def read(self, id: str) -> JobInfo | None:
         """The job, after settling what is due; None for an unknown id."""
@@ -224,12 +176,12 @@ class Ledger(Scripted):
         if not answer:
             return None
         live, *pairs = answer
-        return job_info(id, _paired(pairs), live_workers=int(live))
+        return job_info(id, paired(pairs), live_workers=int(live))
 
-    def notify_channel_of(self, id: str) -> str | None:
-        """The channel on which the end of this job is told."""
-        with redis_errors(id):
-            return cast("str | None", self.redis.hget(f"blipq:job:{id}", "notify"))
+    def look(self, ids: Sequence[str], *, notify: str) -> Looked:
+        """Which of these jobs have ended, after settling what is due; in one round trip."""
+        with redis_errors(ids[0] if len(ids) == 1 else None):
+            return looked(self._run("look", notify_channel(notify), *ids))
 
     def cancel(self, id: str) -> Literal["cancelled", "ended", "unknown"]:
         """Cancels a job at once, wherever it is."""
@@ -286,7 +238,7 @@ class Ledger(Scripted):
             outcome, *pairs = self._run("claim", id, worker, ms(lease_s), CONTRACT)
         if outcome != "claimed":
             return cast("Unclaimed", outcome)
-        job = _paired(pairs)
+        job = paired(pairs)
         return Claim(
             id=id,
             kind=Kind(job["kind"]),
@@ -306,12 +258,12 @@ class Ledger(Scripted):
         """Records an unknown job as failed with an error (JSON): its message makes no sense."""
         fields = {"kind": kind, "model": "default", "error": error}
         with redis_errors(id):
-            return bool(self._run("refuse", id, ms(self.settings.failed_ttl), *_flat(fields)))
+            return bool(self._run("refuse", id, ms(self.settings.failed_ttl), *flat(fields)))
 
     def renew(self, held: Mapping[str, int], *, lease_s: float = LEASE_S) -> list[str]:
         """Extends the leases of ``held`` (id to token); the ids that are no longer held."""
         with redis_errors():
-            lost = self._run("renew", ms(lease_s), *_flat(held))
+            lost = self._run("renew", ms(lease_s), *flat(held))
         return cast("list[str]", lost)
 
     def succeed(self, claim: Claim, result: str, receipt: str) -> bool:
@@ -328,7 +280,7 @@ class Ledger(Scripted):
     ) -> bool:
         ttl = ms(self.settings.dead_letter_ttl) if dead else 0
         with redis_errors(claim.id):
-            return bool(self._run("finish", claim.id, claim.token, status, ttl, *_flat(fields)))
+            return bool(self._run("finish", claim.id, claim.token, status, ttl, *flat(fields)))
 
     def retry(self, claim: Claim, delay_s: float) -> bool:
         """Puts a job back for a later, counted retry; the reconciler publishes it when due."""
@@ -350,8 +302,8 @@ class Ledger(Scripted):
         """
         ttl = ms(self.settings.dead_letter_ttl)
         with redis_errors():
-            flat = self._run("reconcile", limit, ms(grace_s), MAX_CRASHES, ttl, int(judge))
-        triples = zip(flat[::3], flat[1::3], flat[2::3], strict=True)
+            found = self._run("reconcile", limit, ms(grace_s), MAX_CRASHES, ttl, int(judge))
+        triples = zip(found[::3], found[1::3], found[2::3], strict=True)
         return [Message(Kind(kind), id, queue) for kind, id, queue in triples]
 
     def register(
@@ -381,54 +333,3 @@ class Ledger(Scripted):
             answer: int = self._run("lock", key, owner, ms(ttl_s))
         outcomes: tuple[Literal["taken", "kept", "new"], ...] = ("taken", "kept", "new")
         return outcomes[answer]
-
-
-def _check_urls(request: Request, options: Options, settings: Settings) -> None:
-    """Says at once what the text of a URL says; its addresses are judged when it is met."""
-    field = "webhook.url"
-    try:
-        if options.webhook:
-            settings.webhook_policy.check(options.webhook.url)
-        field = "image.uri"
-        if request.image is not None and not request.image.in_s3:
-            settings.image_policy.check(request.image.uri)
-    except Forbidden as error:
-        raise InvalidRequest(f"{field}: {error}") from None
-
-
-def _flat(fields: Mapping[str, Any]) -> list[Any]:
-    return [part for pair in fields.items() for part in pair]
-
-
-def _paired(flat: Sequence[str]) -> dict[str, str]:
-    return dict(zip(flat[::2], flat[1::2], strict=True))
-
-
-def job_info(id: str, job: Mapping[str, str], *, live_workers: int | None = None) -> JobInfo:
-    """A record's fields as everyone sees the job."""
-
-    def loaded(field: str) -> Any:
-        return json.loads(job[field]) if field in job else None
-
-    def at(field: str) -> float | None:
-        return float(job[field]) / 1000 if field in job else None
-
-    open_ = "completed_at" not in job
-    return JobInfo.model_validate(
-        {
-            "id": id,
-            "kind": job["kind"],
-            "model": job["model"],
-            "status": job["status"],
-            "created_at": at("created_at"),
-            "started_at": at("started_at"),
-            "completed_at": at("completed_at"),
-            "expires_at": at("deadline"),
-            "attempts": int(job.get("attempts", 0)),
-            "result": loaded("result"),
-            "error": loaded("error"),
-            "receipt": loaded("receipt"),
-            "metadata": loaded("metadata") or {},
-            "live_workers": live_workers if open_ else None,
-        }
-    )

@@ -22,8 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from blipq import ErrorCode, JobInfo, QueueFull, QueueUnavailable, Status, supervisor
-from blipq.client import new_id
 from blipq.contract import CaptionRequest, Options, Priority
+from blipq.requests import new_id
 from blipq.supervisor import Service
 from guarantees.rig import LEASE_S, Rig
 

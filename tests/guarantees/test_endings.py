@@ -15,9 +15,9 @@ from blipq import (
     QueueUnavailable,
     Status,
 )
-from blipq.client import new_id
 from blipq.contract import CaptionRequest, Options
 from blipq.ledger import Message
+from blipq.requests import new_id
 from conftest import wait_until
 from guarantees.rig import LEASE_S, Rig
 

@@ -133,7 +133,7 @@ def test_every_option_of_a_job_can_be_given(run: Run, client: Client) -> None:
     options += ["--idempotency-key", "k", "--output", "s3://results/1.json"]
     options += ["--webhook", "https://example.org/hook", "--metadata", "a=1", "--metadata", "b=2=3"]
     ran = run("caption", IMAGE, "--no-wait", "--set", "num_beams=2", "--best-of", "3", *options)
-    job = client._redis.hgetall(f"blipq:job:{ran.stdout.strip()}")
+    job = client.ledger.redis.hgetall(f"blipq:job:{ran.stdout.strip()}")
     assert job["webhook_url"] == "https://example.org/hook"
     assert json.loads(job["metadata"]) == {"a": "1", "b": "2=3"}
     assert (job["queue"], job["output"]) == ("blipq.m.high", "s3://results/1.json")
@@ -165,7 +165,9 @@ def test_a_local_file_is_uploaded(run: Run, client: Client, tmp_path: Path) -> N
     (tmp_path / "cat.png").write_bytes(b"a cat")
     ran = run("caption", str(tmp_path / "cat.png"), "--no-wait")
     assert ran.exit_code == 0, ran.output
-    assert "s3://blipq-inbox/" in client._redis.hget(f"blipq:job:{ran.stdout.strip()}", "request")
+    assert "s3://blipq-inbox/" in client.ledger.redis.hget(
+        f"blipq:job:{ran.stdout.strip()}", "request"
+    )
 
 
 def test_a_status_says_that_no_worker_lives(run: Run, client: Client) -> None:

@@ -34,7 +34,7 @@ RESULT = json.dumps({"kind": "caption", "captions": [{"text": "a cat"}]})
 
 
 def request_of(client: Client, job: Job[Any]) -> dict[str, Any]:
-    return json.loads(client._redis.hget(f"blipq:job:{job.id}", "request"))
+    return json.loads(client.ledger.redis.hget(f"blipq:job:{job.id}", "request"))
 
 
 def claimed(ledger: Ledger, job: Job[Any]) -> Claim:

@@ -25,47 +25,70 @@ def tell(raw: "redis.Redis", channel: str, id: str) -> None:
     wait_until(lambda: raw.publish(channel, id) > 0, "a subscription")
 
 
-def test_a_waiter_hears_of_its_job(notifier: Notifier, raw_redis: "redis.Redis") -> None:
-    with notifier.watch("job_1", lambda: OWN) as told:
+def test_a_waiter_hears_of_its_jobs(notifier: Notifier, raw_redis: "redis.Redis") -> None:
+    with notifier.watch(["job_1", "job_2"]) as inbox:
         tell(raw_redis, OWN, "job_1")
-        assert told.wait(5)
+        assert inbox.take(5) == ["job_1"]
+        tell(raw_redis, OWN, "job_2")
+        assert inbox.take(5) == ["job_2"]
 
 
 def test_all_who_wait_for_a_job_hear_of_it(notifier: Notifier, raw_redis: "redis.Redis") -> None:
     with (
-        notifier.watch("job_1", lambda: OWN) as first,
-        notifier.watch("job_1", lambda: OWN) as second,
-        notifier.watch("job_2", lambda: OWN) as other,
+        notifier.watch(["job_1"]) as first,
+        notifier.watch(["job_1"]) as second,
+        notifier.watch(["job_2"]) as other,
     ):
         tell(raw_redis, OWN, "job_1")
-        assert first.wait(5)
-        assert second.wait(5)
-        assert not other.is_set()
+        assert first.take(5) == ["job_1"]
+        assert second.take(5) == ["job_1"]
+        assert other.take(0) == []
 
 
 def test_a_job_of_another_client_is_heard_of_on_its_channel(
     notifier: Notifier, raw_redis: "redis.Redis"
 ) -> None:
-    with notifier.watch("job_1", lambda: FOREIGN) as told:
+    with notifier.watch(["job_1"]) as inbox:
+        tell(raw_redis, OWN, "job_0")
+        notifier.listen(inbox, [FOREIGN])
         tell(raw_redis, FOREIGN, "job_1")
-        assert told.wait(5)
+        assert inbox.take(5) == ["job_1"]
+
+
+def test_another_clients_channel_is_left_by_the_last_who_needs_it(
+    notifier: Notifier, raw_redis: "redis.Redis"
+) -> None:
+    with notifier.watch(["job_1"]) as first:
+        notifier.listen(first, [FOREIGN])
+        with notifier.watch(["job_2"]) as second:
+            notifier.listen(second, [FOREIGN, FOREIGN])
+            wait_until(lambda: listeners(raw_redis, FOREIGN) == 1, "the subscription")
+        raw_redis.publish(FOREIGN, "job_1")
+        assert first.take(5) == ["job_1"]
+    wait_until(lambda: listeners(raw_redis, FOREIGN) == 0, "its end")
+    assert listeners(raw_redis, OWN) == 1
+
+
+def listeners(raw: "redis.Redis", channel: str) -> int:
+    return int(raw.pubsub_numsub(channel)[0][1])
 
 
 def test_a_dropped_connection_is_opened_again(notifier: Notifier, raw_redis: "redis.Redis") -> None:
-    with notifier.watch("job_1", lambda: FOREIGN) as told:
+    with notifier.watch(["job_1"]) as inbox:
+        notifier.listen(inbox, [FOREIGN])
         tell(raw_redis, FOREIGN, "job_0")
         raw_redis.client_kill_filter(_type="pubsub")
         tell(raw_redis, FOREIGN, "job_1")
-        assert told.wait(5)
+        assert inbox.take(5) == ["job_1"]
 
 
 def test_nobody_is_remembered_after_the_wait(notifier: Notifier) -> None:
-    with notifier.watch("job_1", lambda: OWN), notifier.watch("job_1", lambda: OWN):
-        assert len(notifier._waiting["job_1"]) == 2
-    assert notifier._waiting == {}
+    with notifier.watch(["job_1", "job_2"]), notifier.watch(["job_1"]):
+        assert len(notifier) == 2
+    assert len(notifier) == 0
 
 
 def test_a_client_that_never_waits_opens_no_subscription(
     notifier: Notifier, raw_redis: "redis.Redis"
 ) -> None:
-    assert raw_redis.pubsub_numsub(OWN) == [(OWN, 0)]
+    assert listeners(raw_redis, OWN) == 0

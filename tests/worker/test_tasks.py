@@ -14,6 +14,7 @@ from PIL import Image
 from blipq import Client, ErrorCode, Job, JobInfo, Kind, Settings
 from blipq.errors import PermanentError, TransientError
 from blipq.ledger import MAX_RETRIES, Claim, Ledger
+from blipq.services import Backend, Services
 from blipq.storage import Storage
 from blipq_worker.blip2 import EmbedItem, GeneratedText, GenerateItem, MatchItem, Pixels, RerankItem
 from blipq_worker.budget import Budget
@@ -123,10 +124,21 @@ def storage(settings: Settings) -> Storage:
     return Storage(settings)
 
 
+class Sharing(Backend):
+    """The usual services with this storage."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def services(self, settings: Settings, client: str) -> Services:
+        services = super().services(settings, client)
+        services.storage = self.storage
+        return services
+
+
 @pytest.fixture
 def parts(apart: Settings, storage: Storage, tmp_path: Path) -> Iterator[Parts]:
-    with Client(apart) as client:
-        client.storage = storage
+    with Client(apart, backend=Sharing(storage)) as client:
         model, held, gate = Model(), Held(), Gate()
         engine = Engine(
             {"default": model},  # type: ignore[dict-item]

@@ -12,9 +12,9 @@ import redis
 
 from blipq import CaptionRequest, Options, Settings
 from blipq.broker import Broker
-from blipq.client import new_id
 from blipq.ledger import Claim, Ledger, connect
 from blipq.local import free_port, redis_command
+from blipq.requests import new_id
 
 RESULT = json.dumps({"kind": "caption", "captions": [{"text": "a woman on a beach with a dog"}]})
 RECEIPT = json.dumps(

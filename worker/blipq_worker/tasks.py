@@ -14,7 +14,6 @@ from PIL.Image import Image
 from pydantic import ValidationError
 
 from blipq.broker import Broker
-from blipq.client import checked, explain
 from blipq.contract import (
     ErrorCode,
     ImageRef,
@@ -34,6 +33,7 @@ from blipq.errors import (
     WorkError,
 )
 from blipq.ledger import MAX_RETRIES, Claim, Ledger, Message
+from blipq.requests import checked, explain
 from blipq.storage import Storage
 from blipq_worker import kinds
 from blipq_worker.ask import Lost, Stopwatch

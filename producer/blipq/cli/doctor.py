@@ -8,8 +8,8 @@ import typer
 from rich.markup import escape
 
 from blipq.cli.output import JsonOption, out, reported
-from blipq.client import checked
 from blipq.doctor import Finding, examine
+from blipq.requests import checked
 from blipq.settings import Settings
 
 _STYLES = {"ok": "green", "warn": "yellow", "bad": "red"}

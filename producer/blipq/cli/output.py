@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from blipq.client import Client, checked
+from blipq.client import Client
 from blipq.contract import (
     CaptionResult,
     DescribeResult,
@@ -32,6 +32,7 @@ from blipq.errors import (
     ResultTimeout,
 )
 from blipq.job import Job
+from blipq.requests import checked
 from blipq.settings import Settings
 
 EXIT_CODES: dict[type[BlipqError], int] = {

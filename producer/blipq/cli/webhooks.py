@@ -12,9 +12,9 @@ import typer
 
 from blipq.cli.group import Group
 from blipq.cli.output import JsonOption, errors, out, reported
-from blipq.client import checked
 from blipq.errors import InvalidRequest, JobNotFound
 from blipq.ledger import connect
+from blipq.requests import checked
 from blipq.settings import Settings
 
 if TYPE_CHECKING:

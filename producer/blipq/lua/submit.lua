@@ -1,40 +1,54 @@
--- Records a job once. ARGV: id, digest, idempotency key or '', expires_in ms, retention ms,
--- max open jobs, then field/value pairs.
--- Returns {'created' | 'exists' | 'conflict' | 'full', id}.
-local id, digest, idempotency_key = ARGV[1], ARGV[2], ARGV[3]
-local expires_in, retention, max_open = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+-- Records jobs, each once, in order, and stops at the first that is refused.
+-- ARGV: retention ms, max open jobs, then of each job: id, digest, idempotency key or '',
+-- expires_in ms, how many arguments its fields take, and its field/value pairs.
+-- Returns of each job that it came to: 'created' | 'exists' | 'conflict' | 'full', then an id.
+-- The last two are refusals.
+local retention, max_open = tonumber(ARGV[1]), tonumber(ARGV[2])
 
-local function known(existing)
+local function known(existing, digest)
   local same = redis.call('HGET', job_key(existing), 'digest')
   if not same then
     -- A record without a digest was made for a message that could not be run.
-    if redis.call('EXISTS', job_key(existing)) == 1 then return {'conflict', existing} end
-    return nil
+    return redis.call('EXISTS', job_key(existing)) == 1 and 'conflict' or nil
   end
-  return {same == digest and 'exists' or 'conflict', existing}
+  return same == digest and 'exists' or 'conflict'
 end
 
-local idempotency_record = idempotency_key ~= '' and 'blipq:idempotency:' .. idempotency_key
-if idempotency_record then
-  local existing = redis.call('GET', idempotency_record)
-  local answer = existing and known(existing)
-  if answer then return answer end
-end
-local answer = known(id)
-if answer then return answer end
-if redis.call('ZCARD', OPEN) >= max_open then return {'full', id} end
+local function record(id, digest, idempotency_key, expires_in, fields)
+  local idempotency_record = idempotency_key ~= '' and 'blipq:idempotency:' .. idempotency_key
+  if idempotency_record then
+    local existing = redis.call('GET', idempotency_record)
+    local answer = existing and known(existing, digest)
+    if answer then return answer, existing end
+  end
+  local answer = known(id, digest)
+  if answer then return answer, id end
+  if redis.call('ZCARD', OPEN) >= max_open then return 'full', id end
 
-local fields = {}
-for i = 7, #ARGV do fields[#fields + 1] = ARGV[i] end
-local key = job_key(id)
-redis.call('HSET', key, 'digest', digest, 'status', 'queued', 'created_at', now,
-  'deadline', now + expires_in, unpack(fields))
-redis.call('PEXPIRE', key, expires_in + retention)
-if idempotency_record then
-  redis.call('SET', idempotency_record, id, 'PX', expires_in + retention)
+  local key = job_key(id)
+  redis.call('HSET', key, 'digest', digest, 'status', 'queued', 'created_at', now,
+    'deadline', now + expires_in, unpack(fields))
+  redis.call('PEXPIRE', key, expires_in + retention)
+  if idempotency_record then
+    redis.call('SET', idempotency_record, id, 'PX', expires_in + retention)
+  end
+  local queue = redis.call('HGET', key, 'queue')
+  index(OPEN, now + expires_in, id)
+  index(queued_key(queue), now, id)
+  index(QUEUES, now, queue)
+  return 'created', id
 end
-local queue = redis.call('HGET', key, 'queue')
-index(OPEN, now + expires_in, id)
-index(queued_key(queue), now, id)
-index(QUEUES, now, queue)
-return {'created', id}
+
+local answers = {}
+local i = 3
+while i <= #ARGV do
+  local size = tonumber(ARGV[i + 4])
+  local fields = {}
+  for j = i + 5, i + 4 + size do fields[#fields + 1] = ARGV[j] end
+  local outcome, id = record(ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3]), fields)
+  answers[#answers + 1] = outcome
+  answers[#answers + 1] = id
+  if outcome == 'conflict' or outcome == 'full' then break end
+  i = i + 5 + size
+end
+return answers

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from blipq.ledger import job_info
+from blipq.records import job_info
 from blipq.storage import Storage
 
 if TYPE_CHECKING:

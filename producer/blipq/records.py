@@ -1,0 +1,198 @@
+"""Jobs on their way into the ledger and out of it: what scripts are told and what they answer.
+
+Pure, so that the synchronous and the asynchronous ledger share it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from blipq.contract import CONTRACT, JobInfo, Kind, Options, Request, queue_name
+from blipq.errors import BlipqError, IdempotencyConflict, InvalidRequest, QueueFull
+from blipq.guard import Forbidden
+from blipq.requests import Submission
+from blipq.settings import Settings
+
+
+def ms(seconds: float) -> int:
+    """Seconds as the whole milliseconds that the scripts count in."""
+    return max(1, round(seconds * 1000))
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What must be published so that a worker looks at a job."""
+
+    kind: Kind
+    id: str
+    queue: str
+
+
+#: A job was recorded, and its message is to be published; or it was known, under this id.
+Recorded = Message | str
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A submission and what the submit script is told of it."""
+
+    submission: Submission
+    arguments: tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What a look at jobs found; those that are merely open are in none of the fields.
+
+    ``elsewhere`` holds jobs whose end is told on another client's channel, with that channel.
+    """
+
+    ended: list[JobInfo]
+    unknown: list[str]
+    elsewhere: dict[str, str]
+
+
+def digest(request: str, options: Options) -> str:
+    """What makes two submits the same: the request and every option but the key itself."""
+    given = options.model_dump(mode="json", exclude_defaults=True, exclude={"idempotency_key"})
+    rest = json.dumps(given, sort_keys=True)  # metadata in another order is the same
+    return hashlib.sha256(f"{request}\n{rest}".encode()).hexdigest()[:32]
+
+
+def notify_channel(client: str) -> str:
+    """The one channel on which a client process hears that its jobs have ended."""
+    return f"blipq:ended:{client}"
+
+
+def prepare(submission: Submission, settings: Settings, *, notify: str) -> Prepared:
+    """Makes a job ready to be recorded. Raises InvalidRequest for a forbidden URL."""
+    options = submission.options
+    _check_urls(submission.request, options, settings)
+    text = _request_text(submission.request)
+    fields: dict[str, str | int] = {
+        "contract": CONTRACT,
+        "kind": submission.request.kind,
+        "model": options.model,
+        "queue": queue_name(options.model, options.priority),
+        "request": text,
+        "notify": notify_channel(notify),
+        "result_ttl": ms(settings.result_ttl),
+        "failed_ttl": ms(settings.failed_ttl),
+        **_optional_fields(options),
+    }
+    pairs = flat(fields)
+    expires_in = ms(options.expires_in or settings.default_expires_in)
+    key = options.idempotency_key or ""
+    arguments = [submission.id, digest(text, options), key, expires_in, len(pairs), *pairs]
+    return Prepared(submission, tuple(arguments))
+
+
+def submit_arguments(jobs: Iterable[Prepared], settings: Settings) -> Iterator[str | int]:
+    """What the submit script is told."""
+    yield ms(max(settings.result_ttl, settings.failed_ttl))
+    yield settings.max_open_jobs
+    for job in jobs:
+        yield from job.arguments
+
+
+def submitted(jobs: Sequence[Prepared], answer: Sequence[str]) -> list[Recorded | BlipqError]:
+    """What the submit script's answer means."""
+    answers = zip(jobs, answer[::2], answer[1::2], strict=False)  # a refusal ends it early
+    return [_submitted(job.submission, outcome, id) for job, outcome, id in answers]
+
+
+def _submitted(submission: Submission, outcome: str, id: str) -> Recorded | BlipqError:
+    if outcome == "conflict":
+        return IdempotencyConflict(f"job {id} was submitted with another request or options")
+    if outcome == "full":
+        return QueueFull("too many jobs are open (BLIPQ_MAX_OPEN_JOBS)")
+    if outcome == "exists":
+        return id
+    return message_of(submission)
+
+
+def message_of(submission: Submission) -> Message:
+    """The message of a submitted job."""
+    options = submission.options
+    queue = queue_name(options.model, options.priority)
+    return Message(Kind(submission.request.kind), submission.id, queue)
+
+
+def looked(answer: Sequence[Any]) -> Looked:
+    """What the look script's answer means."""
+    ended, unknown, elsewhere = answer
+    infos = [job_info(id, paired(pairs)) for id, pairs in ended]
+    return Looked(infos, list(unknown), dict(elsewhere))
+
+
+def _request_text(request: Request) -> str:
+    """The request as it is stored: what differs from the defaults, its kind first."""
+    given = request.model_dump(mode="json", exclude_defaults=True)
+    return json.dumps({"kind": request.kind, **given}, separators=(",", ":"))
+
+
+def _optional_fields(options: Options) -> dict[str, str]:
+    fields = {}
+    if options.output:
+        fields["output"] = options.output
+    if options.metadata:
+        fields["metadata"] = json.dumps(options.metadata)
+    if options.webhook:
+        fields["webhook_url"] = options.webhook.url
+        fields["webhook_events"] = " ".join(options.webhook.events)
+    return fields
+
+
+def _check_urls(request: Request, options: Options, settings: Settings) -> None:
+    """Says at once what the text of a URL says; its addresses are judged when it is met."""
+    field = "webhook.url"
+    try:
+        if options.webhook:
+            settings.webhook_policy.check(options.webhook.url)
+        field = "image.uri"
+        if request.image is not None and not request.image.in_s3:
+            settings.image_policy.check(request.image.uri)
+    except Forbidden as error:
+        raise InvalidRequest(f"{field}: {error}") from None
+
+
+def flat(fields: Mapping[str, Any]) -> list[Any]:
+    """Pairs one behind the other, as scripts take them."""
+    return [part for pair in fields.items() for part in pair]
+
+
+def paired(flat: Sequence[str]) -> dict[str, str]:
+    """What stood one behind the other as pairs."""
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def job_info(id: str, job: Mapping[str, str], *, live_workers: int | None = None) -> JobInfo:
+    """A record's fields as everyone sees the job."""
+
+    def loaded(field: str) -> Any:
+        return json.loads(job[field]) if field in job else None
+
+    def at(field: str) -> float | None:
+        return float(job[field]) / 1000 if field in job else None
+
+    open_ = "completed_at" not in job
+    return JobInfo.model_validate(
+        {
+            "id": id,
+            "kind": job["kind"],
+            "model": job["model"],
+            "status": job["status"],
+            "created_at": at("created_at"),
+            "started_at": at("started_at"),
+            "completed_at": at("completed_at"),
+            "expires_at": at("deadline"),
+            "attempts": int(job.get("attempts", 0)),
+            "result": loaded("result"),
+            "error": loaded("error"),
+            "receipt": loaded("receipt"),
+            "metadata": loaded("metadata") or {},
+            "live_workers": live_workers if open_ else None,
+        }
+    )

@@ -1,0 +1,94 @@
+"""Waiting for many jobs: which of them to look at, and when. Pure, so that every client shares it.
+
+Whoever waits is told of jobs that have ended. A notification can be lost, so open jobs are also
+looked at unasked, the one not looked at for longest first: after 50 ms, backing off to a second,
+and thousands in turn, ``LOOK_AT`` of them a second.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+
+from blipq.contract import JobInfo
+from blipq.errors import JobNotFound, QueueUnavailable, ResultTimeout
+from blipq.records import Looked
+
+FIRST_POLL_S, LAST_POLL_S = 0.05, 1.0
+#: The most jobs that one round trip asks about.
+LOOK_AT = 500
+
+
+class Waiting:
+    """Jobs that somebody waits for, until all have ended or ``timeout`` seconds have passed."""
+
+    def __init__(self, ids: Iterable[str], timeout: float | None) -> None:
+        # In the order in which to look at them.
+        self.open = dict.fromkeys(ids)
+        self._all = len(self.open)
+        self._unseen = dict.fromkeys(self.open)
+        self._told: dict[str, None] = {}
+        self._timeout = timeout
+        self._ending = None if timeout is None else time.monotonic() + timeout
+        self._pause = FIRST_POLL_S
+        self._poll_at = time.monotonic()
+        self._down: QueueUnavailable | None = None
+
+    def tell(self, ids: Iterable[str]) -> None:
+        """Look at these next."""
+        self._told.update((id, None) for id in ids if id in self.open)
+
+    def due(self, watched: int = 0) -> list[str]:
+        """The jobs to look at now. ``watched``: how many jobs the whole client waits for."""
+        chosen = dict.fromkeys(_first(self._told))
+        for id in chosen:
+            del self._told[id]
+        unseen = {} if self._down else self._unseen
+        if unseen or time.monotonic() >= self._poll_at:
+            chosen.update(dict.fromkeys(_first(unseen or self.open)))
+            fair = max(watched, len(self.open)) / LOOK_AT
+            self._poll_at = time.monotonic() + max(self._pause, fair if fair > 1 else 0.0)
+            self._pause = min(self._pause * 1.5, LAST_POLL_S)
+        return list(chosen)
+
+    def looked(self, ids: Sequence[str], found: Looked | QueueUnavailable) -> list[JobInfo]:
+        """Takes in what a look found; the jobs that have ended. Raises JobNotFound."""
+        if isinstance(found, QueueUnavailable):
+            self._down = found
+            self.tell(ids)
+            self._poll_at = max(self._poll_at, time.monotonic() + FIRST_POLL_S)
+            return []
+        self._down = None
+        if found.unknown:
+            raise not_found(found.unknown[0])
+        for id in ids:
+            self._unseen.pop(id, None)
+            if id in self.open:  # to the end: it is the one looked at last
+                del self.open[id]
+                self.open[id] = None
+        for info in found.ended:
+            self.open.pop(info.id, None)
+        return found.ended
+
+    def pause(self) -> float:
+        """How many seconds to listen before the next look. Raises when the time is up."""
+        now = time.monotonic()
+        if not self._down and (self._told or self._unseen):
+            return 0.0
+        left = self._poll_at - now
+        if self._ending is not None:
+            if now >= self._ending:
+                raise self._down or self._timed_out()
+            left = min(left, self._ending - now)
+        return max(0.0, left)
+
+    def _timed_out(self) -> ResultTimeout:
+        text = f"{len(self.open)} of {self._all} jobs have not ended after {self._timeout:g} s"
+        return ResultTimeout(text, next(iter(self.open)))
+
+
+def not_found(id: str) -> JobNotFound:
+    """The error for an id that the ledger does not know."""
+    return JobNotFound(f"no job {id}: never submitted, or past its retention")
+
+
+def _first(ids: Iterable[str]) -> list[str]:
+    return [id for id, _ in zip(ids, range(LOOK_AT), strict=False)]

@@ -1,0 +1,89 @@
+"""Which jobs are looked at, and when: no clock and no Redis needed."""
+
+import pytest
+
+from blipq import JobInfo, JobNotFound, QueueUnavailable, ResultTimeout
+from blipq.records import Looked
+from blipq.waiting import LOOK_AT, Waiting
+
+
+def ended(*ids: str) -> Looked:
+    fields = {"kind": "caption", "model": "default", "status": "cancelled"}
+    fields |= {"created_at": 0, "expires_at": 1, "completed_at": 0}
+    infos = [JobInfo.model_validate({"id": id, **fields}) for id in ids]
+    return Looked(infos, [], {})
+
+
+OPEN = ended()
+
+
+def ids(count: int) -> list[str]:
+    return [f"job_{number}" for number in range(count)]
+
+
+def test_every_job_is_looked_at_once_without_a_pause() -> None:
+    waiting = Waiting(ids(3 * LOOK_AT), timeout=60)
+    seen: list[str] = []
+    while waiting.pause() == 0:
+        due = waiting.due()
+        assert 0 < len(due) <= LOOK_AT
+        seen += due
+        waiting.looked(due, OPEN)
+    assert seen == ids(3 * LOOK_AT)
+
+
+def test_what_was_told_of_is_looked_at_next() -> None:
+    waiting = Waiting(ids(10), timeout=60)
+    waiting.looked(waiting.due(), OPEN)
+    waiting.tell(["job_7", "job_of_another_wait"])
+    assert waiting.pause() == 0
+    assert waiting.due() == ["job_7"]
+    (info,) = waiting.looked(["job_7"], ended("job_7"))
+    assert info.id == "job_7"
+    assert "job_7" not in waiting.open
+
+
+def test_thousands_are_polled_in_turn_the_longest_unseen_first() -> None:
+    waiting = Waiting(ids(2 * LOOK_AT), timeout=60)
+    for _ in range(2):
+        waiting.looked(waiting.due(), OPEN)
+    assert 1 < waiting.pause() <= 2, "both halves within two seconds each"
+    waiting._poll_at = 0.0
+    assert waiting.due() == ids(LOOK_AT)
+
+
+def test_the_same_job_twice_is_waited_for_once() -> None:
+    waiting = Waiting(["job_1", "job_1"], timeout=60)
+    assert waiting.due() == ["job_1"]
+    waiting.looked(["job_1"], ended("job_1"))
+    assert not waiting.open
+
+
+def test_the_time_is_up_only_after_a_look() -> None:
+    waiting = Waiting(ids(2), timeout=0)
+    assert waiting.pause() == 0
+    waiting.looked(waiting.due(), OPEN)
+    with pytest.raises(ResultTimeout, match="2 of 2 jobs have not ended after 0 s"):
+        waiting.pause()
+
+
+def test_an_outage_is_waited_out_and_told_when_the_time_is_up() -> None:
+    waiting = Waiting(ids(2), timeout=60)
+    waiting.looked(waiting.due(), QueueUnavailable("away"))
+    assert waiting.pause() > 0
+    waiting._ending = 0.0
+    with pytest.raises(QueueUnavailable, match="away"):
+        waiting.pause()
+
+
+def test_after_an_outage_every_job_is_still_looked_at() -> None:
+    waiting = Waiting(ids(2), timeout=60)
+    due = waiting.due()
+    waiting.looked(due, QueueUnavailable("away"))
+    assert waiting.due() == due
+
+
+def test_an_unknown_job_is_not_found() -> None:
+    waiting = Waiting(ids(2), timeout=60)
+    with pytest.raises(JobNotFound, match="job_1"):
+        waiting.looked(waiting.due(), Looked([], ["job_1"], {}))
