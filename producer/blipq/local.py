@@ -249,6 +249,11 @@ class LocalStack:
         raise StackError(f"{service.name} did not start:\n{service.last_words()}")
 
 
+def sender_service(environment: dict[str, str]) -> Service:
+    """A process that sends webhooks."""
+    return Service("webhooks", [sys.executable, "-m", "blipq", "webhooks", "run"], env=environment)
+
+
 def worker_service(
     environment: dict[str, str], log: Path | None, *, name: str = "worker"
 ) -> Service:

@@ -1,4 +1,7 @@
-"""``blipq up``: the local stack in the foreground, with a worker that is restarted if it dies."""
+"""``blipq up``: the local stack in the foreground, with a worker that is restarted if it dies.
+
+Where BLIPQ_WEBHOOK_SECRETS is set it also sends webhooks.
+"""
 
 import signal
 import sys
@@ -6,7 +9,7 @@ import threading
 from pathlib import Path
 
 from blipq.fleet import EXIT_MODEL
-from blipq.local import REDIS_PORT, S3_PORT, LocalStack, worker_service
+from blipq.local import REDIS_PORT, S3_PORT, LocalStack, sender_service, worker_service
 from blipq.settings import cache_folder, read_stack_file
 from blipq.supervisor import Service, supervise
 
@@ -29,19 +32,22 @@ def run(
         signal.signal(number, lambda *_: stop.set())
     tell(f"starting a local stack in {stack.folder}")
     stack.start()
-    workers: list[Service] = []
+    started: list[Service] = []
     try:
         stack.announce()
         tell(f"using {stack.settings().endpoints}")
         if with_worker:
-            workers = [worker_service(stack.environment(), None)]
-            workers[0].start()
+            started.append(worker_service(stack.environment(), None))
+        if stack.settings().webhook_secrets:
+            started.append(sender_service(stack.environment()))
+        for service in started:
+            service.start()
         tell("blipq commands and Client() on this machine use it now; Ctrl-C stops it")
-        return supervise([*workers, *stack.services], stop, tell=tell, give_up_on=(EXIT_MODEL,))
+        return supervise([*started, *stack.services], stop, tell=tell, give_up_on=(EXIT_MODEL,))
     finally:
         tell("stopping")
-        for worker in workers:
-            worker.stop(timeout=90)
+        for service in started:
+            service.stop(timeout=90)
         stack.withdraw()
         stack.stop()
 

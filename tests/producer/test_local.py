@@ -1,5 +1,6 @@
 """The local stack: real servers that leave nothing behind."""
 
+import json
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ from blipq import Client
 from blipq.local import LocalStack, StackError, free_port
 from blipq.settings import read_stack_file
 from blipq.supervisor import Service, supervise
+from blipq.webhooks.delivery import new_secret
 from conftest import blipq, wait_until
 
 
@@ -92,8 +94,13 @@ def up(cache: dict[str, str], folder: Path, *more: str) -> subprocess.Popen[str]
 
 
 def test_up_serves_this_machine_until_down(tmp_path: Path, cache: dict[str, str]) -> None:
+    cache |= {"BLIPQ_WEBHOOK_SECRETS": new_secret()}
     running = up(cache, tmp_path / "stack", "--no-worker")
     wait_until(Path(cache["BLIPQ_STACK_FILE"]).exists, "the stack")
+    wait_until(
+        lambda: json.loads(blipq("webhooks", "list", "--json", **cache).stdout)["senders"],
+        "a sender",
+    )
     found = blipq("status", "job_1", **cache)
     assert found.returncode == 4
     assert "(local stack)" in found.stderr

@@ -24,6 +24,7 @@ from blipq_worker.gate import Gate
 from blipq_worker.index import Indexes
 from blipq_worker.index_writer import IndexWriter
 from blipq_worker.leases import Held
+from blipq_worker.metrics import WorkerMetrics
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.tasks import HandBack, JobFailedTask, Runner
 from conftest import wait_until
@@ -103,6 +104,7 @@ class Parts(SimpleNamespace):
     model: Model
     held: Held
     gate: Gate
+    metrics: WorkerMetrics
     runner: Runner
     indexes: Indexes
 
@@ -139,7 +141,7 @@ class Sharing(Backend):
 @pytest.fixture
 def parts(apart: Settings, storage: Storage, tmp_path: Path) -> Iterator[Parts]:
     with Client(apart, backend=Sharing(storage)) as client:
-        model, held, gate = Model(), Held(), Gate()
+        model, held, gate, metrics = Model(), Held(), Gate(), WorkerMetrics()
         engine = Engine(
             {"default": model},  # type: ignore[dict-item]
             max_batch_size=4,
@@ -161,6 +163,7 @@ def parts(apart: Settings, storage: Storage, tmp_path: Path) -> Iterator[Parts]:
             writer=writer,
             gate=gate,
             held=held,
+            metrics=metrics,
             worker="w1",
             settings=TINY,
         )
@@ -170,6 +173,7 @@ def parts(apart: Settings, storage: Storage, tmp_path: Path) -> Iterator[Parts]:
             model=model,
             held=held,
             gate=gate,
+            metrics=metrics,
             runner=runner,
             indexes=indexes,
         )
@@ -191,6 +195,7 @@ def test_a_caption_is_stored_with_its_receipt(parts: Parts, picture: bytes) -> N
     info = parts.run(parts.client.caption(picture))
     assert (info.status, info.attempts) == ("succeeded", 1)
     assert info.result.text == "30 x 20"
+    assert b'kind="caption",outcome="succeeded"} 1.0' in parts.metrics.page()
     receipt = info.receipt
     assert (receipt.worker, receipt.checkpoint, receipt.dtype) == ("w1", "fake", "float32")
     assert (receipt.tokens, receipt.batch_size) == (3, 1)

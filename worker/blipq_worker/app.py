@@ -30,6 +30,7 @@ from blipq_worker.https import HttpsFetcher
 from blipq_worker.index import Indexes
 from blipq_worker.index_writer import IndexWriter
 from blipq_worker.leases import Heartbeat, Held, Reconciler
+from blipq_worker.metrics import WorkerMetrics
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.tasks import HandBack, JobFailedTask, Runner
 from blipq_worker.transport import harden
@@ -72,6 +73,7 @@ class Worker:
         )
         indexes = Indexes(settings)
         self._writer = IndexWriter(indexes, max_waiting=2 * options.threads)
+        metrics = self._metrics()
         self._runner = Runner(
             ledger=ledger,
             broker=self._broker,
@@ -89,6 +91,7 @@ class Worker:
             writer=self._writer,
             gate=self._gate,
             held=self._held,
+            metrics=metrics,
             worker=self.name,
             settings=options,
         )
@@ -111,7 +114,9 @@ class Worker:
             grace_s=min(GRACE_S, options.lease_s),
         )
         self._broker_loop = BrokerLoop()
-        self._health = self._health_server(ledger) if options.health_port is not None else None
+        self._health = (
+            self._health_server(ledger, metrics) if options.health_port is not None else None
+        )
         harden()
         give_large_blocks_back()
         self._app = make_app(settings)
@@ -152,7 +157,15 @@ class Worker:
         model = min(self._engine.batcher.stalled_for(), since_compiling())
         return max(model, self._decoding.held_for())
 
-    def _health_server(self, ledger: Ledger) -> HealthServer:
+    def _metrics(self) -> WorkerMetrics:
+        metrics = WorkerMetrics()
+        metrics.gauge("jobs_held", "Jobs held now.", lambda: len(self._held.claims()))
+        metrics.gauge("slots", "Jobs that it can hold.", lambda: self._options.threads)
+        metrics.gauge("draining", "Whether it takes no more jobs.", lambda: self._gate.closed)
+        metrics.gauge("stalled_seconds", "Since the model last progressed.", self._stalled_for)
+        return metrics
+
+    def _health_server(self, ledger: Ledger, metrics: WorkerMetrics) -> HealthServer:
         def redis_away() -> str | None:
             try:
                 ledger.redis.ping()
@@ -180,6 +193,7 @@ class Worker:
                 "broker loop": self._broker_loop.stuck,
                 "draining": lambda: "yes" if self._gate.closed else None,
             },
+            metrics=metrics.page,
         )
 
     # -- the end --

@@ -68,6 +68,11 @@ class Stopwatch:
         if checkpoint == DEMO and max(size) > DEMO_LARGEST_PX:
             self.note(DEMO_NOTE)
 
+    @property
+    def took(self) -> Mapping[str, float | int | str]:
+        """What the receipt has so far."""
+        return self._fields
+
     def receipt(self) -> str:
         """The receipt as JSON."""
         rounded = {

@@ -1,4 +1,4 @@
-"""``/healthz`` and ``/readyz`` over HTTP, for whatever keeps worker processes alive.
+"""``/healthz``, ``/readyz`` and ``/metrics`` over HTTP, for whatever looks after workers.
 
 Live: the model makes progress and the broker loop turns; a process that is not should be ended.
 Ready: the models are loaded and checked, Redis answers, and the worker is not draining.
@@ -10,10 +10,20 @@ import time
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from prometheus_client import CONTENT_TYPE_LATEST
+
 #: A broker loop that has not turned for this long is stuck, unless Redis itself is away.
 LONGEST_TURN_S = 60.0
 
 Checks = Mapping[str, Callable[[], str | None]]
+
+
+def _checked(checks: Checks) -> tuple[int, str, bytes]:
+    """Status, content type and body of an answer."""
+    found = {name: check() for name, check in checks.items()}
+    wrong = any(problem is not None for problem in found.values())
+    body = json.dumps({name: problem or "ok" for name, problem in found.items()})
+    return 503 if wrong else 200, "application/json", body.encode()
 
 
 class BrokerLoop:
@@ -35,24 +45,28 @@ class BrokerLoop:
 class HealthServer:
     """Answers 200 with what was checked, or 503 with what is wrong."""
 
-    def __init__(self, port: int, live: Checks, ready: Checks) -> None:
+    def __init__(
+        self, port: int, live: Checks, ready: Checks, metrics: Callable[[], bytes] = lambda: b""
+    ) -> None:
         checks = {"/healthz": live, "/readyz": ready}
 
         class Handler(BaseHTTPRequestHandler):
             timeout = 5
 
             def do_GET(self) -> None:
-                if self.path not in checks:
+                if self.path == "/metrics":
+                    self._reply(200, CONTENT_TYPE_LATEST, metrics())
+                elif self.path in checks:
+                    self._reply(*_checked(checks[self.path]))
+                else:
                     self.send_error(404)
-                    return
-                found = {name: check() for name, check in checks[self.path].items()}
-                wrong = any(problem is not None for problem in found.values())
-                body = json.dumps({name: problem or "ok" for name, problem in found.items()})
-                self.send_response(503 if wrong else 200)
-                self.send_header("Content-Type", "application/json")
+
+            def _reply(self, status: int, kind: str, body: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body.encode())
+                self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:
                 """A probe every few seconds is no news."""

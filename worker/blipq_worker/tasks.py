@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import closing
+from functools import partial
 from typing import Any, NoReturn
 
 from PIL.Image import Image
@@ -47,6 +48,7 @@ from blipq_worker.images import ImageLimits, bytes_to_decode, decoded, opened
 from blipq_worker.index import Indexes
 from blipq_worker.index_writer import IndexWriter
 from blipq_worker.leases import Held
+from blipq_worker.metrics import Outcome, WorkerMetrics
 from blipq_worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,7 @@ class Runner:
         writer: IndexWriter,
         gate: Gate,
         held: Held,
+        metrics: WorkerMetrics,
         worker: str,
         settings: WorkerSettings,
     ) -> None:
@@ -94,6 +97,7 @@ class Runner:
         self._writer = writer
         self._gate = gate
         self._held = held
+        self._metrics = metrics
         self._worker = worker
         self._settings = settings
         self._fetched = Budget(settings.fetch_memory_bytes, most=settings.threads)
@@ -177,9 +181,11 @@ class Runner:
         watch = Stopwatch(queue_ms=claim.queue_ms, worker=self._worker)
         try:
             result = self._answer(claim, watch)
-            self._finish(lambda: self._ledger.succeed(claim, result, watch.receipt()), claim)
+            write = partial(self._ledger.succeed, claim, result, watch.receipt())
+            self._finish(write, claim, watch, "succeeded")
         except Lost:
             log.info("%s: cancelled, expired or taken over", claim.id)
+            self._metrics.done(claim.kind, "lost", watch.took)
         except PermanentError as error:
             self._fail(claim, error, watch)
         except TransientError as error:
@@ -267,7 +273,8 @@ class Runner:
 
     def _fail(self, claim: Claim, error: WorkError, watch: Stopwatch) -> NoReturn:
         text = _error(error.code, str(error), retryable=error.retryable)
-        self._finish(lambda: self._ledger.fail(claim, text, watch.receipt()), claim)
+        write = partial(self._ledger.fail, claim, text, watch.receipt())
+        self._finish(write, claim, watch, "failed", error.code)
         raise JobFailedTask(f"{error.code}: {error}") from error
 
     def _retry(self, claim: Claim, error: TransientError, watch: Stopwatch) -> None:
@@ -276,18 +283,27 @@ class Runner:
         pause = min(self._settings.retry_backoff_s * 2**claim.retries, LONGEST_BACKOFF_S)
         pause *= random.uniform(0.5, 1.5)
         log.warning("%s: %s: again in %.1f s", claim.id, error, pause)
-        self._finish(lambda: self._ledger.retry(claim, pause), claim)
+        write = partial(self._ledger.retry, claim, pause)
+        self._finish(write, claim, watch, "retried", error.code)
 
     def _hand_back(self, claim: Claim) -> None:
         try:
             if self._ledger.hand_back(claim):
+                self._metrics.done(claim.kind, "handed_back", {})
                 self._broker.publish(Message(claim.kind, claim.id, claim.queue))
         except (QueueUnavailable, QueueFull) as error:
             log.warning("%s: not handed back, its lease will run out: %s", claim.id, error)
         finally:
             self._held.remove(claim)
 
-    def _finish(self, write: Callable[[], bool], claim: Claim) -> None:
+    def _finish(
+        self,
+        write: Callable[[], bool],
+        claim: Claim,
+        watch: Stopwatch,
+        outcome: Outcome,
+        code: str = "",
+    ) -> None:
         """Stores an outcome, through an outage of Redis if need be."""
         deadline = time.monotonic() + FINISH_FOR_S
         pause = 0.1
@@ -295,6 +311,8 @@ class Runner:
             try:
                 if not write():
                     log.info("%s: its outcome came too late and is dropped", claim.id)
+                    outcome, code = "lost", ""
+                self._metrics.done(claim.kind, outcome, watch.took, code)
                 return
             except (QueueUnavailable, QueueFull) as error:
                 if time.monotonic() > deadline:

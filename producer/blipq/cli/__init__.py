@@ -15,6 +15,7 @@ from blipq.cli import (
     demo,
     doctor,
     jobs,
+    metrics,
     models,
     overview,
     services,
@@ -44,6 +45,7 @@ for command in (
     services.up,
     services.down,
     services.worker,
+    metrics.metrics,
 ):
     app.command()(command)
 app.command("list")(overview.list_)

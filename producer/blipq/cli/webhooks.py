@@ -27,7 +27,11 @@ app.add_typer(secret, name="secret")
 
 
 @app.command("run")
-def run() -> None:
+def run(
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port of /metrics; none by default.")
+    ] = None,
+) -> None:
     """Send webhooks until SIGTERM. Any number may run; they share the work.
 
     Examples:
@@ -36,7 +40,7 @@ def run() -> None:
     from blipq.webhooks import sender
 
     with reported():
-        sender.run(checked(Settings))
+        sender.run(checked(Settings), metrics_port=metrics_port)
 
 
 @app.command("test")

@@ -14,7 +14,7 @@ end
 -- A person decided: a URL that wanted no more is asked again.
 redis.call('DEL', stopped_key(record.url))
 redis.call('ZREM', DEAD_EVENTS, event)
-redis.call('HDEL', event_key(event), 'attempts', 'dead_at')
+redis.call('HDEL', event_key(event), 'attempts', 'unsettled', 'dead_at')
 redis.call('PEXPIRE', event_key(event), OUTBOX_TTL)
 keep_job(record.id, OUTBOX_TTL)
 -- A sender that is at it now must not settle what is asked for anew.

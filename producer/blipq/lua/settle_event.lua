@@ -13,6 +13,7 @@ if verdict == 'delivered' then
   redis.call('DEL', event_key(event))
   release_job(event, record.id)
 elseif verdict == 'retry' then
+  redis.call('HDEL', event_key(event), 'unsettled')
   redis.call('HSET', event_key(event), 'outcome', outcome, 'detail', detail, 'last_at', now)
   redis.call('PEXPIRE', event_key(event), delay + OUTBOX_TTL)
   keep_job(record.id, delay + OUTBOX_TTL)

@@ -1,10 +1,15 @@
 -- Takes due events under a lease, a few of each host. ARGV: limit, lease ms, most of one host,
--- dead event ttl ms, then host, room pairs of hosts that have less room than that.
--- Returns {event, token, attempts, event as JSON, job as JSON or ''} of each.
+-- dead event ttl ms, room for suspects, crashes that make one, most crashes, then host, room pairs of hosts that have less
+-- room than that.
+-- An event whose lease ran out was with a sender that died. After a few times it is a suspect: only
+-- few of these are out at once, so that one that kills its senders takes no neighbour to its end.
+-- Returns {event, token, attempts, crashes, event as JSON, job as JSON or ''} of each.
 local limit, lease, most = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local dead_ttl = tonumber(ARGV[4])
+local dead_ttl, suspects = tonumber(ARGV[4]), tonumber(ARGV[5])
+local suspect_after, most_crashes = tonumber(ARGV[6]), tonumber(ARGV[7])
+local FIRST_HOST = 8
 local room = {}
-for i = 5, #ARGV, 2 do room[ARGV[i]] = tonumber(ARGV[i + 1]) end
+for i = FIRST_HOST, #ARGV, 2 do room[ARGV[i]] = tonumber(ARGV[i + 1]) end
 local taken = {}
 
 local function job_of(record)
@@ -31,16 +36,27 @@ local function take(host, event)
     bury_event(event, record, dead_ttl, 'stopped', 'the URL answered 410 before')
     return
   end
+  local crashes = tonumber(record.unsettled or 0)
+  if crashes >= most_crashes then
+    count('crashed')
+    bury_event(event, record, dead_ttl, 'crashed', 'its senders died or hung ' .. crashes .. ' times')
+    return
+  end
+  if crashes >= suspect_after then
+    if suspects == 0 then return end
+    suspects = suspects - 1
+  end
   local key = event_key(event)
+  redis.call('HINCRBY', key, 'unsettled', 1)
   local token = redis.call('HINCRBY', key, 'token', 1)
   -- Counted before anything is sent: an attempt that kills its sender is one, too.
   local attempts = redis.call('HINCRBY', key, 'attempts', 1)
   -- Due again when the lease is over: that is all a sender's death needs.
   index(outbox_key(host), now + lease, event)
-  taken[#taken + 1] = {event, token, attempts, cjson.encode(record), job}
+  taken[#taken + 1] = {event, token, attempts, crashes, cjson.encode(record), job}
 end
 
-local known = (#ARGV - 4) / 2
+local known = (#ARGV - FIRST_HOST + 1) / 2
 for _, host in ipairs(redis.call('ZRANGEBYSCORE', OUTBOX, '-inf', now, 'LIMIT', 0, limit + known)) do
   local free = math.min(room[host] or most, limit - #taken)
   if free > 0 then

@@ -12,6 +12,10 @@ DEAD_EVENT_TTL_S = 14 * 86400.0
 #: At most this many in one script, so that no other script waits long.
 MOST_AT_ONCE = 64
 
+#: Senders that died or hung with an event before it is tried apart from other such events, and
+#: before it is given up.
+SUSPECT_AFTER, MAX_CRASHES = 2, 5
+
 OUTBOX, DEAD_EVENTS, COUNTS = "blipq:outbox", "blipq:dead-events", "blipq:event-counts"
 SENDER = "blipq:sender:"
 
@@ -23,8 +27,14 @@ class Event:
     name: str
     token: int
     attempts: int
+    crashes: int
     record: Mapping[str, str]
     job: Mapping[str, str] | None
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it may be what killed its senders."""
+        return self.crashes >= SUSPECT_AFTER
 
     @property
     def webhook_id(self) -> str:
@@ -38,17 +48,29 @@ class Outbox(Scripted):
     shared = ("outbox",)
 
     def take(
-        self, limit: int, *, lease_s: float, most_of_a_host: int, room: Mapping[str, int]
+        self,
+        limit: int,
+        *,
+        lease_s: float,
+        most_of_a_host: int,
+        room: Mapping[str, int],
+        suspects: int = 1,
     ) -> list[Event]:
-        """Due events under a lease. ``room``: hosts that may get fewer than the others."""
+        """Due events under a lease, at most ``suspects`` of them suspect.
+
+        ``room``: hosts that may get fewer than the others.
+        """
         pairs = [part for pair in room.items() for part in pair]
         limit = min(limit, MOST_AT_ONCE)
         ttl = ms(DEAD_EVENT_TTL_S)
         with redis_errors():
-            taken = self._run("take_events", limit, ms(lease_s), most_of_a_host, ttl, *pairs)
+            bounds = (suspects, SUSPECT_AFTER, MAX_CRASHES)
+            taken = self._run(
+                "take_events", limit, ms(lease_s), most_of_a_host, ttl, *bounds, *pairs
+            )
         return [
-            Event(name, token, attempts, json.loads(record), json.loads(job) if job else None)
-            for name, token, attempts, record, job in taken
+            Event(name, token, attempts, crashes, *map(json.loads, (record, job or "null")))
+            for name, token, attempts, crashes, record, job in taken
         ]
 
     def keep_body(self, event: Event, body: bytes) -> bytes | None:

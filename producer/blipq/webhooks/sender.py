@@ -20,6 +20,7 @@ from typing import TypeVar
 from blipq.errors import InvalidRequest, QueueFull, QueueUnavailable
 from blipq.guarded_http import GuardedHttp
 from blipq.ledger import connect
+from blipq.metrics import SenderMetrics, served
 from blipq.settings import Settings
 from blipq.storage import Storage
 from blipq.webhooks.answer import Answer, post
@@ -63,8 +64,11 @@ class Sender:
         self._threads = ThreadPoolExecutor(8, "blipq-outbox")
         self._sending: Counter[str] = Counter()
         self._slow: dict[str, None] = {}
+        self._suspects = 0
         self._freed = asyncio.Event()
         self._registered = -ALIVE_S
+        self.metrics = SenderMetrics()
+        self.metrics.sending.set_function(self._sending.total)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Sends until ``stop`` is set, and then finishes what it has begun."""
@@ -94,17 +98,19 @@ class Sender:
         free = self._settings.webhook_concurrency - self._sending.total()
         room = self._room()  # here, because only this thread changes what it reads
         try:
-            events = await self._in_thread(lambda: self._taken(free, room))
+            suspects = 0 if self._suspects else 1
+            events = await self._in_thread(lambda: self._taken(free, room, suspects))
         except (QueueUnavailable, QueueFull) as error:
             log.warning("no events: %s", error)
             await asyncio.sleep(1)
             return 0
         for event in events:
             self._sending[event.record["host"]] += 1
+            self._suspects += event.suspect
             tasks.create_task(self._deliver(event))
         return len(events)
 
-    def _taken(self, free: int, room: dict[str, int]) -> list[Event]:
+    def _taken(self, free: int, room: dict[str, int], suspects: int) -> list[Event]:
         if time.monotonic() > self._registered + ALIVE_S / 3:
             self._outbox.register(self.name, ALIVE_S)
             self._registered = time.monotonic()
@@ -115,6 +121,7 @@ class Sender:
             lease_s=self._lease_s,
             most_of_a_host=self._settings.webhook_host_concurrency,
             room=room,
+            suspects=suspects,
         )
 
     def _room(self) -> dict[str, int]:
@@ -137,6 +144,7 @@ class Sender:
         try:
             answer = await self._attempt(event)
             self._note_speed(host, answer)
+            self.metrics.attempted(answer.outcome, started)
             await self._record(event, answer, started)
         except Lost:
             log.warning("%s: taken over by another sender", event.name)
@@ -147,6 +155,7 @@ class Sender:
             with suppress(QueueUnavailable, QueueFull):
                 await self._settled(event, Answer("refused", "blipq cannot make sense of it"), 0)
         finally:
+            self._suspects -= event.suspect
             self._sending[host] -= 1
             if not self._sending[host]:
                 del self._sending[host]
@@ -213,18 +222,20 @@ class Sender:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, *, metrics_port: int | None = None) -> None:
     """Sends until SIGTERM or SIGINT. Raises InvalidRequest without a secret."""
     logging.basicConfig(
         level=os.environ.get("BLIPQ_LOG_LEVEL", "INFO"),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    asyncio.run(_until_told(settings))
+    asyncio.run(_until_told(settings, metrics_port))
 
 
-async def _until_told(settings: Settings) -> None:
+async def _until_told(settings: Settings, metrics_port: int | None) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    await Sender(settings).run(stop)
+    sender = Sender(settings)
+    with served(sender.metrics.registry, metrics_port):
+        await sender.run(stop)

@@ -50,14 +50,14 @@ def receiver() -> Iterator[Receiver]:
 
 
 @contextmanager
-def sending(settings: Settings) -> Iterator[None]:
+def sending(settings: Settings) -> Iterator[Sender]:
     """A sender on a thread; it drains at the end."""
     loop, stop = asyncio.new_event_loop(), asyncio.Event()
     sender = Sender(settings)
     thread = threading.Thread(target=loop.run_until_complete, args=(sender.run(stop),))
     thread.start()
     try:
-        yield
+        yield sender
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join(30)

@@ -13,7 +13,7 @@ from blipq.errors import InvalidRequest
 from blipq.ledger import Claim, Ledger
 from blipq.webhooks.answer import Answer, _retry_after
 from blipq.webhooks.delivery import new_secret, verdict_on, webhook_id
-from blipq.webhooks.outbox import Outbox
+from blipq.webhooks.outbox import MAX_CRASHES, SUSPECT_AFTER, Outbox
 from blipq.webhooks.sender import Sender
 from conftest import wait_until
 from producer.webhooks.conftest import CAPTION, End, sending
@@ -51,6 +51,20 @@ def test_a_delivery_tells_the_job_signed_and_is_done_with_2xx(
     assert got.id == webhook_id(f"{id}/job.succeeded")
     assert got.headers["content-type"] == "application/json"
     assert outbox.counts() == {"delivered": 1}
+
+
+def test_a_sender_counts_its_attempts(
+    hooked: Settings, outbox: Outbox, receiver: Receiver, end: End
+) -> None:
+    receiver.behave = lambda got: 500 if got.number == 1 else 200
+    end(receiver.url)
+    with sending(hooked) as sender:
+        settled(outbox)
+    told = sender.metrics.registry.get_sample_value
+    assert told("blipq_sender_attempts_total", {"outcome": "refused"}) == 1
+    assert told("blipq_sender_attempts_total", {"outcome": "delivered"}) == 1
+    assert told("blipq_sender_attempt_seconds_count") == 2
+    assert told("blipq_sender_sending") == 0
 
 
 def test_a_changed_byte_an_old_timestamp_and_a_wrong_secret_fail_verification(
@@ -234,6 +248,50 @@ def test_a_taken_event_is_due_again_when_its_lease_is_over_and_the_stale_sender_
     assert outbox.keep_body(first, b"{}") is None
     assert outbox.settle(again[0], "delivered", "delivered", "")
     assert not outbox.settle(again[0], "delivered", "delivered", "")
+
+
+def test_an_event_that_kills_its_sender_every_time_is_given_up_and_takes_no_neighbour_along(
+    hooked: Settings, outbox: Outbox, receiver: Receiver, end: End
+) -> None:
+    """Senders die with all that they have taken, whenever the poison is among it."""
+    poison, *neighbours = [f"{end(receiver.url)}/job.succeeded" for _ in range(5)]
+    deaths = 0
+
+    def round_() -> bool:
+        nonlocal deaths
+        taken = take(outbox, lease_s=0.2)
+        if any(event.name == poison for event in taken):
+            deaths += 1
+        else:
+            for event in taken:
+                outbox.settle(event, "delivered", "delivered", "")
+        return outbox.pending() == 0
+
+    wait_until(round_, "every event to be settled")
+    (dead,) = outbox.listed(dead=True, limit=10)
+    assert (dead["event"], dead["outcome"], deaths) == (poison, "crashed", MAX_CRASHES)
+    assert outbox.counts() == {"crashed": 1, "delivered": len(neighbours)}
+    assert outbox.replay(poison) == [poison]
+    with sending(hooked):
+        settled(outbox)
+    assert [got.id for got in receiver.got] == [webhook_id(poison)]
+
+
+def test_an_attempt_that_was_answered_is_no_crash(outbox: Outbox, end: End) -> None:
+    end("https://example.org/")
+    for _ in range(MAX_CRASHES + 1):
+        (event,) = take(outbox)
+        assert event.crashes == 0
+        assert outbox.settle(event, "retry", "refused", "HTTP 500", 0)
+
+
+def test_one_suspect_is_sent_at_a_time(outbox: Outbox, end: End) -> None:
+    for _ in range(3):
+        end("https://example.org/")
+    for _ in range(SUSPECT_AFTER):
+        wait_until(lambda: len(take(outbox, lease_s=0.01)) == 3, "the leases to run out")
+    wait_until(lambda: len(take(outbox, lease_s=30)) == 1, "a suspect")
+    assert outbox.take(10, lease_s=30, most_of_a_host=10, room={}, suspects=0) == []
 
 
 def test_a_host_gets_no_more_than_its_room(outbox: Outbox, end: End) -> None:

@@ -1,0 +1,39 @@
+"""The exporter of what the ledger holds."""
+
+import signal
+import threading
+from typing import Annotated
+
+import typer
+
+from blipq.cli.output import errors, reported
+from blipq.client import checked
+from blipq.settings import Settings
+
+
+def metrics(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of /metrics.")] = 9464,
+) -> None:
+    """Serve Prometheus metrics of the queues until SIGTERM: depth, age, workers, dead letters.
+
+    One is enough: workers and senders tell only what they themselves do.
+
+    Examples:
+        blipq metrics --port 9464
+    """
+    from prometheus_client import CollectorRegistry
+
+    from blipq.ledger import connect
+    from blipq.metrics import LedgerCollector, served
+
+    stop = threading.Event()
+    with reported():
+        settings = checked(Settings)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        registry = CollectorRegistry()
+        with connect(settings) as client, served(registry, port) as bound:
+            registry.register(LedgerCollector(client))
+            errors.print(f"metrics of {settings.endpoints} on port {bound}")
+            while not stop.wait(3600):
+                pass

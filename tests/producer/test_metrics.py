@@ -1,0 +1,90 @@
+"""What Prometheus reads of the ledger and of a sender, over real HTTP from a real Redis."""
+
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+
+import pytest
+import redis
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from blipq import Client, InvalidRequest, Settings
+from blipq.ledger import connect
+from blipq.metrics import LedgerCollector, served
+
+IMAGE = "s3://uploads/cat.jpg"
+Scrape = Callable[[], dict[str, float]]
+
+
+def scraped(port: int) -> dict[str, float]:
+    """Samples by name, with the values of their labels behind it."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    return {
+        " ".join([sample.name, *sample.labels.values()]): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+@pytest.fixture
+def scrape(apart: Settings) -> Iterator[Scrape]:
+    registry = CollectorRegistry()
+    with connect(apart) as raw, served(registry, 0) as port:
+        registry.register(LedgerCollector(raw))
+        assert port is not None
+        yield lambda: scraped(port)
+
+
+def test_the_exporter_counts_what_the_ledger_holds(apart: Settings, scrape: Scrape) -> None:
+    with Client(apart) as client:
+        webhook = {"url": "https://example.org/"}
+        first = client.caption(IMAGE, webhook=webhook)
+        client.caption(IMAGE, priority="high")
+        client.caption(IMAGE, model="other")
+        client.ledger.claim(first.id, "w1")
+        client.ledger.register("w1", ["default"], ttl_s=30, spare=True, info="{}")
+        told = scrape()
+        assert told["blipq_ledger_up"] == 1
+        assert (told["blipq_jobs_open"], told["blipq_jobs_running"]) == (3, 1)
+        assert told["blipq_jobs_queued blipq.default.high"] == 1
+        assert told["blipq_jobs_queued blipq.default.normal"] == 0
+        assert told["blipq_jobs_queued blipq.other.normal"] == 1
+        assert 0 <= told["blipq_oldest_queued_seconds blipq.other.normal"] < 60
+        assert told["blipq_oldest_queued_seconds blipq.default.normal"] == 0
+        assert (told["blipq_workers default"], told["blipq_workers other"]) == (1, 0)
+        assert (told["blipq_dead_letters"], told["blipq_webhooks_pending"]) == (0, 0)
+        first.cancel()
+        assert scrape()["blipq_webhooks_pending"] == 1
+
+
+def test_an_empty_ledger_has_no_queues(scrape: Scrape) -> None:
+    told = scrape()
+    assert told["blipq_jobs_open"] == 0
+    assert not [name for name in told if name.startswith("blipq_jobs_queued")]
+
+
+def test_without_redis_the_exporter_says_so_and_goes_on() -> None:
+    registry = CollectorRegistry()
+    registry.register(LedgerCollector(redis.Redis(port=1)))
+    with served(registry, 0) as port:
+        assert port is not None
+        assert scraped(port) == {"blipq_ledger_up": 0}
+
+
+def test_a_port_that_is_taken_is_told() -> None:
+    with served(CollectorRegistry(), 0) as port, pytest.raises(InvalidRequest, match=str(port)):
+        served(CollectorRegistry(), port).__enter__()
+
+
+def test_the_command_serves_until_sigterm(apart: Settings) -> None:
+    command = [sys.executable, "-m", "blipq", "metrics", "--port", "0"]
+    environment = {"BLIPQ_REDIS_URL": apart.redis_url}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert scraped(int(line.rsplit(" ", 1)[1]))["blipq_ledger_up"] == 1
+        process.terminate()
+        assert process.wait(20) == 0

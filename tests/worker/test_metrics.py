@@ -1,0 +1,51 @@
+"""What one worker tells Prometheus about itself."""
+
+import urllib.request
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from blipq import Kind
+from blipq_worker.health import HealthServer
+from blipq_worker.metrics import WorkerMetrics
+
+
+def told(page: bytes) -> dict[str, float]:
+    """Samples by name, with the values of their labels (in the labels' order) behind it."""
+    return {
+        " ".join(
+            [sample.name, *(value for _, value in sorted(sample.labels.items()))]
+        ): sample.value
+        for family in text_string_to_metric_families(page.decode())
+        for sample in family.samples
+    }
+
+
+def test_jobs_are_counted_with_what_their_receipts_say() -> None:
+    metrics = WorkerMetrics()
+    took = {"fetch_ms": 20.0, "generate_ms": 300.0, "batch_size": 4, "tokens": 9, "worker": "w1"}
+    metrics.done(Kind.CAPTION, "succeeded", took)
+    metrics.done(Kind.VQA, "failed", {"fetch_ms": 5.0}, "image_not_found")
+    metrics.done(Kind.CAPTION, "succeeded", {**took, "cache_hit": True})
+    page = told(metrics.page())
+    assert page["blipq_worker_jobs_total  caption succeeded"] == 2
+    assert page["blipq_worker_jobs_total image_not_found vqa failed"] == 1
+    assert page["blipq_worker_stage_seconds_count fetch"] == 3
+    assert page["blipq_worker_stage_seconds_sum generate"] == 0.6
+    assert page["blipq_worker_batch_size_sum"] == 8
+    assert page["blipq_worker_tokens_total"] == 18
+    assert page["blipq_worker_feature_cache_total hit"] == 1
+    assert page["process_resident_memory_bytes"] > 0
+
+
+def test_the_health_port_serves_them() -> None:
+    metrics = WorkerMetrics()
+    metrics.gauge("jobs_held", "Jobs held now.", lambda: 3)
+    server = HealthServer(0, live={}, ready={}, metrics=metrics.page)
+    server.start()
+    try:
+        url = f"http://127.0.0.1:{server.port}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            assert answer.headers["Content-Type"].startswith("text/plain; version=")
+            assert told(answer.read())["blipq_worker_jobs_held"] == 3
+    finally:
+        server.stop()
