@@ -1,6 +1,7 @@
 """Fetches one image from a URL that a stranger chose, or says why not."""
 
 import asyncio
+import io
 import re
 from urllib.parse import urljoin
 
@@ -70,14 +71,14 @@ class HttpsFetcher:
         _check_status(image, response.status)
         _check_etag(image, header(response, b"etag"))
         length = header(response, b"content-length")
-        data = bytearray()
         if length is not None and int(length) > self._max_bytes:
             raise self._too_large(image)
+        data = io.BytesIO()  # its value is its buffer: the bytes are held once
         async for piece in response.aiter_stream():
-            data += piece
-            if len(data) > self._max_bytes:
+            data.write(piece)
+            if data.tell() > self._max_bytes:
                 raise self._too_large(image)
-        return bytes(data)
+        return data.getvalue()
 
     def _too_large(self, image: ImageRef) -> PermanentError:
         message = f"{_shown(image.uri)} is larger than {self._max_bytes:,} bytes"
