@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeAlias
 
@@ -45,7 +45,9 @@ class IndexWriter:
         """Adds an image to the next commit: None when it is in the index, else why not."""
         return self._batcher.submit(entry, (name, space))
 
-    def _commit(self, key: _Key, entries: Sequence[Entry]) -> Sequence[BlipqError | None]:
+    def _commit(
+        self, key: _Key, entries: Sequence[Entry], wanted: Callable[[int], bool]
+    ) -> Sequence[BlipqError | None]:
         """One commit. An index that does not answer is no entry's fault: none is tried alone."""
         try:
             index = self._indexes.open_or_create(*key)
