@@ -61,8 +61,29 @@ def test_a_worker_runs_the_doctors_job_end_to_end(tiny_worker: Settings, stack: 
     ran = blipq("doctor", "--json", stack=stack, BLIPQ_REDIS_URL=tiny_worker.redis_url)
     told = json.loads(ran.stdout)
     canary = next(check for check in told["checks"] if check["check"] == "canary")
-    assert canary["state"] == "ok", canary
+    assert canary["state"] == "warn", canary  # random weights see no red square
     assert (told["ok"], ran.returncode) == (True, 0), told
+
+
+@pytest.mark.usefixtures("worker")
+def test_the_canary_says_what_it_expected_and_got(settings: Settings) -> None:
+    canary = found(settings, canary=True)["canary"]
+    assert canary.state == "ok"
+    assert "expected a red square, got 'a red square in the center'" in canary.message
+
+
+@pytest.mark.parametrize(
+    ("text", "checkpoint", "state"),
+    [
+        ("a red square on a white background", "opt-2.7b", "ok"),
+        ("a red box", "opt-2.7b", "ok"),
+        ("a woman and her dog", "opt-2.7b", "warn"),
+        ("", "opt-2.7b", "bad"),
+        ("a red box", "demo", "bad"),
+    ],
+)
+def test_a_caption_that_does_not_fit_is_told(text: str, checkpoint: str, state: str) -> None:
+    assert doctor._judged(text, checkpoint, 0.1).state == state
 
 
 def test_without_a_worker_it_says_how_to_start_one(apart: Settings) -> None:

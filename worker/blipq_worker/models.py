@@ -1,9 +1,11 @@
 """Served models: names for a generation checkpoint and the retrieval checkpoint beside it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from blipq.errors import BlipqError
 from blipq_worker.settings import WorkerSettings
@@ -82,53 +84,86 @@ class ModelError(BlipqError):
 
 
 def load_models(options: WorkerSettings) -> "dict[str, Blip2]":
-    """Loads every served model, once. Raises ModelError.
+    """Loads every served model, once, and checks that it makes sense. Raises ModelError.
 
     CUDA is first touched here: the process has no children to share it with.
     """
-    import torch
-
     from blipq_worker import canary
-    from blipq_worker.blip2 import Blip2, CheckpointError
-    from blipq_worker.blip2.checkpoints import CheckpointMissing
-    from blipq_worker.weights import how_to_get, weights_of_served
+    from blipq_worker.goldens import GoldenError, read_goldens
+
+    try:
+        goldens = read_goldens(options.goldens) if options.canary else {}
+    except GoldenError as error:
+        raise ModelError(str(error)) from error
+    loaded = {}
+    for name, what in options.models.items():
+        with _explained(name, options):
+            model = _load(name, what, options)
+            if options.compile:
+                canary.warm(model)
+            if options.canary:
+                canary.check(model, goldens.get(what))
+        loaded[name] = model
+    return loaded
+
+
+def _load(name: str, what: str, options: WorkerSettings) -> "Blip2":
+    from blipq_worker.blip2 import Blip2
+
+    served = served_model(name, what)
+    device, quantization = where_and_how(options)
+    model = Blip2.load(
+        served.generation,
+        served.retrieval,
+        quantization=quantization,
+        quantize_vision=options.quantize_vision,
+        dtype=options.dtype,
+        attention=options.attention,
+        compiled=options.compile,
+        device=device,
+        slots=options.decode_slots,
+        max_beams=options.beams,
+    )
+    # Receipts and indexes name a model as it was asked for, not by its folder here.
+    local = served.retrieval is not None and Path(served.retrieval).is_dir()
+    retrieval = what if local else served.retrieval
+    model.info = replace(model.info, checkpoint=what, retrieval_checkpoint=retrieval)
+    return model
+
+
+def where_and_how(options: WorkerSettings) -> 'tuple[str, Literal["none", "int8", "nf4"]]':
+    """The device, and the quantization on it, that the settings come to."""
+    import torch
 
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    quantization = options.quantization
-    if quantization == "auto":
-        quantization = "nf4" if device.startswith("cuda") else "none"
-    loaded = {}
-    for name, what in options.models.items():
-        served = served_model(name, what)
-        try:
-            model = Blip2.load(
-                served.generation,
-                served.retrieval,
-                quantization=quantization,
-                quantize_vision=options.quantize_vision,
-                dtype=options.dtype,
-                attention=options.attention,
-                compiled=options.compile,
-                device=device,
-                slots=options.decode_slots,
-                max_beams=options.beams,
-            )
-            # Receipts and indexes name a model as it was asked for, not by its folder here.
-            local = served.retrieval is not None and Path(served.retrieval).is_dir()
-            retrieval = what if local else served.retrieval
-            model.info = replace(model.info, checkpoint=what, retrieval_checkpoint=retrieval)
-            if options.canary:
-                canary.check(model)
-            loaded[name] = model
-        except canary.CanaryError as error:
-            advice = "it is damaged or does not suit these settings (BLIPQ_CANARY=0 serves it)"
-            raise ModelError(f"model {name!r} failed its check: {error}; {advice}") from error
-        except CheckpointMissing as error:
-            missing = [each for each in weights_of_served(options.models) if not each.present]
-            advice = how_to_get(missing)
-            raise ModelError(f"model {name!r}: {error.what}; {advice}") from error
-        except (CheckpointError, ValueError) as error:
-            raise ModelError(f"model {name!r}: {error}") from error
-    return loaded
+    if options.quantization == "auto":
+        return device, "nf4" if device.startswith("cuda") else "none"
+    return device, options.quantization
+
+
+@contextmanager
+def _explained(name: str, options: WorkerSettings) -> Iterator[None]:
+    """Whatever keeps a model from being served becomes a ModelError that says what to do."""
+    import torch
+
+    from blipq_worker.blip2 import CheckpointError
+    from blipq_worker.blip2.checkpoints import CheckpointMissing
+    from blipq_worker.canary import CanaryError
+    from blipq_worker.weights import how_to_get, weights_of_served
+
+    try:
+        yield
+    except CanaryError as error:
+        advice = "it is damaged or does not suit these settings (BLIPQ_CANARY=0 serves it)"
+        raise ModelError(f"model {name!r} failed its check: {error}; {advice}") from error
+    except CheckpointMissing as error:
+        missing = [each for each in weights_of_served(options.models) if not each.present]
+        raise ModelError(f"model {name!r}: {error.what}; {how_to_get(missing)}") from error
+    except (CheckpointError, ValueError) as error:
+        raise ModelError(f"model {name!r}: {error}") from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        told = (str(error) or "out of memory").splitlines()[0]
+        advice = f"`blipq models memory {options.models[name]}` counts what it takes"
+        raise ModelError(f"model {name!r} does not fit: {told}; {advice}") from error

@@ -1,5 +1,6 @@
 """A worker's own options, beside those it shares with producers."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -152,6 +153,12 @@ class WorkerSettings(BaseSettings):
     )
     canary: bool = Field(
         default=True, description="Check at start that the model sees and speaks; refuse if not."
+    )
+    goldens: Path | None = Field(
+        default=None,
+        description=(
+            "File that `blipq models record-golden` wrote: what models must say at that check."
+        ),
     )
     send_events: bool = Field(
         default=True, description="Celery events and remote control (Flower, celery inspect)."

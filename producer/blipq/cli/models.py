@@ -22,7 +22,7 @@ def list_(as_json: JsonOption = False) -> None:
     Examples:
         blipq models list
     """
-    _become("list", as_json=as_json)
+    _become("memory", "list", *_json(as_json))
 
 
 @app.command("memory")
@@ -50,11 +50,32 @@ def memory(
         "--new-tokens": new_tokens,
     }
     flat = [str(part) for pair in options.items() for part in pair]
-    _become("memory", model, *flat, as_json=as_json)
+    _become("memory", "memory", model, *flat, *_json(as_json))
 
 
-def _become(*arguments: str, as_json: bool) -> None:
-    """Runs the worker's command in this process' place. Does not return."""
-    flags = ["--json"] if as_json else []
-    command = [sys.executable, "-m", "blipq_worker.memory", *arguments, *flags]
+@app.command("record-golden")
+def record_golden(
+    model: Annotated[str, typer.Argument(help="As in BLIPQ_MODELS: a known model, or folders.")],
+    output: Annotated[str, typer.Option(help="File to write to, or to add to.")] = "goldens.json",
+    quantization: Annotated[str, typer.Option(help="none, int8, nf4 or auto.")] = "none",
+    dtype: Annotated[str, typer.Option(help="auto, float16, bfloat16 or float32.")] = "auto",
+) -> None:
+    """Record what a model says at its check, for workers to be held against (BLIPQ_GOLDENS).
+
+    Do it where the model is known to be well: quantized and damaged copies are measured by it.
+
+    Examples:
+        blipq models record-golden opt-2.7b --output goldens.json
+    """
+    options = ("--output", output, "--quantization", quantization, "--dtype", dtype)
+    _become("canary", model, *options)
+
+
+def _json(as_json: bool) -> list[str]:
+    return ["--json"] if as_json else []
+
+
+def _become(module: str, *arguments: str) -> None:
+    """Runs a command of the worker's package in this process' place. Does not return."""
+    command = [sys.executable, "-m", f"blipq_worker.{module}", *arguments]
     os.execv(command[0], command)

@@ -1,0 +1,212 @@
+"""A model that answers nonsense is refused; one that is well passes in every precision."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from blipq import Client, Settings
+from blipq.local import LocalStack
+from blipq_worker import canary, demo, goldens
+from blipq_worker.blip2 import Blip2
+from blipq_worker.blip2.checkpoints import open_checkpoint
+from blipq_worker.blip2.loading import load_tokenizer
+from blipq_worker.canary import CanaryError
+from blipq_worker.goldens import Golden, GoldenError, Observation, read_goldens, tolerance
+from blipq_worker.models import ModelError, load_models
+from blipq_worker.settings import WorkerSettings
+from conftest import start_worker, wait_until
+
+PRECISIONS = [("none", "float32"), ("none", "bfloat16"), ("int8", "auto"), ("nf4", "auto")]
+WELL = Observation(
+    captions=("a red circle", "a blue square"),
+    answers=("red", "blue"),
+    likelihoods=((-10.0, -30.0), (-40.0, -20.0)),
+    matches=((0.9, 0.1), (0.0, 1.0)),
+)
+
+
+def load(quantization: Any = "none", dtype: Any = "float32") -> Blip2:
+    return Blip2.load(str(demo.OPT), str(demo.ITM), quantization=quantization, dtype=dtype)
+
+
+def shuffled(weight: torch.Tensor) -> torch.Tensor:
+    order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(3))
+    return weight[order]
+
+
+def without_pictures(model: Any) -> None:
+    model.language_projection.weight.zero_()
+
+
+def with_a_shuffled_output(model: Any) -> None:
+    head = model.language_model.lm_head
+    head.weight = torch.nn.Parameter(shuffled(head.weight.data), requires_grad=False)
+
+
+def with_what_is_no_number(model: Any) -> None:
+    model.vision_model.post_layernorm.weight[0] = math.nan
+
+
+def with_one_word(model: Any) -> None:
+    """Of all tokens the one for the word red is always the most likely."""
+    head, tokenizer = model.language_model.lm_head, load_tokenizer(open_checkpoint(str(demo.OPT)))
+    (red,) = tokenizer(" red", add_special_tokens=False)["input_ids"]
+    own = head.weight.data.clone()
+    head.weight = torch.nn.Parameter(own, requires_grad=False)
+    head.bias = torch.nn.Parameter(torch.zeros(len(own)), requires_grad=False)
+    head.bias[red] = 1000.0
+
+
+@pytest.mark.parametrize(("quantization", "dtype"), PRECISIONS)
+def test_the_demo_model_says_what_was_recorded(quantization: str, dtype: str) -> None:
+    said = canary.check(load(quantization, dtype), read_goldens()["demo"])
+    assert said.captions == ("a red circle in the center", "a blue square in the center")
+
+
+def test_the_golden_is_of_the_weights_that_blipq_brings() -> None:
+    revisions = tuple(open_checkpoint(str(each)).revision for each in (demo.OPT, demo.ITM))
+    command = "blipq models record-golden demo --dtype float32 --output worker/.../goldens.json"
+    assert read_goldens()["demo"].revisions == revisions, f"run {command}"
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (without_pictures, "two different pictures look the same"),
+        (with_a_shuffled_output, "it should say 'a red circle in the center'"),
+        (with_what_is_no_number, "not finite"),
+        (with_one_word, "it repeats itself: 'red red"),
+    ],
+)
+def test_a_damaged_model_is_refused(damage: Callable[[Any], None], told: str) -> None:
+    model = load()
+    damage(model.generator.model)
+    with pytest.raises(CanaryError, match=told):
+        canary.check(model, read_goldens()["demo"])
+
+
+def test_a_damaged_matching_head_is_refused() -> None:
+    model = load()
+    assert model.matcher is not None
+    model.matcher.model.itm_head.weight.neg_()
+    with pytest.raises(CanaryError, match="its matching probabilities should be"):
+        canary.check(model, read_goldens()["demo"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"captions": ("a red circle", " ")}, "it writes nothing"),
+        ({"captions": ("red red red red", "a blue square")}, "it repeats itself"),
+        ({"captions": ("the cat cat cat cat on", "a blue square")}, "it repeats itself"),
+        ({"captions": ("::::::::", "a blue square")}, "it repeats itself"),
+        ({"likelihoods": ((-9.0, -30.0), (-9.01, -30.02))}, "two different pictures make no"),
+        ({"likelihoods": ((-9.0, math.nan), (-7.0, -5.0))}, "its log-likelihoods are"),
+        ({"matches": ((0.5, math.nan), (0.5, 0.5))}, "its matching probabilities are"),
+    ],
+)
+def test_without_a_golden_it_must_make_sense(changed: dict[str, Any], told: str) -> None:
+    with pytest.raises(CanaryError, match=told):
+        canary._require_sense(WELL.model_copy(update=changed))
+
+
+def test_what_makes_sense_is_not_refused() -> None:
+    texts = ("a dog and a dog and a cat", "2 2 3 3 4", "a very very big red circle")
+    for text in texts:
+        canary._require_sense(WELL.model_copy(update={"captions": (text, text)}))
+
+
+def test_fewer_bits_may_differ_more() -> None:
+    near = WELL.model_copy(update={"captions": ("a red circle on white", "a blue square")})
+    far = WELL.model_copy(update={"captions": ("the cat", "dogs on a beach")})
+    exact, loose = tolerance(("float32", "none")), tolerance(("bfloat16", "nf4"))
+    assert "it should say 'a red circle'" in (goldens.difference(WELL, near, exact) or "")
+    assert goldens.difference(WELL, near, loose) is None
+    assert goldens.difference(WELL, far, loose) is not None
+    assert goldens.difference(WELL, WELL, exact) is None
+
+
+@pytest.mark.parametrize("field", ["likelihoods", "matches"])
+def test_numbers_are_compared_too(field: str) -> None:
+    exact, loose = tolerance(("float32", "none")), tolerance(("float16", "nf4"))
+    rows = [list(row) for row in getattr(WELL, field)]
+    rows[0][0] -= 0.25 if field == "matches" else 3.0
+    moved = WELL.model_copy(update={field: tuple(map(tuple, rows))})
+    assert goldens.difference(WELL, moved, exact) is not None
+    assert goldens.difference(WELL, moved, loose) is None
+
+
+def test_the_loosest_of_both_precisions_counts() -> None:
+    """A golden from a GPU's 16 bits binds fp32 no more closely than it is itself."""
+    half = tolerance(("float16", "none"))
+    assert tolerance(("float16", "none"), ("float32", "none")) == half
+    assert tolerance(("float32", "none"), ("bfloat16", "int8+vision")) == tolerance(("", "nf4"))
+
+
+def test_a_file_that_holds_no_goldens_is_told(tmp_path: Path) -> None:
+    for text in ("[]", '{"demo": {"dtype": 3}}', "no json"):
+        (tmp_path / "goldens.json").write_text(text)
+        with pytest.raises(GoldenError, match=r"no file of `blipq models record-golden`"):
+            read_goldens(tmp_path / "goldens.json")
+    with pytest.raises(ModelError, match="absent"):
+        load_models(WorkerSettings(goldens=tmp_path / "absent.json"))
+
+
+def test_a_recorded_golden_refuses_a_copy_that_was_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file = tmp_path / "mine", tmp_path / "goldens.json"
+    folder.mkdir()
+    for each in demo.OPT.iterdir():
+        (folder / each.name).write_bytes(each.read_bytes())
+    assert canary.main([str(folder), "--output", str(file), "--dtype", "float32"]) == 0
+    assert "a red circle in the center" in capsys.readouterr().out
+    recorded = Golden.model_validate(json.loads(file.read_text())[str(folder)])
+    assert recorded.said.matches is None
+    options = WorkerSettings(models={"default": str(folder)}, goldens=file, dtype="bfloat16")
+    assert load_models(options)["default"].info.checkpoint == str(folder)
+
+    weights = load_file(folder / "model.safetensors")
+    (name,) = [name for name in weights if name.endswith("embed_tokens.weight")]
+    weights[name] = shuffled(weights[name])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"failed its check: it should say 'a red circle .*BLIPQ_"):
+        load_models(options)
+
+
+def test_a_model_that_does_not_fit_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> Blip2:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 ...")
+
+    monkeypatch.setattr(Blip2, "load", full)
+    with pytest.raises(ModelError, match=r"does not fit: CUDA.*`blipq models memory demo`"):
+        load_models(WorkerSettings())
+
+
+def test_a_worker_that_fails_its_check_takes_no_job(
+    apart: Settings, stack: LocalStack, tmp_path: Path
+) -> None:
+    for each in demo.OPT.iterdir():
+        (tmp_path / each.name).write_bytes(each.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["language_projection.weight"].zero_()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with Client(apart) as client:
+        job = client.caption("s3://uploads/a.png")
+        worker = start_worker(
+            stack,
+            tmp_path / "worker.log",
+            redis_url=apart.redis_url,
+            models=f"default={tmp_path}",
+        )
+        wait_until(lambda: worker.exit_code is not None, "the worker's end", timeout=90)
+        assert worker.exit_code == 78
+        assert "two different pictures look the same to it" in worker.last_words(1)
+        info = job.info()
+        assert (info.status, info.attempts) == ("queued", 0)
