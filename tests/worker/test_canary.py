@@ -50,7 +50,7 @@ def with_a_shuffled_output(model: Any) -> None:
 
 
 def with_what_is_no_number(model: Any) -> None:
-    model.vision_model.post_layernorm.weight[0] = math.nan
+    model.qformer.layernorm.weight[0] = math.nan
 
 
 def with_one_word(model: Any) -> None:

@@ -5,11 +5,12 @@ from), ``features`` (image to queries), then what makes answers of them: ``gener
 ``sessions`` and ``decoding``, ``choices``, ``retrieval`` and ``embedding``.
 """
 
+from blipq_worker.blip2.cache import FeatureCache
 from blipq_worker.blip2.checkpoints import CheckpointError
 from blipq_worker.blip2.choices import RankItem
 from blipq_worker.blip2.embedding import Arrays, EmbedItem
 from blipq_worker.blip2.generation import GeneratedText, GenerateItem, GenerationParams, resolve
-from blipq_worker.blip2.model import Blip2, Item, ModelInfo
+from blipq_worker.blip2.model import Blip2, Feature, Item, ModelInfo
 from blipq_worker.blip2.preprocessing import Pixels
 from blipq_worker.blip2.prompts import caption_prompt, match_text, vqa_prompt
 from blipq_worker.blip2.retrieval import MatchItem, RerankItem
@@ -20,6 +21,8 @@ __all__ = [
     "Blip2",
     "CheckpointError",
     "EmbedItem",
+    "Feature",
+    "FeatureCache",
     "GenerateItem",
     "GeneratedText",
     "GenerationParams",

@@ -14,12 +14,7 @@ from torch.nn.functional import normalize
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
 from blipq_worker.blip2.checkpoints import Checkpoint
-from blipq_worker.blip2.features import (
-    image_features,
-    pair_features,
-    query_features,
-    text_features,
-)
+from blipq_worker.blip2.features import Vision, pair_features, text_features
 from blipq_worker.blip2.preprocessing import Pixels
 from blipq_worker.blip2.texts import Texts
 
@@ -39,8 +34,9 @@ class EmbedItem:
 class Embedder:
     """Runs a retrieval checkpoint for its features. Not thread-safe, except for ``check``."""
 
-    def __init__(self, checkpoint: Checkpoint, model: Any, tokenizer: Any) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: Any, tokenizer: Any, vision: Vision) -> None:
         self.model = model
+        self._vision = vision
         self._texts = Texts(checkpoint, tokenizer, longest=None)
         self._positions: int = checkpoint.config.qformer_config.max_position_embeddings
 
@@ -68,7 +64,7 @@ class Embedder:
         return [found[index] for index in range(len(items))]
 
     def _image(self, items: Sequence[EmbedItem]) -> list[Arrays]:
-        queries = query_features(self.model, self._images(items))
+        queries = self._vision.queries(_images(items))
         projected = normalize(self.model.vision_projection(queries), dim=-1)
         return [
             {"image_embeds": _array(each), "image_embeds_proj": _array(proj)}
@@ -86,21 +82,19 @@ class Embedder:
         ]
 
     def _multimodal(self, items: Sequence[EmbedItem]) -> list[Arrays]:
-        read = pair_features(self.model, self._images(items), *self._padded(items))
+        read = pair_features(self.model, self._vision.patches(_images(items)), *self._padded(items))
         return [{"multimodal_embeds": _array(each)} for each in read]
 
     def _padded(self, items: Sequence[EmbedItem]) -> tuple[torch.Tensor, torch.Tensor]:
         texts = [item.text or "" for item in items]
         return self._texts.padded(texts, self.model.query_tokens.device)
 
-    def _images(self, items: Sequence[EmbedItem]) -> torch.Tensor:
-        return image_features(self.model, [_pixels(item) for item in items])
 
-
-def _pixels(item: EmbedItem) -> torch.Tensor:
-    if item.pixels is None or item.pixels.retrieval is None:
-        raise ValueError("an image was prepared without a retrieval checkpoint")
-    return item.pixels.retrieval
+def _images(items: Sequence[EmbedItem]) -> list[Pixels]:
+    images = [item.pixels for item in items if item.pixels is not None]
+    if len(images) < len(items):
+        raise ValueError("an image to embed is missing")
+    return images
 
 
 def _array(features: torch.Tensor) -> "np.ndarray[Any, np.dtype[np.float32]]":

@@ -1,19 +1,146 @@
-"""From pixels and texts to what both kinds of checkpoint go on from.
+"""From images and texts to what both kinds of checkpoint go on from. An image is looked at once.
 
-Apart from the rest, to be cached. Hidden sizes are those of the published checkpoints.
+The vision tower takes most of a job's time, so what it and the Q-Former make of an image is kept:
+with the job, and in a cache for the jobs that follow. Hidden sizes are those of the published
+checkpoints.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 
+from blipq_worker.blip2.cache import FeatureCache
+from blipq_worker.blip2.preprocessing import Pixels
 
-def image_features(model: Any, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The vision tower's output, (B, patches + 1, hidden), for B tensors of shape (3, S, S)."""
-    batch = torch.stack(tuple(pixels)).to(model.query_tokens.device)
-    features: torch.Tensor = model.vision_model(batch).last_hidden_state
-    return features
+Side = Literal["generation", "retrieval"]
+
+# The parts of a vision configuration that its forward pass depends on.
+_TOWER = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("image_size", "patch_size", "hidden_act", "layer_norm_eps", "qkv_bias"),
+)
+
+
+def take_layernorm(model: Any) -> Any:
+    """Takes the last LayerNorm off a checkpoint's vision tower and returns it.
+
+    It is trained with each checkpoint, where the rest of the tower is frozen: without it the towers
+    of the published checkpoints are equal, and so is what they make of an image.
+    """
+    norm, model.vision_model.post_layernorm = (
+        model.vision_model.post_layernorm,
+        torch.nn.Identity(),
+    )
+    return norm
+
+
+def equal_towers(one: Any, other: Any) -> bool:
+    """Whether two vision towers are the same, tensor by tensor."""
+    if any(getattr(one.config, part) != getattr(other.config, part) for part in _TOWER):
+        return False
+    left, right = one.state_dict(), other.state_dict()
+    return left.keys() == right.keys() and all(
+        tensor.dtype == right[name].dtype and torch.equal(tensor, right[name])
+        for name, tensor in left.items()
+    )
+
+
+class Vision:
+    """How one checkpoint sees images. Not thread-safe.
+
+    norm: the last LayerNorm of its tower, which the tower itself goes without. side: which pixels
+    it takes. tower, queries: names of the outputs of tower and Q-Former in the cache; each stands
+    for preprocessing, weights and precision, so checkpoints that share a tower share its name.
+    """
+
+    def __init__(
+        self, model: Any, norm: Any, *, side: Side, tower: str, queries: str, cache: FeatureCache
+    ) -> None:
+        self.model = model
+        self.tower = tower
+        self.name = queries
+        self._norm = norm
+        self._side = side
+        self._cache = cache
+
+    def patches(self, images: Sequence[Pixels]) -> torch.Tensor:
+        """The vision tower's output, (B, patches + 1, hidden)."""
+        with self._charging(self.tower, images):
+            return self._patches(images)
+
+    def queries(self, images: Sequence[Pixels]) -> torch.Tensor:
+        """The Q-Former's 32 queries after they have read each image: (B, 32, 768), fp32."""
+        with self._charging(self.name, images):
+            return self._each(self.name, images, self._read)
+
+    def _patches(self, images: Sequence[Pixels]) -> torch.Tensor:
+        patches: torch.Tensor = self._norm(self._each(self.tower, images, self._look))
+        return patches
+
+    def _look(self, images: Sequence[Pixels]) -> torch.Tensor:
+        pixels = [getattr(image, self._side) for image in images]
+        if any(each is None for each in pixels):
+            raise ValueError(f"an image came without pixels for the {self._side} checkpoint")
+        output: torch.Tensor = self.model.vision_model(self._stacked(pixels)).last_hidden_state
+        return output
+
+    def _read(self, images: Sequence[Pixels]) -> torch.Tensor:
+        return query_features(self.model, self._patches(images))
+
+    def _each(
+        self,
+        name: str,
+        images: Sequence[Pixels],
+        compute: Callable[[Sequence[Pixels]], torch.Tensor],
+    ) -> torch.Tensor:
+        """A feature of each image, in order: what is known, and the rest in one pass."""
+        known = {_identity(image): self._known(name, image) for image in images}
+        found = {image: feature for image, feature in known.items() if feature is not None}
+        missing = {_identity(each): each for each in images if _identity(each) not in found}
+        if missing:
+            found.update(zip(missing, compute(list(missing.values())), strict=True))
+        for image in images:
+            if name == self.name or image.whole:  # else the next job needs less than all of it
+                self._keep(name, image, found[_identity(image)])
+        return self._stacked([found[_identity(image)] for image in images])
+
+    def _known(self, name: str, image: Pixels) -> torch.Tensor | None:
+        if name in image.features or image.digest is None:
+            return image.features.get(name)
+        return self._cache.get(image.digest, name)
+
+    def _keep(self, name: str, image: Pixels, feature: torch.Tensor) -> None:
+        if name in image.features:
+            return
+        known = None if image.digest is None else self._cache.get(image.digest, name)
+        # A row of a batch would keep all of the batch's memory: it is copied.
+        kept = feature.to("cpu", copy=True) if known is None else known
+        image.features[name] = kept
+        if image.digest is not None and known is None:
+            self._cache.put(image.digest, name, kept)
+
+    def _stacked(self, rows: Sequence[Any]) -> torch.Tensor:
+        device = self.model.query_tokens.device
+        return torch.stack([row.to(device) for row in rows])
+
+    @contextmanager
+    def _charging(self, name: str, images: Sequence[Pixels]) -> Iterator[None]:
+        """Adds the time to the images that were not known: all of them waited for the pass."""
+        unknown = {_identity(image) for image in images if self._known(name, image) is None}
+        started = time.monotonic()
+        yield
+        took = (time.monotonic() - started) * 1000
+        for image in images:
+            if _identity(image) in unknown:
+                image.vision_ms += took
+
+
+def _identity(image: Pixels) -> str | int:
+    """Equal for equal files."""
+    return id(image) if image.digest is None else image.digest
 
 
 def query_features(model: Any, images: torch.Tensor) -> torch.Tensor:

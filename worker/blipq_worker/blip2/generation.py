@@ -20,7 +20,7 @@ from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
 from blipq_worker.blip2.checkpoints import Checkpoint, CheckpointError, Family
 from blipq_worker.blip2.decoding import DecodeLoop
-from blipq_worker.blip2.features import image_features, query_features
+from blipq_worker.blip2.features import Vision
 from blipq_worker.blip2.padding import padded
 from blipq_worker.blip2.preprocessing import Pixels
 from blipq_worker.blip2.sessions import WritingSession
@@ -143,6 +143,7 @@ class Generator:
         checkpoint: Checkpoint,
         model: Any,
         tokenizer: Any,
+        vision: Vision,
         *,
         slots: int = 32,
         max_beams: int = 80,
@@ -150,6 +151,7 @@ class Generator:
         if checkpoint.family == "retrieval":
             raise CheckpointError(f"{checkpoint.name!r} is a retrieval checkpoint: it cannot write")
         self.model = model
+        self.vision = vision
         self.family = checkpoint.family
         self._tokenizer = tokenizer
         self._slots = slots
@@ -289,11 +291,9 @@ class Generator:
     def project(self, images: Sequence[Pixels]) -> torch.Tensor:
         """Images as the language model reads them: (B, 32, its hidden size).
 
-        One pass of the vision tower over all images, whatever number of prompts follows.
+        At most one pass of the vision tower over each, whatever number of prompts follows.
         """
-        queries = query_features(
-            self.model, image_features(self.model, [image.generation for image in images])
-        )
+        queries = self.vision.queries(images)
         projection = self.model.language_projection
         embedding = self.model.language_model.get_input_embeddings().weight
         projected: torch.Tensor = projection(queries.to(projection.weight.dtype))

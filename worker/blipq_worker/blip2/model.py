@@ -1,16 +1,20 @@
 """A served model: a generation checkpoint and, where matching is served, a retrieval one."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
+from blipq_worker.blip2.cache import FeatureCache
 from blipq_worker.blip2.checkpoints import Checkpoint, Family, open_checkpoint
 from blipq_worker.blip2.choices import Ranker, RankItem
 from blipq_worker.blip2.embedding import Arrays, Embedder, EmbedItem
+from blipq_worker.blip2.features import Side, Vision, equal_towers, take_layernorm
 from blipq_worker.blip2.generation import GeneratedText, GenerateItem, Generator
 from blipq_worker.blip2.loading import (
     Attention,
@@ -25,6 +29,12 @@ from blipq_worker.blip2.preprocessing import Pixels, Preprocessor
 from blipq_worker.blip2.retrieval import Matcher, MatchItem, RerankItem
 from blipq_worker.blip2.sessions import WritingSession
 
+log = logging.getLogger(__name__)
+
+#: What a job needs of an image: the queries of the generation or of the retrieval checkpoint, or
+#: the vision tower's output, which matching reads together with a text.
+Feature = Literal["generation", "retrieval", "patches"]
+
 Item = GenerateItem | RankItem | MatchItem | RerankItem | EmbedItem
 
 
@@ -35,7 +45,8 @@ class ModelInfo:
     dtype: of the vision tower and the language model, joined by "/" where they differ.
     quantization: none, int8 or nf4, and "+vision" where the tower is quantized, too. revision:
     the hub's commit, or the SHA-256 of the weights. image_size: side of the square that the
-    generation checkpoint sees, in pixels. default_prompt: for captions without one.
+    generation checkpoint sees, in pixels. default_prompt: for captions without one. shares_vision:
+    one vision tower serves both checkpoints.
     """
 
     checkpoint: str
@@ -48,6 +59,7 @@ class ModelInfo:
     default_prompt: str
     retrieval_checkpoint: str | None = None
     retrieval_revision: str | None = None
+    shares_vision: bool = False
 
     @property
     def has_retrieval(self) -> bool:
@@ -70,6 +82,7 @@ class Blip2:
         matcher: Matcher | None = None,
         embedder: Embedder | None = None,
         match_preprocessor: Preprocessor | None = None,
+        cache: FeatureCache | None = None,
     ) -> None:
         self.info = info
         self.generator = generator
@@ -78,6 +91,7 @@ class Blip2:
         self.embedder = embedder
         self._preprocessor = preprocessor
         self._match_preprocessor = match_preprocessor
+        self._cache = cache
 
     @classmethod
     def load(
@@ -93,11 +107,13 @@ class Blip2:
         device: str = "cpu",
         slots: int = 32,
         max_beams: int = 80,
+        cache: FeatureCache | None = None,
     ) -> "Blip2":
         """Loads the checkpoints (folders or hub ids) onto ``device``; see ``loading``.
 
-        slots, max_beams: see ``Generator``. Raises CheckpointError, and ValueError for a type or an
-        attention that the device is no good at.
+        slots, max_beams: see ``Generator``. cache: keeps what is known of images between jobs.
+        Raises CheckpointError, and ValueError for a type or an attention that the device is no good
+        at.
         """
         setup = Setup(
             device=torch.device(device),
@@ -106,35 +122,44 @@ class Blip2:
             attention=attention,
             compiled=compiled,
         )
-        written = open_checkpoint(generation)
-        matched = open_checkpoint(retrieval) if retrieval is not None else None
+        cache = FeatureCache(0) if cache is None else cache
+        written = _Part.load(generation, "generation", setup)
         generator = Generator(
-            written,
-            load_weights(written, setup),
-            load_tokenizer(written),
+            written.checkpoint,
+            written.model,
+            written.tokenizer,
+            written.vision(cache),
             slots=slots,
             max_beams=max_beams,
         )
-        matcher, embedder = _retrieval(matched, setup) if matched else (None, None)
+        matched = None if retrieval is None else _Part.load(retrieval, "retrieval", setup)
+        matcher = embedder = None
+        shares_vision = False
+        if matched is not None:
+            shares_vision = matched.share_tower(written)
+            parts = matched.checkpoint, matched.model, matched.tokenizer, matched.vision(cache)
+            matcher, embedder = Matcher(*parts), Embedder(*parts)
         info = ModelInfo(
-            checkpoint=written.name,
-            family=written.family,
-            dtype=str(setup.precision(written.family)),
+            checkpoint=written.checkpoint.name,
+            family=written.checkpoint.family,
+            dtype=str(setup.precision(written.checkpoint.family)),
             quantization=str(setup.quantizing),
             device=device,
-            revision=written.revision,
-            image_size=written.image_size,
-            default_prompt=written.default_prompt,
-            retrieval_checkpoint=matched.name if matched else None,
-            retrieval_revision=matched.revision if matched else None,
+            revision=written.checkpoint.revision,
+            image_size=written.checkpoint.image_size,
+            default_prompt=written.checkpoint.default_prompt,
+            retrieval_checkpoint=matched.checkpoint.name if matched else None,
+            retrieval_revision=matched.checkpoint.revision if matched else None,
+            shares_vision=shares_vision,
         )
         return cls(
             info,
             generator,
-            Preprocessor(written),
+            written.preprocessor,
             matcher,
             embedder,
-            Preprocessor(matched) if matched else None,
+            matched.preprocessor if matched else None,
+            cache,
         )
 
     def on_step(self, call: Callable[[], None]) -> None:
@@ -144,14 +169,36 @@ class Blip2:
         if self.matcher is not None:
             self.matcher.on_step = call
 
-    def preprocess(self, image: Image.Image) -> Pixels:
-        """The image as both checkpoints take it, on the CPU. Thread-safe."""
+    def preprocess(
+        self, image: Image.Image, *, digest: str | None = None, whole: bool = False
+    ) -> Pixels:
+        """The image as both checkpoints take it, on the CPU; see ``Pixels``. Thread-safe."""
         pixels = self._preprocessor(image)
-        if self._match_preprocessor is None:
-            return Pixels(pixels)
-        if self._match_preprocessor == self._preprocessor:
-            return Pixels(pixels, pixels)
-        return Pixels(pixels, self._match_preprocessor(image))
+        matched: torch.Tensor | None = None
+        if self._match_preprocessor is not None:
+            alike = self._match_preprocessor.version == self._preprocessor.version
+            matched = pixels if alike else self._match_preprocessor(image)
+        return Pixels(pixels, matched, digest=digest, whole=whole)
+
+    def recall(self, digest: str, needed: Collection[Feature]) -> Pixels | None:
+        """An image seen before, if all that is needed of it is still known. Thread-safe."""
+        names = [self._name(feature) for feature in needed]
+        if self._cache is None or None in names:
+            return None
+        known = {name: self._cache.get(digest, name) for name in names if name is not None}
+        features = {name: tensor for name, tensor in known.items() if tensor is not None}
+        if len(features) < len(known):
+            return None
+        return Pixels(None, digest=digest, features=features)
+
+    def _name(self, feature: Feature) -> str | None:
+        """The feature's name in the cache; None for what the served model does not have."""
+        if feature == "generation":
+            return self.generator.vision.name
+        if self.matcher is None:
+            return None
+        vision = self.matcher.vision
+        return vision.name if feature == "retrieval" else vision.tower
 
     def check(self, item: Item) -> None:
         """Raises PermanentError where the item could not run. Thread-safe.
@@ -218,7 +265,54 @@ class Blip2:
         return PermanentError(ErrorCode.MODEL_UNAVAILABLE, message)
 
 
-def _retrieval(checkpoint: Checkpoint, setup: Setup) -> tuple[Matcher, Embedder]:
-    weights = load_weights(checkpoint, setup)
-    tokenizer = load_tokenizer(checkpoint)
-    return Matcher(checkpoint, weights, tokenizer), Embedder(checkpoint, weights, tokenizer)
+@dataclass(slots=True)
+class _Part:
+    """One loaded checkpoint of a served model. norm: its vision tower's last LayerNorm."""
+
+    side: Side
+    checkpoint: Checkpoint
+    model: Any
+    norm: Any
+    tokenizer: Any
+    preprocessor: Preprocessor
+    tower: str
+    queries: str
+
+    @classmethod
+    def load(cls, name: str, side: Side, setup: Setup) -> "_Part":
+        checkpoint = open_checkpoint(name)
+        model = load_weights(checkpoint, setup)
+        preprocessor = Preprocessor(checkpoint)
+        precision = f"{setup.precision(checkpoint.family)}/{setup.quantizing}/{setup.attention}"
+        version = f"{checkpoint.revision}/{precision}/{preprocessor.version}"
+        return cls(
+            side=side,
+            checkpoint=checkpoint,
+            model=model,
+            norm=take_layernorm(model),
+            tokenizer=load_tokenizer(checkpoint),
+            preprocessor=preprocessor,
+            tower=f"tower/{version}",
+            queries=f"queries/{version}",
+        )
+
+    def share_tower(self, other: "_Part") -> bool:
+        """Takes the other's vision tower where it is the same, and lets its own go."""
+        shared = self.preprocessor.version == other.preprocessor.version and equal_towers(
+            self.model.vision_model, other.model.vision_model
+        )
+        if shared:
+            self.model.vision_model, self.tower = other.model.vision_model, other.tower
+        names = self.checkpoint.name, other.checkpoint.name
+        log.info("%s and %s %s one vision tower", *names, "share" if shared else "do not share")
+        return shared
+
+    def vision(self, cache: FeatureCache) -> Vision:
+        return Vision(
+            self.model,
+            self.norm,
+            side=self.side,
+            tower=self.tower,
+            queries=self.queries,
+            cache=cache,
+        )

@@ -1,7 +1,7 @@
 """A decoded image to the pixels that a vision tower takes."""
 
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
@@ -9,17 +9,32 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from blipq_worker.blip2.checkpoints import Checkpoint, CheckpointError
 
+# What of an image processor's configuration makes a difference to the pixels.
+_RECIPE = (
+    *("size", "resample", "do_rescale", "rescale_factor"),
+    *("do_normalize", "image_mean", "image_std"),
+)
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+@dataclass(slots=True, eq=False)
 class Pixels:
-    """One image as float32 tensors of shape (3, S, S), on the CPU.
+    """One image on its way through the model: float32 tensors of shape (3, S, S), on the CPU.
 
     ``retrieval`` is None without a retrieval checkpoint, and the same tensor as ``generation``
-    where both checkpoints preprocess alike.
+    where both checkpoints preprocess alike. Both are None where all that the job needs is known:
+    then it is in ``features``, by name.
+
+    digest: the SHA-256 of the file; None for an image that is not to be remembered. whole: the
+    vision tower's output will be needed more than once. vision_ms: what looking at it has taken so
+    far.
     """
 
-    generation: torch.Tensor
+    generation: torch.Tensor | None
     retrieval: torch.Tensor | None = None
+    digest: str | None = None
+    whole: bool = False
+    features: dict[str, torch.Tensor] = field(default_factory=dict)
+    vision_ms: float = 0.0
 
 
 class Preprocessor:
@@ -40,6 +55,9 @@ class Preprocessor:
                 f"checkpoint {checkpoint.name!r} has no usable image processor "
                 f"(preprocessor_config.json or processor_config.json) in {checkpoint.folder}"
             ) from error
+        recipe = repr([getattr(self.backend, name) for name in _RECIPE])
+        #: Names the recipe: equal versions make equal pixels.
+        self.version = hashlib.sha256(recipe.encode()).hexdigest()[:16]
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Float32 pixels of shape (3, S, S)."""
@@ -49,12 +67,3 @@ class Preprocessor:
         small = small.resize((self._side, self._side), self.backend.resample)
         pixels: torch.Tensor = self.backend(small, return_tensors="pt")["pixel_values"][0]
         return pixels
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Preprocessor) and self._recipe() == other._recipe()
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def _recipe(self) -> dict[str, Any]:
-        recipe: dict[str, Any] = self.backend.to_dict()
-        return recipe

@@ -13,12 +13,7 @@ import torch
 from torch.nn.functional import normalize
 
 from blipq_worker.blip2.checkpoints import Checkpoint, CheckpointError
-from blipq_worker.blip2.features import (
-    image_features,
-    pair_features,
-    query_features,
-    text_features,
-)
+from blipq_worker.blip2.features import Vision, pair_features, text_features
 from blipq_worker.blip2.preprocessing import Pixels
 from blipq_worker.blip2.texts import Texts
 
@@ -49,7 +44,7 @@ class RerankItem:
 class Matcher:
     """Runs a retrieval checkpoint. Not thread-safe."""
 
-    def __init__(self, checkpoint: Checkpoint, model: Any, tokenizer: Any) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: Any, tokenizer: Any, vision: Vision) -> None:
         if checkpoint.family != "retrieval":
             raise CheckpointError(
                 f"{checkpoint.name!r} is not a retrieval checkpoint (Blip2ForImageTextRetrieval)"
@@ -60,6 +55,7 @@ class Matcher:
                 "later revision"
             )
         self.model = model
+        self.vision = vision
         self.texts = Texts(checkpoint, tokenizer, longest=_MAX_TEXT_TOKENS)
         #: Called after each chunk of pairs: a long batch is not a hung one.
         self.on_step: Callable[[], None] = lambda: None
@@ -70,59 +66,48 @@ class Matcher:
 
         One pass of the vision tower per image. Neighbours do not change a score beyond rounding.
         """
-        if not items:
-            return []
-        images = image_features(self.model, [_pixels(item) for item in items])
         scores: list[list[float]] = [[] for _ in items]
-        for head, score in (("itm", self._itm), ("itc", self._itc)):
-            owners = [i for i, item in enumerate(items) if item.head == head for _ in item.texts]
-            texts = [text for item in items if item.head == head for text in item.texts]
-            for start in range(0, len(texts), _PAIRS_AT_ONCE):
-                chunk = slice(start, start + _PAIRS_AT_ONCE)
-                found = score(images, owners[chunk], texts[chunk])
+        for head, see, score in (
+            ("itm", self.vision.patches, self._itm),
+            ("itc", self.vision.queries, self._itc),
+        ):
+            chosen = [index for index, item in enumerate(items) if item.head == head]
+            pairs = [(index, text) for index in chosen for text in items[index].texts]
+            if not pairs:
+                continue
+            images = see([items[index].pixels for index in chosen])
+            for start in range(0, len(pairs), _PAIRS_AT_ONCE):
+                chunk = pairs[start : start + _PAIRS_AT_ONCE]
+                own = images[[chosen.index(index) for index, _ in chunk]]
+                found = score(own, [text for _, text in chunk]).tolist()
                 self.on_step()
-                for owner, value in zip(owners[chunk], found.tolist(), strict=True):
-                    scores[owner].append(value)
+                for (index, _), value in zip(chunk, found, strict=True):
+                    scores[index].append(value)
         return scores
 
     @torch.inference_mode()
     def rerank(self, items: Sequence[RerankItem]) -> list[tuple[float, float]]:
         """The matching logit, by which LAVIS ranks, and the probability of a match, per item."""
-        images = image_features(self.model, [_pixels(item) for item in items])
-        logits = self._itm_logits(images, range(len(items)), [item.text for item in items])
+        images = self.vision.patches([item.pixels for item in items])
+        logits = self._itm_logits(images, [item.text for item in items])
         probabilities = logits.softmax(dim=-1)
         return list(zip(logits[:, 1].tolist(), probabilities[:, 1].tolist(), strict=True))
 
-    def _itm(
-        self, images: torch.Tensor, owners: Sequence[int], texts: Sequence[str]
-    ) -> torch.Tensor:
+    def _itm(self, images: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
         """Match probabilities, (pairs,)."""
-        return self._itm_logits(images, owners, texts).softmax(dim=-1)[:, 1]
+        return self._itm_logits(images, texts).softmax(dim=-1)[:, 1]
 
-    def _itm_logits(
-        self, images: torch.Tensor, owners: Sequence[int], texts: Sequence[str]
-    ) -> torch.Tensor:
+    def _itm_logits(self, images: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
         """No match and match, (pairs, 2): the queries read the text and the image together."""
         ids, mask = self.texts.padded(texts, images.device)
-        read = pair_features(self.model, images[list(owners)], ids, mask)
+        read = pair_features(self.model, images, ids, mask)
         logits: torch.Tensor = self.model.itm_head(read).mean(dim=1)
         return logits
 
-    def _itc(
-        self, images: torch.Tensor, owners: Sequence[int], texts: Sequence[str]
-    ) -> torch.Tensor:
+    def _itc(self, queries: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
         """Cosines, (pairs,): the best of an image's 32 queries against the text."""
-        distinct = sorted(set(owners))
-        image = query_features(self.model, images[distinct])
-        image = normalize(self.model.vision_projection(image), dim=-1)
-        ids, mask = self.texts.padded(texts, images.device)
+        image = normalize(self.model.vision_projection(queries), dim=-1)
+        ids, mask = self.texts.padded(texts, queries.device)
         read = text_features(self.model, ids, mask)
         text = normalize(self.model.text_projection(read[:, 0]), dim=-1)
-        own = image[[distinct.index(owner) for owner in owners]]
-        return torch.einsum("pqd,pd->pq", own, text).amax(dim=-1)
-
-
-def _pixels(item: MatchItem | RerankItem) -> torch.Tensor:
-    if item.pixels.retrieval is None:
-        raise ValueError("these pixels were prepared without a retrieval checkpoint")
-    return item.pixels.retrieval
+        return torch.einsum("pqd,pd->pq", image, text).amax(dim=-1)
