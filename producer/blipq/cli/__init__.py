@@ -11,6 +11,7 @@ import typer
 
 from blipq import __version__
 from blipq.cli import (
+    bench,
     dead_letters,
     demo,
     doctor,
@@ -41,6 +42,7 @@ for command in (
     jobs.cancel,
     overview.wait,
     demo.demo,
+    bench.bench,
     doctor.doctor,
     services.up,
     services.down,

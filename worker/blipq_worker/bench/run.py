@@ -1,0 +1,86 @@
+"""Measures workloads bare and through the service, and how long jobs take under load."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from blipq_worker.bench.pictures import Pictures
+from blipq_worker.bench.stack import BenchError, Stack, running
+from blipq_worker.bench.workloads import Workload
+from blipq_worker.demo.machine import describe_machine
+
+LIBRARIES = ("torch", "transformers", "celery", "kombu", "redis", "boto3")
+WARM = 32
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured. ``environment`` holds the worker's settings, as BLIPQ_* variables."""
+
+    environment: Mapping[str, str]
+    pictures: Pictures
+    jobs: int
+
+    def ceilings(self, workloads: Sequence[Workload]) -> dict[str, Any]:
+        """The bare engine's images a second, by workload."""
+        with TemporaryDirectory(prefix="blipq-pictures-") as folder:
+            for number, picture in enumerate(self.pictures.take(self.jobs)):
+                (Path(folder) / f"{number:06}.jpg").write_bytes(picture)
+            names = [each.name for each in workloads]
+            command = [sys.executable, "-m", "blipq_worker.bench.bare", folder, str(self.jobs)]
+            ran = subprocess.run(
+                [*command, *names],
+                env={**os.environ, **self.environment},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        if ran.returncode:
+            raise BenchError(f"the bare engine ended with {ran.returncode}")
+        found: dict[str, Any] = json.loads(ran.stdout)
+        return found
+
+    def through(self, workloads: Sequence[Workload]) -> dict[str, Any]:
+        """The service's images a second with a full backlog, by workload."""
+        with running() as stack:
+            stack.start_worker(self.environment)
+            return {each.name: self._through(stack, each) for each in workloads}
+
+    def _through(self, stack: Stack, workload: Workload) -> dict[str, Any]:
+        for count in (WARM, self.jobs):
+            images = stack.images(workload, count, self.pictures)
+            through = stack.backlog(list(workload.requests(images)))
+        return {"images_per_s": through.per_s, "stages_ms": through.stages()}
+
+    def latencies(self, workload: Workload, rates: Mapping[str, float]) -> dict[str, Any]:
+        """Seconds from submit to outcome under Poisson arrivals, by the name of a rate."""
+        found = {}
+        with running() as stack:
+            stack.start_worker(self.environment)
+            images = stack.images(workload, WARM, self.pictures)
+            stack.backlog(list(workload.requests(images)))
+            for name, per_s in rates.items():
+                images = stack.images(workload, self.jobs, self.pictures)
+                through = stack.arriving(list(workload.requests(images)), per_s)
+                found[name] = {
+                    "per_s": per_s,
+                    "p50_s": through.percentile(0.5),
+                    "p99_s": through.percentile(0.99),
+                }
+        return found
+
+
+def about_this_run() -> dict[str, Any]:
+    """The machine, the versions, and how busy the machine is with other things now."""
+    return {
+        "machine": describe_machine(),
+        "python": sys.version.split()[0],
+        "versions": {name: version(name) for name in LIBRARIES},
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }

@@ -1,0 +1,142 @@
+"""The whole service for a benchmark: servers and a worker on this machine, and jobs through it."""
+
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from blipq import Client, Job, JobInfo
+from blipq.contract import ImageRef, Request, Status
+from blipq.errors import BlipqError
+from blipq.local import LocalStack, worker_service
+from blipq.supervisor import Service
+from blipq_worker.bench.pictures import Pictures
+from blipq_worker.bench.workloads import Workload
+
+START_TIMEOUT_S = 300.0
+RUN_TIMEOUT_S = 900.0
+
+
+class BenchError(BlipqError):
+    """The benchmark cannot go on; the message says why."""
+
+
+@dataclass(frozen=True)
+class Through:
+    """What came of jobs. Latencies are from submit to outcome, in seconds."""
+
+    jobs: int
+    seconds: float
+    latencies: Sequence[float]
+    infos: Sequence[JobInfo]
+
+    @property
+    def per_s(self) -> float:
+        """Jobs a second, from the first submit to the last outcome."""
+        return self.jobs / self.seconds
+
+    def percentile(self, share: float) -> float:
+        """A latency that so many of the jobs stay under."""
+        ordered = sorted(self.latencies)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    def stages(self) -> dict[str, float]:
+        """Medians of the receipts' milliseconds."""
+        found = [info.receipt for info in self.infos if info.receipt is not None]
+        receipts = [receipt.model_dump(exclude_none=True) for receipt in found]
+        names = {name for receipt in receipts for name in receipt if name.endswith("_ms")}
+        times = {name: sorted(each.get(name, 0.0) for each in receipts) for name in sorted(names)}
+        return {name: values[len(values) // 2] for name, values in times.items()}
+
+
+class Stack:
+    """Redis, S3, a client, and workers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.local = LocalStack(folder / "stack")
+        self.local.start()
+        self.client = Client(self.local.settings())
+        self.workers: list[Service] = []
+
+    def start_worker(self, environment: Mapping[str, str], name: str = "worker") -> Service:
+        """Starts a worker with these variables and waits until it serves."""
+        before = len(self.client.ledger.workers())
+        log = self.folder / f"{name}-{len(self.workers)}.log"
+        worker = worker_service({**self.local.environment(), **environment}, log)
+        worker.start()
+        self.workers.append(worker)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while len(self.client.ledger.workers()) <= before:
+            if worker.exit_code is not None or time.monotonic() > deadline:
+                raise BenchError(f"the worker does not serve:\n{worker.last_words()}")
+            time.sleep(0.05)
+        return worker
+
+    def stop_workers(self) -> None:
+        """Stops them all."""
+        for worker in self.workers:
+            worker.stop(timeout=30)
+        self.workers.clear()
+
+    def upload(self, pictures: Sequence[bytes]) -> list[ImageRef]:
+        """Puts pictures into the inbox."""
+        return [self.client.storage.upload(each) for each in pictures]
+
+    def images(self, workload: Workload, count: int, pictures: Pictures) -> list[ImageRef]:
+        """``count`` references to new pictures, each as often as the workload repeats them."""
+        distinct = self.upload(pictures.take(-(-count // workload.times)))
+        repeated = [image for image in distinct for _ in range(workload.times)][:count]
+        random.Random(0).shuffle(repeated)
+        return repeated
+
+    def backlog(self, requests: Sequence[Request]) -> Through:
+        """All jobs at once."""
+        started = time.monotonic()
+        jobs = self.client.submit_many(requests)
+        return self._ended(jobs, started)
+
+    def arriving(self, requests: Sequence[Request], per_s: float, seed: int = 1) -> Through:
+        """Jobs at random moments, ``per_s`` on average, whatever has ended by then."""
+        draw = random.Random(seed)
+        started = due = time.monotonic()
+        jobs = []
+        for request in requests:
+            due += draw.expovariate(per_s)
+            time.sleep(max(0.0, due - time.monotonic()))
+            jobs.append(self.client.submit(request))
+        return self._ended(jobs, started)
+
+    def _ended(self, jobs: Sequence["Job[Any]"], started: float) -> Through:
+        ended = self.client.wait_all(jobs, timeout=RUN_TIMEOUT_S)
+        seconds = time.monotonic() - started
+        infos = [job.info() for job in ended]
+        return Through(len(jobs), seconds, [_latency(info) for info in infos], infos)
+
+    def close(self) -> None:
+        """Stops everything."""
+        self.stop_workers()
+        self.client.close()
+        self.local.stop()
+
+
+def _latency(info: JobInfo) -> float:
+    """Seconds from submit to success."""
+    if info.status is not Status.SUCCEEDED or info.completed_at is None:
+        raise BenchError(f"{info.id} {info.status}: {info.error}")
+    return (info.completed_at - info.created_at).total_seconds()
+
+
+@contextmanager
+def running() -> Iterator[Stack]:
+    """A stack in a folder that goes away with it."""
+    with TemporaryDirectory(prefix="blipq-bench-") as folder:
+        stack = Stack(Path(folder))
+        try:
+            yield stack
+        finally:
+            stack.close()

@@ -1,0 +1,63 @@
+"""What is asked in a benchmark: the same of the bare engine and of the service."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from blipq.contract import CaptionRequest, Generation, ImageRef, Request, VQARequest
+
+#: Ten short questions, as a service asks them about a photo.
+QUESTIONS = (
+    "what is in the picture?",
+    "what color is it?",
+    "how many are there?",
+    "where is it?",
+    "is it day or night?",
+    "what is on the left?",
+    "what is on the right?",
+    "what is behind it?",
+    "is there a person?",
+    "what is it made of?",
+)
+PROMPT = "a photo of"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row of the table.
+
+    shortest, longest: new tokens, drawn evenly for every image and generated exactly; None leaves
+    the model's defaults (5 beams). questions: asked about each image; 0 is a caption. times: how
+    often each image comes.
+    """
+
+    name: str
+    about: str
+    shortest: int | None = None
+    longest: int | None = None
+    questions: int = 0
+    times: int = 1
+
+    def generations(self, count: int, seed: int = 1) -> list[Generation | None]:
+        """The generation parameters of ``count`` images; the same for the same seed."""
+        if self.shortest is None or self.longest is None:
+            return [None] * count
+        draw = random.Random(seed)
+        lengths = [draw.randint(self.shortest, self.longest) for _ in range(count)]
+        return [Generation(num_beams=1, min_new_tokens=n, max_new_tokens=n) for n in lengths]
+
+    def requests(self, images: Sequence[ImageRef], seed: int = 1) -> Iterator[Request]:
+        """A request per image."""
+        for image, generation in zip(images, self.generations(len(images), seed), strict=True):
+            if self.questions:
+                questions = QUESTIONS[: self.questions]
+                yield VQARequest(image=image, questions=questions, generation=generation)
+            else:
+                yield CaptionRequest(image=image, prompt=PROMPT, generation=generation)
+
+
+DEFAULT = Workload("default", "a default job: caption, 5 beams")
+GREEDY = Workload("greedy-20", "caption, greedy, 20 tokens", 20, 20)
+MIXED = Workload("greedy-5-50", "caption, greedy, 5 to 50 tokens", 5, 50)
+TEN = Workload("ten-questions", "ten questions about each image, greedy, 20 tokens", 20, 20, 10)
+WORKLOADS = (DEFAULT, GREEDY, MIXED, TEN)
