@@ -214,6 +214,46 @@ def test_small_files_are_merged_when_there_are_many(
     assert files() < 8
 
 
+@pytest.mark.parametrize("queries", [1, 32])
+def test_quantized_vectors_change_no_answer_that_is_near(
+    index: Index, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_QUANTIZED_FROM", 256)
+    monkeypatch.setattr(module, "_IMAGES_PER_PARTITION", 64)
+    stored = np.concatenate([vectors(400), vectors(100, seed=5)])
+    written = [replace(each, id=f"{n:03}") for n, each in enumerate(entries(400))]
+    index.upsert(written)
+    index.compact()
+    assert [each.name for each in index._table.list_indices()] == ["vectors-6"]
+    # Rows that come, change and go after that are found, or not, as before.
+    later = [replace(each, id=f"{n + 400:03}") for n, each in enumerate(entries(100, seed=5))]
+    index.upsert([*later, replace(written[0], vectors=stored[499])])
+    stored[0] = stored[499]
+    index.delete(["007"])
+    asked = vectors(1, seed=9)[0, :queries].astype(np.float32)
+    asked /= np.linalg.norm(asked, axis=1, keepdims=True)
+    expected = np.delete(cosines(asked, stored), 7)
+    for _ in range(2):
+        found = index.search(asked, 20)[:10]
+        assert [each.cosine for each in found] == pytest.approx(
+            np.sort(expected)[::-1][:10].tolist(), abs=1e-4
+        )
+        index.compact()
+
+
+def test_vectors_are_quantized_anew_when_there_are_many_more(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_QUANTIZED_FROM", 16)
+    monkeypatch.setattr(module, "_IMAGES_PER_PARTITION", 16)
+    names = []
+    for count in (16, 31, 40):
+        index.upsert(entries(count))
+        index.compact()
+        names.append([each.name for each in index._table.list_indices()])
+    assert names == [["vectors-1"], ["vectors-1"], ["vectors-2"]]
+
+
 def test_a_search_goes_on_after_the_index_was_made_again(indexes: Indexes, index: Index) -> None:
     index.upsert(entries(3))
     elsewhere = Indexes(indexes._settings)
