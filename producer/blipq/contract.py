@@ -594,11 +594,16 @@ class Skipped(_Told):
 
 
 class SearchResult(_Told):
-    """Hits, best first; ``skipped`` were near, but have gone or changed since they were indexed."""
+    """Hits, best first; ``skipped`` were near, but have gone or changed since they were indexed.
+
+    ``checkpoint`` and ``revision`` are the model's that the index was made with.
+    """
 
     kind: Literal[Kind.SEARCH] = Kind.SEARCH
     hits: tuple[Hit, ...]
     skipped: tuple[Skipped, ...] = ()
+    checkpoint: str | None = None
+    revision: str | None = None
 
 
 Result = Annotated[

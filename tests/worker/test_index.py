@@ -218,13 +218,13 @@ def test_small_files_are_merged_when_there_are_many(
 def test_quantized_vectors_change_no_answer_that_is_near(
     index: Index, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_QUANTIZED_FROM", 256)
+    monkeypatch.setattr(module, "_INDEXED_FROM", 256)
     monkeypatch.setattr(module, "_IMAGES_PER_PARTITION", 64)
     stored = np.concatenate([vectors(400), vectors(100, seed=5)])
     written = [replace(each, id=f"{n:03}") for n, each in enumerate(entries(400))]
     index.upsert(written)
     index.compact()
-    assert [each.name for each in index._table.list_indices()] == ["vectors-6"]
+    assert names(index) == ["ids", "vectors-6"]
     # Rows that come, change and go after that are found, or not, as before.
     later = [replace(each, id=f"{n + 400:03}") for n, each in enumerate(entries(100, seed=5))]
     index.upsert([*later, replace(written[0], vectors=stored[499])])
@@ -244,14 +244,18 @@ def test_quantized_vectors_change_no_answer_that_is_near(
 def test_vectors_are_quantized_anew_when_there_are_many_more(
     index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_QUANTIZED_FROM", 16)
+    monkeypatch.setattr(module, "_INDEXED_FROM", 16)
     monkeypatch.setattr(module, "_IMAGES_PER_PARTITION", 16)
-    names = []
+    partitions = []
     for count in (16, 31, 40):
         index.upsert(entries(count))
         index.compact()
-        names.append([each.name for each in index._table.list_indices()])
-    assert names == [["vectors-1"], ["vectors-1"], ["vectors-2"]]
+        partitions.append(names(index)[1:])
+    assert partitions == [["vectors-1"], ["vectors-1"], ["vectors-2"]]
+
+
+def names(index: Index) -> list[str]:
+    return sorted(each.name for each in index._table.list_indices())
 
 
 def test_a_search_goes_on_after_the_index_was_made_again(indexes: Indexes, index: Index) -> None:
@@ -267,12 +271,10 @@ def test_a_search_goes_on_after_the_index_was_made_again(indexes: Indexes, index
     assert len(indexes.open("photos", SPACE).search(vectors(1)[0, :1], 9)) == 1
 
 
-def test_etags_are_read_by_a_range_of_ids(index: Index) -> None:
+def test_etags_are_read_by_id(index: Index) -> None:
     index.upsert(entries(9))
-    assert index.etags("s3://b/002", "s3://b/0035") == {
-        "s3://b/002": "etag-2",
-        "s3://b/003": "etag-3",
-    }
+    found = index.etags(["s3://b/002", "s3://b/003", "it's unknown"])
+    assert found == {"s3://b/002": "etag-2", "s3://b/003": "etag-3"}
 
 
 def test_a_place_that_does_not_answer_is_said_to_be_away(tmp_path: Path) -> None:

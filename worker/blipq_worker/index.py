@@ -42,7 +42,7 @@ _LARGE_SHARE = 0.2
 # From so many images on a search reads 8-bit copies of the vectors, in partitions of similar ones,
 # and only twice as many whole ones as it returns. It reads all of up to 64 partitions: of 32,768
 # images it misses none; of more it may miss some that are far from the query.
-_QUANTIZED_FROM = 4096
+_INDEXED_FROM = 4096
 _IMAGES_PER_PARTITION = 512
 _MOST_PARTITIONS = 1024
 _PARTITIONS_READ = 64
@@ -253,11 +253,11 @@ class Index:
             for row in rows
         ]
 
-    def etags(self, first: str, last: str) -> dict[str, str]:
-        """ETags by id, of the ids from ``first`` to ``last`` in the order of their bytes."""
-        condition = f"id >= {_literal(first)} AND id <= {_literal(last)}"
+    def etags(self, ids: Sequence[str]) -> dict[str, str]:
+        """ETags by id, of those ids that are there."""
         with _answering(self._forget):
-            rows = self._table.search().where(condition).select(["id", "etag"]).to_list()
+            search = self._table.search().where(_any_of("id", ids))
+            rows = search.select(["id", "etag"]).limit(len(ids)).to_list()
         return {row["id"]: row["etag"] for row in rows}
 
     def compact(self, *, at_once: bool = True) -> None:
@@ -270,25 +270,26 @@ class Index:
                 return
             with suppress(RuntimeError):
                 self._table.optimize(cleanup_older_than=_KEPT_FOR)
-                self._quantize()
+                self._index_columns()
 
-    def _quantize(self) -> None:
-        """Makes the 8-bit copies, again when there are twice as many images as partitions suit."""
-        from lancedb.index import IvfSq
+    def _index_columns(self) -> None:
+        """Finds ids by a tree, vectors by 8-bit copies: made again when partitions are too few."""
+        from lancedb.index import BTree, IvfSq
 
         images = self._table.count_rows()
-        if images < _QUANTIZED_FROM:
+        if images < _INDEXED_FROM:
             return
+        known = {each.name for each in self._table.list_indices()}
+        if "ids" not in known:
+            self._table.create_index("id", config=BTree(), name="ids")
+        partitions = [int(name.rpartition("-")[2]) for name in known if name.startswith("vectors-")]
         wanted = min(_MOST_PARTITIONS, max(1, images // _IMAGES_PER_PARTITION))
-        known = {
-            each.name: int(each.name.rpartition("-")[2]) for each in self._table.list_indices()
-        }
-        if wanted < 2 * max(known.values(), default=0):
+        if wanted < 2 * max(partitions, default=0):
             return
         config = IvfSq(distance_type="cosine", num_partitions=wanted, max_iterations=10)
         self._table.create_index("vectors", config=config, name=f"vectors-{wanted}")
-        for name in known:
-            self._table.drop_index(name)
+        for number in partitions:
+            self._table.drop_index(f"vectors-{number}")
 
     def _many_small_files(self) -> bool:
         stats = self._table.stats()

@@ -8,13 +8,17 @@ from typing import Protocol
 
 from blipq.contract import Hit, ImageRef, SearchRequest, SearchResult, Skipped
 from blipq.errors import PermanentError
-from blipq_worker.blip2 import EmbedItem, Pixels
+from blipq_worker.blip2 import EmbedItem, ModelInfo, Pixels
 from blipq_worker.engine import Embedded, Reranked
 from blipq_worker.index import Filter, Found, Vectors
 
 
 class Ask(Protocol):
     """What a search asks of the model and of the indexes."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """The served model."""
 
     def embed(self, item: EmbedItem) -> Embedded:
         """Features by name. Raises PermanentError (invalid_request) for a text too long."""
@@ -42,7 +46,12 @@ def search(request: SearchRequest, pixels: Pixels | None, ask: Ask) -> SearchRes
     if text is not None and request.rerank:
         first, skipped = _again(near[: request.rerank], text, ask)
         hits = [*first, *hits[request.rerank :]]
-    return SearchResult(hits=tuple(hits[: request.top_k]), skipped=skipped)
+    return SearchResult(
+        hits=tuple(hits[: request.top_k]),
+        skipped=skipped,
+        checkpoint=ask.info.retrieval_checkpoint,
+        revision=ask.info.retrieval_revision,
+    )
 
 
 def _again(near: Sequence[Found], text: str, ask: Ask) -> tuple[list[Hit], tuple[Skipped, ...]]:

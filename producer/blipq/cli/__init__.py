@@ -15,6 +15,7 @@ from blipq.cli import (
     dead_letters,
     demo,
     doctor,
+    index,
     jobs,
     metrics,
     models,
@@ -53,6 +54,7 @@ for command in (
 app.command("list")(overview.list_)
 app.add_typer(overview.app, name="queue")
 app.add_typer(dead_letters.app, name="dead-letters")
+app.add_typer(index.app, name="index")
 app.add_typer(models.app, name="models")
 app.add_typer(webhooks.app, name="webhooks")
 
