@@ -23,13 +23,12 @@ from blipq.errors import BlipqError, InvalidRequest, QueueUnavailable
 from blipq.settings import Settings
 from blipq.storage import Storage, s3_errors
 
-#: (32, 256): the projected queries of an image, each of length 1.
+#: (32, 256) of the published checkpoints: an image's projected queries, each of length 1.
 Vectors: TypeAlias = "np.ndarray[Any, Any]"
 
 #: Equal values by name; a list means any of them.
 Filter: TypeAlias = Mapping[str, str | Sequence[str]]
 
-_DIMENSIONS = 256
 _METADATA_CACHE_BYTES = 2**28
 _VECTOR_CACHE_BYTES = 2**30
 _WRITE_TIMEOUT = timedelta(seconds=60)
@@ -122,7 +121,7 @@ class Indexes:
         self._opened[table_name] = index
         return index
 
-    def open_or_create(self, name: str, space: Space) -> "Index":
+    def open_or_create(self, name: str, space: Space, dimensions: int = 256) -> "Index":
         """The index of a name for a checkpoint; an empty one if there is none yet."""
         with suppress(UnknownIndex):
             return self.open(name, space)
@@ -131,7 +130,9 @@ class Indexes:
                 self._storage.create_bucket(self._bucket)
         with _answering():
             self._database.create_table(
-                _table_name(name, space.revision), schema=_schema(space), exist_ok=True
+                _table_name(name, space.revision),
+                schema=_schema(space, dimensions),
+                exist_ok=True,
             )
         return self.open(name, space)
 
@@ -229,7 +230,7 @@ class Index:
             return int(result.num_deleted_rows)
 
     def search(self, queries: Vectors, limit: int, filter: Filter | None = None) -> list[Found]:
-        """The images nearest to ``queries`` (n, 256), best first.
+        """The images nearest to ``queries`` (n, dimensions), best first.
 
         A query's cosine with an image is that of the best of its 32 vectors; the image's is the
         mean over the queries. A text is one query.
@@ -342,7 +343,7 @@ def _name_of(table_name: str) -> str:
     return table_name.rpartition(".")[0]
 
 
-def _schema(space: Space) -> Any:
+def _schema(space: Space, dimensions: int) -> Any:
     import pyarrow as pa
 
     # The key makes two writers that add the same id at once conflict, so that one of them tries
@@ -354,7 +355,7 @@ def _schema(space: Space) -> Any:
             pa.field("uri", pa.string()),
             pa.field("etag", pa.string()),
             pa.field("metadata", pa.list_(pa.string())),
-            pa.field("vectors", pa.list_(pa.list_(pa.float16(), _DIMENSIONS))),
+            pa.field("vectors", pa.list_(pa.list_(pa.float16(), dimensions))),
         ],
         metadata={
             "checkpoint": space.checkpoint,
@@ -373,7 +374,8 @@ def _rows(entries: Sequence[Entry], schema: Any) -> Any:
 
     vectors = [np.asarray(entry.vectors, dtype=np.float16) for entry in entries]
     ends = np.cumsum([0, *(len(each) for each in vectors)], dtype=np.int32)
-    flat = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(vectors).ravel()), _DIMENSIONS)
+    numbers = pa.array(np.concatenate(vectors).ravel())
+    flat = pa.FixedSizeListArray.from_arrays(numbers, vectors[0].shape[1])
     pairs = [[_pair(*pair) for pair in entry.metadata.items()] for entry in entries]
     return pa.table(
         {

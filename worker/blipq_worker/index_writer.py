@@ -50,7 +50,7 @@ class IndexWriter:
     ) -> Sequence[BlipqError | None]:
         """One commit. An index that does not answer is no entry's fault: none is tried alone."""
         try:
-            index = self._indexes.open_or_create(*key)
+            index = self._indexes.open_or_create(*key, entries[0].vectors.shape[1])
             index.upsert(entries)
         except BlipqError as error:
             return [error] * len(entries)

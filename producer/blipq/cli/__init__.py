@@ -20,6 +20,7 @@ from blipq.cli import (
     metrics,
     models,
     overview,
+    search,
     services,
     webhooks,
 )
@@ -38,6 +39,7 @@ for command in (
     jobs.match,
     jobs.embed,
     jobs.describe,
+    search.search,
     jobs.status,
     jobs.result,
     jobs.cancel,

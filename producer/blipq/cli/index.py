@@ -22,8 +22,6 @@ DEFAULT = "add"
 class _DefaultCommand(TyperGroup):
     """``blipq index s3://...`` is ``blipq index add s3://...``."""
 
-    default = DEFAULT
-
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in {*self.commands, "-h", "--help"}:
             args = [DEFAULT, *args]
@@ -54,8 +52,8 @@ def add(
     if an image could not be indexed.
 
     Examples:
-        blipq index s3://photos/2026/ --name photos
-        blipq index s3://photos/2026/ --name photos --metadata year=2026
+        blipq index add s3://photos/2026/ --name photos
+        blipq index add s3://photos/2026/ --name photos --metadata year=2026
     """
     pairs = [part for pair in metadata or () for part in ("--metadata", pair)]
     options = ["--name", name, "--model", model, "--priority", priority, "--window", str(window)]

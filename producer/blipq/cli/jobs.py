@@ -93,6 +93,7 @@ def embed(
         str | None, typer.Option(help="image, text or multimodal; by default what is given.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
+    index: Annotated[str | None, typer.Option(help="Put the image into this search index.")] = None,
     **options: Any,
 ) -> Job[Any]:
     """Get the features of an image, of a text, or of both read together.
@@ -101,8 +102,9 @@ def embed(
         blipq embed photo.jpg --json
         blipq embed --text "a cat" --json
     """
-    # pydantic checks mode and dtype, and names the choices
-    return client.embed(image, text, mode=mode, dtype=dtype, **options)  # type: ignore[arg-type]
+    # pydantic checks them, and names the choices
+    asked: dict[str, Any] = {"mode": mode, "dtype": dtype, "index": index}
+    return client.embed(image, text, **asked, **options)
 
 
 @verb

@@ -59,17 +59,26 @@ def _waiting(
     """Options of commands that wait for what they submit."""
 
 
-def verb(submit: Callable[..., Job[Any]]) -> Callable[..., None]:
+Then = Callable[[Job[Any]], None]
+
+
+def verb(
+    submit: Callable[..., Job[Any] | tuple[Job[Any], Then | None]],
+) -> Callable[..., None]:
     """A command that submits a job and follows it.
 
     ``submit`` takes a client, the command's own arguments and the options of every job; the command
-    takes all but the client from the command line.
+    takes all but the client from the command line. It may also say what is done with the job then.
     """
 
     def command(*, timeout: float, wait: bool, as_json: bool, **given: Any) -> None:
         options = {name: given.pop(name) for name in inspect.signature(job_options).parameters}
         with connected(as_json) as client:
-            follow(submit(client, **given, **job_options(**options)), wait, timeout, as_json)
+            asked = submit(client, **given, **job_options(**options))
+            job, then = asked if isinstance(asked, tuple) else (asked, None)
+            follow(job, wait, timeout, as_json)
+            if then is not None and wait:
+                then(job)
 
     parameters = _parameters(submit, job_options, _waiting)
     command.__name__, command.__doc__ = submit.__name__, submit.__doc__

@@ -18,6 +18,7 @@ from blipq.contract import (
     JobInfo,
     MatchResult,
     Result,
+    SearchResult,
     VQAResult,
 )
 from blipq.errors import (
@@ -152,21 +153,23 @@ def lines_of(result: Result) -> Iterator[str]:
     """A result as lines for people."""
     match result:
         case CaptionResult():
-            for found in result.captions:
-                yield found.text if found.score is None else f"{found.score:.3f}  {found.text}"
+            yield from _captions(result)
         case VQAResult():
             yield from _lines_of_answers(result)
         case MatchResult():
-            for scored in result.scores:
-                yield f"{scored.score:.3f}  {scored.text}"
+            yield from (f"{scored.score:.3f}  {scored.text}" for scored in result.scores)
         case EmbedResult():
-            for name, array in result.arrays.items():
-                yield f"{name}  {array.dtype} {array.shape}"
+            yield from _features(result)
+        case SearchResult():
+            yield from _hits(result)
         case DescribeResult():
             for part in (result.caption, result.vqa, result.match, result.embed):
                 yield from lines_of(part) if part is not None else ()
-        case _:
-            yield result.model_dump_json(exclude_none=True)
+
+
+def _captions(result: CaptionResult) -> Iterator[str]:
+    for found in result.captions:
+        yield found.text if found.score is None else f"{found.score:.3f}  {found.text}"
 
 
 def _lines_of_answers(result: VQAResult) -> Iterator[str]:
@@ -176,6 +179,23 @@ def _lines_of_answers(result: VQAResult) -> Iterator[str]:
             yield f"{question}{answer.text}"
         for choice in answer.choices or ():
             yield f"{question}{choice.probability:.3f}  {choice.text}"
+
+
+def _features(result: EmbedResult) -> Iterator[str]:
+    if result.indexed is not None:
+        yield f"indexed: {result.indexed}"
+    for name, array in result.arrays.items():
+        yield f"{name}  {array.dtype} {array.shape}"
+
+
+def _hits(result: SearchResult) -> Iterator[str]:
+    yield "  itm    itc  image" if result.hits else "no hits"
+    for hit in result.hits:
+        itm = "    -" if hit.itm is None else f"{hit.itm:.3f}"
+        pairs = "".join(f"  {name}={value}" for name, value in hit.metadata.items())
+        yield f"{itm} {hit.itc:6.3f}  {hit.id}{pairs}"
+    for each in result.skipped:
+        yield f"skipped: {each.id} ({each.code})"
 
 
 def print_json(info: JobInfo) -> None:

@@ -1,0 +1,85 @@
+"""``blipq search``."""
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from blipq.cli.options import Then, verb
+from blipq.cli.output import errors
+from blipq.client import Client
+from blipq.errors import BlipqError, InvalidRequest
+from blipq.job import Job
+
+NEEDED = ("PIL", "jinja2")
+
+
+@verb
+def search(
+    client: Client,
+    text: Annotated[str | None, typer.Argument(help="What to look for.")] = None,
+    index: Annotated[str, typer.Option("--name", help="The index.")] = ...,  # type: ignore[assignment]  # required
+    image: Annotated[
+        str | None, typer.Option(help="An image to look for, instead of a text.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Most hits.")] = 10,
+    rerank: Annotated[
+        int, typer.Option(help="How many of the nearest are looked at again with the text.")
+    ] = 128,
+    filter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="Metadata of hits; a name given again adds a value."
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a page with the pictures.")
+    ] = None,
+    **options: Any,
+) -> tuple[Job[Any], Then | None]:
+    """Find images in an index by a text, or by an image.
+
+    Examples:
+        blipq search "a red circle" --name photos
+        blipq search "a dog on a beach" --name photos --filter year=2026 --html hits.html
+        blipq search --image photo.jpg --name photos --top-k 20 --json
+    """
+    if html is not None and not all(map(importlib.util.find_spec, NEEDED)):
+        raise BlipqError("a part is missing for --html: pip install 'blipq[search]'")
+    job = client.search(
+        index,
+        text,
+        image=image,
+        top_k=top_k,
+        rerank=rerank,
+        filter=any_of(filter, "--filter"),
+        **options,
+    )
+    if html is None:
+        return job, None
+    title = f"{index}: {text or Path(image or '').name}"
+    return job, lambda ended: _write_page(ended, html, title)
+
+
+def any_of(texts: Sequence[str] | None, option: str) -> Mapping[str, list[str]] | None:
+    """``NAME=VALUE`` texts as the values of each name. Raises InvalidRequest."""
+    values: dict[str, list[str]] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InvalidRequest(f"{option}: {text!r} is not of the form NAME=VALUE")
+        values.setdefault(name.strip(), []).append(value.strip())
+    return values or None
+
+
+def _write_page(job: Job[Any], path: Path, title: str) -> None:
+    """The worker's package knows of pictures; nothing of it is imported here."""
+    command = [sys.executable, "-m", "blipq_worker.gallery", str(path), "--title", title]
+    told = job.result().model_dump_json()
+    if subprocess.run(command, input=told, text=True, timeout=600).returncode:
+        raise BlipqError(f"{path} was not written")
+    errors.print(f"written: {path}", markup=False)
