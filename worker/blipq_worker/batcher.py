@@ -188,15 +188,18 @@ class Batcher(Generic[Item, Answer]):
     # -- the batcher's thread --
 
     def _loop(self) -> None:
-        """Turn by turn: items join their sessions, a batch runs if it is its turn, all step."""
+        """Turn by turn: items leave and join, a batch runs if it is its turn, sessions step."""
         while self._wait():
             self._busy_since = time.monotonic()
+            self._let_go()
             while (entry := self._next_to_join()) is not None:
                 self._join(entry)
             if batch := self._next_batch():
                 self._answer_batch(batch)
-            for key in list(self._sessions):
-                self._step_session(key)
+            for running in self._sessions.values():
+                if running.entries:
+                    self._step(running, list(running.entries))
+            self._sessions = {key: each for key, each in self._sessions.items() if each.entries}
             if not self._sessions:
                 self._busy_since = None
 
@@ -223,6 +226,13 @@ class Batcher(Generic[Item, Answer]):
 
     # -- sessions --
 
+    def _let_go(self) -> None:
+        """Items that nobody waits for leave."""
+        for running in self._sessions.values():
+            for ticket in [each for each, entry in running.entries.items() if not entry.wanted()]:
+                del running.entries[ticket]
+                running.session.leave(ticket)
+
     def _next_to_join(self) -> _Entry[Item, Answer] | None:
         with self._changed:
             for entry in self._waiting:
@@ -247,16 +257,6 @@ class Batcher(Generic[Item, Answer]):
             _settle(entry.future.set_exception, error)
         else:
             running.entries[entry.ticket] = entry
-
-    def _step_session(self, key: Hashable) -> None:
-        running = self._sessions[key]
-        for ticket in [each for each, entry in running.entries.items() if not entry.wanted()]:
-            del running.entries[ticket]
-            running.session.leave(ticket)
-        if running.entries:
-            self._step(running, list(running.entries))
-        if not running.entries:
-            del self._sessions[key]
 
     def _step(self, running: _Running[Item, Answer], tickets: list[Ticket]) -> None:
         try:
