@@ -1,0 +1,278 @@
+"""Items in flight say what each says alone, whoever comes, goes or fails beside them."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from blipq import Priority
+from blipq.errors import PermanentError
+from blipq_worker.blip2 import (
+    Blip2,
+    GenerateItem,
+    GenerationParams,
+    Pixels,
+    WritingSession,
+    resolve,
+)
+from blipq_worker.engine import Engine
+from conftest import wait_until
+
+PROMPTS = ("", "a photo of", "Question: what is above the cat? Short answer:")
+
+
+def item(model: Blip2, picture: Image.Image, *prompts: str, **overrides: Any) -> GenerateItem:
+    params = resolve("caption", model.info, {"num_beams": 1, "max_new_tokens": 8, **overrides})
+    return GenerateItem(model.preprocess(picture), prompts or PROMPTS, params)
+
+
+def several(model: Blip2, pictures: list[Image.Image]) -> list[GenerateItem]:
+    """Items of all kinds: other limits, penalties, samples, alternatives, numbers of prompts."""
+    return [
+        item(model, pictures[0]),
+        item(model, pictures[1], "a photo of", max_new_tokens=3),
+        item(model, pictures[2], repetition_penalty=1.4, max_new_tokens=12),
+        item(model, pictures[3], do_sample=True, seed=4, num_return_sequences=3),
+        item(model, pictures[0], "", min_new_tokens=5, no_repeat_ngram_size=1),
+        item(model, pictures[1], do_sample=True, seed=5, temperature=3.0, top_k=0, top_p=1.0),
+        replace(item(model, pictures[2]), prompts=()),
+    ]
+
+
+def texts(session: WritingSession, items: list[GenerateItem]) -> list[Any]:
+    """Runs a session to its end."""
+    tickets = {(0, number): each for number, each in enumerate(items)}
+    for ticket, each in tickets.items():
+        session.join(ticket, each)
+    found: dict[Any, Any] = {}
+    while len(found) < len(items):
+        found.update(session.step([ticket for ticket in tickets if ticket not in found]))
+    return [found[ticket] for ticket in tickets]
+
+
+def with_slots(model: Blip2, slots: int) -> WritingSession:
+    generator = model.generator
+    before, generator._slots = generator._slots, slots
+    session = generator.session()
+    generator._slots = before
+    return session
+
+
+def test_items_of_all_kinds_run_together_and_say_what_they_say_alone(
+    either: Blip2, pictures: list[Image.Image]
+) -> None:
+    items = several(either, pictures)
+    alone = [either.generate([each])[0] for each in items]
+    assert either.generate(items) == alone
+    assert texts(with_slots(either, 2), items) == alone
+    assert [len(prompts) for prompts in alone] == [3, 1, 3, 3, 1, 3, 0]
+    assert [len(alternatives) for alternatives in alone[3]] == [3, 3, 3]
+
+
+def test_an_item_with_more_rows_than_slots_gets_them_one_by_one(
+    either: Blip2, pictures: list[Image.Image]
+) -> None:
+    many = item(either, pictures[0], *(f"a photo of {'red ' * count}" for count in range(20)))
+    session = with_slots(either, 3)
+    assert texts(session, [many])[0] == either.generate([many])[0]
+
+
+def test_the_image_is_seen_once_and_only_when_its_turn_comes(
+    opt: Blip2, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    project = opt.generator.project
+
+    def count(images: Any) -> torch.Tensor:
+        seen.append(len(images))
+        return project(images)
+
+    monkeypatch.setattr(opt.generator, "project", count)
+    session = with_slots(opt, 6)
+    for number, picture in enumerate(pictures):
+        session.join((0, number), item(opt, picture, min_new_tokens=8))
+    session.step([(0, 0), (0, 1), (0, 2), (0, 3)])
+    assert seen == [2], "four rows may join, of two items"
+    session.step([(0, 0), (0, 1), (0, 2), (0, 3)])
+    assert seen == [2], "two more rows, of items that were seen"
+    session.step([(0, 0), (0, 1), (0, 2), (0, 3)])
+    assert seen == [2], "no slot is free"
+
+
+def test_there_is_room_while_a_slot_is_free_that_nobody_more_urgent_waits_for(
+    opt: Blip2, pictures: list[Image.Image]
+) -> None:
+    session = with_slots(opt, 4)
+    session.join((1, 0), item(opt, pictures[0], "", min_new_tokens=8))
+    session.step([(1, 0)])
+    assert session.has_room((1, 1))
+    session.join((1, 1), item(opt, pictures[0]))
+    assert not session.has_room((1, 2))
+    assert session.has_room((0, 3))
+    session.leave((1, 1))
+    assert session.has_room((1, 2))
+
+
+def test_more_urgent_rows_get_their_slots_first(opt: Blip2, pictures: list[Image.Image]) -> None:
+    session = with_slots(opt, 1)
+    session.join((1, 0), item(opt, pictures[0], *PROMPTS))
+    session.join((0, 1), item(opt, pictures[1], "a photo of"))
+    order: list[Any] = []
+    while len(order) < 2:
+        left = [ticket for ticket in ((1, 0), (0, 1)) if ticket not in order]
+        order += [ticket for ticket, _ in session.step(left)]
+    assert order == [(0, 1), (1, 0)]
+
+
+def test_who_leaves_makes_room_and_changes_nobody(
+    either: Blip2, pictures: list[Image.Image]
+) -> None:
+    items = several(either, pictures)
+    expected = [either.generate([each])[0] for each in items]
+    session = with_slots(either, 5)
+    tickets = {(0, number): each for number, each in enumerate(items)}
+    for ticket, each in tickets.items():
+        session.join(ticket, each)
+    found: dict[Any, Any] = {}
+    steps = 0
+    while tickets.keys() - found.keys():
+        found.update(session.step([ticket for ticket in tickets if ticket not in found]))
+        steps += 1
+        if steps == 3:
+            for ticket in ((0, 0), (0, 3)):
+                session.leave(ticket)
+                del tickets[ticket]
+    assert {number: found[0, number] for _, number in tickets} == {
+        number: expected[number] for _, number in tickets
+    }
+
+
+def test_a_prompt_that_is_too_long_cannot_join(opt: Blip2, pictures: list[Image.Image]) -> None:
+    session = with_slots(opt, 4)
+    with pytest.raises(PermanentError, match="tokens, where this model has room"):
+        session.join((0, 0), item(opt, pictures[0], "a photo of " * 1000))
+    assert session.has_room((0, 1))
+
+
+def test_unseeded_samples_differ(opt: Blip2, pictures: list[Image.Image]) -> None:
+    wild = item(opt, pictures[0], "", do_sample=True, temperature=5.0, top_k=0, top_p=1.0)
+    assert opt.generate([wild]) != opt.generate([wild])
+
+
+# --- through the engine ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engine(opt: Blip2, t5: Blip2) -> Iterator[Engine]:
+    engine = Engine(
+        {"opt": opt, "t5": t5}, max_batch_size=4, batch_wait_timeout_s=0, max_waiting=64
+    )
+    engine.batcher.start()
+    yield engine
+    engine.batcher.close(timeout=30)
+
+
+def test_both_models_and_beams_run_side_by_side(
+    engine: Engine, opt: Blip2, t5: Blip2, pictures: list[Image.Image]
+) -> None:
+    asked = [
+        (name, each) for name, model in engine.models.items() for each in several(model, pictures)
+    ]
+    asked += [("opt", item(opt, picture, num_beams=2)) for picture in pictures]
+    futures = [engine.submit(name, each, Priority.NORMAL) for name, each in asked]
+    for (name, each), future in zip(asked, futures, strict=True):
+        answer: Any = future.result(timeout=60)
+        assert answer.texts == engine.models[name].generate([each])[0]
+        assert answer.pass_ms > 0
+    assert max(future.result().batch_size for future in futures) > 1
+
+
+def test_an_image_that_breaks_the_model_fails_alone(
+    engine: Engine, opt: Blip2, pictures: list[Image.Image]
+) -> None:
+    good = [item(opt, picture) for picture in pictures]
+    bad = replace(good[0], pixels=Pixels(torch.full((3, 28, 28), float("nan"))))
+    broken = replace(good[0], pixels=Pixels(torch.zeros(1, 28, 28)))
+    futures = [engine.submit("opt", each, Priority.NORMAL) for each in [*good, bad, broken, *good]]
+    for future, each in zip(futures[:4] + futures[6:], good * 2, strict=True):
+        answer: Any = future.result(timeout=60)
+        assert answer.texts == opt.generate([each])[0]
+    for future in futures[4:6]:
+        with pytest.raises((RuntimeError, ValueError)):
+            future.result(timeout=60)
+
+
+@pytest.fixture
+def slow_steps(opt: Blip2, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the language model's decode steps."""
+    steps: list[int] = []
+    forward = opt.generator.model.language_model.model.decoder.forward
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(opt.generator.model.language_model.model.decoder, "forward", count)
+    return steps
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_cancelled_item_ends_at_the_next_step(
+    engine: Engine, opt: Blip2, pictures: list[Image.Image], slow_steps: list[int], beams: int
+) -> None:
+    long = item(opt, pictures[0], "", num_beams=beams, min_new_tokens=90, max_new_tokens=90)
+    future = engine.submit("opt", long, Priority.NORMAL)
+    wait_until(lambda: len(slow_steps) > 3, "the first steps")
+    assert future.cancel()
+    with pytest.raises(CancelledError):
+        future.result(timeout=0)
+    wait_until(lambda: engine.batcher.stalled_for() == 0, "the end")
+    assert len(slow_steps) < 90
+
+
+def test_beams_that_nobody_waits_for_end_and_the_others_stay_as_they_are(
+    either: Blip2, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = [item(either, picture, num_beams=3) for picture in pictures]
+    expected = either.generate(batch)
+    steps: list[int] = []
+    monkeypatch.setattr(either.generator, "on_step", lambda: steps.append(1))
+    said = either.generate(batch, lambda index: index != 1 or len(steps) < 3)
+    assert [said[index] for index in (0, 2, 3)] == [expected[index] for index in (0, 2, 3)]
+    all_steps = len(steps)
+    steps.clear()
+    either.generate(batch, lambda index: len(steps) < 3)
+    assert len(steps) == 3 < all_steps
+
+
+def test_a_pass_has_a_largest_number_of_beams(
+    either: Blip2, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = [item(either, picture, num_beams=3) for picture in pictures]
+    expected = either.generate(batch)
+    sizes: list[int] = []
+    write: Callable[..., Any] = either.generator._write
+
+    def count(queries: torch.Tensor, *args: Any) -> Any:
+        sizes.append(len(queries))
+        return write(queries, *args)
+
+    monkeypatch.setattr(either.generator, "_write", count)
+    monkeypatch.setattr(either.generator, "_max_beams", 15)
+    assert either.generate(batch) == expected
+    assert sizes == [5, 5, 2]
+    monkeypatch.setattr(either.generator, "_max_beams", 1)
+    assert either.generate(batch) == expected
+
+
+def test_greedy_and_sampled_items_of_all_parameters_share_a_key(opt: Blip2) -> None:
+    params = [
+        GenerationParams(num_beams=1),
+        GenerationParams(num_beams=1, do_sample=True, seed=1),
+        GenerationParams(num_beams=2),
+    ]
+    assert [each.in_flight for each in params] == [True, True, False]
