@@ -194,7 +194,7 @@ class Generation(_Asked):
     """Generation parameters under Hugging Face's names. Unset means LAVIS's default for the kind.
 
     Lengths count new tokens only. Captions default to 5 beams and 30 tokens, answers to 5 beams
-    and 10 tokens.
+    and 10 tokens. Sampling defaults to top_p 0.9 and top_k 50; top_k 0 is off.
     """
 
     max_new_tokens: int | None = Field(default=None, ge=1, le=512)
