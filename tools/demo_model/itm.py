@@ -131,7 +131,9 @@ def _presence(scenes: list[world.Scene]) -> Tensor:
     return present
 
 
-def train(vision: Blip2VisionModel, training: Pictures, validation: Pictures) -> None:
+def train(
+    vision: Blip2VisionModel, training: Pictures, validation: Pictures, steps: int = STEPS
+) -> None:
     """Contrast, matching, and what the queries are to know; the latest state is in the package."""
     torch.manual_seed(2)
     tokenizer = vocabulary.itm_tokenizer()
@@ -175,7 +177,7 @@ def train(vision: Blip2VisionModel, training: Pictures, validation: Pictures) ->
         save(model, tokenizer, ITM)
         model.train()
 
-    optimize(parameter_groups(model, heads, scale), losses, STEPS, PEAK, checkpoint)
+    optimize(parameter_groups(model, heads, scale), losses, steps, PEAK, checkpoint)
 
 
 def contrast(logits: Tensor, same: Tensor, mentioned: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from transformers import (
 from blipq_worker.demo import OPT, world
 
 LOG = logging.getLogger(__name__)
-STEPS = 4000
+STEPS = 3500
 BATCH = 64
 PEAK = 2e-3
 TEXT_TOKENS = 112  # of all texts about one picture, which share one sequence
@@ -140,7 +140,9 @@ def _query_loss(logits: Tensor, classes: Tensor) -> Tensor:
     return cross_entropy(logits.float().flatten(0, 1), classes.flatten())
 
 
-def train(vision: Blip2VisionModel, training: Pictures, validation: Pictures) -> None:
+def train(
+    vision: Blip2VisionModel, training: Pictures, validation: Pictures, steps: int = STEPS
+) -> None:
     """Captions, answers and chats; the best state so far is always in the package."""
     torch.manual_seed(1)
     tokenizer = vocabulary.opt_tokenizer()
@@ -167,7 +169,7 @@ def train(vision: Blip2VisionModel, training: Pictures, validation: Pictures) ->
         save(model, tokenizer, OPT)
         model.train()
 
-    optimize(parameter_groups(model, heads), losses, STEPS, PEAK, checkpoint)
+    optimize(parameter_groups(model, heads), losses, steps, PEAK, checkpoint)
 
 
 def packed_forward(

@@ -105,7 +105,9 @@ def _short(
             yield example, prompt
 
 
-def train(vision: Blip2VisionModel, training: Pictures, validation: Pictures) -> None:
+def train(
+    vision: Blip2VisionModel, training: Pictures, validation: Pictures, steps: int = STEPS
+) -> None:
     """The language model and its projection only."""
     torch.manual_seed(3)
     tokenizer = vocabulary.t5_tokenizer()
@@ -132,7 +134,7 @@ def train(vision: Blip2VisionModel, training: Pictures, validation: Pictures) ->
         save(model, tokenizer, FOLDER)
         model.train()
 
-    optimize(parameter_groups(model), losses, STEPS, PEAK, checkpoint, every=100)
+    optimize(parameter_groups(model), losses, steps, PEAK, checkpoint, every=100)
 
 
 def paired_logits(

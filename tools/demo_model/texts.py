@@ -13,7 +13,7 @@ _PROMPT_WEIGHTS = {SHORT: 55, PLAIN: 17, BARE: 8}
 _CHAT_WEIGHT = 20
 _TURN_WEIGHTS = {1: 60, 2: 28, 3: 12}
 _KIND_WEIGHTS = {
-    "color": 1.8,
+    "color": 1.0,
     "shape": 1.0,
     "count": 1.2,
     "exist": 1.6,

@@ -64,7 +64,7 @@ def _class_weights(classes: int) -> Tensor:
     return weights
 
 
-def train(training: Pictures, validation: Pictures) -> Blip2VisionModel:
+def train(training: Pictures, validation: Pictures, steps: int = STEPS) -> Blip2VisionModel:
     """A vision model that knows the scenes, rounded to the precision it is stored with."""
     torch.manual_seed(0)
     model, heads, labels = architecture.vision_model(), Heads(), Labels(training.scenes)
@@ -87,7 +87,7 @@ def train(training: Pictures, validation: Pictures) -> Blip2VisionModel:
         LOG.info("scene-exact %.4f", scene_accuracy(model, heads, validation))
         torch.save(model.state_dict(), SAVED)
 
-    optimize(parameter_groups(model, heads), losses, STEPS, PEAK, checkpoint)
+    optimize(parameter_groups(model, heads), losses, steps, PEAK, checkpoint)
     return load()
 
 
