@@ -26,6 +26,12 @@ for name in [name for name in os.environ if name.startswith(("BLIPQ_", "AWS_"))]
 os.environ["BLIPQ_STACK_FILE"] = os.devnull
 
 
+@pytest.fixture(scope="session")
+def httpserver_listen_address() -> tuple[str, int]:
+    """An address, not a name that may mean another one too; one server for the whole run."""
+    return "127.0.0.1", 0
+
+
 def wait_until(condition: Callable[[], object], what: str, timeout: float = 30.0) -> None:
     """Polls until the condition holds; fails saying what was waited for."""
     deadline = time.monotonic() + timeout

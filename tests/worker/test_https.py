@@ -105,11 +105,6 @@ def test_a_worker_may_read_s3_alone(settings: Settings) -> None:
     assert raised.value.code is ErrorCode.URL_FORBIDDEN
 
 
-@pytest.fixture(scope="session")
-def httpserver_listen_address() -> tuple[str, int]:
-    return "127.0.0.1", 0
-
-
 # --- real servers ---------------------------------------------------------------------------------
 
 
