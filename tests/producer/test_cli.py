@@ -358,6 +358,38 @@ def test_an_early_interrupt_shows_no_traceback(environment: dict[str, str]) -> N
     assert "Traceback" not in told
 
 
+def test_a_filter_gives_each_name_its_values(run: Run, client: Client) -> None:
+    pairs = ("--filter", "by=Ann", "--filter", "by=Bob", "--filter", "year=2026")
+    ran = run("search", "a cat", "--name", "pets", *pairs, "--no-wait")
+    recorded = client.ledger.redis.hget(f"blipq:job:{ran.stdout.strip()}", "request")
+    assert json.loads(str(recorded))["filter"] == {"by": ["Ann", "Bob"], "year": ["2026"]}
+    refused = run("search", "a cat", "--name", "pets", "--filter", "year")
+    assert (refused.exit_code, "NAME=VALUE" in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("s3://photos/2026/", "--name", "pets"), ("--name", "pets", "s3://photos/2026/")]
+)
+def test_indexing_needs_no_word_for_adding(
+    run: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    become: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda program, command: become.append(command))
+    assert run("index", *arguments).exit_code == 0
+    assert become[0][2:8] == [
+        "blipq_worker.indexing",
+        *("add", "s3://photos/2026/", "--name", "pets", "--model"),
+    ]
+
+
+def test_without_its_parts_indexing_says_what_to_install(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for arguments in (("index", "list"), ("search", "a cat", "--name", "pets", "--html", "x")):
+        assert "pip install 'blipq[search]'" in run(*arguments).stderr
+
+
 def every_command(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for name, command in group.commands.items():
         if hasattr(command, "commands"):

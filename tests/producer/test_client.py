@@ -85,6 +85,14 @@ def test_a_description_may_ask_one_question_and_one_text(client: Client) -> None
     assert (request["questions"], request["texts"]) == (["why?"], ["a cat"])
 
 
+def test_a_search_says_only_what_differs_from_the_defaults(client: Client) -> None:
+    request = request_of(client, client.search("pets", "a cat", filter={"by": ["Ann", "Bob"]}))
+    assert request["filter"] == {"by": ["Ann", "Bob"]}
+    assert (request["index"], request["text"], "image" in request) == ("pets", "a cat", False)
+    by_image = request_of(client, client.search("pets", image=IMAGE, top_k=3))
+    assert (by_image["image"], by_image["top_k"]) == ({"uri": IMAGE}, 3)
+
+
 def test_an_image_may_be_a_reference_with_an_etag(client: Client) -> None:
     job = client.match(ImageRef(uri=IMAGE, etag="abc"), "a cat", head="itc")
     assert request_of(client, job)["image"] == {"uri": IMAGE, "etag": "abc"}
@@ -122,6 +130,10 @@ def test_a_local_image_is_uploaded(
         (lambda client: client.embed(), "image"),
         (lambda client: client.describe(IMAGE, caption=False), "ask for a caption"),
         (lambda client: client.embed(text="a cat", dtype="int8"), "dtype"),
+        (lambda client: client.embed(text="a cat", index="pets"), "an index holds images"),
+        (lambda client: client.search("pets"), "either a text or an image"),
+        (lambda client: client.search("../pets", "a cat"), "index"),
+        (lambda client: client.search("pets", "a cat", filter={"by": {"or": "x"}}), "filter"),
         (lambda client: client.caption(IMAGE, priority="urgent"), "priority"),
         (lambda client: client.caption(IMAGE, expires_in="soon"), "expires_in"),
         (lambda client: client.caption(IMAGE, modle="demo"), "modle"),
