@@ -1,5 +1,6 @@
 """blipq: asynchronous BLIP-2 jobs over a message queue. This is the producers' side."""
 
+from blipq.async_client import AsyncClient
 from blipq.client import Client
 from blipq.contract import (
     Array,
@@ -47,7 +48,7 @@ from blipq.errors import (
     ResultTimeout,
     SubmitStopped,
 )
-from blipq.job import Job
+from blipq.job import AsyncJob, Job
 from blipq.requests import Submission
 from blipq.settings import Settings
 
@@ -55,6 +56,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Array",
+    "AsyncClient",
+    "AsyncJob",
     "BlipqError",
     "Caption",
     "CaptionRequest",

@@ -27,6 +27,11 @@ _Batch = tuple["Future[None]", list[Message]]
 PUBLISH_TIMEOUT_S = 1.0
 
 
+def patience_s(messages: list[Message]) -> float:
+    """How long publishing may take before it is left to the reconciler."""
+    return PUBLISH_TIMEOUT_S + 0.002 * len(messages)
+
+
 def make_app(settings: Settings) -> "Celery":
     """A Celery app for the settings' broker."""
     from celery import Celery
@@ -106,26 +111,44 @@ class Broker:
         # celery-types does not know that KombuError is an exception.
         refused: tuple[Any, ...] = (FutureTimeout, OSError, KombuError, RedisError)
         _ = self.app  # importing Celery must not use up the publisher's time
-        sent: Future[None] = Future()
-        self._outgoing.put((sent, messages))
+        sent = self.send(messages)
         try:
-            sent.result(timeout=PUBLISH_TIMEOUT_S + 0.002 * len(messages))
+            sent.result(timeout=patience_s(messages))
         except refused:  # one that is only slow is sent all the same; twice does no harm
             return False
         return True
 
+    def send(self, messages: list[Message]) -> "Future[None]":
+        """Hands messages to the publishing thread; the future tells what became of them."""
+        sent: Future[None] = Future()
+        self._outgoing.put((sent, messages))
+        return sent
+
     def _publish_from(self, outgoing: "SimpleQueue[_Batch | None]") -> None:
-        while (batch := outgoing.get()) is not None:
-            sent, messages = batch
-            if sent.set_running_or_notify_cancel():
-                try:
-                    self._send(messages)
-                except Exception as error:
-                    sent.set_exception(error)
-                else:
-                    sent.set_result(None)
+        """Publishes what comes; what has come meanwhile goes out together."""
+        going_on = True
+        while going_on:
+            come = [outgoing.get()]
+            while not outgoing.empty():
+                come.append(outgoing.get_nowait())
+            going_on = None not in come
+            self._publish_together(
+                [batch for batch in come if batch and batch[0].set_running_or_notify_cancel()]
+            )
+
+    def _publish_together(self, batches: list[_Batch]) -> None:
+        try:
+            self._send([message for _, messages in batches for message in messages])
+        except Exception as error:
+            for sent, _ in batches:
+                sent.set_exception(error)
+        else:
+            for sent, _ in batches:
+                sent.set_result(None)
 
     def _send(self, messages: list[Message]) -> None:
+        if not messages:
+            return
         from kombu.exceptions import BatchPublishError  # type: ignore[attr-defined]
 
         with self.app.producer_pool.acquire(block=True) as producer:

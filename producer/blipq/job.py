@@ -1,5 +1,6 @@
 """A job's handle: an id and how to look it up."""
 
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Generic, cast
 
 from blipq.contract import JobInfo, ResultT, Status
@@ -7,6 +8,7 @@ from blipq.errors import JobCancelled, JobExpired, JobFailed, ResultTimeout
 from blipq.waiting import not_found
 
 if TYPE_CHECKING:
+    from blipq.async_client import AsyncClient
     from blipq.client import Client
 
 
@@ -79,6 +81,53 @@ class Job(_Handle, Generic[ResultT]):
     def cancel(self) -> bool:
         """Cancels the job at once, wherever it is; False if it had ended. Raises JobNotFound."""
         answer = self._client.ledger.cancel(self.id)
+        if answer == "unknown":
+            raise not_found(self.id)
+        return answer == "cancelled"
+
+
+class AsyncJob(_Handle, Generic[ResultT]):
+    """One request to the model, from submit to outcome: ``Job`` for an event loop."""
+
+    __slots__ = ("_client",)
+
+    def __init__(self, id: str, client: "AsyncClient", ended: JobInfo | None = None) -> None:
+        super().__init__(id, ended)
+        self._client = client
+
+    async def info(self) -> JobInfo:
+        """The job as it is now. Raises JobNotFound."""
+        info = self._ended or await self._client.ledger.read(self.id)
+        if info is None:
+            raise not_found(self.id)
+        return info
+
+    async def status(self) -> Status:
+        """Where the job is now. Raises JobNotFound."""
+        return (await self.info()).status
+
+    async def wait(self, timeout: float | None = None) -> JobInfo:
+        """Waits for the job to end and returns it, like ``Job.wait``."""
+        if self._ended is not None:
+            return self._ended
+        try:
+            async with aclosing(self._client.outcomes([self.id], timeout)) as outcomes:
+                return await anext(outcomes)
+        except ResultTimeout as error:
+            info = await self.info()
+            if info.ended:
+                return info
+            raise ResultTimeout(still_open(info, timeout), self.id) from error
+
+    outcome = wait
+
+    async def result(self, timeout: float | None = None) -> ResultT:
+        """The job's result, waiting for it, like ``Job.result``."""
+        return cast(ResultT, result_of(await self.wait(timeout)))
+
+    async def cancel(self) -> bool:
+        """Cancels the job at once, wherever it is; False if it had ended. Raises JobNotFound."""
+        answer = await self._client.ledger.cancel(self.id)
         if answer == "unknown":
             raise not_found(self.id)
         return answer == "cancelled"

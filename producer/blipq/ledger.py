@@ -25,7 +25,7 @@ from blipq.records import (
     Prepared,
     Recorded,
     flat,
-    job_info,
+    job_of,
     looked,
     paired,
     prepare,
@@ -52,6 +52,9 @@ READ_ONLY = (
 )
 
 DEAD_LETTERS = "blipq:dead-letters"
+
+#: Threads that use one client at the same time, at most; redis-py's own limit is 100.
+MAX_CONNECTIONS = 4096
 
 Unclaimed = Literal["unknown", "ended", "busy", "newer"]
 
@@ -84,18 +87,25 @@ class Claim:
     expires_in: float
 
 
+def connection_options(timeout_s: float) -> dict[str, Any]:
+    """How every connection behaves: answers or raises in time, nothing is retried silently."""
+    return {
+        "decode_responses": True,
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "socket_keepalive": True,
+        "health_check_interval": 30,
+    }
+
+
 def connect(settings: Settings, *, timeout_s: float | None = None) -> "redis.Redis":
-    """A Redis client that answers or raises within its timeout: nothing is retried silently."""
-    timeout = timeout_s or settings.timeout_s
+    """A Redis client that answers or raises within its timeout."""
     return redis.Redis.from_url(
         settings.redis_url,
-        decode_responses=True,
-        socket_timeout=timeout,
-        socket_connect_timeout=timeout,
-        socket_keepalive=True,
-        health_check_interval=30,
+        max_connections=MAX_CONNECTIONS,
         # A dropped connection is opened again once; a timeout is final, or it would double.
         retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+        **connection_options(timeout_s or settings.timeout_s),
     )
 
 
@@ -172,11 +182,7 @@ class Ledger(Scripted):
     def read(self, id: str) -> JobInfo | None:
         """The job, after settling what is due; None for an unknown id."""
         with redis_errors(id):
-            answer = self._run("read", id)
-        if not answer:
-            return None
-        live, *pairs = answer
-        return job_info(id, paired(pairs), live_workers=int(live))
+            return job_of(id, self._run("read", id))
 
     def look(self, ids: Sequence[str], *, notify: str) -> Looked:
         """Which of these jobs have ended, after settling what is due; in one round trip."""

@@ -114,6 +114,11 @@ class Notifier:
         with self._lock:
             self._send("subscribe", self._subscribers.listen(channels, inbox))
 
+    def tell(self, id: str) -> None:
+        """Wakes those who wait for a job."""
+        with self._lock:
+            self._subscribers.tell(id)
+
     def close(self) -> None:
         """Stops listening."""
         self._closed.set()
@@ -149,8 +154,7 @@ class Notifier:
             while not self._closed.is_set():
                 message = pubsub.get_message(timeout=0.5)
                 if message is not None:
-                    with self._lock:
-                        self._subscribers.tell(message["data"])
+                    self.tell(message["data"])
         finally:
             with self._lock:
                 self._pubsub = None

@@ -49,9 +49,18 @@ class Looked:
     ``elsewhere`` holds jobs whose end is told on another client's channel, with that channel.
     """
 
-    ended: list[JobInfo]
-    unknown: list[str]
+    ended: dict[str, JobInfo]
+    unknown: set[str]
     elsewhere: dict[str, str]
+
+    def about(self, ids: Iterable[str]) -> "Looked":
+        """The part that is about these jobs."""
+        ids = list(ids)
+        return Looked(
+            {id: self.ended[id] for id in ids if id in self.ended},
+            self.unknown.intersection(ids),
+            {id: self.elsewhere[id] for id in ids if id in self.elsewhere},
+        )
 
 
 def digest(request: str, options: Options) -> str:
@@ -123,8 +132,16 @@ def message_of(submission: Submission) -> Message:
 def looked(answer: Sequence[Any]) -> Looked:
     """What the look script's answer means."""
     ended, unknown, elsewhere = answer
-    infos = [job_info(id, paired(pairs)) for id, pairs in ended]
-    return Looked(infos, list(unknown), dict(elsewhere))
+    infos = {id: job_info(id, paired(pairs)) for id, pairs in ended}
+    return Looked(infos, set(unknown), dict(elsewhere))
+
+
+def job_of(id: str, answer: Sequence[Any]) -> JobInfo | None:
+    """What the read script's answer means: the job, or None for an unknown id."""
+    if not answer:
+        return None
+    live, *pairs = answer
+    return job_info(id, paired(pairs), live_workers=int(live))
 
 
 def _request_text(request: Request) -> str:

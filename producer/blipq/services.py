@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from blipq.async_ledger import AsyncLedger, connect_async
+from blipq.async_notifier import AsyncNotifier
 from blipq.broker import Broker
 from blipq.ledger import Ledger, connect
 from blipq.notifier import Notifier
@@ -33,6 +35,24 @@ class Services:
         self.ledger.close()
 
 
+class AsyncServices:
+    """The services of one client in one event loop."""
+
+    def __init__(
+        self, ledger: AsyncLedger, broker: Broker, storage: Storage, notifier: AsyncNotifier
+    ) -> None:
+        self.ledger = ledger
+        self.broker = broker
+        self.storage = storage
+        self.notifier = notifier
+
+    async def aclose(self) -> None:
+        """Closes the connections."""
+        await self.notifier.aclose()
+        self.broker.close()
+        await self.ledger.aclose()
+
+
 class Backend:
     """Makes the services of a client: those that its settings name."""
 
@@ -43,6 +63,15 @@ class Backend:
             Broker(settings),
             Storage(settings),
             Notifier(lambda: connect(settings), notify_channel(client)),
+        )
+
+    def async_services(self, settings: Settings, client: str) -> AsyncServices:
+        """The services of an asynchronous client. Connects to nothing yet."""
+        return AsyncServices(
+            AsyncLedger(connect_async(settings), settings),
+            Broker(settings),
+            Storage(settings),
+            AsyncNotifier(lambda: connect_async(settings), notify_channel(client)),
         )
 
 

@@ -58,15 +58,15 @@ class Waiting:
             return []
         self._down = None
         if found.unknown:
-            raise not_found(found.unknown[0])
+            raise not_found(min(found.unknown))
         for id in ids:
             self._unseen.pop(id, None)
             if id in self.open:  # to the end: it is the one looked at last
                 del self.open[id]
                 self.open[id] = None
-        for info in found.ended:
-            self.open.pop(info.id, None)
-        return found.ended
+        for id in found.ended:
+            self.open.pop(id, None)
+        return list(found.ended.values())
 
     def pause(self) -> float:
         """How many seconds to listen before the next look. Raises when the time is up."""

@@ -10,8 +10,8 @@ from blipq.waiting import LOOK_AT, Waiting
 def ended(*ids: str) -> Looked:
     fields = {"kind": "caption", "model": "default", "status": "cancelled"}
     fields |= {"created_at": 0, "expires_at": 1, "completed_at": 0}
-    infos = [JobInfo.model_validate({"id": id, **fields}) for id in ids]
-    return Looked(infos, [], {})
+    infos = {id: JobInfo.model_validate({"id": id, **fields}) for id in ids}
+    return Looked(infos, set(), {})
 
 
 OPEN = ended()
@@ -86,4 +86,4 @@ def test_after_an_outage_every_job_is_still_looked_at() -> None:
 def test_an_unknown_job_is_not_found() -> None:
     waiting = Waiting(ids(2), timeout=60)
     with pytest.raises(JobNotFound, match="job_1"):
-        waiting.looked(waiting.due(), Looked([], ["job_1"], {}))
+        waiting.looked(waiting.due(), Looked({}, {"job_1"}, {}))

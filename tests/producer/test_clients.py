@@ -1,0 +1,359 @@
+"""One set of scenarios for both clients, on the real stack and on the fake: all behave alike.
+
+On the real stack the test plays the worker: it takes the messages that were published, and gives
+the same answers as the fake.
+"""
+
+import inspect
+import itertools
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blipq import (
+    AsyncClient,
+    AsyncJob,
+    Caption,
+    CaptionRequest,
+    CaptionResult,
+    Client,
+    ErrorCode,
+    IdempotencyConflict,
+    InvalidRequest,
+    Job,
+    JobCancelled,
+    JobError,
+    JobExpired,
+    JobFailed,
+    JobNotFound,
+    Options,
+    QueueFull,
+    ResultTimeout,
+    Settings,
+    Submission,
+    SubmitStopped,
+)
+from blipq.errors import PermanentError
+from blipq.ledger import Claim, Ledger, connect
+from blipq.storage import Storage
+from blipq.testing import FakeBlipq
+from blocking import BlockingClient
+
+IMAGE = "s3://uploads/cat.jpg"
+CAT = CaptionResult(captions=(Caption(text="a cat"),))
+QUEUES = ["blipq.default.high", "blipq.default.normal", "blipq.default.low"]
+
+
+class RealWorld(FakeBlipq):
+    """The real services, and a worker that is told its answers like the fake."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.settings = settings
+        self._redis = connect(settings, timeout_s=10)
+        self._ledger = Ledger(self._redis, settings)
+        self._storage = Storage(settings)
+        self._may_run = threading.Event()
+        self._may_run.set()
+        self._over = False
+        self._thread = threading.Thread(target=self._play)
+        self._thread.start()
+
+    def stop_worker(self) -> None:
+        self._may_run.clear()
+
+    def start_worker(self) -> None:
+        self._may_run.set()
+
+    def close(self) -> None:
+        self._over = True
+        self._may_run.set()
+        self._thread.join()
+        self._redis.close()
+
+    def _play(self) -> None:
+        while not self._over:
+            self._may_run.wait()
+            taken: Any = self._redis.brpop(QUEUES, timeout=0.2)
+            if taken is not None:
+                self._may_run.wait()
+                self._run(json.loads(taken[1])["headers"]["id"])
+
+    def _run(self, id: str) -> None:
+        claim = self._ledger.claim(id, "played")
+        if not isinstance(claim, Claim):
+            return
+        found = self._found(claim)
+        if isinstance(found, JobError):
+            self._ledger.fail(claim, found.model_dump_json(), "{}")
+        else:
+            self._ledger.succeed(claim, found.model_dump_json(exclude_none=True), "{}")
+
+
+@pytest.fixture(params=["real", "fake"])
+def world(request: pytest.FixtureRequest) -> Iterator[FakeBlipq]:
+    """Where jobs go."""
+    if request.param == "fake":
+        fake = FakeBlipq()
+        fake.answer("caption", CAT)
+        yield fake
+        return
+    real = RealWorld(request.getfixturevalue("apart"))
+    real.answer("caption", CAT)
+    yield real
+    real.close()
+
+
+@pytest.fixture(params=["Client", "AsyncClient"])
+def opened(request: pytest.FixtureRequest, world: FakeBlipq) -> Iterator[Callable[..., Any]]:
+    """Makes clients of one sort, with settings of their own, that close after the test."""
+    kind: Any = Client if request.param == "Client" else BlockingClient
+    made = []
+
+    def opened(**settings: Any) -> Any:
+        if isinstance(world, RealWorld):
+            client = kind(world.settings.model_copy(update=settings))
+        else:
+            client = kind(backend=world, **settings)
+        made.append(client)
+        return client.__enter__()
+
+    yield opened
+    for client in made:
+        client.__exit__(None, None, None)
+
+
+@pytest.fixture
+def client(opened: Callable[..., Any]) -> Any:
+    return opened()
+
+
+def asked(number: int) -> CaptionRequest:
+    return CaptionRequest.model_validate({"image": f"s3://uploads/{number}.jpg"})
+
+
+# --- one job --------------------------------------------------------------------------------------
+
+
+def test_a_job_comes_to_its_result(client: Any) -> None:
+    job = client.caption(IMAGE)
+    assert job.result(timeout=20) == CAT
+    info = job.info()
+    assert (info.status, info.kind, info.attempts, info.model) == (
+        "succeeded",
+        "caption",
+        1,
+        "default",
+    )
+    assert info.created_at <= info.started_at <= info.completed_at < info.expires_at
+    assert job.status == "succeeded"
+
+
+def test_options_come_back_with_the_job(client: Any) -> None:
+    job = client.caption(IMAGE, priority="high", expires_in="1h", metadata={"order": "42"})
+    info = job.wait(timeout=20)
+    assert info.metadata == {"order": "42"}
+    assert 3500 < (info.expires_at - info.created_at).total_seconds() <= 3600
+
+
+@pytest.mark.parametrize(
+    ("ask", "kind"),
+    [
+        (lambda client: client.vqa(IMAGE, "why?", history=[("what?", "a cat")]), "vqa"),
+        (lambda client: client.match(IMAGE, ["a cat", "a dog"], head="itc"), "match"),
+        (lambda client: client.embed(IMAGE, "a cat"), "embed"),
+        (lambda client: client.describe(IMAGE, questions="why?"), "describe"),
+        (lambda client: client.search("photos", "a cat"), "search"),
+    ],
+)
+def test_every_kind_is_asked(
+    client: Any, world: FakeBlipq, ask: Callable[[Any], Any], kind: str
+) -> None:
+    world.answer(kind, JobError(code=ErrorCode.MODEL_UNAVAILABLE, message="none here"))
+    job = ask(client)
+    assert job.info().kind == kind
+    with pytest.raises(JobFailed, match="model_unavailable: none here"):
+        job.result(timeout=20)
+
+
+def test_a_local_image_is_uploaded(client: Any, tmp_path: Path) -> None:
+    (tmp_path / "cat.jpg").write_bytes(b"a cat")
+    assert client.caption(tmp_path / "cat.jpg").result(timeout=20) == CAT
+    assert client.caption(b"a cat").result(timeout=20) == CAT
+    with pytest.raises(InvalidRequest, match="cannot read"):
+        client.caption(tmp_path / "dog.jpg")
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [({"generation": {"num_beans": 1}}, "num_beans"), ({"priority": "urgent"}, "priority")],
+)
+def test_a_wrong_argument_is_named(client: Any, options: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest, match=field):
+        client.caption(IMAGE, **options)
+
+
+def test_a_failure_has_its_code(client: Any, world: FakeBlipq) -> None:
+    world.answer("caption", PermanentError(ErrorCode.IMAGE_NOT_FOUND, "no such key"), CAT)
+    with pytest.raises(JobFailed, match="no such key") as raised:
+        client.caption(IMAGE).result(timeout=20)
+    assert (raised.value.code, raised.value.attempts) == ("image_not_found", 1)
+    assert client.caption(IMAGE).result(timeout=20) == CAT
+
+
+def test_an_answer_may_depend_on_the_request(client: Any, world: FakeBlipq) -> None:
+    world.answer(
+        "caption", lambda asked: CaptionResult(captions=(Caption(text=asked.prompt or "-"),))
+    )
+    assert client.caption(IMAGE, "a photo of").result(timeout=20).text == "a photo of"
+
+
+def test_time_is_up_while_the_job_goes_on(client: Any, world: FakeBlipq) -> None:
+    world.stop_worker()
+    job = client.caption(IMAGE)
+    with pytest.raises(ResultTimeout, match="still queued") as raised:
+        job.result(timeout=0.05)
+    assert raised.value.job_id == job.id
+    world.start_worker()
+    assert job.result(timeout=20) == CAT
+
+
+def test_a_job_is_cancelled_once(client: Any, world: FakeBlipq) -> None:
+    world.stop_worker()
+    job = client.caption(IMAGE)
+    assert job.cancel()
+    assert not job.cancel()
+    with pytest.raises(JobCancelled):
+        job.result(timeout=20)
+
+
+def test_a_deadline_passes(client: Any, world: FakeBlipq) -> None:
+    world.stop_worker()
+    with pytest.raises(JobExpired):
+        client.caption(IMAGE, expires_in="20ms").result(timeout=20)
+
+
+@pytest.mark.parametrize("look", ["info", "wait", "result", "cancel"])
+def test_an_unknown_id_is_not_found(client: Any, look: str) -> None:
+    with pytest.raises(JobNotFound, match="job_unknown"):
+        getattr(client.job("job_unknown"), look)()
+
+
+def test_a_stored_id_is_a_handle_for_another_client(opened: Callable[..., Any]) -> None:
+    stored = opened().caption(IMAGE).id
+    job = opened().job(stored)
+    assert job.result(timeout=20) == CAT
+    assert job == opened().job(stored)
+
+
+def test_an_idempotency_key_is_one_job(client: Any) -> None:
+    first = client.caption(IMAGE, idempotency_key="order-42")
+    assert client.caption(IMAGE, idempotency_key="order-42") == first
+    with pytest.raises(IdempotencyConflict, match=first.id):
+        client.caption("s3://uploads/dog.jpg", idempotency_key="order-42")
+    with pytest.raises(IdempotencyConflict):
+        client.caption(IMAGE, idempotency_key="order-42", priority="high")
+
+
+def test_a_full_queue_refuses(opened: Callable[..., Any], world: FakeBlipq) -> None:
+    world.stop_worker()
+    client = opened(max_open_jobs=1)
+    client.caption(IMAGE)
+    with pytest.raises(QueueFull):
+        client.caption(IMAGE)
+
+
+# --- many jobs ------------------------------------------------------------------------------------
+
+
+def test_many_are_submitted_and_awaited_in_order(client: Any) -> None:
+    jobs = client.submit_many(map(asked, range(250)), Options(metadata={"a": "b"}))
+    ended = client.wait_all(jobs, timeout=60)
+    assert ended == jobs
+    assert {job.result(timeout=0).text for job in ended} == {"a cat"}
+    assert ended[0].info().metadata == {"a": "b"}
+
+
+def test_many_are_given_as_they_end(client: Any, world: FakeBlipq) -> None:
+    world.stop_worker()
+    jobs = client.submit_many(map(asked, range(3)))
+    ending = client.as_completed(jobs, timeout=20)
+    jobs[2].cancel()
+    assert next(ending) == jobs[2]
+    world.start_worker()
+    assert set(ending) == set(jobs[:2])
+
+
+def test_time_is_up_for_those_that_have_not_ended(client: Any, world: FakeBlipq) -> None:
+    world.stop_worker()
+    jobs = client.submit_many(map(asked, range(3)))
+    jobs[0].cancel()
+    with pytest.raises(ResultTimeout, match="2 of 3 jobs"):
+        list(client.as_completed(jobs, timeout=0.1))
+    with pytest.raises(ResultTimeout, match="2 of 3 jobs"):
+        client.wait_all(jobs, timeout=0.1)
+
+
+def test_submissions_that_stopped_go_on_where_they_stopped(
+    opened: Callable[..., Any], world: FakeBlipq
+) -> None:
+    world.stop_worker()
+    client = opened(max_open_jobs=3)
+    rest = map(asked, range(5))
+    with pytest.raises(SubmitStopped, match="request 3") as raised:
+        client.submit_many(rest)
+    world.start_worker()
+    waited = client.submit_many(itertools.chain(raised.value.pending, rest), timeout=20)
+    assert len(waited) == 2
+
+
+def test_the_same_submissions_are_the_same_jobs(client: Any) -> None:
+    submissions = [Submission(asked(number)) for number in range(3)]
+    first = client.submit_many(submissions)
+    assert client.submit_many(submissions) == first
+    assert [job.id for job in first] == [submission.id for submission in submissions]
+
+
+def test_waits_of_many_threads_share_a_client(client: Any) -> None:
+    jobs = client.submit_many(map(asked, range(20)))
+    told: list[str] = []
+    threads = [
+        threading.Thread(target=lambda job=job: told.append(job.result(timeout=20).text))
+        for job in jobs
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert told == ["a cat"] * 20
+    assert len(client.notifier) == 0
+
+
+# --- parity ---------------------------------------------------------------------------------------
+
+
+def parts(kind: type) -> dict[str, Any]:
+    return {name: part for name, part in vars(kind).items() if not name.startswith("_")}
+
+
+def signature(part: Any) -> list[tuple[Any, ...]]:
+    if isinstance(part, property):
+        return [("self", None, inspect.Parameter.empty)]
+    parameters = inspect.signature(part).parameters.values()
+    return [(each.name, each.default) for each in parameters]
+
+
+@pytest.mark.parametrize(
+    ("sync", "asynchronous"), [(Client, AsyncClient), (Job, AsyncJob)], ids=["client", "job"]
+)
+def test_both_have_the_same_names_and_arguments(sync: type, asynchronous: type) -> None:
+    here, there = parts(sync), parts(asynchronous)
+    renamed = {"aclose": "close"}
+    assert {renamed.get(name, name) for name in there} == set(here)
+    for name, part in there.items():
+        if not isinstance(here[renamed.get(name, name)], property):
+            assert signature(part) == signature(here[renamed.get(name, name)]), name
