@@ -24,6 +24,7 @@ def test_a_message_carries_the_id_and_the_contract(
     assert message["headers"]["task"] == "blipq.caption"
     assert message["headers"]["id"] == "job_1"
     assert message["headers"]["contract"] == 1
+    assert len(json.dumps(message)) < 700, "no more than a worker needs"
     assert message["properties"]["delivery_info"]["routing_key"] == "blipq.default.normal"
     broker.close()
 
@@ -34,6 +35,26 @@ def test_many_messages_keep_their_order(apart: Settings, raw_redis: "redis.Redis
     assert broker.publish_all([Message(Kind.VQA, id, "blipq.default.low") for id in ids])
     queued = [json.loads(text) for text in raw_redis.lrange("blipq.default.low", 0, -1)]
     assert [message["headers"]["id"] for message in reversed(queued)] == ids
+    broker.close()
+
+
+def test_many_messages_need_few_round_trips(apart: Settings, raw_redis: "redis.Redis") -> None:
+    broker = Broker(apart)
+    broker.publish(MESSAGE)
+    raw_redis.config_resetstat()
+    assert broker.publish_all([MESSAGE] * 100)
+    assert raw_redis.info("commandstats")["cmdstat_lpush"]["calls"] == 100
+    assert raw_redis.info("stats")["total_reads_processed"] < 30, "one pipeline"
+    broker.close()
+
+
+def test_a_dropped_connection_loses_no_message(apart: Settings, raw_redis: "redis.Redis") -> None:
+    broker = Broker(apart)
+    assert broker.publish(MESSAGE)
+    raw_redis.client_kill_filter(_type="normal", skipme=True)
+    raw_redis.delete("blipq.default.normal")
+    assert broker.publish_all([MESSAGE] * 5)
+    assert raw_redis.llen("blipq.default.normal") >= 5
     broker.close()
 
 

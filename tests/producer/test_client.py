@@ -334,3 +334,46 @@ def _cancelled(client: Client, job: Job[Any]) -> bool:
         return job.cancel()
     except QueueUnavailable:
         return False
+
+
+# --- when the process forks -----------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_goes_on_with_the_client_at_full_speed(
+    client: Client, ledger: Ledger, tmp_path: Path
+) -> None:
+    """The child once had a dead notifier: its waits were told nothing, and each took polls."""
+    before = client.caption(b"a cat")
+    with pytest.raises(ResultTimeout):
+        before.result(timeout=0.2)  # the notifier runs; broker and S3 are connected
+    child = os.fork()
+    if child == 0:
+        _exit_after(lambda: _ask_and_be_told(client, tmp_path / "id"))
+    redis = client.ledger.redis
+    (channel,) = redis.pubsub_channels("blipq:ended:*")
+    wait_until(lambda: redis.pubsub_numsub(channel) == [(channel, 2)], "both to listen")
+    wait_until(lambda: redis.llen("blipq.default.normal") == 2, "both messages")
+    job = client.job((tmp_path / "id").read_text())
+    ledger.succeed(claimed(ledger, job), RESULT, "{}")
+    assert os.waitpid(child, 0)[1] == 0
+    before.cancel()
+    assert before.wait(timeout=20).status == "cancelled"
+
+
+def _ask_and_be_told(client: Client, note: Path) -> None:
+    job = client.caption(b"a dog")
+    note.write_text(job.id)
+    with client.notifier.watch([job.id]) as inbox:
+        assert inbox.take(30) == [job.id]
+    assert job.result(timeout=5).text == "a cat"
+    client.close()
+
+
+def _exit_after(work: Callable[[], None]) -> None:
+    """Ends a forked child without the parent's exit handlers; its code says how the work went."""
+    try:
+        work()
+        os._exit(0)
+    except BaseException:
+        os._exit(1)

@@ -1,0 +1,71 @@
+"""The fake's own affairs: what a test tells it and what it can be asked."""
+
+import pytest
+
+from blipq import (
+    Caption,
+    CaptionRequest,
+    CaptionResult,
+    Client,
+    ErrorCode,
+    JobFailed,
+    QueueUnavailable,
+    Settings,
+)
+from blipq.testing import FakeBlipq
+
+CAT = CaptionResult(captions=(Caption(text="a cat"),))
+DOG = CaptionResult(captions=(Caption(text="a dog"),))
+
+
+@pytest.fixture
+def fake() -> FakeBlipq:
+    fake = FakeBlipq()
+    fake.answer("caption", CAT)
+    return fake
+
+
+def test_answers_come_one_after_the_other_and_the_last_stays(fake: FakeBlipq) -> None:
+    fake.answer("caption", CAT, DOG)
+    with Client(backend=fake) as client:
+        jobs = client.submit_many([request() for _ in range(3)])
+        assert [job.result(timeout=1) for job in jobs] == [CAT, DOG, DOG]
+
+
+def request() -> CaptionRequest:
+    return CaptionRequest.model_validate({"image": "s3://uploads/cat.jpg"})
+
+
+def test_a_kind_without_an_answer_says_how_to_tell_one(fake: FakeBlipq) -> None:
+    says_how = pytest.raises(JobFailed, match=r"FakeBlipq.answer\('vqa', ...\)")
+    with Client(backend=fake) as client, says_how:
+        client.vqa("s3://uploads/cat.jpg", "why?").result(timeout=1)
+
+
+def test_an_answer_that_raises_is_an_internal_error(fake: FakeBlipq) -> None:
+    def wrong(asked: object) -> CaptionResult:
+        raise RuntimeError("a bug in the test")
+
+    fake.answer("caption", wrong)
+    with Client(backend=fake) as client, pytest.raises(JobFailed, match="a bug") as raised:
+        client.caption("s3://uploads/cat.jpg").result(timeout=1)
+    assert raised.value.code == ErrorCode.INTERNAL
+
+
+def test_what_was_asked_and_stored_can_be_looked_at(fake: FakeBlipq) -> None:
+    with Client(backend=fake) as client:
+        client.caption(b"a cat", "a photo of", output="s3://results/1.json").result(timeout=1)
+    (asked,) = fake.requests
+    assert isinstance(asked, CaptionRequest)
+    assert asked.prompt == "a photo of"
+    assert fake.objects[asked.image.uri] == b"a cat"
+    assert CaptionResult.model_validate_json(fake.objects["s3://results/1.json"]) == CAT
+    assert [job.status for job in fake.jobs] == ["succeeded"]
+
+
+def test_nothing_is_connected_to(fake: FakeBlipq) -> None:
+    nowhere = Settings(redis_url="redis://127.0.0.1:1/0", s3_endpoint_url="http://127.0.0.1:1")
+    with pytest.raises(QueueUnavailable), Client(nowhere) as client:
+        client.caption("s3://uploads/cat.jpg")
+    with Client(nowhere, backend=fake) as client:
+        assert client.caption(b"a cat").result(timeout=1) == CAT
