@@ -232,7 +232,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=10_000)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rig = Rig(Path(folder))
+        rig = Rig(Path(folder), forked=False)
         try:
             clean = Chaos(rig, arguments.jobs, random.Random(arguments.seed)).run()
         finally:

@@ -23,3 +23,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.guarantee)
+            if item.get_closest_marker("timeout") is None:  # outages take long on a busy machine
+                item.add_marker(pytest.mark.timeout(300))

@@ -18,7 +18,7 @@ from typing import Any
 
 from blipq.settings import Settings
 from blipq_worker.app import Worker
-from blipq_worker.blip2 import GeneratedText, GenerateItem, GenerationParams, ModelInfo
+from blipq_worker.blip2 import GeneratedText, GenerateItem, ModelInfo
 from blipq_worker.settings import WorkerSettings
 
 #: A picture of this size hangs its decoder.
@@ -47,8 +47,8 @@ class FaultyModel:
             threading.Event().wait()
         return SimpleNamespace(size=image.size)
 
-    def check(self, prompts: Sequence[str], params: GenerationParams) -> None:
-        """Any prompt will do."""
+    def check(self, item: Any) -> None:
+        """Anything will do."""
 
     def generate(
         self, items: Sequence[GenerateItem], wanted: Callable[[int], bool]

@@ -19,19 +19,20 @@ from blipq.ledger import connect
 from blipq.local import LocalStack
 from blipq.supervisor import Service
 from conftest import wait_until
+from guarantees import faulty_worker
 from guarantees.faulty_s3 import FaultyS3
+from guarantees.forked import Forked
 
 #: Leases are scaled down, so that a crash costs seconds. The real settings run on demand.
 LEASE_S = float(os.environ.get("GUARANTEES_LEASE_S", "3"))
 
-FAULTY_WORKER = Path(__file__).with_name("faulty_worker.py")
-
 
 class Rig:
-    """A stack, a client and workers."""
+    """A stack, a client and workers, ``forked`` or started from nothing as in production."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, forked: bool = True) -> None:
         self.folder = folder
+        self._forked = forked
         self.stack = LocalStack(folder / "stack")
         self.stack.start()
         self.settings = self.stack.settings()
@@ -57,10 +58,16 @@ class Rig:
         environment["BLIPQ_S3_ENDPOINT_URL"] = self.s3.url
         environment |= {f"BLIPQ_{key.upper()}": str(value) for key, value in options.items()}
         log = self.folder / f"worker-{next(self._numbers)}.log"
-        worker = Service("worker", [sys.executable, str(FAULTY_WORKER)], env=environment, log=log)
+        worker = self._worker(environment, log)
         worker.start()
         self.workers.append(worker)
         return worker
+
+    def _worker(self, environment: dict[str, str], log: Path) -> Service:
+        if self._forked:
+            return Forked("worker", faulty_worker.main, env=environment, log=log)
+        command = [sys.executable, faulty_worker.__file__]
+        return Service("worker", command, env=environment, log=log)
 
     def _alive(self, worker: Service, name: str) -> bool:
         assert worker.exit_code is None, worker.last_words(40)

@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,25 @@ from typing import Any
 import pytest
 from standardwebhooks import Webhook
 
-from blipq import Job, Status
+from blipq import Job, Status, cli
 from blipq.ledger import Claim, Ledger
 from blipq.settings import Settings
 from blipq.supervisor import Service
 from blipq.webhooks.delivery import webhook_id
 from blipq.webhooks.outbox import Outbox
 from conftest import wait_until
+from guarantees.forked import Forked
 from guarantees.rig import Rig
 from receivers import SECRET, Got, Receiver, receiving
 
 TIMEOUT_S = 1.0
 LADDER = "0," + ",".join(["0.2"] * 20)
+
+
+def run_sender() -> int:
+    """`blipq webhooks run`."""
+    sys.argv = ["blipq", "webhooks", "run"]
+    return int(cli.main() or 0)
 
 
 class Hooks:
@@ -51,8 +59,7 @@ class Hooks:
         environment = self.rig.stack.environment()
         environment |= {f"BLIPQ_{name.upper()}": str(value) for name, value in options.items()}
         log = self.rig.folder / f"sender-{len(self.senders)}.log"
-        command = [sys.executable, "-m", "blipq", "webhooks", "run"]
-        sender = Service("sender", command, env=environment, log=log)
+        sender = Forked("sender", run_sender, env=environment, log=log)
         sender.start()
         self.senders.append(sender)
         name = f"-{sender.pid}-"
@@ -162,26 +169,28 @@ def test_410_stops_that_url_and_no_other(shared: Hooks) -> None:
 
 def test_two_hundred_jobs_reach_a_receiver_that_misbehaves_at_random(shared: Hooks) -> None:
     chance = random.Random(8)
-    lost: dict[str, int] = {}
+    told: Counter[str] = Counter()
     answers: list[Any] = [200, 200, 500, "hang", "drop", (302, {"Location": "/"}), 429]
 
     def behave(got: Got) -> Any:
         answer = chance.choice(answers)
         if answer == 200 and chance.random() < 0.1:
-            # It took the event, and its answer is lost: the one reason for a duplicate.
-            lost[got.id] = lost.get(got.id, 0) + 1
-            return "drop"
+            answer = "drop"  # it took the event, and its answer is lost
+        told[str(answer)] += 1
         return answer
 
+    before = Counter(shared.outbox.counts())
     with receiving(behave) as receiver:
         jobs = [shared.job(receiver) for _ in range(200)]
         shared.rig.all_succeed(jobs, timeout=100)
         shared.settled(timeout=100)
     expected = {webhook_id(f"{job.id}/job.succeeded") for job in jobs}
     assert {got.id for got in receiver.got} == expected
-    accepted = {id: receiver.delivered[id] + lost.get(id, 0) for id in expected}
-    assert all(receiver.delivered[id] == 1 for id in expected)
-    assert all(times == 1 + lost.get(id, 0) for id, times in accepted.items())
+    counted = Counter(shared.outbox.counts()) - before
+    assert counted["delivered"] == 200
+    # An answer that came too late is the one other reason for a duplicate.
+    late = counted["timeout"] - told["hang"]
+    assert 200 <= told["200"] <= 200 + late
     for got in receiver.got:
         Webhook(SECRET).verify(got.body, got.headers)
 
@@ -309,8 +318,8 @@ def test_a_receiver_that_hangs_leaves_the_rate_of_the_others_alone(hooks: Hooks)
             for _ in range(events):
                 hooks.end(fine)
             before = len(fine.got)
-            sender = hooks.start_sender(webhook_ladder="0,600")
-            wait_until(lambda: len(fine.got) == before + events, "the deliveries", timeout=60)
+            sender = hooks.start_sender(webhook_ladder="0,600", webhook_timeout_s=5)
+            wait_until(lambda: len(fine.got) >= before + events, "the deliveries", timeout=60)
             sender.stop(timeout=20)
             return events / (fine.got[-1].at - fine.got[before].at)
 
