@@ -25,7 +25,7 @@ ROWS = (
     ("fetch",),
     ("engine", "index_writer"),
     ("leases", "ask", "ask_index"),
-    ("kinds", "search"),
+    ("kinds", "search", "pictures", "equal"),
     ("tasks",),
     ("app",),
 )

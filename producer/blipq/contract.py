@@ -627,7 +627,10 @@ class JobError(_Told):
 class Receipt(_Told):
     """What the work took and who did it. Times in milliseconds.
 
-    ``note`` says what a person should know about the answer.
+    ``vision_ms`` is part of the passes that it is told beside: of ``generate_ms`` and the like. It
+    is 0, and ``cache_hit`` true, where the model had seen the image before and need not look again;
+    then ``decode_ms`` is missing. ``shared``: an equal job computed the answer at the same time, so
+    this one's own passes are missing. ``note`` says what a person should know about the answer.
     """
 
     queue_ms: float | None = None
@@ -643,6 +646,7 @@ class Receipt(_Told):
     tokens: int | None = None
     batch_size: int | None = None
     cache_hit: bool | None = None
+    shared: bool | None = None
     checkpoint: str | None = None
     revision: str | None = None
     dtype: str | None = None

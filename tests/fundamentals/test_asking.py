@@ -9,6 +9,7 @@ from pytest_httpserver import HTTPServer
 from blipq import Client, JobFailed, Settings
 from blipq.supervisor import Service
 from blipq_worker.demo import world
+from fundamentals.pictures import png
 
 pytestmark = pytest.mark.usefixtures("worker")
 
@@ -143,3 +144,15 @@ def test_the_receipt_says_what_the_work_took(
     assert receipt.batch_size >= 1
     assert (receipt.dtype, receipt.quantization) == ("float32", "none")
     assert f"-{worker.pid}-" in receipt.worker
+
+
+def test_an_image_is_looked_at_once(client: Client) -> None:
+    """The second job about it needs no download, no decoding and no vision pass."""
+    picture = png(world.scene(991))
+    client.caption(picture).result(timeout=60)
+    job = client.vqa(picture, "how many shapes are there?")
+    job.result(timeout=60)
+    receipt = job.info().receipt
+    assert receipt.cache_hit
+    assert receipt.vision_ms == 0
+    assert receipt.decode_ms is None

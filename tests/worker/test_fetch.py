@@ -45,16 +45,16 @@ def is_unavailable(error: WorkError) -> bool:
 
 
 def test_an_object_is_fetched_whole(storage: Storage, image: ImageRef) -> None:
-    assert fetcher(storage).fetch(image) == BYTES
+    assert fetcher(storage).fetch(image).data == BYTES
 
 
 def test_an_object_of_just_the_allowed_size_is_fetched(storage: Storage, image: ImageRef) -> None:
-    assert fetcher(storage, max_bytes=len(BYTES)).fetch(image) == BYTES
+    assert fetcher(storage, max_bytes=len(BYTES)).fetch(image).data == BYTES
 
 
 def test_an_empty_object_is_fetched(storage: Storage) -> None:
     storage.put("s3://blipq-inbox/empty", b"", content_type="image/png")
-    assert fetcher(storage).fetch(ImageRef(uri="s3://blipq-inbox/empty")) == b""
+    assert fetcher(storage).fetch(ImageRef(uri="s3://blipq-inbox/empty")).data == b""
 
 
 @pytest.mark.parametrize("uri", ["s3://blipq-inbox/no/such.png", "s3://no-such-bucket-at-all/key"])
@@ -74,10 +74,37 @@ def test_an_object_that_may_not_be_read_is_forbidden(settings: Settings, image: 
 def test_an_object_that_changed_is_told(storage: Storage, image: ImageRef) -> None:
     found = storage.client.head_object(Bucket=image.bucket, Key=image.key)
     pinned = image.model_copy(update={"etag": found["ETag"]})
-    assert fetcher(storage).fetch(pinned) == BYTES
+    assert fetcher(storage).fetch(pinned).data == BYTES
     other = image.model_copy(update={"etag": '"0123456789abcdef0123456789abcdef"'})
     error = refusal(fetcher(storage), other)
     assert (type(error), error.code) == (PermanentError, ErrorCode.IMAGE_CHANGED)
+
+
+def etag_of(storage: Storage, image: ImageRef) -> str:
+    return storage.client.head_object(Bucket=image.bucket, Key=image.key)["ETag"]
+
+
+def test_an_object_that_is_known_is_not_sent_again(storage: Storage, image: ImageRef) -> None:
+    fetched = fetcher(storage).fetch(image)
+    assert fetched.etag == etag_of(storage, image)
+    assert fetcher(storage).fetch(image, unless=fetched.etag) is None
+    assert fetcher(storage).fetch(image, unless='"another"').data == BYTES
+
+
+def test_what_is_known_must_still_exist_and_be_readable(
+    storage: Storage, settings: Settings, image: ImageRef
+) -> None:
+    etag = etag_of(storage, image)
+    with pytest.raises(PermanentError) as caught:
+        fetcher(storage).fetch(ImageRef(uri="s3://blipq-inbox/no/such.png"), unless=etag)
+    assert caught.value.code is ErrorCode.IMAGE_NOT_FOUND
+    fields = settings.model_dump() | {"s3_secret_access_key": "wrong"}
+    with pytest.raises(PermanentError) as caught:
+        fetcher(Storage(Settings.model_validate(fields))).fetch(image, unless=etag)
+    assert caught.value.code is ErrorCode.IMAGE_FORBIDDEN
+    with pytest.raises(PermanentError) as caught:
+        fetcher(storage, allowed_buckets=["other"]).fetch(image, unless=etag)
+    assert caught.value.code is ErrorCode.IMAGE_FORBIDDEN
 
 
 def test_a_large_object_is_refused_by_its_header(storage: Storage, image: ImageRef) -> None:
@@ -88,7 +115,7 @@ def test_a_large_object_is_refused_by_its_header(storage: Storage, image: ImageR
 
 @pytest.mark.parametrize("allowed", ["blipq-inbox", "blipq-inbox/"])
 def test_an_allowed_bucket_is_read(storage: Storage, image: ImageRef, allowed: str) -> None:
-    assert fetcher(storage, allowed_buckets=["other", allowed]).fetch(image) == BYTES
+    assert fetcher(storage, allowed_buckets=["other", allowed]).fetch(image).data == BYTES
 
 
 @pytest.mark.parametrize("allowed", ["blipq", "blipq-inbox-2", "blipq-inbox/private/"])
@@ -178,9 +205,16 @@ def test_a_body_without_a_length_is_counted_while_it_streams(serve: Serve) -> No
     chunk = b"800\r\n" + b"x" * 2048 + b"\r\n"
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     storage = serve(lambda c: c.sendall(head + 4 * chunk + b"0\r\n\r\n"))
-    assert fetcher(storage, max_bytes=8192).fetch(ANYWHERE) == b"x" * 8192
+    assert fetcher(storage, max_bytes=8192).fetch(ANYWHERE).data == b"x" * 8192
     error = refusal(fetcher(storage, max_bytes=8191), ANYWHERE)
     assert error.code is ErrorCode.IMAGE_TOO_LARGE
+
+
+def test_a_server_that_ignores_conditions_gives_no_other_bytes(serve: Serve) -> None:
+    storage = serve(lambda c: c.sendall(OK % 4 + b"abcd"))
+    assert fetcher(storage).fetch(ANYWHERE.model_copy(update={"etag": "x"})).data == b"abcd"
+    error = refusal(fetcher(storage), ANYWHERE.model_copy(update={"etag": "y"}))
+    assert (type(error), error.code) == (PermanentError, ErrorCode.IMAGE_CHANGED)
 
 
 @pytest.mark.parametrize("status", [b"503 Slow Down", b"500 Internal Server Error"])

@@ -12,6 +12,7 @@ from blipq.contract import (
     DescribeRequest,
     EmbedRequest,
     MatchRequest,
+    SearchRequest,
     Turn,
     VQARequest,
 )
@@ -270,3 +271,39 @@ def test_an_image_for_an_index_goes_there_and_not_into_the_result(
     ((name, entry),) = model.added
     assert (name, entry.id, entry.uri, entry.etag) == ("pets", id, IMAGE["uri"], "1")
     assert (entry.metadata, entry.vectors.shape) == (metadata, (2, 3))
+
+
+SAMPLED = {"do_sample": True}
+
+
+@pytest.mark.parametrize(
+    ("asked", "features", "repeatable"),
+    [
+        (CaptionRequest(image=IMAGE), {"generation"}, True),
+        (CaptionRequest(image=IMAGE, best_of=2), {"generation", "patches"}, True),
+        (CaptionRequest(image=IMAGE, generation=SAMPLED), {"generation"}, False),
+        (CaptionRequest(image=IMAGE, generation={**SAMPLED, "seed": 1}), {"generation"}, True),
+        (VQARequest(image=IMAGE, questions="why?"), {"generation"}, True),
+        (VQARequest(image=IMAGE, questions="why?", generation=SAMPLED), {"generation"}, False),
+        (MatchRequest(image=IMAGE, texts="a"), {"patches"}, True),
+        (MatchRequest(image=IMAGE, texts="a", head="itc"), {"retrieval"}, True),
+        (EmbedRequest(image=IMAGE), {"retrieval"}, True),
+        (EmbedRequest(image=IMAGE, text="a", mode="multimodal"), {"patches"}, True),
+        (EmbedRequest(image=IMAGE, index={"name": "pets"}), {"retrieval"}, False),
+        (SearchRequest(index="pets", image=IMAGE), {"retrieval"}, False),
+        (DescribeRequest(image=IMAGE), {"generation"}, True),
+        (DescribeRequest(image=IMAGE, generation=SAMPLED), {"generation"}, False),
+        (
+            DescribeRequest(image=IMAGE, questions="why?", texts="a", embed=True),
+            {"generation", "patches", "retrieval"},
+            True,
+        ),
+        (DescribeRequest(image=IMAGE, caption=False, embed=True), {"retrieval"}, True),
+    ],
+    ids=str,
+)
+def test_what_a_job_needs_of_its_image_and_whether_it_can_be_shared(
+    asked: Any, features: set[str], repeatable: bool
+) -> None:
+    assert kinds.needed(asked) == features
+    assert kinds.is_repeatable(asked) == repeatable

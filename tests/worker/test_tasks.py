@@ -1,8 +1,11 @@
 """A job's life on the worker, with everything real but the model."""
 
+import hashlib
 import io
 import json
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +24,12 @@ from blipq_worker.budget import Budget
 from blipq_worker.engine import Engine
 from blipq_worker.fetch import Fetcher
 from blipq_worker.gate import Gate
+from blipq_worker.images import ImageLimits
 from blipq_worker.index import Indexes
 from blipq_worker.index_writer import IndexWriter
 from blipq_worker.leases import Held
 from blipq_worker.metrics import WorkerMetrics
+from blipq_worker.pictures import Pictures
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.tasks import HandBack, JobFailedTask, Runner
 from conftest import wait_until
@@ -49,12 +54,17 @@ class Model:
 
     def __init__(self) -> None:
         self.before: Callable[[], object] = lambda: None
+        self.known: dict[str, tuple[int, int]] = {}
 
     def on_step(self, call: Any) -> None:
         """It has no steps."""
 
-    def preprocess(self, image: Image.Image) -> Pixels:
-        return Pixels(image.size)  # type: ignore[arg-type]
+    def preprocess(self, image: Image.Image, *, digest: str, whole: bool) -> Pixels:
+        return Pixels(image.size, digest=digest, whole=whole, vision_ms=1.0)  # type: ignore[arg-type]
+
+    def recall(self, digest: str, needed: Any) -> Pixels | None:
+        size = self.known.get(digest)
+        return None if size is None else Pixels(size, digest=digest)  # type: ignore[arg-type]
 
     def check(self, item: Any) -> None:
         if "too long" in str(getattr(item, "prompts", getattr(item, "text", None))):
@@ -156,8 +166,13 @@ def parts(apart: Settings, storage: Storage, tmp_path: Path) -> Iterator[Parts]:
             ledger=client.ledger,
             broker=client.broker,
             storage=client.storage,
-            fetcher=Fetcher(client.storage, max_bytes=2**20, timeout_s=10),
-            decoding=Budget(TINY.decode_memory_bytes, most=TINY.decode_threads),
+            pictures=Pictures(
+                Fetcher(client.storage, max_bytes=2**20, timeout_s=10),
+                fetching=Budget(TINY.fetch_memory_bytes, most=4),
+                decoding=Budget(TINY.decode_memory_bytes, most=TINY.decode_threads),
+                limits=ImageLimits(),
+                timeout_s=10,
+            ),
             engine=engine,
             indexes=indexes,
             writer=writer,
@@ -202,6 +217,66 @@ def test_a_caption_is_stored_with_its_receipt(parts: Parts, picture: bytes) -> N
     times = (receipt.queue_ms, receipt.fetch_ms, receipt.decode_ms, receipt.generate_ms)
     assert all(time is not None and time >= 0 for time in times)
     assert parts.held.claims() == []
+
+
+def test_the_receipt_says_what_looking_took_and_whether_the_image_was_known(
+    parts: Parts, picture: bytes
+) -> None:
+    receipt = parts.run(parts.client.caption(picture)).receipt
+    assert (receipt.vision_ms, receipt.cache_hit) == (1.0, False)
+    parts.model.known[hashlib.sha256(picture).hexdigest()] = (30, 20)
+    again = parts.run(parts.client.caption(picture, "again")).receipt
+    assert (again.vision_ms, again.cache_hit, again.decode_ms) == (0, True, None)
+    text = parts.run(parts.client.embed(text="a cat")).receipt
+    assert (text.vision_ms, text.cache_hit) == (None, None)
+
+
+def together(parts: Parts, jobs: list[Job[Any]]) -> list[JobInfo]:
+    """Runs jobs side by side: the model answers when all of them wait for it."""
+    going = threading.Event()
+    parts.model.before = lambda: going.wait(20)
+    with ThreadPoolExecutor(len(jobs)) as threads:
+        ran = [threads.submit(parts.run, job) for job in jobs]
+        equal, engine = parts.runner._equal, parts.runner._engine
+
+        def waiting() -> int:
+            followers = sum(len(each._done_callbacks) for each in equal._leaders.values())
+            return followers + len(engine.batcher._waiting) + bool(engine.batcher._busy_since)
+
+        wait_until(lambda: waiting() >= len(jobs), "all jobs to wait")
+        going.set()
+        return [each.result(20) for each in ran]
+
+
+def test_equal_jobs_in_flight_are_computed_once(parts: Parts, picture: bytes) -> None:
+    infos = together(parts, [parts.client.caption(picture) for _ in range(3)])
+    assert [info.result.text for info in infos] == ["30 x 20"] * 3
+    assert sorted(bool(info.receipt.shared) for info in infos) == [False, True, True]
+    assert [info.receipt.tokens for info in infos if not info.receipt.shared] == [3]
+    assert all(info.receipt.checkpoint == "fake" for info in infos)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "a"},
+        {"generation": {"num_beams": 2}},
+        {"priority": "high"},
+    ],
+)
+def test_jobs_that_differ_are_computed_each(
+    parts: Parts, picture: bytes, fields: dict[str, Any]
+) -> None:
+    infos = together(
+        parts, [parts.client.caption(picture), parts.client.caption(picture, **fields)]
+    )
+    assert [info.receipt.shared for info in infos] == [None, None]
+
+
+def test_samples_are_drawn_for_each_job(parts: Parts, picture: bytes) -> None:
+    sampled = {"do_sample": True, "num_beams": 2}
+    infos = together(parts, [parts.client.caption(picture, generation=sampled) for _ in range(2)])
+    assert [info.receipt.shared for info in infos] == [None, None]
 
 
 def test_answers_come_in_the_order_of_the_questions(parts: Parts, picture: bytes) -> None:
@@ -445,7 +520,7 @@ def test_an_output_that_cannot_be_written_fails_the_job(
 
 @pytest.fixture
 def unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fetch(*_: Any) -> bytes:
+    def fetch(*_: Any, **__: Any) -> bytes:
         raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, "S3 is slow")
 
     monkeypatch.setattr(Fetcher, "fetch", fetch)
@@ -472,7 +547,7 @@ def test_a_retry_can_succeed(parts: Parts, picture: bytes, monkeypatch: pytest.M
     assert (info.status, info.attempts) == ("succeeded", 2)
 
 
-def _raise_unavailable(*_: Any) -> bytes:
+def _raise_unavailable(*_: Any, **__: Any) -> bytes:
     raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, "S3 is slow")
 
 

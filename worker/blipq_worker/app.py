@@ -27,10 +27,12 @@ from blipq_worker.fetch import Fetcher
 from blipq_worker.gate import Gate
 from blipq_worker.health import BrokerLoop, HealthServer
 from blipq_worker.https import HttpsFetcher
+from blipq_worker.images import ImageLimits
 from blipq_worker.index import Indexes
 from blipq_worker.index_writer import IndexWriter
 from blipq_worker.leases import Heartbeat, Held, Reconciler
 from blipq_worker.metrics import WorkerMetrics
+from blipq_worker.pictures import Pictures
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.tasks import HandBack, JobFailedTask, Runner
 from blipq_worker.transport import harden
@@ -78,14 +80,7 @@ class Worker:
             ledger=ledger,
             broker=self._broker,
             storage=storage,
-            fetcher=Fetcher(
-                storage,
-                max_bytes=options.max_image_bytes,
-                timeout_s=options.fetch_timeout_s,
-                allowed_buckets=options.allowed_buckets,
-                https=self._https_fetcher(settings) if options.https_images else None,
-            ),
-            decoding=self._decoding,
+            pictures=self._pictures(storage, settings),
             engine=self._engine,
             indexes=indexes,
             writer=self._writer,
@@ -121,6 +116,23 @@ class Worker:
         give_large_blocks_back()
         self._app = make_app(settings)
         register_tasks(self._app, self._runner)
+
+    def _pictures(self, storage: Storage, settings: Settings) -> Pictures:
+        options = self._options
+        fetcher = Fetcher(
+            storage,
+            max_bytes=options.max_image_bytes,
+            timeout_s=options.fetch_timeout_s,
+            allowed_buckets=options.allowed_buckets,
+            https=self._https_fetcher(settings) if options.https_images else None,
+        )
+        return Pictures(
+            fetcher,
+            fetching=Budget(options.fetch_memory_bytes, most=options.threads),
+            decoding=self._decoding,
+            limits=ImageLimits(formats=options.image_formats, max_pixels=options.max_image_pixels),
+            timeout_s=options.job_timeout_s,
+        )
 
     def run(self) -> int:
         """Works until it is told to stop; the exit code."""

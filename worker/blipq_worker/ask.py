@@ -10,7 +10,7 @@ from typing import Any, cast
 from blipq.contract import Priority, Receipt
 from blipq.errors import PermanentError
 from blipq.ledger import Claim
-from blipq_worker.blip2 import EmbedItem, GenerateItem, Item, MatchItem, ModelInfo, RankItem
+from blipq_worker.blip2 import EmbedItem, GenerateItem, Item, MatchItem, ModelInfo, Pixels, RankItem
 from blipq_worker.engine import Embedded, Engine, Generated, ItemAnswer, Matched, Ranked
 from blipq_worker.leases import Held
 
@@ -93,6 +93,8 @@ class Asker:
         self._held = held
         self._watch = watch
         self._timeout_s = timeout_s
+        self.notes: list[str] = []
+        self._images: dict[int, Pixels] = {}
         self._expires_at = time.monotonic() + claim.expires_in
         self._priority = Priority(claim.queue.rsplit(".", 1)[-1])
         info = self.info
@@ -140,6 +142,7 @@ class Asker:
         self._watch.add("wait_ms", max(0.0, waited))
         for item, answer in zip(items, answers, strict=True):
             self._record(item, answer)
+        self._record_looks(items)
         return answers
 
     def fits(self, item: Item) -> bool:
@@ -152,13 +155,21 @@ class Asker:
 
     def note(self, text: str) -> None:
         """Tells the caller something about the answer."""
-        self._watch.note(text)
+        self.notes.append(text)
 
     def _record(self, item: Item, answer: ItemAnswer) -> None:
         self._watch.add(_STAGES[type(item)], answer.pass_ms)
         self._watch.say(batch_size=answer.batch_size)
         if isinstance(answer, Generated):
             self._watch.add("tokens", sum(text.tokens for texts in answer.texts for text in texts))
+
+    def _record_looks(self, items: Sequence[Item]) -> None:
+        """What looking at images took; nothing where all that was asked of them was known."""
+        looked_at = [item.pixels for item in items if item.pixels is not None]
+        self._images.update((id(image), image) for image in looked_at)
+        if self._images:
+            took = sum(image.vision_ms for image in self._images.values())
+            self._watch.say(vision_ms=took, cache_hit=took == 0)
 
     def _answers(self, items: Sequence[Item]) -> list[ItemAnswer]:
         """Waits for answers; a claim that is lost meanwhile, or expires, ends the work on them."""

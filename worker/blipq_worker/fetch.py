@@ -3,7 +3,9 @@
 import io
 import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, overload
 
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from urllib3.exceptions import HTTPError
@@ -17,13 +19,20 @@ CHUNK_BYTES = 256 * 1024
 
 _PERMANENT = {
     400: ErrorCode.INVALID_REQUEST,
-    304: ErrorCode.IMAGE_CHANGED,
     401: ErrorCode.IMAGE_FORBIDDEN,
     403: ErrorCode.IMAGE_FORBIDDEN,
     404: ErrorCode.IMAGE_NOT_FOUND,
     405: ErrorCode.IMAGE_NOT_FOUND,  # a delete marker, read by its version id
     412: ErrorCode.IMAGE_CHANGED,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """An image's bytes, and the ETag of that very answer (None: there was none)."""
+
+    data: bytes
+    etag: str | None
 
 
 class Fetcher:
@@ -39,26 +48,36 @@ class Fetcher:
         https: HttpsFetcher | None = None,
     ) -> None:
         self._storage = storage
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._timeout_s = timeout_s
         self._allowed = tuple(allowed_buckets)
         self._https = https
 
-    def fetch(self, image: ImageRef) -> bytes:
-        """The image's bytes.
+    @overload
+    def fetch(self, image: ImageRef) -> Fetched: ...
 
-        Raises PermanentError (image_not_found, image_forbidden, image_changed, image_too_large,
+    @overload
+    def fetch(self, image: ImageRef, *, unless: str | None) -> Fetched | None: ...
+
+    def fetch(self, image: ImageRef, *, unless: str | None = None) -> Fetched | None:
+        """The image, or None where an object still has the ETag ``unless``.
+
+        Its store says so, who thereby also says that the object exists and may be read. Raises
+        PermanentError (image_not_found, image_forbidden, image_changed, image_too_large,
         url_forbidden) or TransientError (image_unavailable). Bytes are counted while they stream,
         and the deadline covers the whole download: a slow drip never trips a read timeout.
         """
         if not image.in_s3:
-            return self._over_https(image)
+            return Fetched(self._over_https(image), None)
         self._check_allowed(image)
         deadline = time.monotonic() + self._timeout_s
         try:
-            response = self._storage.client.get_object(**_arguments(image))
-            return self._read(image, response, deadline)
+            response = self._storage.client.get_object(**_arguments(image, unless))
+            _check_etag(image, response)
+            return Fetched(self._read(image, response, deadline), response.get("ETag"))
         except ClientError as error:
+            if unless is not None and status_of(error) == HTTPStatus.NOT_MODIFIED:
+                return None
             raise _refused(image, error) from error
         except NoCredentialsError as error:
             message = "the worker has no S3 credentials"
@@ -82,13 +101,13 @@ class Fetcher:
         body = response["Body"]
         try:
             length = response.get("ContentLength")  # none in a chunked answer
-            if length is not None and length > self._max_bytes:
+            if length is not None and length > self.max_bytes:
                 raise self._too_large(image)
             data = io.BytesIO()  # its value is its buffer: the bytes are held once
             # read1-sized steps: a whole chunk of a drip would outlast the deadline unseen.
             while piece := body._raw_stream.read1(CHUNK_BYTES):
                 data.write(piece)
-                if data.tell() > self._max_bytes:
+                if data.tell() > self.max_bytes:
                     raise self._too_large(image)
                 if time.monotonic() > deadline:
                     message = f"{image.uri}: not read within {self._timeout_s:g} s"
@@ -102,7 +121,7 @@ class Fetcher:
             raise
 
     def _too_large(self, image: ImageRef) -> PermanentError:
-        message = f"{image.uri} is larger than {self._max_bytes:,} bytes"
+        message = f"{image.uri} is larger than {self.max_bytes:,} bytes"
         return PermanentError(ErrorCode.IMAGE_TOO_LARGE, message)
 
 
@@ -115,13 +134,29 @@ def is_allowed(bucket: str, key: str, allowed: Sequence[str]) -> bool:
     return any(f"{bucket}/{key}".startswith(each.rstrip("/") + "/") for each in allowed)
 
 
-def _arguments(image: ImageRef) -> dict[str, Any]:
+def _arguments(image: ImageRef, unless: str | None) -> dict[str, Any]:
     arguments: dict[str, Any] = {"Bucket": image.bucket, "Key": image.key}
     if image.version_id is not None:
         arguments["VersionId"] = image.version_id
-    if image.etag is not None:
+    if unless is not None and (image.etag is None or _same(image.etag, unless)):
+        arguments["IfNoneMatch"] = unless
+    elif image.etag is not None:
         arguments["IfMatch"] = image.etag
     return arguments
+
+
+def _check_etag(image: ImageRef, response: Any) -> None:
+    """Refuses other bytes than those asked for, whatever the server makes of conditions."""
+    etag = response.get("ETag")
+    if image.etag is not None and etag is not None and not _same(image.etag, etag):
+        response["Body"].close()
+        message = f"{image.uri} has the ETag {etag} now"
+        raise PermanentError(ErrorCode.IMAGE_CHANGED, message)
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two ETags are equal; callers write them with and without quotes."""
+    return one.strip('"') == other.strip('"')
 
 
 def _refused(image: ImageRef, error: ClientError) -> PermanentError | TransientError:

@@ -77,8 +77,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     result = SearchResult.model_validate_json(sys.stdin.read())
     fetcher = Fetcher(Storage(checked(Settings)), max_bytes=_MAX_BYTES, timeout_s=_TIMEOUT_S)
+
+    def fetch(image: ImageRef) -> bytes:
+        return fetcher.fetch(image).data
+
     try:
-        arguments.path.write_text(page(result, arguments.title, fetcher.fetch), encoding="utf-8")
+        arguments.path.write_text(page(result, arguments.title, fetch), encoding="utf-8")
     except OSError as error:
         print(f"blipq: cannot write {arguments.path}: {error.strerror}", file=sys.stderr)
         return 2

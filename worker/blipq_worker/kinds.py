@@ -7,7 +7,7 @@ one item and waits for its answer; handlers know nothing of queues, leases or ba
 import math
 from base64 import b64encode
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -40,6 +40,7 @@ from blipq.contract import (
 from blipq_worker import search
 from blipq_worker.blip2 import (
     EmbedItem,
+    Feature,
     GenerateItem,
     GenerationParams,
     Item,
@@ -98,6 +99,33 @@ def image_of(request: Request) -> ImageRef | None:
     if isinstance(request, EmbedRequest) and request.mode == "text":
         return None
     return request.image
+
+
+def needed(request: Request) -> frozenset[Feature]:
+    """What must be known of the image, so that it need not be looked at."""
+    match request:
+        case CaptionRequest(best_of=None) | VQARequest():
+            return frozenset({"generation"})
+        case CaptionRequest():
+            return frozenset({"generation", "patches"})
+        case MatchRequest():
+            return frozenset({"patches" if request.head == "itm" else "retrieval"})
+        case EmbedRequest():
+            return frozenset({"retrieval" if request.mode == "image" else "patches"})
+        case SearchRequest():
+            return frozenset({"retrieval"})
+        case DescribeRequest():
+            return frozenset(_needed_to_describe(request))
+
+
+def is_repeatable(request: Request) -> bool:
+    """Whether an equal request about an equal image has the same answer, and no other effect."""
+    if isinstance(request, SearchRequest):
+        return False  # the index changes
+    if isinstance(request, EmbedRequest):
+        return request.index is None
+    generation = None if isinstance(request, MatchRequest) else request.generation
+    return generation is None or not generation.do_sample or generation.seed is not None
 
 
 def answer(request: Request, pixels: Pixels | None, ask: Ask) -> Result:
@@ -283,6 +311,15 @@ def _describe(request: DescribeRequest, pixels: Pixels, ask: Ask) -> DescribeRes
     answers = ask.all([item for item, _ in parts.values()])
     told = zip(parts, parts.values(), answers, strict=True)
     return DescribeResult(**{name: result(said) for name, (_, result), said in told})
+
+
+def _needed_to_describe(request: DescribeRequest) -> Iterator[Feature]:
+    if request.caption or request.questions:
+        yield "generation"
+    if request.texts:
+        yield "patches"
+    if request.embed:
+        yield "retrieval"
 
 
 # -- all --

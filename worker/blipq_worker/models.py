@@ -11,7 +11,7 @@ from blipq.errors import BlipqError
 from blipq_worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
-    from blipq_worker.blip2 import Blip2
+    from blipq_worker.blip2 import Blip2, FeatureCache
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,18 @@ def load_models(options: WorkerSettings) -> "dict[str, Blip2]":
     CUDA is first touched here: the process has no children to share it with.
     """
     from blipq_worker import canary
+    from blipq_worker.blip2 import FeatureCache
     from blipq_worker.goldens import GoldenError, read_goldens
 
     try:
         goldens = read_goldens(options.goldens) if options.canary else {}
     except GoldenError as error:
         raise ModelError(str(error)) from error
+    cache = FeatureCache(options.feature_cache_bytes)
     loaded = {}
     for name, what in options.models.items():
         with _explained(name, options):
-            model = _load(name, what, options)
+            model = _load(name, what, options, cache)
             if options.compile:
                 canary.warm(model)
             if options.canary:
@@ -107,7 +109,7 @@ def load_models(options: WorkerSettings) -> "dict[str, Blip2]":
     return loaded
 
 
-def _load(name: str, what: str, options: WorkerSettings) -> "Blip2":
+def _load(name: str, what: str, options: WorkerSettings, cache: "FeatureCache") -> "Blip2":
     from blipq_worker.blip2 import Blip2
 
     served = served_model(name, what)
@@ -123,6 +125,7 @@ def _load(name: str, what: str, options: WorkerSettings) -> "Blip2":
         device=device,
         slots=options.decode_slots,
         max_beams=options.beams,
+        cache=cache,
     )
     # Receipts and indexes name a model as it was asked for, not by its folder here.
     local = served.retrieval is not None and Path(served.retrieval).is_dir()

@@ -7,11 +7,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import closing
 from functools import partial
 from typing import Any, NoReturn
 
-from PIL.Image import Image
 from pydantic import ValidationError
 
 from blipq.broker import Broker
@@ -40,15 +38,15 @@ from blipq_worker import kinds
 from blipq_worker.ask import Lost, Stopwatch
 from blipq_worker.ask_index import IndexAsker, work_errors
 from blipq_worker.blip2 import Blip2, Pixels
-from blipq_worker.budget import Budget
 from blipq_worker.engine import Engine
-from blipq_worker.fetch import Fetcher, is_allowed
+from blipq_worker.equal import EqualJobs
+from blipq_worker.fetch import is_allowed
 from blipq_worker.gate import Draining, Gate
-from blipq_worker.images import ImageLimits, bytes_to_decode, decoded, opened
 from blipq_worker.index import Indexes
 from blipq_worker.index_writer import IndexWriter
 from blipq_worker.leases import Held
 from blipq_worker.metrics import Outcome, WorkerMetrics
+from blipq_worker.pictures import Pictures
 from blipq_worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -58,6 +56,10 @@ log = logging.getLogger(__name__)
 FINISH_FOR_S = 60.0
 LONGEST_BACKOFF_S = 60.0
 HAND_BACK_PAUSE_S = 1.0
+
+
+#: A result as JSON, and what a person should know about it.
+Told = tuple[str, tuple[str, ...]]
 
 
 class JobFailedTask(Exception):
@@ -77,8 +79,7 @@ class Runner:
         ledger: Ledger,
         broker: Broker,
         storage: Storage,
-        fetcher: Fetcher,
-        decoding: Budget,
+        pictures: Pictures,
         engine: Engine,
         indexes: Indexes,
         writer: IndexWriter,
@@ -91,7 +92,7 @@ class Runner:
         self._ledger = ledger
         self._broker = broker
         self._storage = storage
-        self._fetcher = fetcher
+        self._pictures = pictures
         self._engine = engine
         self._indexes = indexes
         self._writer = writer
@@ -100,11 +101,7 @@ class Runner:
         self._metrics = metrics
         self._worker = worker
         self._settings = settings
-        self._fetched = Budget(settings.fetch_memory_bytes, most=settings.threads)
-        self._decoding = decoding
-        self._limits = ImageLimits(
-            formats=settings.image_formats, max_pixels=settings.max_image_pixels
-        )
+        self._equal: EqualJobs[Told] = EqualJobs(held, settings.job_timeout_s)
 
     def run(self, kind: Kind, id: str, request: Any = None, options: Any = None) -> None:
         """Runs the job of a message.
@@ -201,9 +198,12 @@ class Runner:
             lost = self._held.event(claim)
             asker = self._asker(claim, model, watch, lost)
             image = kinds.image_of(request)
-            pixels = None if image is None else self._pixels(image, model, watch, lost)
+            pixels = None
+            if image is not None:
+                needed = kinds.needed(request)
+                pixels = self._pictures.load(image, model, needed, watch, lost)
             _raise_if(lost)
-            result = kinds.answer(request, pixels, asker).model_dump_json(exclude_none=True)
+            result = self._told(claim, request, pixels, asker, watch)
             if claim.output:
                 self._write_output(claim, result)
             return result
@@ -217,13 +217,39 @@ class Runner:
         except Exception as error:
             _raise_internal(claim, error)
 
+    def _told(
+        self,
+        claim: Claim,
+        request: Request,
+        pixels: Pixels | None,
+        asker: IndexAsker,
+        watch: Stopwatch,
+    ) -> str:
+        """The result as JSON: computed here, or by an equal job that is in flight."""
+
+        def compute() -> Told:
+            result = kinds.answer(request, pixels, asker)
+            return result.model_dump_json(exclude_none=True), tuple(asker.notes)
+
+        if not kinds.is_repeatable(request):
+            result, notes = compute()
+        else:
+            asked = request.model_dump_json(exclude={"image"})
+            key = claim.queue, None if pixels is None else pixels.digest, asked
+            (result, notes), shared = self._equal.answer(key, claim, compute)
+            if shared:
+                watch.say(shared=True)
+        for note in notes:
+            watch.note(note)
+        return result
+
     def _asker(
         self, claim: Claim, model: Blip2, watch: Stopwatch, lost: threading.Event
     ) -> IndexAsker:
         def load(image: ImageRef) -> Pixels:
             """An image found in an index: the receipt counts it as part of the search."""
             unread = Stopwatch(queue_ms=0, worker=self._worker)
-            return self._pixels(image, model, unread, lost)
+            return self._pictures.load(image, model, {"patches"}, unread, lost)
 
         return IndexAsker(
             self._engine,
@@ -235,31 +261,6 @@ class Runner:
             writer=self._writer,
             load=load,
         )
-
-    def _pixels(
-        self, image: ImageRef, model: Blip2, watch: Stopwatch, lost: threading.Event
-    ) -> Pixels:
-        """Fetches and decodes an image. Of its bytes and its full size nothing is kept."""
-        settings = self._settings
-        with self._fetched.reserve(
-            settings.max_image_bytes, timeout=settings.job_timeout_s
-        ) as share:
-            with watch.stage("fetch"):
-                data = self._fetcher.fetch(image)
-            share.shrink(len(data))
-            _raise_if(lost)
-            return self._decoded(opened(data, self._limits), model, watch)
-
-    def _decoded(self, image: Image, model: Blip2, watch: Stopwatch) -> Pixels:
-        room = bytes_to_decode(image)
-        # The picture is closed before its room goes to the next: whoever else refers to it.
-        with (
-            self._decoding.reserve(room, timeout=self._settings.job_timeout_s),
-            watch.stage("decode"),
-            closing(decoded(image)) as picture,
-        ):
-            watch.note_size(model.info.checkpoint, picture.size)
-            return model.preprocess(picture)
 
     def _write_output(self, claim: Claim, result: str) -> None:
         allowed = self._settings.allowed_outputs or self._settings.allowed_buckets
