@@ -57,13 +57,13 @@ def generation_scores(
         for text in CAPTION_PROMPTS
     }
     for kind in world.QUESTION_KINDS:
-        rows, asked = _one_each(scenes, kind)
+        rows, asked = one_each(scenes, kind)
         prompts = [prompt.format(question.question.lower()) for question in asked]
         scores[kind] = right(rows, prompts, [question.answer for question in asked], answer)
     return scores
 
 
-def _one_each(
+def one_each(
     scenes: Sequence[world.Scene], kind: str
 ) -> tuple[list[int], list[world.QuestionAnswer]]:
     """One question of this kind about every scene that allows one."""
@@ -127,7 +127,7 @@ def _recalls(
 ) -> dict[str, float]:
     """Mean recall@1 over galleries: by cosine, and by cosine plus matching logit."""
     first, reranked = [], []
-    for rows in _galleries(scenes, count):
+    for rows in galleries(scenes, count):
         texts = [scenes[row].caption for row in rows]
         cosines = similarities(
             image_embeddings(model, images[rows]), text_embeddings(model, tokenizer, texts)
@@ -145,7 +145,7 @@ def _recalls(
     }
 
 
-def _galleries(scenes: Sequence[world.Scene], count: int) -> list[list[int]]:
+def galleries(scenes: Sequence[world.Scene], count: int) -> list[list[int]]:
     """Rows of scenes, no two of a gallery with the same caption."""
     galleries: list[list[int]] = [[] for _ in range(count)]
     captions: list[set[str]] = [set() for _ in range(count)]

@@ -1,5 +1,6 @@
 """Served models: names for a generation checkpoint and the retrieval checkpoint beside it."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +13,8 @@ from blipq_worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from blipq_worker.blip2 import Blip2, FeatureCache
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,12 @@ def load_models(options: WorkerSettings) -> "dict[str, Blip2]":
 
 def _load(name: str, what: str, options: WorkerSettings, cache: "FeatureCache") -> "Blip2":
     from blipq_worker.blip2 import Blip2
+    from blipq_worker.memory import shortage
 
     served = served_model(name, what)
     device, quantization = where_and_how(options)
+    if (told := shortage(options, what, device, quantization)) is not None:
+        log.warning("%s", told)
     model = Blip2.load(
         served.generation,
         served.retrieval,

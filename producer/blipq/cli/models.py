@@ -34,9 +34,17 @@ def memory(
     beams: Annotated[int, typer.Option(min=1, help="Beams per prompt.")] = 5,
     prompt_tokens: Annotated[int, typer.Option(min=0, help="Longest prompt.")] = 32,
     new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 30,
+    slots: Annotated[int, typer.Option(min=0, help="BLIPQ_DECODE_SLOTS.")] = 32,
+    feature_cache: Annotated[
+        int, typer.Option(min=0, help="Bytes of host memory for features of images.")
+    ] = 0,
+    quantize_vision: Annotated[
+        bool, typer.Option("--quantize-vision", help="Quantize the vision tower, too.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     as_json: JsonOption = False,
 ) -> None:
-    """Count the GPU memory that a model takes, without loading it.
+    """Count the memory that a model takes on a GPU or a CPU, without loading it.
 
     Examples:
         blipq models memory opt-2.7b --quantization nf4 --batch-size 16
@@ -48,9 +56,13 @@ def memory(
         "--beams": beams,
         "--prompt-tokens": prompt_tokens,
         "--new-tokens": new_tokens,
+        "--slots": slots,
+        "--feature-cache": feature_cache,
+        "--device": device,
     }
     flat = [str(part) for pair in options.items() for part in pair]
-    _become("memory", "memory", model, *flat, *_json(as_json))
+    flags = ["--quantize-vision"] if quantize_vision else []
+    _become("memory", "memory", model, *flat, *flags, *_json(as_json))
 
 
 @app.command("record-golden")

@@ -11,7 +11,11 @@ from typing import Any
 #: A compilation that takes longer counts as hung from then on.
 LONGEST_S = 1800.0
 
-_PARTS = ("vision_model", "qformer", "language_model")
+#: The decoders are called on their own where texts are written in flight.
+_PARTS = (
+    *("vision_model", "qformer"),
+    *("language_model.model.decoder", "language_model.encoder", "language_model.decoder"),
+)
 
 
 class _Clock:
@@ -23,11 +27,20 @@ class _Clock:
 
 
 def compile_parts(model: Any, backend: str = "inductor") -> None:
-    """Has the large parts compiled at their first use, for batches and lengths of any size."""
+    """Has the large parts compiled at their first use, for batches and lengths of any size.
+
+    Parts in int8 are left as they are: their shapes depend on what they compute, at which the
+    compiler stops and starts again layer by layer.
+    """
     _watch()
-    for part in _PARTS:
-        if hasattr(model, part):
-            getattr(model, part).compile(backend=backend, dynamic=True)
+    parts = dict(model.named_modules())
+    for name in _PARTS:
+        if name in parts and not _is_int8(parts[name]):
+            parts[name].compile(backend=backend, dynamic=True)
+
+
+def _is_int8(part: Any) -> bool:
+    return any(type(module).__name__ == "Linear8bitLt" for module in part.modules())
 
 
 def since_compiling() -> float:
