@@ -31,7 +31,7 @@ Filter: TypeAlias = Mapping[str, str | Sequence[str]]
 
 _METADATA_CACHE_BYTES = 2**28
 _VECTOR_CACHE_BYTES = 2**30
-_WRITE_TIMEOUT = timedelta(seconds=60)
+_TIMEOUT = timedelta(seconds=60)
 # Files of older versions go: a search that began before must have ended by then.
 _KEPT_FOR = timedelta(hours=1)
 # Every commit adds a small file. They are merged when there are many, and they hold a fifth of
@@ -128,12 +128,13 @@ class Indexes:
         if self._bucket and not self._is_there():
             with s3_errors():
                 self._storage.create_bucket(self._bucket)
+        table_name = _table_name(name, space.revision)
         with _answering():
-            self._database.create_table(
-                _table_name(name, space.revision),
-                schema=_schema(space, dimensions),
-                exist_ok=True,
-            )
+            try:
+                self._database.create_table(table_name, schema=_schema(space, dimensions))
+            except (RuntimeError, ValueError):
+                if self._table(table_name) is None:  # else another process was faster
+                    raise
         return self.open(name, space)
 
     def infos(self, name: str | None = None) -> list[IndexInfo]:
@@ -221,7 +222,7 @@ class Index:
         with _answering(self._forget):
             rows = _rows(latest, self._table.schema)
             merge = self._table.merge_insert("id").when_matched_update_all()
-            merge.when_not_matched_insert_all().execute(rows, timeout=_WRITE_TIMEOUT)
+            merge.when_not_matched_insert_all().execute(rows, timeout=_TIMEOUT)
 
     def delete(self, ids: Sequence[str]) -> int:
         """Removes images; how many of them were there."""
@@ -242,7 +243,8 @@ class Index:
             search = search.nprobes(_PARTITIONS_READ).refine_factor(_REFINED)
             if filter:
                 search = search.where(_condition(filter), prefilter=True)
-            rows = search.select(["id", "uri", "etag", "metadata", "_distance"]).to_list()
+            search = search.select(["id", "uri", "etag", "metadata", "_distance"])
+            rows = search.to_list(timeout=_TIMEOUT)
         return [
             Found(
                 id=row["id"],
@@ -258,7 +260,8 @@ class Index:
         """ETags by id, of those ids that are there."""
         with _answering(self._forget):
             search = self._table.search().where(_any_of("id", ids))
-            rows = search.select(["id", "etag"]).limit(len(ids)).to_list()
+            search = search.select(["id", "etag"]).limit(len(ids))
+            rows = search.to_list(timeout=_TIMEOUT)
         return {row["id"]: row["etag"] for row in rows}
 
     def compact(self, *, at_once: bool = True) -> None:
