@@ -18,7 +18,8 @@ from blipq_worker.blip2.checkpoints import open_checkpoint
 from blipq_worker.blip2.loading import load_tokenizer
 from blipq_worker.canary import CanaryError
 from blipq_worker.goldens import Golden, GoldenError, Observation, read_goldens, tolerance
-from blipq_worker.models import ModelError, load_models
+from blipq_worker.load import load_models
+from blipq_worker.models import ModelError
 from blipq_worker.settings import WorkerSettings
 from conftest import start_worker, wait_until
 

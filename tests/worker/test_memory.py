@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from blipq_worker import footprint, memory, models, weights
+from blipq_worker import footprint, load, memory, weights
 from blipq_worker.blip2.checkpoints import open_checkpoint
 from blipq_worker.blip2.loading import Quantizing, Setup, choose_precision, load_weights
 from blipq_worker.footprint import (
@@ -23,8 +23,9 @@ from blipq_worker.footprint import (
     memory_of,
     parts_of,
 )
+from blipq_worker.load import load_models
 from blipq_worker.memory import Gpu
-from blipq_worker.models import KNOWN_MODELS, PARAMETERS, ModelError, load_models
+from blipq_worker.models import KNOWN_MODELS, PARAMETERS, ModelError
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.weights import how_to_get, weights_of
 from conftest import ROOT
@@ -260,7 +261,7 @@ def test_a_worker_warns_before_it_runs_out(
     monkeypatch.setattr(memory, "available_bytes", lambda device: GIB // 4)
     load_models(options)
     (record,) = caplog.records
-    assert record.name == models.__name__
+    assert record.name == load.__name__
     assert "0.2 GiB are free on cpu" in record.message
     assert f"`blipq models memory {what}`" in record.message
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from blipq_worker.models import KNOWN_MODELS, ModelError, demo_folder, load_models, served_model
+from blipq_worker.load import load_models
+from blipq_worker.models import KNOWN_MODELS, VARIANTS, ModelError, demo_folder, served_model
 from blipq_worker.settings import WorkerSettings
 
 
@@ -20,6 +21,16 @@ def test_a_known_model_brings_its_retrieval_checkpoint_along(name: str) -> None:
     assert served.generation == f"Salesforce/blip2-{name}"
     assert served.retrieval is not None
     assert served.retrieval.endswith("-coco") == name.endswith("-coco")
+
+
+@pytest.mark.parametrize("name", KNOWN_MODELS)
+def test_a_known_models_checkpoints_see_the_same_pixels(name: str) -> None:
+    known = KNOWN_MODELS[name]
+    written, matched = VARIANTS[known.generation], VARIANTS[str(known.retrieval)]
+    assert matched.family == "retrieval"
+    assert written.family == ("t5" if "t5" in name else "opt")
+    assert (written.image_size, written.coco) == (matched.image_size, matched.coco)
+    assert written.default_prompt == ("a photo of" if name.endswith("-coco") else "")
 
 
 def test_a_checkpoint_of_ones_own_is_one_or_two_folders() -> None:

@@ -28,7 +28,8 @@ def main() -> int:
     from transformers.utils import logging as transformers_logging
 
     from blipq_worker.app import Worker
-    from blipq_worker.models import ModelError, load_models
+    from blipq_worker.load import load_models
+    from blipq_worker.models import ModelError
 
     transformers_logging.disable_progress_bar()
     try:

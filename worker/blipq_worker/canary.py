@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Records a golden; the exit code."""
     from transformers.utils import logging as transformers_logging
 
-    from blipq_worker.models import load_models
+    from blipq_worker.load import load_models
 
     transformers_logging.disable_progress_bar()
     parser = argparse.ArgumentParser(prog="blipq models record-golden")

@@ -68,6 +68,12 @@ def test_only_coco_checkpoints_have_a_default_prompt(copy: Path, suffix: str, pr
     assert open_checkpoint(f"{renamed}/").default_prompt == prompt
 
 
+def test_a_fine_tune_that_sees_what_cocos_see_has_their_prompt(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    changed_config(copy, vision_config={**config["vision_config"], "image_size": 364})
+    assert open_checkpoint(str(copy)).default_prompt == "a photo of"
+
+
 def test_a_checkpoint_that_is_nowhere_says_how_to_fetch_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*args: Any, **kwargs: Any) -> str:
         raise LocalEntryNotFoundError("offline")

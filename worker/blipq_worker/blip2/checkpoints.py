@@ -3,15 +3,14 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import Blip2Config
 
 from blipq.errors import BlipqError
-
-Family = Literal["opt", "t5", "retrieval"]
+from blipq_worker.models import COCO_PROMPT, COCO_SIDE, VARIANTS, Family
 
 _NEEDED = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
@@ -34,7 +33,7 @@ class Checkpoint:
 
     name: as it was asked for. revision: the hub's commit, or the SHA-256 of the weights (of a
     single file: that file's own; of several: of their digests in the order of their names).
-    default_prompt: what LAVIS puts before a caption, from its model configurations.
+    default_prompt: what LAVIS puts before a caption.
     """
 
     name: str
@@ -61,15 +60,16 @@ def open_checkpoint(name: str) -> Checkpoint:
         config = _read_config(name, folder)
         _weights(name, folder)
         revision = folder.name
+    family, image_size = _family(name, config), _side(config.vision_config.image_size)
     return Checkpoint(
         name=name,
         folder=folder,
         revision=revision,
         config=config,
-        family=_family(name, config),
-        image_size=_side(config.vision_config.image_size),
+        family=family,
+        image_size=image_size,
         num_query_tokens=config.num_query_tokens,
-        default_prompt="a photo of" if _is_coco(name) else "",
+        default_prompt=_default_prompt(name, image_size),
     )
 
 
@@ -136,5 +136,9 @@ def _side(image_size: int | list[int] | tuple[int, ...]) -> int:
     return image_size if isinstance(image_size, int) else image_size[0]
 
 
-def _is_coco(name: str) -> bool:
-    return name.rstrip("/").partition("@")[0].endswith("-coco")
+def _default_prompt(name: str, image_size: int) -> str:
+    """A known checkpoint's; of others, name or image size say that they come from COCO's."""
+    name = name.rstrip("/").partition("@")[0]
+    if name in VARIANTS:
+        return VARIANTS[name].default_prompt
+    return COCO_PROMPT if name.endswith("-coco") or image_size == COCO_SIDE else ""

@@ -24,17 +24,14 @@ _TOWER = (
 )
 
 
-def take_layernorm(model: Any) -> Any:
-    """Takes the last LayerNorm off a checkpoint's vision tower and returns it.
+def split_tower(model: Any) -> None:
+    """Takes the last LayerNorm off a vision tower: it is the model's ``last_layernorm`` then.
 
     It is trained with each checkpoint, where the rest of the tower is frozen: without it the towers
     of the published checkpoints are equal, and so is what they make of an image.
     """
-    norm, model.vision_model.post_layernorm = (
-        model.vision_model.post_layernorm,
-        torch.nn.Identity(),
-    )
-    return norm
+    model.last_layernorm = model.vision_model.post_layernorm
+    model.vision_model.post_layernorm = torch.nn.Identity()
 
 
 def equal_towers(one: Any, other: Any) -> bool:
@@ -51,18 +48,17 @@ def equal_towers(one: Any, other: Any) -> bool:
 class Vision:
     """How one checkpoint sees images. Not thread-safe.
 
-    norm: the last LayerNorm of its tower, which the tower itself goes without. side: which pixels
-    it takes. tower, queries: names of the outputs of tower and Q-Former in the cache; each stands
-    for preprocessing, weights and precision, so checkpoints that share a tower share its name.
+    model: after ``split_tower``. side: which pixels it takes. tower, queries: names of the outputs
+    of tower and Q-Former in the cache; each stands for preprocessing, weights and precision, so
+    checkpoints that share a tower share its name.
     """
 
     def __init__(
-        self, model: Any, norm: Any, *, side: Side, tower: str, queries: str, cache: FeatureCache
+        self, model: Any, *, side: Side, tower: str, queries: str, cache: FeatureCache
     ) -> None:
         self.model = model
         self.tower = tower
         self.name = queries
-        self._norm = norm
         self._side = side
         self._cache = cache
 
@@ -77,7 +73,9 @@ class Vision:
             return self._each(self.name, images, self._read)
 
     def _patches(self, images: Sequence[Pixels]) -> torch.Tensor:
-        patches: torch.Tensor = self._norm(self._each(self.tower, images, self._look))
+        patches: torch.Tensor = self.model.last_layernorm(
+            self._each(self.tower, images, self._look)
+        )
         return patches
 
     def _look(self, images: Sequence[Pixels]) -> torch.Tensor:

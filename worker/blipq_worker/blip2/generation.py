@@ -18,12 +18,13 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
-from blipq_worker.blip2.checkpoints import Checkpoint, CheckpointError, Family
+from blipq_worker.blip2.checkpoints import Checkpoint, CheckpointError
 from blipq_worker.blip2.decoding import DecodeLoop
 from blipq_worker.blip2.features import Vision
 from blipq_worker.blip2.padding import padded
 from blipq_worker.blip2.preprocessing import Pixels
 from blipq_worker.blip2.sessions import WritingSession
+from blipq_worker.models import Family
 
 # T5 counts distances and so has no last position; this bounds its memory as OPT's limit does.
 _T5_POSITIONS = 2048

@@ -21,8 +21,9 @@ from transformers import (
     Blip2ForImageTextRetrieval,
 )
 
-from blipq_worker.blip2.checkpoints import Checkpoint, CheckpointError, Family
+from blipq_worker.blip2.checkpoints import Checkpoint, CheckpointError
 from blipq_worker.blip2.compiling import compile_parts
+from blipq_worker.models import Family
 
 Quantization = Literal["none", "int8", "nf4"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

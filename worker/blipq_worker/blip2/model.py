@@ -11,10 +11,10 @@ from PIL import Image
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
 from blipq_worker.blip2.cache import FeatureCache
-from blipq_worker.blip2.checkpoints import Checkpoint, Family, open_checkpoint
+from blipq_worker.blip2.checkpoints import Checkpoint, open_checkpoint
 from blipq_worker.blip2.choices import Ranker, RankItem
 from blipq_worker.blip2.embedding import Arrays, Embedder, EmbedItem
-from blipq_worker.blip2.features import Side, Vision, equal_towers, take_layernorm
+from blipq_worker.blip2.features import Side, Vision, equal_towers, split_tower
 from blipq_worker.blip2.generation import GeneratedText, GenerateItem, Generator
 from blipq_worker.blip2.loading import (
     Attention,
@@ -28,6 +28,7 @@ from blipq_worker.blip2.loading import (
 from blipq_worker.blip2.preprocessing import Pixels, Preprocessor
 from blipq_worker.blip2.retrieval import Matcher, MatchItem, RerankItem
 from blipq_worker.blip2.sessions import WritingSession
+from blipq_worker.models import Family
 
 log = logging.getLogger(__name__)
 
@@ -267,12 +268,11 @@ class Blip2:
 
 @dataclass(slots=True)
 class _Part:
-    """One loaded checkpoint of a served model. norm: its vision tower's last LayerNorm."""
+    """One loaded checkpoint of a served model. tower, queries: see ``Vision``."""
 
     side: Side
     checkpoint: Checkpoint
     model: Any
-    norm: Any
     tokenizer: Any
     preprocessor: Preprocessor
     tower: str
@@ -282,6 +282,7 @@ class _Part:
     def load(cls, name: str, side: Side, setup: Setup) -> "_Part":
         checkpoint = open_checkpoint(name)
         model = load_weights(checkpoint, setup)
+        split_tower(model)
         preprocessor = Preprocessor(checkpoint)
         precision = f"{setup.precision(checkpoint.family)}/{setup.quantizing}/{setup.attention}"
         version = f"{checkpoint.revision}/{precision}/{preprocessor.version}"
@@ -289,7 +290,6 @@ class _Part:
             side=side,
             checkpoint=checkpoint,
             model=model,
-            norm=take_layernorm(model),
             tokenizer=load_tokenizer(checkpoint),
             preprocessor=preprocessor,
             tower=f"tower/{version}",
@@ -310,7 +310,6 @@ class _Part:
     def vision(self, cache: FeatureCache) -> Vision:
         return Vision(
             self.model,
-            self.norm,
             side=self.side,
             tower=self.tower,
             queries=self.queries,

@@ -1,0 +1,108 @@
+"""Loads what a worker serves, and says what to do where that fails."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from blipq_worker.models import ModelError, served_model
+from blipq_worker.settings import WorkerSettings
+from blipq_worker.weights import how_to_get, weights_of_served
+
+if TYPE_CHECKING:
+    from blipq_worker.blip2 import Blip2, FeatureCache
+
+log = logging.getLogger(__name__)
+
+
+def load_models(options: WorkerSettings) -> "dict[str, Blip2]":
+    """Loads every served model, once, and checks that it makes sense. Raises ModelError.
+
+    CUDA is first touched here: the process has no children to share it with.
+    """
+    from blipq_worker import canary
+    from blipq_worker.blip2 import FeatureCache
+    from blipq_worker.goldens import GoldenError, read_goldens
+
+    try:
+        goldens = read_goldens(options.goldens) if options.canary else {}
+    except GoldenError as error:
+        raise ModelError(str(error)) from error
+    cache = FeatureCache(options.feature_cache_bytes)
+    loaded = {}
+    for name, what in options.models.items():
+        with _explained(name, options):
+            model = _load(name, what, options, cache)
+            if options.compile:
+                canary.warm(model)
+            if options.canary:
+                canary.check(model, goldens.get(what))
+        loaded[name] = model
+    return loaded
+
+
+def _load(name: str, what: str, options: WorkerSettings, cache: "FeatureCache") -> "Blip2":
+    from blipq_worker.blip2 import Blip2
+    from blipq_worker.memory import shortage
+
+    served = served_model(name, what)
+    device, quantization = where_and_how(options)
+    if (told := shortage(options, what, device, quantization)) is not None:
+        log.warning("%s", told)
+    model = Blip2.load(
+        served.generation,
+        served.retrieval,
+        quantization=quantization,
+        quantize_vision=options.quantize_vision,
+        dtype=options.dtype,
+        attention=options.attention,
+        compiled=options.compile,
+        device=device,
+        slots=options.decode_slots,
+        max_beams=options.beams,
+        cache=cache,
+    )
+    # Receipts and indexes name a model as it was asked for, not by its folder here.
+    local = served.retrieval is not None and Path(served.retrieval).is_dir()
+    retrieval = what if local else served.retrieval
+    model.info = replace(model.info, checkpoint=what, retrieval_checkpoint=retrieval)
+    return model
+
+
+def where_and_how(options: WorkerSettings) -> 'tuple[str, Literal["none", "int8", "nf4"]]':
+    """The device, and the quantization on it, that the settings come to."""
+    import torch
+
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.quantization == "auto":
+        return device, "nf4" if device.startswith("cuda") else "none"
+    return device, options.quantization
+
+
+@contextmanager
+def _explained(name: str, options: WorkerSettings) -> Iterator[None]:
+    """Whatever keeps a model from being served becomes a ModelError that says what to do."""
+    import torch
+
+    from blipq_worker.blip2 import CheckpointError
+    from blipq_worker.blip2.checkpoints import CheckpointMissing
+    from blipq_worker.canary import CanaryError
+
+    try:
+        yield
+    except CanaryError as error:
+        advice = "it is damaged or does not suit these settings (BLIPQ_CANARY=0 serves it)"
+        raise ModelError(f"model {name!r} failed its check: {error}; {advice}") from error
+    except CheckpointMissing as error:
+        missing = [each for each in weights_of_served(options.models) if not each.present]
+        raise ModelError(f"model {name!r}: {error.what}; {how_to_get(missing)}") from error
+    except (CheckpointError, ValueError) as error:
+        raise ModelError(f"model {name!r}: {error}") from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        told = (str(error) or "out of memory").splitlines()[0]
+        advice = f"`blipq models memory {options.models[name]}` counts what it takes"
+        raise ModelError(f"model {name!r} does not fit: {told}; {advice}") from error
