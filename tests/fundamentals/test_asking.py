@@ -30,6 +30,8 @@ def test_the_best_of_several_captions_comes_first(client: Client, picture: bytes
     scores = [caption.score for caption in captions]
     assert len(captions) == 3
     assert scores == sorted(scores, reverse=True)
+    matched = client.match(picture, [caption.text for caption in captions]).result(timeout=60)
+    assert [scored.score for scored in matched.scores] == pytest.approx(scores, abs=1e-5)
 
 
 def test_the_image_may_be_at_a_url(
