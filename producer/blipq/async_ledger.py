@@ -23,6 +23,7 @@ from blipq.records import (
     submitted,
 )
 from blipq.requests import Submission
+from blipq.sentinel import SCHEME, Sentinels
 from blipq.settings import Settings
 
 #: More calls at the same time wait for one of these, up to the timeout.
@@ -31,13 +32,14 @@ MAX_CONNECTIONS = 32
 
 def connect_async(settings: Settings) -> "redis.asyncio.Redis":
     """A Redis client that answers or raises within its timeout: nothing is retried silently."""
-    pool = redis.asyncio.BlockingConnectionPool.from_url(
-        settings.redis_url,
-        max_connections=MAX_CONNECTIONS,
-        timeout=settings.timeout_s,
-        retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-        **connection_options(settings.timeout_s),
-    )
+    options = connection_options(settings.timeout_s) | {
+        "max_connections": MAX_CONNECTIONS,
+        "timeout": settings.timeout_s,
+        "retry": Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+    }
+    if settings.redis_url.startswith(SCHEME):
+        return Sentinels.of(settings.redis_url).async_client(**options)
+    pool = redis.asyncio.BlockingConnectionPool.from_url(settings.redis_url, **options)
     return redis.asyncio.Redis.from_pool(pool)
 
 

@@ -16,6 +16,7 @@ from redis.exceptions import RedisError
 
 from blipq.contract import CONTRACT, Priority, queue_name, task_name
 from blipq.ledger import Message
+from blipq.sentinel import SCHEME, Sentinels
 from blipq.settings import Settings
 
 if TYPE_CHECKING:
@@ -25,6 +26,17 @@ _Batch = tuple["Future[None]", list[Message]]
 
 #: A publish that takes longer is left to the reconciler: the job is recorded already.
 PUBLISH_TIMEOUT_S = 1.0
+
+REDIS_TRANSPORT = {
+    "visibility_timeout": 3600,
+    "unacked_restore_interval": 10,
+    "unacked_restore_throttle": 1,
+    "health_check_interval": 10,
+    "socket_timeout": 10,
+    "socket_connect_timeout": 3,
+    "socket_keepalive": True,
+    "queue_order_strategy": "round_robin",
+}
 
 
 def patience_s(messages: list[Message]) -> float:
@@ -36,7 +48,8 @@ def make_app(settings: Settings) -> "Celery":
     """A Celery app for the settings' broker."""
     from celery import Celery
 
-    app = Celery("blipq", broker=settings.effective_broker_url, set_as_current=False)
+    url, transport_options = broker_address(settings)
+    app = Celery("blipq", broker=url, set_as_current=False)
     app.conf.update(
         task_acks_late=True,
         task_ignore_result=True,
@@ -53,24 +66,20 @@ def make_app(settings: Settings) -> "Celery":
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_connection_timeout=3,
-        broker_transport_options=_transport_options(settings),
+        broker_transport_options=transport_options,
     )
     return app
 
 
-def _transport_options(settings: Settings) -> dict[str, Any]:
-    if not settings.effective_broker_url.startswith(("redis", "sentinel")):
-        return {}
-    return {
-        "visibility_timeout": 3600,
-        "unacked_restore_interval": 10,
-        "unacked_restore_throttle": 1,
-        "health_check_interval": 10,
-        "socket_timeout": 10,
-        "socket_connect_timeout": 3,
-        "socket_keepalive": True,
-        "queue_order_strategy": "round_robin",
-    }
+def broker_address(settings: Settings) -> tuple[str, dict[str, Any]]:
+    """The broker's URL as Celery writes it, and its transport's options."""
+    url = settings.effective_broker_url
+    if url.startswith(SCHEME):
+        sentinels = Sentinels.of(url)
+        asked = sentinels.options(settings.timeout_s)
+        own = {"master_name": sentinels.master, "sentinel_kwargs": asked}
+        return sentinels.celery_url, REDIS_TRANSPORT | own
+    return url, REDIS_TRANSPORT if url.startswith("redis") else {}
 
 
 def queues_of(model: str) -> list[str]:

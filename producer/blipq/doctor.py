@@ -22,6 +22,7 @@ from typing import Any, Literal, cast
 
 import redis
 
+from blipq.broker import broker_address
 from blipq.client import Client
 from blipq.contract import CONTRACT
 from blipq.errors import BlipqError, ResultTimeout
@@ -198,7 +199,8 @@ def _broker(settings: Settings) -> Findings:
     from kombu import Connection
 
     timeout = max(1, round(settings.timeout_s))
-    with Connection(settings.effective_broker_url, connect_timeout=timeout) as connection:
+    url, options = broker_address(settings)
+    with Connection(url, connect_timeout=timeout, transport_options=options) as connection:
         where = connection.as_uri()  # kombu hides the password
         try:
             connection.ensure_connection(max_retries=1, timeout=timeout)

@@ -35,6 +35,7 @@ from blipq.records import (
 from blipq.records import ms as ms
 from blipq.records import notify_channel as notify_channel
 from blipq.requests import Submission
+from blipq.sentinel import SCHEME, Sentinels
 from blipq.settings import Settings
 
 LEASE_S = 30.0
@@ -100,13 +101,14 @@ def connection_options(timeout_s: float) -> dict[str, Any]:
 
 def connect(settings: Settings, *, timeout_s: float | None = None) -> "redis.Redis":
     """A Redis client that answers or raises within its timeout."""
-    return redis.Redis.from_url(
-        settings.redis_url,
-        max_connections=MAX_CONNECTIONS,
+    options = connection_options(timeout_s or settings.timeout_s) | {
+        "max_connections": MAX_CONNECTIONS,
         # A dropped connection is opened again once; a timeout is final, or it would double.
-        retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-        **connection_options(timeout_s or settings.timeout_s),
-    )
+        "retry": Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+    }
+    if settings.redis_url.startswith(SCHEME):
+        return Sentinels.of(settings.redis_url).client(**options)
+    return redis.Redis.from_url(settings.redis_url, **options)
 
 
 @contextmanager

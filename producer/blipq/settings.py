@@ -23,6 +23,7 @@ from pydantic_settings import (
 
 from blipq.contract import Seconds
 from blipq.guard import Policy
+from blipq.sentinel import SCHEME, Sentinels
 
 #: Options that say where the services are. One of them set by hand switches discovery off.
 CONNECTION_FIELDS = (
@@ -102,6 +103,12 @@ class _LocalStack(PydanticBaseSettingsSource):
         return {} if stack is None else {**stack["settings"], "endpoint_source": "local stack"}
 
 
+def _checked_redis_url(url: str) -> str:
+    if url.startswith(SCHEME):
+        Sentinels.of(url)
+    return url
+
+
 def _place(url: str) -> str:
     """A URL without user, password and query."""
     parts = urlsplit(url)
@@ -115,10 +122,13 @@ class Settings(BaseSettings):
         env_prefix="BLIPQ_", extra="ignore", frozen=True, populate_by_name=True
     )
 
-    redis_url: str = Field(
+    redis_url: Annotated[str, AfterValidator(_checked_redis_url)] = Field(
         default="redis://localhost:6379/0",
-        pattern=r"^(rediss?|unix)://",
-        description="Redis that holds the job records (also rediss:// for TLS).",
+        pattern=r"^(rediss?|unix|sentinel)://",
+        description=(
+            "Redis that holds the job records: redis://, rediss:// (TLS), unix://, or "
+            "sentinel://:PASSWORD@HOST:PORT,HOST:PORT/0?master=NAME."
+        ),
     )
     broker_url: str | None = Field(
         default=None,

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -42,10 +43,14 @@ class FaultyModel:
     def on_step(self, call: Callable[[], None]) -> None:
         self._step = call
 
-    def preprocess(self, image: Any) -> Any:
+    def preprocess(self, image: Any, *, digest: str | None, whole: bool) -> Any:
         if image.size == HANGING_SIZE:
             threading.Event().wait()
-        return SimpleNamespace(size=image.size)
+        # A digest of its own, so that no two jobs are equal: each does what its prompt says.
+        return SimpleNamespace(size=image.size, vision_ms=0.0, digest=uuid.uuid4().hex)
+
+    def recall(self, digest: str, needed: Any) -> None:
+        """Every image is new."""
 
     def check(self, item: Any) -> None:
         """Anything will do."""

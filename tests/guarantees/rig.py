@@ -132,9 +132,9 @@ class Rig:
     def start_redis(self) -> None:
         """Starts the Redis server again on its data."""
         self.stack.services[0].start()
-        wait_until(self._redis_answers, "Redis")
+        wait_until(self.redis_answers, "Redis")
 
-    def _redis_answers(self) -> bool:
+    def redis_answers(self) -> bool:
         with suppress(Exception):
             return bool(self.redis(lambda raw: raw.ping()))
         return False

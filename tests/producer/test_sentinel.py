@@ -1,0 +1,53 @@
+"""sentinel:// URLs, for the ledger and for Celery. A real failover is in tests/guarantees."""
+
+import time
+
+import pytest
+
+from blipq.broker import broker_address
+from blipq.errors import InvalidRequest, QueueUnavailable
+from blipq.ledger import Ledger, connect
+from blipq.local import free_port
+from blipq.requests import checked
+from blipq.sentinel import Sentinels
+from blipq.settings import Settings
+
+URL = "sentinel://app:p%40ss@one:26380,two/3?master=jobs&sentinel_password=other"
+
+
+def test_a_url_names_sentinels_master_database_and_passwords() -> None:
+    assert Sentinels.of(URL) == Sentinels(
+        addresses=(("one", 26380), ("two", 26379)),
+        master="jobs",
+        database=3,
+        username="app",
+        password="p@ss",
+        sentinel_password="other",
+    )
+
+
+def test_a_plain_url_has_the_usual_master() -> None:
+    assert Sentinels.of("sentinel://one") == Sentinels((("one", 26379),), "mymaster", 0)
+
+
+def test_celery_gets_the_url_in_its_own_form() -> None:
+    url, options = broker_address(Settings(redis_url=URL))
+    assert url == "sentinel://app:p%40ss@one:26380/3;sentinel://app:p%40ss@two:26379/3"
+    assert options["master_name"] == "jobs"
+    assert options["sentinel_kwargs"]["password"] == "other"
+    assert options["visibility_timeout"] == 3600
+
+
+@pytest.mark.parametrize("url", ["sentinel://", "sentinel://one/first", "sentinel://one:port"])
+def test_a_url_that_names_nothing_is_told_at_once(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="redis_url"):
+        checked(Settings, redis_url=url)
+
+
+def test_sentinels_that_do_not_answer_cost_no_longer_than_the_timeout() -> None:
+    url = f"sentinel://127.0.0.1:{free_port()},127.0.0.1:{free_port()}"
+    settings = Settings(redis_url=url, timeout_s=1)
+    started = time.monotonic()
+    with connect(settings) as client, pytest.raises(QueueUnavailable, match="No master"):
+        Ledger(client, settings).read("job_x")
+    assert time.monotonic() - started < 10
