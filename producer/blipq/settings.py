@@ -184,6 +184,15 @@ class Settings(BaseSettings):
         default=1_000_000, ge=1, description="Open jobs beyond which submit raises QueueFull."
     )
 
+    window: int = Field(
+        default=10_000,
+        ge=1,
+        description=(
+            "Jobs in flight at which `blipq bulk` waits with the next, and open jobs at which "
+            "`blipq watch --backfill` does."
+        ),
+    )
+
     webhook_secrets: Annotated[
         tuple[Annotated[SecretStr, AfterValidator(_checked_secret)], ...],
         NoDecode,

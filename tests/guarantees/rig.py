@@ -1,5 +1,6 @@
 """A rig for breaking things: a stack of its own, and worker processes to kill, freeze and drain."""
 
+import functools
 import io
 import itertools
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from blipq import Client, Job, JobInfo, Status
+from blipq import Client, Job, JobInfo, Status, cli
 from blipq.errors import BlipqError
 from blipq.ledger import connect
 from blipq.local import LocalStack
@@ -68,6 +69,16 @@ class Rig:
             return Forked("worker", faulty_worker.main, env=environment, log=log)
         command = [sys.executable, faulty_worker.__file__]
         return Service("worker", command, env=environment, log=log)
+
+    def command(self, *arguments: str) -> Service:
+        """The ``blipq`` command, not started."""
+        environment = self.stack.environment()
+        log = self.folder / f"{arguments[0]}.log"
+        if self._forked:
+            main = functools.partial(run_command, arguments)
+            return Forked(arguments[0], main, env=environment, log=log)
+        command = [sys.executable, "-m", "blipq", *arguments]
+        return Service(arguments[0], command, env=environment, log=log)
 
     def _alive(self, worker: Service, name: str) -> bool:
         assert worker.exit_code is None, worker.last_words(40)
@@ -150,6 +161,13 @@ class Rig:
         self.client.close()
         self.s3.close()
         self.stack.stop()
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """What ``python -m blipq`` does."""
+    sys.argv = ["blipq", *arguments]
+    cli.main()
+    return 0
 
 
 def png(color: str = "red", size: tuple[int, int] = (32, 32)) -> bytes:

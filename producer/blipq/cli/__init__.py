@@ -12,6 +12,7 @@ import typer
 from blipq import __version__
 from blipq.cli import (
     bench,
+    bulk,
     dead_letters,
     demo,
     doctor,
@@ -22,6 +23,7 @@ from blipq.cli import (
     overview,
     search,
     services,
+    watch,
     webhooks,
 )
 from blipq.cli.group import Group
@@ -44,6 +46,7 @@ for command in (
     jobs.result,
     jobs.cancel,
     overview.wait,
+    watch.watch,
     demo.demo,
     bench.bench,
     doctor.doctor,
@@ -55,6 +58,7 @@ for command in (
     app.command()(command)
 app.command("list")(overview.list_)
 app.add_typer(overview.app, name="queue")
+app.add_typer(bulk.app, name="bulk")
 app.add_typer(dead_letters.app, name="dead-letters")
 app.add_typer(index.app, name="index")
 app.add_typer(models.app, name="models")

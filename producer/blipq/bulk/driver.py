@@ -1,0 +1,231 @@
+"""Submits a manifest's lines and collects what becomes of them, a window of jobs at a time."""
+
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from typing import TypeVar
+
+from blipq.bulk.journal import REFUSED, Journal, OpenLine
+from blipq.bulk.manifest import Entry, read_work
+from blipq.client import Client
+from blipq.contract import JobInfo, Status
+from blipq.errors import BlipqError, JobNotFound, QueueFull, QueueUnavailable
+from blipq.recording import FIRST_PAUSE_S, LAST_PAUSE_S, record_all
+from blipq.requests import Submission
+
+ItemT = TypeVar("ItemT")
+
+#: Lines noted, submitted and collected in one go.
+CHUNK = 200
+FIRST_POLL_S, LAST_POLL_S = 0.05, 1.0
+#: How often all jobs in flight are looked at.
+WHOLE_EVERY_S = 2.0
+
+
+def job_id_of(bulk: str, entry: Entry) -> str:
+    """A line's job: the same however often the line is submitted (a UUIDv8 of RFC 9562)."""
+    text = f"{bulk}\n{entry.number}\n{entry.custom_id}"
+    value = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
+    value = (value & ~(0xF << 76)) | (8 << 76)
+    value = (value & ~(0x3 << 62)) | (2 << 62)
+    digits = f"{value:032x}"
+    return "job_" + "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+
+class Driver:
+    """The one process that works on a bulk.
+
+    ``entries`` reads the manifest from behind a line's number and position.
+    ``tell`` hears what goes on after each step; the journal's counts say how far it is.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        journal: Journal,
+        entries: Callable[[int, str], Iterator[Entry]],
+        *,
+        window: int,
+        tell: Callable[["Driver"], None] = lambda driver: None,
+    ) -> None:
+        self.counts = journal.counts()
+        self.counts.pop("open", None)
+        self.trouble: BlipqError | None = None
+        self.lines: int = journal.fact("lines")
+        self.position: str = journal.fact("position")
+        self.exhausted: bool = journal.fact("exhausted") or False
+        self._client = client
+        self._journal = journal
+        self._read = entries
+        self._window = window
+        self._tell = tell
+        self._bulk: str = journal.fact("id")
+        self._entries: Iterator[Entry] | None = None
+        self._in_flight: dict[str, int] = {}
+        self._lost: set[str] = set()
+        self._cancelled = False
+        self._whole_at = 0.0
+
+    @property
+    def in_flight(self) -> int:
+        """Jobs that are submitted and not collected."""
+        return len(self._in_flight)
+
+    def run(self) -> None:
+        """Until every line has ended, or none is open after a cancel."""
+        self._resume(self._journal.open_lines())
+        pause = FIRST_POLL_S
+        while self._fill() or self._in_flight or self._lost:
+            pause = FIRST_POLL_S if self._collect() else min(1.5 * pause, LAST_POLL_S)
+            self._submit_again()
+            self._cancel_if_asked()
+            self._tell(self)
+            if self._in_flight:
+                time.sleep(pause)
+        self._journal.note(exhausted=self.exhausted)
+        self._tell(self)
+
+    def _resume(self, lines: Sequence[OpenLine]) -> None:
+        """Jobs that a driver before this one may have recorded: they are found again."""
+        for chunk in _chunks(lines):
+            if self._journal.fact("cancelled"):
+                self._in_flight |= {line.job_id: line.number for line in chunk}
+            else:
+                self._submit(chunk)
+        self._cancel_if_asked()
+
+    # -- submitting --
+
+    def _fill(self) -> bool:
+        """Submits lines until the window is full; whether there may be more."""
+        while not self.exhausted and not self._cancelled:
+            room = min(CHUNK, self._window - len(self._in_flight))
+            if room <= 0:
+                return True
+            if entries := self._next(room):
+                self._add(entries)
+            self._tell(self)
+        return False
+
+    def _next(self, count: int) -> list[Entry]:
+        """The next entries of the manifest, however long S3 is away."""
+        while True:
+            try:
+                if self._entries is None:
+                    self._entries = self._read(self.lines, self.position)
+                entries = list(itertools.islice(self._entries, count))
+            except QueueUnavailable as error:
+                self._entries = None
+                self._wait(error, LAST_PAUSE_S)
+                continue
+            self.exhausted = len(entries) < count
+            return entries
+
+    def _add(self, entries: Sequence[Entry]) -> None:
+        ids = [job_id_of(self._bulk, entry) for entry in entries]
+        lines = self._journal.add(entries, ids)
+        self.lines, self.position = entries[-1].number, entries[-1].position
+        self._count(REFUSED, len(entries) - len(lines))
+        self._submit(lines)
+
+    def _submit(self, lines: Sequence[OpenLine]) -> None:
+        submissions = [Submission(*read_work(line.work), id=line.job_id) for line in lines]
+        answers = record_all(self._client, submissions, self._wait)
+        refused = []
+        for line, answer in zip(lines, answers, strict=True):
+            if isinstance(answer, str):
+                self._in_flight[answer] = line.number
+            else:
+                refused.append((line.number, str(answer)))
+        self._journal.refuse(refused)
+        self._count(REFUSED, len(refused))
+        self.trouble = None
+
+    def _wait(self, why: BlipqError, seconds: float) -> None:
+        """While the queue is full or away. Collecting meanwhile may be what makes room."""
+        self.trouble = why
+        self._collect()
+        self._tell(self)
+        time.sleep(seconds)
+
+    def _submit_again(self) -> None:
+        """Jobs that Redis has lost, or kept for too short a time; unless the bulk is cancelled."""
+        lost, self._lost = self._lost, set()
+        lines = [line for line in self._journal.open_lines() if line.job_id in lost] if lost else []
+        if self._cancelled:
+            self._journal.cancel([line.number for line in lines])
+            self._count(Status.CANCELLED, len(lines))
+            return
+        for chunk in _chunks(lines):
+            self._submit(chunk)
+
+    # -- collecting --
+
+    def _collect(self) -> int:
+        """Takes in which jobs have ended, and forgets them in Redis; how many those are.
+
+        The oldest end first, mostly: behind a chunk without an end it looks only now and then.
+        """
+        collected = 0
+        whole = time.monotonic() >= self._whole_at
+        if whole:
+            self._whole_at = time.monotonic() + WHOLE_EVERY_S
+        for ids in _chunks(list(self._in_flight)):
+            try:
+                found = self._client.ledger.look(ids, notify=self._bulk)
+            except (QueueUnavailable, QueueFull) as error:
+                self.trouble = error
+                return collected
+            self._end(found.ended.values())
+            for id in found.unknown:
+                del self._in_flight[id]
+                self._lost.add(id)
+            collected += len(found.ended)
+            if not (found.ended or whole):
+                break
+        return collected
+
+    def _end(self, infos: Collection[JobInfo]) -> None:
+        if not infos:
+            return
+        self._journal.end([(self._in_flight.pop(info.id), info) for info in infos])
+        for info in infos:
+            self._count(info.status, 1)
+        with suppress(QueueUnavailable, QueueFull):  # then they go when their time is up
+            self._client.ledger.release([info.id for info in infos])
+
+    def _count(self, status: str, more: int) -> None:
+        if more:
+            self.counts[status] = self.counts.get(status, 0) + more
+
+    # -- cancelling --
+
+    def _cancel_if_asked(self) -> None:
+        if self._cancelled or not self._journal.fact("cancelled"):
+            return
+        self._cancelled = True
+        for id in list(self._in_flight):
+            self._cancel(id)
+
+    def _cancel(self, id: str) -> None:
+        pause = FIRST_PAUSE_S
+        while True:
+            try:
+                self._client.job(id).cancel()
+                return
+            except JobNotFound:
+                del self._in_flight[id]
+                self._lost.add(id)
+                return
+            except (QueueUnavailable, QueueFull) as error:
+                self.trouble = error
+                self._tell(self)
+                time.sleep(pause)
+                pause = min(2 * pause, LAST_PAUSE_S)
+
+
+def _chunks(items: Sequence[ItemT]) -> Iterator[Sequence[ItemT]]:
+    for start in range(0, len(items), CHUNK):
+        yield items[start : start + CHUNK]

@@ -1,0 +1,227 @@
+"""What became of each line, on disk: an SQLite file that survives ``kill -9`` and power cuts.
+
+A line is noted before it is submitted and ends in the same file, so that memory stays flat and a
+driver that starts again knows both what is open and where to read on.
+"""
+
+import fcntl
+import json
+import secrets
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blipq.bulk.manifest import Entry
+from blipq.contract import JobError, JobInfo, Status
+from blipq.errors import BlipqError, InvalidRequest
+
+_SCHEMA = """
+CREATE TABLE bulk (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE line (
+    number INTEGER PRIMARY KEY,
+    custom_id TEXT UNIQUE,
+    job_id TEXT,
+    work TEXT,      -- what is asked, while the line is open
+    status TEXT,    -- null while it is open
+    outcome TEXT
+);
+CREATE INDEX line_status ON line (status);
+"""
+#: Status of a line that never became a job.
+REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenLine:
+    """A line whose job has not been collected."""
+
+    number: int
+    job_id: str
+    work: str
+
+
+@contextmanager
+def driving(path: Path) -> Iterator[None]:
+    """For the one process that works on this journal. Raises InvalidRequest beside another."""
+    try:
+        with path.with_name(f"{path.name}-lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+    except BlockingIOError:
+        raise InvalidRequest(f"another process is at {path} already") from None
+
+
+def is_driven(path: Path) -> bool:
+    """Whether a process works on this journal now."""
+    try:
+        with driving(path):
+            return False
+    except InvalidRequest:
+        return True
+
+
+class Journal:
+    """One bulk's file. ``create`` or ``open`` it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+
+    @classmethod
+    def create(cls, path: Path, **facts: Any) -> "Journal":
+        """A new file, whole or not at all."""
+        scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        with closing(sqlite3.connect(scratch)) as db, db:
+            db.executescript(_SCHEMA)
+            pairs = {"position": "", "lines": 0, **facts}.items()
+            db.executemany(
+                "INSERT INTO bulk VALUES (?, ?)", [(key, json.dumps(value)) for key, value in pairs]
+            )
+        scratch.rename(path)
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "Journal":
+        """A file that is there. Raises InvalidRequest."""
+        if not path.is_file():
+            raise InvalidRequest(f"there is no bulk {path}: blipq bulk submit makes one")
+        try:
+            journal = cls(path)
+            journal.fact("id")
+        except sqlite3.DatabaseError as error:
+            raise InvalidRequest(f"{path} is not a bulk's journal: {error}") from None
+        return journal
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._db.close()
+
+    # -- the bulk --
+
+    def fact(self, name: str) -> Any:
+        """Something about the bulk, or None."""
+        row = self._db.execute("SELECT value FROM bulk WHERE name = ?", (name,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def note(self, **facts: Any) -> None:
+        """Keeps something about the bulk."""
+        with self._changing():
+            self._note(facts)
+
+    def _note(self, facts: dict[str, Any]) -> None:
+        for name, value in facts.items():
+            self._db.execute("REPLACE INTO bulk VALUES (?, ?)", (name, json.dumps(value)))
+
+    # -- lines --
+
+    def add(self, entries: Sequence[Entry], job_ids: Sequence[str]) -> list[OpenLine]:
+        """Notes the next lines, and where to read on; those that are to be submitted.
+
+        A malformed line, or one whose ``custom_id`` was used before, ends here.
+        """
+        added = []
+        with self._changing():
+            for entry, job_id in zip(entries, job_ids, strict=True):
+                if entry.work is None:
+                    self._refuse(entry, entry.error or "malformed")
+                elif self._insert(entry, job_id):
+                    added.append(OpenLine(entry.number, job_id, entry.work))
+                else:
+                    self._refuse(entry, f"custom_id: line {self._line_of(entry)} has it, too")
+            self._note({"position": entries[-1].position, "lines": entries[-1].number})
+        return added
+
+    def _insert(self, entry: Entry, job_id: str) -> bool:
+        inserted = self._db.execute(
+            "INSERT INTO line (number, custom_id, job_id, work) VALUES (?, ?, ?, ?)"
+            " ON CONFLICT (custom_id) DO NOTHING",
+            (entry.number, entry.custom_id, job_id, entry.work),
+        )
+        return inserted.rowcount == 1
+
+    def _line_of(self, entry: Entry) -> int:
+        found = self._db.execute("SELECT number FROM line WHERE custom_id = ?", (entry.custom_id,))
+        number: int = found.fetchone()[0]
+        return number
+
+    def _refuse(self, entry: Entry, message: str) -> None:
+        outcome = {"custom_id": entry.custom_id, **_refusal(message)}
+        self._db.execute(
+            "INSERT INTO line (number, status, outcome) VALUES (?, ?, ?)",
+            (entry.number, REFUSED, json.dumps(outcome)),
+        )
+
+    def open_lines(self) -> list[OpenLine]:
+        """Lines whose jobs have not been collected: never more than the window was."""
+        rows = self._db.execute(
+            "SELECT number, job_id, work FROM line WHERE status IS NULL ORDER BY number"
+        )
+        return [OpenLine(*row) for row in rows]
+
+    def end(self, infos: Iterable[tuple[int, JobInfo]]) -> None:
+        """Keeps outcomes. When this returns they are on disk."""
+        with self._changing():
+            for number, info in infos:
+                told = info.model_dump(mode="json", include={"result", "error"}, exclude_none=True)
+                self._end(number, info.status, told)
+
+    def refuse(self, refused: Sequence[tuple[int, str]]) -> None:
+        """Keeps that lines can never be jobs, and why."""
+        if not refused:
+            return
+        with self._changing():
+            for number, message in refused:
+                self._end(number, REFUSED, _refusal(message))
+
+    def cancel(self, numbers: Iterable[int]) -> None:
+        """Keeps that lines were cancelled."""
+        with self._changing():
+            for number in numbers:
+                self._end(number, Status.CANCELLED, {})
+
+    def _end(self, number: int, status: str, outcome: dict[str, Any]) -> None:
+        self._db.execute(
+            "UPDATE line SET status = ?, outcome = ?, work = NULL"
+            " WHERE number = ? AND status IS NULL",
+            (status, json.dumps(outcome), number),
+        )
+
+    # -- reading --
+
+    def counts(self) -> dict[str, int]:
+        """How many lines have each status; ``open`` those without one."""
+        rows = self._db.execute("SELECT status, count(*) FROM line GROUP BY status")
+        return {status or "open": count for status, count in rows}
+
+    def outcomes(self) -> Iterator[dict[str, Any]]:
+        """What became of each line that has ended, in their order."""
+        rows = self._db.execute(
+            "SELECT number, custom_id, job_id, status, outcome FROM line"
+            " WHERE status IS NOT NULL ORDER BY number"
+        )
+        for number, custom_id, job_id, status, outcome in rows:
+            line = {"custom_id": custom_id, "line": number, "status": status}
+            yield line | ({"job_id": job_id} if job_id else {}) | json.loads(outcome)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            yield
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error):  # a full disk, say
+                raise BlipqError(f"{self.path}: {error}") from error
+            raise
+
+
+def _refusal(message: str) -> dict[str, Any]:
+    error = JobError(code="invalid_request", message=message[:2000])
+    return {"error": error.model_dump(mode="json")}

@@ -1,0 +1,227 @@
+"""Requests to come, one after the other: lines of a file or an object, or the keys of a prefix."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from blipq.client import checked, explain
+from blipq.contract import Options, Request, request_adapter, split_s3_uri
+from blipq.errors import InvalidRequest
+from blipq.storage import Storage, s3_errors
+from blipq.watch.objects import Objects, Upload
+from blipq.watch.rules import templated
+
+BLOCK_BYTES = 2**20
+LONGEST_LINE = 2**20
+LONGEST_ID = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line. ``work`` is what it asks, as JSON that ``submission`` reads, or None with ``error``.
+
+    ``position`` says where the next one begins.
+    """
+
+    number: int
+    position: str
+    custom_id: str | None
+    work: str | None
+    error: str | None = None
+
+
+class Manifest(Protocol):
+    """A source of entries."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def version(self) -> str:
+        """Changes with the content."""
+
+    @property
+    def size(self) -> int | None:
+        """Bytes, if known."""
+
+    def entries(self, number: int, position: str) -> Iterator[Entry]:
+        """The entries behind number ``number``, which ended at ``position``."""
+
+
+def read_work(work: str) -> tuple[Request, Options]:
+    """What an entry asks."""
+    told = json.loads(work)
+    return request_adapter.validate_python(told["request"]), Options(**told["options"])
+
+
+def _work(asked: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """Checks a request and its options, and makes them one text. Raises InvalidRequest."""
+    if "idempotency_key" in options:
+        raise InvalidRequest("options.idempotency_key: the custom_id is it")
+    try:
+        request = request_adapter.validate_python(asked)
+    except ValidationError as error:
+        raise InvalidRequest(explain(error)) from None
+    chosen = checked(Options, **options)
+    return json.dumps(
+        {
+            "request": request.model_dump(mode="json", exclude_defaults=True)
+            | {"kind": request.kind},
+            "options": chosen.model_dump(mode="json", exclude_defaults=True),
+        }
+    )
+
+
+# --- lines ----------------------------------------------------------------------------------------
+
+
+class LocalFile:
+    """A file's bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self._path = path
+        try:
+            with path.open("rb") as file:
+                self.version = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+                self.size = file.tell()
+        except OSError as error:
+            raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None
+
+    def read(self, offset: int) -> bytes:
+        """The next block."""
+        with self._path.open("rb") as file:
+            file.seek(offset)
+            return file.read(BLOCK_BYTES)
+
+
+class S3Object:
+    """An object's bytes, a block per request: no connection waits while jobs run."""
+
+    def __init__(self, uri: str, storage: Storage) -> None:
+        self.name = uri
+        self._client = storage.client
+        try:
+            self._bucket, self._key = split_s3_uri(uri)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from None
+        with s3_errors():
+            found = self._client.head_object(Bucket=self._bucket, Key=self._key)
+        self.size = found["ContentLength"]
+        self.version = found["ETag"]
+
+    def read(self, offset: int) -> bytes:
+        """The next block. Raises InvalidRequest if the object has changed."""
+        if offset >= self.size:
+            return b""
+        with s3_errors():
+            answer = self._client.get_object(
+                Bucket=self._bucket,
+                Key=self._key,
+                Range=f"bytes={offset}-{offset + BLOCK_BYTES - 1}",
+                IfMatch=self.version,
+            )
+            return answer["Body"].read()
+
+
+class JsonLines:
+    """A manifest with a request per line, beside its ``custom_id`` and ``options``."""
+
+    def __init__(self, blocks: LocalFile | S3Object, defaults: Mapping[str, Any]) -> None:
+        self.name, self.version, self.size = blocks.name, blocks.version, blocks.size
+        self._blocks = blocks
+        self._defaults = defaults
+
+    def entries(self, number: int, position: str) -> Iterator[Entry]:
+        """The entries behind number ``number``, which ended at the offset ``position``."""
+        for end, line in self._lines(int(position or 0)):
+            number += 1
+            if line is None:
+                error = f"longer than {LONGEST_LINE:,} bytes"
+                yield Entry(number, str(end), None, None, error)
+            elif line.strip():
+                yield self._entry(number, str(end), line)
+
+    def _lines(self, start: int) -> Iterator[tuple[int, bytes | None]]:
+        """Where each line ends, and its text, or None if it is too long to be kept."""
+        offset, kept, dropped = start, b"", 0
+        while block := self._blocks.read(offset):
+            offset += len(block)
+            *whole, kept = (kept + block).split(b"\n")
+            for line in whole:
+                start += dropped + len(line) + 1
+                yield start, None if dropped else line
+                dropped = 0
+            if dropped or len(kept) > LONGEST_LINE:
+                dropped, kept = dropped + len(kept), b""
+        if dropped or kept:
+            yield start + dropped + len(kept), None if dropped else kept
+
+    def _entry(self, number: int, position: str, line: bytes) -> Entry:
+        custom_id = None
+        try:
+            asked = json.loads(line.decode())
+            if not isinstance(asked, dict):
+                raise InvalidRequest("a line is an object with custom_id and a request")
+            custom_id = _custom_id(asked.pop("custom_id", None))
+            options = asked.pop("options", None) or {}
+            if not isinstance(options, dict):
+                raise InvalidRequest("options: an object is expected")
+            work = _work(asked, {**self._defaults, **options})
+        except (ValueError, RecursionError) as error:
+            return Entry(number, position, custom_id, None, str(error))
+        return Entry(number, position, custom_id, work)
+
+
+def _custom_id(value: Any) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= LONGEST_ID:
+        raise InvalidRequest(f"custom_id: a text of 1 to {LONGEST_ID} characters is expected")
+    return value
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+class Prefix:
+    """A request per object under a prefix, made of a template; its key is the ``custom_id``."""
+
+    size = None
+
+    def __init__(
+        self, uri: str, template: Mapping[str, Any], defaults: Mapping[str, Any], storage: Storage
+    ) -> None:
+        self._bucket, _, self._prefix = uri.removeprefix("s3://").partition("/")
+        if not uri.startswith("s3://") or not self._bucket:
+            raise InvalidRequest(f"{uri!r} is not of the form s3://bucket/prefix")
+        self._objects = Objects(storage)
+        self._asked = dict(template)
+        self._options = {**defaults, **(self._asked.pop("options", None) or {})}
+        self.name = uri
+        text = json.dumps(template, sort_keys=True)
+        self.version = hashlib.sha256(text.encode()).hexdigest()[:32]
+        self._work_of(Upload(self._bucket, "sample", "etag", 1, datetime.now(UTC)))
+
+    def entries(self, number: int, position: str) -> Iterator[Entry]:
+        """The entries behind the key ``position``."""
+        for page in self._objects.pages(self._bucket, self._prefix, position):
+            for upload in page.uploads:
+                if not upload.key.endswith("/"):
+                    number += 1
+                    yield self._entry(number, upload)
+
+    def _entry(self, number: int, upload: Upload) -> Entry:
+        try:
+            return Entry(number, upload.key, upload.key, self._work_of(upload))
+        except InvalidRequest as error:
+            return Entry(number, upload.key, upload.key, None, str(error))
+
+    def _work_of(self, upload: Upload) -> str:
+        image = upload.reference.model_dump(exclude_none=True)
+        return _work({**self._asked, "image": image}, templated(self._options, upload))

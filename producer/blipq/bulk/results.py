@@ -1,0 +1,58 @@
+"""Outcomes as lines of JSON, in the order of the manifest, to a file or an object."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import BinaryIO
+
+from blipq.bulk.journal import Journal
+from blipq.contract import split_s3_uri
+from blipq.errors import InvalidRequest
+from blipq.storage import Storage, s3_errors
+
+
+def write(journal: Journal, target: str, storage: Storage) -> int:
+    """Writes what has ended; how many lines. A reader of ``target`` never sees half of it."""
+    if target.startswith("s3://"):
+        return _to_s3(journal, target, storage)
+    path = Path(target)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with scratch.open("wb") as file:
+            lines = _write(journal, file)
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise InvalidRequest(f"cannot write {path}: {error.strerror}") from None
+    return lines
+
+
+def _to_s3(journal: Journal, uri: str, storage: Storage) -> int:
+    from boto3.exceptions import S3UploadFailedError
+
+    try:
+        bucket, key = split_s3_uri(uri)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from None
+    with tempfile.TemporaryFile() as file:
+        lines = _write(journal, file)
+        file.seek(0)
+        try:
+            with s3_errors():
+                storage.client.upload_fileobj(
+                    file, bucket, key, ExtraArgs={"ContentType": "application/x-ndjson"}
+                )
+        except S3UploadFailedError as error:
+            raise InvalidRequest(f"S3 does not take {uri}: {error}") from error
+    return lines
+
+
+def _write(journal: Journal, file: BinaryIO) -> int:
+    lines = 0
+    for outcome in journal.outcomes():
+        file.write(json.dumps(outcome, ensure_ascii=False).encode() + b"\n")
+        lines += 1
+    file.flush()
+    return lines

@@ -1,0 +1,72 @@
+"""A bulk's journal and manifest, as the command line names them."""
+
+import json
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from blipq.bulk.journal import Journal
+from blipq.bulk.manifest import JsonLines, LocalFile, Manifest, Prefix, S3Object
+from blipq.client import checked
+from blipq.contract import Options
+from blipq.errors import InvalidRequest
+from blipq.storage import Storage
+
+
+def manifest_of(facts: Mapping[str, Any], storage: Storage) -> Manifest:
+    """The manifest that a journal's facts name."""
+    name: str = facts["manifest"]
+    if facts.get("template") is not None:
+        return Prefix(name, facts["template"], facts["defaults"], storage)
+    blocks = S3Object(name, storage) if name.startswith("s3://") else LocalFile(Path(name))
+    return JsonLines(blocks, facts["defaults"])
+
+
+def template_from(path: Path) -> dict[str, Any]:
+    """A request without its image, from a file of JSON. Raises InvalidRequest."""
+    try:
+        template = json.loads(path.read_text())
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InvalidRequest(f"{path}: {error}") from None
+    if not isinstance(template, dict) or "image" in template:
+        raise InvalidRequest(f"{path}: a request without its image is expected")
+    return template
+
+
+def journal_path(name: str) -> Path:
+    """``manifest.jsonl.bulk`` for a manifest; a journal's own name is kept."""
+    if name.endswith(".bulk"):
+        return Path(name)
+    return Path(f"{name.rstrip('/').rpartition('/')[2] or 'objects'}.bulk")
+
+
+def begin(path: Path, facts: Mapping[str, Any], storage: Storage) -> tuple[Journal, Manifest]:
+    """A new bulk, or the one that this journal is of. Raises InvalidRequest if it is of another."""
+    checked(Options, **facts["defaults"])
+    manifest = manifest_of(facts, storage)
+    if not path.exists():
+        id = facts.get("id") or f"bulk_{secrets.token_hex(8)}"
+        journal = Journal.create(path, **{**facts, "id": id, "version": manifest.version})
+        return journal, manifest
+    journal = Journal.open(path)
+    try:
+        _check_same(journal, facts, manifest)
+    except InvalidRequest:
+        journal.close()
+        raise
+    return journal, manifest
+
+
+def _check_same(journal: Journal, facts: Mapping[str, Any], manifest: Manifest) -> None:
+    if journal.fact("cancelled"):
+        raise InvalidRequest(f"{journal.path} was cancelled: give another --journal to begin anew")
+    if journal.fact("version") != manifest.version:
+        raise InvalidRequest(
+            f"{journal.path} is of another manifest, or it has changed: give another --journal"
+        )
+    changed = [name for name in ("template", "defaults") if journal.fact(name) != facts.get(name)]
+    if changed:
+        raise InvalidRequest(f"{journal.path} was begun with other options: {', '.join(changed)}")

@@ -1,0 +1,183 @@
+"""``blipq bulk``: a manifest's requests, however many."""
+
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from blipq.bulk.driver import Driver
+from blipq.bulk.journal import Journal, driving, is_driven
+from blipq.bulk.manifest import Manifest
+from blipq.bulk.results import write
+from blipq.bulk.start import begin, journal_path, template_from
+from blipq.cli.bar import Bar
+from blipq.cli.group import Group
+from blipq.cli.output import JsonOption, connected, errors, out, reported
+from blipq.client import Client
+from blipq.contract import Priority, Status
+from blipq.errors import InvalidRequest
+
+app = Group("Many requests from a manifest, a bounded number of them at a time.")
+
+JournalArgument = Annotated[
+    str, typer.Argument(metavar="JOURNAL", help="The journal, or the manifest it is named after.")
+]
+WINDOW_HELP = "Jobs in flight at a time; by default BLIPQ_WINDOW."
+
+
+@app.command("submit")
+def submit(
+    manifest: Annotated[
+        str | None, typer.Argument(help="A file or s3:// object with a request per line.")
+    ] = None,
+    prefix: Annotated[
+        str | None, typer.Option(metavar="S3-URI", help="Instead: a request per object under it.")
+    ] = None,
+    template: Annotated[
+        Path | None, typer.Option(help="With --prefix: the request, as JSON without its image.")
+    ] = None,
+    journal: Annotated[
+        str | None, typer.Option(help="What became of each line; by default MANIFEST.bulk here.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(min=1, help=WINDOW_HELP)] = None,
+    model: Annotated[str, typer.Option(help="Served model of lines that name none.")] = "default",
+    priority: Annotated[
+        Priority, typer.Option(help="Priority of lines that name none.")
+    ] = Priority.LOW,
+    expires_in: Annotated[
+        str | None, typer.Option(help="Deadline of lines that name none, such as 2d.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Submit a manifest and collect the results; the same command again goes on after a kill.
+
+    Exits 0 if all lines succeeded, 3 if not. See docs/bulk.md.
+
+    Examples:
+        blipq bulk submit manifest.jsonl
+        blipq bulk submit s3://photos/manifest.jsonl --window 2000 --priority normal
+        blipq bulk submit --prefix s3://photos/2026/ --template caption.json
+    """
+    with connected(as_json) as client:
+        source, asked = _source(manifest, prefix, template)
+        defaults = {"model": model, "priority": priority.value}
+        defaults |= {"expires_in": expires_in} if expires_in else {}
+        facts = {"manifest": source, "template": asked, "defaults": defaults}
+        path = journal_path(journal or source)
+        with driving(path):
+            kept, found = begin(path, facts, client.storage)
+            with closing(kept):
+                _drive(client, kept, found, window or client.settings.window, as_json)
+
+
+def _source(
+    manifest: str | None, prefix: str | None, template: Path | None
+) -> tuple[str, dict[str, Any] | None]:
+    if (manifest is None) == (prefix is None) or (prefix is None) != (template is None):
+        raise InvalidRequest("give either a manifest, or --prefix and --template")
+    if prefix is not None and template is not None:
+        return prefix, template_from(template)
+    return str(manifest), None
+
+
+def _drive(
+    client: Client, journal: Journal, manifest: Manifest, window: int, as_json: bool
+) -> None:
+    with Bar(manifest.size, shown=not as_json) as bar:
+        driver = Driver(client, journal, manifest.entries, window=window, tell=bar.show)
+        try:
+            driver.run()
+        except KeyboardInterrupt:
+            if not as_json:
+                errors.print("the same command goes on from here", style="dim")
+            raise typer.Exit(130) from None
+    summary = _summary(journal)
+    _show(summary, as_json)
+    if not as_json:
+        errors.print(f"results: blipq bulk results {journal.path} --output FILE", style="dim")
+    raise typer.Exit(0 if set(summary["counts"]) <= {Status.SUCCEEDED} else 3)
+
+
+@app.command("status")
+def status(journal: JournalArgument, as_json: JsonOption = False) -> None:
+    """Show how far a bulk is.
+
+    Examples:
+        blipq bulk status manifest.jsonl
+        blipq bulk status manifest.jsonl.bulk --json
+    """
+    with reported(as_json), closing(Journal.open(journal_path(journal))) as kept:
+        _show(_summary(kept), as_json)
+
+
+@app.command("results")
+def results(
+    journal: JournalArgument,
+    output: Annotated[
+        str, typer.Option(metavar="FILE", help="A file or s3:// object, as JSON lines.")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Write what became of the lines: each once, in the order of the manifest.
+
+    Exits 5 if lines are open still; they are left out.
+
+    Examples:
+        blipq bulk results manifest.jsonl --output results.jsonl
+        blipq bulk results manifest.jsonl --output s3://photos/results.jsonl
+    """
+    with connected(as_json) as client, closing(Journal.open(journal_path(journal))) as kept:
+        lines = write(kept, output, client.storage)
+        summary = _summary(kept)
+        if as_json:
+            print(json.dumps({"output": output, "lines": lines, "state": summary["state"]}))
+        else:
+            out.print(f"{output}: {lines:,} lines", markup=False)
+        if summary["state"] == "stopped":
+            if not as_json:
+                errors.print("not all lines have ended: submit it again to go on", style="yellow")
+            raise typer.Exit(5)
+
+
+@app.command("cancel")
+def cancel(journal: JournalArgument, as_json: JsonOption = False) -> None:
+    """Cancel a bulk: what has ended stays, what is in flight is cancelled, the rest is not read.
+
+    Examples:
+        blipq bulk cancel manifest.jsonl
+    """
+    with connected(as_json) as client, closing(Journal.open(journal_path(journal))) as kept:
+        kept.note(cancelled=True)
+        if is_driven(kept.path):
+            if not as_json:
+                errors.print("the process that is at it cancels the rest", style="dim")
+            return
+        with driving(kept.path):
+            Driver(client, kept, lambda number, position: iter(()), window=1).run()
+        _show(_summary(kept), as_json)
+
+
+def _summary(journal: Journal) -> dict[str, Any]:
+    counts = journal.counts()
+    state = "cancelled" if journal.fact("cancelled") else "stopped"
+    if state == "stopped" and journal.fact("exhausted") and not counts.get("open"):
+        state = "done"
+    elif is_driven(journal.path):
+        state = "running"
+    return {
+        "id": journal.fact("id"),
+        "manifest": journal.fact("manifest"),
+        "state": state,
+        "lines": sum(counts.values()),
+        "counts": counts,
+    }
+
+
+def _show(summary: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(summary))
+        return
+    counts = ", ".join(f"{number:,} {status}" for status, number in summary["counts"].items())
+    out.print(f"{summary['manifest']}: {summary['state']}, {counts or 'no lines'}", markup=False)

@@ -1,0 +1,90 @@
+"""Where a listing got to, kept through restarts: in Redis, or in a file."""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from blipq.errors import InvalidRequest
+from blipq.ledger import Ledger, redis_errors
+
+#: A watch that stands still for longer starts from then on.
+KEPT_S = 40 * 86400
+
+
+class Cursor(Protocol):
+    """A small dictionary that outlives the process."""
+
+    def load(self) -> dict[str, Any]:
+        """What was saved last, or nothing."""
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replaces it."""
+
+
+class Unsaved:
+    """Another cursor's state, for a run that must leave no trace."""
+
+    def __init__(self, cursor: Cursor) -> None:
+        self._state = cursor.load()
+
+    def load(self) -> dict[str, Any]:
+        """What was saved last."""
+        return self._state
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Keeps it for this run alone."""
+        self._state = state
+
+
+class RedisCursor:
+    """In Redis, so that it survives the host."""
+
+    def __init__(self, name: str, ledger: Ledger) -> None:
+        self._key = f"blipq:watch:{name}"
+        self._redis = ledger.redis
+
+    def load(self) -> dict[str, Any]:
+        """What was saved last, or nothing."""
+        with redis_errors():
+            text = self._redis.get(self._key)
+        return json.loads(text) if text else {}
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replaces it."""
+        with redis_errors():
+            self._redis.set(self._key, json.dumps(state), ex=KEPT_S)
+
+
+class FileCursor:
+    """In a file that is replaced whole, so that no crash leaves half of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def load(self) -> dict[str, Any]:
+        """What was saved last, or nothing. Raises InvalidRequest for another file."""
+        try:
+            state = json.loads(self._path.read_text())
+            if isinstance(state, dict):
+                return state
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise InvalidRequest(f"source.state: cannot read {self._path}: {error}") from None
+        raise InvalidRequest(f"source.state: {self._path} holds something else")
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replaces it."""
+        scratch = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        try:
+            with scratch.open("w") as file:
+                file.write(json.dumps(state))
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(self._path)
+        except OSError as error:
+            with suppress(OSError):
+                scratch.unlink()
+            raise InvalidRequest(f"source.state: cannot write {self._path}: {error}") from None

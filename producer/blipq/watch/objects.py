@@ -1,0 +1,115 @@
+"""Objects as S3 has them now, whatever an event said about them."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from blipq.client import checked
+from blipq.contract import ImageRef
+from blipq.storage import Storage, s3_errors, status_of
+
+PAGE_KEYS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """One version of an object. ``modified`` is in whole seconds, as HTTP has it.
+
+    ``content_type`` and ``version_id`` are None where S3 was not asked for them.
+    """
+
+    bucket: str
+    key: str
+    etag: str
+    size: int
+    modified: datetime
+    version_id: str | None = None
+    content_type: str | None = None
+
+    @property
+    def uri(self) -> str:
+        """``s3://bucket/key``."""
+        return f"s3://{self.bucket}/{self.key}"
+
+    @property
+    def identity(self) -> str:
+        """The same for every event, listing and backfill that finds this version.
+
+        Listings know no version ids, so it is made of what they and HEAD both say. The time tells
+        the same bytes apart that were put there, replaced, and put there again.
+        """
+        parts = [self.bucket, self.key, self.etag, int(self.modified.timestamp())]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+    @property
+    def reference(self) -> ImageRef:
+        """What the job is about: these bytes and no others. Raises InvalidRequest."""
+        return checked(ImageRef, uri=self.uri, version_id=self.version_id, etag=self.etag)
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A part of a listing, in the order of keys. ``asked_at`` is on S3's clock."""
+
+    uploads: list[Upload]
+    asked_at: datetime
+
+
+class Objects:
+    """Looks at objects. Raises QueueUnavailable when S3 does not answer, InvalidRequest on 4xx."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def head(self, bucket: str, key: str, version_id: str | None = None) -> Upload | None:
+        """The object, or None if it is there no more."""
+        from botocore.exceptions import ClientError
+
+        version: Any = {"VersionId": version_id} if version_id else {}
+        with s3_errors():
+            try:
+                found = self._storage.client.head_object(Bucket=bucket, Key=key, **version)
+            except ClientError as error:
+                if status_of(error) in (404, 405):  # 405: the version is a delete marker
+                    return None
+                raise
+        return Upload(
+            bucket=bucket,
+            key=key,
+            etag=found["ETag"].strip('"'),
+            size=found["ContentLength"],
+            modified=_whole_second(found["LastModified"]),
+            version_id=found.get("VersionId"),
+            content_type=found.get("ContentType"),
+        )
+
+    def pages(self, bucket: str, prefix: str, after: str = "") -> Iterator[Page]:
+        """What is there, from behind the key ``after`` on."""
+        more = True
+        while more:
+            with s3_errors():
+                answer = self._storage.client.list_objects_v2(
+                    Bucket=bucket, Prefix=prefix, StartAfter=after, MaxKeys=PAGE_KEYS
+                )
+            uploads = [_listed(bucket, found) for found in answer.get("Contents", ())]
+            yield Page(uploads, _asked_at(answer))
+            more = bool(uploads) and answer["IsTruncated"]
+            after = uploads[-1].key if uploads else after
+
+
+def _listed(bucket: str, found: Any) -> Upload:
+    modified = _whole_second(found["LastModified"])
+    return Upload(bucket, found["Key"], found["ETag"].strip('"'), found["Size"], modified)
+
+
+def _asked_at(answer: Any) -> datetime:
+    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    return parsedate_to_datetime(date) if date else datetime.now(UTC)
+
+
+def _whole_second(at: datetime) -> datetime:
+    return at.astimezone(UTC).replace(microsecond=0)

@@ -1,0 +1,154 @@
+"""An SQS queue of S3 notifications."""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from blipq.errors import InvalidRequest, QueueUnavailable
+from blipq.settings import Settings
+from blipq.storage import status_of
+from blipq.watch.events import Told, Unreadable, read
+from blipq.watch.sources import Batch, Found
+
+if TYPE_CHECKING:
+    from mypy_boto3_sqs import SQSClient
+
+log = logging.getLogger(__name__)
+
+MOST_MESSAGES = 10
+#: A long poll: the queue answers at once when there is something.
+WAIT_S = 10
+
+
+@dataclass
+class Messages(Batch):
+    """Up to ten messages. One that is not deleted comes again when its visibility ends."""
+
+    queue: "Queue" = field(kw_only=True)
+    told: dict[str, list[Told]] = field(kw_only=True)
+
+    def hold(self) -> None:
+        """Keeps the messages invisible to others."""
+        self.queue.show_after(list(self.told), self.queue.visibility_s)
+
+    def done(self, refused: set[Found]) -> None:
+        """Deletes the messages; one with an upload that is refused goes the way of poison."""
+        self.queue.let_go(list(self.told))
+        self.queue.delete(
+            [receipt for receipt, told in self.told.items() if refused.isdisjoint(told)]
+        )
+
+
+class Queue:
+    """Receives messages and deletes them when their uploads are recorded.
+
+    What cannot be read is left to the queue's redrive policy: it may be an upload after all.
+    """
+
+    pause_s = 0.0
+
+    def __init__(
+        self, url: str, settings: Settings, *, visibility_s: float, wait_s: int = WAIT_S
+    ) -> None:
+        self.url = url
+        self.visibility_s = visibility_s
+        self._settings = settings
+        self._wait_s = wait_s
+        self._held: set[str] = set()
+
+    @cached_property
+    def client(self) -> "SQSClient":
+        """The boto3 client. The queue's URL says where SQS is."""
+        import boto3
+        from botocore.config import Config
+
+        place = urlsplit(self.url)
+        region = re.match(r"sqs\.([a-z0-9-]+)\.", place.netloc)
+        secret = self._settings.s3_secret_access_key
+        return boto3.session.Session().client(
+            "sqs",
+            endpoint_url=f"{place.scheme}://{place.netloc}",
+            aws_access_key_id=self._settings.s3_access_key_id,
+            aws_secret_access_key=secret.get_secret_value() if secret else None,
+            region_name=region[1] if region else self._settings.s3_region or "us-east-1",
+            config=Config(
+                connect_timeout=3,
+                read_timeout=self._wait_s + 5,
+                retries={"mode": "standard", "total_max_attempts": 2},
+            ),
+        )
+
+    def next(self) -> Batch | None:
+        """Up to ten messages, or None after a long poll without any."""
+        with _sqs_errors():
+            answer = self.client.receive_message(
+                QueueUrl=self.url,
+                MaxNumberOfMessages=MOST_MESSAGES,
+                WaitTimeSeconds=self._wait_s,
+                VisibilityTimeout=round(self.visibility_s),
+            )
+        told: dict[str, list[Told]] = {}
+        for message in answer.get("Messages", ()):
+            try:
+                told[message["ReceiptHandle"]] = read(message["Body"])
+            except Unreadable as error:
+                log.error("message %s is left in the queue: %s", message["MessageId"], error)
+        self._held.update(told)
+        if not answer.get("Messages"):
+            return None
+        found: list[Found] = [upload for uploads in told.values() for upload in uploads]
+        return Messages(found, queue=self, told=told)
+
+    def delete(self, receipts: list[str]) -> None:
+        """Removes messages for good. One that stays is found recorded next time."""
+        if not receipts:
+            return
+        entries = [{"Id": str(n), "ReceiptHandle": each} for n, each in enumerate(receipts)]
+        with suppress(QueueUnavailable), _sqs_errors():
+            self.client.delete_message_batch(QueueUrl=self.url, Entries=entries)  # type: ignore[arg-type]
+
+    def let_go(self, receipts: list[str]) -> None:
+        """These are not given back by ``close``."""
+        self._held.difference_update(receipts)
+
+    def show_after(self, receipts: list[str], seconds: float) -> None:
+        """Makes messages visible to others after so many seconds."""
+        if not receipts:
+            return
+        entries = [
+            {"Id": str(n), "ReceiptHandle": each, "VisibilityTimeout": round(seconds)}
+            for n, each in enumerate(receipts)
+        ]
+        with suppress(QueueUnavailable), _sqs_errors():
+            self.client.change_message_visibility_batch(QueueUrl=self.url, Entries=entries)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Shows what is not done to others at once."""
+        held = sorted(self._held)
+        for start in range(0, len(held), MOST_MESSAGES):
+            self.show_after(held[start : start + MOST_MESSAGES], 0)
+
+
+@contextmanager
+def _sqs_errors() -> Iterator[None]:
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+    try:
+        yield
+    except NoCredentialsError as error:
+        raise InvalidRequest(f"no credentials for SQS: {error}") from error
+    except ClientError as error:
+        if 400 <= status_of(error) < 500 and not _throttled(error):
+            raise InvalidRequest(f"SQS refuses: {error}") from error
+        raise QueueUnavailable(f"SQS does not answer: {error}") from error
+    except BotoCoreError as error:
+        raise QueueUnavailable(f"SQS does not answer: {error}") from error
+
+
+def _throttled(error: Exception) -> bool:
+    return "hrottl" in str(error) or "RequestLimit" in str(error)

@@ -1,0 +1,55 @@
+"""What a file of rules needs to be watched."""
+
+from pathlib import Path
+
+from blipq.client import Client
+from blipq.errors import InvalidRequest
+from blipq.guard import Forbidden
+from blipq.settings import Settings
+from blipq.watch.cursor import Cursor, FileCursor, RedisCursor, Unsaved
+from blipq.watch.listing import Backfill, Listing
+from blipq.watch.objects import Objects
+from blipq.watch.queue import WAIT_S, Queue
+from blipq.watch.rules import Rules
+from blipq.watch.sources import Source
+
+
+def source_of(rules: Rules, client: Client, cursor: Cursor, *, once: bool) -> Source:
+    """Where the rules say that news comes from."""
+    source = rules.source
+    if source.queue is not None:
+        wait_s = 2 if once else WAIT_S
+        return Queue(source.queue, client.settings, visibility_s=source.visibility, wait_s=wait_s)
+    return Listing(
+        Objects(client.storage),
+        rules.places,
+        cursor,
+        every_s=source.every,
+        overlap_s=source.overlap,
+    )
+
+
+def backfill_of(rules: Rules, client: Client, cursor: Cursor) -> Backfill:
+    """What is there already."""
+    return Backfill(Objects(client.storage), rules.places, cursor)
+
+
+def cursor_of(rules: Rules, client: Client, *, dry_run: bool) -> Cursor:
+    """Where the rules say that the cursor is kept."""
+    state = rules.source.state
+    cursor = (
+        FileCursor(state) if isinstance(state, Path) else RedisCursor(rules.name, client.ledger)
+    )
+    return Unsaved(cursor) if dry_run else cursor
+
+
+def check_webhooks(rules: Rules, settings: Settings) -> None:
+    """Raises InvalidRequest if a rule's webhook may not be posted to."""
+    for rule in rules.rules:
+        webhook = rule.options.get("webhook")
+        url = webhook.get("url") if isinstance(webhook, dict) else webhook
+        try:
+            if url is not None:
+                settings.webhook_policy.check(url)
+        except Forbidden as error:
+            raise InvalidRequest(f"rule {rule.name}: options.webhook: {error}") from None

@@ -1,0 +1,424 @@
+"""A bulk from the first line to the results; the test plays the worker."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from blipq import Client, InvalidRequest, QueueFull, QueueUnavailable, Settings
+from blipq.bulk.driver import Driver, job_id_of
+from blipq.bulk.journal import Journal, driving, is_driven
+from blipq.bulk.manifest import Prefix
+from blipq.bulk.start import begin, journal_path, template_from
+from blipq.cli import app
+from blipq.ledger import Claim, Ledger
+from blipq.storage import Storage
+from conftest import ROOT
+
+IMAGE = "s3://photos/cat.jpg"
+
+
+def line(custom_id: str, **fields: Any) -> str:
+    return json.dumps({"custom_id": custom_id, "kind": "caption", "image": IMAGE} | fields)
+
+
+class Bulk:
+    """A manifest in a folder and its journal."""
+
+    def __init__(self, client: Client, folder: Path) -> None:
+        self.client = client
+        self.manifest = folder / "manifest.jsonl"
+        self.path = folder / "manifest.jsonl.bulk"
+        self.journal: Journal | None = None
+
+    def write(self, *lines: str) -> None:
+        self.manifest.write_text("".join(f"{each}\n" for each in lines))
+
+    def driver(self, *, window: int = 100, **options: Any) -> Driver:
+        self.close()
+        facts = {"manifest": str(self.manifest), "template": None, "defaults": {}}
+        self.journal, self.source = begin(self.path, facts, self.client.storage)
+        return Driver(self.client, self.journal, self.source.entries, window=window, **options)
+
+    def close(self) -> None:
+        if self.journal is not None:
+            self.journal.close()
+
+    def outcomes(self) -> list[dict[str, Any]]:
+        with closing(Journal.open(self.path)) as journal:
+            return list(journal.outcomes())
+
+
+@pytest.fixture
+def bulk(client: Client, tmp_path: Path) -> Iterator[Bulk]:
+    bulk = Bulk(client, tmp_path)
+    yield bulk
+    bulk.close()
+
+
+@contextmanager
+def worker(ledger: Ledger, *, after: threading.Event | None = None) -> Iterator[None]:
+    """Ends whatever is queued: the caption is the prompt; ``fail`` fails."""
+    stop = threading.Event()
+
+    def work() -> None:
+        if after is not None:
+            after.wait(30)
+        while not stop.wait(0.01):
+            for queue in ledger.redis.zrange("blipq:queues", 0, -1):  # type: ignore[union-attr]
+                for id in ledger.redis.zrange(f"blipq:queued:{queue}", 0, -1):  # type: ignore[union-attr]
+                    claim = ledger.claim(id, "w1")
+                    if isinstance(claim, Claim):
+                        end(claim)
+
+    def end(claim: Claim) -> None:
+        prompt = json.loads(claim.request).get("prompt", "")
+        if prompt == "fail":
+            error = {"code": "image_not_found", "message": "no such key"}
+            ledger.fail(claim, json.dumps(error), "{}")
+        else:
+            result = {"kind": "caption", "captions": [{"text": prompt}]}
+            ledger.succeed(claim, json.dumps(result), "{}")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_every_line_has_one_outcome_in_the_order_of_the_manifest(
+    bulk: Bulk, ledger: Ledger
+) -> None:
+    bulk.write(
+        line("a", prompt="one"),
+        "nonsense",
+        line("b", prompt="fail"),
+        line("a", prompt="two"),
+        line("c", options={"webhook": {"url": "http://10.0.0.1/"}}),
+        line("d"),
+    )
+    with worker(ledger):
+        bulk.driver().run()
+    told = [(each["line"], each["custom_id"], each["status"]) for each in bulk.outcomes()]
+    assert told == [
+        (1, "a", "succeeded"),
+        (2, None, "refused"),
+        (3, "b", "failed"),
+        (4, "a", "refused"),
+        (5, "c", "refused"),
+        (6, "d", "succeeded"),
+    ]
+    first, _, failed, twice, webhook, _ = bulk.outcomes()
+    assert first["result"]["captions"] == [{"text": "one"}]
+    assert failed["error"]["code"] == "image_not_found"
+    assert twice["error"]["message"] == "custom_id: line 1 has it, too"
+    assert "webhook.url" in webhook["error"]["message"]
+
+
+def test_never_more_than_the_window_is_in_flight_and_nothing_stays_in_redis(
+    bulk: Bulk, ledger: Ledger
+) -> None:
+    bulk.write(*(line(str(n)) for n in range(60)))
+    most = 0
+
+    def tell(driver: Driver) -> None:
+        nonlocal most
+        most = max(most, int(ledger.redis.zcard("blipq:open")), driver.in_flight)  # type: ignore[arg-type]
+
+    with worker(ledger):
+        bulk.driver(window=7, tell=tell).run()
+    assert 0 < most <= 7
+    assert len(bulk.outcomes()) == 60
+    assert list(ledger.redis.scan_iter("blipq:job:*")) == []
+
+
+class Killed(BaseException):
+    """Stands in for kill -9: nothing below it catches it."""
+
+
+@pytest.mark.parametrize("step", range(12))
+def test_a_bulk_that_is_killed_anywhere_goes_on(
+    bulk: Bulk, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Before and after each change of the journal and of the ledger."""
+    bulk.write(*(line(str(n), prompt=str(n)) for n in range(9)), line("3"))
+    places = (
+        (Journal, "add"),
+        (Ledger, "submit_all"),
+        (Journal, "end"),
+        (Ledger, "release"),
+    )
+    owner, name = places[step % 4]
+    real = getattr(owner, name)
+    calls = iter(range(10))
+
+    def deadly(*args: Any, **options: Any) -> Any:
+        if next(calls) != step // 4 % 2:
+            return real(*args, **options)
+        if step < 8:
+            raise Killed
+        real(*args, **options)
+        raise Killed
+
+    monkeypatch.setattr(owner, name, deadly)
+    with worker(ledger):
+        with pytest.raises(Killed):
+            bulk.driver(window=4).run()
+        monkeypatch.setattr(owner, name, real)
+        bulk.driver(window=4).run()
+    told = [(each["custom_id"], each["status"]) for each in bulk.outcomes()]
+    assert told == [*((str(n), "succeeded") for n in range(9)), ("3", "refused")]
+
+
+def test_jobs_that_redis_lost_are_submitted_again(bulk: Bulk, ledger: Ledger) -> None:
+    bulk.write(*(line(str(n)) for n in range(5)))
+    lost = threading.Event()
+
+    def tell(driver: Driver) -> None:
+        if driver.in_flight == 5 and not lost.is_set():
+            ledger.redis.flushdb()
+            lost.set()
+
+    with worker(ledger, after=lost):
+        bulk.driver(tell=tell).run()
+    assert [each["status"] for each in bulk.outcomes()] == ["succeeded"] * 5
+
+
+@pytest.mark.parametrize("error", [QueueFull, QueueUnavailable])
+def test_a_full_queue_or_an_outage_slows_a_bulk_down(
+    bulk: Bulk, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    bulk.write(*(line(str(n)) for n in range(5)))
+    troubles = []
+
+    def tell(driver: Driver) -> None:
+        troubles.append(driver.trouble)
+
+    real, failures = Ledger.submit_all, iter([1, 1])
+
+    def flaky(self: Ledger, jobs: Any) -> Any:
+        if next(failures, None):
+            raise error("not now")
+        return real(self, jobs)
+
+    monkeypatch.setattr(Ledger, "submit_all", flaky)
+    with worker(ledger):
+        bulk.driver(tell=tell).run()
+    assert [each["status"] for each in bulk.outcomes()] == ["succeeded"] * 5
+    assert any(isinstance(trouble, error) for trouble in troubles)
+    assert troubles[-1] is None
+
+
+def test_an_id_belongs_to_a_line_of_a_bulk(bulk: Bulk) -> None:
+    bulk.write(line("a"), line("b"))
+    bulk.driver()
+    one, two = bulk.source.entries(0, "")
+    ids = {job_id_of("x", one), job_id_of("x", two), job_id_of("y", one), job_id_of("x", one)}
+    assert len(ids) == 3
+    assert all(len(id) == 40 and id[18] == "8" for id in ids)
+
+
+def test_a_bulk_is_not_confused_with_another(bulk: Bulk) -> None:
+    bulk.write(line("a"))
+    bulk.driver()
+    bulk.write(line("a"), line("b"))
+    with pytest.raises(InvalidRequest, match="another manifest, or it has changed"):
+        bulk.driver()
+
+
+def test_a_file_that_is_no_journal_is_left_alone(bulk: Bulk) -> None:
+    bulk.write(line("a"))
+    bulk.path.write_text("my diary, which is long enough to be a header of something else")
+    with pytest.raises(InvalidRequest, match="is not a bulk's journal"):
+        bulk.driver()
+    assert bulk.path.read_text().startswith("my diary")
+
+
+def test_two_processes_do_not_work_on_one_bulk(bulk: Bulk) -> None:
+    bulk.write(line("a"))
+    with driving(bulk.path):
+        assert is_driven(bulk.path)
+        with pytest.raises(InvalidRequest, match="another process"), driving(bulk.path):
+            pass
+    assert not is_driven(bulk.path)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("m.jsonl", "m.jsonl.bulk"),
+        ("/data/m.jsonl", "m.jsonl.bulk"),
+        ("s3://b/x/m.jsonl", "m.jsonl.bulk"),
+        ("s3://photos/2026/", "2026.bulk"),
+        ("/data/m.jsonl.bulk", "/data/m.jsonl.bulk"),
+    ],
+)
+def test_a_journal_is_named_after_its_manifest(name: str, path: str) -> None:
+    assert journal_path(name) == Path(path)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(apart: Settings, bulk: Bulk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`blipq bulk` in this process and the bulk's folder."""
+    for name in ("redis_url", "s3_endpoint_url", "s3_access_key_id"):
+        monkeypatch.setenv(f"BLIPQ_{name.upper()}", str(getattr(apart, name)))
+    assert apart.s3_secret_access_key is not None
+    secret = apart.s3_secret_access_key.get_secret_value()
+    monkeypatch.setenv("BLIPQ_S3_SECRET_ACCESS_KEY", secret)
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(app, ["bulk", *arguments])
+
+
+def test_a_bulk_is_submitted_looked_at_and_written_out(
+    run: Run, bulk: Bulk, ledger: Ledger, tmp_path: Path
+) -> None:
+    bulk.write(*(line(str(n), prompt=f"ü{n}") for n in range(3)))
+    with worker(ledger):
+        ran = run("submit", "manifest.jsonl", "--json")
+    assert ran.exit_code == 0, ran.output
+    summary = json.loads(ran.stdout)
+    assert (summary["state"], summary["counts"]) == ("done", {"succeeded": 3})
+    assert json.loads(run("status", "manifest.jsonl", "--json").stdout) == summary
+    assert "done, 3 succeeded" in run("status", "manifest.jsonl.bulk").stdout
+    assert run("results", "manifest.jsonl", "--output", "results.jsonl").exit_code == 0
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert [json.loads(each)["result"]["captions"][0]["text"] for each in lines] == [
+        "ü0",
+        "ü1",
+        "ü2",
+    ]
+
+
+def test_a_finished_bulk_submitted_again_runs_nothing(run: Run, bulk: Bulk, ledger: Ledger) -> None:
+    bulk.write(line("a"))
+    with worker(ledger):
+        run("submit", "manifest.jsonl")
+    ran = run("submit", "manifest.jsonl", "--json")  # no worker: it would hang
+    assert json.loads(ran.stdout)["counts"] == {"succeeded": 1}
+
+
+def test_a_line_that_failed_exits_3(run: Run, bulk: Bulk, ledger: Ledger) -> None:
+    bulk.write(line("a"), "nonsense")
+    with worker(ledger):
+        assert run("submit", "manifest.jsonl").exit_code == 3
+
+
+def test_results_go_to_s3(run: Run, bulk: Bulk, ledger: Ledger, client: Client) -> None:
+    bulk.write(line("a"))
+    client.storage.create_bucket("manifests")
+    with worker(ledger):
+        run("submit", "manifest.jsonl")
+    ran = run("results", "manifest.jsonl", "--output", "s3://manifests/out.jsonl", "--json")
+    assert json.loads(ran.stdout)["lines"] == 1
+    body = client.storage.client.get_object(Bucket="manifests", Key="out.jsonl")["Body"].read()
+    assert json.loads(body)["custom_id"] == "a"
+    refused = run("results", "manifest.jsonl", "--output", "s3://x")
+    assert refused.exit_code == 2
+
+
+def test_objects_under_a_prefix_are_submitted_by_a_template(
+    run: Run, ledger: Ledger, client: Client, tmp_path: Path
+) -> None:
+    client.storage.create_bucket("manifests")
+    for key in ("in/a.jpg", "in/b.jpg"):
+        client.storage.put(f"s3://manifests/{key}", b"x", content_type="image/jpeg")
+    (tmp_path / "caption.json").write_text('{"kind": "caption"}')
+    with worker(ledger):
+        uri = "s3://manifests/in/"
+        ran = run("submit", "--prefix", uri, "--template", "caption.json", "--json")
+    assert json.loads(ran.stdout)["counts"] == {"succeeded": 2}
+    with closing(Journal.open(tmp_path / "in.bulk")) as journal:
+        told = [each["custom_id"] for each in journal.outcomes()]
+    assert told == ["in/a.jpg", "in/b.jpg"]
+
+
+def test_the_example_is_the_one_in_the_docs_and_runs(
+    run: Run, ledger: Ledger, tmp_path: Path
+) -> None:
+    folder = ROOT / "examples" / "bulk"
+    text = (folder / "manifest.jsonl").read_text()
+    assert f"```json\n{text}```" in (ROOT / "docs" / "bulk.md").read_text()
+    with worker(ledger):
+        ran = run("submit", str(folder / "manifest.jsonl"), "--json")
+    assert json.loads(ran.stdout)["counts"] == {"succeeded": 3}
+    template = template_from(folder / "caption.json")
+    assert Prefix("s3://photos/", template, {}, Storage(Settings())).name == "s3://photos/"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("submit",),
+        ("submit", "none.jsonl"),
+        ("submit", "manifest.jsonl", "--prefix", "s3://b/p", "--template", "t.json"),
+        ("submit", "--prefix", "s3://photos/p"),
+        ("submit", "manifest.jsonl", "--model", "/"),
+        ("status", "none.jsonl"),
+        ("cancel", "none.jsonl"),
+        ("results", "none.jsonl", "--output", "x"),
+    ],
+)
+def test_wrong_usage_exits_2(run: Run, bulk: Bulk, arguments: tuple[str, ...]) -> None:
+    bulk.write(line("a"))
+    assert run(*arguments).exit_code == 2
+
+
+def test_other_options_do_not_go_on_with_a_bulk(run: Run, bulk: Bulk, ledger: Ledger) -> None:
+    bulk.write(line("a"))
+    with worker(ledger):
+        run("submit", "manifest.jsonl")
+    ran = run("submit", "manifest.jsonl", "--priority", "high")
+    assert ran.exit_code == 2
+    assert "begun with other options: defaults" in ran.stderr
+
+
+def test_a_cancelled_bulk_keeps_what_has_ended(run: Run, bulk: Bulk, ledger: Ledger) -> None:
+    bulk.write(*(line(str(n)) for n in range(50)))
+    driver = bulk.driver(window=5)
+    with worker(ledger):
+        driver._fill()
+        while not driver._collect():
+            time.sleep(0.01)
+    driver._fill()
+    ended = sum(driver.counts.values())
+    bulk.close()
+    ran = run("cancel", "manifest.jsonl", "--json")
+    summary = json.loads(ran.stdout)
+    assert summary["state"] == "cancelled"
+    assert summary["counts"]["succeeded"] >= ended > 0
+    assert summary["counts"]["cancelled"] > 0
+    assert "open" not in summary["counts"]
+    assert ledger.redis.zcard("blipq:open") == 0
+    assert run("submit", "manifest.jsonl").exit_code == 2
+
+
+def test_a_cancel_ends_what_redis_has_lost(run: Run, bulk: Bulk, ledger: Ledger) -> None:
+    bulk.write(line("a"), line("b"))
+    bulk.driver()._fill()
+    bulk.close()
+    ledger.redis.flushdb()
+    summary = json.loads(run("cancel", "manifest.jsonl", "--json").stdout)
+    assert summary["counts"] == {"cancelled": 2}
+
+
+def test_results_of_a_bulk_that_is_not_done_exit_5(run: Run, bulk: Bulk) -> None:
+    bulk.write(line("a"), "nonsense")
+    bulk.driver()._fill()
+    bulk.close()
+    ran = run("results", "manifest.jsonl", "--output", "results.jsonl")
+    assert ran.exit_code == 5
+    assert "results.jsonl: 1 lines" in ran.stdout
