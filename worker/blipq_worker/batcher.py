@@ -262,18 +262,20 @@ class Batcher(Generic[Item, Answer]):
         try:
             answers = running.session.step(tickets)
         except Exception as error:
-            self.progress()
             if len(tickets) == 1:
                 running.session.leave(tickets[0])
                 _settle(running.entries.pop(tickets[0]).future.set_exception, error)
                 return
-            middle = len(tickets) // 2
-            self._step(running, tickets[:middle])
-            self._step(running, tickets[middle:])
+        else:
+            self.progress()
+            for ticket, answer in answers:
+                _settle(running.entries.pop(ticket).future.set_result, answer)
             return
+        # Not in the handler: there the error would keep the memory that halves may need.
         self.progress()
-        for ticket, answer in answers:
-            _settle(running.entries.pop(ticket).future.set_result, answer)
+        middle = len(tickets) // 2
+        self._step(running, tickets[:middle])
+        self._step(running, tickets[middle:])
 
     # -- batches --
 
@@ -341,17 +343,15 @@ class Batcher(Generic[Item, Answer]):
             if len(answers) != len(batch):
                 raise RuntimeError(f"{len(answers)} answers for {len(batch)} items")
         except Exception as error:
-            self._halve(batch, error)
+            if len(batch) == 1:
+                _settle(batch[0].future.set_exception, error)
+                return
+        else:
+            self.progress()
+            for entry, answer in zip(batch, answers, strict=True):
+                _settle(entry.future.set_result, answer)
             return
         self.progress()
-        for entry, answer in zip(batch, answers, strict=True):
-            _settle(entry.future.set_result, answer)
-
-    def _halve(self, batch: list[_Entry[Item, Answer]], error: Exception) -> None:
-        self.progress()
-        if len(batch) == 1:
-            _settle(batch[0].future.set_exception, error)
-            return
         middle = len(batch) // 2
         self._answer(batch[:middle])
         self._answer(batch[middle:])

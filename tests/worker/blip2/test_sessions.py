@@ -269,6 +269,23 @@ def test_a_pass_has_a_largest_number_of_beams(
     assert either.generate(batch) == expected
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_one_item_that_does_not_fit_into_memory_at_once_is_split(
+    either: Blip2, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch, beams: int
+) -> None:
+    many = item(either, pictures[0], *PROMPTS, *PROMPTS, num_beams=beams)
+    expected = either.generate([many])
+    head = either.generator.model.language_model.lm_head
+
+    def small(inputs: torch.Tensor) -> torch.Tensor:
+        if inputs.numel() // inputs.shape[-1] > 3:
+            raise torch.OutOfMemoryError("more than three rows")
+        return torch.nn.functional.linear(inputs, head.weight, head.bias)
+
+    monkeypatch.setattr(head, "forward", small)
+    assert either.generate([many]) == expected
+
+
 def test_greedy_and_sampled_items_of_all_parameters_share_a_key(opt: Blip2) -> None:
     params = [
         GenerationParams(num_beams=1),

@@ -21,6 +21,7 @@ from blipq.errors import PermanentError
 from blipq_worker.blip2.checkpoints import Checkpoint, CheckpointError
 from blipq_worker.blip2.decoding import DecodeLoop
 from blipq_worker.blip2.features import Vision
+from blipq_worker.blip2.halving import by_halves
 from blipq_worker.blip2.padding import padded
 from blipq_worker.blip2.preprocessing import Pixels
 from blipq_worker.blip2.sessions import WritingSession
@@ -272,19 +273,25 @@ class Generator:
         self, items: Sequence[GenerateItem], wanted: Callable[[int], bool]
     ) -> list[list[list[GeneratedText]]]:
         params = items[0].params
-        owners = [index for index, item in enumerate(items) for _ in item.prompts]
-        rows = [self.checked_ids(prompt, params) for item in items for prompt in item.prompts]
+        rows = [
+            (index, self.checked_ids(prompt, params))
+            for index, item in enumerate(items)
+            for prompt in item.prompts
+        ]
         answers: list[list[list[GeneratedText]]] = [[] for _ in items]
         if not rows:
             return answers
         queries = self.project([item.pixels for item in items])
+
+        def write(some: Sequence[tuple[int, list[int]]]) -> list[list[GeneratedText]]:
+            owners = [owner for owner, _ in some]
+            unwanted = _Unwanted(owners, wanted)
+            return self._write(queries[owners], [ids for _, ids in some], params, unwanted)
+
         at_once = max(1, self._max_beams // params.num_beams)
         for start in range(0, len(rows), at_once):
-            some = owners[start : start + at_once]
-            texts = self._write(
-                queries[some], rows[start : start + at_once], params, _Unwanted(some, wanted)
-            )
-            for owner, alternatives in zip(some, texts, strict=True):
+            some = rows[start : start + at_once]
+            for (owner, _), alternatives in zip(some, by_halves(write, some), strict=True):
                 answers[owner].append(alternatives)
         return answers
 

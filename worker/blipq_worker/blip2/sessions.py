@@ -1,13 +1,14 @@
 """Texts in flight: items join, their rows wait for slots, and when all have ended they leave."""
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from blipq_worker.blip2.decoding import DecodeLoop, Row, row_seed
+from blipq_worker.blip2.halving import by_halves
 
 if TYPE_CHECKING:
     from blipq_worker.blip2.generation import GeneratedText, GenerateItem, Generator
@@ -28,12 +29,12 @@ class _Writing:
     ids: list[list[int]]
     seed: int
     rows: list[Row] = field(default_factory=list)
-    joined: int = 0
 
     @property
     def waiting(self) -> int:
-        """Rows that have no slot yet."""
-        return len(self.ids) * self.item.params.num_return_sequences - self.joined
+        """Rows that have had no slot yet: a row's first token comes as it joins."""
+        rows = len(self.ids) * self.item.params.num_return_sequences
+        return rows - sum(bool(row.tokens) for row in self.rows)
 
     def see(self, queries: torch.Tensor) -> None:
         """Makes the rows: a prompt's alternatives one after the other. Queries: (32, hidden)."""
@@ -80,15 +81,10 @@ class WritingSession:
         """
         among = [self._items[ticket] for ticket in sorted(tickets)]
         self._see(among)
-        joining = list(self._next_rows(among))
-        if joining:
-            self._loop.join([row for _, row in joining])
-            for each, _ in joining:
-                each.joined += 1
-        self._loop.step(
-            [row for each in among for row in each.rows[: each.joined] if not row.ended]
-        )
-        self._loop.leave([row for each in among for row in each.rows if row.ended])
+        by_halves(self._loop.join, self._next_rows(among))
+        rows = [row for each in among for row in each.rows if row.tokens]
+        by_halves(self._loop.step, [row for row in rows if not row.ended])
+        self._loop.leave([row for row in rows if row.ended])
         return [(ticket, self._texts(ticket)) for ticket in tickets if self._is_done(ticket)]
 
     def _see(self, among: Sequence[_Writing]) -> None:
@@ -106,15 +102,14 @@ class WritingSession:
             for each, queries in zip(new, images, strict=True):
                 each.see(queries)
 
-    def _next_rows(self, among: Sequence[_Writing]) -> Iterator[tuple[_Writing, Row]]:
+    def _next_rows(self, among: Sequence[_Writing]) -> list[Row]:
         """The rows that join now, in the order of their tickets."""
         rows: list[Row] = []
-        for each in among:
-            for row in each.rows[each.joined :]:
-                if len(rows) == self._joining or not self._loop.fits(row, rows):
-                    return
-                rows.append(row)
-                yield each, row
+        for row in (row for each in among for row in each.rows if not row.tokens):
+            if len(rows) == self._joining or not self._loop.fits(row, rows):
+                break
+            rows.append(row)
+        return rows
 
     def _is_done(self, ticket: Ticket) -> bool:
         each = self._items[ticket]

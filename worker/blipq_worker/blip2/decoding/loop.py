@@ -48,27 +48,29 @@ class DecodeLoop:
         return len(rows) <= self._slots and columns <= self._slots * COLUMNS_PER_SLOT
 
     @torch.inference_mode()
-    def join(self, rows: Sequence[Row]) -> None:
-        """Takes rows in and writes the first token of each. They must fit."""
+    def join(self, rows: Sequence[Row]) -> list[Row]:
+        """Takes rows in and writes the first token of each. They must fit. Returns them."""
+        if not rows:
+            return []
         scores, filled = self._language.prefill(rows)
         tokens = choose(scores, rows, ends=self._ends, start=self._language.start)
         self._language.put(self.running, rows, filled)
         self.running.extend(rows)
-        self._write(rows, tokens)
+        return self._write(rows, tokens)
 
     @torch.inference_mode()
-    def step(self, rows: Sequence[Row]) -> None:
-        """Writes one more token of each of these running rows."""
+    def step(self, rows: Sequence[Row]) -> list[Row]:
+        """Writes one more token of each of these running rows. Returns them, by slot."""
         among = set(rows)
         at = [index for index, row in enumerate(self.running) if row in among]
         if not at:
-            return
+            return []
         chosen = [self.running[index] for index in at]
         everyone = len(at) == len(self.running)
         where = slice(len(at)) if everyone else torch.tensor(at, device=chosen[0].queries.device)
         scores = self._language.step(chosen, where)
         tokens = choose(scores, chosen, ends=self._ends, start=self._language.start)
-        self._write(chosen, tokens)
+        return self._write(chosen, tokens)
 
     @torch.inference_mode()
     def leave(self, rows: Sequence[Row]) -> None:
@@ -88,6 +90,7 @@ class DecodeLoop:
             self.running[hole] = self.running[mover]
         del self.running[left:]
 
-    def _write(self, rows: Sequence[Row], tokens: Sequence[int]) -> None:
+    def _write(self, rows: Sequence[Row], tokens: Sequence[int]) -> list[Row]:
         for row, token in zip(rows, tokens, strict=True):
             row.write(token, self._ends)
+        return list(rows)
