@@ -235,13 +235,19 @@ def together(parts: Parts, jobs: list[Job[Any]]) -> list[JobInfo]:
     """Runs jobs side by side: the model answers when all of them wait for it."""
     going = threading.Event()
     parts.model.before = lambda: going.wait(20)
+    equal, batcher, asked = parts.runner._equal, parts.runner._engine.batcher, []
+    submit = batcher.submit
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        asked.append(submit(*arguments, **options))
+        return asked[-1]
+
+    batcher.submit = count  # type: ignore[method-assign]
     with ThreadPoolExecutor(len(jobs)) as threads:
         ran = [threads.submit(parts.run, job) for job in jobs]
-        equal, engine = parts.runner._equal, parts.runner._engine
 
         def waiting() -> int:
-            followers = sum(len(each._done_callbacks) for each in equal._leaders.values())
-            return followers + len(engine.batcher._waiting) + bool(engine.batcher._busy_since)
+            return len(asked) + sum(len(each._done_callbacks) for each in equal._leaders.values())
 
         wait_until(lambda: waiting() >= len(jobs), "all jobs to wait")
         going.set()
