@@ -41,7 +41,7 @@ _LARGE_SHARE = 0.2
 # From so many images on a search reads 8-bit copies of the vectors, in partitions of similar ones,
 # and only twice as many whole ones as it returns. It reads all of up to 64 partitions: of 32,768
 # images it misses none; of more it may miss some that are far from the query.
-_INDEXED_FROM = 4096
+_INDEXED_FROM = 1024
 _IMAGES_PER_PARTITION = 512
 _MOST_PARTITIONS = 1024
 _PARTITIONS_READ = 64
