@@ -19,21 +19,23 @@ class AsyncInbox:
 
     def __init__(self) -> None:
         self.channels: set[str] = set()
-        self._told: asyncio.Queue[str] = asyncio.Queue()
+        self._told: list[str] = []
+        self._wake: asyncio.Future[None] | None = None
 
     def tell(self, id: str) -> None:
         """A job has ended."""
-        self._told.put_nowait(id)
+        self._told.append(id)
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
 
     async def take(self, timeout: float) -> list[str]:
         """What was told since, waiting up to ``timeout`` seconds for the first."""
-        told = []
-        if timeout > 0 and self._told.empty():
+        if timeout > 0 and not self._told:
+            self._wake = asyncio.get_running_loop().create_future()
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout):
-                    told.append(await self._told.get())
-        while not self._told.empty():
-            told.append(self._told.get_nowait())
+                    await self._wake
+        told, self._told = self._told, []
         return told
 
 

@@ -5,6 +5,7 @@ looked at unasked, the one not looked at for longest first: after 50 ms, backing
 and thousands in turn, ``LOOK_AT`` of them a second.
 """
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 
@@ -12,7 +13,7 @@ from blipq.contract import JobInfo
 from blipq.errors import JobNotFound, QueueUnavailable, ResultTimeout
 from blipq.records import Looked
 
-FIRST_POLL_S, LAST_POLL_S = 0.05, 1.0
+FIRST_POLL_S, LAST_POLL_S, STEP_S = 0.05, 1.0, 0.25
 #: The most jobs that one round trip asks about.
 LOOK_AT = 500
 
@@ -44,10 +45,18 @@ class Waiting:
         unseen = {} if self._down else self._unseen
         if unseen or time.monotonic() >= self._poll_at:
             chosen.update(dict.fromkeys(_first(unseen or self.open)))
-            fair = max(watched, len(self.open)) / LOOK_AT
-            self._poll_at = time.monotonic() + max(self._pause, fair if fair > 1 else 0.0)
+            self._poll_at = self._next_poll(watched)
             self._pause = min(self._pause * 1.5, LAST_POLL_S)
         return list(chosen)
+
+    def _next_poll(self, watched: int) -> float:
+        now, count = time.monotonic(), len(self.open)
+        turn = max(watched, count) / LOOK_AT  # seconds until each job of the client was looked at
+        if turn <= 1:
+            return now + self._pause
+        # In step with other waits of the client, so that they share round trips.
+        pause = max(self._pause, turn * min(count, LOOK_AT) / count)
+        return math.ceil((now + pause) / STEP_S) * STEP_S
 
     def looked(self, ids: Sequence[str], found: Looked | QueueUnavailable) -> list[JobInfo]:
         """Takes in what a look found; the jobs that have ended. Raises JobNotFound."""

@@ -47,9 +47,17 @@ def test_thousands_are_polled_in_turn_the_longest_unseen_first() -> None:
     waiting = Waiting(ids(2 * LOOK_AT), timeout=60)
     for _ in range(2):
         waiting.looked(waiting.due(), OPEN)
-    assert 1 < waiting.pause() <= 2, "both halves within two seconds each"
+    assert 0.5 < waiting.pause() <= 1.25, "each half within about a second"
     waiting._poll_at = 0.0
     assert waiting.due() == ids(LOOK_AT)
+
+
+def test_single_waits_of_thousands_are_polled_as_rarely_and_in_step() -> None:
+    waits = [Waiting([id], timeout=600) for id in ids(3)]
+    for waiting in waits:
+        waiting.looked(waiting.due(watched=20 * LOOK_AT), OPEN)
+        assert 19 < waiting.pause() <= 20.25
+    assert len({waiting._poll_at for waiting in waits}) <= 2
 
 
 def test_the_same_job_twice_is_waited_for_once() -> None:
