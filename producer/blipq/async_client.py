@@ -298,7 +298,7 @@ class AsyncClient:
         return await self.submit(cast("Asks[ResultT]", asked), chosen)
 
     async def _reference(self, image: ImageSource | None) -> str | ImageRef | None:
-        source = uploadable(image)
+        source = uploadable(image, local_paths=self.settings.local_paths)
         if source is None:
             return cast("str | ImageRef | None", image)
         return await asyncio.to_thread(self.storage.upload, source)

@@ -329,7 +329,7 @@ class Client:
         return self.submit(cast("Asks[ResultT]", asked), chosen)
 
     def _reference(self, image: ImageSource | None) -> str | ImageRef | None:
-        source = uploadable(image)
+        source = uploadable(image, local_paths=self.settings.local_paths)
         if source is None:
             return cast("str | ImageRef | None", image)
         return self.storage.upload(source)

@@ -46,10 +46,15 @@ def explain(error: ValidationError) -> str:
     return "; ".join(wrong)
 
 
-def uploadable(image: ImageSource | None) -> str | bytes | None:
-    """What must be uploaded before a request can name it: a local file's path, or bytes."""
+def uploadable(image: ImageSource | None, *, local_paths: bool) -> str | bytes | None:
+    """What must be uploaded before a request can name it: a local file's path, or bytes.
+
+    Raises InvalidRequest for a text that is a path, unless ``local_paths`` are allowed.
+    """
     if image is None or isinstance(image, ImageRef) or (isinstance(image, str) and "://" in image):
         return None
+    if isinstance(image, str) and not local_paths:
+        raise InvalidRequest(f"image: {image!r} is no s3:// or https:// URI (BLIPQ_LOCAL_PATHS)")
     return os.fspath(image) if isinstance(image, Path) else image
 
 

@@ -157,6 +157,13 @@ class Settings(BaseSettings):
         pattern=r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?|[./~].*)$",
         description="Where search indexes are: `s3://bucket/prefix`, or a folder.",
     )
+    local_paths: bool = Field(
+        default=True,
+        description=(
+            "Whether an image given as a text without :// is a local file to upload. Switch it off "
+            "in services that pass on what their users write: Path and bytes still work."
+        ),
+    )
     endpoint_source: str = Field(
         default="settings", description="Where the endpoints came from; set by discovery."
     )

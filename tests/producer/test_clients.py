@@ -188,6 +188,14 @@ def test_a_local_image_is_uploaded(client: Any, tmp_path: Path) -> None:
         client.caption(tmp_path / "dog.jpg")
 
 
+def test_a_text_is_no_path_where_users_write_it(opened: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "cat.jpg").write_bytes(b"a cat")
+    client = opened(local_paths=False)
+    with pytest.raises(InvalidRequest, match="is no s3://"):
+        client.caption(str(tmp_path / "cat.jpg"))
+    assert client.caption(tmp_path / "cat.jpg").result(timeout=20) == CAT
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [({"generation": {"num_beans": 1}}, "num_beans"), ({"priority": "urgent"}, "priority")],

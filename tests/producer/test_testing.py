@@ -1,7 +1,12 @@
 """The fake's own affairs: what a test tells it and what it can be asked."""
 
+import functools
+import re
+from pathlib import Path
+
 import pytest
 
+import blipq
 from blipq import (
     Caption,
     CaptionRequest,
@@ -13,6 +18,7 @@ from blipq import (
     Settings,
 )
 from blipq.testing import FakeBlipq
+from conftest import ROOT
 
 CAT = CaptionResult(captions=(Caption(text="a cat"),))
 DOG = CaptionResult(captions=(Caption(text="a dog"),))
@@ -69,3 +75,17 @@ def test_nothing_is_connected_to(fake: FakeBlipq) -> None:
         client.caption("s3://uploads/cat.jpg")
     with Client(nowhere, backend=fake) as client:
         assert client.caption(b"a cat").result(timeout=1) == CAT
+
+
+PAGE = (ROOT / "docs" / "clients.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
+def test_the_python_of_the_page_runs_on_the_fake(
+    code: str, fake: FakeBlipq, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(blipq, "Client", functools.partial(Client, backend=fake))
+    monkeypatch.chdir(tmp_path)
+    Path("uris.txt").write_text("s3://uploads/1.jpg s3://uploads/2.jpg")
+    exec(code, {})
