@@ -29,7 +29,8 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from blipq_worker.blip2 import Blip2, GenerateItem, resolve, vqa_prompt
-from blipq_worker.memory import GIB, config_of
+from blipq_worker.budget import give_large_blocks_back
+from blipq_worker.footprint import GIB, config_of
 
 PAGE = Path("docs/blip2.md")
 PUBLISHED = "Salesforce/blip2-opt-2.7b"
@@ -128,6 +129,7 @@ def _line_end() -> str:
 
 def measure(folder: Path, precision: str) -> None:
     """Loads, captions, answers; prints a row of the table."""
+    give_large_blocks_back()  # as a worker does
     imported = peak()
     started = time.monotonic()
     model = Blip2.load(str(folder), quantization=QUANTIZATION[precision], dtype="bfloat16")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from blipq_worker.budget import give_large_blocks_back
 from blipq_worker.models import ModelError, served_model
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.weights import how_to_get, weights_of_served
@@ -26,6 +27,7 @@ def load_models(options: WorkerSettings) -> "dict[str, Blip2]":
     from blipq_worker.blip2 import FeatureCache
     from blipq_worker.goldens import GoldenError, read_goldens
 
+    give_large_blocks_back()  # what is quantized was read in full before
     try:
         goldens = read_goldens(options.goldens) if options.canary else {}
     except GoldenError as error:

@@ -193,6 +193,21 @@ def test_the_files_are_read_and_not_mapped(checkpoints: dict[str, Path], tmp_pat
     assert folder not in Path("/proc/self/maps").read_text()
 
 
+def test_the_output_layer_is_not_copied_for_every_beam(
+    checkpoints: dict[str, Path], pictures: list[Image.Image]
+) -> None:
+    """Torch does that for states that are a slice: 1.2 GiB for five beams of OPT-2.7b."""
+    model = Blip2.load(str(checkpoints["opt"]), dtype="float32")
+    whole: list[bool] = []
+    model.generator.model.language_model.lm_head.register_forward_hook(
+        lambda head, args, output: whole.append(args[0].is_contiguous())
+    )
+    params = resolve("caption", model.info, {"max_new_tokens": 3})
+    model.generate([GenerateItem(model.preprocess(pictures[0]), ("a photo of",), params)])
+    assert all(whole)
+    assert whole
+
+
 def test_an_output_layer_of_its_own_is_kept(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Flan-T5's is not its input layer, though transformers calls every T5 tied."""
     folder = save_t5(tmp_path / "t5", untied=True)

@@ -160,9 +160,20 @@ def load_weights(checkpoint: Checkpoint, setup: Setup) -> Any:
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise CheckpointError(f"checkpoint {checkpoint.name!r} lacks weights, such as {some}")
     model.requires_grad_(False).eval()
+    if hasattr(model, "language_model"):
+        model.language_model.lm_head.register_forward_pre_hook(_contiguous)
     if setup.compiled:
         compile_parts(model)
     return model
+
+
+def _contiguous(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What an output layer is given, in one piece.
+
+    A prompt's last states are a slice of all of them, and for a slice of several rows torch copies
+    the layer's weights once for each on a CPU: 1.2 GiB for five beams of OPT-2.7b.
+    """
+    return args[0].contiguous(), *args[1:]
 
 
 @contextmanager
