@@ -106,7 +106,12 @@ def shortage(options: WorkerSettings, what: str, device: str, quantization: Any)
 def load_of(options: WorkerSettings) -> Load:
     """What a worker with these settings runs at once."""
     beams = Load().beams
-    return Load(batch_size=max(1, options.beams // beams), beams=beams, slots=options.decode_slots)
+    return Load(
+        batch_size=max(1, options.beams // beams),
+        beams=beams,
+        slots=options.decode_slots,
+        feature_cache=options.feature_cache_bytes,
+    )
 
 
 def verdict(memory: Memory, cards: Sequence[Gpu]) -> str:
