@@ -88,7 +88,7 @@ def _sleeping(options: WorkerSettings) -> dict[str, Any]:
 
 def _batchwise(options: WorkerSettings) -> dict[str, Any]:
     from blipq_worker import engine
-    from blipq_worker.models import load_models
+    from blipq_worker.load import load_models
 
     class Batch(engine._Writing):
         """A session that is closed once it has begun; the next opens when all have left."""
