@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: help demo up test guarantees chaos lint types check format constraints demo-model clean
+.PHONY: help demo up test guarantees chaos bench peers lint types check format constraints demo-model clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -30,6 +30,17 @@ SEED ?= 7
 JOBS ?= 10000
 chaos: $(VENV)/installed-dev  ## Load with faults at random; SEED=7 JOBS=10000.
 	$(BIN)/python tests/guarantees/chaos.py --seed $(SEED) --jobs $(JOBS)
+
+bench: $(VENV)/installed-bench  ## Measure everything and write docs/performance.md (make peers first).
+	$(BIN)/python -m benchmarks
+
+peers: $(VENV)/installed  ## Install what blipq is compared with, apart from it.
+	test -d benchmarks/peers/.venv || $(PYTHON) -m venv benchmarks/peers/.venv
+	benchmarks/peers/.venv/bin/pip install --quiet --disable-pip-version-check --timeout 5 --retries 0 \
+	  --index-url https://download.pytorch.org/whl/cpu 'torch==$(TORCH_VERSION)' 2>/dev/null \
+	  || benchmarks/peers/.venv/bin/pip install --quiet 'torch==$(TORCH_VERSION)'
+	benchmarks/peers/.venv/bin/pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt -r benchmarks/peers/requirements.txt
 
 lint: $(VENV)/installed-dev  ## Check style and types.
 	$(BIN)/ruff check .
@@ -73,4 +84,8 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) -c constraints.txt --group dev
+	@touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed-dev
+	$(PIP) -c constraints.txt --group bench
 	@touch $@

@@ -22,11 +22,15 @@ WARM = 32
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured. ``environment`` holds the worker's settings, as BLIPQ_* variables."""
+    """What is measured. ``environment`` holds the worker's settings, as BLIPQ_* variables.
+
+    program: what stands in for the worker's own.
+    """
 
     environment: Mapping[str, str]
     pictures: Pictures
     jobs: int
+    program: Sequence[str] | None = None
 
     def ceilings(self, workloads: Sequence[Workload]) -> dict[str, Any]:
         """The bare engine's images a second, by workload."""
@@ -46,27 +50,38 @@ class Bench:
         found: dict[str, Any] = json.loads(ran.stdout)
         return found
 
-    def through(self, workloads: Sequence[Workload]) -> dict[str, Any]:
-        """The service's images a second with a full backlog, by workload."""
-        with running() as stack:
-            stack.start_worker(self.environment)
-            return {each.name: self._through(stack, each) for each in workloads}
+    def through(self, workloads: Sequence[Workload], *, seen: bool = False) -> dict[str, Any]:
+        """The service's images a second with a full backlog, by workload.
 
-    def _through(self, stack: Stack, workload: Workload) -> dict[str, Any]:
-        for count in (WARM, self.jobs):
-            images = stack.images(workload, count, self.pictures)
-            through = stack.backlog(list(workload.requests(images)))
+        seen: the worker has seen every image before, so that its features are known.
+        """
+        with running() as stack:
+            stack.start_worker(self.environment, self.program)
+            return {each.name: self._through(stack, each, seen) for each in workloads}
+
+    def _through(self, stack: Stack, workload: Workload, seen: bool) -> dict[str, Any]:
+        warm = stack.upload(self.pictures.take(WARM))
+        images = stack.upload(self.pictures.take(self.jobs))
+        stack.backlog(list(workload.requests([*warm, *images] if seen else warm, seed=7)))
+        through = stack.backlog(list(workload.requests(images)))
         return {"images_per_s": through.per_s, "stages_ms": through.stages()}
 
-    def latencies(self, workload: Workload, rates: Mapping[str, float]) -> dict[str, Any]:
-        """Seconds from submit to outcome under Poisson arrivals, by the name of a rate."""
+    def latencies(
+        self, workload: Workload, rates: Mapping[str, float], *, seen: bool = False
+    ) -> dict[str, Any]:
+        """Seconds from submit to outcome under Poisson arrivals, by the name of a rate.
+
+        seen: as with ``through``.
+        """
         found = {}
         with running() as stack:
-            stack.start_worker(self.environment)
-            images = stack.images(workload, WARM, self.pictures)
+            stack.start_worker(self.environment, self.program)
+            images = stack.upload(self.pictures.take(WARM))
             stack.backlog(list(workload.requests(images)))
             for name, per_s in rates.items():
-                images = stack.images(workload, self.jobs, self.pictures)
+                images = stack.upload(self.pictures.take(self.jobs))
+                if seen:
+                    stack.backlog(list(workload.requests(images, seed=7)))
                 through = stack.arriving(list(workload.requests(images)), per_s)
                 found[name] = {
                     "per_s": per_s,

@@ -1,6 +1,7 @@
 """The whole service for a benchmark: servers and a worker on this machine, and jobs through it."""
 
 import random
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,6 @@ from blipq.contract import ImageRef, Request, Status
 from blipq.errors import BlipqError
 from blipq.local import LocalStack, worker_service
 from blipq.supervisor import Service
-from blipq_worker.bench.pictures import Pictures
-from blipq_worker.bench.workloads import Workload
 
 START_TIMEOUT_S = 300.0
 RUN_TIMEOUT_S = 900.0
@@ -63,11 +62,15 @@ class Stack:
         self.client = Client(self.local.settings())
         self.workers: list[Service] = []
 
-    def start_worker(self, environment: Mapping[str, str], name: str = "worker") -> Service:
-        """Starts a worker with these variables and waits until it serves."""
+    def start_worker(
+        self, environment: Mapping[str, str], program: Sequence[str] | None = None
+    ) -> Service:
+        """Starts a worker, or what stands in for one, and waits until it serves."""
         before = len(self.client.ledger.workers())
-        log = self.folder / f"{name}-{len(self.workers)}.log"
+        log = self.folder / f"worker-{len(self.workers)}.log"
         worker = worker_service({**self.local.environment(), **environment}, log)
+        if program:
+            worker.command = list(program)
         worker.start()
         self.workers.append(worker)
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -78,7 +81,9 @@ class Stack:
         return worker
 
     def stop_workers(self) -> None:
-        """Stops them all."""
+        """Stops them all, side by side."""
+        for worker in self.workers:
+            worker.signal(signal.SIGTERM)
         for worker in self.workers:
             worker.stop(timeout=30)
         self.workers.clear()
@@ -87,18 +92,11 @@ class Stack:
         """Puts pictures into the inbox."""
         return [self.client.storage.upload(each) for each in pictures]
 
-    def images(self, workload: Workload, count: int, pictures: Pictures) -> list[ImageRef]:
-        """``count`` references to new pictures, each as often as the workload repeats them."""
-        distinct = self.upload(pictures.take(-(-count // workload.times)))
-        repeated = [image for image in distinct for _ in range(workload.times)][:count]
-        random.Random(0).shuffle(repeated)
-        return repeated
-
     def backlog(self, requests: Sequence[Request]) -> Through:
         """All jobs at once."""
         started = time.monotonic()
         jobs = self.client.submit_many(requests)
-        return self._ended(jobs, started)
+        return self.ended(jobs, started)
 
     def arriving(self, requests: Sequence[Request], per_s: float, seed: int = 1) -> Through:
         """Jobs at random moments, ``per_s`` on average, whatever has ended by then."""
@@ -109,9 +107,10 @@ class Stack:
             due += draw.expovariate(per_s)
             time.sleep(max(0.0, due - time.monotonic()))
             jobs.append(self.client.submit(request))
-        return self._ended(jobs, started)
+        return self.ended(jobs, started)
 
-    def _ended(self, jobs: Sequence["Job[Any]"], started: float) -> Through:
+    def ended(self, jobs: Sequence["Job[Any]"], started: float) -> Through:
+        """Waits for jobs that were submitted since ``started``."""
         ended = self.client.wait_all(jobs, timeout=RUN_TIMEOUT_S)
         seconds = time.monotonic() - started
         infos = [job.info() for job in ended]

@@ -27,8 +27,7 @@ class Workload:
     """One row of the table.
 
     shortest, longest: new tokens, drawn evenly for every image and generated exactly; None leaves
-    the model's defaults (5 beams). questions: asked about each image; 0 is a caption. times: how
-    often each image comes.
+    the model's defaults (5 beams). questions: asked about each image; 0 is a caption.
     """
 
     name: str
@@ -36,7 +35,6 @@ class Workload:
     shortest: int | None = None
     longest: int | None = None
     questions: int = 0
-    times: int = 1
 
     def generations(self, count: int, seed: int = 1) -> list[Generation | None]:
         """The generation parameters of ``count`` images; the same for the same seed."""

@@ -1,0 +1,40 @@
+"""``python -m benchmarks [SECTION...]``: measures, and keeps the figures in ``results/``."""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import engine, latency, overhead, page, results, scale, throughput
+
+#: Sections with their usual size and the size of a long run, in the order of the page.
+SECTIONS: dict[str, tuple[Callable[[int], dict[str, Any]], int, int]] = {
+    "bare": (throughput.bare, 64, 512),
+    "peers": (throughput.peers, 48, 256),
+    "latency": (latency.latency, 64, 512),
+    "overhead": (overhead.overhead, 3_000, 30_000),
+    "scale": (scale.scale, 150, 2_000),
+    "engine": (engine.engine, 3, 9),
+}
+
+
+def main() -> None:
+    """Measures what is named, or everything, then writes the page's tables."""
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--long", action="store_true", help="more jobs: an hour, less noise")
+    parser.add_argument("--page", action="store_true", help="only write the page again")
+    options = parser.parse_args()
+    if unknown := set(options.sections) - set(SECTIONS):
+        parser.error(f"no section {', '.join(sorted(unknown))}")
+    for name in [] if options.page else options.sections or SECTIONS:
+        run, usual, long = SECTIONS[name]
+        size = long if options.long else usual
+        started = time.monotonic()
+        results.measure(name, lambda run=run, size=size: run(size))  # type: ignore[misc]
+        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+    page.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What the queue costs: jobs without a model and without S3, against a no-op Celery task."""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+from celery import Celery
+
+from blipq.contract import CaptionRequest, Generation, ImageRef
+from blipq.supervisor import Service
+from blipq_worker.bench.stack import Stack, Through, running
+
+SLEEPING = [sys.executable, "-m", "benchmarks.workers", "sleeping"]
+THREADS = 32
+GREEDY = Generation(num_beams=1, max_new_tokens=5)
+
+noop_app = Celery("benchmarks.overhead")
+
+
+@noop_app.task(name="noop")
+def noop(number: int) -> int:
+    return number
+
+
+def overhead(jobs: int) -> dict[str, Any]:
+    """Jobs a second and CPU ms a job, blipq's and a no-op task's; and the wait for one alone."""
+    with running() as stack:
+        found: dict[str, Any] = {"noop": _noop(stack, jobs)}
+        image = stack.upload([b"nothing"])[0]
+        for name, fetch in (("blipq", "0"), ("blipq with S3", "1")):
+            found[name] = _blipq(stack, jobs, _picture(stack) if fetch == "1" else image, fetch)
+        stack.start_worker({"BENCH_FETCH": "0"}, SLEEPING)
+        found["idle"] = _alone(stack, image)
+    found["ratio"] = found["blipq"]["per_s"] / found["noop"]["per_s"]
+    return found
+
+
+def requests(image: ImageRef, count: int) -> list[CaptionRequest]:
+    """Different prompts: equal jobs would be computed once."""
+    return [
+        CaptionRequest(image=image, prompt=f"number {n}", generation=GREEDY) for n in range(count)
+    ]
+
+
+def _picture(stack: Stack) -> ImageRef:
+    from benchmarks.photos import pictures
+
+    return stack.upload(pictures(6).take(1))[0]
+
+
+def _blipq(stack: Stack, jobs: int, image: ImageRef, fetch: str) -> dict[str, Any]:
+    worker = stack.start_worker({"BENCH_FETCH": fetch, "BLIPQ_CONCURRENCY": str(THREADS)}, SLEEPING)
+    stack.backlog(requests(image, 100))
+    before = _cpu_s([worker]), _cpu_s([_redis(stack)])
+    through: Through = stack.backlog(requests(image, jobs))
+    spent, in_redis = _cpu_s([worker]) - before[0], _cpu_s([_redis(stack)]) - before[1]
+    stack.stop_workers()
+    return {
+        "per_s": through.per_s,
+        "cpu_ms": 1000 * spent / jobs,
+        "redis_cpu_ms": 1000 * in_redis / jobs,
+    }
+
+
+def _redis(stack: Stack) -> Service:
+    return stack.local.services[0]
+
+
+def _noop(stack: Stack, jobs: int) -> dict[str, Any]:
+    """The same pool and broker; results go to Redis, as waiting for them needs."""
+    url = stack.local.settings().redis_url.removesuffix("/0") + "/3"
+    noop_app.conf.update(broker_url=url, result_backend=url, worker_prefetch_multiplier=1)
+    command = [sys.executable, "-c", _NOOP_WORKER, url, str(THREADS)]
+    worker = Service("noop", command, log=stack.folder / "noop.log")
+    worker.start()
+    try:
+        _all([noop.delay(n) for n in range(100)])
+        before = _cpu_s([worker]), _cpu_s([_redis(stack)])
+        started = time.monotonic()
+        _all([noop.delay(n) for n in range(jobs)])
+        took = time.monotonic() - started
+        return {
+            "per_s": jobs / took,
+            "cpu_ms": 1000 * (_cpu_s([worker]) - before[0]) / jobs,
+            "redis_cpu_ms": 1000 * (_cpu_s([_redis(stack)]) - before[1]) / jobs,
+        }
+    finally:
+        worker.stop()
+
+
+_NOOP_WORKER = """
+import sys
+from benchmarks.overhead import noop_app
+url = sys.argv[1]
+noop_app.conf.update(broker_url=url, result_backend=url, worker_prefetch_multiplier=1)
+noop_app.worker_main(["worker", "--pool", "threads", "-c", sys.argv[2], "--loglevel", "ERROR"])
+"""
+
+
+def _all(results: Sequence[Any]) -> None:
+    for result in results:
+        result.get(timeout=120)
+
+
+def _alone(stack: Stack, image: ImageRef, count: int = 100) -> dict[str, float]:
+    waits = []
+    for request in requests(image, count):
+        started = time.monotonic()
+        stack.client.submit(request).result(timeout=30)
+        waits.append(time.monotonic() - started)
+    waits.sort()
+    return {"p50_ms": 1000 * waits[count // 2], "p99_ms": 1000 * waits[-2]}
+
+
+def _cpu_s(workers: Sequence[Service]) -> float:
+    """CPU seconds of these processes so far."""
+    times = [psutil.Process(worker.pid).cpu_times() for worker in workers]
+    return sum(each.user + each.system for each in times)

@@ -1,0 +1,176 @@
+"""Writes the tables and plots of ``docs/performance.md`` from the kept figures."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tools.docs.page import replace_section
+
+from benchmarks import results
+from benchmarks.paper import rows as paper_rows
+from benchmarks.peers.run import PEERS
+from benchmarks.throughput import ROWS
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "performance.md"
+
+Found = Mapping[str, Any]
+
+
+def write() -> None:
+    """Replaces each section whose figures are there."""
+    for name, text in SECTIONS.items():
+        kept = results.load(name)
+        if kept is not None:
+            replace_section(PAGE, name, "\n".join([*text(kept["found"]), "", _about(kept)]))
+    overhead = results.load("overhead")
+    if overhead is not None:
+        replace_section(PAGE, "paper", "\n".join(table(*paper_rows(overhead["found"]))))
+
+
+def _about(kept: Found) -> str:
+    return (
+        f"`python -m benchmarks {kept['section']}` at {kept['commit']}, {kept['took_s']:.0f} s on "
+        f"{kept['machine']}, torch {kept['versions']['torch']}; load average "
+        f"{kept['load_average']:.1f} before, {kept['load_average_after']:.1f} after."
+    )
+
+
+def table(head: list[str], lines: list[list[str]]) -> list[str]:
+    """A table in Markdown."""
+    rows = [head, ["---"] * len(head), *lines]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _bare(found: Found) -> Iterator[str]:
+    lines = []
+    for model, parts in found.items():
+        for row in ROWS:
+            if row.name not in parts["bare"]:
+                continue
+            bare, service = parts["bare"][row.name], parts["service"][row.name]
+            rates = bare["images_per_s"], service["images_per_s"]
+            told = f"{rates[0]:.1f} ({bare['loop']})", f"{rates[1]:.1f}"
+            lines.append([model, row.about, *told, f"**{rates[1] / rates[0]:.2f}**"])
+    yield from table(["model", "asked", "bare engine", "service", "efficiency"], lines)
+
+
+def _peers(found: Found) -> Iterator[str]:
+    names = [*PEERS.values(), "blipq, fp32", "blipq, its default"]
+    keys = [*PEERS, "blipq float32", "blipq auto"]
+    lines = []
+    for row in ROWS:
+        rates = found.get(row.name, {})
+        told = [f"{rates[key]['images_per_s']:.2f}" if key in rates else "" for key in keys]
+        lines.append([row.about, *told])
+    yield from table(["images a second", *names], lines)
+    yield ""
+    yield from table(["blipq, fp32, against", "best peer", "usual script"], list(_ratios(found)))
+    _plot("peers", found, dict(zip(keys, names, strict=True)))
+    yield "\n![Images a second, by peer](performance-peers.svg)"
+
+
+def _ratios(found: Found) -> Iterator[list[str]]:
+    for row in ROWS:
+        rates = {key: each["images_per_s"] for key, each in found.get(row.name, {}).items()}
+        served = [rates[name] for name in PEERS if name in rates and name != "batches_loop"]
+        if not served:
+            continue
+        ours = rates["blipq float32"]
+        script = rates.get("usual_script", 0)
+        yield [row.about, f"{ours / max(served):.2f}", f"{ours / script:.2f}" if script else ""]
+
+
+def _latency(found: Found) -> Iterator[str]:
+    lines = []
+    for images, parts in found.items():
+        joining, batches = parts["joining"], parts["batch after batch"]
+        for load, ours in joining.items():
+            theirs = batches[load]
+            waits = [f"{one[key]:.2f}" for key in ("p50_s", "p99_s") for one in (ours, theirs)]
+            gain = f"**{theirs['p50_s'] / ours['p50_s']:.2f}**"
+            lines.append([images, f"{load}, {ours['per_s']:.1f}/s", *waits, gain])
+    head = [
+        "images",
+        "load",
+        "p50 joining",
+        "p50 batches",
+        "p99 joining",
+        "p99 batches",
+        "p50 gain",
+    ]
+    yield from table(head, lines)
+
+
+def _overhead(found: Found) -> Iterator[str]:
+    names = {"noop": "a no-op Celery task", "blipq": "a blipq job, no model, no S3"}
+    names["blipq with S3"] = "a blipq job, no model, a 100 KB JPEG read and decoded"
+    lines = [
+        [text, *(f"{found[key][each]:.2f}" for each in ("per_s", "cpu_ms", "redis_cpu_ms"))]
+        for key, text in names.items()
+    ]
+    yield from table(["", "a second, one worker", "worker's CPU ms", "Redis' CPU ms"], lines)
+    idle = found["idle"]
+    yield f"\nblipq runs at **{found['ratio']:.2f}** of the no-op task. From submit to result on an"
+    yield f"idle worker: p50 {idle['p50_ms']:.1f} ms, p99 {idle['p99_ms']:.1f} ms."
+
+
+def _scale(found: Found) -> Iterator[str]:
+    lines = []
+    for name, by_workers in found["sleeping"].items():
+        one = by_workers["1"]["per_s"]
+        for workers, each in by_workers.items():
+            linear = each["per_s"] / (one * int(workers))
+            rate, cores = f"{each['per_s']:.0f}", f"{each['cores_busy']:.2f}"
+            lines.append([name, workers, rate, f"{linear:.2f}", cores])
+    yield from table(["a model that sleeps", "workers", "jobs/s", "of linear", "cores busy"], lines)
+    yield ""
+    lines = [
+        [workers, f"{each['per_s']:.1f}", f"{each['hit_rate']:.0%}"]
+        for workers, each in found["repeated"].items()
+    ]
+    yield from table(["workers, each image four times", "jobs/s", "cache hits"], lines)
+
+
+def _engine(found: Found) -> Iterator[str]:
+    lines = [
+        [name, f"{each['together_s']:.2f}", f"{each['apart_s']:.2f}", f"**{each['ratio']:.2f}**"]
+        for name, each in found.items()
+    ]
+    yield from table(["", "together, s", "a call each, s", "ratio"], lines)
+
+
+SECTIONS: dict[str, Callable[[Found], Iterator[str]]] = {
+    "bare": _bare,
+    "peers": _peers,
+    "latency": _latency,
+    "overhead": _overhead,
+    "scale": _scale,
+    "engine": _engine,
+}
+
+
+def _plot(name: str, found: Found, names: Mapping[str, str]) -> None:
+    """Bars by row, one for each system, as SVG."""
+    bar, gap, left, width = 14, 24, 230, 760
+    parts, y = [], 10
+    for row in ROWS:
+        rates = {key: each["images_per_s"] for key, each in found.get(row.name, {}).items()}
+        parts.append(f'<text x="10" y="{y + 12}" font-weight="bold">{row.about}</text>')
+        y += 20
+        top = max(rates.values(), default=1)
+        for key, rate in rates.items():
+            color = "#c2410c" if key.startswith("blipq") else "#94a3b8"
+            long = (width - left - 60) * rate / top
+            parts.append(
+                f'<text x="{left - 8}" y="{y + 11}" text-anchor="end">{names[key]}</text>'
+                f'<rect x="{left}" y="{y}" width="{long:.0f}" height="{bar - 2}" fill="{color}"/>'
+                f'<text x="{left + long + 5:.0f}" y="{y + 11}">{rate:.2f}</text>'
+            )
+            y += bar
+        y += gap
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y}"'
+    style = 'font-family="sans-serif" font-size="11" fill="#334155"'
+    background = f'<rect width="{width}" height="{y}" fill="#ffffff"/>'
+    text = "\n".join([f"{head} {style}>", background, *parts, "</svg>\n"])
+    (DOCS / f"performance-{name}.svg").write_text(text)

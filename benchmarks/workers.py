@@ -1,0 +1,119 @@
+"""Workers that stand in for the real one: ``python -m benchmarks.workers batchwise | sleeping``.
+
+batchwise: the real one, but no row joins a batch that has begun. sleeping: no model at all; a pass
+takes BENCH_PASS_MS and BENCH_ROW_MS for each of its rows, and with BENCH_FETCH=0 nothing is read
+from S3.
+"""
+
+import io
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from PIL import Image
+
+from blipq.contract import ImageRef
+from blipq.settings import Settings
+from blipq_worker.blip2 import (
+    GeneratedText,
+    GenerateItem,
+    GenerationParams,
+    ModelInfo,
+    Pixels,
+)
+from blipq_worker.fetch import Fetched, Fetcher
+from blipq_worker.settings import WorkerSettings
+
+
+class SleepingModel:
+    """Stands in for Blip2: says nothing, and takes its time."""
+
+    info = ModelInfo(
+        checkpoint="sleeping",
+        family="opt",
+        dtype="none",
+        quantization="none",
+        device="none",
+        revision="0",
+        image_size=16,
+        default_prompt="",
+    )
+
+    def __init__(self, pass_s: float, row_s: float) -> None:
+        self._pass_s = pass_s
+        self._row_s = row_s
+
+    def on_step(self, call: Callable[[], None]) -> None:
+        """It has no steps."""
+
+    def preprocess(self, image: Any, **_: Any) -> Pixels:
+        return Pixels(None)
+
+    def recall(self, digest: str, needed: Any) -> None:
+        """It remembers nothing."""
+
+    def check(self, item: Any) -> None:
+        """Anything will do."""
+
+    def generate(
+        self, items: Sequence[GenerateItem], wanted: Callable[[int], bool]
+    ) -> list[list[list[GeneratedText]]]:
+        if took := self._pass_s + self._row_s * sum(len(item.prompts) for item in items):
+            time.sleep(took)
+        return [[[GeneratedText("a text", 2)] for _ in item.prompts] for item in items]
+
+
+def _picture() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _sleeping(options: WorkerSettings) -> dict[str, Any]:
+    if os.environ.get("BENCH_FETCH") == "0":
+        data = _picture()
+
+        def fetch(self: Fetcher, image: ImageRef, *, unless: str | None = None) -> Fetched:
+            return Fetched(data, None)
+
+        Fetcher.fetch = fetch  # type: ignore[method-assign]
+    # Batches, as the work of a pass depends on the rows in it.
+    GenerationParams.in_flight = property(lambda self: False)  # type: ignore[assignment]
+    times = (float(os.environ.get(f"BENCH_{name}_MS", 0)) / 1000 for name in ("PASS", "ROW"))
+    return {"default": SleepingModel(*times)}
+
+
+def _batchwise(options: WorkerSettings) -> dict[str, Any]:
+    from blipq_worker import engine
+    from blipq_worker.load import load_models
+
+    class Batch(engine._Writing):
+        """A session that is closed once it has begun; the next opens when all have left."""
+
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            free, self._begun = self.has_room, False
+            self.has_room = lambda ticket: not self._begun and free(ticket)
+
+        def step(self, tickets: Any) -> Any:
+            self._begun = True
+            return super().step(tickets)
+
+    engine._Writing = Batch  # type: ignore[misc]
+    return dict(load_models(options))
+
+
+def main(kind: str) -> int:
+    logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    from blipq_worker.app import Worker
+
+    options = WorkerSettings()
+    models = {"sleeping": _sleeping, "batchwise": _batchwise}[kind](options)
+    return Worker(Settings(), options, models).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
