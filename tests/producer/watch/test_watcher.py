@@ -1,6 +1,9 @@
 """One job of each upload, whatever the source tells, and how often."""
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +19,7 @@ from blipq.watch.events import Told
 from blipq.watch.rules import Rules
 from blipq.watch.sources import Batch, Found
 from blipq.watch.watcher import Wanted, Watcher
+from conftest import wait_until
 
 Put = Callable[..., None]
 MakeRules = Callable[..., Rules]
@@ -316,6 +320,19 @@ def test_the_command_takes_what_is_there_once(
     again = command("--backfill", "--once")
     assert again.stdout == ""
     assert "0 submitted" in again.stderr
+
+
+def test_sigterm_ends_the_command_in_peace(command: Callable[..., Any], tmp_path: Path) -> None:
+    watch = subprocess.Popen(
+        [sys.executable, "-m", "blipq", "watch", str(tmp_path / "rules.toml")],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until((tmp_path / "state.json").exists, "the first listing")
+    watch.send_signal(signal.SIGTERM)
+    _, told = watch.communicate(timeout=30)
+    assert watch.returncode == 0
+    assert "0 submitted" in told
 
 
 def test_wrong_rules_exit_2_before_anything_is_watched(
