@@ -19,7 +19,7 @@ up: $(VENV)/installed  ## Start a local stack: Redis, S3 and a worker with the d
 	$(BIN)/blipq up
 
 test: $(VENV)/installed-dev  ## Run the tests.
-	$(BIN)/pytest -m 'not guarantee'
+	$(BIN)/pytest -m 'not guarantee' --numprocesses 2
 
 # CI sets 1: real outages on a shared machine; what fails once is run again, and shown as a rerun.
 RERUNS ?= 0

@@ -300,7 +300,12 @@ SAMPLED = {"do_sample": True}
         ),
         (DescribeRequest(image=IMAGE, caption=False, embed=True), {"retrieval"}, True),
     ],
-    ids=str,
+    # Sets have no order of their own: the names must be the same in every process.
+    ids=lambda value: (
+        str(value.kind)
+        if hasattr(value, "kind")
+        else str(sorted(value) if isinstance(value, set) else value)
+    ),
 )
 def test_what_a_job_needs_of_its_image_and_whether_it_can_be_shared(
     asked: Any, features: set[str], repeatable: bool
