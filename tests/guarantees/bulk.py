@@ -8,6 +8,7 @@ have exactly one outcome. A stand-in ends the jobs: this is about what submits a
 import argparse
 import itertools
 import json
+import re
 import signal
 import sys
 import tempfile
@@ -130,8 +131,8 @@ class Bulk:
         self.most_memory = max(self.most_memory, memory)
         with suppress(OSError):
             status = Path(f"/proc/{process.pid}/status").read_text()
-            rss = int(status.partition("VmRSS:")[2].split()[0]) // 1024
-            self.most_rss = max(self.most_rss, rss)
+            if held := re.search(r"VmRSS:\s+(\d+)", status):  # none when it has just been killed
+                self.most_rss = max(self.most_rss, int(held[1]) // 1024)
 
     def wait(self, process: Service, lines: int, timeout: float) -> None:
         """Until so many lines have ended."""
