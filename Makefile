@@ -18,11 +18,11 @@ demo: $(VENV)/installed  ## Run the main job on a local stack and write demo-rep
 up: $(VENV)/installed  ## Start a local stack: Redis, S3 and a worker with the demo model.
 	$(BIN)/blipq up
 
-test: $(VENV)/installed-dev  ## Run the tests.
-	$(BIN)/pytest -m 'not guarantee' --numprocesses 2
-
-# CI sets 1: real outages on a shared machine; what fails once is run again, and shown as a rerun.
+# CI sets 1: real processes on a shared machine; what fails once is run again, and shown as a rerun.
 RERUNS ?= 0
+test: $(VENV)/installed-dev  ## Run the tests.
+	$(BIN)/pytest -m 'not guarantee' --numprocesses 2 --reruns $(RERUNS)
+
 guarantees: $(VENV)/installed-dev  ## Break things on the real stack, and see each promise kept.
 	$(BIN)/pytest -m guarantee --numprocesses 2 --reruns $(RERUNS) tests/guarantees
 
