@@ -3,7 +3,8 @@
 Everything but the model is what ships: Celery, ledger, leases, fetch, decode and batcher. Prompts:
 "exit" and "segfault" end the process, "hang" never returns, "raise" raises, "oom" runs out of
 memory, "oom-in-company" only beside other items, "sleep N" takes N seconds, "steps N" takes N
-steps, others answer at once.
+steps, "clock N" sets the process' clock N seconds on, others answer at once. ``FAULTY_CONTRACT``
+makes it a worker of an older or newer version.
 """
 
 import logging
@@ -17,10 +18,13 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from blipq import ledger
 from blipq.settings import Settings
 from blipq_worker.app import Worker
 from blipq_worker.blip2 import GeneratedText, GenerateItem, ModelInfo
 from blipq_worker.settings import WorkerSettings
+
+log = logging.getLogger("faulty_worker")
 
 #: A picture of this size hangs its decoder.
 HANGING_SIZE = (13, 13)
@@ -68,11 +72,10 @@ class FaultyModel:
 
 
 def _obey(prompt: str, step: Callable[[], None], *, alone: bool) -> None:
+    log.info("runs %r", prompt)
     match prompt.split():
-        case ["exit"]:
-            os._exit(1)
-        case ["segfault"]:
-            os.kill(os.getpid(), signal.SIGSEGV)
+        case ["exit" | "segfault" as way]:
+            _die(way)
         case ["hang"]:
             threading.Event().wait()
         case ["raise"]:
@@ -87,10 +90,26 @@ def _obey(prompt: str, step: Callable[[], None], *, alone: bool) -> None:
             for _ in range(int(count)):
                 time.sleep(0.2)
                 step()
+        case ["clock", seconds]:
+            _set_clock_on(float(seconds))
+
+
+def _die(way: str) -> None:
+    if way == "exit":
+        os._exit(1)
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def _set_clock_on(seconds: float) -> None:
+    """For all that asks Python for the time of day, as Celery, kombu and blipq do."""
+    true_time = time.time
+    time.time = lambda: true_time() + seconds
 
 
 def main() -> int:
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if "FAULTY_CONTRACT" in os.environ:
+        ledger.CONTRACT = int(os.environ["FAULTY_CONTRACT"])
     models: Any = {"default": FaultyModel()}
     return Worker(Settings(), WorkerSettings(), models).run()
 

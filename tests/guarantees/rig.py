@@ -52,12 +52,14 @@ class Rig:
         wait_until(lambda: self._alive(worker, name), "the worker", timeout=60)
         return worker
 
-    def launch_worker(self, **options: Any) -> Service:
-        """Starts a worker without waiting."""
+    def launch_worker(self, *, contract: int | None = None, **options: Any) -> Service:
+        """Starts a worker without waiting; ``contract``: as if it were of another version."""
         options = {"lease_s": LEASE_S, "drain_timeout_s": 10, "retry_backoff_s": 0.1} | options
         environment = self.stack.environment() | {"OMP_NUM_THREADS": "1"}
         environment["BLIPQ_S3_ENDPOINT_URL"] = self.s3.url
         environment |= {f"BLIPQ_{key.upper()}": str(value) for key, value in options.items()}
+        if contract is not None:
+            environment["FAULTY_CONTRACT"] = str(contract)
         log = self.folder / f"worker-{next(self._numbers)}.log"
         worker = self._worker(environment, log)
         worker.start()
@@ -106,6 +108,10 @@ class Rig:
     def running(self) -> int:
         """How many jobs are under a lease."""
         return int(self.redis(lambda raw: raw.zcard("blipq:running")))
+
+    def has_at_most(self, open: int) -> bool:
+        """Whether no more than so many jobs are open."""
+        return int(self.redis(lambda raw: raw.zcard("blipq:open"))) <= open
 
     def redis(self, do: Callable[[Any], Any]) -> Any:
         with connect(self.settings) as raw:

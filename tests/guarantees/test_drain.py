@@ -1,8 +1,11 @@
-"""Faults 5, 6 and 37: a worker is told to stop."""
+"""Faults 5, 6 and 37: a worker is told to stop, or another version comes."""
 
 import signal
+from typing import Any
 
-from blipq import Status
+import pytest
+
+from blipq import Job, Status, records
 from conftest import wait_until
 from guarantees.rig import Rig
 
@@ -71,6 +74,31 @@ def test_a_job_with_a_newer_contract_waits_for_a_newer_worker(rig: Rig) -> None:
     assert old.exit_code is None
     rig.redis(lambda raw: raw.hset(f"blipq:job:{newer.id}", "contract", 1))  # its worker comes
     rig.all_succeed([newer], timeout=30)
+
+
+@pytest.mark.parametrize("first", ["workers", "clients"])
+def test_a_rolling_deploy_under_load_loses_and_fails_no_job(
+    rig: Rig, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deploy_clients() -> list[Job[Any]]:
+        monkeypatch.setattr(records, "CONTRACT", 2)
+        return rig.submit_all(["sleep 0.05"] * 40)
+
+    old = [rig.start_worker(contract=1) for _ in range(2)]
+    jobs = rig.submit_all(["sleep 0.05"] * 40)
+    if first == "clients":
+        jobs += deploy_clients()
+    for worker in old:
+        rig.start_worker(contract=2)
+        jobs += rig.submit_all(["sleep 0.05"] * 20)
+        worker.signal(signal.SIGTERM)
+        jobs += rig.submit_all(["sleep 0.05"] * 20)
+        rig.wait_for_death(worker)
+        assert worker.exit_code == 0
+    if first == "workers":
+        jobs += deploy_clients()
+    rig.all_succeed(jobs, timeout=60)
+    assert {job.info().attempts for job in jobs} == {1}, "no job began twice"
 
 
 def test_a_message_that_a_killed_worker_left_unacknowledged_harms_no_later_worker(

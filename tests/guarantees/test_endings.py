@@ -100,6 +100,39 @@ def test_a_cancelled_job_never_runs_even_after_its_worker_was_killed(rig: Rig) -
         running.result(1)
 
 
+def test_a_cancel_takes_effect_at_once_at_every_stage(rig: Rig) -> None:
+    worker = rig.start_worker(max_batch_size=4)
+    running = rig.submit("sleep 3")
+    wait_until(lambda: "'sleep 3'" in worker.last_words(100), "the job to run")
+    waiting = rig.submit("waiting")
+    fetching = rig.client.caption(rig.upload("drip"), "fetching")
+    wait_until(lambda: rig.running() == 3, "all to be at their stage")
+    queued = rig.submit_all(["queued"] * 20)[-1]
+    for job in (fetching, waiting, running, queued):
+        assert job.cancel()
+        assert job.status is Status.CANCELLED
+    ended = rig.submit("last")
+    rig.all_succeed([ended])
+    assert not ended.cancel()
+    assert ended.status is Status.SUCCEEDED
+    assert all(job.status is Status.CANCELLED for job in (fetching, waiting, running, queued))
+    log = worker.last_words(1000)
+    assert "'sleep 3'" in log
+    assert "'waiting'" not in log
+    assert "'fetching'" not in log
+
+
+def test_a_clock_that_jumps_an_hour_costs_no_lease(rig: Rig) -> None:
+    """Leases and deadlines are counted on Redis' clock."""
+    worker = rig.start_worker()
+    rig.submit("clock 3600").result(20)
+    long = rig.submit(f"sleep {LEASE_S * 2}", expires_in=600)
+    short = rig.submit_all(["sleep 0.1"] * 20, expires_in=600)
+    rig.all_succeed([long, *short])
+    assert {job.info().attempts for job in (long, *short)} == {1}
+    assert worker.exit_code is None
+
+
 def test_an_expired_job_is_settled_with_no_worker_and_never_downloaded(rig: Rig) -> None:
     missing = "s3://blipq-inbox/nothing-is-here"
     job = rig.client.caption(missing, expires_in=0.3)

@@ -1,9 +1,13 @@
 """Faults 1-3, 6-8 and 11: a worker dies, freezes or hangs, and every job still ends once."""
 
+import os
 import signal
+from functools import partial
 from typing import Any
 
-from blipq import ErrorCode, Job, Status
+import pytest
+
+from blipq import CaptionRequest, ErrorCode, Job, Status
 from blipq.ledger import Message
 from conftest import wait_until
 from guarantees.faulty_worker import HANGING_SIZE
@@ -18,6 +22,22 @@ def test_jobs_of_a_killed_worker_all_succeed_on_the_next(rig: Rig) -> None:
     rig.start_worker(max_batch_size=16)
     rig.all_succeed(jobs, timeout=90)
     assert max(job.info().attempts for job in jobs) == 2
+
+
+def test_twenty_kills_at_full_rate_lose_and_double_nothing(rig: Rig) -> None:
+    """``GUARANTEES_JOBS=20000`` makes it longer."""
+    count = int(os.environ.get("GUARANTEES_JOBS", "3000"))
+    jobs = rig.client.submit_many(
+        CaptionRequest(image=rig.image, prompt=f"job {number}") for number in range(count)
+    )
+    for kill in range(20):
+        worker = rig.start_worker(max_batch_size=16)
+        left = count - count * (kill + 1) // 22
+        wait_until(partial(rig.has_at_most, left), f"{left} open jobs", timeout=120)
+        rig.kill(worker)
+    rig.start_worker(max_batch_size=16)
+    rig.all_succeed(jobs, timeout=300)
+    assert max(job.info().attempts for job in jobs) < 4
 
 
 def test_a_worker_frozen_past_its_lease_cannot_finish_a_job_twice(rig: Rig) -> None:
@@ -37,10 +57,11 @@ def test_a_worker_frozen_past_its_lease_cannot_finish_a_job_twice(rig: Rig) -> N
     assert again.receipt == info.receipt
 
 
+@pytest.mark.parametrize("death", ["exit", "segfault"])
 def test_a_job_that_keeps_killing_workers_becomes_a_dead_letter_and_harms_no_other(
-    rig: Rig,
+    rig: Rig, death: str
 ) -> None:
-    poison = rig.submit("exit")
+    poison = rig.submit(death)
     others = rig.submit_all(["sleep 0.1"] * 20)
     deaths = _restart_until_ended(rig, poison)
     info = poison.info()
