@@ -17,6 +17,7 @@ from blipq import Client, Settings
 from blipq.ledger import Ledger, connect
 from blipq.local import LocalStack
 from blipq.supervisor import Service
+from stacks import local_stack
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,7 +50,7 @@ def live_workers(settings: Settings, model: str = "default") -> int:
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
     """Redis and S3 on free ports, in a folder that goes away."""
-    stack = LocalStack(tmp_path_factory.mktemp("stack"))
+    stack = local_stack(tmp_path_factory.mktemp("stack"))
     stack.start()
     yield stack
     stack.stop()

@@ -262,6 +262,14 @@ class Ledger(Scripted):
             expires_in=(float(job["deadline"]) - float(job["now"])) / 1000,
         )
 
+    def begin(self, claim: Claim) -> bool:
+        """Says that a claim that is ``solo`` begins now; False if it is no longer held.
+
+        Until then its worker's crash is not counted: it waited for its turn to run alone.
+        """
+        with redis_errors(claim.id):
+            return bool(self._run("begin", claim.id, claim.token))
+
     def refuse(self, id: str, kind: Kind, error: str) -> bool:
         """Records an unknown job as failed with an error (JSON): its message makes no sense."""
         fields = {"kind": kind, "model": "default", "error": error}

@@ -118,7 +118,7 @@ def test_every_priority_is_served(client: Client, picture: bytes, priority: Prio
 @pytest.fixture
 def celery(settings: Settings) -> Iterator[Celery]:
     """A plain Celery app, as any other service has one."""
-    app = Celery(broker=settings.redis_url, set_as_current=False)
+    app = Celery(broker=settings.effective_broker_url, set_as_current=False)
     yield app
     app.close()
 

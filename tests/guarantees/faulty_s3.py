@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections import Counter
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
@@ -68,7 +69,7 @@ class FaultyS3:
             else:
                 self._spoil(request, what)
         except OSError:
-            request.close_connection = True
+            request.close_connection = True  # its worker was killed
 
     def _fault(self, path: str) -> str | None:
         match = FAULT.search(path.replace("%3D", "="))
@@ -78,15 +79,15 @@ class FaultyS3:
         return match["what"] if self.requests[path] <= times else None
 
     def _pass_on(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
-        connection = http.client.HTTPConnection(self._real, timeout=30)
-        connection.putrequest(
-            request.command, request.path, skip_host=True, skip_accept_encoding=True
-        )
-        for name, value in request.headers.items():
-            connection.putheader(name, value)
-        connection.endheaders(body)
-        response = connection.getresponse()
-        data = response.read()
+        with closing(http.client.HTTPConnection(self._real, timeout=30)) as connection:
+            connection.putrequest(
+                request.command, request.path, skip_host=True, skip_accept_encoding=True
+            )
+            for name, value in request.headers.items():
+                connection.putheader(name, value)
+            connection.endheaders(body)
+            response = connection.getresponse()
+            data = response.read()
         request.send_response(response.status)
         for name, value in response.getheaders():
             if name.lower() not in {"transfer-encoding", "content-length", "connection", "date"}:
@@ -94,7 +95,6 @@ class FaultyS3:
         request.send_header("Content-Length", str(len(data)))
         request.end_headers()
         request.wfile.write(data)
-        connection.close()
 
     def _refuse(self, request: BaseHTTPRequestHandler, status: int) -> None:
         request.send_response(status)

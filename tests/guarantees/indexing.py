@@ -22,12 +22,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from blipq import Client
-from blipq.local import LocalStack
 from blipq.supervisor import Service
 from blipq_worker.demo import world
 from blipq_worker.index import Index, Indexes, Space
 from conftest import start_worker, wait_for_worker, wait_until
 from renders import upload
+from stacks import local_stack
 
 NAME = "killed"
 PREFIX = "s3://blipq-inbox/killed"
@@ -70,7 +70,7 @@ class Siege:
         self._options = {"canary": "0", **options}
         self._folder = folder
         self._logs = itertools.count()
-        self.stack = LocalStack(folder / "stack")
+        self.stack = local_stack(folder / "stack")
         self.stack.start()
         self.client = Client(self.stack.settings())
         self.indexes = Indexes(self.stack.settings())

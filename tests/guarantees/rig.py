@@ -12,17 +12,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import amqp
 from PIL import Image
 
 from blipq import Client, Job, JobInfo, Status, cli
 from blipq.errors import BlipqError
 from blipq.ledger import connect
-from blipq.local import LocalStack
 from blipq.supervisor import Service
 from conftest import wait_until
 from guarantees import faulty_worker
 from guarantees.faulty_s3 import FaultyS3
 from guarantees.forked import Forked
+from stacks import BROKER, local_stack
 
 #: Leases are scaled down, so that a crash costs seconds. The real settings run on demand.
 LEASE_S = float(os.environ.get("GUARANTEES_LEASE_S", "3"))
@@ -34,7 +35,7 @@ class Rig:
     def __init__(self, folder: Path, *, forked: bool = True) -> None:
         self.folder = folder
         self._forked = forked
-        self.stack = LocalStack(folder / "stack")
+        self.stack = local_stack(folder / "stack")
         self.stack.start()
         self.settings = self.stack.settings()
         self.client = Client(self.settings)
@@ -104,6 +105,14 @@ class Rig:
 
     def submit_all(self, prompts: Sequence[str], **options: Any) -> list[Job[Any]]:
         return [self.submit(prompt, **options) for prompt in prompts]
+
+    def put(self, queue: str, body: bytes) -> None:
+        """A message that no Celery client would send."""
+        if BROKER == "redis":
+            self.redis(lambda raw: raw.lpush(queue, body))
+            return
+        with self.client.broker.app.connection_for_write() as connection:
+            connection.default_channel.basic_publish(amqp.Message(body), routing_key=queue)
 
     def running(self) -> int:
         """How many jobs are under a lease."""

@@ -63,7 +63,7 @@ def test_only_what_runs_out_of_memory_alone_fails(rig: Rig) -> None:
 def test_a_job_longer_than_its_lease_runs_once(rig: Rig) -> None:
     rig.start_worker()
     job = rig.submit(f"sleep {LEASE_S * 2.5}")
-    assert job.wait(60).attempts == 1
+    assert job.wait(20 * LEASE_S).attempts == 1
 
 
 def test_a_message_delivered_five_times_runs_its_job_once(rig: Rig) -> None:
@@ -128,7 +128,7 @@ def test_a_clock_that_jumps_an_hour_costs_no_lease(rig: Rig) -> None:
     rig.submit("clock 3600").result(20)
     long = rig.submit(f"sleep {LEASE_S * 2}", expires_in=600)
     short = rig.submit_all(["sleep 0.1"] * 20, expires_in=600)
-    rig.all_succeed([long, *short])
+    rig.all_succeed([long, *short], timeout=20 * LEASE_S)
     assert {job.info().attempts for job in (long, *short)} == {1}
     assert worker.exit_code is None
 
@@ -167,8 +167,7 @@ def test_high_priority_is_not_behind_a_thousand_low_jobs(rig: Rig) -> None:
     wait_until(lambda: rig.running() >= 4, "a busy worker")
     high = rig.submit_all(["high"] * 10, priority=Priority.HIGH)
     rig.all_succeed(high, timeout=10)
-    behind = rig.redis(lambda raw: raw.llen("blipq.default.low"))
-    assert behind > 500, "the low jobs were still waiting when the high ones were done"
+    assert not rig.has_at_most(500), "the low jobs were still waiting when the high ones were done"
     rig.all_succeed(low, timeout=90)
 
 
@@ -180,8 +179,8 @@ def test_malformed_messages_leave_the_worker_alive(rig: Rig) -> None:
     app.send_task("blipq.caption", args=[], queue=queue)
     app.send_task("blipq.caption", args=["job_bad", {"image": 7}], queue=queue)
     app.send_task("blipq.caption", args=["job_odd", "text"], queue=queue)
-    for junk in ("not a message", "7", "{}", '{"properties": {}}', b"\x80\x04\x95pickle"):
-        rig.redis(lambda raw, junk=junk: raw.lpush(queue, junk))
+    for junk in (b"not a message", b"7", b"{}", b'{"properties": {}}', b"\x80\x04\x95pickle"):
+        rig.put(queue, junk)
     rig.all_succeed([rig.submit("fine")])
     for id in ("job_bad", "job_odd"):
         error = rig.client.job(id).wait(10).error

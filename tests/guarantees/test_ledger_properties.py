@@ -6,6 +6,7 @@ reaches one. ``GUARANTEES_RUNS=10000`` runs it longer.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -15,10 +16,10 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from blipq import Settings, Status
+from blipq import ErrorCode, Settings, Status
 from blipq import ledger as ledger_module
 from blipq.contract import CaptionRequest, Options
-from blipq.ledger import Claim, Ledger, Message, connect
+from blipq.ledger import MAX_CRASHES, Claim, Ledger, Message, connect
 from blipq.local import LocalStack
 
 RUNS = int(os.environ.get("GUARANTEES_RUNS", "150"))
@@ -56,6 +57,7 @@ class Jobs(RuleBasedStateMachine):
         self.ids: list[str] = []
         self.outcomes: dict[str, tuple[Any, ...]] = {}
         self.tokens: dict[str, int] = {}
+        self.begun: Counter[str] = Counter()
 
     # -- clients --
 
@@ -108,6 +110,15 @@ class Jobs(RuleBasedStateMachine):
             if isinstance(claim, Claim):
                 self.held[worker].append(claim)
                 self.tokens[claim.id] = claim.token
+                self.begun[claim.id] += not claim.solo
+
+    @rule(worker=WORKERS, pick=PICK)
+    def begin_alone(self, worker: str, pick: int) -> None:
+        """One claim at a time gets its turn; the others wait, and may crash with it."""
+        solo = [claim for claim in self.held[worker] if claim.solo]
+        if solo:
+            claim = solo[pick % len(solo)]
+            self.begun[claim.id] += self.ledger.begin(claim)
 
     @rule(worker=WORKERS, pick=PICK)
     def finish(self, worker: str, pick: int) -> None:
@@ -176,6 +187,8 @@ class Jobs(RuleBasedStateMachine):
             if info.ended:
                 outcome = (info.status, info.completed_at, info.error)
                 assert self.outcomes.setdefault(id, outcome) == outcome
+                if info.error is not None and info.error.code is ErrorCode.ATTEMPTS_EXHAUSTED:
+                    assert self.begun[id] >= MAX_CRASHES, "it waited while another job crashed"
 
     def _held_it_last(self, claim: Claim) -> None:
         assert claim.token == self.tokens[claim.id], "a stale worker ended a job"
@@ -267,6 +280,7 @@ MUTATIONS = {
     "a recovered job stays running": {
         "redis.call('HSET', job_key(id), 'status', 'queued')": "local unchanged = true"
     },
+    "a crash counts for jobs that wait": {"if job.waiting then": "if false then"},
     "an ended job may be cancelled": {"if ended(job) then return 'ended' end": ""},
 }
 

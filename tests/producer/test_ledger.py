@@ -62,7 +62,9 @@ def published_again(ledger: Ledger, grace_s: float = 60.0) -> list[str]:
 
 def crash(ledger: Ledger, id: str = "job_1") -> None:
     """A worker claims the job and is never heard of again; the reconciler notices."""
-    claimed(ledger, id, lease_s=SOON_S)
+    claim = claimed(ledger, id, lease_s=SOON_S)
+    if claim.solo:
+        assert ledger.begin(claim)
     before = ledger.redis.hget(f"blipq:job:{id}", "crashes")
     wait_until(
         lambda: ledger.reconcile() or ledger.redis.hget(f"blipq:job:{id}", "crashes") != before,
@@ -305,6 +307,25 @@ def test_only_the_reconciler_judges_a_lease_that_ran_out(ledger: Ledger) -> None
     assert ledger.reconcile(judge=False) == []
     assert read(ledger).status is Status.RUNNING
     assert published_again(ledger) == ["job_1"]
+
+
+def test_a_crash_while_a_job_waits_to_run_alone_is_not_its_own(ledger: Ledger) -> None:
+    submitted(ledger)
+    crash(ledger)
+    for _ in range(MAX_CRASHES):
+        assert claimed(ledger, lease_s=SOON_S).solo
+        assert published_again(ledger) == ["job_1"]
+    assert (read(ledger).status, read(ledger).attempts) == (Status.QUEUED, 1)
+
+
+def test_a_job_that_was_taken_over_does_not_begin(ledger: Ledger) -> None:
+    submitted(ledger)
+    crash(ledger)
+    stale = claimed(ledger, lease_s=SOON_S)
+    assert published_again(ledger) == ["job_1"]
+    newer = claimed(ledger)
+    assert not ledger.begin(stale)
+    assert ledger.begin(newer)
 
 
 def test_a_job_that_kills_its_workers_becomes_a_dead_letter(

@@ -665,6 +665,23 @@ def test_a_job_that_may_have_killed_its_worker_runs_alone(parts: Parts, picture:
     assert (job.status, job.info().attempts) == ("succeeded", 2)
 
 
+def test_a_job_that_is_cancelled_while_it_waits_to_run_alone_does_not(
+    parts: Parts, picture: bytes
+) -> None:
+    job, other = parts.client.caption(picture), parts.client.caption(picture)
+    parts.ledger.claim(job.id, "w0", lease_s=0.01)
+    wait_until(parts.ledger.reconcile, "the other worker's lease to run out")
+    with ThreadPoolExecutor(1) as thread, parts.gate.shared():
+        run = thread.submit(parts.run, job)
+        wait_until(lambda: job.status == "running", "its claim")
+        job.cancel()
+    run.result(timeout=10)
+    assert job.status == "cancelled"
+    assert not parts.runner._held.claims()
+    parts.run(other)
+    assert other.status == "succeeded"
+
+
 # --- messages of foreign clients ------------------------------------------------------------------
 
 

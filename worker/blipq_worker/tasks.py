@@ -165,12 +165,15 @@ class Runner:
     def _work_alone(self, claim: Claim) -> None:
         """It may have killed its worker: it runs after the others have left, and before any come.
 
-        Its lease is renewed while it waits for them.
+        Its lease is renewed while it waits for them, and a crash until then is not its own.
         """
         try:
             with self._gate.alone():
-                self._work(claim)
-        except Draining:
+                if self._ledger.begin(claim):
+                    self._work(claim)
+                else:
+                    self._held.remove(claim)
+        except (Draining, QueueUnavailable, QueueFull):
             self._hand_back(claim)
 
     def _work(self, claim: Claim) -> None:

@@ -25,6 +25,7 @@ local key = job_key(id)
 local token = redis.call('HINCRBY', key, 'token', 1)
 local attempts = redis.call('HINCRBY', key, 'attempts', 1)
 redis.call('HSET', key, 'status', 'running', 'worker', worker, 'started_at', job.started_at or now)
+if job.solo then redis.call('HSET', key, 'waiting', 1) end
 index(RUNNING, now + lease, id)
 local event = not job.started_at and post_event(id, job, 'job.running')
 if event then

@@ -125,6 +125,11 @@ end
 
 -- A lease ran out: its worker crashed or hung. Returns true if the job is to be published again.
 local function crashed(id, job, max_crashes, dead_letter_ttl)
+  if job.waiting then  -- for its turn to run alone: whatever it was, it was not this job
+    redis.call('HINCRBY', job_key(id), 'attempts', -1)
+    enqueue(id, job, now)
+    return true
+  end
   local crashes = redis.call('HINCRBY', job_key(id), 'crashes', 1)
   if crashes >= max_crashes then
     local message = 'the worker died or hung ' .. crashes .. ' times while it ran this job'

@@ -1,0 +1,44 @@
+"""The local stack as tests start it; on demand with RabbitMQ for its messages.
+
+``TEST_BROKER=rabbitmq`` takes Debian's ``rabbitmq-server``, running on this machine, and
+``rabbitmqctl``, which wants root. Each stack has a virtual host of its own.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+from uuid import uuid4
+
+from blipq.local import LocalStack
+
+BROKER = os.environ.get("TEST_BROKER", "redis")
+
+
+class RabbitStack(LocalStack):
+    """Redis, S3 and a virtual host of RabbitMQ."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.virtual_host = f"blipq-{uuid4().hex}"
+
+    def start(self) -> None:
+        super().start()
+        rabbitmqctl("add_vhost", self.virtual_host)
+        rabbitmqctl("set_permissions", "-p", self.virtual_host, "guest", ".*", ".*", ".*")
+
+    def stop(self) -> None:
+        rabbitmqctl("delete_vhost", self.virtual_host)
+        super().stop()
+
+    def settings_fields(self) -> dict[str, str]:
+        broker = f"amqp://guest:guest@127.0.0.1:5672/{self.virtual_host}"
+        return super().settings_fields() | {"broker_url": broker}
+
+
+def rabbitmqctl(*arguments: str) -> None:
+    subprocess.run(["rabbitmqctl", "--quiet", *arguments], check=True, timeout=60)
+
+
+def local_stack(folder: Path) -> LocalStack:
+    """A stack in the folder, not started."""
+    return {"redis": LocalStack, "rabbitmq": RabbitStack}[BROKER](folder)
