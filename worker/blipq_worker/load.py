@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Literal
 
 from blipq_worker.budget import give_large_blocks_back
@@ -21,8 +23,25 @@ log = logging.getLogger(__name__)
 def load_models(options: WorkerSettings) -> "dict[str, Blip2]":
     """Loads every served model, once, and checks that it makes sense. Raises ModelError.
 
-    CUDA is first touched here: the process has no children to share it with.
+    CUDA is first touched here: the process has no children to share it with. The thread that loads
+    ends with it, and so do OpenMP's helpers of that thread. Where these and the ones of the thread
+    that runs the models are more than there are cores, all of them sleep between two operations
+    instead of spinning: a decode step took twice as long.
     """
+    loaded: Future[dict[str, Blip2]] = Future()
+    # A daemon: an interrupted worker ends at once.
+    Thread(target=_settle, args=(loaded, options), name="blipq-load", daemon=True).start()
+    return loaded.result()
+
+
+def _settle(loaded: "Future[dict[str, Blip2]]", options: WorkerSettings) -> None:
+    try:
+        loaded.set_result(_load_all(options))
+    except BaseException as error:
+        loaded.set_exception(error)
+
+
+def _load_all(options: WorkerSettings) -> "dict[str, Blip2]":
     from blipq_worker import canary
     from blipq_worker.blip2 import FeatureCache
     from blipq_worker.goldens import GoldenError, read_goldens

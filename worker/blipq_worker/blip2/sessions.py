@@ -13,8 +13,10 @@ from blipq_worker.blip2.halving import by_halves
 if TYPE_CHECKING:
     from blipq_worker.blip2.generation import GeneratedText, GenerateItem, Generator
 
-#: Most rows that join at one step, while the others wait. On a CPU more at once save no time.
-JOINING_ON_A_CPU = 4
+#: Most rows that join at one step, while the others wait: each costs its image's pass. Where more
+#: than half of the slots are taken, rows join only so many together, as a pass over few images
+#: costs nearly as much as one over many.
+JOINING_ON_A_CPU = 8
 JOINING = 16
 
 Ticket = tuple[int, int]
@@ -80,12 +82,17 @@ class WritingSession:
         The texts of the items that are done, per prompt and alternative; they have left.
         """
         among = [self._items[ticket] for ticket in sorted(tickets)]
-        self._see(among)
-        by_halves(self._loop.join, self._next_rows(among))
+        if self._is_worth_joining():
+            self._see(among)
+            by_halves(self._loop.join, self._next_rows(among))
         rows = [row for each in among for row in each.rows if row.tokens]
         by_halves(self._loop.step, [row for row in rows if not row.ended])
         self._loop.leave([row for row in rows if row.ended])
         return [(ticket, self._texts(ticket)) for ticket in tickets if self._is_done(ticket)]
+
+    def _is_worth_joining(self) -> bool:
+        free, running = self._loop.free, len(self._loop.running)
+        return running <= free or free >= self._joining
 
     def _see(self, among: Sequence[_Writing]) -> None:
         """One pass of the vision tower over the images of the rows that come next."""
