@@ -8,31 +8,31 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import litserve
 from common import BATCHES, CLIENTS, Model, tell, timed
 
 
+class Blip2(litserve.LitAPI):
+    def setup(self, device):
+        self.model = Model()
+
+    def decode_request(self, request):
+        return request
+
+    def batch(self, inputs):
+        return inputs
+
+    def predict(self, batch):
+        return self.model.answer(batch)
+
+    def unbatch(self, output):
+        return output
+
+    def encode_response(self, output):
+        return {"text": output}
+
+
 def serve(size: int, port: int) -> None:
-    import litserve
-
-    class Blip2(litserve.LitAPI):
-        def setup(self, device):
-            self.model = Model()
-
-        def decode_request(self, request):
-            return request
-
-        def batch(self, inputs):
-            return inputs
-
-        def predict(self, batch):
-            return self.model.answer(batch)
-
-        def unbatch(self, output):
-            return output
-
-        def encode_response(self, output):
-            return {"text": output}
-
     api = Blip2(max_batch_size=size, batch_timeout=0.05)
     server = litserve.LitServer(api, accelerator="cpu", timeout=600)
     server.run(port=port, generate_client_file=False, log_level="error")

@@ -19,6 +19,7 @@ from blipq_worker.blip2 import (
     WritingSession,
     resolve,
 )
+from blipq_worker.blip2 import sessions
 from blipq_worker.engine import Engine
 from conftest import wait_until
 
@@ -293,3 +294,20 @@ def test_greedy_and_sampled_items_of_all_parameters_share_a_key(opt: Blip2) -> N
         GenerationParams(num_beams=2),
     ]
     assert [each.in_flight for each in params] == [True, True, False]
+
+
+def test_where_most_slots_are_taken_rows_join_in_groups(
+    opt: Blip2, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass over one image costs nearly as much as one over many."""
+    monkeypatch.setattr(sessions, "JOINING_ON_A_CPU", 3)
+    seen: list[int] = []
+    project = opt.generator.project
+    monkeypatch.setattr(
+        opt.generator, "project", lambda images: seen.append(len(images)) or project(images)
+    )
+    lengths = (2, 3, 4, 5, 9, 9, 9, 9)
+    items = [item(opt, pictures[0], "", min_new_tokens=n, max_new_tokens=n) for n in lengths]
+    later = [item(opt, pictures[1], "", max_new_tokens=2) for _ in range(3)]
+    assert len(texts(with_slots(opt, 8), [*items, *later])) == 11
+    assert seen[:4] == [3, 3, 2, 3], "the last three waited until three slots were free"
