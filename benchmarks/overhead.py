@@ -8,7 +8,9 @@ from typing import Any
 import psutil
 from celery import Celery
 
-from blipq.contract import CaptionRequest, Generation, ImageRef
+from blipq.contract import CaptionRequest, Generation, ImageRef, Options
+from blipq.ledger import Claim
+from blipq.requests import Submission, new_id
 from blipq.supervisor import Service
 from blipq_worker.bench.stack import Stack, Through, running
 
@@ -31,6 +33,7 @@ def overhead(jobs: int) -> dict[str, Any]:
         image = stack.upload([b"nothing"])[0]
         for name, fetch in (("blipq", "0"), ("blipq with S3", "1")):
             found[name] = _blipq(stack, jobs, _picture(stack) if fetch == "1" else image, fetch)
+        found["ledger_cpu_ms"] = _ledger(stack, image, jobs)
         stack.start_worker({"BENCH_FETCH": "0"}, SLEEPING)
         found["idle"] = _alone(stack, image)
     found["ratio"] = found["blipq"]["per_s"] / found["noop"]["per_s"]
@@ -62,6 +65,25 @@ def _blipq(stack: Stack, jobs: int, image: ImageRef, fetch: str) -> dict[str, An
         "cpu_ms": 1000 * spent / jobs,
         "redis_cpu_ms": 1000 * in_redis / jobs,
     }
+
+
+def _ledger(stack: Stack, image: ImageRef, jobs: int) -> float:
+    """CPU ms a job of this process for what the ledger asks of a worker: a claim and an outcome."""
+    ledger = stack.client.ledger
+    prepared = [
+        ledger.prepare(Submission(each, Options(), new_id()), notify="benchmark")
+        for each in requests(image, jobs)
+    ]
+    ledger.submit_all(prepared)
+    ids = [each.submission.id for each in prepared]
+    spent = -time.thread_time()
+    for id in ids:
+        claim = ledger.claim(id, "benchmark")
+        assert isinstance(claim, Claim)
+        ledger.succeed(claim, '{"kind": "caption", "captions": [{"text": "a text"}]}', "{}")
+    spent += time.thread_time()
+    ledger.release(ids)
+    return 1000 * spent / jobs
 
 
 def _redis(stack: Stack) -> Service:

@@ -66,7 +66,7 @@ class Stack:
         self, environment: Mapping[str, str], program: Sequence[str] | None = None
     ) -> Service:
         """Starts a worker, or what stands in for one, and waits until it serves."""
-        before = len(self.client.ledger.workers())
+        before = set(self.client.ledger.workers())
         log = self.folder / f"worker-{len(self.workers)}.log"
         worker = worker_service({**self.local.environment(), **environment}, log)
         if program:
@@ -74,7 +74,7 @@ class Stack:
         worker.start()
         self.workers.append(worker)
         deadline = time.monotonic() + START_TIMEOUT_S
-        while len(self.client.ledger.workers()) <= before:
+        while not set(self.client.ledger.workers()) - before:
             if worker.exit_code is not None or time.monotonic() > deadline:
                 raise BenchError(f"the worker does not serve:\n{worker.last_words()}")
             time.sleep(0.05)
