@@ -300,14 +300,15 @@ def test_where_most_slots_are_taken_rows_join_in_groups(
     opt: Blip2, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pass over one image costs nearly as much as one over many."""
-    monkeypatch.setattr(sessions, "JOINING_ON_A_CPU", 3)
+    monkeypatch.setattr(sessions, "JOINING_ON_A_CPU", 2)
     seen: list[int] = []
     project = opt.generator.project
     monkeypatch.setattr(
         opt.generator, "project", lambda images: seen.append(len(images)) or project(images)
     )
-    lengths = (2, 3, 4, 5, 9, 9, 9, 9)
-    items = [item(opt, pictures[0], "", min_new_tokens=n, max_new_tokens=n) for n in lengths]
-    later = [item(opt, pictures[1], "", max_new_tokens=2) for _ in range(3)]
-    assert len(texts(with_slots(opt, 8), [*items, *later])) == 11
-    assert seen[:4] == [3, 3, 2, 3], "the last three waited until three slots were free"
+    items = [
+        item(opt, pictures[0], "", min_new_tokens=length, max_new_tokens=length)
+        for length in (6, 7, 9, 9, 2, 2)
+    ]
+    assert len(texts(with_slots(opt, 4), items)) == 6
+    assert seen == [2, 2, 2], "the fifth waited for the sixth"
