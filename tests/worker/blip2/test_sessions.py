@@ -18,8 +18,8 @@ from blipq_worker.blip2 import (
     Pixels,
     WritingSession,
     resolve,
+    sessions,
 )
-from blipq_worker.blip2 import sessions
 from blipq_worker.engine import Engine
 from conftest import wait_until
 
