@@ -21,10 +21,10 @@ up: $(VENV)/installed  ## Start a local stack: Redis, S3 and a worker with the d
 # CI sets 1: real processes on a shared machine; what fails once is run again, and shown as a rerun.
 RERUNS ?= 0
 test: $(VENV)/installed-dev  ## Run the tests.
-	$(BIN)/pytest -m 'not guarantee' --numprocesses 2 --reruns $(RERUNS)
+	$(BIN)/pytest -m 'not guarantee' --numprocesses 2 --reruns $(RERUNS) -rR
 
 guarantees: $(VENV)/installed-dev  ## Break things on the real stack, and see each promise kept.
-	$(BIN)/pytest -m guarantee --numprocesses 2 --reruns $(RERUNS) tests/guarantees
+	$(BIN)/pytest -m guarantee --numprocesses 2 --reruns $(RERUNS) -rR tests/guarantees
 
 SEED ?= 7
 JOBS ?= 10000

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +26,9 @@ ROOT = Path(__file__).parent.parent
 for name in [name for name in os.environ if name.startswith(("BLIPQ_", "AWS_"))]:
     del os.environ[name]
 os.environ["BLIPQ_STACK_FILE"] = os.devnull
+
+# Where the run itself is a shell's background job, its programs would ignore interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
