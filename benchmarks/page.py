@@ -113,7 +113,7 @@ def _overhead(found: Found) -> Iterator[str]:
     idle = found["idle"]
     yield f"\nblipq runs at **{found['ratio']:.2f}** of the no-op task. From submit to result on an"
     yield f"idle worker: p50 {idle['p50_ms']:.1f} ms, p99 {idle['p99_ms']:.1f} ms."
-    yield f"Claim and outcome in the ledger take {found['ledger_cpu_ms']:.2f} ms of it."
+    yield f"A claim and an outcome take a worker {found['ledger_cpu_ms']:.2f} ms of CPU."
 
 
 def _scale(found: Found) -> Iterator[str]:

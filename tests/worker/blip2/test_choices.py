@@ -72,7 +72,7 @@ def test_neighbours_and_chunks_do_not_change_a_likelihood(
     monkeypatch.setattr(module, "_PAIRS_AT_ONCE", at_once)
     for together, one_by_one in zip(either.rank(batch), alone, strict=True):
         for found, expected in zip(together, one_by_one, strict=True):
-            assert found == pytest.approx(expected, rel=1e-4)
+            assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_likelihoods_depend_on_picture_prompt_and_choice(

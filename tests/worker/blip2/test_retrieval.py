@@ -46,14 +46,14 @@ def test_neighbours_and_padding_do_not_change_a_score(
     batch = items(opt, pictures, head)
     alone = [[opt.match([replace(i, texts=(t,))])[0][0] for t in TEXTS] for i in batch]
     for together, one_by_one in zip(opt.match(batch), alone, strict=True):
-        assert together == pytest.approx(one_by_one, abs=1e-5)
+        assert together == pytest.approx(one_by_one, abs=1e-6)
 
 
 def test_heads_may_be_mixed_in_a_batch(opt: Blip2, pictures: list[Image.Image]) -> None:
     itm, itc = items(opt, pictures[:1], "itm"), items(opt, pictures[1:2], "itc")
     expected = [*opt.match(itm), *opt.match(itc)]
     for together, alone in zip(opt.match([*itm, *itc]), expected, strict=True):
-        assert together == pytest.approx(alone, abs=1e-5)
+        assert together == pytest.approx(alone, abs=1e-6)
 
 
 @pytest.mark.parametrize("head", ["itm", "itc"])
@@ -64,7 +64,7 @@ def test_many_texts_are_scored_in_chunks(
     whole = opt.match(batch)
     monkeypatch.setattr(module, "_PAIRS_AT_ONCE", 2)
     for chunked, expected in zip(opt.match(batch), whole, strict=True):
-        assert chunked == pytest.approx(expected, abs=1e-5)
+        assert chunked == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("head", ["itm", "itc"])
@@ -93,8 +93,8 @@ def test_texts_are_cleaned_and_cut_before_they_are_scored(
     pixels = opt.preprocess(pictures[0])
     texts = ("A Cat!", "a  cat", "a cat " * 20, "a cat " * 15)
     ((written, plain, long, cut),) = opt.match([MatchItem(pixels, texts, head)])
-    assert written == pytest.approx(plain, abs=1e-5)
-    assert long == pytest.approx(cut, abs=1e-5)
+    assert written == pytest.approx(plain, abs=1e-6)
+    assert long == pytest.approx(cut, abs=1e-6)
 
 
 @pytest.mark.parametrize("text", ["", "!!!", "<image> [DEC] [SEP]", "ünïcödé 猫"])
