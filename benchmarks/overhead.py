@@ -3,39 +3,56 @@
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import psutil
-from celery import Celery
+from celery import Celery, Task
 
+from blipq import Client
 from blipq.contract import CaptionRequest, Generation, ImageRef, Options
-from blipq.ledger import Claim
+from blipq.ledger import Claim, Ledger
 from blipq.requests import Submission, new_id
+from blipq.settings import Settings
 from blipq.supervisor import Service
 from blipq_worker.bench.stack import Stack, Through, running
 
 SLEEPING = [sys.executable, "-m", "benchmarks.workers", "sleeping"]
-THREADS = 32
+THREADS, WARM = 32, 100
 GREEDY = Generation(num_beams=1, max_new_tokens=5)
 
-noop_app = Celery("benchmarks.overhead")
+celery_app = Celery("benchmarks.overhead")
 
 
-@noop_app.task(name="noop")
+@celery_app.task(name="noop")
 def noop(number: int) -> int:
     return number
+
+
+@celery_app.task(name="recorded")
+def recorded(id: str) -> None:
+    """What the ledger asks of a worker for each job: a claim and an outcome."""
+    claim = _ledger().claim(id, "benchmark")
+    assert isinstance(claim, Claim)
+    _ledger().succeed(claim, '{"kind": "caption", "captions": [{"text": "a text"}]}', "{}")
+
+
+@cache
+def _ledger() -> Ledger:
+    return Client(Settings()).ledger
 
 
 def overhead(jobs: int) -> dict[str, Any]:
     """Jobs a second and CPU ms a job, blipq's and a no-op task's; and the wait for one alone."""
     with running() as stack:
-        found: dict[str, Any] = {"noop": _noop(stack, jobs)}
         image = stack.upload([b"nothing"])[0]
+        found: dict[str, Any] = {"noop": _celery(stack, noop, range(WARM + jobs))}
+        found["recorded"] = _celery(stack, recorded, _prepared(stack, image, WARM + jobs))
         for name, fetch in (("blipq", "0"), ("blipq with S3", "1")):
             found[name] = _blipq(stack, jobs, _picture(stack) if fetch == "1" else image, fetch)
-        found["ledger_cpu_ms"] = _ledger(stack, image, jobs)
         stack.start_worker({"BENCH_FETCH": "0"}, SLEEPING)
         found["idle"] = _alone(stack, image)
+    found["ledger_cpu_ms"] = found["recorded"]["cpu_ms"] - found["noop"]["cpu_ms"]
     found["ratio"] = found["blipq"]["per_s"] / found["noop"]["per_s"]
     return found
 
@@ -55,7 +72,7 @@ def _picture(stack: Stack) -> ImageRef:
 
 def _blipq(stack: Stack, jobs: int, image: ImageRef, fetch: str) -> dict[str, Any]:
     worker = stack.start_worker({"BENCH_FETCH": fetch, "BLIPQ_CONCURRENCY": str(THREADS)}, SLEEPING)
-    stack.backlog(requests(image, 100))
+    stack.backlog(requests(image, WARM))
     before = _cpu_s([worker]), _cpu_s([_redis(stack)])
     through: Through = stack.backlog(requests(image, jobs))
     spent, in_redis = _cpu_s([worker]) - before[0], _cpu_s([_redis(stack)]) - before[1]
@@ -67,57 +84,51 @@ def _blipq(stack: Stack, jobs: int, image: ImageRef, fetch: str) -> dict[str, An
     }
 
 
-def _ledger(stack: Stack, image: ImageRef, jobs: int) -> float:
-    """CPU ms a job of this process for what the ledger asks of a worker: a claim and an outcome."""
+def _prepared(stack: Stack, image: ImageRef, jobs: int) -> list[str]:
+    """Ids of jobs that are recorded, but published to no worker."""
     ledger = stack.client.ledger
     prepared = [
         ledger.prepare(Submission(each, Options(), new_id()), notify="benchmark")
         for each in requests(image, jobs)
     ]
     ledger.submit_all(prepared)
-    ids = [each.submission.id for each in prepared]
-    spent = -time.thread_time()
-    for id in ids:
-        claim = ledger.claim(id, "benchmark")
-        assert isinstance(claim, Claim)
-        ledger.succeed(claim, '{"kind": "caption", "captions": [{"text": "a text"}]}', "{}")
-    spent += time.thread_time()
-    ledger.release(ids)
-    return 1000 * spent / jobs
+    return [each.submission.id for each in prepared]
 
 
 def _redis(stack: Stack) -> Service:
     return stack.local.services[0]
 
 
-def _noop(stack: Stack, jobs: int) -> dict[str, Any]:
-    """The same pool and broker; results go to Redis, as waiting for them needs."""
+def _celery(stack: Stack, task: Task, arguments: Sequence[Any]) -> dict[str, Any]:
+    """A plain Celery task on the same pool and broker; results go to Redis, to wait for them."""
     url = stack.local.settings().redis_url.removesuffix("/0") + "/3"
-    noop_app.conf.update(broker_url=url, result_backend=url, worker_prefetch_multiplier=1)
-    command = [sys.executable, "-c", _NOOP_WORKER, url, str(THREADS)]
-    worker = Service("noop", command, log=stack.folder / "noop.log")
+    celery_app.conf.update(broker_url=url, result_backend=url, worker_prefetch_multiplier=1)
+    command = [sys.executable, "-c", _CELERY_WORKER, url, str(THREADS)]
+    log = stack.folder / "celery.log"
+    worker = Service("celery", command, env=stack.local.environment(), log=log)
     worker.start()
+    warm, work = arguments[:WARM], arguments[WARM:]
     try:
-        _all([noop.delay(n) for n in range(100)])
+        _all([task.delay(each) for each in warm])
         before = _cpu_s([worker]), _cpu_s([_redis(stack)])
         started = time.monotonic()
-        _all([noop.delay(n) for n in range(jobs)])
+        _all([task.delay(each) for each in work])
         took = time.monotonic() - started
         return {
-            "per_s": jobs / took,
-            "cpu_ms": 1000 * (_cpu_s([worker]) - before[0]) / jobs,
-            "redis_cpu_ms": 1000 * (_cpu_s([_redis(stack)]) - before[1]) / jobs,
+            "per_s": len(work) / took,
+            "cpu_ms": 1000 * (_cpu_s([worker]) - before[0]) / len(work),
+            "redis_cpu_ms": 1000 * (_cpu_s([_redis(stack)]) - before[1]) / len(work),
         }
     finally:
         worker.stop()
 
 
-_NOOP_WORKER = """
+_CELERY_WORKER = """
 import sys
-from benchmarks.overhead import noop_app
+from benchmarks.overhead import celery_app
 url = sys.argv[1]
-noop_app.conf.update(broker_url=url, result_backend=url, worker_prefetch_multiplier=1)
-noop_app.worker_main(["worker", "--pool", "threads", "-c", sys.argv[2], "--loglevel", "ERROR"])
+celery_app.conf.update(broker_url=url, result_backend=url, worker_prefetch_multiplier=1)
+celery_app.worker_main(["worker", "--pool", "threads", "-c", sys.argv[2], "--loglevel", "ERROR"])
 """
 
 

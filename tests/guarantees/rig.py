@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from PIL import Image
 from blipq import Client, Job, JobInfo, Status, cli
 from blipq.errors import BlipqError
 from blipq.ledger import connect
+from blipq.local import worker_service
 from blipq.supervisor import Service
 from conftest import wait_until
 from guarantees import faulty_worker
@@ -48,7 +49,17 @@ class Rig:
 
     def start_worker(self, **options: Any) -> Service:
         """Starts a worker and waits until it serves."""
-        worker = self.launch_worker(**options)
+        return self._serving(self.launch_worker(**options))
+
+    def start_demo_worker(self, **options: Any) -> Service:
+        """A worker with the demo model, as in production."""
+        environment = self.stack.environment() | {"BLIPQ_MODELS": "default=demo"} | named(options)
+        worker = worker_service(environment, self.folder / f"worker-{next(self._numbers)}.log")
+        worker.start()
+        self.workers.append(worker)
+        return self._serving(worker)
+
+    def _serving(self, worker: Service) -> Service:
         name = f"-{worker.pid}-"
         wait_until(lambda: self._alive(worker, name), "the worker", timeout=60)
         return worker
@@ -58,7 +69,7 @@ class Rig:
         options = {"lease_s": LEASE_S, "drain_timeout_s": 10, "retry_backoff_s": 0.1} | options
         environment = self.stack.environment() | {"OMP_NUM_THREADS": "1"}
         environment["BLIPQ_S3_ENDPOINT_URL"] = self.s3.url
-        environment |= {f"BLIPQ_{key.upper()}": str(value) for key, value in options.items()}
+        environment |= named(options)
         if contract is not None:
             environment["FAULTY_CONTRACT"] = str(contract)
         log = self.folder / f"worker-{next(self._numbers)}.log"
@@ -176,6 +187,11 @@ class Rig:
         self.client.close()
         self.s3.close()
         self.stack.stop()
+
+
+def named(options: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as environment variables."""
+    return {f"BLIPQ_{key.upper()}": str(value) for key, value in options.items()}
 
 
 def run_command(arguments: Sequence[str]) -> int:

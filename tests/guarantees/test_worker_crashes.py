@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from functools import partial
 from typing import Any
 
@@ -45,8 +46,13 @@ def test_a_worker_frozen_past_its_lease_cannot_finish_a_job_twice(rig: Rig) -> N
     job = rig.submit("sleep 2")
     wait_until(lambda: rig.running() == 1, "the job to run")
     frozen.signal(signal.SIGSTOP)
+    frozen_at = time.monotonic()
     rig.start_worker()
-    info = job.wait(LEASE_S + 30)
+    wait_until(lambda: job.info().attempts == 2, "another claim", LEASE_S + 30)
+    waited = time.monotonic() - frozen_at
+    print(f"claimed again after {waited:.1f} s")  # shown with -s
+    assert waited <= LEASE_S + 1
+    info = job.wait(30)
     frozen.signal(signal.SIGCONT)
     wait_until(
         lambda: "too late" in frozen.last_words() or "taken over" in frozen.last_words(),
