@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-import psutil
 from celery import Celery, Task
 
 from blipq import Client
@@ -15,6 +14,7 @@ from blipq.ledger import Claim, Ledger
 from blipq.requests import Submission, new_id
 from blipq.settings import Settings
 from blipq.supervisor import Service
+from blipq_worker.bench import cpu
 from blipq_worker.bench.stack import Stack, Through, running
 
 SLEEPING = [sys.executable, "-m", "benchmarks.workers", "sleeping"]
@@ -71,17 +71,13 @@ def _picture(stack: Stack) -> ImageRef:
 
 
 def _blipq(stack: Stack, jobs: int, image: ImageRef, fetch: str) -> dict[str, Any]:
-    worker = stack.start_worker({"BENCH_FETCH": fetch, "BLIPQ_CONCURRENCY": str(THREADS)}, SLEEPING)
+    stack.start_worker({"BENCH_FETCH": fetch, "BLIPQ_CONCURRENCY": str(THREADS)}, SLEEPING)
     stack.backlog(requests(image, WARM))
-    before = _cpu_s([worker]), _cpu_s([_redis(stack)])
     through: Through = stack.backlog(requests(image, jobs))
-    spent, in_redis = _cpu_s([worker]) - before[0], _cpu_s([_redis(stack)]) - before[1]
     stack.stop_workers()
-    return {
-        "per_s": through.per_s,
-        "cpu_ms": 1000 * spent / jobs,
-        "redis_cpu_ms": 1000 * in_redis / jobs,
-    }
+    spent = through.cpu_ms()
+    worker = spent["model"] + spent["others"]
+    return {"per_s": through.per_s, "cpu_ms": worker, "redis_cpu_ms": spent["redis"]}
 
 
 def _prepared(stack: Stack, image: ImageRef, jobs: int) -> list[str]:
@@ -95,10 +91,6 @@ def _prepared(stack: Stack, image: ImageRef, jobs: int) -> list[str]:
     return [each.submission.id for each in prepared]
 
 
-def _redis(stack: Stack) -> Service:
-    return stack.local.services[0]
-
-
 def _celery(stack: Stack, task: Task, arguments: Sequence[Any]) -> dict[str, Any]:
     """A plain Celery task on the same pool and broker; results go to Redis, to wait for them."""
     url = stack.local.settings().redis_url.removesuffix("/0") + "/3"
@@ -110,15 +102,14 @@ def _celery(stack: Stack, task: Task, arguments: Sequence[Any]) -> dict[str, Any
     warm, work = arguments[:WARM], arguments[WARM:]
     try:
         _all([task.delay(each) for each in warm])
-        before = _cpu_s([worker]), _cpu_s([_redis(stack)])
+        pids = worker.pid, stack.local.services[0].pid
+        before = [cpu.used(pid).total for pid in pids]
         started = time.monotonic()
         _all([task.delay(each) for each in work])
         took = time.monotonic() - started
-        return {
-            "per_s": len(work) / took,
-            "cpu_ms": 1000 * (_cpu_s([worker]) - before[0]) / len(work),
-            "redis_cpu_ms": 1000 * (_cpu_s([_redis(stack)]) - before[1]) / len(work),
-        }
+        spent = [cpu.used(pid).total - then for pid, then in zip(pids, before, strict=True)]
+        worker_ms, redis_ms = (1000 * each / len(work) for each in spent)
+        return {"per_s": len(work) / took, "cpu_ms": worker_ms, "redis_cpu_ms": redis_ms}
     finally:
         worker.stop()
 
@@ -145,9 +136,3 @@ def _alone(stack: Stack, image: ImageRef, count: int = 100) -> dict[str, float]:
         waits.append(time.monotonic() - started)
     waits.sort()
     return {"p50_ms": 1000 * waits[count // 2], "p99_ms": 1000 * waits[-2]}
-
-
-def _cpu_s(workers: Sequence[Service]) -> float:
-    """CPU seconds of these processes so far."""
-    times = [psutil.Process(worker.pid).cpu_times() for worker in workers]
-    return sum(each.user + each.system for each in times)

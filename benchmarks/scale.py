@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.overhead import SLEEPING, _cpu_s, requests
+from benchmarks.overhead import SLEEPING, requests
 from benchmarks.photos import pictures
 from blipq_worker.bench.stack import Stack, running
 from blipq_worker.bench.workloads import GREEDY
@@ -37,9 +37,8 @@ def _sleeping(workers: int, jobs: int, size: int) -> dict[str, float]:
             stack.start_worker(environment, SLEEPING)
         image = stack.upload([b"nothing"])[0]
         stack.backlog(requests(image, 20 * workers))
-        before = _cpu_s(stack.workers)
         through = stack.backlog(requests(image, jobs * workers))
-        spent = _cpu_s(stack.workers) - before
+        spent = sum(through.cpu_s.values())
         return {"per_s": through.per_s, "cores_busy": spent / through.seconds}
 
 

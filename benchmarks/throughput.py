@@ -5,17 +5,21 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.models import mid_size
-from benchmarks.peers.run import PEERS, PYTHON, run_peer
+from benchmarks.overhead import SLEEPING
+from benchmarks.peers.run import PEERS, PYTHON, Rows, run_peer
 from benchmarks.photos import pictures
 from blipq.contract import ImageRef
 from blipq_worker.bench.run import Bench
 from blipq_worker.bench.stack import Stack, running
 from blipq_worker.bench.workloads import DEFAULT, GREEDY, MIXED, TEN, Workload
 
-WARM, TEN_SHARE = 32, 4
+TEN_SHARE = 4
+#: Peers' batches. A run of fewer jobs than LONG tries the first and asks only SHORT_ROWS.
+SIZES, LONG = (16, 32), 32
 #: Jobs on images that the worker has seen; peers look again.
 SEEN = replace(MIXED, name="seen-5-50", about="caption, greedy, 5 to 50 tokens, image seen before")
 ROWS = (DEFAULT, GREEDY, MIXED, TEN, SEEN)
+SHORT_ROWS = (GREEDY, TEN)
 DEMO = {"BLIPQ_MODELS": "default=demo"}
 
 
@@ -37,7 +41,24 @@ def bare(jobs: int) -> dict[str, Any]:
         few = Bench(settings, pictures(2), max(8, jobs // TEN_SHARE))
         for part, values in _both(few, (TEN,)).items():
             found[name][part] |= values
-    return found
+    return found | {"elsewhere": _elsewhere(found["mid-size"]["bare"], jobs)}
+
+
+def _elsewhere(bare: dict[str, Any], jobs: int) -> dict[str, Any]:
+    """As if the mid-size model ran on a device of its own: its time on an image is slept.
+
+    Images are read from S3, decoded and made ready as for the model.
+    """
+    rates = {row.name: bare[row.name]["images_per_s"] for row in (DEFAULT, GREEDY, MIXED)}
+    service = {}
+    for row in (DEFAULT, GREEDY, MIXED):
+        settings = {
+            "BENCH_CHECKPOINT": mid_size().split("+")[0],
+            "BENCH_ROW_MS": str(1000 / rates[row.name]),
+        }
+        service |= Bench(settings, pictures(8), jobs, SLEEPING).through([row])
+    slept = {name: {"images_per_s": rate, "loop": "slept"} for name, rate in rates.items()}
+    return {"bare": slept, "service": service}
 
 
 def _both(bench: Bench, rows: Sequence[Workload]) -> dict[str, Any]:
@@ -48,37 +69,42 @@ def peers(jobs: int, *, names: Sequence[str] = ()) -> dict[str, Any]:
     """Every peer, and blipq in the peers' precision and in its own; rows by name."""
     if not PYTHON.exists():
         raise SystemExit("the peers are not installed: make peers")
-    found: dict[str, Any] = {}
+    asked, sizes = (ROWS, SIZES) if jobs >= LONG else (SHORT_ROWS, SIZES[:1])
     source = pictures(3)
     with running() as stack:
-        for row in ROWS:
-            count = max(8, jobs // TEN_SHARE) if row is TEN else jobs
-            images = [stack.upload(source.take(each)) for each in (WARM, count)]
-            found[row.name] = {
-                name: run_peer(
-                    name, stack, row, (images[0], images[1]), model=_folder(), dtype="float32"
-                )
-                for name in names or PEERS
-                if not (row is SEEN and name != "batches_loop")  # they look again: as before
-            }
-            found[row.name] |= {
-                f"blipq {dtype}": _blipq(stack, row, images, dtype) for dtype in ("float32", "auto")
-            }
-    return found
+
+        def images(row: Workload) -> tuple[list[ImageRef], list[ImageRef]]:
+            share = TEN_SHARE if row is TEN else 1
+            warm, work = (max(4, each // share) for each in (sizes[-1], jobs))
+            return stack.upload(source.take(warm)), stack.upload(source.take(work))
+
+        # Peers look again at an image that they have seen: as with new ones.
+        rows = {row: images(row) for row in asked if row is not SEEN}
+        by_system = {
+            name: run_peer(
+                name, stack, rows, model=mid_size().split("+")[0], dtype="float32", batches=sizes
+            )
+            for name in names or PEERS
+        }
+        if SEEN in asked:
+            rows[SEEN] = images(SEEN)
+        for dtype in ("float32", "auto"):
+            by_system[f"blipq {dtype}"] = _blipq(stack, rows, dtype)
+    return {
+        row.name: {name: found[row.name] for name, found in by_system.items() if row.name in found}
+        for row in asked
+    }
 
 
-def _folder() -> str:
-    return mid_size().split("+")[0]
-
-
-def _blipq(
-    stack: Stack, row: Workload, images: Sequence[Sequence[ImageRef]], dtype: str
-) -> dict[str, Any]:
-    """Through the queue; a worker of its own each time, so that it has seen no image."""
+def _blipq(stack: Stack, rows: Rows, dtype: str) -> dict[str, Any]:
+    """Through the queue, as the worker comes: no batch size is tried."""
     stack.start_worker(environment(dtype))
-    stack.backlog(list(row.requests(images[0])))
-    if row is SEEN:
-        stack.backlog(list(row.requests(images[1], seed=7)))
-    through = stack.backlog(list(row.requests(images[1])))
+    found = {}
+    for row, (warm, work) in rows.items():
+        stack.backlog(list(row.requests(warm)))
+        if row is SEEN:
+            stack.backlog(list(row.requests(work, seed=7)))
+        through = stack.backlog(list(row.requests(work)))
+        found[row.name] = {"images_per_s": through.per_s, "stages_ms": through.stages()}
     stack.stop_workers()
-    return {"images_per_s": through.per_s, "stages_ms": through.stages()}
+    return found

@@ -1,8 +1,8 @@
 """Workers that stand in for the real one: ``python -m benchmarks.workers batchwise | sleeping``.
 
 batchwise: the real one, but no row joins a batch that has begun. sleeping: no model at all; a pass
-takes BENCH_PASS_MS and BENCH_ROW_MS for each of its rows, and with BENCH_FETCH=0 nothing is read
-from S3.
+takes BENCH_PASS_MS and BENCH_ROW_MS for each of its rows. With BENCH_FETCH=0 nothing is read from
+S3, and with BENCH_CHECKPOINT, a folder, images are made ready as for that model.
 """
 
 import io
@@ -24,6 +24,8 @@ from blipq_worker.blip2 import (
     ModelInfo,
     Pixels,
 )
+from blipq_worker.blip2.checkpoints import open_checkpoint
+from blipq_worker.blip2.preprocessing import Preprocessor
 from blipq_worker.fetch import Fetched, Fetcher
 from blipq_worker.settings import WorkerSettings
 
@@ -42,15 +44,17 @@ class SleepingModel:
         default_prompt="",
     )
 
-    def __init__(self, pass_s: float, row_s: float) -> None:
+    def __init__(self, pass_s: float, row_s: float, preprocessor: Preprocessor | None) -> None:
         self._pass_s = pass_s
         self._row_s = row_s
+        self._preprocessor = preprocessor
 
     def on_step(self, call: Callable[[], None]) -> None:
         """It has no steps."""
 
-    def preprocess(self, image: Any, **_: Any) -> Pixels:
-        return Pixels(None)
+    def preprocess(self, image: Any, *, digest: str | None = None, **_: Any) -> Pixels:
+        made = self._preprocessor(image) if self._preprocessor else None
+        return Pixels(made, digest=digest)
 
     def recall(self, digest: str, needed: Any) -> None:
         """It remembers nothing."""
@@ -83,7 +87,9 @@ def _sleeping(options: WorkerSettings) -> dict[str, Any]:
     # Batches, as the work of a pass depends on the rows in it.
     GenerationParams.in_flight = property(lambda self: False)  # type: ignore[assignment]
     times = (float(os.environ.get(f"BENCH_{name}_MS", 0)) / 1000 for name in ("PASS", "ROW"))
-    return {"default": SleepingModel(*times)}
+    folder = os.environ.get("BENCH_CHECKPOINT")
+    preprocessor = Preprocessor(open_checkpoint(folder)) if folder else None
+    return {"default": SleepingModel(*times, preprocessor)}
 
 
 def _batchwise(options: WorkerSettings) -> dict[str, Any]:

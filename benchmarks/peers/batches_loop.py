@@ -1,6 +1,6 @@
 """A loop over batches in one process, without any queue: the ceiling of transformers' generate."""
 
-from common import BATCHES, Model, tell, timed
+from common import Model, job, tell, timed
 
 
 def _in_batches(model: Model, work: list, size: int) -> list:
@@ -13,6 +13,6 @@ if __name__ == "__main__":
     tell(
         {
             f"batches of {size}": timed(lambda work, size=size: _in_batches(model, work, size))
-            for size in BATCHES
+            for size in job()["batches"]
         }
     )

@@ -1,5 +1,6 @@
 """celery-batches: tasks that are flushed together, a solo pool, results in Redis."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,9 +8,9 @@ from functools import cache
 
 from celery import Celery
 from celery_batches import Batches
-from common import BATCHES, Model, celery_worker, job, tell, timed
+from common import Model, celery_worker, job, tell, timed
 
-SIZE = int(os.environ.get("PEER_BATCH", BATCHES[0]))
+SIZE = int(os.environ.get("PEER_BATCH", "1"))
 
 app = Celery("celery_batched", broker=job()["redis"], backend=job()["redis"])
 app.conf.update(worker_prefetch_multiplier=4 * SIZE, task_default_queue=f"peer-batches-{SIZE}")
@@ -32,7 +33,7 @@ def run(work):
     return [result.get(timeout=600) for result in results]
 
 
-def measured() -> float:
+def measured() -> dict[str, float]:
     worker = celery_worker("celery_batched")
     try:
         import celery_batched
@@ -45,13 +46,13 @@ def measured() -> float:
 
 if __name__ == "__main__":
     if "PEER_BATCH" in os.environ:
-        print(measured())
+        print(json.dumps(measured()))
     else:
         found = {}
-        for size in BATCHES:
+        for size in job()["batches"]:
             environment = {**os.environ, "PEER_BATCH": str(size)}
             ran = subprocess.run(
                 [sys.executable, __file__], env=environment, stdout=subprocess.PIPE, check=True
             )
-            found[f"flush_every {size}"] = float(ran.stdout)
+            found[f"flush_every {size}"] = json.loads(ran.stdout)
         tell(found)

@@ -1,7 +1,8 @@
 """What all peers share: the model through transformers, pictures from S3, the clock.
 
-The job on stdin: model (folder), dtype, s3 (endpoint and keys), redis, warm and work: lists of
-{key, questions, tokens}. A request of a peer is one image and one prompt.
+The job on stdin: model (folder), dtype, s3 (endpoint and keys), redis, batches (the sizes to try),
+and rows: {name: {warm, work}}, both lists of {key, prompts, tokens}. A request of a peer is one
+image and one prompt.
 """
 
 import io
@@ -16,7 +17,6 @@ from functools import cache
 from typing import Any
 
 CLIENTS = 48
-BATCHES = (16, 32)
 
 
 def job() -> dict[str, Any]:
@@ -102,16 +102,24 @@ class Model:
         return texts
 
 
-def timed(run: Callable[[Sequence[dict[str, Any]]], Sequence[Any]]) -> float:
-    """Images per second of a way to answer requests, after it has warmed up."""
-    about = job()
-    run(requests(about["warm"]))
+def timed(run: Callable[[Sequence[dict[str, Any]]], Sequence[Any]]) -> dict[str, float]:
+    """Images per second of a way to answer requests, by row, after it has warmed up for the row."""
+    return {name: _timed(run, **row) for name, row in job()["rows"].items()}
+
+
+def _timed(
+    run: Callable[[Sequence[dict[str, Any]]], Sequence[Any]],
+    warm: Sequence[dict[str, Any]],
+    work: Sequence[dict[str, Any]],
+) -> float:
+    run(requests(warm))
+    asked = requests(work)
     started = time.monotonic()
-    answers = run(requests(about["work"]))
+    answers = run(asked)
     took = time.monotonic() - started
-    assert len(answers) == len(requests(about["work"])), "an answer is missing"
+    assert len(answers) == len(asked), "an answer is missing"
     assert all(isinstance(answer, str) for answer in answers), "an answer is no text"
-    return len(about["work"]) / took
+    return len(work) / took
 
 
 def celery_worker(module: str) -> "subprocess.Popen[bytes]":
@@ -120,7 +128,11 @@ def celery_worker(module: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen([*command, "--loglevel", "ERROR"], stdout=subprocess.DEVNULL)
 
 
-def tell(found: dict[str, float]) -> None:
-    """Prints the best setting and all of them."""
-    best = max(found, key=lambda each: found[each])
-    print(json.dumps({"images_per_s": found[best], "setting": best, "all": found}), flush=True)
+def tell(by_setting: dict[str, dict[str, float]]) -> None:
+    """Prints, by row, the best setting and all of them."""
+    found = {}
+    for row in job()["rows"]:
+        rates = {setting: by_row[row] for setting, by_row in by_setting.items()}
+        best = max(rates, key=lambda each: rates[each])
+        found[row] = {"images_per_s": rates[best], "setting": best, "all": rates}
+    print(json.dumps(found), flush=True)

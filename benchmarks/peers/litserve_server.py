@@ -9,7 +9,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import litserve
-from common import BATCHES, CLIENTS, Model, tell, timed
+from common import CLIENTS, Model, tell, timed
 
 
 class Blip2(litserve.LitAPI):
@@ -47,7 +47,7 @@ def ask(port: int, request: dict) -> str:
         return json.loads(answer.read())["text"]
 
 
-def measured(size: int, port: int) -> float:
+def measured(size: int, port: int) -> dict[str, float]:
     server = subprocess.Popen(
         [sys.executable, __file__, str(size), str(port)],
         stdout=subprocess.DEVNULL,
@@ -78,4 +78,5 @@ if __name__ == "__main__":
         from common import job
 
         ports = iter(job()["ports"])
-        tell({f"max_batch_size {size}": measured(size, next(ports)) for size in BATCHES})
+        sizes = job()["batches"]
+        tell({f"max_batch_size {size}": measured(size, next(ports)) for size in sizes})

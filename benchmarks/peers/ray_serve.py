@@ -5,7 +5,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import ray
-from common import BATCHES, CLIENTS, Model, job, tell, timed
+from common import CLIENTS, Model, job, tell, timed
 from ray import serve
 
 
@@ -26,7 +26,7 @@ def deployment(size: int):
     return Blip2.bind(os.environ["PEER_JOB"])
 
 
-def measured(size: int) -> float:
+def measured(size: int) -> dict[str, float]:
     handle = serve.run(deployment(size), name=f"peer-{size}", route_prefix=None)
     try:
         with ThreadPoolExecutor(max(CLIENTS, 2 * size)) as clients:
@@ -51,7 +51,7 @@ if __name__ == "__main__":
     )
     try:
         serve.start(http_options={"location": "NoServer"})
-        tell({f"max_batch_size {size}": measured(size) for size in BATCHES})
+        tell({f"max_batch_size {size}": measured(size) for size in about["batches"]})
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +23,35 @@ PEERS = {
     "litserve_server": "LitServe",
     "ray_serve": "Ray Serve",
 }
-TIMEOUT_S = 600
+TIMEOUT_S = 1_800
+
+#: By workload: the images to warm up with, and those measured.
+Rows = Mapping[Workload, tuple[Sequence[ImageRef], Sequence[ImageRef]]]
 
 
 def run_peer(
-    name: str,
-    stack: Stack,
-    workload: Workload,
-    images: tuple[Sequence[ImageRef], Sequence[ImageRef]],
-    *,
-    model: str,
-    dtype: str,
+    name: str, stack: Stack, rows: Rows, *, model: str, dtype: str, batches: Sequence[int]
 ) -> dict[str, Any]:
-    """Images per second of a peer. ``images``: those to warm up with, and those measured."""
+    """Images per second of a peer by the workload's name, at the best of these batch sizes."""
     settings = stack.local.settings()
     secret = settings.s3_secret_access_key
-    warm, work = images
     job = {
         "model": model,
         "dtype": dtype,
         "threads": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
         "redis": settings.redis_url.removesuffix("/0") + "/2",
-        "ports": [free_port(), free_port()],
+        "ports": [free_port() for _ in batches],
+        "batches": batches,
         "s3": {
             "endpoint": settings.s3_endpoint_url,
             "key": settings.s3_access_key_id,
             "secret": secret.get_secret_value() if secret else "",
             "bucket": settings.inbox_bucket,
         },
-        "warm": _work(workload, warm),
-        "work": _work(workload, work),
+        "rows": {
+            workload.name: {"warm": _work(workload, warm), "work": _work(workload, work)}
+            for workload, (warm, work) in rows.items()
+        },
     }
     ran = subprocess.run(
         [str(PYTHON), f"{name}.py"],
@@ -65,7 +64,9 @@ def run_peer(
     )
     if ran.returncode:
         raise BenchError(f"{name} ended with {ran.returncode}:\n{ran.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    # Some of them print more than their figures.
+    told = [line for line in ran.stdout.splitlines() if line.startswith("{")]
+    found: dict[str, Any] = json.loads(told[-1])
     return found
 
 

@@ -14,6 +14,7 @@ from itertools import cycle
 from pathlib import Path
 
 from blipq.contract import Generation, Priority
+from blipq_worker.bench import cpu
 from blipq_worker.bench.workloads import PROMPT, QUESTIONS, WORKLOADS, Workload
 from blipq_worker.blip2 import Blip2, GenerateItem, resolve, vqa_prompt
 from blipq_worker.engine import Engine
@@ -82,7 +83,8 @@ def ceiling(
         "batches": bare.in_batches,
         "joining": bare.fed,
     }
-    found: dict[str, float] = {}
+    rates: dict[str, float] = {}
+    cpu_ms: dict[str, dict[str, float]] = {}
     for name, loop in loops.items():
         for size in SIZES:
             generations = workload.generations(count)
@@ -90,18 +92,22 @@ def ceiling(
             work = [(next(paths), each) for each in generations]
             # On a thread of its own, whose helpers end with it: see load_models.
             with ThreadPoolExecutor(1) as thread:
-                took = thread.submit(timed, loop, workload, (warm, work), size).result()
-            found[f"{name} of {size}"] = count / took
-    best = max(found, key=lambda each: found[each])
-    return {"images_per_s": found[best], "loop": best, "all": found}
+                took, spent = thread.submit(timed, loop, workload, (warm, work), size).result()
+            tried = f"{name} of {size}"
+            rates[tried] = count / took
+            cpu_ms[tried] = {part: 1000 * each / count for part, each in spent.items()}
+    best = max(rates, key=lambda each: rates[each])
+    return {"images_per_s": rates[best], "loop": best, "cpu_ms": cpu_ms[best], "all": rates}
 
 
-def timed(loop: Loop, workload: Workload, works: Sequence[Work], size: int) -> float:
-    """Seconds that the last of these works takes."""
+def timed(
+    loop: Loop, workload: Workload, works: Sequence[Work], size: int
+) -> tuple[float, dict[str, float]]:
+    """Seconds that the last of these works takes, and the CPU seconds in them."""
     for work in works:
-        started = time.monotonic()
+        started, before = time.monotonic(), cpu.used()
         loop(workload, work, size)
-    return time.monotonic() - started
+    return time.monotonic() - started, cpu.used().since(before)
 
 
 def main(folder: str, count: str, *names: str) -> None:

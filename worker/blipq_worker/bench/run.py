@@ -64,7 +64,11 @@ class Bench:
         images = stack.upload(self.pictures.take(self.jobs))
         stack.backlog(list(workload.requests([*warm, *images] if seen else warm, seed=7)))
         through = stack.backlog(list(workload.requests(images)))
-        return {"images_per_s": through.per_s, "stages_ms": through.stages()}
+        return {
+            "images_per_s": through.per_s,
+            "cpu_ms": through.cpu_ms(),
+            "stages_ms": through.stages(),
+        }
 
     def latencies(
         self, workload: Workload, rates: Mapping[str, float], *, seen: bool = False

@@ -15,6 +15,7 @@ from blipq.contract import ImageRef, Request, Status
 from blipq.errors import BlipqError
 from blipq.local import LocalStack, worker_service
 from blipq.supervisor import Service
+from blipq_worker.bench import cpu
 
 START_TIMEOUT_S = 300.0
 RUN_TIMEOUT_S = 900.0
@@ -32,11 +33,16 @@ class Through:
     seconds: float
     latencies: Sequence[float]
     infos: Sequence[JobInfo]
+    cpu_s: Mapping[str, float]
 
     @property
     def per_s(self) -> float:
         """Jobs a second, from the first submit to the last outcome."""
         return self.jobs / self.seconds
+
+    def cpu_ms(self) -> dict[str, float]:
+        """Milliseconds of CPU that a job took, by who took it; see ``Meter``."""
+        return {name: 1000 * spent / self.jobs for name, spent in self.cpu_s.items()}
 
     def percentile(self, share: float) -> float:
         """A latency that so many of the jobs stay under."""
@@ -50,6 +56,26 @@ class Through:
         names = {name for receipt in receipts for name in receipt if name.endswith("_ms")}
         times = {name: sorted(each.get(name, 0.0) for each in receipts) for name in sorted(names)}
         return {name: values[len(values) // 2] for name, values in times.items()}
+
+
+class Meter:
+    """Reads CPU seconds: the first worker's model and its other threads, the servers and us."""
+
+    def __init__(self, workers: Sequence[Service], servers: Sequence[Service]) -> None:
+        self._workers = [each.pid for each in workers]
+        self._servers = {each.name: each.pid for each in servers}
+        self._before = self._read()
+
+    def _read(self) -> tuple[list[cpu.Used], dict[str, float]]:
+        servers = {name: cpu.used(pid).total for name, pid in self._servers.items()}
+        return [cpu.used(pid) for pid in self._workers], servers | {"client": cpu.used().total}
+
+    def read(self) -> dict[str, float]:
+        """Seconds since the meter was made; workers are added up."""
+        workers, rest = self._read()
+        parts = [now.since(then) for now, then in zip(workers, self._before[0], strict=True)]
+        found = {name: sum(part[name] for part in parts) for name in ("model", "others")}
+        return found | {name: spent - self._before[1][name] for name, spent in rest.items()}
 
 
 class Stack:
@@ -94,27 +120,30 @@ class Stack:
 
     def backlog(self, requests: Sequence[Request]) -> Through:
         """All jobs at once."""
-        started = time.monotonic()
+        started, meter = time.monotonic(), self._meter()
         jobs = self.client.submit_many(requests)
-        return self.ended(jobs, started)
+        return self.ended(jobs, started, meter)
 
     def arriving(self, requests: Sequence[Request], per_s: float, seed: int = 1) -> Through:
         """Jobs at random moments, ``per_s`` on average, whatever has ended by then."""
-        draw = random.Random(seed)
+        draw, meter = random.Random(seed), self._meter()
         started = due = time.monotonic()
         jobs = []
         for request in requests:
             due += draw.expovariate(per_s)
             time.sleep(max(0.0, due - time.monotonic()))
             jobs.append(self.client.submit(request))
-        return self.ended(jobs, started)
+        return self.ended(jobs, started, meter)
 
-    def ended(self, jobs: Sequence["Job[Any]"], started: float) -> Through:
+    def _meter(self) -> Meter:
+        return Meter(self.workers, self.local.services)
+
+    def ended(self, jobs: Sequence["Job[Any]"], started: float, meter: Meter) -> Through:
         """Waits for jobs that were submitted since ``started``."""
         ended = self.client.wait_all(jobs, timeout=RUN_TIMEOUT_S)
-        seconds = time.monotonic() - started
+        seconds, spent = time.monotonic() - started, meter.read()
         infos = [job.info() for job in ended]
-        return Through(len(jobs), seconds, [_latency(info) for info in infos], infos)
+        return Through(len(jobs), seconds, [_latency(info) for info in infos], infos, spent)
 
     def close(self) -> None:
         """Stops everything."""
