@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from benchmarks import engine, latency, overhead, page, results, scale, throughput
@@ -31,7 +32,7 @@ def main() -> None:
         run, usual, long = SECTIONS[name]
         size = long if options.long else usual
         started = time.monotonic()
-        results.measure(name, lambda run=run, size=size: run(size))  # type: ignore[misc]
+        results.measure(name, partial(run, size), long=options.long)
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
     page.write()
 

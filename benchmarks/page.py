@@ -31,7 +31,7 @@ def write() -> None:
 
 def _about(kept: Found) -> str:
     return (
-        f"`python -m benchmarks {kept['section']}` at {kept['commit']}, {kept['took_s']:.0f} s on "
+        f"`{kept['command']}` at {kept['commit']}, {kept['took_s']:.0f} s on "
         f"{kept['machine']}, torch {kept['versions']['torch']}; load average "
         f"{kept['load_average']:.1f} before, {kept['load_average_after']:.1f} after."
     )

@@ -13,7 +13,9 @@ from blipq_worker.bench.run import about_this_run
 FOLDER = Path(__file__).parent / "results"
 
 
-def measure(section: str, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def measure(
+    section: str, measured: Callable[[], dict[str, Any]], *, long: bool = False
+) -> dict[str, Any]:
     """Runs a section and keeps what it found."""
     about = about_this_run()
     started = time.monotonic()
@@ -21,6 +23,7 @@ def measure(section: str, measured: Callable[[], dict[str, Any]]) -> dict[str, A
     took = time.monotonic() - started
     kept = {
         "section": section,
+        "command": f"python -m benchmarks {section}{' --long' * long}",
         **about,
         "load_average_after": os.getloadavg()[0],
         "commit": _commit(),

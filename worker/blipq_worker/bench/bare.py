@@ -23,7 +23,7 @@ from blipq_worker.load import load_models
 from blipq_worker.settings import WorkerSettings
 
 #: Batch sizes that are tried: the best one is the ceiling.
-SIZES = (8, 16, 32)
+SIZES = (16, 32)
 DECODERS = 2
 
 Work = Sequence[tuple[Path, Generation | None]]
