@@ -54,13 +54,13 @@ def _bare(found: Found) -> Iterator[str]:
             told = f"{rates[0]:.1f} ({bare['loop']})", f"{rates[1]:.1f}"
             lines.append([model, row.about, *told, f"**{rates[1] / rates[0]:.2f}**"])
     yield from table(["model", "asked", "bare engine", "service", "efficiency"], lines)
-    yield "\nMilliseconds of CPU an image: the model, all other threads of its process (fetch,"
-    yield "decode, resize, queue), the servers, and the client.\n"
+    yield "\nMilliseconds of CPU an image: the bare engine with reading and decoding, and of the service"
+    yield "the model's threads, the worker's others (fetch, decode, resize, queue), servers and client.\n"
     yield from table(CPU_HEAD, list(_cpu(found)))
 
 
 CPU_PARTS = ("model", "others", "redis", "s3", "client")
-CPU_HEAD = ["model", "asked", "bare: model", "others", *CPU_PARTS, "cores busy"]
+CPU_HEAD = ["model", "asked", "bare engine", *CPU_PARTS, "cores busy"]
 
 
 def _cpu(found: Found) -> Iterator[list[str]]:
@@ -69,7 +69,7 @@ def _cpu(found: Found) -> Iterator[list[str]]:
             if "cpu_ms" not in parts["bare"].get(row.name, {}):
                 continue
             bare, service = (parts[each][row.name] for each in ("bare", "service"))
-            times = [bare["cpu_ms"][each] for each in CPU_PARTS[:2]]
+            times = [sum(bare["cpu_ms"].values())]
             times += [service["cpu_ms"][each] for each in CPU_PARTS]
             busy = sum(service["cpu_ms"].values()) * service["images_per_s"] / 1000
             yield [model, row.about, *(f"{each:.1f}" for each in times), f"{busy:.2f}"]

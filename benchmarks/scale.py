@@ -4,6 +4,7 @@ from typing import Any
 
 from benchmarks.overhead import SLEEPING, requests
 from benchmarks.photos import pictures
+from blipq_worker.bench.pictures import Pictures
 from blipq_worker.bench.stack import Stack, running
 from blipq_worker.bench.workloads import GREEDY
 
@@ -11,47 +12,52 @@ WORKERS = (1, 2, 4, 8)
 CACHED = (1, 2, 4)
 TIMES = 4
 REPEATED = 256
+#: Milliseconds of a pass, and of each of its rows.
+SPEEDS = {"8 + 4 ms": (8, 4), "32 + 16 ms": (32, 16)}
 
 
 def scale(jobs: int) -> dict[str, Any]:
     """Jobs a second by number of workers: ``jobs`` for each of them."""
     return {
-        "sleeping": {
-            f"batches of {size}": {str(n): _sleeping(n, jobs, size) for n in WORKERS}
-            for size in (1, 16)
-        },
-        "repeated": {str(n): _repeated(n, REPEATED) for n in CACHED},
+        "sleeping": {name: _sleeping(jobs, *speed) for name, speed in SPEEDS.items()},
+        "repeated": _repeated(REPEATED),
     }
 
 
-def _sleeping(workers: int, jobs: int, size: int) -> dict[str, float]:
-    """8 ms a pass and 4 ms a row, nothing read from S3."""
+def _sleeping(jobs: int, pass_ms: int, row_ms: int) -> dict[str, dict[str, float]]:
+    """One job a pass, nothing read from S3."""
     environment = {
-        "BENCH_PASS_MS": "8",
-        "BENCH_ROW_MS": "4",
+        "BENCH_PASS_MS": str(pass_ms),
+        "BENCH_ROW_MS": str(row_ms),
         "BENCH_FETCH": "0",
-        "BLIPQ_MAX_BATCH_SIZE": str(size),
+        "BLIPQ_MAX_BATCH_SIZE": "1",
     }
+    found = {}
     with running() as stack:
-        for _ in range(workers):
-            stack.start_worker(environment, SLEEPING)
         image = stack.upload([b"nothing"])[0]
-        stack.backlog(requests(image, 20 * workers))
-        through = stack.backlog(requests(image, jobs * workers))
-        spent = sum(through.cpu_s.values())
-        return {"per_s": through.per_s, "cores_busy": spent / through.seconds}
+        for workers in WORKERS:
+            while len(stack.workers) < workers:
+                stack.start_worker(environment, SLEEPING)
+            stack.backlog(requests(image, 20 * workers))
+            through = stack.backlog(requests(image, jobs * workers))
+            busy = sum(through.cpu_s.values()) / through.seconds
+            found[str(workers)] = {"per_s": through.per_s, "cores_busy": busy}
+    return found
 
 
-def _repeated(workers: int, jobs: int) -> dict[str, float]:
+def _repeated(jobs: int) -> dict[str, dict[str, float]]:
     """The demo model; who takes a job is chance, so the hit rate falls with more workers."""
+    environment = {"BLIPQ_MODELS": "default=demo", "OMP_NUM_THREADS": "1"}
+    found, source = {}, pictures(7)
     with running() as stack:
-        for _ in range(workers):
-            stack.start_worker({"BLIPQ_MODELS": "default=demo", "OMP_NUM_THREADS": "1"})
-        return _hits(stack, jobs)
+        for workers in CACHED:
+            while len(stack.workers) < workers:
+                stack.start_worker(environment)
+            found[str(workers)] = _hits(stack, source, jobs)
+    return found
 
 
-def _hits(stack: Stack, jobs: int) -> dict[str, float]:
-    source = pictures(7)
+def _hits(stack: Stack, source: Pictures, jobs: int) -> dict[str, float]:
     stack.backlog(list(GREEDY.requests(stack.upload(source.take(16)))))
     # An image comes back when all the others have come, not beside itself.
     images = TIMES * stack.upload(source.take(jobs // TIMES))
