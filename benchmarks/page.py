@@ -54,8 +54,8 @@ def _bare(found: Found) -> Iterator[str]:
             told = f"{rates[0]:.1f} ({bare['loop']})", f"{rates[1]:.1f}"
             lines.append([model, row.about, *told, f"**{rates[1] / rates[0]:.2f}**"])
     yield from table(["model", "asked", "bare engine", "service", "efficiency"], lines)
-    yield "\nMilliseconds of CPU an image: the bare engine with reading and decoding; of the service"
-    yield "the model, the worker's other threads (fetch, decode, queue), the servers, the client.\n"
+    yield "\nMilliseconds of CPU an image: the bare engine with reading and decoding; the service's"
+    yield "model, the worker's other threads (fetch, decode, queue), the servers, the client.\n"
     yield from table(CPU_HEAD, list(_cpu(found)))
 
 
