@@ -13,6 +13,7 @@ from blipq.ledger import Message
 from conftest import wait_until
 from guarantees.faulty_worker import HANGING_SIZE
 from guarantees.rig import LEASE_S, Rig, png
+from stacks import BROKER
 
 
 def test_jobs_of_a_killed_worker_all_succeed_on_the_next(rig: Rig) -> None:
@@ -51,7 +52,8 @@ def test_a_worker_frozen_past_its_lease_cannot_finish_a_job_twice(rig: Rig) -> N
     wait_until(lambda: job.info().attempts == 2, "another claim", LEASE_S + 30)
     waited = time.monotonic() - frozen_at
     print(f"claimed again after {waited:.1f} s")  # shown with -s
-    assert waited <= LEASE_S + 1
+    # RabbitMQ may push the message to the frozen worker first, whose connection still stands.
+    assert waited <= LEASE_S * (1 if BROKER == "redis" else 2) + 1
     info = job.wait(30)
     frozen.signal(signal.SIGCONT)
     wait_until(
