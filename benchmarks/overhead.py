@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -14,8 +14,7 @@ from blipq.ledger import Claim, Ledger
 from blipq.requests import Submission, new_id
 from blipq.settings import Settings
 from blipq.supervisor import Service
-from blipq_worker.bench import cpu
-from blipq_worker.bench.stack import Stack, Through, running
+from blipq_worker.bench.stack import Meter, Stack, Through, running
 
 SLEEPING = [sys.executable, "-m", "benchmarks.workers", "sleeping"]
 THREADS, WARM = 32, 100
@@ -75,9 +74,12 @@ def _blipq(stack: Stack, jobs: int, image: ImageRef, fetch: str) -> dict[str, An
     stack.backlog(requests(image, WARM))
     through: Through = stack.backlog(requests(image, jobs))
     stack.stop_workers()
-    spent = through.cpu_ms()
-    worker = spent["model"] + spent["others"]
-    return {"per_s": through.per_s, "cpu_ms": worker, "redis_cpu_ms": spent["redis"]}
+    return {"per_s": through.per_s} | _costs(through.cpu_ms())
+
+
+def _costs(ms: Mapping[str, float]) -> dict[str, float]:
+    """The worker's and Redis' milliseconds a job."""
+    return {"cpu_ms": ms["model"] + ms["others"], "redis_cpu_ms": ms["redis"]}
 
 
 def _prepared(stack: Stack, image: ImageRef, jobs: int) -> list[str]:
@@ -102,14 +104,11 @@ def _celery(stack: Stack, task: Task, arguments: Sequence[Any]) -> dict[str, Any
     warm, work = arguments[:WARM], arguments[WARM:]
     try:
         _all([task.delay(each) for each in warm])
-        pids = worker.pid, stack.local.services[0].pid
-        before = [cpu.used(pid).total for pid in pids]
-        started = time.monotonic()
+        started, meter = time.monotonic(), Meter([worker], stack.local.services)
         _all([task.delay(each) for each in work])
         took = time.monotonic() - started
-        spent = [cpu.used(pid).total - then for pid, then in zip(pids, before, strict=True)]
-        worker_ms, redis_ms = (1000 * each / len(work) for each in spent)
-        return {"per_s": len(work) / took, "cpu_ms": worker_ms, "redis_cpu_ms": redis_ms}
+        ms = {name: 1000 * each / len(work) for name, each in meter.read().items()}
+        return {"per_s": len(work) / took} | _costs(ms)
     finally:
         worker.stop()
 

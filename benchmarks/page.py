@@ -60,7 +60,7 @@ def _bare(found: Found) -> Iterator[str]:
 
 
 CPU_PARTS = ("model", "others", "redis", "s3", "client")
-CPU_HEAD = ["model", "asked", "bare engine", *CPU_PARTS, "cores busy"]
+CPU_HEAD = ["model", "asked", "bare engine", "the model", *CPU_PARTS[1:], "cores busy"]
 
 
 def _cpu(found: Found) -> Iterator[list[str]]:
@@ -69,7 +69,7 @@ def _cpu(found: Found) -> Iterator[list[str]]:
             if "cpu_ms" not in parts["bare"].get(row.name, {}):
                 continue
             bare, service = (parts[each][row.name] for each in ("bare", "service"))
-            times = [sum(bare["cpu_ms"].values())]
+            times = [bare["cpu_ms"]]
             times += [service["cpu_ms"][each] for each in CPU_PARTS]
             busy = sum(service["cpu_ms"].values()) * service["images_per_s"] / 1000
             yield [model, row.about, *(f"{each:.1f}" for each in times), f"{busy:.2f}"]

@@ -24,8 +24,8 @@ class Used:
         return {"model": model, "others": self.total - before.total - model}
 
 
-def used(pid: int | None = None) -> Used:
-    """Of a process; of this one by default."""
+def used(pid: int | None) -> Used:
+    """Of a process; of this one where there is no pid."""
     process = psutil.Process(pid)
     times = process.cpu_times()
     threads = {each.id: each.user_time + each.system_time for each in process.threads()}

@@ -59,7 +59,7 @@ class Through:
 
 
 class Meter:
-    """Reads CPU seconds: the first worker's model and its other threads, the servers and us."""
+    """Reads CPU seconds: the workers' models and other threads, the servers and this process."""
 
     def __init__(self, workers: Sequence[Service], servers: Sequence[Service]) -> None:
         self._workers = [each.pid for each in workers]
@@ -68,7 +68,7 @@ class Meter:
 
     def _read(self) -> tuple[list[cpu.Used], dict[str, float]]:
         servers = {name: cpu.used(pid).total for name, pid in self._servers.items()}
-        return [cpu.used(pid) for pid in self._workers], servers | {"client": cpu.used().total}
+        return [cpu.used(pid) for pid in self._workers], servers | {"client": time.process_time()}
 
     def read(self) -> dict[str, float]:
         """Seconds since the meter was made; workers are added up."""
