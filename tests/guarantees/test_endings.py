@@ -162,6 +162,16 @@ def test_the_next_worker_reconciles_when_the_one_that_did_is_killed(rig: Rig) ->
     assert second.exit_code is None
 
 
+def test_high_priority_is_not_behind_a_thousand_low_jobs(rig: Rig) -> None:
+    low = rig.submit_all(["sleep 0.005"] * 1000, priority=Priority.LOW)
+    rig.start_worker(max_batch_size=8)
+    wait_until(lambda: rig.running() >= 4, "a busy worker")
+    high = rig.submit_all(["high"] * 10, priority=Priority.HIGH)
+    rig.all_succeed(high, timeout=10)
+    assert not rig.has_at_most(500), "the low jobs were still waiting when the high ones were done"
+    rig.all_succeed(low, timeout=90)
+
+
 def test_high_priority_starts_two_batches_after_ten_thousand_low_jobs_at_most(rig: Rig) -> None:
     size = WorkerSettings().max_batch_size
     low = rig.client.submit_many(
