@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from blipq.supervisor import Service
 REDIS_PORT = 16379
 S3_PORT = 18333
 START_TIMEOUT_S = 30.0
+START_TRIES = 3
 
 #: Ports of SeaweedFS' parts that nobody but itself uses.
 _INNER_PORTS = (
@@ -43,16 +44,30 @@ _INNER_PORTS = (
 )
 
 
+#: What the servers say of a port that they cannot have; SeaweedFS looks itself before it binds.
+_PORT_TAKEN = ("address already in use", "port allocation failed")
+
+
 class StackError(BlipqError):
     """The local stack cannot start; the message says what to do."""
 
 
+class PortTaken(StackError):
+    """Another program took a port between its choice and the server's start."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct ports that nobody listens on now."""
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
 def free_port() -> int:
     """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return free_ports(1)[0]
 
 
 def redis_command() -> str:
@@ -87,11 +102,15 @@ class LocalStack:
     services: list[Service] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.redis_port = self.redis_port or free_port()
-        self.s3_port = self.s3_port or free_port()
+        self._given_ports = self.redis_port, self.s3_port
+        self._choose_ports()
         self._access_key = "blipq-local"
         self._password, self._secret_key = self._keys()
-        self._inner_ports = [free_port() for _ in _INNER_PORTS]
+
+    def _choose_ports(self) -> None:
+        redis_port, s3_port, *self._inner_ports = free_ports(2 + len(_INNER_PORTS))
+        self.redis_port = self._given_ports[0] or redis_port
+        self.s3_port = self._given_ports[1] or s3_port
 
     def _keys(self) -> tuple[str, str]:
         """Redis' password and S3's secret key, kept in the folder.
@@ -111,9 +130,22 @@ class LocalStack:
     # -- what runs --
 
     def start(self) -> None:
-        """Starts both servers and waits until they answer. Raises StackError."""
+        """Starts both servers and waits until they answer. Raises StackError.
+
+        Chosen ports are chosen anew where another program was faster.
+        """
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._check_ports()
+        for _ in range(START_TRIES - 1):
+            try:
+                self._start()
+            except PortTaken:
+                self._choose_ports()
+            else:
+                return
+        self._start()
+
+    def _start(self) -> None:
         self.services = [self._redis_service(), self._s3_service()]
         for service in self.services:
             service.start()
@@ -246,7 +278,9 @@ class LocalStack:
                 if answers():
                     return
             time.sleep(0.05)
-        raise StackError(f"{service.name} did not start:\n{service.last_words()}")
+        words = service.last_words(1_000).lower()
+        error = PortTaken if any(each in words for each in _PORT_TAKEN) else StackError
+        raise error(f"{service.name} did not start:\n{service.last_words()}")
 
 
 def sender_service(environment: dict[str, str]) -> Service:

@@ -28,8 +28,14 @@ def listens(port: int | None) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def sockets_in_tmp() -> set[Path]:
-    return set(Path("/tmp").glob("seaweedfs-*.sock"))
+def dead_sockets_in_tmp() -> set[Path]:
+    """Those of servers that no longer live; other tests' stacks may be starting."""
+    return {path for path in Path("/tmp").glob("seaweedfs-*.sock") if not answers(path)}
+
+
+def answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 def lives(pid: int) -> bool:
@@ -39,7 +45,7 @@ def lives(pid: int) -> bool:
 
 
 def test_a_stopped_stack_leaves_no_process_port_or_file(tmp_path: Path) -> None:
-    before = sockets_in_tmp()
+    before = dead_sockets_in_tmp()
     stack = LocalStack(tmp_path / "stack")
     stack.start()
     pids = [service.pid for service in stack.services]
@@ -48,7 +54,8 @@ def test_a_stopped_stack_leaves_no_process_port_or_file(tmp_path: Path) -> None:
     stack.stop()
     assert not any(map(lives, pids))
     assert not any(map(listens, (stack.redis_port, stack.s3_port, *stack._inner_ports)))
-    assert sockets_in_tmp() <= before
+    # Another test's stack may be between its server's end and its own clearing up.
+    wait_until(lambda: dead_sockets_in_tmp() <= before, "no socket left behind")
 
 
 def test_secrets_are_readable_by_their_owner_alone(stack: LocalStack) -> None:
@@ -64,6 +71,28 @@ def test_a_taken_port_is_told(tmp_path: Path) -> None:
         with pytest.raises(StackError, match=f"port {port} is taken.*--redis-port"):
             stack.start()
     assert stack.services == []
+
+
+@pytest.mark.parametrize("which", ["redis", "s3", "inner"])
+def test_a_chosen_port_that_was_taken_meanwhile_is_chosen_anew(tmp_path: Path, which: str) -> None:
+    stack = LocalStack(tmp_path / "stack")
+    port = {"redis": stack.redis_port, "s3": stack.s3_port, "inner": stack._inner_ports[0]}[which]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        stack.start()
+        assert port not in (stack.redis_port, stack.s3_port, *stack._inner_ports)
+        assert listens(stack.redis_port)
+        assert listens(stack.s3_port)
+        stack.stop()
+
+
+def test_a_given_port_is_never_replaced(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        stack = LocalStack(tmp_path / "stack", s3_port=taken.getsockname()[1])
+        with pytest.raises(StackError, match="s3 did not start"):
+            stack.start()
+    assert stack.s3_port == stack._given_ports[1]
 
 
 def test_a_stack_is_announced_and_withdrawn(
