@@ -88,7 +88,11 @@ class Driver:
         self._tell(self)
 
     def _resume(self, lines: Sequence[OpenLine]) -> None:
-        """Jobs that a driver before this one may have recorded: they are found again."""
+        """Jobs that a driver before this one may have recorded: they are found again.
+
+        It may have died before it released those that it collected last.
+        """
+        self._release(self._journal.fact("collected") or [])
         for chunk in _chunks(lines):
             if self._journal.fact("cancelled"):
                 self._in_flight |= {line.job_id: line.number for line in chunk}
@@ -193,8 +197,12 @@ class Driver:
         self._journal.end([(self._in_flight.pop(info.id), info) for info in infos])
         for info in infos:
             self._count(info.status, 1)
-        with suppress(QueueUnavailable, QueueFull):  # then they go when their time is up
-            self._client.ledger.release([info.id for info in infos])
+        self._release([info.id for info in infos])
+
+    def _release(self, ids: Sequence[str]) -> None:
+        if ids:
+            with suppress(QueueUnavailable, QueueFull):  # then they go when their time is up
+                self._client.ledger.release(ids)
 
     def _count(self, status: str, more: int) -> None:
         if more:

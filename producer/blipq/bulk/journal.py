@@ -8,7 +8,7 @@ import fcntl
 import json
 import secrets
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,9 +163,13 @@ class Journal:
         )
         return [OpenLine(*row) for row in rows]
 
-    def end(self, infos: Iterable[tuple[int, JobInfo]]) -> None:
-        """Keeps outcomes. When this returns they are on disk."""
+    def end(self, infos: Collection[tuple[int, JobInfo]]) -> None:
+        """Keeps outcomes, and as ``collected`` whose: their jobs are to be released.
+
+        When this returns they are on disk.
+        """
         with self._changing():
+            self._note({"collected": [info.id for _, info in infos]})
             for number, info in infos:
                 told = info.model_dump(mode="json", include={"result", "error"}, exclude_none=True)
                 self._end(number, info.status, told)

@@ -177,6 +177,7 @@ def test_a_bulk_that_is_killed_anywhere_goes_on(
         bulk.driver(window=4).run()
     told = [(each["custom_id"], each["status"]) for each in bulk.outcomes()]
     assert told == [*((str(n), "succeeded") for n in range(9)), ("3", "refused")]
+    assert list(ledger.redis.scan_iter("blipq:job:*")) == []
 
 
 def test_jobs_that_redis_lost_are_submitted_again(bulk: Bulk, ledger: Ledger) -> None:
