@@ -83,7 +83,7 @@ def _mixed(calls: Calls, repeats: int) -> dict[str, float]:
         for _ in range(repeats + 1):
             through = stack.backlog(_requests(stack.upload(source.take(8))))
             together.append(through.seconds)
-    apart = _median(lambda: _one_call_each(calls, source.take(8)), repeats)
+    apart = median(lambda: _one_call_each(calls, source.take(8)), repeats)
     middle = sorted(together[1:])[repeats // 2]
     return {"together_s": middle, "apart_s": apart, "ratio": apart / middle}
 
@@ -118,11 +118,11 @@ def _compare(
 ) -> dict[str, float]:
     together()
     apart()
-    times = {"together_s": _median(together, repeats), "apart_s": _median(apart, repeats)}
+    times = {"together_s": median(together, repeats), "apart_s": median(apart, repeats)}
     return {**times, "ratio": times["apart_s"] / times["together_s"]}
 
 
-def _median(run: Callable[[], object], repeats: int) -> float:
+def median(run: Callable[[], object], repeats: int) -> float:
     times = []
     for _ in range(repeats):
         started = time.monotonic()

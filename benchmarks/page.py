@@ -173,6 +173,18 @@ def _engine(found: Found) -> Iterator[str]:
     yield from table(["", "together, s", "a call each, s", "ratio"], lines)
 
 
+def _packing(found: Found) -> Iterator[str]:
+    lines = [
+        [
+            name,
+            *(f"{1000 * each[key]:.1f}" for key in ("packed_s", "plain_s")),
+            f"**{each['ratio']:.2f}**",
+        ]
+        for name, each in found.items()
+    ]
+    yield from table(["ms an image", "packed", "as PyTorch runs it", "ratio"], lines)
+
+
 SECTIONS: dict[str, Callable[[Found], Iterator[str]]] = {
     "bare": _bare,
     "peers": _peers,
@@ -180,6 +192,7 @@ SECTIONS: dict[str, Callable[[Found], Iterator[str]]] = {
     "overhead": _overhead,
     "scale": _scale,
     "engine": _engine,
+    "packing": _packing,
 }
 
 

@@ -10,7 +10,7 @@ from blipq.contract import Name, Seconds
 
 Quantization = Literal["auto", "none", "int8", "nf4"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Attention = Literal["sdpa", "eager", "flash_attention_2"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 
 def _pairs(value: Any) -> Any:
@@ -54,9 +54,10 @@ class WorkerSettings(BaseSettings):
         description="Quantize the vision tower, too, for less memory and a little less accuracy.",
     )
     attention: Attention = Field(
-        default="sdpa",
+        default="auto",
         description=(
-            "How attention is computed; flash_attention_2 is for the vision tower and OPT on a GPU."
+            "How attention is computed; auto is sdpa, and eager for a vision tower in bfloat16 on "
+            "a CPU. flash_attention_2 is for the vision tower and OPT on a GPU."
         ),
     )
     compile: bool = Field(

@@ -20,6 +20,7 @@ from blipq_worker.blip2 import (
     MatchItem,
     Pixels,
     RankItem,
+    features,
     resolve,
 )
 from worker.tiny_models import save_itm
@@ -96,6 +97,27 @@ def test_one_look_serves_all_that_a_job_asks(
     with looks(model) as seen:
         asked(model, model.preprocess(pictures[0], whole=True))
     assert seen == [1]
+
+
+def test_a_cpu_looks_at_as_many_images_at_once_as_its_caches_hold(
+    checkpoints: dict[str, Path],
+    same_tower: Path,
+    pictures: list[Image.Image],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    together = load(checkpoints, same_tower)
+    config = together.generator.model.config.vision_config
+    tokens = (config.image_size // config.patch_size) ** 2 + 1
+    monkeypatch.setattr(features, "_STATES_ON_A_CPU", 2 * tokens * config.intermediate_size * 4)
+    in_twos = load(checkpoints, same_tower)
+    found = []
+    for model, passes in ((together, [3]), (in_twos, [2, 1])):
+        with looks(model) as seen:
+            found.append(
+                model.generator.vision.patches([model.preprocess(p) for p in pictures[:3]])
+            )
+        assert seen == passes
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
 def test_what_is_known_gives_the_same_answers(

@@ -5,6 +5,7 @@ with the job, and in a cache for the jobs that follow. Hidden sizes are those of
 checkpoints.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,11 @@ _TOWER = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("image_size", "patch_size", "hidden_act", "layer_norm_eps", "qkv_bias"),
 )
+
+
+#: Of the widest states of a pass on a CPU, in bytes. Larger ones fall out of its caches, and glibc
+#: maps each anew (see ``give_large_blocks_back``); a tower gains nothing from more images at once.
+_STATES_ON_A_CPU = 8 * 2**20
 
 
 def split_tower(model: Any) -> None:
@@ -61,6 +67,7 @@ class Vision:
         self.name = queries
         self._side = side
         self._cache = cache
+        self._images_per_pass = _images_per_pass(model)
 
     def patches(self, images: Sequence[Pixels]) -> torch.Tensor:
         """The vision tower's output, (B, patches + 1, hidden)."""
@@ -82,8 +89,9 @@ class Vision:
         pixels = [getattr(image, self._side) for image in images]
         if any(each is None for each in pixels):
             raise ValueError(f"an image came without pixels for the {self._side} checkpoint")
-        output: torch.Tensor = self.model.vision_model(self._stacked(pixels)).last_hidden_state
-        return output
+        passes = torch.split(self._stacked(pixels), self._images_per_pass)
+        seen = [self.model.vision_model(each).last_hidden_state for each in passes]
+        return torch.cat(seen) if len(seen) > 1 else seen[0]
 
     def _read(self, images: Sequence[Pixels]) -> torch.Tensor:
         return query_features(self.model, self._patches(images))
@@ -134,6 +142,16 @@ class Vision:
         for image in images:
             if _identity(image) in unknown:
                 image.vision_ms += took
+
+
+def _images_per_pass(model: Any) -> int:
+    """Images that the tower sees at once: all of them on a GPU."""
+    config, weight = model.config.vision_config, model.vision_model.embeddings.class_embedding
+    if weight.device.type != "cpu":
+        return sys.maxsize
+    tokens = (config.image_size // config.patch_size) ** 2 + 1
+    widest: int = tokens * config.intermediate_size * weight.element_size()
+    return max(1, _STATES_ON_A_CPU // widest)
 
 
 def _identity(image: Pixels) -> str | int:

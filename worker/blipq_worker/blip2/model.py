@@ -25,6 +25,7 @@ from blipq_worker.blip2.loading import (
     load_tokenizer,
     load_weights,
 )
+from blipq_worker.blip2.packing import pack
 from blipq_worker.blip2.preprocessing import Pixels, Preprocessor
 from blipq_worker.blip2.retrieval import Matcher, MatchItem, RerankItem
 from blipq_worker.blip2.sessions import WritingSession
@@ -103,7 +104,7 @@ class Blip2:
         quantization: Quantization = "none",
         quantize_vision: bool = False,
         dtype: Dtype = "auto",
-        attention: Attention = "sdpa",
+        attention: Attention = "auto",
         compiled: bool = False,
         device: str = "cpu",
         slots: int = 32,
@@ -140,6 +141,9 @@ class Blip2:
             shares_vision = matched.share_tower(written)
             parts = matched.checkpoint, matched.model, matched.tokenizer, matched.vision(cache)
             matcher, embedder = Matcher(*parts), Embedder(*parts)
+        if not compiled:  # the compiler cannot read packed layers
+            for part in filter(None, (written, matched)):
+                pack(part.model)
         info = ModelInfo(
             checkpoint=written.checkpoint.name,
             family=written.checkpoint.family,
