@@ -1,6 +1,6 @@
 """Workers that stand in for the real one: ``python -m benchmarks.workers batchwise | sleeping``.
 
-batchwise: the real one, but no row joins a batch that has begun. sleeping: no model at all; a pass
+batchwise: the real one, but batch after batch. sleeping: no model at all; a pass
 takes BENCH_PASS_MS and BENCH_ROW_MS for each of its rows. With BENCH_FETCH=0 nothing is read from
 S3, and with BENCH_CHECKPOINT, a folder, images are made ready as for that model.
 """
@@ -93,22 +93,15 @@ def _sleeping(options: WorkerSettings) -> dict[str, Any]:
 
 
 def _batchwise(options: WorkerSettings) -> dict[str, Any]:
+    """A batch is one call of the same decode loop, and its answers come when the call returns."""
     from blipq_worker import engine
     from blipq_worker.load import load_models
 
-    class Batch(engine._Writing):
-        """A session that is closed once it has begun; the next opens when all have left."""
+    class Batches(engine.Batcher):  # type: ignore[misc, type-arg]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options | {"sessions": {}})
 
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            free, self._begun = self.has_room, False
-            self.has_room = lambda ticket: not self._begun and free(ticket)
-
-        def step(self, tickets: Any) -> Any:
-            self._begun = True
-            return super().step(tickets)
-
-    engine._Writing = Batch  # type: ignore[misc]
+    engine.Batcher = Batches  # type: ignore[misc]
     return dict(load_models(options))
 
 

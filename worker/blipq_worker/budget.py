@@ -10,7 +10,7 @@ from contextlib import contextmanager
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGE = 8 * 2**20
 #: Freed memory that a thread keeps for its next blocks: what the layers of a pass take turns in.
-_KEPT = 4 * _LARGE
+_KEPT = 8 * _LARGE
 
 
 def give_large_blocks_back() -> None:

@@ -56,8 +56,8 @@ class WorkerSettings(BaseSettings):
     attention: Attention = Field(
         default="auto",
         description=(
-            "How attention is computed; auto is sdpa, and eager for a vision tower in bfloat16 on "
-            "a CPU. flash_attention_2 is for the vision tower and OPT on a GPU."
+            "How attention is computed; auto is sdpa, and products of matrices in bfloat16 on a "
+            "CPU. flash_attention_2 is for the vision tower and OPT on a GPU."
         ),
     )
     compile: bool = Field(

@@ -23,7 +23,7 @@ from blipq_worker.blip2 import (
     resolve,
 )
 from blipq_worker.blip2.compiling import LONGEST_S, compile_parts, since_compiling
-from blipq_worker.blip2.loading import choose_attention, choose_precision
+from blipq_worker.blip2.loading import choose_precision
 from worker.tiny_models import save_t5
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -148,59 +148,6 @@ def test_quantizing_the_tower_means_nothing_without_quantization(
     model = Blip2.load(str(checkpoints["opt"]), quantize_vision=True, dtype="float32")
     assert model.info.quantization == "none"
     assert types(model.generator.model, "vision_model") == {torch.float32}
-
-
-def test_every_attention_computes_the_same(
-    checkpoints: dict[str, Path], opt: Blip2, pictures: list[Image.Image]
-) -> None:
-    eager = Blip2.load(
-        str(checkpoints["opt"]), str(checkpoints["itm"]), dtype="float32", attention="eager"
-    )
-    parts = eager.generator.model.config
-    for part in (parts.vision_config, parts.qformer_config, parts.text_config):
-        assert part._attn_implementation == "eager"
-    pixels = opt.preprocess(pictures[0])
-    ours, theirs = (m.generator.vision.patches([m.preprocess(pictures[0])]) for m in (opt, eager))
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    params = resolve("caption", opt.info, {"max_new_tokens": 8})
-    item = GenerateItem(pixels, ("a photo of",), params)
-    assert opt.generate([item]) == eager.generate([item])
-
-
-def test_a_vision_tower_in_bfloat16_on_a_cpu_multiplies_matrices() -> None:
-    for dtype, device, tower in (
-        ("bfloat16", CPU, "eager"),
-        ("float32", CPU, "sdpa"),
-        ("auto", GPU, "sdpa"),
-    ):
-        precision = choose_precision(dtype, device, "opt")  # type: ignore[arg-type]
-        chosen = choose_attention("auto", "opt", precision, device)
-        assert chosen.pop("vision_config") == tower
-        assert set(chosen.values()) == {"sdpa"}
-
-
-@pytest.mark.parametrize(("family", "language"), [("opt", "flash_attention_2"), ("t5", "sdpa")])
-def test_flash_attention_is_for_the_parts_that_can(
-    monkeypatch: pytest.MonkeyPatch, family: Any, language: str
-) -> None:
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: object())
-    precision = choose_precision("auto", GPU, family)
-    assert choose_attention("flash_attention_2", family, precision, GPU) == {
-        "": "sdpa",
-        "vision_config": "flash_attention_2",
-        "qformer_config": "sdpa",
-        "text_config": language,
-    }
-
-
-def test_flash_attention_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    half, full = (choose_precision(dtype, GPU, "opt") for dtype in ("auto", "float32"))
-    for precision, device in ((half, CPU), (full, GPU)):
-        with pytest.raises(ValueError, match="needs a GPU and 16 bits"):
-            choose_attention("flash_attention_2", "opt", precision, device)
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install flash-attn"):
-        choose_attention("flash_attention_2", "opt", half, GPU)
 
 
 def test_the_files_are_read_and_not_mapped(checkpoints: dict[str, Path], tmp_path: Path) -> None:

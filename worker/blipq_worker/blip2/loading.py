@@ -5,7 +5,6 @@ and the matching heads in fp32. Transformers alone keeps the Q-Former in fp32 fo
 ordinary cast after loading would undo even that, so the types are decided while loading.
 """
 
-import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,13 +20,13 @@ from transformers import (
     Blip2ForImageTextRetrieval,
 )
 
+from blipq_worker.blip2.attention import Attention, choose_attention
 from blipq_worker.blip2.checkpoints import Checkpoint, CheckpointError
 from blipq_worker.blip2.compiling import compile_parts
 from blipq_worker.models import Family
 
 Quantization = Literal["none", "int8", "nf4"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 # By itself bitsandbytes would quantize the vision tower, the projection and the heads, too, and a
 # matching head that is quantized fails on its first use. A list replaces bitsandbytes' own default,
@@ -189,33 +188,6 @@ def _stored_weights(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
             file = files.enter_context(safe_open(path, framework="pt", backend="pread"))
             weights |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         yield weights
-
-
-def choose_attention(
-    attention: Attention, family: Family, precision: Precision, device: torch.device
-) -> dict[str, str]:
-    """The implementation for each part, by the name of its configuration ("": the whole).
-
-    auto is sdpa, but eager for a vision tower in bf16 on a CPU: there two matrix products are twice
-    as fast as torch's fused kernel. flash_attention_2 is for the vision tower and OPT: the Q-Former
-    is fp32, which it cannot do, and T5's distances are biases, which it cannot add. Both stay with
-    sdpa. Raises ValueError where it cannot run.
-    """
-    if attention == "auto":
-        matrices = device.type == "cpu" and precision.vision == torch.bfloat16
-        return {**_everywhere("sdpa"), "vision_config": "eager" if matrices else "sdpa"}
-    if attention != "flash_attention_2":
-        return _everywhere(attention)
-    if device.type != "cuda" or torch.float32 in (precision.vision, precision.language):
-        raise ValueError("flash_attention_2 needs a GPU and 16 bits: choose sdpa or another dtype")
-    if importlib.util.find_spec("flash_attn") is None:
-        raise ValueError("flash_attention_2 needs `pip install flash-attn`, or choose sdpa")
-    language = attention if family == "opt" else "sdpa"
-    return {**_everywhere("sdpa"), "vision_config": attention, "text_config": language}
-
-
-def _everywhere(attention: Attention) -> dict[str, str]:
-    return dict.fromkeys(("", "vision_config", "qformer_config", "text_config"), attention)
 
 
 def _bitsandbytes(family: Family, precision: Precision, quantizing: Quantizing) -> Any:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
+from blipq_worker.blip2.attention import Attention
 from blipq_worker.blip2.cache import FeatureCache
 from blipq_worker.blip2.checkpoints import Checkpoint, open_checkpoint
 from blipq_worker.blip2.choices import Ranker, RankItem
@@ -17,7 +18,6 @@ from blipq_worker.blip2.embedding import Arrays, Embedder, EmbedItem
 from blipq_worker.blip2.features import Side, Vision, equal_towers, split_tower
 from blipq_worker.blip2.generation import GeneratedText, GenerateItem, Generator
 from blipq_worker.blip2.loading import (
-    Attention,
     Dtype,
     Quantization,
     Quantizing,

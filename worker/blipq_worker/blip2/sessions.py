@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from blipq_worker.blip2.generation import GeneratedText, GenerateItem, Generator
 
 #: Most rows that join at one step, while the others wait: each costs its image's pass. Where more
-#: than half of the slots are taken, rows join only so many together, as a pass over few images
-#: costs nearly as much as one over many.
+#: than half of the slots are taken, at least half as many join together: reading prompts stops the
+#: others, and a few take nearly as long as one.
 JOINING_ON_A_CPU = 8
 JOINING = 16
 
@@ -92,7 +92,7 @@ class WritingSession:
 
     def _is_worth_joining(self) -> bool:
         free, running = self._loop.free, len(self._loop.running)
-        return running <= free or free >= self._joining
+        return running <= free or free >= self._joining // 2
 
     def _see(self, among: Sequence[_Writing]) -> None:
         """One pass of the vision tower over the images of the rows that come next."""

@@ -1,0 +1,77 @@
+"""Which code computes attention, part by part, and our own for CPUs in bf16."""
+
+import importlib.util
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from blipq_worker.models import Family
+
+if TYPE_CHECKING:
+    from blipq_worker.blip2.loading import Precision
+
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+
+#: ``matrices``, as transformers knows it.
+_MATRICES = "blipq_matrices"
+
+
+def choose_attention(
+    attention: Attention, family: Family, precision: "Precision", device: torch.device
+) -> dict[str, str]:
+    """The implementation for each part, by the name of its configuration ("": the whole).
+
+    auto is sdpa, but ``matrices`` for a vision tower and OPT in bf16 on a CPU. flash_attention_2 is
+    for the vision tower and OPT, too: the Q-Former is fp32, which it cannot do, and T5's distances
+    are biases, which neither can add. Both stay with sdpa. Raises ValueError where it cannot run.
+    """
+    if attention == "auto":
+        by_matrices = device.type == "cpu" and precision.vision == torch.bfloat16
+        return _for_vision_and_opt(_MATRICES, family) if by_matrices else _everywhere("sdpa")
+    if attention != "flash_attention_2":
+        return _everywhere(attention)
+    if device.type != "cuda" or torch.float32 in (precision.vision, precision.language):
+        raise ValueError("flash_attention_2 needs a GPU and 16 bits: choose sdpa or another dtype")
+    if importlib.util.find_spec("flash_attn") is None:
+        raise ValueError("flash_attention_2 needs `pip install flash-attn`, or choose sdpa")
+    return _for_vision_and_opt(attention, family)
+
+
+def _everywhere(attention: str) -> dict[str, str]:
+    return dict.fromkeys(("", "vision_config", "qformer_config", "text_config"), attention)
+
+
+def _for_vision_and_opt(attention: str, family: Family) -> dict[str, str]:
+    language = attention if family == "opt" else "sdpa"
+    return {**_everywhere("sdpa"), "vision_config": attention, "text_config": language}
+
+
+def matrices(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float = 1.0,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as two products of matrices, each a call of the CPU's library.
+
+    query: (B, heads, L, width); key, value: (B, heads, K, width); attention_mask: added to the
+    scores, (B, 1, L, K). Returns (B, L, heads, width). In bf16 this is faster than PyTorch's fused
+    kernel, for images and still more for the next token of many rows: there it is a matrix by a
+    vector, and the keys are read where they are.
+    """
+    if query.shape[2] == 1:
+        scores = (key @ query.transpose(2, 3)).transpose(2, 3) * scaling
+    else:
+        scores = (query * scaling) @ key.transpose(2, 3)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_MATRICES, matrices)
+AttentionMaskInterface.register(_MATRICES, eager_mask)
