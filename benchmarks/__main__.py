@@ -11,7 +11,7 @@ from benchmarks import engine, latency, overhead, packing, page, results, scale,
 #: Sections with their usual size and the size of a long run, in the order of the page.
 SECTIONS: dict[str, tuple[Callable[[int], dict[str, Any]], int, int]] = {
     "bare": (throughput.bare, 64, 512),
-    "peers": (throughput.peers, 16, 32),
+    "peers": (throughput.peers, 32, 96),
     "latency": (latency.latency, 64, 512),
     "overhead": (overhead.overhead, 3_000, 30_000),
     "scale": (scale.scale, 150, 2_000),

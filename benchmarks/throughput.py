@@ -13,9 +13,11 @@ from blipq_worker.bench.run import Bench
 from blipq_worker.bench.stack import Stack, running
 from blipq_worker.bench.workloads import DEFAULT, GREEDY, MIXED, TEN, Workload
 
-TEN_SHARE = 4
+#: Of the jobs: where each asks ten questions, and for peers that take one image at a time.
+TEN_SHARE, ALONE_SHARE = 4, 4
+ALONE = ("usual_script", "celery_plain")
 #: Peers' batches. A run of fewer jobs than LONG tries the first and asks only SHORT_ROWS.
-SIZES, LONG = (16, 32), 32
+SIZES, LONG = (16, 32), 96
 #: Jobs on images that the worker has seen; peers look again.
 SEEN = replace(MIXED, name="seen-5-50", about="caption, greedy, 5 to 50 tokens, image seen before")
 ROWS = (DEFAULT, GREEDY, MIXED, TEN, SEEN)
@@ -80,9 +82,15 @@ def peers(jobs: int, *, names: Sequence[str] = ()) -> dict[str, Any]:
 
         # Peers look again at an image that they have seen: as with new ones.
         rows = {row: images(row) for row in asked if row is not SEEN}
+        few = {row: _few(*each) for row, each in rows.items()}
         by_system = {
             name: run_peer(
-                name, stack, rows, model=mid_size().split("+")[0], dtype="float32", batches=sizes
+                name,
+                stack,
+                few if name in ALONE else rows,
+                model=mid_size().split("+")[0],
+                dtype="float32",
+                batches=sizes,
             )
             for name in names or PEERS
         }
@@ -94,6 +102,10 @@ def peers(jobs: int, *, names: Sequence[str] = ()) -> dict[str, Any]:
         row.name: {name: found[row.name] for name, found in by_system.items() if row.name in found}
         for row in asked
     }
+
+
+def _few(*images: list[ImageRef]) -> tuple[list[ImageRef], ...]:
+    return tuple(each[: max(4, len(each) // ALONE_SHARE)] for each in images)
 
 
 def _blipq(stack: Stack, rows: Rows, dtype: str) -> dict[str, Any]:
