@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from benchmarks import engine, latency, overhead, packing, page, results, scale, throughput
+from benchmarks import engine, latency, overhead, packing, page, queued, results, scale, throughput
 
 #: Sections with their usual size and the size of a long run, in the order of the page.
 SECTIONS: dict[str, tuple[Callable[[int], dict[str, Any]], int, int]] = {
@@ -14,6 +14,7 @@ SECTIONS: dict[str, tuple[Callable[[int], dict[str, Any]], int, int]] = {
     "peers": (throughput.peers, 32, 96),
     "latency": (latency.latency, 64, 512),
     "overhead": (overhead.overhead, 3_000, 30_000),
+    "queued": (queued.queued, 100_000, 1_000_000),
     "scale": (scale.scale, 150, 2_000),
     "engine": (engine.engine, 3, 9),
     "packing": (packing.packing, 3, 9),

@@ -148,6 +148,16 @@ def _overhead(found: Found) -> Iterator[str]:
     yield f"The ledger adds {found['ledger_cpu_ms']:.2f} ms of a worker's CPU to a no-op task."
 
 
+def _queued(found: Found) -> Iterator[str]:
+    rates = f"{found['one_by_one_per_s']:,.0f}", f"{found['many_per_s']:,.0f}"
+    grown = (f"{found['grown_mb'][name]:.0f} MB" for name in ("client", "worker"))
+    size = f"{found['bytes_per_job']:,.0f}"
+    head = ["jobs queued", "`submit`, a second", "`submit_many`, a second", "ratio"]
+    head += ["Redis' bytes a job", "client grown by", "worker grown by"]
+    line = [f"{found['jobs']:,}", *rates, f"**{found['ratio']:.1f}**", size, *grown]
+    yield from table(head, [line])
+
+
 def _scale(found: Found) -> Iterator[str]:
     lines = []
     for name, by_workers in found["sleeping"].items():
@@ -190,6 +200,7 @@ SECTIONS: dict[str, Callable[[Found], Iterator[str]]] = {
     "peers": _peers,
     "latency": _latency,
     "overhead": _overhead,
+    "queued": _queued,
     "scale": _scale,
     "engine": _engine,
     "packing": _packing,

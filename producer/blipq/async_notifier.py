@@ -48,6 +48,7 @@ class AsyncNotifier:
         self._closed = False
         self._task: asyncio.Task[None] | None = None
         self._pubsub: Any = None
+        self._leaving = False
 
     def __len__(self) -> int:
         """How many jobs are waited for."""
@@ -77,7 +78,8 @@ class AsyncNotifier:
         """Stops listening."""
         self._closed = True
         while self._task is not None and not self._task.done():
-            self._task.cancel()  # wait_for of Python 3.11 can lose it: once more, then
+            if not self._leaving:  # else it would be kept from closing its connection
+                self._task.cancel()  # wait_for of Python 3.11 can lose it: once more, then
             await asyncio.wait([self._task], timeout=0.5)
 
     async def _send(self, command: str, channels: list[str]) -> None:
@@ -102,13 +104,14 @@ class AsyncNotifier:
             self._connect() as client,
             client.pubsub(ignore_subscribe_messages=True) as pubsub,
         ):
-            await pubsub.subscribe(*self._subscribers.channels)
-            self._pubsub = pubsub
+            self._leaving = False
             try:
+                await pubsub.subscribe(*self._subscribers.channels)
+                self._pubsub = pubsub
                 while not self._closed:
                     # The timeout lets the connection's health be checked.
                     message = await pubsub.get_message(timeout=5.0)
                     if message is not None:
                         self.tell(message["data"])
             finally:
-                self._pubsub = None
+                self._pubsub, self._leaving = None, True

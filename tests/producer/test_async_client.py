@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import redis
+import redis.asyncio
 
 from blipq import AsyncClient, CaptionRequest, JobNotFound, QueueUnavailable, Settings
 from blipq.ledger import Claim, Ledger
@@ -62,6 +63,28 @@ def test_many_submits_at_once_are_all_published(apart: Settings, raw_redis: "red
 
     asyncio.run(main())
     assert raw_redis.llen("blipq.default.normal") == 200
+
+
+def test_a_connection_that_takes_its_time_to_close_is_closed(
+    apart: Settings, raw_redis: "redis.Redis", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disconnect = redis.asyncio.Connection.disconnect
+
+    async def slowly(self: Any, nowait: bool = False) -> None:
+        await asyncio.sleep(0.8)
+        await disconnect(self, nowait)
+
+    async def main() -> None:
+        async with AsyncClient(apart) as client:
+            job = await client.submit(asked(1))
+            wait = asyncio.create_task(job.result(timeout=60))
+            await until(lambda: raw_redis.pubsub_channels("blipq:ended:*"), "the subscription")
+            wait.cancel()
+            await asyncio.wait([wait])
+            monkeypatch.setattr(redis.asyncio.Connection, "disconnect", slowly)
+
+    asyncio.run(main())
+    assert raw_redis.client_list(_type="pubsub") == []
 
 
 def test_a_cancelled_wait_leaves_nothing_behind_and_disturbs_nobody(
