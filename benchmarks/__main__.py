@@ -12,10 +12,10 @@ from benchmarks import engine, latency, overhead, packing, page, queued, results
 SECTIONS: dict[str, tuple[Callable[[int], dict[str, Any]], int, int]] = {
     "bare": (throughput.bare, 64, 512),
     "peers": (throughput.peers, 32, 96),
-    "latency": (latency.latency, 64, 512),
+    "latency": (latency.latency, 64, 256),
     "overhead": (overhead.overhead, 3_000, 30_000),
     "queued": (queued.queued, 100_000, 1_000_000),
-    "scale": (scale.scale, 150, 2_000),
+    "scale": (scale.scale, 60, 2_000),
     "engine": (engine.engine, 3, 9),
     "packing": (packing.packing, 3, 9),
 }
