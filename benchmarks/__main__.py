@@ -11,8 +11,8 @@ from benchmarks import engine, latency, overhead, packing, page, queued, results
 #: Sections with their usual size and the size of a long run, in the order of the page.
 SECTIONS: dict[str, tuple[Callable[[int], dict[str, Any]], int, int]] = {
     "bare": (throughput.bare, 64, 512),
-    "peers": (throughput.peers, 32, 96),
-    "latency": (latency.latency, 64, 256),
+    "peers": (throughput.peers, 16, 96),
+    "latency": (latency.latency, 48, 256),
     "overhead": (overhead.overhead, 3_000, 30_000),
     "queued": (queued.queued, 100_000, 1_000_000),
     "scale": (scale.scale, 60, 2_000),

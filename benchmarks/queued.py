@@ -11,8 +11,8 @@ from blipq_worker.bench.stack import Stack, running
 ONE_BY_ONE, MANY = 1_000, 10_000
 #: A worker that holds its first jobs and ends none while the others are submitted.
 HOLDING = {
+    "BLIPQ_MODELS": "default=3600000+0",
     "BENCH_FETCH": "0",
-    "BENCH_PASS_MS": "3600000",
     "BLIPQ_WATCHDOG_S": "3600",
     "BLIPQ_JOB_TIMEOUT_S": "3600",
     "BLIPQ_DRAIN_TIMEOUT_S": "0",

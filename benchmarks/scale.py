@@ -12,37 +12,34 @@ WORKERS = (1, 2, 4, 8)
 CACHED = (1, 2, 4)
 TIMES = 4
 REPEATED = 256
-#: Milliseconds of a pass, and of each of its rows.
-SPEEDS = {"8 + 4 ms": (8, 4), "32 + 16 ms": (32, 16)}
+#: Served models by name: milliseconds of a pass, and of each of its rows.
+SPEEDS = {"fast": "8+4", "slow": "32+16"}
 
 
 def scale(jobs: int) -> dict[str, Any]:
     """Jobs a second by number of workers: ``jobs`` for each of them."""
-    return {
-        "sleeping": {name: _sleeping(jobs, *speed) for name, speed in SPEEDS.items()},
-        "repeated": _repeated(REPEATED),
-    }
+    return {"sleeping": _sleeping(jobs), "repeated": _repeated(REPEATED)}
 
 
-def _sleeping(jobs: int, pass_ms: int, row_ms: int) -> dict[str, dict[str, float]]:
+def _sleeping(jobs: int) -> dict[str, dict[str, dict[str, float]]]:
     """One job a pass, nothing read from S3."""
     environment = {
-        "BENCH_PASS_MS": str(pass_ms),
-        "BENCH_ROW_MS": str(row_ms),
+        "BLIPQ_MODELS": ",".join(f"{name}={times}" for name, times in SPEEDS.items()),
         "BENCH_FETCH": "0",
         "BLIPQ_MAX_BATCH_SIZE": "1",
     }
-    found = {}
+    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in SPEEDS}
     with running() as stack:
         image = stack.upload([b"nothing"])[0]
         for workers in WORKERS:
             while len(stack.workers) < workers:
                 stack.start_worker(environment, SLEEPING)
-            stack.backlog(requests(image, 20 * workers))
-            through = stack.backlog(requests(image, jobs * workers))
-            busy = sum(through.cpu_s.values()) / through.seconds
-            found[str(workers)] = {"per_s": through.per_s, "cores_busy": busy}
-    return found
+            for name in SPEEDS:
+                stack.backlog(requests(image, 20 * workers), name)
+                through = stack.backlog(requests(image, jobs * workers), name)
+                busy = sum(through.cpu_s.values()) / through.seconds
+                found[name][str(workers)] = {"per_s": through.per_s, "cores_busy": busy}
+    return {f"{SPEEDS[name].replace('+', ' + ')} ms": each for name, each in found.items()}
 
 
 def _repeated(jobs: int) -> dict[str, dict[str, float]]:

@@ -56,7 +56,7 @@ def _elsewhere(bare: dict[str, Any], jobs: int) -> dict[str, Any]:
     for row in (DEFAULT, GREEDY, MIXED):
         settings = {
             "BENCH_CHECKPOINT": mid_size().split("+")[0],
-            "BENCH_ROW_MS": str(1000 / rates[row.name]),
+            "BLIPQ_MODELS": f"default=0+{1000 / rates[row.name]}",
         }
         service |= Bench(settings, pictures(8), jobs, SLEEPING).through([row])
     slept = {name: {"images_per_s": rate, "loop": "slept"} for name, rate in rates.items()}

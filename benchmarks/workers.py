@@ -1,8 +1,9 @@
 """Workers that stand in for the real one: ``python -m benchmarks.workers batchwise | sleeping``.
 
-batchwise: the real one, but batch after batch. sleeping: no model at all; a pass
-takes BENCH_PASS_MS and BENCH_ROW_MS for each of its rows. With BENCH_FETCH=0 nothing is read from
-S3, and with BENCH_CHECKPOINT, a folder, images are made ready as for that model.
+batchwise: the real one, but batch after batch. sleeping: no model at all; BLIPQ_MODELS says how
+many milliseconds a pass takes, and how many more for each of its rows: ``default=8+4``. With
+BENCH_FETCH=0 nothing is read from S3, and with BENCH_CHECKPOINT, a folder, images are made ready as
+for that model.
 """
 
 import io
@@ -44,9 +45,8 @@ class SleepingModel:
         default_prompt="",
     )
 
-    def __init__(self, pass_s: float, row_s: float, preprocessor: Preprocessor | None) -> None:
-        self._pass_s = pass_s
-        self._row_s = row_s
+    def __init__(self, times: str, preprocessor: Preprocessor | None) -> None:
+        self._pass_s, self._row_s = (float(each) / 1000 for each in times.split("+"))
         self._preprocessor = preprocessor
 
     def on_step(self, call: Callable[[], None]) -> None:
@@ -86,10 +86,9 @@ def _sleeping(options: WorkerSettings) -> dict[str, Any]:
         Fetcher.fetch = fetch  # type: ignore[method-assign]
     # Batches, as the work of a pass depends on the rows in it.
     GenerationParams.in_flight = property(lambda self: False)  # type: ignore[assignment]
-    times = (float(os.environ.get(f"BENCH_{name}_MS", 0)) / 1000 for name in ("PASS", "ROW"))
     folder = os.environ.get("BENCH_CHECKPOINT")
     preprocessor = Preprocessor(open_checkpoint(folder)) if folder else None
-    return {"default": SleepingModel(*times, preprocessor)}
+    return {name: SleepingModel(what, preprocessor) for name, what in options.models.items()}
 
 
 def _batchwise(options: WorkerSettings) -> dict[str, Any]:

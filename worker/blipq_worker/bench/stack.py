@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from blipq import Client, Job, JobInfo
-from blipq.contract import ImageRef, Request, Status
+from blipq.contract import ImageRef, Options, Request, Status
 from blipq.errors import BlipqError
 from blipq.local import LocalStack, worker_service
 from blipq.supervisor import Service
@@ -118,10 +118,10 @@ class Stack:
         """Puts pictures into the inbox."""
         return [self.client.storage.upload(each) for each in pictures]
 
-    def backlog(self, requests: Sequence[Request]) -> Through:
+    def backlog(self, requests: Sequence[Request], model: str = "default") -> Through:
         """All jobs at once."""
         started, meter = time.monotonic(), self._meter()
-        jobs = self.client.submit_many(requests)
+        jobs = self.client.submit_many(requests, Options(model=model))
         return self.ended(jobs, started, meter)
 
     def arriving(self, requests: Sequence[Request], per_s: float, seed: int = 1) -> Through:
