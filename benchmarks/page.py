@@ -116,8 +116,9 @@ def _latency(found: Found) -> Iterator[str]:
         for load, ours in joining.items():
             theirs = batches[load]
             waits = [f"{one[key]:.2f}" for key in ("p50_s", "p99_s") for one in (ours, theirs)]
+            busy = [f"{one['cores_busy']:.2f}" for one in (ours, theirs)]
             gain = f"**{theirs['p50_s'] / ours['p50_s']:.2f}**"
-            lines.append([images, f"{load}, {ours['per_s']:.1f}/s", *waits, gain])
+            lines.append([images, f"{load}, {ours['per_s']:.1f}/s", *waits, *busy, gain])
     head = [
         "images",
         "load",
@@ -125,6 +126,8 @@ def _latency(found: Found) -> Iterator[str]:
         "p50 batches",
         "p99 joining",
         "p99 batches",
+        "cores joining",
+        "cores batches",
         "p50 gain",
     ]
     yield from table(head, lines)

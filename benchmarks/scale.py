@@ -37,8 +37,8 @@ def _sleeping(jobs: int) -> dict[str, dict[str, dict[str, float]]]:
             for name in SPEEDS:
                 stack.backlog(requests(image, 20 * workers), name)
                 through = stack.backlog(requests(image, jobs * workers), name)
-                busy = sum(through.cpu_s.values()) / through.seconds
-                found[name][str(workers)] = {"per_s": through.per_s, "cores_busy": busy}
+                figures = {"per_s": through.per_s, "cores_busy": through.cores_busy}
+                found[name][str(workers)] = figures
     return {f"{SPEEDS[name].replace('+', ' + ')} ms": each for name, each in found.items()}
 
 

@@ -91,6 +91,7 @@ class Bench:
                     "per_s": per_s,
                     "p50_s": through.percentile(0.5),
                     "p99_s": through.percentile(0.99),
+                    "cores_busy": through.cores_busy,
                 }
         return found
 

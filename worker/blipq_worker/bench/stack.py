@@ -44,6 +44,11 @@ class Through:
         """Milliseconds of CPU that a job took, by who took it; see ``Meter``."""
         return {name: 1000 * spent / self.jobs for name, spent in self.cpu_s.items()}
 
+    @property
+    def cores_busy(self) -> float:
+        """Cores that workers, servers and client kept busy, on average."""
+        return sum(self.cpu_s.values()) / self.seconds
+
     def percentile(self, share: float) -> float:
         """A latency that so many of the jobs stay under."""
         ordered = sorted(self.latencies)
