@@ -309,7 +309,10 @@ def _kv_token(config: Any, precision: "Precision") -> int:
 
 
 def _vision(config: Any, precision: "Precision", load: Load) -> int:
-    """One layer's states of the vision tower for a batch; its attention keeps no matrix."""
+    """One layer's states of the vision tower for a batch; its attention keeps no matrix.
+
+    A CPU, whose attention may keep one, takes so few images at once that it stays below this.
+    """
     vision = config.vision_config
     tokens = (vision.image_size // vision.patch_size) ** 2 + 1
     per_token = 3 * vision.hidden_size + 2 * vision.intermediate_size
