@@ -11,6 +11,7 @@ import redis.asyncio
 
 from blipq import AsyncClient, CaptionRequest, JobNotFound, QueueUnavailable, Settings
 from blipq.ledger import Claim, Ledger
+from blipq.records import notify_channel
 from blipq.testing import FakeBlipq
 
 IMAGE = "s3://uploads/cat.jpg"
@@ -70,21 +71,28 @@ def test_a_connection_that_takes_its_time_to_close_is_closed(
 ) -> None:
     disconnect = redis.asyncio.Connection.disconnect
 
+    begun: list[Any] = []
+    closed: list[Any] = []
+
     async def slowly(self: Any, nowait: bool = False) -> None:
+        begun.append(self)
         await asyncio.sleep(0.8)
         await disconnect(self, nowait)
+        closed.append(self)
 
     async def main() -> None:
         async with AsyncClient(apart) as client:
+            channel = notify_channel(client._id)
             job = await client.submit(asked(1))
             wait = asyncio.create_task(job.result(timeout=60))
-            await until(lambda: raw_redis.pubsub_channels("blipq:ended:*"), "the subscription")
+            await until(lambda: raw_redis.pubsub_numsub(channel)[0][1], "the subscription")
             wait.cancel()
             await asyncio.wait([wait])
             monkeypatch.setattr(redis.asyncio.Connection, "disconnect", slowly)
 
     asyncio.run(main())
-    assert raw_redis.client_list(_type="pubsub") == []
+    assert begun
+    assert closed == begun, "what closed a connection was cancelled"
 
 
 def test_a_cancelled_wait_leaves_nothing_behind_and_disturbs_nobody(
