@@ -9,7 +9,9 @@ from blipq_worker.bench.run import Bench
 from blipq_worker.bench.workloads import MIXED
 
 LOADS = {"30 %": 0.3, "60 %": 0.6, "90 %": 0.9}
-BATCHWISE = [sys.executable, "-m", "benchmarks.workers", "batchwise"]
+WORKERS = [sys.executable, "-m", "benchmarks.workers"]
+#: What stands in for the worker, by how jobs come together.
+POLICIES = {"joining": None, "closed": [*WORKERS, "closed"], "batches": [*WORKERS, "batchwise"]}
 
 
 def latency(jobs: int) -> dict[str, Any]:
@@ -18,12 +20,11 @@ def latency(jobs: int) -> dict[str, Any]:
     for seen in (True, False):
         capacity = _capacity(jobs, seen=seen)
         rates = {name: share * capacity for name, share in LOADS.items()}
-        policies = {"joining": None, "batch after batch": BATCHWISE}
         found["seen" if seen else "new"] = {"capacity_per_s": capacity} | {
             name: Bench(environment(), pictures(4), jobs, program).latencies(
                 MIXED, rates, seen=seen
             )
-            for name, program in policies.items()
+            for name, program in POLICIES.items()
         }
     return found
 

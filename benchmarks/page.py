@@ -7,6 +7,7 @@ from typing import Any
 from tools.docs.page import replace_section
 
 from benchmarks import results
+from benchmarks.latency import POLICIES
 from benchmarks.paper import rows as paper_rows
 from benchmarks.peers.run import PEERS
 from benchmarks.throughput import ROWS, SEEN
@@ -112,25 +113,16 @@ def _rates(found: Found, row: Workload) -> dict[str, float]:
 def _latency(found: Found) -> Iterator[str]:
     lines = []
     for images, parts in found.items():
-        joining, batches = parts["joining"], parts["batch after batch"]
-        for load, ours in joining.items():
-            theirs = batches[load]
-            waits = [f"{one[key]:.2f}" for key in ("p50_s", "p99_s") for one in (ours, theirs)]
-            busy = [f"{one['cores_busy']:.2f}" for one in (ours, theirs)]
-            gain = f"**{theirs['p50_s'] / ours['p50_s']:.2f}**"
-            lines.append([images, f"{load}, {ours['per_s']:.1f}/s", *waits, *busy, gain])
-    head = [
-        "images",
-        "load",
-        "p50 joining",
-        "p50 batches",
-        "p99 joining",
-        "p99 batches",
-        "cores joining",
-        "cores batches",
-        "p50 gain",
-    ]
-    yield from table(head, lines)
+        for load, joining in parts["joining"].items():
+            policies = [parts[name][load] for name in POLICIES]
+            p50, p99, busy = (
+                [f"{each[key]:.2f}" for each in policies]
+                for key in ("p50_s", "p99_s", "cores_busy")
+            )
+            gains = [f"**{each['p50_s'] / joining['p50_s']:.2f}**" for each in policies[1:]]
+            told = (" / ".join(each) for each in (p50, p99, busy, gains))
+            lines.append([images, f"{load}, {joining['per_s']:.1f}/s", *told])
+    yield from table(["images", "load", "p50", "p99", "cores busy", "p50 gain"], lines)
 
 
 def _overhead(found: Found) -> Iterator[str]:

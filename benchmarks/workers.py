@@ -1,9 +1,10 @@
-"""Workers that stand in for the real one: ``python -m benchmarks.workers batchwise | sleeping``.
+"""Workers that stand in for the real one: ``python -m benchmarks.workers KIND``.
 
-batchwise: the real one, but batch after batch. sleeping: no model at all; BLIPQ_MODELS says how
-many milliseconds a pass takes, and how many more for each of its rows: ``default=8+4``. With
-BENCH_FETCH=0 nothing is read from S3, and with BENCH_CHECKPOINT, a folder, images are made ready as
-for that model.
+batchwise: the real one, but batch after batch, each a call that returns all answers. closed: the
+real one, but no job joins a batch that has begun; each is answered as it ends. sleeping: no model;
+BLIPQ_MODELS says how many milliseconds a pass takes, and how many more for each of its rows:
+``default=8+4``. With BENCH_FETCH=0 nothing is read from S3, and with BENCH_CHECKPOINT, a folder,
+images are made ready as for that model.
 """
 
 import io
@@ -104,12 +105,32 @@ def _batchwise(options: WorkerSettings) -> dict[str, Any]:
     return dict(load_models(options))
 
 
+def _closed(options: WorkerSettings) -> dict[str, Any]:
+    from blipq_worker import engine
+    from blipq_worker.load import load_models
+
+    class Batch(engine._Writing):
+        """A session that is closed once it has begun; the next opens when all have left."""
+
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            free, self._begun = self.has_room, False
+            self.has_room = lambda ticket: not self._begun and free(ticket)
+
+        def step(self, tickets: Any) -> Any:
+            self._begun = True
+            return super().step(tickets)
+
+    engine._Writing = Batch  # type: ignore[misc]
+    return dict(load_models(options))
+
+
 def main(kind: str) -> int:
     logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     from blipq_worker.app import Worker
 
     options = WorkerSettings()
-    models = {"sleeping": _sleeping, "batchwise": _batchwise}[kind](options)
+    models = {"sleeping": _sleeping, "batchwise": _batchwise, "closed": _closed}[kind](options)
     return Worker(Settings(), options, models).run()
 
 

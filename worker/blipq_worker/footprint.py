@@ -311,7 +311,7 @@ def _kv_token(config: Any, precision: "Precision") -> int:
 def _vision(config: Any, precision: "Precision", load: Load) -> int:
     """One layer's states of the vision tower for a batch; its attention keeps no matrix.
 
-    A CPU, whose attention may keep one, takes so few images at once that it stays below this.
+    In bf16 a CPU's attention keeps one, of the few images that it takes at once: it is not counted.
     """
     vision = config.vision_config
     tokens = (vision.image_size // vision.patch_size) ** 2 + 1

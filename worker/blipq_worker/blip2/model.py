@@ -144,19 +144,7 @@ class Blip2:
         if not compiled:  # the compiler cannot read packed layers
             for part in filter(None, (written, matched)):
                 pack(part.model)
-        info = ModelInfo(
-            checkpoint=written.checkpoint.name,
-            family=written.checkpoint.family,
-            dtype=str(setup.precision(written.checkpoint.family)),
-            quantization=str(setup.quantizing),
-            device=device,
-            revision=written.checkpoint.revision,
-            image_size=written.checkpoint.image_size,
-            default_prompt=written.checkpoint.default_prompt,
-            retrieval_checkpoint=matched.checkpoint.name if matched else None,
-            retrieval_revision=matched.checkpoint.revision if matched else None,
-            shares_vision=shares_vision,
-        )
+        info = _info(setup, written, matched, shares_vision=shares_vision)
         return cls(
             info,
             generator,
@@ -268,6 +256,24 @@ class Blip2:
     def _no_retrieval(self) -> PermanentError:
         message = f"the served model {self.info.checkpoint!r} has no retrieval checkpoint"
         return PermanentError(ErrorCode.MODEL_UNAVAILABLE, message)
+
+
+def _info(
+    setup: Setup, written: "_Part", matched: "_Part | None", *, shares_vision: bool
+) -> ModelInfo:
+    return ModelInfo(
+        checkpoint=written.checkpoint.name,
+        family=written.checkpoint.family,
+        dtype=str(setup.precision(written.checkpoint.family)),
+        quantization=str(setup.quantizing),
+        device=str(setup.device),
+        revision=written.checkpoint.revision,
+        image_size=written.checkpoint.image_size,
+        default_prompt=written.checkpoint.default_prompt,
+        retrieval_checkpoint=matched.checkpoint.name if matched else None,
+        retrieval_revision=matched.checkpoint.revision if matched else None,
+        shares_vision=shares_vision,
+    )
 
 
 @dataclass(slots=True)

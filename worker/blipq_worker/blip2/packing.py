@@ -1,7 +1,8 @@
 """Linear layers packed once for a CPU's kernels, in the layout in which oneDNN multiplies.
 
-PyTorch gives fp32 layers to MKL, which does not use all that CPUs of other makers can do, and has
-oneDNN reorder bf16 weights at every call. The numbers are the same up to the order of additions.
+PyTorch gives fp32 layers to MKL, which is slower on an AMD CPU, and has oneDNN reorder bf16 weights
+at every call (``python -m benchmarks packing``). The numbers are the same up to the order of
+additions.
 """
 
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 _PACKED = (torch.float32, torch.bfloat16)
-#: Rows of input for which the layout is chosen; it was as good as any for 1 to 4,096 of them.
+#: Rows of input for which oneDNN chooses the layout; there may be more or fewer.
 _ROWS = 32
 
 
@@ -18,7 +19,6 @@ class PackedLinear(torch.nn.Module):
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
         packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
         self.weight: torch.Tensor
         self.bias: torch.Tensor | None
