@@ -12,7 +12,7 @@ from benchmarks import engine, latency, overhead, packing, page, queued, results
 SECTIONS: dict[str, tuple[Callable[[int], dict[str, Any]], int, int]] = {
     "bare": (throughput.bare, 64, 512),
     "peers": (throughput.peers, 16, 96),
-    "latency": (latency.latency, 48, 192),
+    "latency": (latency.latency, 32, 192),
     "overhead": (overhead.overhead, 3_000, 30_000),
     "queued": (queued.queued, 100_000, 1_000_000),
     "scale": (scale.scale, 60, 2_000),
