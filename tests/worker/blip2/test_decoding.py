@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import (
     LogitsProcessorList,
+    OPTConfig,
+    OPTForCausalLM,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -19,6 +21,7 @@ from blipq_worker.blip2 import Blip2, GenerationParams, Pixels
 from blipq_worker.blip2.decoding import DecodeLoop, Row, row_seed
 from blipq_worker.blip2.decoding.choosing import ScoresError, choose
 from blipq_worker.blip2.decoding.languages import Opt
+from blipq_worker.blip2.decoding.opt_step import OptStep
 from blipq_worker.blip2.generation import _hugging_face, _quiet_about_penalties
 from conftest import ROOT
 
@@ -189,13 +192,54 @@ def test_eager_attention_writes_the_same(checkpoints: dict[str, Path]) -> None:
         assert written(model, some, 4) == [alone(model, row) for row in some]
 
 
-def test_the_mask_for_flash_attention_means_the_same(
-    opt: Blip2, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("flash", [False, True])
+def test_transformers_own_decoder_writes_the_same_with_either_mask(
+    opt: Blip2, monkeypatch: pytest.MonkeyPatch, flash: bool
 ) -> None:
+    """It takes the steps where it is compiled."""
     some = rows(opt, every_penalty(8))
     expected = written(opt, some, 4)
-    monkeypatch.setattr(Opt, "_mask", lambda self, seen: seen)
+    monkeypatch.setattr(OptStep, "suits", lambda model: False)
+    if flash:
+        monkeypatch.setattr(Opt, "_mask", lambda self, seen: seen)
     assert written(opt, some, 4) == expected
+
+
+@pytest.mark.parametrize("norm_before", [False, True])
+def test_an_opt_with_its_norms_elsewhere_is_left_to_transformers(norm_before: bool) -> None:
+    """The published OPT with 350 million weights has them behind; no BLIP-2 uses it."""
+    torch.manual_seed(2)
+    model = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=90,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            do_layer_norm_before=norm_before,
+            init_std=0.4,
+        )
+    ).eval()
+    queries = torch.randn(3, 8, 32)
+    some = [Row(each, [2, 5, 9][: index + 1], GREEDY) for index, each in enumerate(queries)]
+    write(DecodeLoop(model, ends=(), slots=2), some)
+    embed = model.get_input_embeddings()
+    for row in some:
+        embeds = torch.cat([row.queries, embed(torch.tensor(row.ids))])[None]
+        (alone,) = model.generate(
+            inputs_embeds=embeds, max_new_tokens=12, do_sample=False, eos_token_id=None
+        ).tolist()
+        assert row.tokens == alone
+    assert OptStep.suits(model) == norm_before
+
+
+def test_a_short_row_is_not_changed_by_the_columns_of_a_long_one(opt: Blip2) -> None:
+    """The long one makes room for all its tokens, at which no step looks as a whole at first."""
+    long, *short = rows(opt, [replace(GREEDY, max_new_tokens=90, min_new_tokens=90), *[GREEDY] * 4])
+    expected = [alone(opt, row) for row in (long, *short)]
+    assert written(opt, [long, *short], 3) == expected
 
 
 def test_a_row_may_fill_the_positions_to_the_last(opt: Blip2) -> None:
@@ -309,10 +353,9 @@ def test_a_step_that_raised_can_be_taken_again_by_fewer(either: Blip2) -> None:
     loop.join([first, bad, third])
     loop.step([first, bad, third])
     for slots in loop._language.slots:
-        for layer in slots.cache.layers:
-            for buffer in layer.buffers:
-                with torch.inference_mode():
-                    buffer[1] = float("nan")
+        for buffer in slots.buffers:
+            with torch.inference_mode():
+                buffer[:, 1] = float("nan")
     with pytest.raises(ScoresError):
         loop.step([first, bad, third])
     with pytest.raises(ScoresError):

@@ -1,6 +1,7 @@
 """Which code computes attention, part by part, and our own for CPUs in bf16."""
 
 import importlib.util
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -64,13 +65,44 @@ def matrices(
     kernel, for images and still more for the next token of many rows: there it is a matrix by a
     vector, and the keys are read where they are.
     """
+    if scaling != 1.0:
+        query = query * scaling
     if query.shape[2] == 1:
-        scores = (key @ query.transpose(2, 3)).transpose(2, 3) * scaling
+        scores = (key @ query.transpose(2, 3)).transpose(2, 3)
     else:
-        scores = (query * scaling) @ key.transpose(2, 3)
+        scores = query @ key.transpose(2, 3)
     if attention_mask is not None:
         scores = scores + attention_mask
     return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+def next_token_attention(implementation: str) -> "NextTokenAttention":
+    """The code for steps of one token per row, where transformers' own is not called.
+
+    flash_attention_2 is made for many tokens and takes no mask: sdpa stands in for it.
+    """
+    return _by_matrices if implementation in (_MATRICES, "eager") else _fused
+
+
+#: From (query, key, value, what to add to scores), as ``matrices`` takes them, to its output.
+NextTokenAttention = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
+]
+
+
+def _by_matrices(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    return matrices(None, query, key, value, bias)[0]
+
+
+def _fused(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, scale=1.0
+    )
+    return attended.transpose(1, 2)
 
 
 AttentionInterface.register(_MATRICES, matrices)

@@ -1,8 +1,9 @@
 """Greedy search and sampling, row by row: rows join, end and leave between two steps.
 
 Read in this order: ``rows`` (what is to be written), ``loop`` (who runs and what follows),
-``languages`` (OPT's and T5's forward passes), ``slots`` (their keys and values), ``choosing`` (from
-logits to tokens). Beams do without: they share one cache and reorder it at every step.
+``languages`` (OPT's and T5's forward passes), ``opt_step`` (OPT's for a token), ``slots`` (their
+keys and values), ``choosing`` (from logits to tokens). Beams do without: they share one cache and
+reorder it at every step.
 """
 
 from blipq_worker.blip2.decoding.loop import DecodeLoop

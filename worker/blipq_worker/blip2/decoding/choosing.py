@@ -36,8 +36,12 @@ def choose(
     scores = logits.to(torch.float32, copy=True)
     healthy = scores.amax(dim=-1).isfinite()
     for index, row in enumerate(rows):
-        if _is_bound(row):
-            scores[index] = _penalized(scores[index], row, ends, start)
+        if _is_penalized(row):
+            scores[index] = _penalized(scores[index], row, start)
+    short = [index for index, row in enumerate(rows) if len(row.tokens) < row.params.min_new_tokens]
+    if short:
+        banned = torch.tensor(ends, dtype=torch.long, device=scores.device)
+        scores[torch.tensor(short, device=scores.device)[:, None], banned] = -math.inf
     tokens = scores.argmax(dim=-1)
     drawn = [index for index, row in enumerate(rows) if row.params.do_sample]
     if drawn:
@@ -48,29 +52,20 @@ def choose(
     return chosen
 
 
-def _is_bound(row: Row) -> bool:
-    params = row.params
-    penalties = params.repetition_penalty != 1.0 or params.no_repeat_ngram_size > 0
-    return penalties or len(row.tokens) < params.min_new_tokens
+def _is_penalized(row: Row) -> bool:
+    return row.params.repetition_penalty != 1.0 or row.params.no_repeat_ngram_size > 0
 
 
-def _penalized(
-    scores: torch.Tensor, row: Row, ends: Sequence[int], start: Sequence[int]
-) -> torch.Tensor:
-    """One row's scores, (vocabulary,), after penalties and with no end before its time."""
+def _penalized(scores: torch.Tensor, row: Row, start: Sequence[int]) -> torch.Tensor:
+    """One row's scores, (vocabulary,), after penalties."""
     params = row.params
-    if params.repetition_penalty != 1.0 or params.no_repeat_ngram_size > 0:
-        written = torch.tensor([[*start, *row.tokens]], dtype=torch.long, device=scores.device)
-        scores = scores[None]
-        if params.repetition_penalty != 1.0:
-            scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(written, scores)
-        if params.no_repeat_ngram_size > 0:
-            scores = NoRepeatNGramLogitsProcessor(params.no_repeat_ngram_size)(written, scores)
-        scores = scores[0]
-    if len(row.tokens) < params.min_new_tokens:
-        for end in ends:
-            scores[end] = -math.inf
-    return scores
+    written = torch.tensor([[*start, *row.tokens]], dtype=torch.long, device=scores.device)
+    scores = scores[None]
+    if params.repetition_penalty != 1.0:
+        scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(written, scores)
+    if params.no_repeat_ngram_size > 0:
+        scores = NoRepeatNGramLogitsProcessor(params.no_repeat_ngram_size)(written, scores)
+    return scores[0]
 
 
 def _draw(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from blipq_worker.blip2.decoding.opt_step import OptStep
 from blipq_worker.blip2.decoding.rows import Row
 from blipq_worker.blip2.decoding.slots import Slots
 
@@ -54,6 +55,7 @@ class Opt(Language):
     def __init__(self, model: Any) -> None:
         self._model = model
         self._slots = Slots(model.config.num_hidden_layers)
+        self._own = OptStep(model) if OptStep.suits(model) else None
 
     @property
     def slots(self) -> tuple[Slots, ...]:  # noqa: D102
@@ -78,11 +80,14 @@ class Opt(Language):
     def step(self, rows: Sequence[Row], where: Where) -> torch.Tensor:  # noqa: D102
         device = rows[0].queries.device
         at = [row.prompt_length + len(row.tokens) - 1 for row in rows]
+        tokens, longest = _last_tokens(rows), max(at) + 1
         positions = torch.tensor(at, device=device)
-        self._slots.look(where, positions, max(at) + 1)
-        seen = torch.arange(max(at) + 1, device=device) <= positions[:, None]
+        if self._own is not None:
+            return self._own(tokens, positions, longest, where, self._slots.buffers)
+        self._slots.look(where, positions, longest)
+        seen = torch.arange(longest, device=device) <= positions[:, None]
         hidden = self._model.model.decoder(
-            input_ids=_last_tokens(rows)[:, None],
+            input_ids=tokens[:, None],
             attention_mask=self._mask(seen),
             position_ids=positions[:, None],
             cache=self._slots.cache,
@@ -186,14 +191,14 @@ class T5(Language):
 
 def _embedded(model: Any, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and prompts, (rows, longest, hidden), with gaps at the end; and their lengths."""
-    embed = model.get_input_embeddings()
-    longest = max(row.prompt_length for row in rows)
-    embeds = rows[0].queries.new_zeros((len(rows), longest, rows[0].queries.shape[-1]))
-    for index, row in enumerate(rows):
-        ids = torch.tensor(row.ids, device=embeds.device)
-        embeds[index, : row.prompt_length] = torch.cat([row.queries, embed(ids)])
-    lengths = torch.tensor([row.prompt_length for row in rows], device=embeds.device)
-    return embeds, lengths
+    queries = torch.stack([row.queries for row in rows])
+    longest = max(len(row.ids) for row in rows)
+    ids = [row.ids + [0] * (longest - len(row.ids)) for row in rows]
+    prompts = model.get_input_embeddings()(
+        torch.tensor(ids, dtype=torch.long, device=queries.device)
+    )
+    lengths = torch.tensor([row.prompt_length for row in rows], device=queries.device)
+    return torch.cat([queries, prompts], dim=1), lengths
 
 
 def _last_tokens(rows: Sequence[Row]) -> torch.Tensor:

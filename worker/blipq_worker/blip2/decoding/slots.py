@@ -12,11 +12,11 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 _ROWS_STEP = 8
-_COLUMNS_STEP = 64
+_COLUMNS_STEP = 32
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no types
-    """One layer's buffers, (slots, heads, columns, head size).
+    """One layer's buffer: keys and values, (2, slots, heads, columns, head size).
 
     ``keys`` and ``values`` are what the present step attends to: T5's cross attention reads them.
     """
@@ -26,24 +26,22 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no type
     def __init__(self) -> None:
         super().__init__()
         self.is_initialized = True
-        self.buffers: list[torch.Tensor] = []
+        self.buffer: torch.Tensor | None = None
 
-    def grow(self, like: tuple[torch.Tensor, torch.Tensor], rows: int, columns: int) -> None:
-        """Makes buffers of this size for states ``like`` these; keeps what fits."""
-        grown = []
-        for index, states in enumerate(like):
-            # Zeros: what a mask hides is still multiplied by nothing, and rubbish may survive that.
-            new = states.new_zeros((rows, states.shape[1], columns, states.shape[3]))
-            if self.buffers:
-                old = self.buffers[index][:rows, :, :columns]
-                new[: old.shape[0], :, : old.shape[2]] = old
-            grown.append(new)
-        self.buffers = grown
+    def grow(self, like: torch.Tensor, rows: int, columns: int) -> None:
+        """Makes a buffer of this size for keys ``like`` these; keeps what fits."""
+        # Zeros: what a mask hides is still multiplied by nothing, and rubbish may survive that.
+        grown = like.new_zeros((2, rows, like.shape[1], columns, like.shape[3]))
+        if self.buffer is not None:
+            old = self.buffer[:, :rows, :, :columns]
+            grown[:, : old.shape[1], :, : old.shape[3]] = old
+        self.buffer = grown
 
     def look(self, slots: slice | torch.Tensor, positions: torch.Tensor, length: int) -> None:
         """Begins a step of the rows in ``slots``: over ``length`` columns, writing at positions."""
+        assert self.buffer is not None
         self._slots, self._positions, self._length = slots, positions, length
-        self.keys, self.values = (buffer[slots, :, :length] for buffer in self.buffers)
+        self.keys, self.values = self.buffer[:, slots, :, :length]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -52,7 +50,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no type
         slots = self._slots
         if isinstance(slots, slice):
             slots = torch.arange(slots.stop, device=self._positions.device)
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+        assert self.buffer is not None
+        for buffer, states in zip(self.buffer, (key_states, value_states), strict=True):
             buffer[slots, :, self._positions] = states[:, :, 0]
         self.look(self._slots, self._positions, self._length)
         return self.keys, self.values
@@ -80,15 +79,19 @@ class Slots:
         self.cache = Cache(layers=[_Layer() for _ in range(layers)])
 
     @property
+    def buffers(self) -> list[torch.Tensor]:
+        """Each layer's keys and values, (2, slots, heads, columns, head size)."""
+        return [layer.buffer for layer in self.cache.layers if layer.buffer is not None]
+
+    @property
     def bytes(self) -> int:
         """What the buffers take."""
-        return sum(buffer.nbytes for layer in self.cache.layers for buffer in layer.buffers)
+        return sum(buffer.nbytes for buffer in self.buffers)
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of keys and values."""
-        dtype: torch.dtype = self.cache.layers[0].buffers[0].dtype
-        return dtype
+        return self.buffers[0].dtype
 
     def put(self, running: int, filled: Cache, columns: int) -> None:
         """Puts newly filled rows behind the ``running`` first ones.
@@ -96,19 +99,19 @@ class Slots:
         columns: the most that any of all these rows will need.
         """
         for layer, source in zip(self.cache.layers, filled.layers, strict=True):
-            states = source.keys, source.values
-            end, width = running + len(states[0]), states[0].shape[2]
-            if not layer.buffers or not _holds(layer.buffers[0], end, columns):
-                layer.grow(states, _up(end, _ROWS_STEP), _up(columns, _COLUMNS_STEP))
-            for buffer, new in zip(layer.buffers, states, strict=True):
+            end, width = running + len(source.keys), source.keys.shape[2]
+            if layer.buffer is None or not _holds(layer.buffer, end, columns):
+                layer.grow(source.keys, _up(end, _ROWS_STEP), _up(columns, _COLUMNS_STEP))
+            for buffer, new in zip(layer.buffer, (source.keys, source.values), strict=True):
                 buffer[running:end, :, :width] = new
                 buffer[running:end, :, width:] = 0  # nothing is left of who was here before
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copies rows to other slots."""
-        for layer in self.cache.layers:
-            for buffer in layer.buffers:
-                buffer[list(targets)] = buffer[list(sources)]
+        device = self.buffers[0].device
+        taken, put = (torch.tensor(each, device=device) for each in (sources, targets))
+        for buffer in self.buffers:
+            buffer[:, put] = buffer[:, taken]
 
     def look(self, slots: slice | torch.Tensor, positions: torch.Tensor, length: int) -> None:
         """Begins a step in all layers."""
@@ -118,11 +121,11 @@ class Slots:
     def clear(self) -> None:
         """Gives the memory back; there must be no rows."""
         for layer in self.cache.layers:
-            layer.buffers, layer.keys, layer.values = [], None, None
+            layer.buffer, layer.keys, layer.values = None, None, None
 
 
 def _holds(buffer: torch.Tensor, rows: int, columns: int) -> bool:
-    return buffer.shape[0] >= rows and buffer.shape[2] >= columns
+    return buffer.shape[1] >= rows and buffer.shape[3] >= columns
 
 
 def _up(number: int, step: int) -> int:
