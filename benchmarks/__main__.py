@@ -6,11 +6,24 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from benchmarks import engine, latency, overhead, packing, page, queued, results, scale, throughput
+from benchmarks import (
+    engine,
+    latency,
+    overhead,
+    packing,
+    page,
+    profiling,
+    queued,
+    results,
+    scale,
+    steps,
+    throughput,
+)
 
 #: Sections with their usual size and the size of a long run, in the order of the page.
 SECTIONS: dict[str, tuple[Callable[[int], dict[str, Any]], int, int]] = {
-    "bare": (throughput.bare, 64, 512),
+    "bare": (throughput.bare, 48, 512),
+    "profile": (profiling.profile, 5, 30),
     "peers": (throughput.peers, 16, 96),
     "latency": (latency.latency, 32, 192),
     "overhead": (overhead.overhead, 3_000, 30_000),
@@ -18,6 +31,7 @@ SECTIONS: dict[str, tuple[Callable[[int], dict[str, Any]], int, int]] = {
     "scale": (scale.scale, 60, 2_000),
     "engine": (engine.engine, 3, 9),
     "packing": (packing.packing, 3, 9),
+    "steps": (steps.steps, 5, 15),
 }
 
 

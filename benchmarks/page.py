@@ -10,6 +10,7 @@ from benchmarks import results
 from benchmarks.latency import POLICIES
 from benchmarks.paper import rows as paper_rows
 from benchmarks.peers.run import PEERS
+from benchmarks.profiling import PARTS
 from benchmarks.throughput import ROWS, SEEN
 from blipq_worker.bench.workloads import MIXED, Workload
 
@@ -74,6 +75,15 @@ def _cpu(found: Found) -> Iterator[list[str]]:
             times += [service["cpu_ms"][each] for each in CPU_PARTS]
             busy = sum(service["cpu_ms"].values()) * service["images_per_s"] / 1000
             yield [model, row.about, *(f"{each:.1f}" for each in times), f"{busy:.2f}"]
+
+
+def _profile(found: Found) -> Iterator[str]:
+    lines = [
+        [part, *(f"{shares[part]:.0%}" if part in shares else "" for shares in found.values())]
+        for part in PARTS
+    ]
+    total = [f"**{sum(shares.values()):.0%}**" for shares in found.values()]
+    yield from table(["share of the time", *found], [*lines, ["all", *total]])
 
 
 def _peers(found: Found) -> Iterator[str]:
@@ -190,8 +200,17 @@ def _packing(found: Found) -> Iterator[str]:
     yield from table(["ms an image", "packed", "as PyTorch runs it", "ratio"], lines)
 
 
+def _steps(found: Found) -> Iterator[str]:
+    lines = [
+        [rows, f"{each['own_ms']:.1f}", f"{each['decoder_ms']:.1f}", f"**{each['ratio']:.2f}**"]
+        for rows, each in found.items()
+    ]
+    yield from table(["rows in a step", "layers alone, ms", "transformers' decoder, ms", ""], lines)
+
+
 SECTIONS: dict[str, Callable[[Found], Iterator[str]]] = {
     "bare": _bare,
+    "profile": _profile,
     "peers": _peers,
     "latency": _latency,
     "overhead": _overhead,
@@ -199,6 +218,7 @@ SECTIONS: dict[str, Callable[[Found], Iterator[str]]] = {
     "scale": _scale,
     "engine": _engine,
     "packing": _packing,
+    "steps": _steps,
 }
 
 

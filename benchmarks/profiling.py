@@ -1,0 +1,65 @@
+"""Where the model's thread is, and who holds Python's lock, as py-spy sees a busy worker."""
+
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from benchmarks.photos import pictures
+from benchmarks.throughput import environment
+from blipq_worker.bench.stack import Stack, running
+from blipq_worker.bench.workloads import GREEDY
+
+BATCHER = "blipq-batcher"
+#: Where a thread is: the first part of which any text stands in its stack.
+PARTS: dict[str, tuple[str, ...]] = {
+    "waits for a job": ("Batcher._wait (",),
+    "the model: images": ("blip2/features.py",),
+    "the model: prompts": ("prefill (",),
+    "the model: tokens": ("blip2/decoding/",),
+    "between them": (BATCHER,),
+    "JPEG, resize, normalise": ("blipq_worker/images.py", "blip2/preprocessing.py"),
+    "S3": ("blipq_worker/fetch.py",),
+    "ledger": ("blipq/ledger.py",),
+    "a job, between them": ("blipq_worker/tasks.py",),
+    "Celery and the rest": ("",),
+}
+RATE, WARM_S, JOBS_A_SECOND = 100, 2, 60
+
+
+def profile(seconds: int) -> dict[str, Any]:
+    """Shares of the time, by where a thread is. The model's thread runs or waits for the lock.
+
+    The mid-size model writes captions of 20 tokens. seconds: of each of the two recordings.
+    """
+    jobs = JOBS_A_SECOND * (2 * seconds + WARM_S)
+    with running() as stack:
+        stack.start_worker(environment())
+        images = stack.upload(pictures(11).take(jobs))
+        stack.client.submit_many(list(GREEDY.requests(images)))
+        time.sleep(WARM_S)
+        return {
+            "the model's thread": _recorded(stack, seconds, only=BATCHER),
+            "holding Python's lock": _recorded(stack, seconds, "--gil"),
+        }
+
+
+def _recorded(stack: Stack, seconds: int, *options: str, only: str = "") -> dict[str, float]:
+    path = stack.folder / "stacks.txt"
+    py_spy = str(Path(sys.executable).with_name("py-spy"))
+    command = [py_spy, "record", "--format", "raw", "--threads", "--full-filenames"]
+    command += ["--rate", str(RATE), "--duration", str(seconds), "--output", str(path)]
+    pid = str(stack.workers[0].pid)
+    subprocess.run([*command, *options, "--pid", pid], check=True, capture_output=True)
+    seen: Counter[str] = Counter()
+    for line in path.read_text().splitlines():
+        frames, _, count = line.rpartition(" ")
+        if only in frames:
+            seen[_part(frames)] += int(count)
+    return {part: seen[part] / (RATE * seconds) for part in PARTS if part in seen}
+
+
+def _part(frames: str) -> str:
+    return next(part for part, texts in PARTS.items() if any(text in frames for text in texts))
