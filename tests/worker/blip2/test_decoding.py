@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import pytest
 import torch
 from transformers import (
     LogitsProcessorList,
-    OPTConfig,
     OPTForCausalLM,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -206,23 +206,15 @@ def test_transformers_own_decoder_writes_the_same_with_either_mask(
 
 
 @pytest.mark.parametrize("norm_before", [False, True])
-def test_an_opt_with_its_norms_elsewhere_is_left_to_transformers(norm_before: bool) -> None:
+def test_an_opt_with_its_norms_elsewhere_is_left_to_transformers(
+    opt: Blip2, norm_before: bool
+) -> None:
     """The published OPT with 350 million weights has them behind; no BLIP-2 uses it."""
     torch.manual_seed(2)
-    model = OPTForCausalLM(
-        OPTConfig(
-            vocab_size=90,
-            hidden_size=32,
-            word_embed_proj_dim=32,
-            ffn_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            do_layer_norm_before=norm_before,
-            init_std=0.4,
-        )
-    ).eval()
-    queries = torch.randn(3, 8, 32)
+    config = deepcopy(opt.generator.model.language_model.config)
+    config.do_layer_norm_before = norm_before
+    model = OPTForCausalLM(config).eval()
+    queries = torch.randn(3, 8, config.hidden_size)
     some = [Row(each, [2, 5, 9][: index + 1], GREEDY) for index, each in enumerate(queries)]
     write(DecodeLoop(model, ends=(), slots=2), some)
     embed = model.get_input_embeddings()

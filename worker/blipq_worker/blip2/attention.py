@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
+#: From (query, key, value, what to add to scores), as ``matrices`` takes them, to its output.
+NextTokenAttention = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
+]
+
 #: ``matrices``, as transformers knows it.
 _MATRICES = "blipq_matrices"
 
@@ -76,18 +81,12 @@ def matrices(
     return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
 
-def next_token_attention(implementation: str) -> "NextTokenAttention":
+def next_token_attention(implementation: str) -> NextTokenAttention:
     """The code for steps of one token per row, where transformers' own is not called.
 
-    flash_attention_2 is made for many tokens and takes no mask: sdpa stands in for it.
+    flash_attention_2 is made for many tokens and adds nothing to scores: sdpa stands in for it.
     """
     return _by_matrices if implementation in (_MATRICES, "eager") else _fused
-
-
-#: From (query, key, value, what to add to scores), as ``matrices`` takes them, to its output.
-NextTokenAttention = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
-]
 
 
 def _by_matrices(
@@ -103,6 +102,12 @@ def _fused(
         query, key, value, attn_mask=bias, scale=1.0
     )
     return attended.transpose(1, 2)
+
+
+def bias_of(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What to add to scores, (rows, 1, 1, columns), so that only what is seen counts."""
+    bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return bias.masked_fill(~seen, torch.finfo(dtype).min)[:, None, None]
 
 
 AttentionInterface.register(_MATRICES, matrices)

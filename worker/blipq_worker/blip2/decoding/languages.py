@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from blipq_worker.blip2.attention import bias_of
 from blipq_worker.blip2.decoding.opt_step import OptStep
 from blipq_worker.blip2.decoding.rows import Row
 from blipq_worker.blip2.decoding.slots import Slots
@@ -99,7 +100,7 @@ class Opt(Language):
     def _mask(self, seen: torch.Tensor) -> torch.Tensor:
         # Flash attention takes out what is not seen; the others add to its scores.
         flash = "flash" in self._model.config._attn_implementation
-        return seen if flash else _bias(seen, self._slots.dtype)
+        return seen if flash else bias_of(seen, self._slots.dtype)
 
 
 class T5(Language):
@@ -165,7 +166,7 @@ class T5(Language):
         """One token per row, (rows,), at its position; ``seen`` of the encoder, (rows, width)."""
         decoder = self._model.decoder
         hidden = decoder.embed_tokens(tokens[:, None])
-        own, cross = self._position_bias(positions, length), _bias(seen, hidden.dtype)
+        own, cross = self._position_bias(positions, length), bias_of(seen, hidden.dtype)
         for block in decoder.block:
             hidden, own, cross = block(hidden, None, own, encoded, None, cross, cache=caches)
         hidden = decoder.final_layer_norm(hidden)[:, -1]
@@ -185,7 +186,7 @@ class T5(Language):
             max_distance=attention.relative_attention_max_distance,
         )
         bias = attention.relative_attention_bias(buckets).permute(0, 2, 1)[:, :, None]
-        biased: torch.Tensor = bias + _bias(distances <= 0, bias.dtype)
+        biased: torch.Tensor = bias + bias_of(distances <= 0, bias.dtype)
         return biased
 
 
@@ -203,9 +204,3 @@ def _embedded(model: Any, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tens
 
 def _last_tokens(rows: Sequence[Row]) -> torch.Tensor:
     return torch.tensor([row.tokens[-1] for row in rows], device=rows[0].queries.device)
-
-
-def _bias(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What to add to scores, (rows, 1, 1, columns), so that only what is seen counts."""
-    bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return bias.masked_fill(~seen, torch.finfo(dtype).min)[:, None, None]

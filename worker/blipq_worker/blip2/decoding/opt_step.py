@@ -1,9 +1,8 @@
 """One more token per row through OPT's layers, with nothing around them.
 
-transformers' decoder prepares masks, checks arguments and calls four modules deep at every layer:
-for the few rows of a step that takes as long as the layers do, and Python's lock is taken twice as
-often from the threads that fetch and decode. The layers' own weights and code are used, whatever
-their precision.
+transformers' decoder prepares masks, checks arguments and calls four modules deep at every layer,
+which counts where a step has few rows (``python -m benchmarks steps``). The layers' own weights and
+code are used, whatever their precision; hooks on them are not called.
 """
 
 from collections.abc import Callable
@@ -12,7 +11,8 @@ from typing import Any
 
 import torch
 
-from blipq_worker.blip2.attention import next_token_attention
+from blipq_worker.blip2.attention import bias_of, next_token_attention
+from blipq_worker.blip2.decoding.slots import round_up
 
 #: Columns that a step looks at are a multiple of this: vectors without a rest.
 _COLUMNS = 16
@@ -84,7 +84,8 @@ class OptStep:
         """
         count = len(tokens)
         width = _width(longest, buffers[0].shape[3])
-        bias = _hidden(positions, width, buffers[0].dtype)
+        seen = torch.arange(width, device=tokens.device) <= positions[:, None]
+        bias = bias_of(seen, buffers[0].dtype)
         slots = torch.arange(count, device=tokens.device) if isinstance(where, slice) else where
         states = self._embedded(tokens, positions)
         for block, buffer in zip(self._blocks, buffers, strict=True):
@@ -111,19 +112,10 @@ class OptStep:
 
 def _width(longest: int, columns: int) -> int:
     """How many columns a step looks at: all, where a copy of the rest would cost as much."""
-    width = -(-longest // _COLUMNS) * _COLUMNS
+    width = round_up(longest, _COLUMNS)
     return columns if columns < 1.4 * width else width
 
 
 def _part(states: torch.Tensor, where: slice | torch.Tensor, width: int) -> torch.Tensor:
     """The first columns of some slots; a view of all of them as far as that can be."""
     return states[where] if width == states.shape[2] else states[where, :, :width]
-
-
-def _hidden(positions: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """What to add to scores, (rows, 1, 1, width), so that no row sees beyond its position."""
-    columns = torch.arange(width, device=positions.device)
-    beyond = (columns > positions[:, None])[:, None, None]
-    return torch.zeros(beyond.shape, dtype=dtype, device=positions.device).masked_fill_(
-        beyond, torch.finfo(dtype).min
-    )

@@ -101,7 +101,7 @@ class Slots:
         for layer, source in zip(self.cache.layers, filled.layers, strict=True):
             end, width = running + len(source.keys), source.keys.shape[2]
             if layer.buffer is None or not _holds(layer.buffer, end, columns):
-                layer.grow(source.keys, _up(end, _ROWS_STEP), _up(columns, _COLUMNS_STEP))
+                layer.grow(source.keys, round_up(end, _ROWS_STEP), round_up(columns, _COLUMNS_STEP))
             for buffer, new in zip(layer.buffer, (source.keys, source.values), strict=True):
                 buffer[running:end, :, :width] = new
                 buffer[running:end, :, width:] = 0  # nothing is left of who was here before
@@ -128,6 +128,6 @@ def _holds(buffer: torch.Tensor, rows: int, columns: int) -> bool:
     return buffer.shape[1] >= rows and buffer.shape[3] >= columns
 
 
-def _up(number: int, step: int) -> int:
+def round_up(number: int, step: int) -> int:
     """The next multiple of ``step``."""
     return -(-number // step) * step
