@@ -22,10 +22,10 @@ from benchmarks import (
 
 #: Sections with their usual size and the size of a long run, in the order of the page.
 SECTIONS: dict[str, tuple[Callable[[int], dict[str, Any]], int, int]] = {
-    "bare": (throughput.bare, 40, 512),
+    "bare": (throughput.bare, 80, 512),
     "profile": (profiling.profile, 5, 30),
     "peers": (throughput.peers, 16, 96),
-    "latency": (latency.latency, 32, 192),
+    "latency": (latency.latency, 1, 7),
     "overhead": (overhead.overhead, 3_000, 30_000),
     "queued": (queued.queued, 100_000, 1_000_000),
     "scale": (scale.scale, 40, 2_000),

@@ -79,7 +79,7 @@ def _mixed(calls: Calls, repeats: int) -> dict[str, float]:
     source = pictures(9)
     together = []
     with running() as stack:
-        stack.start_worker(environment())
+        stack.start_workers(environment())
         for _ in range(repeats + 1):
             through = stack.backlog(_requests(stack.upload(source.take(8))))
             together.append(through.seconds)

@@ -50,7 +50,7 @@ def overhead(jobs: int) -> dict[str, Any]:
         found["recorded"] = _celery(stack, recorded, _prepared(stack, image, WARM + jobs))
         for name, fetch in (("blipq", "0"), ("blipq with S3", "1")):
             found[name] = _blipq(stack, jobs, _picture(stack) if fetch == "1" else image, fetch)
-        stack.start_worker({**AT_ONCE, "BENCH_FETCH": "0"}, SLEEPING)
+        stack.start_workers({**AT_ONCE, "BENCH_FETCH": "0"}, SLEEPING)
         found["idle"] = _alone(stack, image)
     found["ledger_cpu_ms"] = found["recorded"]["cpu_ms"] - found["noop"]["cpu_ms"]
     found["ratio"] = found["blipq"]["per_s"] / found["noop"]["per_s"]
@@ -72,7 +72,7 @@ def _picture(stack: Stack) -> ImageRef:
 
 def _blipq(stack: Stack, jobs: int, image: ImageRef, fetch: str) -> dict[str, Any]:
     environment = {**AT_ONCE, "BENCH_FETCH": fetch, "BLIPQ_CONCURRENCY": str(THREADS)}
-    stack.start_worker(environment, SLEEPING)
+    stack.start_workers(environment, SLEEPING)
     stack.backlog(requests(image, WARM))
     through: Through = stack.backlog(requests(image, jobs))
     stack.stop_workers()

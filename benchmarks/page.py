@@ -178,6 +178,19 @@ def _scale(found: Found) -> Iterator[str]:
         for workers, each in found["repeated"].items()
     ]
     yield from table(["workers, each image four times", "jobs/s", "cache hits"], lines)
+    yield ""
+    lines = [
+        [workers, row.about, *(f"{each:.1f}" for each in _pace(rows[row.name]))]
+        for workers, rows in found["sharing"].items()
+        for row in ROWS
+        if row.name in rows
+    ]
+    head = ["workers that share the cores", "asked", "images/s", "the model's CPU ms an image"]
+    yield from table(head, lines)
+
+
+def _pace(found: Found) -> tuple[float, float]:
+    return found["images_per_s"], found["cpu_ms"]["model"]
 
 
 def _engine(found: Found) -> Iterator[str]:

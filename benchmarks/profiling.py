@@ -1,4 +1,4 @@
-"""Where the model's thread is, and who holds Python's lock, as py-spy sees a busy worker."""
+"""Where the model's thread is, and who holds Python's lock, as py-spy sees one busy worker."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.photos import pictures
-from benchmarks.throughput import environment
+from benchmarks.throughput import PROCESSES, environment
 from blipq_worker.bench.stack import Stack, running
 from blipq_worker.bench.workloads import GREEDY
 
@@ -36,7 +36,7 @@ def profile(seconds: int) -> dict[str, Any]:
     """
     jobs = JOBS_A_SECOND * (2 * seconds + WARM_S)
     with running() as stack:
-        stack.start_worker(environment())
+        stack.start_workers(environment(), processes=PROCESSES)
         images = stack.upload(pictures(11).take(jobs))
         stack.client.submit_many(list(GREEDY.requests(images)))
         time.sleep(WARM_S)

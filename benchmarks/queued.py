@@ -23,7 +23,7 @@ def queued(jobs: int) -> dict[str, Any]:
     """Jobs a second by ``submit`` and by ``submit_many``, Redis' bytes a job, and what grows."""
     with running() as stack:
         image = stack.upload([b"nothing"])[0]
-        stack.start_worker(HOLDING, SLEEPING)
+        stack.start_workers(HOLDING, SLEEPING)
         started = time.monotonic()
         for each in requests(image, ONE_BY_ONE):
             stack.client.submit(each)

@@ -1,29 +1,37 @@
-"""Several workers on one queue: a model that sleeps, and repeated images with the real cache."""
+"""Several workers on one queue: a model that sleeps, repeated images, and shares of the cores."""
 
 from typing import Any
 
 from benchmarks.overhead import SLEEPING, requests
 from benchmarks.photos import pictures
+from benchmarks.throughput import PROCESSES, environment
 from blipq_worker.bench.pictures import Pictures
+from blipq_worker.bench.run import Bench
 from blipq_worker.bench.stack import Stack, running
-from blipq_worker.bench.workloads import GREEDY
+from blipq_worker.bench.workloads import GREEDY, MIXED
 
 WORKERS = (1, 2, 4, 8)
 CACHED = (1, 2, 4)
 TIMES = 4
 REPEATED = 256
+#: Jobs, and what they ask, where workers share the cores.
+SHARED, SHARED_ROWS = 96, (GREEDY, MIXED)
 #: Served models by name: milliseconds of a pass, and of each of its rows.
 SPEEDS = {"fast": "8+4", "slow": "32+16"}
 
 
 def scale(jobs: int) -> dict[str, Any]:
     """Jobs a second by number of workers: ``jobs`` for each of them."""
-    return {"sleeping": _sleeping(jobs), "repeated": _repeated(REPEATED)}
+    return {
+        "sleeping": _sleeping(jobs),
+        "repeated": _repeated(REPEATED),
+        "sharing": {str(number): _sharing(number) for number in sorted({1, PROCESSES})},
+    }
 
 
 def _sleeping(jobs: int) -> dict[str, dict[str, dict[str, float]]]:
     """One job a pass, nothing read from S3."""
-    environment = {
+    settings = {
         "BLIPQ_MODELS": ",".join(f"{name}={times}" for name, times in SPEEDS.items()),
         "BENCH_FETCH": "0",
         "BLIPQ_MAX_BATCH_SIZE": "1",
@@ -33,7 +41,7 @@ def _sleeping(jobs: int) -> dict[str, dict[str, dict[str, float]]]:
         image = stack.upload([b"nothing"])[0]
         for workers in WORKERS:
             while len(stack.workers) < workers:
-                stack.start_worker(environment, SLEEPING)
+                stack.start_workers(settings, SLEEPING)
             for name in SPEEDS:
                 stack.backlog(requests(image, 20 * workers), name)
                 through = stack.backlog(requests(image, jobs * workers), name)
@@ -44,12 +52,12 @@ def _sleeping(jobs: int) -> dict[str, dict[str, dict[str, float]]]:
 
 def _repeated(jobs: int) -> dict[str, dict[str, float]]:
     """The demo model; who takes a job is chance, so the hit rate falls with more workers."""
-    environment = {"BLIPQ_MODELS": "default=demo", "OMP_NUM_THREADS": "1"}
+    settings = {"BLIPQ_MODELS": "default=demo", "OMP_NUM_THREADS": "1"}
     found, source = {}, pictures(7)
     with running() as stack:
         for workers in CACHED:
             while len(stack.workers) < workers:
-                stack.start_worker(environment)
+                stack.start_workers(settings)
             found[str(workers)] = _hits(stack, source, jobs)
     return found
 
@@ -62,3 +70,8 @@ def _hits(stack: Stack, source: Pictures, jobs: int) -> dict[str, float]:
     receipts = [info.receipt for info in through.infos if info.receipt]
     hits = sum(bool(receipt.cache_hit) for receipt in receipts)
     return {"per_s": through.per_s, "hit_rate": hits / len(images)}
+
+
+def _sharing(processes: int) -> dict[str, Any]:
+    """The mid-size model, all cores for one worker or shared by several."""
+    return Bench(environment(), pictures(9), SHARED, processes=processes).through(SHARED_ROWS)

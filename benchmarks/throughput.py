@@ -1,5 +1,6 @@
 """Images a second: the bare engine, the whole service and the peers, on the same jobs."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,8 @@ SEEN = replace(MIXED, name="seen-5-50", about="caption, greedy, 5 to 50 tokens, 
 ROWS = (DEFAULT, GREEDY, MIXED, TEN, SEEN)
 SHORT_ROWS = (GREEDY, TEN)
 DEMO = {"BLIPQ_MODELS": "default=demo"}
+#: Workers, and bare engines, with a core each: see the page's section on workers.
+PROCESSES = os.cpu_count() or 1
 
 
 def environment(dtype: str = "auto") -> dict[str, str]:
@@ -39,8 +42,8 @@ def bare(jobs: int) -> dict[str, Any]:
     found = {}
     for name, settings in (("mid-size", environment()), ("demo", DEMO)):
         rows: tuple[Workload, ...] = (DEFAULT, GREEDY, MIXED)
-        found[name] = _both(Bench(settings, pictures(1), jobs), rows)
-        few = Bench(settings, pictures(2), max(8, jobs // TEN_SHARE))
+        found[name] = _both(Bench(settings, pictures(1), jobs, processes=PROCESSES), rows)
+        few = Bench(settings, pictures(2), max(8, jobs // TEN_SHARE), processes=PROCESSES)
         for part, values in _both(few, (TEN,)).items():
             found[name][part] |= values
     return found | {"elsewhere": _elsewhere(found["mid-size"]["bare"], jobs)}
@@ -110,7 +113,7 @@ def _few(*images: list[ImageRef]) -> tuple[list[ImageRef], ...]:
 
 def _blipq(stack: Stack, rows: Rows, dtype: str) -> dict[str, Any]:
     """Through the queue, as the worker comes: no batch size is tried."""
-    stack.start_worker(environment(dtype))
+    stack.start_workers(environment(dtype))
     found = {}
     for row, (warm, work) in rows.items():
         stack.backlog(list(row.requests(warm)))

@@ -1,4 +1,4 @@
-"""``blipq worker``: one process, or one supervised process per GPU."""
+"""``blipq worker``: one process, or several supervised ones: per GPU, or on shares of the cores."""
 
 import importlib.util
 import os
@@ -27,21 +27,35 @@ def run_one() -> None:
     os.execv(COMMAND[0], COMMAND)
 
 
-def run_per_gpu(gpus: str) -> int:
-    """Runs a worker per GPU and starts again what dies; the exit code.
+def run_many(gpus: str | None, processes: int) -> int:
+    """Runs several workers and starts again what dies; the exit code.
 
-    ``gpus``: ``all``, or indexes such as ``0,2``. SIGTERM and SIGINT drain them all.
+    gpus: ``all``, or indexes such as ``0,2``; None leaves the device to the settings. processes:
+    for each GPU, or in all. SIGTERM and SIGINT drain them all.
     """
     _require_worker()
-    indexes = _all_gpus() if gpus == "all" else _indexes(gpus)
-    health_port = os.environ.get("BLIPQ_HEALTH_PORT")
-    services = []
-    for place, index in enumerate(indexes):
-        environment = {"CUDA_VISIBLE_DEVICES": index}
-        if health_port:  # one port per process, upwards
-            environment["BLIPQ_HEALTH_PORT"] = str(int(health_port) + place)
-        services.append(Service(f"worker on GPU {index}", COMMAND, env=environment))
+    if gpus is None:
+        places = [("worker", shares_of_cores(processes))]
+    else:
+        indexes = _all_gpus() if gpus == "all" else _indexes(gpus)
+        places = [(f"worker on GPU {each}", {"CUDA_VISIBLE_DEVICES": each}) for each in indexes]
+    workers = [
+        (f"{name}, {number}" if processes > 1 else name, environment)
+        for name, environment in places
+        for number in range(1, processes + 1)
+    ]
+    services = [
+        Service(name, COMMAND, env={**environment, **_health_port(place)})
+        for place, (name, environment) in enumerate(workers)
+    ]
     return run_supervised(services, drain_s=_drain_timeout_s())
+
+
+def shares_of_cores(processes: int) -> dict[str, str]:
+    """The environment of each of so many workers that compute on this machine's cores."""
+    if processes == 1 or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, _cores() // processes))}
 
 
 def run_supervised(services: Sequence[Service], *, drain_s: float) -> int:
@@ -65,9 +79,20 @@ def _require_worker() -> None:
         raise InvalidRequest("no worker here: pip install 'blipq[worker]'")
 
 
+def _health_port(place: int) -> dict[str, str]:
+    """One per process, upwards from that of the settings."""
+    first = os.environ.get("BLIPQ_HEALTH_PORT")
+    return {"BLIPQ_HEALTH_PORT": str(int(first) + place)} if first else {}
+
+
 def _drain_timeout_s() -> float:
     """The workers' own deadline; a process that outlasts it by more than a little is killed."""
     return TypeAdapter(Seconds).validate_python(os.environ.get("BLIPQ_DRAIN_TIMEOUT_S", 60.0))
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _all_gpus() -> list[str]:

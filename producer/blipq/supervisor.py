@@ -39,7 +39,7 @@ class Service:
         self.name = name
         self.command = list(command)
         self.log = log
-        self._env = {**os.environ, **(env or {})}
+        self.env = {**os.environ, **(env or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
         self._pause = FIRST_PAUSE_S
@@ -61,7 +61,7 @@ class Service:
         try:
             self._process = subprocess.Popen(
                 self.command,
-                env=self._env,
+                env=self.env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,

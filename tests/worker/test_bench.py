@@ -44,7 +44,8 @@ def test_a_run_compares_the_service_with_the_bare_engine(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     figures = tmp_path / "bench.json"
-    assert main(["--jobs", "4", "--workload", "greedy-20", "--json", str(figures)]) == 0
+    options = ["--jobs", "4", "--processes", "2", "--workload", "greedy-20"]
+    assert main([*options, "--json", str(figures)]) == 0
     found = json.loads(figures.read_text())
     assert found["bare"]["greedy-20"]["images_per_s"] > 0
     assert found["service"]["greedy-20"]["images_per_s"] > 0

@@ -33,6 +33,9 @@ def bench(
         typer.Option(exists=True, file_okay=False, help="Folder of photos; drawn ones by default."),
     ] = None,
     jobs: Annotated[int, typer.Option(min=32, help="Jobs of each measurement.")] = 256,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Workers, and bare engines, that share the cores.")
+    ] = 1,
     workload: Annotated[
         list[Asked] | None, typer.Option(help="Only this; may be repeated.")
     ] = None,
@@ -53,8 +56,10 @@ def bench(
         blipq bench
         blipq bench --model opt-2.7b --images photos --json bench.json
         blipq bench --workload greedy-5-50 --latency
+        blipq bench --processes 4
     """
     arguments = ["--model", model, "--jobs", str(jobs)]
+    arguments += ["--processes", str(processes)]
     arguments += ["--images", str(images)] if images else []
     arguments += ["--latency"] if latency else []
     arguments += ["--json", str(json)] if json else []

@@ -45,8 +45,9 @@ def measured(options: argparse.Namespace, workloads: Sequence[Workload]) -> dict
     """Everything that was asked for."""
     photos = read(options.images) if options.images else drawn()
     environment = {"BLIPQ_MODELS": f"default={options.model}"}
-    bench = Bench(environment, Pictures(photos), options.jobs)
-    found = {**about_this_run(), "model": options.model, "jobs": options.jobs}
+    bench = Bench(environment, Pictures(photos), options.jobs, processes=options.processes)
+    asked = {name: getattr(options, name) for name in ("model", "jobs", "processes")}
+    found = {**about_this_run(), **asked}
     errors.print(f"{found['machine']}; other work now: load average {found['load_average']:.1f}")
     errors.print("the bare engine ...")
     found["bare"] = bench.ceilings(workloads)
@@ -85,6 +86,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--images", type=Path)
     parser.add_argument("--jobs", type=int, default=256)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--latency", action="store_true")
     parser.add_argument("--workload", dest="workloads", action="append", default=[])
     parser.add_argument("--json", type=Path)

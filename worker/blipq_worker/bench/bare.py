@@ -1,17 +1,19 @@
 """The bare engine: the same model and pictures, read from disk, without queue, S3 and Redis.
 
-``python -m blipq_worker.bench.bare FOLDER WORKLOAD...`` prints figures as JSON. It is a process of
-its own, as a worker is, so that both have the machine for themselves.
+``python -m blipq_worker.bench.bare FOLDER JOBS PROCESSES WORKLOAD...`` prints figures as JSON. Each
+model is in a process of its own, as a worker is, so that both have the machine for themselves.
 """
 
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from threading import Barrier
 
 from blipq.contract import Generation, Priority
 from blipq_worker.bench.workloads import PROMPT, QUESTIONS, WORKLOADS, Workload
@@ -22,8 +24,9 @@ from blipq_worker.load import load_models
 from blipq_worker.settings import WorkerSettings
 
 #: Batch sizes that are tried: the best one is the ceiling.
-SIZES = (8, 16, 32)
+SIZES = (16, 32)
 DECODERS = 2
+START_TIMEOUT_S = 300.0
 
 Work = Sequence[tuple[Path, Generation | None]]
 Loop = Callable[[Workload, Work, int], None]
@@ -74,16 +77,21 @@ class Bare:
         return GenerateItem(pixels, prompts or (PROMPT,), params)
 
 
-def ceiling(
-    bare: Bare, workload: Workload, paths: "Iterator[Path]", count: int
-) -> dict[str, object]:
-    """The fastest loop and batch size, in images a second, and what each of them reached."""
-    loops: dict[str, Loop] = {
-        "batches": bare.in_batches,
-        "joining": bare.fed,
-    }
-    rates: dict[str, float] = {}
-    cpu_ms: dict[str, float] = {}
+@dataclass(frozen=True)
+class Tried:
+    """A loop and batch size of one process: its images, and its seconds by the clock and of CPU."""
+
+    name: str
+    images: int
+    took_s: float
+    cpu_s: float
+
+
+def tried(
+    bare: Bare, workload: Workload, paths: "Iterator[Path]", count: int, together: Barrier
+) -> Iterator[Tried]:
+    """Each loop and batch size with ``count`` images; begun when all processes are ready."""
+    loops: dict[str, Loop] = {"batches": bare.in_batches, "joining": bare.fed}
     for name, loop in loops.items():
         for size in SIZES:
             generations = workload.generations(count)
@@ -91,30 +99,56 @@ def ceiling(
             work = [(next(paths), each) for each in generations]
             # On a thread of its own, whose helpers end with it: see load_models.
             with ThreadPoolExecutor(1) as thread:
-                took, spent = thread.submit(timed, loop, workload, (warm, work), size).result()
-            tried = f"{name} of {size}"
-            rates[tried] = count / took
-            cpu_ms[tried] = 1000 * spent / count
+                thread.submit(loop, workload, warm, size).result()
+                together.wait(START_TIMEOUT_S)
+                times = thread.submit(timed, loop, workload, work, size).result()
+            yield Tried(f"{name} of {size}", count, *times)
+
+
+def timed(loop: Loop, workload: Workload, work: Work, size: int) -> tuple[float, float]:
+    """Seconds that this work takes, and this process's CPU seconds in them."""
+    started, before = time.monotonic(), time.process_time()
+    loop(workload, work, size)
+    return time.monotonic() - started, time.process_time() - before
+
+
+def ceiling(processes: Sequence[Sequence[Tried]]) -> dict[str, object]:
+    """The fastest loop and batch size, in images a second, and what each of them reached."""
+    rates: dict[str, float] = {}
+    cpu_ms: dict[str, float] = {}
+    for same in zip(*processes, strict=True):
+        name, images = same[0].name, sum(each.images for each in same)
+        rates[name] = images / max(each.took_s for each in same)
+        cpu_ms[name] = 1000 * sum(each.cpu_s for each in same) / images
     best = max(rates, key=lambda each: rates[each])
     return {"images_per_s": rates[best], "loop": best, "cpu_ms": cpu_ms[best], "all": rates}
 
 
-def timed(loop: Loop, workload: Workload, works: Sequence[Work], size: int) -> tuple[float, float]:
-    """Seconds that the last of these works takes, and this process's CPU seconds in them."""
-    for work in works:
-        started, before = time.monotonic(), time.process_time()
-        loop(workload, work, size)
-    return time.monotonic() - started, time.process_time() - before
-
-
-def main(folder: str, count: str, *names: str) -> None:
-    """Prints the ceilings by workload."""
+def measured(
+    folder: str, count: int, names: Sequence[str], share: slice, together: Barrier
+) -> dict[str, list[Tried]]:
+    """What one process finds, by workload. share: which of the pictures are its own."""
     options = WorkerSettings()
     (model,) = load_models(options).values()
     bare = Bare(model, options)
-    paths = cycle(sorted(Path(folder).iterdir()))
+    paths = cycle(sorted(Path(folder).iterdir())[share])
     chosen = [each for each in WORKLOADS if each.name in names]
-    print(json.dumps({each.name: ceiling(bare, each, paths, int(count)) for each in chosen}))
+    return {each.name: list(tried(bare, each, paths, count, together)) for each in chosen}
+
+
+def main(folder: str, jobs: str, processes: str, *names: str) -> None:
+    """Prints the ceilings by workload."""
+    number = int(processes)
+    shares = [slice(place, None, number) for place in range(number)]
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(number, spawned) as pool, spawned.Manager() as manager:
+        together = manager.Barrier(number)
+        found = [
+            pool.submit(measured, folder, int(jobs) // number, names, share, together)
+            for share in shares
+        ]
+        by_process = [each.result() for each in found]
+    print(json.dumps({name: ceiling([each[name] for each in by_process]) for name in names}))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,10 @@ class Used:
     total: float
     threads: Mapping[int, float]
 
-    def since(self, before: "Used") -> dict[str, float]:
-        """Seconds of the threads that the model ran on, and of all others.
-
-        The model's are the busiest: as many as torch uses.
-        """
+    def since(self, before: "Used", model_threads: int) -> dict[str, float]:
+        """Seconds of the threads that the model ran on, the busiest ones, and of all others."""
         grown = sorted(each - before.threads.get(id, 0.0) for id, each in self.threads.items())
-        model = sum(grown[-torch.get_num_threads() :])
+        model = sum(grown[-model_threads:])
         return {"model": model, "others": self.total - before.total - model}
 
 
@@ -30,3 +27,8 @@ def used(pid: int | None) -> Used:
     times = process.cpu_times()
     threads = {each.id: each.user_time + each.system_time for each in process.threads()}
     return Used(times.user + times.system, threads)
+
+
+def model_threads(environment: Mapping[str, str]) -> int:
+    """How many threads torch computes with in such an environment."""
+    return int(environment.get("OMP_NUM_THREADS", torch.get_num_threads()))

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from blipq.fleet import shares_of_cores
 from blipq_worker.bench.pictures import Pictures
 from blipq_worker.bench.stack import BenchError, Stack, running
 from blipq_worker.bench.workloads import Workload
@@ -24,13 +25,15 @@ WARM = 32
 class Bench:
     """What is measured. ``environment`` holds the worker's settings, as BLIPQ_* variables.
 
-    program: what stands in for the worker's own.
+    program: what stands in for the worker's own. processes: workers, or bare engines, that share
+    the cores.
     """
 
     environment: Mapping[str, str]
     pictures: Pictures
     jobs: int
     program: Sequence[str] | None = None
+    processes: int = 1
 
     def ceilings(self, workloads: Sequence[Workload]) -> dict[str, Any]:
         """The bare engine's images a second, by workload."""
@@ -38,10 +41,10 @@ class Bench:
             for number, picture in enumerate(self.pictures.take(self.jobs)):
                 (Path(folder) / f"{number:06}.jpg").write_bytes(picture)
             names = [each.name for each in workloads]
-            command = [sys.executable, "-m", "blipq_worker.bench.bare", folder, str(self.jobs)]
+            command = [sys.executable, "-m", "blipq_worker.bench.bare", folder]
             ran = subprocess.run(
-                [*command, *names],
-                env={**os.environ, **self.environment},
+                [*command, str(self.jobs), str(self.processes), *names],
+                env={**os.environ, **shares_of_cores(self.processes), **self.environment},
                 stdout=subprocess.PIPE,
                 text=True,
             )
@@ -56,7 +59,7 @@ class Bench:
         seen: the worker has seen every image before, so that its features are known.
         """
         with running() as stack:
-            stack.start_worker(self.environment, self.program)
+            stack.start_workers(self.environment, self.program, processes=self.processes)
             return {each.name: self._through(stack, each, seen) for each in workloads}
 
     def _through(self, stack: Stack, workload: Workload, seen: bool) -> dict[str, Any]:
@@ -79,7 +82,7 @@ class Bench:
         """
         found = {}
         with running() as stack:
-            stack.start_worker(self.environment, self.program)
+            stack.start_workers(self.environment, self.program, processes=self.processes)
             images = stack.upload(self.pictures.take(WARM))
             stack.backlog(list(workload.requests(images)))
             for name, per_s in rates.items():

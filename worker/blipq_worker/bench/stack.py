@@ -13,6 +13,7 @@ from typing import Any
 from blipq import Client, Job, JobInfo
 from blipq.contract import ImageRef, Options, Request, Status
 from blipq.errors import BlipqError
+from blipq.fleet import shares_of_cores
 from blipq.local import LocalStack, worker_service
 from blipq.supervisor import Service
 from blipq_worker.bench import cpu
@@ -68,6 +69,7 @@ class Meter:
 
     def __init__(self, workers: Sequence[Service], servers: Sequence[Service]) -> None:
         self._workers = [each.pid for each in workers]
+        self._threads = [cpu.model_threads(each.env) for each in workers]
         self._servers = {each.name: each.pid for each in servers}
         self._before = self._read()
 
@@ -78,7 +80,10 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Seconds since the meter was made; workers are added up."""
         workers, rest = self._read()
-        parts = [now.since(then) for now, then in zip(workers, self._before[0], strict=True)]
+        parts = [
+            now.since(then, threads)
+            for now, then, threads in zip(workers, self._before[0], self._threads, strict=True)
+        ]
         found = {name: sum(part[name] for part in parts) for name in ("model", "others")}
         return found | {name: spent - self._before[1][name] for name, spent in rest.items()}
 
@@ -93,23 +98,30 @@ class Stack:
         self.client = Client(self.local.settings())
         self.workers: list[Service] = []
 
-    def start_worker(
-        self, environment: Mapping[str, str], program: Sequence[str] | None = None
-    ) -> Service:
-        """Starts a worker, or what stands in for one, and waits until it serves."""
+    def start_workers(
+        self,
+        environment: Mapping[str, str],
+        program: Sequence[str] | None = None,
+        *,
+        processes: int = 1,
+    ) -> None:
+        """Starts workers that share the cores, or what stands in for them, and waits for them."""
         before = set(self.client.ledger.workers())
-        log = self.folder / f"worker-{len(self.workers)}.log"
-        worker = worker_service({**self.local.environment(), **environment}, log)
-        if program:
-            worker.command = list(program)
-        worker.start()
-        self.workers.append(worker)
+        for _ in range(processes):
+            worker = worker_service(
+                {**shares_of_cores(processes), **self.local.environment(), **environment},
+                self.folder / f"worker-{len(self.workers)}.log",
+            )
+            if program:
+                worker.command = list(program)
+            worker.start()
+            self.workers.append(worker)
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not set(self.client.ledger.workers()) - before:
-            if worker.exit_code is not None or time.monotonic() > deadline:
-                raise BenchError(f"the worker does not serve:\n{worker.last_words()}")
+        while len(set(self.client.ledger.workers()) - before) < processes:
+            for worker in self.workers:
+                if worker.exit_code is not None or time.monotonic() > deadline:
+                    raise BenchError(f"the worker does not serve:\n{worker.last_words()}")
             time.sleep(0.05)
-        return worker
 
     def stop_workers(self) -> None:
         """Stops them all, side by side."""
@@ -129,7 +141,9 @@ class Stack:
         jobs = self.client.submit_many(requests, Options(model=model))
         return self.ended(jobs, started, meter)
 
-    def arriving(self, requests: Sequence[Request], per_s: float, seed: int = 1) -> Through:
+    def arriving(
+        self, requests: Sequence[Request], per_s: float, model: str = "default", seed: int = 1
+    ) -> Through:
         """Jobs at random moments, ``per_s`` on average, whatever has ended by then."""
         draw, meter = random.Random(seed), self._meter()
         started = due = time.monotonic()
@@ -137,7 +151,7 @@ class Stack:
         for request in requests:
             due += draw.expovariate(per_s)
             time.sleep(max(0.0, due - time.monotonic()))
-            jobs.append(self.client.submit(request))
+            jobs.append(self.client.submit(request, Options(model=model)))
         return self.ended(jobs, started, meter)
 
     def _meter(self) -> Meter:

@@ -1,0 +1,77 @@
+"""How `blipq worker` shares a machine out between processes; the processes are stood in for."""
+
+import os
+from collections.abc import Sequence
+
+import pytest
+
+from blipq import fleet
+from blipq.errors import InvalidRequest
+from blipq.supervisor import Service
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Service]:
+    """The services that would be started."""
+    started: list[Service] = []
+
+    def run(services: Sequence[Service], *, drain_s: float) -> int:
+        started.extend(services)
+        return 0
+
+    monkeypatch.setattr(fleet, "run_supervised", run)
+    for name in ("OMP_NUM_THREADS", "BLIPQ_HEALTH_PORT", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(fleet, "_cores", lambda: 8)
+    return started
+
+
+def _values(services: Sequence[Service], name: str) -> list[str | None]:
+    return [each.env.get(name) for each in services]
+
+
+def test_processes_without_gpus_share_the_cores(started: list[Service]) -> None:
+    assert fleet.run_many(None, 3) == 0
+    assert [each.name for each in started] == ["worker, 1", "worker, 2", "worker, 3"]
+    assert _values(started, "OMP_NUM_THREADS") == ["2", "2", "2"]
+
+
+def test_more_processes_than_cores_have_one_each(started: list[Service]) -> None:
+    fleet.run_many(None, 9)
+    assert set(_values(started, "OMP_NUM_THREADS")) == {"1"}
+
+
+def test_threads_that_are_set_stay_as_they_are(
+    started: list[Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    fleet.run_many(None, 4)
+    assert set(_values(started, "OMP_NUM_THREADS")) == {"3"}
+
+
+def test_each_gpu_has_its_process_and_each_process_its_health_port(
+    started: list[Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BLIPQ_HEALTH_PORT", "8080")
+    fleet.run_many("0,2", 1)
+    assert [each.name for each in started] == ["worker on GPU 0", "worker on GPU 2"]
+    assert _values(started, "CUDA_VISIBLE_DEVICES") == ["0", "2"]
+    assert _values(started, "BLIPQ_HEALTH_PORT") == ["8080", "8081"]
+    assert _values(started, "OMP_NUM_THREADS") == [None, None]
+
+
+def test_several_processes_of_each_gpu(started: list[Service]) -> None:
+    fleet.run_many("1,0", 2)
+    names = [f"worker on GPU {gpu}, {number}" for gpu in (1, 0) for number in (1, 2)]
+    assert [each.name for each in started] == names
+    assert _values(started, "CUDA_VISIBLE_DEVICES") == ["1", "1", "0", "0"]
+
+
+def test_gpus_are_named_by_their_indexes(started: list[Service]) -> None:
+    with pytest.raises(InvalidRequest, match="--gpus takes 'all' or indexes"):
+        fleet.run_many("first", 1)
+    assert not started
+
+
+def test_cores_are_those_that_the_process_may_use() -> None:
+    assert 1 <= fleet._cores() <= (os.cpu_count() or 1)
