@@ -22,13 +22,13 @@ from benchmarks import (
 
 #: Sections with their usual size and the size of a long run, in the order of the page.
 SECTIONS: dict[str, tuple[Callable[[int], dict[str, Any]], int, int]] = {
-    "bare": (throughput.bare, 80, 512),
+    "bare": (throughput.bare, 64, 512),
     "profile": (profiling.profile, 5, 30),
     "peers": (throughput.peers, 16, 96),
     "latency": (latency.latency, 1, 7),
-    "overhead": (overhead.overhead, 3_000, 30_000),
+    "overhead": (overhead.overhead, 2_000, 30_000),
     "queued": (queued.queued, 100_000, 1_000_000),
-    "scale": (scale.scale, 40, 2_000),
+    "scale": (scale.scale, 30, 2_000),
     "engine": (engine.engine, 3, 9),
     "packing": (packing.packing, 3, 9),
     "steps": (steps.steps, 5, 15),

@@ -18,7 +18,7 @@ WORKERS = [sys.executable, "-m", "benchmarks.workers"]
 #: What stands in for the worker, by how jobs come together; a model of the stack is served by each.
 POLICIES = {"joining": None, "closed": [*WORKERS, "closed"], "batches": [*WORKERS, "batchwise"]}
 #: How long jobs arrive in one run, and how many find the capacity.
-SECONDS, BACKLOG = 6, 96
+SECONDS, BACKLOG = 5, 96
 #: Images of the jobs whose images were seen before, and how often, so that every worker has.
 SEEN, TIMES = 32, 6
 SHORT = replace(MIXED, shortest=1, longest=2)

@@ -62,7 +62,8 @@ def _bare(found: Found) -> Iterator[str]:
 
 
 CPU_PARTS = ("model", "others", "redis", "s3", "client")
-CPU_HEAD = ["model", "asked", "bare engine", "the model", *CPU_PARTS[1:], "cores busy"]
+CPU_HEAD = ["model", "asked", "bare engine", "the model", *CPU_PARTS[1:]]
+CPU_HEAD += ["bare engine / all", "cores busy"]
 
 
 def _cpu(found: Found) -> Iterator[list[str]]:
@@ -73,8 +74,9 @@ def _cpu(found: Found) -> Iterator[list[str]]:
             bare, service = (parts[each][row.name] for each in ("bare", "service"))
             times = [bare["cpu_ms"]]
             times += [service["cpu_ms"][each] for each in CPU_PARTS]
-            busy = sum(service["cpu_ms"].values()) * service["images_per_s"] / 1000
-            yield [model, row.about, *(f"{each:.1f}" for each in times), f"{busy:.2f}"]
+            share = bare["cpu_ms"] / sum(times[1:])
+            told = [f"{each:.1f}" for each in times]
+            yield [model, row.about, *told, f"{share:.2f}", f"{service['cores_busy']:.2f}"]
 
 
 def _profile(found: Found) -> Iterator[str]:

@@ -26,7 +26,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "a job, between them": ("blipq_worker/tasks.py",),
     "Celery and the rest": ("",),
 }
-RATE, WARM_S, JOBS_A_SECOND = 100, 2, 60
+#: Samples a second: few, as the worker stands still for each of them.
+RATE, WARM_S, JOBS_A_SECOND = 20, 2, 40
 
 
 def profile(seconds: int) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def profile(seconds: int) -> dict[str, Any]:
         stack.client.submit_many(list(GREEDY.requests(images)))
         time.sleep(WARM_S)
         return {
-            "the model's thread": _recorded(stack, seconds, only=BATCHER),
+            "the model's thread": _recorded(stack, seconds, "--idle", only=BATCHER),
             "holding Python's lock": _recorded(stack, seconds, "--gil"),
         }
 

@@ -15,7 +15,7 @@ CACHED = (1, 2, 4)
 TIMES = 4
 REPEATED = 256
 #: Jobs, and what they ask, where workers share the cores.
-SHARED, SHARED_ROWS = 96, (GREEDY, MIXED)
+SHARED, SHARED_ROWS = 64, (GREEDY, MIXED)
 #: Served models by name: milliseconds of a pass, and of each of its rows.
 SPEEDS = {"fast": "8+4", "slow": "32+16"}
 

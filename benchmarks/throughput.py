@@ -10,12 +10,15 @@ from benchmarks.overhead import SLEEPING
 from benchmarks.peers.run import PEERS, PYTHON, Rows, run_peer
 from benchmarks.photos import pictures
 from blipq.contract import ImageRef
+from blipq_worker.bench.pictures import Pictures
 from blipq_worker.bench.run import Bench
 from blipq_worker.bench.stack import Stack, running
-from blipq_worker.bench.workloads import DEFAULT, GREEDY, MIXED, TEN, Workload
+from blipq_worker.bench.workloads import DEFAULT, GREEDY, MIXED, TEN, WORKLOADS, Workload
 
 #: Of the jobs: where each asks ten questions, and for peers that take one image at a time.
 TEN_SHARE, ALONE_SHARE = 4, 4
+#: How many times as many jobs the service gets as the bare engine.
+SERVICE_SHARE = 2
 ALONE = ("usual_script", "celery_plain")
 #: Peers' batches. A run of fewer jobs than LONG tries the first and asks only SHORT_ROWS.
 SIZES, LONG = (16, 32), 96
@@ -39,17 +42,22 @@ def environment(dtype: str = "auto") -> dict[str, str]:
 
 def bare(jobs: int) -> dict[str, Any]:
     """The ceiling and the service, for both models at their default precision."""
-    found = {}
-    for name, settings in (("mid-size", environment()), ("demo", DEMO)):
-        rows: tuple[Workload, ...] = (DEFAULT, GREEDY, MIXED)
-        found[name] = _both(Bench(settings, pictures(1), jobs, processes=PROCESSES), rows)
-        few = Bench(settings, pictures(2), max(8, jobs // TEN_SHARE), processes=PROCESSES)
-        for part, values in _both(few, (TEN,)).items():
-            found[name][part] |= values
-    return found | {"elsewhere": _elsewhere(found["mid-size"]["bare"], jobs)}
+    source = pictures(1)
+    found = {
+        name: _both(Bench(settings, source, jobs, processes=PROCESSES))
+        for name, settings in (("mid-size", environment()), ("demo", DEMO))
+    }
+    return found | {"elsewhere": _elsewhere(found["mid-size"]["bare"], source, jobs)}
 
 
-def _elsewhere(bare: dict[str, Any], jobs: int) -> dict[str, Any]:
+def _both(bench: Bench) -> dict[str, Any]:
+    """More jobs through the service, as its workers do not begin and end a batch together."""
+    service = replace(bench, pictures=bench.pictures.again(), jobs=SERVICE_SHARE * bench.jobs)
+    again = replace(bench, pictures=bench.pictures.again())
+    return {"bare": again.ceilings(WORKLOADS), "service": service.through(WORKLOADS)}
+
+
+def _elsewhere(bare: dict[str, Any], source: Pictures, jobs: int) -> dict[str, Any]:
     """As if the mid-size model ran on a device of its own: its time on an image is slept.
 
     Images are read from S3, decoded and made ready as for the model.
@@ -61,13 +69,10 @@ def _elsewhere(bare: dict[str, Any], jobs: int) -> dict[str, Any]:
             "BENCH_CHECKPOINT": mid_size().split("+")[0],
             "BLIPQ_MODELS": f"default=0+{1000 / rates[row.name]}",
         }
-        service |= Bench(settings, pictures(8), jobs, SLEEPING).through([row])
+        bench = Bench(settings, source.again(), SERVICE_SHARE * jobs, SLEEPING)
+        service |= bench.through([row])
     slept = {name: {"images_per_s": rate, "loop": "slept"} for name, rate in rates.items()}
     return {"bare": slept, "service": service}
-
-
-def _both(bench: Bench, rows: Sequence[Workload]) -> dict[str, Any]:
-    return {"bare": bench.ceilings(rows), "service": bench.through(rows)}
 
 
 def peers(jobs: int, *, names: Sequence[str] = ()) -> dict[str, Any]:

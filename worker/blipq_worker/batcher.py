@@ -102,7 +102,7 @@ class Batcher(Generic[Item, Answer]):
     sessions: the keys whose items join and leave, and how to open a session. max_batch_size: most
     items in one batch. max_batch_cost: their highest ``cost`` together; an item alone may cost
     more. batch_wait_timeout_s: longest the first item of a batch waits for company. max_waiting:
-    items beyond which ``submit`` blocks.
+    items beyond which ``submit`` blocks. name: what its thread is called, after "blipq-".
 
     A batch or a step that raises is halved and run again until the item that raises is alone: it
     gets the exception, the others their answers.
@@ -118,6 +118,7 @@ class Batcher(Generic[Item, Answer]):
         sessions: Mapping[Hashable, Callable[[], Session[Item, Answer]]] | None = None,
         cost: Callable[[Item], int] = lambda item: 1,
         max_batch_cost: float = float("inf"),
+        name: str = "batcher",
     ) -> None:
         self._run = run
         self._max_batch_size = max_batch_size
@@ -134,7 +135,7 @@ class Batcher(Generic[Item, Answer]):
         self._sessions: dict[Hashable, _Running[Item, Answer]] = {}
         self._batch_took = 0.0
         self._batch_ended = 0.0
-        self._thread = threading.Thread(target=self._loop, name="blipq-batcher", daemon=True)
+        self._thread = threading.Thread(target=self._loop, name=f"blipq-{name}", daemon=True)
 
     def start(self) -> None:
         """Starts the thread that owns the model."""

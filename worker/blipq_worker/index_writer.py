@@ -31,6 +31,7 @@ class IndexWriter:
             max_batch_size=_MOST_AT_ONCE,
             batch_wait_timeout_s=_WINDOW_S,
             max_waiting=max_waiting,
+            name="index-writer",
         )
 
     def start(self) -> None:

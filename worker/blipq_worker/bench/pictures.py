@@ -17,13 +17,26 @@ class Pictures:
 
     def __init__(self, photos: Sequence[Image.Image], seed: int = 0) -> None:
         self._photos = photos
+        self._seed = seed
         self._numbers = itertools.count(seed * 1_000_000)
+        self._made: dict[int, bytes] = {}
 
     def take(self, count: int) -> list[bytes]:
         """The next so many pictures."""
         return [self._picture(number) for number in itertools.islice(self._numbers, count)]
 
+    def again(self) -> "Pictures":
+        """The same from the first one; what one of the two has made the other need not make."""
+        same = Pictures(self._photos, self._seed)
+        same._made = self._made
+        return same
+
     def _picture(self, number: int) -> bytes:
+        if number not in self._made:
+            self._made[number] = self._crop(number)
+        return self._made[number]
+
+    def _crop(self, number: int) -> bytes:
         draw = np.random.default_rng(number)
         photo = self._photos[number % len(self._photos)]
         share = draw.uniform(0.6, 0.95)

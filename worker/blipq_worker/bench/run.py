@@ -18,7 +18,8 @@ from blipq_worker.bench.workloads import Workload
 from blipq_worker.demo.machine import describe_machine
 
 LIBRARIES = ("torch", "transformers", "celery", "kombu", "redis", "boto3")
-WARM = 32
+#: Jobs that a worker holds, by default.
+HELD = 32
 
 
 @dataclass(frozen=True)
@@ -53,42 +54,32 @@ class Bench:
         found: dict[str, Any] = json.loads(ran.stdout)
         return found
 
-    def through(self, workloads: Sequence[Workload], *, seen: bool = False) -> dict[str, Any]:
-        """The service's images a second with a full backlog, by workload.
-
-        seen: the worker has seen every image before, so that its features are known.
-        """
+    def through(self, workloads: Sequence[Workload]) -> dict[str, Any]:
+        """The service's images a second while its backlog is full, by workload."""
         with running() as stack:
             stack.start_workers(self.environment, self.program, processes=self.processes)
-            return {each.name: self._through(stack, each, seen) for each in workloads}
+            return {each.name: self._through(stack, each) for each in workloads}
 
-    def _through(self, stack: Stack, workload: Workload, seen: bool) -> dict[str, Any]:
-        warm = stack.upload(self.pictures.take(WARM))
-        images = stack.upload(self.pictures.take(self.jobs))
-        stack.backlog(list(workload.requests([*warm, *images] if seen else warm, seed=7)))
+    def _through(self, stack: Stack, workload: Workload) -> dict[str, Any]:
+        """Measured are ``jobs``; as many as the workers hold come before them, and after."""
+        held = HELD * self.processes
+        images = stack.upload(self.pictures.take(held + self.jobs + held))
         through = stack.backlog(list(workload.requests(images)))
         return {
-            "images_per_s": through.per_s,
+            "images_per_s": through.steady_per_s(held),
             "cpu_ms": through.cpu_ms(),
+            "cores_busy": through.cores_busy,
             "stages_ms": through.stages(),
         }
 
-    def latencies(
-        self, workload: Workload, rates: Mapping[str, float], *, seen: bool = False
-    ) -> dict[str, Any]:
-        """Seconds from submit to outcome under Poisson arrivals, by the name of a rate.
-
-        seen: as with ``through``.
-        """
+    def latencies(self, workload: Workload, rates: Mapping[str, float]) -> dict[str, Any]:
+        """Seconds from submit to outcome under Poisson arrivals, by the name of a rate."""
         found = {}
         with running() as stack:
             stack.start_workers(self.environment, self.program, processes=self.processes)
-            images = stack.upload(self.pictures.take(WARM))
-            stack.backlog(list(workload.requests(images)))
+            stack.backlog(list(workload.requests(stack.upload(self.pictures.take(HELD)))))
             for name, per_s in rates.items():
                 images = stack.upload(self.pictures.take(self.jobs))
-                if seen:
-                    stack.backlog(list(workload.requests(images, seed=7)))
                 through = stack.arriving(list(workload.requests(images)), per_s)
                 found[name] = {
                     "per_s": per_s,

@@ -50,6 +50,12 @@ class Through:
         """Cores that workers, servers and client kept busy, on average."""
         return sum(self.cpu_s.values()) / self.seconds
 
+    def steady_per_s(self, held: int) -> float:
+        """Jobs a second without the first and the last ``held``: while the backlog was full."""
+        ended = sorted(info.completed_at for info in self.infos if info.completed_at)
+        took = ended[-held - 1] - ended[held - 1]
+        return (len(ended) - 2 * held) / took.total_seconds()
+
     def percentile(self, share: float) -> float:
         """A latency that so many of the jobs stay under."""
         ordered = sorted(self.latencies)
