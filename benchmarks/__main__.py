@@ -15,6 +15,7 @@ from benchmarks import (
     profiling,
     queued,
     results,
+    roofline,
     scale,
     steps,
     throughput,
@@ -26,12 +27,13 @@ SECTIONS: dict[str, tuple[Callable[[int], dict[str, Any]], int, int]] = {
     "profile": (profiling.profile, 5, 30),
     "peers": (throughput.peers, 16, 96),
     "latency": (latency.latency, 1, 7),
-    "overhead": (overhead.overhead, 2_000, 30_000),
+    "overhead": (overhead.overhead, 1_500, 30_000),
     "queued": (queued.queued, 100_000, 1_000_000),
     "scale": (scale.scale, 30, 2_000),
-    "engine": (engine.engine, 3, 9),
+    "engine": (engine.engine, 2, 9),
     "packing": (packing.packing, 3, 9),
     "steps": (steps.steps, 5, 15),
+    "roofline": (roofline.roofline, 3, 9),
 }
 
 

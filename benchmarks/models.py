@@ -22,6 +22,8 @@ from blipq_worker.models import demo_folder
 FOLDER = Path(__file__).parent / "models"
 SIDE, QUERIES, WIDTH, TEXT_WIDTH = 224, 32, 384, 512
 VERSION = "1"
+_TEXT = {"hidden_size": TEXT_WIDTH, "ffn_dim": 4 * TEXT_WIDTH, "num_hidden_layers": 8}
+_TEXT |= {"num_attention_heads": 8, "vocab_size": 2_049}
 
 
 def mid_size() -> str:
@@ -29,10 +31,25 @@ def mid_size() -> str:
     written, matched, mark = FOLDER / "opt", FOLDER / "itm", FOLDER / VERSION
     if not mark.exists():
         torch.manual_seed(11)
-        tower = _write_generation(written)
+        tower = _write_generation(written, _vision(), _qformer(vocab_size=4), _TEXT)
         _write_retrieval(matched, tower)
         mark.touch()
     return f"{written}+{matched}"
+
+
+def full_size() -> str:
+    """The sizes of blip2-opt-2.7b, random weights in 16 bits: a folder of 7.5 GB, written once."""
+    written = FOLDER / "opt-2.7b"
+    if not (written / "config.json").exists():
+        torch.manual_seed(11)
+        torch.set_default_dtype(torch.float16)
+        try:
+            text = {"hidden_size": 2_560, "ffn_dim": 10_240, "num_hidden_layers": 32}
+            text |= {"num_attention_heads": 32, "vocab_size": 50_304}
+            _write_generation(written, Blip2VisionConfig(), Blip2QFormerConfig(), text)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    return str(written)
 
 
 def _vision() -> Blip2VisionConfig:
@@ -58,17 +75,15 @@ def _qformer(**changes: object) -> Blip2QFormerConfig:
     )
 
 
-def _write_generation(folder: Path) -> dict[str, torch.Tensor]:
-    """Writes the generation checkpoint; its vision tower's weights."""
+def _write_generation(
+    folder: Path, vision: Blip2VisionConfig, qformer: Blip2QFormerConfig, text: dict[str, int]
+) -> dict[str, torch.Tensor]:
+    """Writes a generation checkpoint with an OPT; its vision tower's weights."""
     processor = _processor("opt")
     tokenizer = processor.tokenizer
-    text = OPTConfig(
-        vocab_size=2_049,
-        hidden_size=TEXT_WIDTH,
-        word_embed_proj_dim=TEXT_WIDTH,
-        ffn_dim=4 * TEXT_WIDTH,
-        num_hidden_layers=8,
-        num_attention_heads=8,
+    opt = OPTConfig(
+        **text,
+        word_embed_proj_dim=text["hidden_size"],
         max_position_embeddings=512,
         dropout=0.0,
         bos_token_id=tokenizer.bos_token_id,
@@ -76,9 +91,9 @@ def _write_generation(folder: Path) -> dict[str, torch.Tensor]:
         pad_token_id=tokenizer.pad_token_id,
     )
     config = Blip2Config(
-        vision_config=_vision(),
-        qformer_config=_qformer(vocab_size=4),
-        text_config=text,
+        vision_config=vision,
+        qformer_config=qformer,
+        text_config=opt,
         num_query_tokens=QUERIES,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )

@@ -11,6 +11,7 @@ from benchmarks.latency import POLICIES
 from benchmarks.paper import rows as paper_rows
 from benchmarks.peers.run import PEERS
 from benchmarks.profiling import PARTS
+from benchmarks.roofline import RUNS
 from benchmarks.throughput import ROWS, SEEN
 from blipq_worker.bench.workloads import MIXED, Workload
 
@@ -54,8 +55,11 @@ def _bare(found: Found) -> Iterator[str]:
             bare, service = parts["bare"][row.name], parts["service"][row.name]
             rates = bare["images_per_s"], service["images_per_s"]
             told = f"{rates[0]:.1f} ({bare['loop']})", f"{rates[1]:.1f}"
-            lines.append([model, row.about, *told, f"**{rates[1] / rates[0]:.2f}**"])
-    yield from table(["model", "asked", "bare engine", "service", "efficiency"], lines)
+            one = parts.get("one worker", {}).get(row.name)
+            told += f"**{rates[1] / rates[0]:.2f}**", f"{one['images_per_s']:.1f}" if one else ""
+            lines.append([model, row.about, *told])
+    head = ["model", "asked", "bare engine", "service", "efficiency", "one worker, all cores"]
+    yield from table(head, lines)
     yield "\nMilliseconds of CPU an image: the bare engine with reading and decoding; the service's"
     yield "model, the worker's other threads (fetch, decode, queue), the servers, the client.\n"
     yield from table(CPU_HEAD, list(_cpu(found)))
@@ -180,19 +184,6 @@ def _scale(found: Found) -> Iterator[str]:
         for workers, each in found["repeated"].items()
     ]
     yield from table(["workers, each image four times", "jobs/s", "cache hits"], lines)
-    yield ""
-    lines = [
-        [workers, row.about, *(f"{each:.1f}" for each in _pace(rows[row.name]))]
-        for workers, rows in found["sharing"].items()
-        for row in ROWS
-        if row.name in rows
-    ]
-    head = ["workers that share the cores", "asked", "images/s", "the model's CPU ms an image"]
-    yield from table(head, lines)
-
-
-def _pace(found: Found) -> tuple[float, float]:
-    return found["images_per_s"], found["cpu_ms"]["model"]
 
 
 def _engine(found: Found) -> Iterator[str]:
@@ -223,6 +214,25 @@ def _steps(found: Found) -> Iterator[str]:
     yield from table(["rows in a step", "layers alone, ms", "transformers' decoder, ms", ""], lines)
 
 
+def _times(found: Found) -> list[str]:
+    return [f"{found[key]:.1f}" for key in ("ms", "per_s", "least_ms")]
+
+
+def _roofline(found: Found) -> Iterator[str]:
+    lines = [
+        [name, part, batch, *_times(each), f"**{each['share']:.2f}**"]
+        for name, parts in found.items()
+        for part in RUNS
+        for batch, each in parts[part].items()
+    ]
+    head = ["precision", "a pass over", "batch", "ms", "a second", "roofline, ms", "share of it"]
+    yield from table(head, lines)
+    yield ""
+    for name, parts in found.items():
+        reads, computes = f"{parts['gb_per_s']:.0f} GB/s", f"{parts['tflops']:.2f} TFLOP/s"
+        yield f"Measured peaks, {name}: {reads} read, {computes}."
+
+
 SECTIONS: dict[str, Callable[[Found], Iterator[str]]] = {
     "bare": _bare,
     "profile": _profile,
@@ -234,6 +244,7 @@ SECTIONS: dict[str, Callable[[Found], Iterator[str]]] = {
     "engine": _engine,
     "packing": _packing,
     "steps": _steps,
+    "roofline": _roofline,
 }
 
 

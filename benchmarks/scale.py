@@ -1,32 +1,24 @@
-"""Several workers on one queue: a model that sleeps, repeated images, and shares of the cores."""
+"""Several workers on one queue: a model that sleeps, and repeated images with the real cache."""
 
 from typing import Any
 
 from benchmarks.overhead import SLEEPING, requests
 from benchmarks.photos import pictures
-from benchmarks.throughput import PROCESSES, environment
 from blipq_worker.bench.pictures import Pictures
-from blipq_worker.bench.run import Bench
 from blipq_worker.bench.stack import Stack, running
-from blipq_worker.bench.workloads import GREEDY, MIXED
+from blipq_worker.bench.workloads import GREEDY
 
 WORKERS = (1, 2, 4, 8)
 CACHED = (1, 2, 4)
 TIMES = 4
-REPEATED = 256
-#: Jobs, and what they ask, where workers share the cores.
-SHARED, SHARED_ROWS = 64, (GREEDY, MIXED)
+REPEATED = 128
 #: Served models by name: milliseconds of a pass, and of each of its rows.
 SPEEDS = {"fast": "8+4", "slow": "32+16"}
 
 
 def scale(jobs: int) -> dict[str, Any]:
     """Jobs a second by number of workers: ``jobs`` for each of them."""
-    return {
-        "sleeping": _sleeping(jobs),
-        "repeated": _repeated(REPEATED),
-        "sharing": {str(number): _sharing(number) for number in sorted({1, PROCESSES})},
-    }
+    return {"sleeping": _sleeping(jobs), "repeated": _repeated(REPEATED)}
 
 
 def _sleeping(jobs: int) -> dict[str, dict[str, dict[str, float]]]:
@@ -70,8 +62,3 @@ def _hits(stack: Stack, source: Pictures, jobs: int) -> dict[str, float]:
     receipts = [info.receipt for info in through.infos if info.receipt]
     hits = sum(bool(receipt.cache_hit) for receipt in receipts)
     return {"per_s": through.per_s, "hit_rate": hits / len(images)}
-
-
-def _sharing(processes: int) -> dict[str, Any]:
-    """The mid-size model, all cores for one worker or shared by several."""
-    return Bench(environment(), pictures(9), SHARED, processes=processes).through(SHARED_ROWS)

@@ -20,7 +20,8 @@ TEN_SHARE, ALONE_SHARE = 4, 4
 #: How many times as many jobs the service gets as the bare engine.
 SERVICE_SHARE = 2
 ALONE = ("usual_script", "celery_plain")
-#: Peers' batches. A run of fewer jobs than LONG tries the first and asks only SHORT_ROWS.
+#: Peers' batches. A run of fewer jobs than LONG tries the first, asks only SHORT_ROWS, and
+#: leaves out the loop without a queue.
 SIZES, LONG = (16, 32), 96
 #: Jobs on images that the worker has seen; peers look again.
 SEEN = replace(MIXED, name="seen-5-50", about="caption, greedy, 5 to 50 tokens, image seen before")
@@ -47,6 +48,8 @@ def bare(jobs: int) -> dict[str, Any]:
         name: _both(Bench(settings, source, jobs, processes=PROCESSES))
         for name, settings in (("mid-size", environment()), ("demo", DEMO))
     }
+    alone = Bench(environment(), source.again(), jobs)
+    found["mid-size"]["one worker"] = alone.through((GREEDY, MIXED))
     return found | {"elsewhere": _elsewhere(found["mid-size"]["bare"], source, jobs)}
 
 
@@ -69,8 +72,7 @@ def _elsewhere(bare: dict[str, Any], source: Pictures, jobs: int) -> dict[str, A
             "BENCH_CHECKPOINT": mid_size().split("+")[0],
             "BLIPQ_MODELS": f"default=0+{1000 / rates[row.name]}",
         }
-        bench = Bench(settings, source.again(), SERVICE_SHARE * jobs, SLEEPING)
-        service |= bench.through([row])
+        service |= Bench(settings, source.again(), jobs, SLEEPING).through([row])
     slept = {name: {"images_per_s": rate, "loop": "slept"} for name, rate in rates.items()}
     return {"bare": slept, "service": service}
 
@@ -80,6 +82,7 @@ def peers(jobs: int, *, names: Sequence[str] = ()) -> dict[str, Any]:
     if not PYTHON.exists():
         raise SystemExit("the peers are not installed: make peers")
     asked, sizes = (ROWS, SIZES) if jobs >= LONG else (SHORT_ROWS, SIZES[:1])
+    chosen = [name for name in PEERS if jobs >= LONG or name != "batches_loop"]
     source = pictures(3)
     with running() as stack:
 
@@ -100,7 +103,7 @@ def peers(jobs: int, *, names: Sequence[str] = ()) -> dict[str, Any]:
                 dtype="float32",
                 batches=sizes,
             )
-            for name in names or PEERS
+            for name in names or chosen
         }
         if SEEN in asked:
             rows[SEEN] = images(SEEN)

@@ -25,7 +25,7 @@ from blipq_worker.settings import WorkerSettings
 
 #: Batch sizes that are tried: the best one is the ceiling.
 SIZES = (16, 32)
-DECODERS = 2
+DECODERS, WARM = 2, 4
 START_TIMEOUT_S = 300.0
 
 Work = Sequence[tuple[Path, Generation | None]]
@@ -95,7 +95,7 @@ def tried(
     for name, loop in loops.items():
         for size in SIZES:
             generations = workload.generations(count)
-            warm = [(next(paths), each) for each in generations[:size]]
+            warm = [(next(paths), each) for each in generations[:WARM]]
             work = [(next(paths), each) for each in generations]
             # On a thread of its own, whose helpers end with it: see load_models.
             with ThreadPoolExecutor(1) as thread:
