@@ -33,7 +33,7 @@ SECTIONS: dict[str, tuple[Callable[[int], dict[str, Any]], int, int]] = {
     "engine": (engine.engine, 2, 9),
     "packing": (packing.packing, 3, 9),
     "steps": (steps.steps, 5, 15),
-    "roofline": (roofline.roofline, 3, 9),
+    "roofline": (roofline.roofline, 3, 5),
 }
 
 

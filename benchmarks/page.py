@@ -225,7 +225,7 @@ def _roofline(found: Found) -> Iterator[str]:
         for part in RUNS
         for batch, each in parts[part].items()
     ]
-    head = ["precision", "a pass over", "batch", "ms", "a second", "roofline, ms", "share of it"]
+    head = ["model", "a pass over", "batch", "ms", "a second", "roofline, ms", "share of it"]
     yield from table(head, lines)
     yield ""
     for name, parts in found.items():

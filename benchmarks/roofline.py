@@ -1,7 +1,7 @@
 """How near the model comes to what the device can do: bytes over bandwidth, FLOPs over peak.
 
-On a GPU a full-size model of random weights in fp16, int8 and nf4; on a CPU the mid-size one. Peaks
-are measured, not the maker's: reading a large tensor, and a product of large matrices.
+On a GPU a model of full size, random weights in 16 bits, int8 and nf4; on a CPU the mid-size one.
+Peaks are measured, not the maker's: reading a large tensor, and a product of large matrices.
 """
 
 import time
@@ -17,9 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.models import full_size, mid_size
 from blipq_worker.blip2 import Blip2, GenerationParams, Pixels
 from blipq_worker.blip2.decoding import DecodeLoop, Row
+from blipq_worker.blip2.loading import Quantization
 from blipq_worker.blip2.packing import pack
 
 BATCHES = (1, 8, 32, 128) if torch.cuda.is_available() else (1, 8, 32)
+#: A run of so many repeats or more takes the full-size model on a CPU, too.
+LONG = 5
 STEPS, PROMPT = 20, [2, 5, 6, 7]
 PARAMS = GenerationParams(num_beams=1, max_new_tokens=STEPS + 2, min_new_tokens=STEPS + 2)
 
@@ -37,16 +40,21 @@ class Peaks:
 
 
 def roofline(repeats: int) -> dict[str, Any]:
-    """By precision: the peaks, and passes over images and decode steps by batch size."""
+    """By model and precision: the peaks, and passes over images and decode steps by batch size."""
+    served: dict[str, tuple[str, Quantization]] = {}
     if torch.cuda.is_available():
-        folder, precisions = full_size(), {"fp16": "none", "int8": "int8", "nf4": "nf4"}
+        served |= {f"full size, {how}": (full_size(), how) for how in ("none", "int8", "nf4")}
     else:
-        folder, precisions = mid_size().split("+")[0], {"default": "none"}
-    flops = _flops(_load(folder, "none", packed=False))
-    return {name: _of(folder, how, flops, repeats) for name, how in precisions.items()}
+        served["mid-size"] = mid_size().split("+")[0], "none"
+        if repeats >= LONG:
+            served["full size"] = full_size(), "none"
+    flops = {folder: _flops(_load(folder, "none", packed=False)) for folder, _ in served.values()}
+    return {
+        name: _of(folder, how, flops[folder], repeats) for name, (folder, how) in served.items()
+    }
 
 
-def _load(folder: str, quantization: Any, *, packed: bool = True) -> Blip2:
+def _load(folder: str, quantization: Quantization, *, packed: bool = True) -> Blip2:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with nullcontext() if packed else patch("blipq_worker.blip2.model.pack"):
         return Blip2.load(folder, quantization=quantization, device=device, slots=max(BATCHES))
@@ -63,7 +71,9 @@ def _flops(plain: Blip2) -> dict[str, float]:
     return found
 
 
-def _of(folder: str, quantization: Any, flops: dict[str, float], repeats: int) -> dict[str, Any]:
+def _of(
+    folder: str, quantization: Quantization, flops: dict[str, float], repeats: int
+) -> dict[str, Any]:
     read = _bytes(_load(folder, quantization, packed=False))
     model = _load(folder, quantization)
     peaks = _peaks(model, repeats)
