@@ -45,6 +45,8 @@ def measured(options: argparse.Namespace, workloads: Sequence[Workload]) -> dict
     """Everything that was asked for."""
     photos = read(options.images) if options.images else drawn()
     environment = {"BLIPQ_MODELS": f"default={options.model}"}
+    if options.processes > options.jobs:
+        raise ValueError(f"{options.processes} processes are more than {options.jobs} jobs")
     bench = Bench(environment, Pictures(photos), options.jobs, processes=options.processes)
     asked = {name: getattr(options, name) for name in ("model", "jobs", "processes")}
     found = {**about_this_run(), **asked}

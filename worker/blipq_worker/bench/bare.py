@@ -133,7 +133,9 @@ def measured(
     bare = Bare(model, options)
     paths = cycle(sorted(Path(folder).iterdir())[share])
     chosen = [each for each in WORKLOADS if each.name in names]
-    return {each.name: list(tried(bare, each, paths, count, together)) for each in chosen}
+    return {
+        each.name: list(tried(bare, each, paths, each.images(count), together)) for each in chosen
+    }
 
 
 def main(folder: str, jobs: str, processes: str, *names: str) -> None:

@@ -61,9 +61,10 @@ class Bench:
             return {each.name: self._through(stack, each) for each in workloads}
 
     def _through(self, stack: Stack, workload: Workload) -> dict[str, Any]:
-        """Measured are ``jobs``; as many as the workers hold come before them, and after."""
+        """As many as the workers hold come before the jobs that are measured, and after."""
         held = HELD * self.processes
-        images = stack.upload(self.pictures.take(held + self.jobs + held))
+        count = held + workload.images(self.jobs) + held
+        images = stack.upload(self.pictures.take(count))
         through = stack.backlog(list(workload.requests(images)))
         return {
             "images_per_s": through.steady_per_s(held),

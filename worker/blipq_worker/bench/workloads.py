@@ -36,6 +36,10 @@ class Workload:
     longest: int | None = None
     questions: int = 0
 
+    def images(self, jobs: int) -> int:
+        """How many of so many jobs are run: half of them where each asks ten questions."""
+        return -(-jobs // 2) if self.questions else jobs
+
     def generations(self, count: int, seed: int = 1) -> list[Generation | None]:
         """The generation parameters of ``count`` images; the same for the same seed."""
         if self.shortest is None or self.longest is None:
