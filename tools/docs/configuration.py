@@ -47,7 +47,7 @@ TAIL = """\
 | `CUDA_VISIBLE_DEVICES` | GPUs that a worker may use; `blipq worker --gpus` sets it per process |
 | `HF_HOME`, `HF_HUB_CACHE` | where downloaded weights are kept |
 | `HF_HUB_OFFLINE` | `1`: never ask the hub |
-| `OMP_NUM_THREADS` | CPU threads of a model on a CPU; `blipq worker --processes` sets it where you do not |
+| `OMP_NUM_THREADS` | CPU threads of a model on a CPU; `blipq worker --processes` sets it |
 | `XDG_CACHE_HOME` | where the local stack keeps its data: `$XDG_CACHE_HOME/blipq` |
 | `BLIPQ_STACK_FILE` | the file by which clients find the local stack |
 | `BLIPQ_LOG_LEVEL` | level of the worker's log, by default `INFO` |
