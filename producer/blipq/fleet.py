@@ -7,7 +7,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from pydantic import TypeAdapter
 
@@ -16,6 +19,9 @@ from blipq.errors import InvalidRequest
 from blipq.supervisor import Service, supervise
 
 COMMAND = [sys.executable, "-m", "blipq_worker"]
+
+#: Microseconds of CPU in a period, and the period (cgroup v2); "max" where there is no quota.
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 #: A worker's model cannot be loaded, or answers nonsense: starting it again would not help.
 EXIT_MODEL = 78
@@ -55,7 +61,16 @@ def shares_of_cores(processes: int) -> dict[str, str]:
     """The environment of each of so many workers that compute on this machine's cores."""
     if processes == 1 or "OMP_NUM_THREADS" in os.environ:
         return {}
-    return {"OMP_NUM_THREADS": str(max(1, _cores() // processes))}
+    return {"OMP_NUM_THREADS": str(max(1, cores() // processes))}
+
+
+def cores() -> int:
+    """Cores that this process may use: by its affinity, and by the quota of its container."""
+    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        quota, period = CPU_QUOTA.read_text().split()
+        allowed = min(allowed, max(1, int(quota) // int(period)))
+    return allowed
 
 
 def run_supervised(services: Sequence[Service], *, drain_s: float) -> int:
@@ -70,8 +85,10 @@ def run_supervised(services: Sequence[Service], *, drain_s: float) -> int:
     finally:
         for service in services:
             service.signal(signal.SIGTERM)
+        # One signal each: a second one tells a worker to hand its jobs back at once.
+        deadline = time.monotonic() + drain_s + 10
         for service in services:
-            service.stop(timeout=drain_s + 10)
+            service.wait(max(0.0, deadline - time.monotonic()))
 
 
 def _require_worker() -> None:
@@ -88,11 +105,6 @@ def _health_port(place: int) -> dict[str, str]:
 def _drain_timeout_s() -> float:
     """The workers' own deadline; a process that outlasts it by more than a little is killed."""
     return TypeAdapter(Seconds).validate_python(os.environ.get("BLIPQ_DRAIN_TIMEOUT_S", 60.0))
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _all_gpus() -> list[str]:

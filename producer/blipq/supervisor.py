@@ -81,9 +81,13 @@ class Service:
 
     def stop(self, timeout: float = 10.0) -> None:
         """Asks the process to end, and kills it after ``timeout`` seconds."""
-        if self._process is None or self._process.poll() is not None:
+        self.signal(signal.SIGTERM)
+        self.wait(timeout)
+
+    def wait(self, timeout: float) -> None:
+        """Waits for the process to end, and kills it after ``timeout`` seconds."""
+        if self._process is None:
             return
-        self._process.terminate()
         try:
             self._process.wait(timeout)
         except subprocess.TimeoutExpired:

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from blipq import Status
 from blipq.supervisor import Service
 from conftest import wait_until
 from guarantees.rig import Rig, named
@@ -36,6 +37,20 @@ def test_processes_share_the_cores_and_a_killed_one_is_started_again(
         fleet.stop(timeout=30)
     assert fleet.exit_code == 0, fleet.last_words()
     assert not any(each.is_running() for each in left)
+
+
+def test_sigterm_drains_every_process_of_a_fleet(rig: Rig) -> None:
+    fleet = _fleet(rig, "--processes", "2")
+    try:
+        wait_until(lambda: len(rig.client.ledger.workers()) == 2, "two workers", timeout=90)
+        long = {"num_beams": 1, "min_new_tokens": 200, "max_new_tokens": 200}
+        jobs = [rig.submit(f"a photo of number {number}", generation=long) for number in range(32)]
+        wait_until(lambda: rig.running() == 32, "all jobs to run")
+    finally:
+        fleet.stop(timeout=60)
+    assert fleet.exit_code == 0, fleet.last_words()
+    assert "handed back" not in fleet.last_words(1_000)
+    assert {job.info().status for job in jobs} == {Status.SUCCEEDED}
 
 
 def _fleet(rig: Rig, *options: str) -> Service:

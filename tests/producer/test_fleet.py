@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -22,7 +23,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Service]:
     monkeypatch.setattr(fleet, "run_supervised", run)
     for name in ("OMP_NUM_THREADS", "BLIPQ_HEALTH_PORT", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(fleet, "_cores", lambda: 8)
+    monkeypatch.setattr(fleet, "cores", lambda: 8)
     return started
 
 
@@ -73,5 +74,15 @@ def test_gpus_are_named_by_their_indexes(started: list[Service]) -> None:
     assert not started
 
 
-def test_cores_are_those_that_the_process_may_use() -> None:
-    assert 1 <= fleet._cores() <= (os.cpu_count() or 1)
+def test_cores_are_those_that_the_process_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "CPU_QUOTA", tmp_path / "cpu.max")
+    everything = len(os.sched_getaffinity(0))
+    assert fleet.cores() == everything
+    fleet.CPU_QUOTA.write_text("max 100000\n")
+    assert fleet.cores() == everything
+    fleet.CPU_QUOTA.write_text("150000 100000\n")
+    assert fleet.cores() == 1
+    fleet.CPU_QUOTA.write_text("50000 100000\n")
+    assert fleet.cores() == 1
