@@ -3,12 +3,11 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from statistics import median
 from typing import Any
 
 from benchmarks.photos import pictures
 from benchmarks.throughput import PROCESSES, environment
-from blipq.contract import ImageRef, Request
+from blipq.contract import Request
 from blipq_worker.bench.pictures import Pictures
 from blipq_worker.bench.stack import Stack, Through, running
 from blipq_worker.bench.workloads import MIXED
@@ -17,8 +16,8 @@ LOADS = {"30 %": 0.3, "60 %": 0.6, "90 %": 0.9}
 WORKERS = [sys.executable, "-m", "benchmarks.workers"]
 #: What stands in for the worker, by how jobs come together; a model of the stack is served by each.
 POLICIES = {"joining": None, "closed": [*WORKERS, "closed"], "batches": [*WORKERS, "batchwise"]}
-#: How long jobs arrive in one run, and how many find the capacity.
-SECONDS, BACKLOG = 5, 96
+#: How long jobs arrive in one run. Of the backlog that finds the capacity a worker holds HELD.
+SECONDS, BACKLOG, HELD = 5, 192, 32
 #: Images of the jobs whose images were seen before, and how often, so that every worker has.
 SEEN, TIMES = 32, 6
 SHORT = replace(MIXED, shortest=1, longest=2)
@@ -28,7 +27,7 @@ Work = Callable[[int], list[Request]]
 
 
 def latency(repeats: int) -> dict[str, Any]:
-    """Medians of so many runs, in each of which the policies take turns.
+    """Of so many runs, in each of which the policies take turns.
 
     Loads are shares of what joining rows reach with a full backlog, seen images or not.
     """
@@ -41,43 +40,52 @@ def latency(repeats: int) -> dict[str, Any]:
         def new(count: int) -> list[Request]:
             return list(MIXED.requests(stack.upload(source.take(count))))
 
-        looked_at = _seen(stack, source)
-
-        def seen(count: int) -> list[Request]:
-            return list(MIXED.requests([looked_at[number % SEEN] for number in range(count)]))
-
+        seen = seen_by(stack, source, list(POLICIES))
         return {
             name: _loads(stack, work, repeats) for name, work in {"seen": seen, "new": new}.items()
         }
 
 
-def _seen(stack: Stack, source: Pictures) -> list[ImageRef]:
-    """Images that all workers have looked at, or nearly all: chance decides who takes a job."""
+def seen_by(stack: Stack, source: Pictures, models: Sequence[str]) -> Work:
+    """Jobs on images that all workers of these models have looked at, or nearly all.
+
+    Chance decides who takes a job.
+    """
     images = stack.upload(source.take(SEEN))
-    for policy in POLICIES:
+    for model in models:
         for _ in range(TIMES):
-            stack.backlog(list(SHORT.requests(images)), policy)
-    return images
+            stack.backlog(list(SHORT.requests(images)), model)
+    return lambda count: list(MIXED.requests([images[n % SEEN] for n in range(count)]))
 
 
 def _loads(stack: Stack, work: Work, repeats: int) -> dict[str, Any]:
     """By policy and load."""
-    capacity = stack.backlog(work(BACKLOG), "joining").per_s
+    backlogs = {policy: stack.backlog(work(BACKLOG), policy) for policy in POLICIES}
+    capacity = backlogs["joining"].steady_per_s(HELD * PROCESSES)
     found: dict[str, Any] = {policy: {} for policy in POLICIES}
-    for name, share in LOADS.items():
+    for turn, (name, share) in enumerate(LOADS.items()):
         runs: dict[str, list[Through]] = {policy: [] for policy in POLICIES}
-        for seed in range(repeats):
+        for repeat in range(repeats):
             requests = work(round(SECONDS * share * capacity))
-            for policy in POLICIES:
-                runs[policy].append(stack.arriving(requests, share * capacity, policy, seed))
+            for policy in _turned(list(POLICIES), turn + repeat):
+                runs[policy].append(stack.arriving(requests, share * capacity, policy, repeat))
         for policy, through in runs.items():
-            found[policy][name] = {"per_s": share * capacity, **_medians(through)}
+            found[policy][name] = {"per_s": share * capacity, **_together(through)}
     return {"capacity_per_s": capacity, **found}
 
 
-def _medians(runs: Sequence[Through]) -> dict[str, float]:
+def _turned(policies: list[str], by: int) -> list[str]:
+    """Another one is first each time."""
+    by %= len(policies)
+    return policies[by:] + policies[:by]
+
+
+def _together(runs: Sequence[Through]) -> dict[str, float]:
+    """Percentiles of all waits in these runs."""
+    waits = sorted(wait for each in runs for wait in each.latencies)
     return {
-        "p50_s": median(each.percentile(0.5) for each in runs),
-        "p99_s": median(each.percentile(0.99) for each in runs),
-        "cores_busy": median(each.cores_busy for each in runs),
+        "jobs": len(waits),
+        "p50_s": waits[len(waits) // 2],
+        "p99_s": waits[int(0.99 * len(waits))],
+        "cores_busy": sum(each.cores_busy for each in runs) / len(runs),
     }

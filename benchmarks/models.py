@@ -39,14 +39,15 @@ def mid_size() -> str:
 
 def full_size() -> str:
     """The sizes of blip2-opt-2.7b, random weights in 16 bits: a folder of 7.5 GB, written once."""
-    written = FOLDER / "opt-2.7b"
-    if not (written / "config.json").exists():
+    written, mark = FOLDER / "opt-2.7b", FOLDER / f"opt-2.7b-{VERSION}"
+    if not mark.exists():
         torch.manual_seed(11)
         torch.set_default_dtype(torch.float16)
         try:
             text = {"hidden_size": 2_560, "ffn_dim": 10_240, "num_hidden_layers": 32}
             text |= {"num_attention_heads": 32, "vocab_size": 50_304}
             _write_generation(written, Blip2VisionConfig(), Blip2QFormerConfig(), text)
+            mark.touch()
         finally:
             torch.set_default_dtype(torch.float32)
     return str(written)

@@ -137,8 +137,9 @@ def _latency(found: Found) -> Iterator[str]:
             )
             gains = [f"**{each['p50_s'] / joining['p50_s']:.2f}**" for each in policies[1:]]
             told = (" / ".join(each) for each in (p50, p99, busy, gains))
-            lines.append([images, f"{load}, {joining['per_s']:.1f}/s", *told])
-    yield from table(["images", "load", "p50", "p99", "cores busy", "p50 gain"], lines)
+            lines.append([images, f"{load}, {joining['per_s']:.1f}/s", str(joining["jobs"]), *told])
+    head = ["images", "load", "jobs", "p50", "p99", "cores busy", "p50 gain"]
+    yield from table(head, lines)
 
 
 def _overhead(found: Found) -> Iterator[str]:

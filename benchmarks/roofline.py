@@ -6,7 +6,6 @@ Peaks are measured, not the maker's: reading a large tensor, and a product of la
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -48,16 +47,23 @@ def roofline(repeats: int) -> dict[str, Any]:
         served["mid-size"] = mid_size().split("+")[0], "none"
         if repeats >= LONG:
             served["full size"] = full_size(), "none"
-    flops = {folder: _flops(_load(folder, "none", packed=False)) for folder, _ in served.values()}
+    folders = {folder for folder, _ in served.values()}
+    flops = {folder: _flops(_plain(folder, "none")) for folder in folders}
     return {
         name: _of(folder, how, flops[folder], repeats) for name, (folder, how) in served.items()
     }
 
 
-def _load(folder: str, quantization: Quantization, *, packed: bool = True) -> Blip2:
+def _load(folder: str, quantization: Quantization, attention: Any = "auto") -> Blip2:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with nullcontext() if packed else patch("blipq_worker.blip2.model.pack"):
-        return Blip2.load(folder, quantization=quantization, device=device, slots=max(BATCHES))
+    options = {"quantization": quantization, "attention": attention, "device": device}
+    return Blip2.load(folder, **options, slots=max(BATCHES))
+
+
+def _plain(folder: str, quantization: Quantization) -> Blip2:
+    """Of packed layers nothing can be counted, and of fused attention not everywhere."""
+    with patch("blipq_worker.blip2.model.pack"):
+        return _load(folder, quantization, "eager")
 
 
 def _flops(plain: Blip2) -> dict[str, float]:
@@ -74,7 +80,7 @@ def _flops(plain: Blip2) -> dict[str, float]:
 def _of(
     folder: str, quantization: Quantization, flops: dict[str, float], repeats: int
 ) -> dict[str, Any]:
-    read = _bytes(_load(folder, quantization, packed=False))
+    read = _bytes(_plain(folder, quantization))
     model = _load(folder, quantization)
     peaks = _peaks(model, repeats)
     found: dict[str, Any] = {"gb_per_s": peaks.bytes_per_s / 1e9}

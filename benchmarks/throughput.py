@@ -1,15 +1,17 @@
 """Images a second: the bare engine, the whole service and the peers, on the same jobs."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from benchmarks.models import mid_size
 from benchmarks.overhead import SLEEPING
 from benchmarks.peers.run import PEERS, PYTHON, Rows, run_peer
 from benchmarks.photos import pictures
 from blipq.contract import ImageRef
+from blipq.fleet import cores
 from blipq_worker.bench.pictures import Pictures
 from blipq_worker.bench.run import Bench
 from blipq_worker.bench.stack import Stack, running
@@ -29,7 +31,7 @@ ROWS = (DEFAULT, GREEDY, MIXED, TEN, SEEN)
 SHORT_ROWS = (GREEDY, TEN)
 DEMO = {"BLIPQ_MODELS": "default=demo"}
 #: Workers, and bare engines, with a core each: see the page's section on workers.
-PROCESSES = os.cpu_count() or 1
+PROCESSES = 1 if torch.cuda.is_available() else cores()
 
 
 def environment(dtype: str = "auto") -> dict[str, str]:

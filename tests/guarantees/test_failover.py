@@ -106,7 +106,8 @@ class Failover:
         self.rig.stack.services[0].signal(signal.SIGKILL)
 
     def promoted(self) -> bool:
-        return self.replica(lambda raw: raw.info("replication"))["role"] == "master"
+        info = self.replica(lambda raw: raw.info("replication"))  # None while it cannot be asked
+        return bool(info) and info["role"] == "master"
 
     def settings_of_the_replica(self) -> Settings:
         url = f"redis://:{self._password}@127.0.0.1:{self._replica_port}/0"

@@ -1,6 +1,8 @@
-"""How `blipq worker` shares a machine out between processes; the processes are stood in for."""
+"""How `blipq worker` shares a machine out between processes, and how they end."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from blipq import fleet
 from blipq.errors import InvalidRequest
 from blipq.supervisor import Service
+from conftest import wait_until
 
 
 @pytest.fixture
@@ -86,3 +89,42 @@ def test_cores_are_those_that_the_process_may_use(
     assert fleet.cores() == 1
     fleet.CPU_QUOTA.write_text("50000 100000\n")
     assert fleet.cores() == 1
+
+
+DRAINING = """
+import signal, sys, time
+path, seconds = sys.argv[1], float(sys.argv[2])
+said = []
+def on_signal(*_):
+    said.append("told to stop")
+    open(path, "a").write("told to stop\\n")
+signal.signal(signal.SIGTERM, on_signal)
+open(path, "a").write("ready\\n")
+while not said:
+    time.sleep(0.01)
+time.sleep(seconds)
+"""
+FLEET = """
+import sys
+from blipq.fleet import run_supervised
+from blipq.supervisor import Service
+paths = sys.argv[2:]
+services = [
+    Service(path, [sys.executable, "-c", sys.argv[1], path, seconds])
+    for path, seconds in zip(paths, ("0.2", "1.0", "0.2"))
+]
+sys.exit(run_supervised(services, drain_s=20))
+"""
+
+
+def test_each_process_is_told_to_stop_once_and_may_end_in_its_own_time(tmp_path: Path) -> None:
+    paths = [tmp_path / str(number) for number in range(3)]
+    command = [sys.executable, "-c", FLEET, DRAINING, *map(str, paths)]
+    fleet = subprocess.Popen(command)
+    try:
+        wait_until(lambda: all(path.exists() for path in paths), "the processes")
+        fleet.terminate()
+        assert fleet.wait(timeout=30) == 0
+    finally:
+        fleet.kill()
+    assert [path.read_text() for path in paths] == ["ready\ntold to stop\n"] * 3

@@ -8,9 +8,13 @@ import pytest
 from PIL import Image
 
 from blipq import ImageRef
+from blipq_worker.bench import bare
 from blipq_worker.bench.__main__ import main, table
+from blipq_worker.bench.bare import Tried, ceiling
 from blipq_worker.bench.pictures import SIZE, Pictures, drawn, read
+from blipq_worker.bench.rate import steady_per_s
 from blipq_worker.bench.workloads import DEFAULT, MIXED, TEN
+from blipq_worker.models import ModelError
 
 
 def test_a_workload_asks_the_same_every_time() -> None:
@@ -22,6 +26,40 @@ def test_a_workload_asks_the_same_every_time() -> None:
     assert lengths <= set(range(5, 51))
     assert all(request.generation is None for request in DEFAULT.requests(images))
     assert {len(request.questions) for request in TEN.requests(images)} == {10}
+
+
+def test_few_images_in_a_row_have_short_and_long_texts() -> None:
+    lengths = [each.max_new_tokens for each in MIXED.generations(460) if each]
+    for start in range(0, 460, 23):
+        assert 25 < sum(lengths[start : start + 23]) / 23 < 30
+    assert set(lengths) == set(range(5, 51))
+
+
+def test_a_steady_rate_leaves_out_how_work_begins_and_ends() -> None:
+    slow_start_and_end = [10.0, 11.0, *(12 + n / 4 for n in range(40)), 40.0, 60.0]
+    assert steady_per_s(slow_start_and_end, held=3) == pytest.approx(4)
+
+
+def test_a_steady_rate_counts_whole_batches() -> None:
+    done = [float(batch) for batch in (1, 3, 5, 7) for _ in range(32)]
+    assert steady_per_s(done, held=32) == pytest.approx(16)
+    # So many that the last moment is in the middle of a batch: all of it was done by then.
+    assert steady_per_s(done[:112], held=32) == pytest.approx(16)
+
+
+def test_a_ceiling_adds_up_processes_and_takes_the_best_loop() -> None:
+    one = [Tried("batches of 32", 10.0, 0.1), Tried("joining of 32", 12.0, 0.2)]
+    two = [Tried("batches of 32", 10.0, 0.1), Tried("joining of 32", 7.0, 0.2)]
+    found = ceiling([one, two])
+    assert found["loop"] == "batches of 32"
+    assert found["images_per_s"] == 20
+    assert found["cpu_ms"] == pytest.approx(100)
+
+
+def test_what_ends_one_bare_engine_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLIPQ_MODELS", f"default={tmp_path / 'nothing'}")
+    with pytest.raises(ModelError, match="nothing"):
+        bare.main(str(tmp_path), "2", "2", "greedy-20")
 
 
 def test_pictures_are_distinct_photos() -> None:

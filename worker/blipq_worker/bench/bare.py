@@ -13,9 +13,10 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, BrokenBarrierError
 
 from blipq.contract import Generation, Priority
+from blipq_worker.bench.rate import steady_per_s
 from blipq_worker.bench.workloads import PROMPT, QUESTIONS, WORKLOADS, Workload
 from blipq_worker.blip2 import Blip2, GenerateItem, resolve, vqa_prompt
 from blipq_worker.engine import Engine
@@ -23,13 +24,15 @@ from blipq_worker.images import decode
 from blipq_worker.load import load_models
 from blipq_worker.settings import WorkerSettings
 
-#: Batch sizes that are tried: the best one is the ceiling.
-SIZES = (16, 32)
-DECODERS, WARM = 2, 4
-START_TIMEOUT_S = 300.0
+#: Batch sizes that are tried, the best one is the ceiling; with fewer images than LONG the last.
+SIZES, LONG = (16, 32), 128
+DECODERS = 2
+#: Longest that a process waits for the others.
+TIMEOUT_S = 900.0
 
 Work = Sequence[tuple[Path, Generation | None]]
-Loop = Callable[[Workload, Work, int], None]
+#: Runs work at a batch size; says when each image was done (monotonic).
+Loop = Callable[[Workload, Work, int], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class Bare:
     model: Blip2
     options: WorkerSettings
 
-    def in_batches(self, workload: Workload, work: Work, size: int) -> None:
+    def in_batches(self, workload: Workload, work: Work, size: int) -> Sequence[float]:
         """Batch after batch; the next one is decoded while one runs."""
+        done: list[float] = []
         with ThreadPoolExecutor(DECODERS) as decoders:
             ahead = 2 * size
             coming = [decoders.submit(self._item, workload, *each) for each in work[:ahead]]
@@ -49,8 +53,10 @@ class Bare:
                 more = work[ahead + start : ahead + start + size]
                 coming += [decoders.submit(self._item, workload, *each) for each in more]
                 self.model.generate(items)
+                done += [time.monotonic()] * len(items)
+        return done
 
-    def fed(self, workload: Workload, work: Work, size: int) -> None:
+    def fed(self, workload: Workload, work: Work, size: int) -> Sequence[float]:
         """Items join and leave the engine as a worker's do; ``size`` as in BLIPQ_MAX_BATCH_SIZE."""
         engine = Engine(
             {"default": self.model},
@@ -59,14 +65,16 @@ class Bare:
             max_waiting=2 * size,
         )
 
-        def run(path: Path, generation: Generation | None) -> None:
+        def run(path: Path, generation: Generation | None) -> float:
             item = self._item(workload, path, generation)
             engine.submit("default", item, Priority.NORMAL).result()
+            return time.monotonic()
 
         engine.batcher.start()
         with ThreadPoolExecutor(2 * size) as threads:
-            list(threads.map(lambda each: run(*each), work))
+            done = list(threads.map(lambda each: run(*each), work))
         engine.batcher.close(timeout=10)
+        return done
 
     def _item(self, workload: Workload, path: Path, generation: Generation | None) -> GenerateItem:
         """A picture read, decoded and asked about."""
@@ -79,37 +87,33 @@ class Bare:
 
 @dataclass(frozen=True)
 class Tried:
-    """A loop and batch size of one process: its images, and its seconds by the clock and of CPU."""
+    """A loop and batch size of one process: images a second, and its CPU seconds an image."""
 
     name: str
-    images: int
-    took_s: float
+    images_per_s: float
     cpu_s: float
 
 
 def tried(
-    bare: Bare, workload: Workload, paths: "Iterator[Path]", count: int, together: Barrier
+    bare: Bare, workload: Workload, paths: Iterator[Path], count: int, together: Barrier
 ) -> Iterator[Tried]:
-    """Each loop and batch size with ``count`` images; begun when all processes are ready."""
+    """Each loop and batch size with ``count`` images; begun when all processes are ready.
+
+    A batch comes before those that are measured, and one after: as for the service, the beginning
+    and the end do not count.
+    """
     loops: dict[str, Loop] = {"batches": bare.in_batches, "joining": bare.fed}
     for name, loop in loops.items():
-        for size in SIZES:
-            generations = workload.generations(count)
-            warm = [(next(paths), each) for each in generations[:WARM]]
+        for size in SIZES if count >= LONG else SIZES[-1:]:
+            generations = workload.generations(size + count + size)
             work = [(next(paths), each) for each in generations]
+            together.wait(TIMEOUT_S)
+            before = time.process_time()
             # On a thread of its own, whose helpers end with it: see load_models.
             with ThreadPoolExecutor(1) as thread:
-                thread.submit(loop, workload, warm, size).result()
-                together.wait(START_TIMEOUT_S)
-                times = thread.submit(timed, loop, workload, work, size).result()
-            yield Tried(f"{name} of {size}", count, *times)
-
-
-def timed(loop: Loop, workload: Workload, work: Work, size: int) -> tuple[float, float]:
-    """Seconds that this work takes, and this process's CPU seconds in them."""
-    started, before = time.monotonic(), time.process_time()
-    loop(workload, work, size)
-    return time.monotonic() - started, time.process_time() - before
+                done = thread.submit(loop, workload, work, size).result()
+            cpu_s = (time.process_time() - before) / len(work)
+            yield Tried(f"{name} of {size}", steady_per_s(done, size), cpu_s)
 
 
 def ceiling(processes: Sequence[Sequence[Tried]]) -> dict[str, object]:
@@ -117,9 +121,9 @@ def ceiling(processes: Sequence[Sequence[Tried]]) -> dict[str, object]:
     rates: dict[str, float] = {}
     cpu_ms: dict[str, float] = {}
     for same in zip(*processes, strict=True):
-        name, images = same[0].name, sum(each.images for each in same)
-        rates[name] = images / max(each.took_s for each in same)
-        cpu_ms[name] = 1000 * sum(each.cpu_s for each in same) / images
+        name = same[0].name
+        rates[name] = sum(each.images_per_s for each in same)
+        cpu_ms[name] = 1000 * sum(each.cpu_s for each in same) / len(same)
     best = max(rates, key=lambda each: rates[each])
     return {"images_per_s": rates[best], "loop": best, "cpu_ms": cpu_ms[best], "all": rates}
 
@@ -128,14 +132,19 @@ def measured(
     folder: str, count: int, names: Sequence[str], share: slice, together: Barrier
 ) -> dict[str, list[Tried]]:
     """What one process finds, by workload. share: which of the pictures are its own."""
-    options = WorkerSettings()
-    (model,) = load_models(options).values()
-    bare = Bare(model, options)
-    paths = cycle(sorted(Path(folder).iterdir())[share])
-    chosen = [each for each in WORKLOADS if each.name in names]
-    return {
-        each.name: list(tried(bare, each, paths, each.images(count), together)) for each in chosen
-    }
+    try:
+        options = WorkerSettings()
+        (model,) = load_models(options).values()
+        bare = Bare(model, options)
+        paths = cycle(sorted(Path(folder).iterdir())[share])
+        chosen = [each for each in WORKLOADS if each.name in names]
+        return {
+            each.name: list(tried(bare, each, paths, each.images(count), together))
+            for each in chosen
+        }
+    except BaseException:
+        together.abort()  # the others wait for this one
+        raise
 
 
 def main(folder: str, jobs: str, processes: str, *names: str) -> None:
@@ -149,6 +158,10 @@ def main(folder: str, jobs: str, processes: str, *names: str) -> None:
             pool.submit(measured, folder, int(jobs) // number, names, share, together)
             for share in shares
         ]
+        errors = [error for each in found if (error := each.exception()) is not None]
+        # That the others waited in vain says less than why.
+        for error in sorted(errors, key=lambda each: isinstance(each, BrokenBarrierError)):
+            raise error
         by_process = [each.result() for each in found]
     print(json.dumps({name: ceiling([each[name] for each in by_process]) for name in names}))
 

@@ -19,7 +19,7 @@ class Pictures:
         self._photos = photos
         self._seed = seed
         self._numbers = itertools.count(seed * 1_000_000)
-        self._made: dict[int, bytes] = {}
+        self._made: dict[int, bytes] | None = None  # kept where they are wanted again
 
     def take(self, count: int) -> list[bytes]:
         """The next so many pictures."""
@@ -28,10 +28,14 @@ class Pictures:
     def again(self) -> "Pictures":
         """The same from the first one; what one of the two has made the other need not make."""
         same = Pictures(self._photos, self._seed)
+        if self._made is None:
+            self._made = {}
         same._made = self._made
         return same
 
     def _picture(self, number: int) -> bytes:
+        if self._made is None:
+            return self._crop(number)
         if number not in self._made:
             self._made[number] = self._crop(number)
         return self._made[number]

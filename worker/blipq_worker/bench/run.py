@@ -18,8 +18,6 @@ from blipq_worker.bench.workloads import Workload
 from blipq_worker.demo.machine import describe_machine
 
 LIBRARIES = ("torch", "transformers", "celery", "kombu", "redis", "boto3")
-#: Jobs that a worker holds, by default.
-HELD = 32
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Bench:
 
     def _through(self, stack: Stack, workload: Workload) -> dict[str, Any]:
         """As many as the workers hold come before the jobs that are measured, and after."""
-        held = HELD * self.processes
+        held = self._held()
         count = held + workload.images(self.jobs) + held
         images = stack.upload(self.pictures.take(count))
         through = stack.backlog(list(workload.requests(images)))
@@ -73,12 +71,19 @@ class Bench:
             "stages_ms": through.stages(),
         }
 
+    def _held(self) -> int:
+        """Jobs that the workers hold."""
+        settings = {**os.environ, **self.environment}
+        batch = int(settings.get("BLIPQ_MAX_BATCH_SIZE", 16))
+        return self.processes * int(settings.get("BLIPQ_CONCURRENCY", 2 * batch))
+
     def latencies(self, workload: Workload, rates: Mapping[str, float]) -> dict[str, Any]:
         """Seconds from submit to outcome under Poisson arrivals, by the name of a rate."""
         found = {}
         with running() as stack:
             stack.start_workers(self.environment, self.program, processes=self.processes)
-            stack.backlog(list(workload.requests(stack.upload(self.pictures.take(HELD)))))
+            images = stack.upload(self.pictures.take(self._held()))
+            stack.backlog(list(workload.requests(images)))
             for name, per_s in rates.items():
                 images = stack.upload(self.pictures.take(self.jobs))
                 through = stack.arriving(list(workload.requests(images)), per_s)

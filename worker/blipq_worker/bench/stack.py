@@ -17,6 +17,7 @@ from blipq.fleet import shares_of_cores
 from blipq.local import LocalStack, worker_service
 from blipq.supervisor import Service
 from blipq_worker.bench import cpu
+from blipq_worker.bench.rate import steady_per_s
 
 START_TIMEOUT_S = 300.0
 RUN_TIMEOUT_S = 900.0
@@ -52,9 +53,8 @@ class Through:
 
     def steady_per_s(self, held: int) -> float:
         """Jobs a second without the first and the last ``held``: while the backlog was full."""
-        ended = sorted(info.completed_at for info in self.infos if info.completed_at)
-        took = ended[-held - 1] - ended[held - 1]
-        return (len(ended) - 2 * held) / took.total_seconds()
+        ended = [each.completed_at.timestamp() for each in self.infos if each.completed_at]
+        return steady_per_s(ended, held)
 
     def percentile(self, share: float) -> float:
         """A latency that so many of the jobs stay under."""

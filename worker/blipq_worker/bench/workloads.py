@@ -1,6 +1,5 @@
 """What is asked in a benchmark: the same of the bare engine and of the service."""
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,14 +19,16 @@ QUESTIONS = (
     "what is it made of?",
 )
 PROMPT = "a photo of"
+#: From one image's length to the next one's: any few images in a row have short and long texts.
+_STRIDE = 17
 
 
 @dataclass(frozen=True)
 class Workload:
     """One row of the table.
 
-    shortest, longest: new tokens, drawn evenly for every image and generated exactly; None leaves
-    the model's defaults (5 beams). questions: asked about each image; 0 is a caption.
+    shortest, longest: new tokens, spread evenly over any few images and generated exactly; None
+    leaves the model's defaults (5 beams). questions: asked about each image; 0 is a caption.
     """
 
     name: str
@@ -44,8 +45,8 @@ class Workload:
         """The generation parameters of ``count`` images; the same for the same seed."""
         if self.shortest is None or self.longest is None:
             return [None] * count
-        draw = random.Random(seed)
-        lengths = [draw.randint(self.shortest, self.longest) for _ in range(count)]
+        span = self.longest - self.shortest + 1
+        lengths = [self.shortest + (seed + _STRIDE * n) % span for n in range(count)]
         return [Generation(num_beams=1, min_new_tokens=n, max_new_tokens=n) for n in lengths]
 
     def requests(self, images: Sequence[ImageRef], seed: int = 1) -> Iterator[Request]:
