@@ -26,7 +26,7 @@ SECTIONS: dict[str, tuple[Callable[[int], dict[str, Any]], int, int]] = {
     "bare": (throughput.bare, 64, 512),
     "profile": (profiling.profile, 5, 30),
     "peers": (throughput.peers, 16, 96),
-    "latency": (latency.latency, 1, 7),
+    "latency": (latency.latency, 1, 5),
     "overhead": (overhead.overhead, 1_500, 30_000),
     "queued": (queued.queued, 100_000, 1_000_000),
     "scale": (scale.scale, 30, 2_000),
