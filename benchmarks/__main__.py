@@ -24,12 +24,12 @@ from benchmarks import (
 #: Sections with their usual size and the size of a long run, in the order of the page.
 SECTIONS: dict[str, tuple[Callable[[int], dict[str, Any]], int, int]] = {
     "bare": (throughput.bare, 64, 512),
-    "profile": (profiling.profile, 5, 30),
+    "profile": (profiling.profile, 4, 30),
     "peers": (throughput.peers, 16, 96),
-    "latency": (latency.latency, 1, 5),
-    "overhead": (overhead.overhead, 1_500, 30_000),
+    "latency": (latency.latency, 1, 7),
+    "overhead": (overhead.overhead, 1_000, 30_000),
     "queued": (queued.queued, 100_000, 1_000_000),
-    "scale": (scale.scale, 30, 2_000),
+    "scale": (scale.scale, 24, 2_000),
     "engine": (engine.engine, 2, 9),
     "packing": (packing.packing, 3, 9),
     "steps": (steps.steps, 5, 15),

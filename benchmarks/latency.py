@@ -17,7 +17,7 @@ WORKERS = [sys.executable, "-m", "benchmarks.workers"]
 #: What stands in for the worker, by how jobs come together; a model of the stack is served by each.
 POLICIES = {"joining": None, "closed": [*WORKERS, "closed"], "batches": [*WORKERS, "batchwise"]}
 #: How long jobs arrive in one run. Of the backlog that finds the capacity a worker holds HELD.
-SECONDS, BACKLOG, HELD = 5, 192, 32
+SECONDS, BACKLOG, HELD = 4, 192, 32
 #: Images of the jobs whose images were seen before, and how often, so that every worker has.
 SEEN, TIMES = 32, 6
 SHORT = replace(MIXED, shortest=1, longest=2)
@@ -60,8 +60,9 @@ def seen_by(stack: Stack, source: Pictures, models: Sequence[str]) -> Work:
 
 def _loads(stack: Stack, work: Work, repeats: int) -> dict[str, Any]:
     """By policy and load."""
-    backlogs = {policy: stack.backlog(work(BACKLOG), policy) for policy in POLICIES}
-    capacity = backlogs["joining"].steady_per_s(HELD * PROCESSES)
+    for policy in POLICIES:  # equally warm
+        stack.backlog(work(2 * HELD), policy)
+    capacity = stack.backlog(work(BACKLOG), "joining").steady_per_s(HELD * PROCESSES)
     found: dict[str, Any] = {policy: {} for policy in POLICIES}
     for turn, (name, share) in enumerate(LOADS.items()):
         runs: dict[str, list[Through]] = {policy: [] for policy in POLICIES}

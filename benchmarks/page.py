@@ -67,7 +67,7 @@ def _bare(found: Found) -> Iterator[str]:
 
 CPU_PARTS = ("model", "others", "redis", "s3", "client")
 CPU_HEAD = ["model", "asked", "bare engine", "the model", *CPU_PARTS[1:]]
-CPU_HEAD += ["bare engine / all", "cores busy"]
+CPU_HEAD += ["bare engine / all", "cores busy, bare", "cores busy"]
 
 
 def _cpu(found: Found) -> Iterator[list[str]]:
@@ -79,8 +79,9 @@ def _cpu(found: Found) -> Iterator[list[str]]:
             times = [bare["cpu_ms"]]
             times += [service["cpu_ms"][each] for each in CPU_PARTS]
             share = bare["cpu_ms"] / sum(times[1:])
+            busy = bare["cpu_ms"] * bare["images_per_s"] / 1000, service["cores_busy"]
             told = [f"{each:.1f}" for each in times]
-            yield [model, row.about, *told, f"{share:.2f}", f"{service['cores_busy']:.2f}"]
+            yield [model, row.about, *told, *(f"{each:.2f}" for each in (share, *busy))]
 
 
 def _profile(found: Found) -> Iterator[str]:

@@ -62,7 +62,6 @@ def _arriving(seconds: int) -> dict[str, float]:
         served = {"BLIPQ_MODELS": environment()["BLIPQ_MODELS"].replace("default", "joining")}
         stack.start_workers(environment() | served, processes=PROCESSES)
         work = seen_by(stack, pictures(12), ["joining"])
-        stack.backlog(work(BACKLOG), "joining")
         capacity = stack.backlog(work(BACKLOG), "joining").steady_per_s(HELD * PROCESSES)
         per_s = LOADS["60 %"] * capacity
         with ThreadPoolExecutor(1) as client:

@@ -11,7 +11,7 @@ from blipq_worker.bench.workloads import GREEDY
 WORKERS = (1, 2, 4, 8)
 CACHED = (1, 2, 4)
 TIMES = 4
-REPEATED = 128
+REPEATED = 256
 #: Served models by name: milliseconds of a pass, and of each of its rows.
 SPEEDS = {"fast": "8+4", "slow": "32+16"}
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from threading import Barrier, BrokenBarrierError
 
 from blipq.contract import Generation, Priority
-from blipq_worker.bench.rate import steady_per_s
 from blipq_worker.bench.workloads import PROMPT, QUESTIONS, WORKLOADS, Workload
 from blipq_worker.blip2 import Blip2, GenerateItem, resolve, vqa_prompt
 from blipq_worker.engine import Engine
@@ -24,15 +23,14 @@ from blipq_worker.images import decode
 from blipq_worker.load import load_models
 from blipq_worker.settings import WorkerSettings
 
-#: Batch sizes that are tried, the best one is the ceiling; with fewer images than LONG the last.
-SIZES, LONG = (16, 32), 128
-DECODERS = 2
+#: Batch sizes that are tried: the best one is the ceiling.
+SIZES = (16, 32)
+DECODERS, WARM = 2, 8
 #: Longest that a process waits for the others.
 TIMEOUT_S = 900.0
 
 Work = Sequence[tuple[Path, Generation | None]]
-#: Runs work at a batch size; says when each image was done (monotonic).
-Loop = Callable[[Workload, Work, int], Sequence[float]]
+Loop = Callable[[Workload, Work, int], None]
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,8 @@ class Bare:
     model: Blip2
     options: WorkerSettings
 
-    def in_batches(self, workload: Workload, work: Work, size: int) -> Sequence[float]:
+    def in_batches(self, workload: Workload, work: Work, size: int) -> None:
         """Batch after batch; the next one is decoded while one runs."""
-        done: list[float] = []
         with ThreadPoolExecutor(DECODERS) as decoders:
             ahead = 2 * size
             coming = [decoders.submit(self._item, workload, *each) for each in work[:ahead]]
@@ -53,10 +50,8 @@ class Bare:
                 more = work[ahead + start : ahead + start + size]
                 coming += [decoders.submit(self._item, workload, *each) for each in more]
                 self.model.generate(items)
-                done += [time.monotonic()] * len(items)
-        return done
 
-    def fed(self, workload: Workload, work: Work, size: int) -> Sequence[float]:
+    def fed(self, workload: Workload, work: Work, size: int) -> None:
         """Items join and leave the engine as a worker's do; ``size`` as in BLIPQ_MAX_BATCH_SIZE."""
         engine = Engine(
             {"default": self.model},
@@ -65,16 +60,14 @@ class Bare:
             max_waiting=2 * size,
         )
 
-        def run(path: Path, generation: Generation | None) -> float:
+        def run(path: Path, generation: Generation | None) -> None:
             item = self._item(workload, path, generation)
             engine.submit("default", item, Priority.NORMAL).result()
-            return time.monotonic()
 
         engine.batcher.start()
         with ThreadPoolExecutor(2 * size) as threads:
-            done = list(threads.map(lambda each: run(*each), work))
+            list(threads.map(lambda each: run(*each), work))
         engine.batcher.close(timeout=10)
-        return done
 
     def _item(self, workload: Workload, path: Path, generation: Generation | None) -> GenerateItem:
         """A picture read, decoded and asked about."""
@@ -97,23 +90,27 @@ class Tried:
 def tried(
     bare: Bare, workload: Workload, paths: Iterator[Path], count: int, together: Barrier
 ) -> Iterator[Tried]:
-    """Each loop and batch size with ``count`` images; begun when all processes are ready.
-
-    A batch comes before those that are measured, and one after: as for the service, the beginning
-    and the end do not count.
-    """
+    """Each loop and batch size with ``count`` images; begun when all processes are ready."""
     loops: dict[str, Loop] = {"batches": bare.in_batches, "joining": bare.fed}
     for name, loop in loops.items():
-        for size in SIZES if count >= LONG else SIZES[-1:]:
-            generations = workload.generations(size + count + size)
-            work = [(next(paths), each) for each in generations]
-            together.wait(TIMEOUT_S)
-            before = time.process_time()
+        for size in SIZES:
+            work, warm = (
+                [(next(paths), each) for each in workload.generations(number)]
+                for number in (count, WARM)
+            )
             # On a thread of its own, whose helpers end with it: see load_models.
             with ThreadPoolExecutor(1) as thread:
-                done = thread.submit(loop, workload, work, size).result()
-            cpu_s = (time.process_time() - before) / len(work)
-            yield Tried(f"{name} of {size}", steady_per_s(done, size), cpu_s)
+                thread.submit(loop, workload, warm, size).result()
+                together.wait(TIMEOUT_S)
+                took_s, cpu_s = thread.submit(timed, loop, workload, work, size).result()
+            yield Tried(f"{name} of {size}", count / took_s, cpu_s / count)
+
+
+def timed(loop: Loop, workload: Workload, work: Work, size: int) -> tuple[float, float]:
+    """Seconds that this work takes, and this process's CPU seconds in them."""
+    started, before = time.monotonic(), time.process_time()
+    loop(workload, work, size)
+    return time.monotonic() - started, time.process_time() - before
 
 
 def ceiling(processes: Sequence[Sequence[Tried]]) -> dict[str, object]:
