@@ -71,13 +71,13 @@ def worker(
     processes: Annotated[
         int,
         typer.Option(
-            min=1, help="Processes with a model each: for each GPU, or sharing the cores."
+            min=1, help="Processes with a model each: for each of --gpus, or sharing the cores."
         ),
     ] = 1,
 ) -> None:
     """Run a worker for the services that the settings name. SIGTERM drains it.
 
-    On a CPU, several processes with few cores each do more than one with all of them.
+    On a CPU, several processes with few cores each may do more than one with all of them.
 
     Examples:
         blipq worker
