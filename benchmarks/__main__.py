@@ -29,7 +29,7 @@ SECTIONS: dict[str, tuple[Callable[[int], dict[str, Any]], int, int]] = {
     "latency": (latency.latency, 1, 7),
     "overhead": (overhead.overhead, 1_000, 30_000),
     "queued": (queued.queued, 100_000, 1_000_000),
-    "scale": (scale.scale, 24, 2_000),
+    "scale": (scale.scale, 24, 500),
     "engine": (engine.engine, 2, 9),
     "packing": (packing.packing, 3, 9),
     "steps": (steps.steps, 5, 15),

@@ -12,8 +12,10 @@ WORKERS = (1, 2, 4, 8)
 CACHED = (1, 2, 4)
 TIMES = 4
 REPEATED = 256
-#: Served models by name: milliseconds of a pass, and of each of its rows.
-SPEEDS = {"fast": "8+4", "slow": "32+16"}
+#: Served models by name: milliseconds of a pass, and of each of its rows; and their share of jobs.
+SPEEDS, SHARES = {"fast": "8+4", "slow": "32+16"}, {"fast": 4, "slow": 1}
+#: Jobs that a worker holds which takes one at a time.
+HELD = 2
 
 
 def scale(jobs: int) -> dict[str, Any]:
@@ -35,9 +37,10 @@ def _sleeping(jobs: int) -> dict[str, dict[str, dict[str, float]]]:
             while len(stack.workers) < workers:
                 stack.start_workers(settings, SLEEPING)
             for name in SPEEDS:
-                stack.backlog(requests(image, 20 * workers), name)
-                through = stack.backlog(requests(image, jobs * workers), name)
-                figures = {"per_s": through.per_s, "cores_busy": through.cores_busy}
+                count = (HELD + SHARES[name] * jobs + HELD) * workers
+                through = stack.backlog(requests(image, count), name)
+                rate = through.steady_per_s(HELD * workers)
+                figures = {"per_s": rate, "cores_busy": through.cores_busy}
                 found[name][str(workers)] = figures
     return {f"{SPEEDS[name].replace('+', ' + ')} ms": each for name, each in found.items()}
 
