@@ -10,9 +10,8 @@ from benchmarks.throughput import PROCESSES, environment
 from blipq.contract import Request
 from blipq_worker.bench.pictures import Pictures
 from blipq_worker.bench.stack import Stack, Through, running
-from blipq_worker.bench.workloads import MIXED
+from blipq_worker.bench.workloads import LOADS, MIXED
 
-LOADS = {"30 %": 0.3, "60 %": 0.6, "90 %": 0.9}
 WORKERS = [sys.executable, "-m", "benchmarks.workers"]
 #: What stands in for the worker, by how jobs come together; a model of the stack is served by each.
 POLICIES = {"joining": None, "closed": [*WORKERS, "closed"], "batches": [*WORKERS, "batchwise"]}

@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.latency import BACKLOG, HELD, LOADS, seen_by
+from benchmarks.latency import BACKLOG, HELD, seen_by
 from benchmarks.photos import pictures
 from benchmarks.throughput import PROCESSES, environment
 from blipq.contract import Status
 from blipq_worker.bench.stack import Stack, running
-from blipq_worker.bench.workloads import GREEDY
+from blipq_worker.bench.workloads import GREEDY, LOADS
 
 BATCHER = "blipq-batcher"
 #: Where a thread is: the first part of which any text stands in its stack.

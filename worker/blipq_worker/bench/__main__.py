@@ -15,9 +15,7 @@ from blipq.errors import BlipqError
 from blipq.settings import CONNECTION_FIELDS
 from blipq_worker.bench.pictures import Pictures, drawn, read
 from blipq_worker.bench.run import Bench, about_this_run
-from blipq_worker.bench.workloads import MIXED, WORKLOADS, Workload
-
-LOADS = {"30 %": 0.3, "60 %": 0.6, "90 %": 0.9}
+from blipq_worker.bench.workloads import LOADS, MIXED, WORKLOADS, Workload
 
 errors = Console(stderr=True, highlight=False)
 out = Console(highlight=False)

@@ -16,6 +16,7 @@ from blipq_worker.bench.pictures import Pictures
 from blipq_worker.bench.stack import BenchError, Stack, running
 from blipq_worker.bench.workloads import Workload
 from blipq_worker.demo.machine import describe_machine
+from blipq_worker.settings import WorkerSettings
 
 LIBRARIES = ("torch", "transformers", "celery", "kombu", "redis", "boto3")
 
@@ -73,9 +74,10 @@ class Bench:
 
     def _held(self) -> int:
         """Jobs that the workers hold."""
-        settings = {**os.environ, **self.environment}
-        batch = int(settings.get("BLIPQ_MAX_BATCH_SIZE", 16))
-        return self.processes * int(settings.get("BLIPQ_CONCURRENCY", 2 * batch))
+        named = {
+            name.removeprefix("BLIPQ_").lower(): each for name, each in self.environment.items()
+        }
+        return self.processes * WorkerSettings.model_validate(named).threads
 
     def latencies(self, workload: Workload, rates: Mapping[str, float]) -> dict[str, Any]:
         """Seconds from submit to outcome under Poisson arrivals, by the name of a rate."""

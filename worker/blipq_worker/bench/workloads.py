@@ -64,3 +64,5 @@ GREEDY = Workload("greedy-20", "caption, greedy, 20 tokens", 20, 20)
 MIXED = Workload("greedy-5-50", "caption, greedy, 5 to 50 tokens", 5, 50)
 TEN = Workload("ten-questions", "ten questions about each image, greedy, 20 tokens", 20, 20, 10)
 WORKLOADS = (DEFAULT, GREEDY, MIXED, TEN)
+#: Arrivals, as shares of what a full backlog reaches.
+LOADS = {"30 %": 0.3, "60 %": 0.6, "90 %": 0.9}
