@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: help demo up test guarantees chaos bench peers lint types check format constraints demo-model clean
+.PHONY: help demo up test guarantees chaos bench gpu gpu-kit peers lint types check format constraints demo-model clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -33,6 +33,13 @@ chaos: $(VENV)/installed-dev  ## Load with faults at random; SEED=7 JOBS=10000.
 
 bench: $(VENV)/installed-bench  ## Measure everything and write docs/performance.md (make peers first).
 	$(BIN)/python -m benchmarks
+
+gpu: $(VENV)/installed  ## Measure everything on one GPU, 5 minutes, and write docs/gpu.md.
+	$(BIN)/python -m benchmarks.gpu --output benchmarks/results/gpu.json
+	$(BIN)/python -m benchmarks.gpu.table
+
+gpu-kit: $(VENV)/installed  ## Make gpu-kit/: all that a GPU machine without a network lacks.
+	$(BIN)/python -m benchmarks.gpu.kit gpu-kit
 
 peers: $(VENV)/installed  ## Install what blipq is compared with, apart from it.
 	test -d benchmarks/peers/.venv || $(PYTHON) -m venv benchmarks/peers/.venv

@@ -1,0 +1,188 @@
+"""A worker whose model only takes the time of a GPU: ``python -m benchmarks.gpu.fake HOW SLOTS``.
+
+Everything else is real: jobs, pictures from S3, decoding, the batcher. So what the host loses shows
+without a card. The times are those of one H100 80GB with OPT-2.7b in fp16 (docs/gpu.md).
+"""
+
+import logging
+import sys
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from PIL import Image
+
+from blipq.settings import Settings
+from blipq_worker.blip2 import GeneratedText, GenerateItem, ModelInfo, Pixels
+from blipq_worker.blip2.checkpoints import open_checkpoint
+from blipq_worker.blip2.preprocessing import Preprocessor
+from blipq_worker.settings import WorkerSettings
+
+How = Literal["captured", "launches"]
+Ticket = tuple[int, int]
+Texts = list[list[GeneratedText]]
+
+LOOK_S = 0.0013
+#: Seconds of a step with up to 32 and with 128 sequences.
+STEP_S: dict[How, tuple[float, float]] = {
+    "captured": (0.0036, 0.0046),
+    "launches": (0.008, 0.012),
+}
+LAUNCHES = 500
+
+
+def step_s(how: How, sequences: int) -> float:
+    """Seconds of a step."""
+    few, many = STEP_S[how]
+    return few + (many - few) * max(0, sequences - 32) / 96
+
+
+def allowed_per_s(how: How, slots: int, tokens: int) -> float:
+    """Captions a second if the device never waits for the host."""
+    return slots / (tokens * step_s(how, slots) + slots * LOOK_S)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Takes a device's time in the calling thread.
+
+    captured: one call that holds no GIL. launches: so many short calls, each of which computes in
+    Python for half of its time and releases the GIL for the other half, as launching a kernel does.
+    """
+
+    how: How
+
+    def step(self, sequences: int) -> None:
+        """One step of so many sequences."""
+        if self.how == "captured":
+            time.sleep(step_s(self.how, sequences))
+        else:
+            _launch(step_s(self.how, sequences) / LAUNCHES)
+
+    def look(self, images: int) -> None:
+        """A pass of the vision tower."""
+        time.sleep(LOOK_S * images)
+
+
+def _launch(each_s: float) -> None:
+    data = bytes(_bytes_for(each_s / 2))
+    due = time.perf_counter()
+    for _ in range(LAUNCHES):
+        zlib.crc32(data)  # releases the GIL
+        due += each_s
+        while time.perf_counter() < due:
+            pass
+
+
+def _bytes_for(seconds: float) -> int:
+    """How much zlib checks in that time on this machine; enough that it releases the GIL."""
+    return max(6 * 1024, int(seconds * _SPEED))
+
+
+def _speed() -> float:
+    data = bytes(2**20)
+    started = time.perf_counter()
+    for _ in range(20):
+        zlib.crc32(data)
+    return 20 * len(data) / (time.perf_counter() - started)
+
+
+_SPEED = _speed()
+
+
+class Session:
+    """Sequences that take their steps on the device; see ``blipq_worker.batcher.Session``."""
+
+    def __init__(self, device: Device, slots: int, on_step: Callable[[], None]) -> None:
+        self._device, self._slots, self._on_step = device, slots, on_step
+        self._left: dict[Ticket, int] = {}
+        self._items: dict[Ticket, GenerateItem] = {}
+        self._new: list[Pixels] = []
+
+    def has_room(self, ticket: Ticket) -> bool:
+        """Whether a slot is free."""
+        return len(self._left) < self._slots
+
+    def join(self, ticket: Ticket, item: GenerateItem) -> None:
+        """Takes a slot."""
+        self._left[ticket], self._items[ticket] = item.params.max_new_tokens, item
+        self._new.append(item.pixels)
+
+    def leave(self, ticket: Ticket) -> None:
+        """Frees a slot."""
+        self._left.pop(ticket, None)
+        self._items.pop(ticket, None)
+
+    def step(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, Texts]]:
+        """A token more of each, after a look at the images of those that are new."""
+        if self._new:
+            self._device.look(len(self._new))
+            for pixels in self._new:
+                pixels.vision_ms += 1000 * LOOK_S
+            self._new.clear()
+        self._device.step(len(tickets))
+        self._on_step()
+        for ticket in tickets:
+            self._left[ticket] -= 1
+        return [(ticket, self._texts(ticket)) for ticket in tickets if not self._left[ticket]]
+
+    def _texts(self, ticket: Ticket) -> Texts:
+        item = self._items[ticket]
+        self.leave(ticket)
+        return [[GeneratedText("a text", item.params.max_new_tokens)] for _ in item.prompts]
+
+
+class Model:
+    """Stands in for ``Blip2``: makes pixels ready for real, and writes nothing."""
+
+    def __init__(self, folder: str, device: Device, slots: int) -> None:
+        checkpoint = open_checkpoint(folder)
+        self._preprocessor = Preprocessor(checkpoint)
+        self._device, self._slots = device, slots
+        self._on_step: Callable[[], None] = lambda: None
+        self.info = ModelInfo(
+            checkpoint="fake",
+            family="opt",
+            dtype="float16",
+            quantization="none",
+            device=device.how,
+            revision="0",
+            image_size=checkpoint.image_size,
+            default_prompt="",
+        )
+
+    def on_step(self, call: Callable[[], None]) -> None:
+        """Has ``call`` called after every step."""
+        self._on_step = call
+
+    def preprocess(self, image: Image.Image, *, digest: str | None = None, **_: Any) -> Pixels:
+        """As the real one."""
+        return Pixels(self._preprocessor(image), digest=digest)
+
+    def recall(self, digest: str, needed: Any) -> None:
+        """It remembers nothing."""
+
+    def check(self, item: Any) -> None:
+        """Anything will do."""
+
+    def session(self) -> Session:
+        """Where sequences take their steps."""
+        return Session(self._device, self._slots, self._on_step)
+
+
+def main(how: How, slots: int) -> int:
+    """Serves until told to stop."""
+    logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    from blipq_worker.app import Worker
+
+    options = WorkerSettings()
+    models: Any = {
+        name: Model(folder, Device(how), slots) for name, folder in options.models.items()
+    }
+    return Worker(Settings(), options, models).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))  # type: ignore[arg-type]
