@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks import (
     engine,
+    host,
     latency,
     overhead,
     packing,
@@ -34,6 +35,7 @@ SECTIONS: dict[str, tuple[Callable[[int], dict[str, Any]], int, int]] = {
     "packing": (packing.packing, 3, 9),
     "steps": (steps.steps, 5, 15),
     "roofline": (roofline.roofline, 3, 5),
+    "host": (host.host, 15, 60),
 }
 
 

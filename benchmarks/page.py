@@ -6,7 +6,7 @@ from typing import Any
 
 from tools.docs.page import replace_section
 
-from benchmarks import results
+from benchmarks import host, results
 from benchmarks.latency import POLICIES
 from benchmarks.paper import rows as paper_rows
 from benchmarks.peers.run import PEERS
@@ -17,6 +17,8 @@ from blipq_worker.bench.workloads import MIXED, Workload
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "performance.md"
+#: Where a section stands that is not on that page.
+ELSEWHERE = {"host": DOCS / "gpu.md"}
 
 Found = Mapping[str, Any]
 
@@ -26,7 +28,8 @@ def write() -> None:
     for name, text in SECTIONS.items():
         kept = results.load(name)
         if kept is not None:
-            replace_section(PAGE, name, "\n".join([*text(kept["found"]), "", _about(kept)]))
+            page = ELSEWHERE.get(name, PAGE)
+            replace_section(page, name, "\n".join([*text(kept["found"]), "", _about(kept)]))
     overhead = results.load("overhead")
     if overhead is not None:
         replace_section(PAGE, "paper", "\n".join(table(*paper_rows(overhead["found"]))))
@@ -235,6 +238,10 @@ def _roofline(found: Found) -> Iterator[str]:
         yield f"Measured peaks, {name}: {reads} read, {computes}."
 
 
+def _host(found: Found) -> Iterator[str]:
+    yield from table(host.HEAD, host.rows(found))
+
+
 SECTIONS: dict[str, Callable[[Found], Iterator[str]]] = {
     "bare": _bare,
     "profile": _profile,
@@ -247,6 +254,7 @@ SECTIONS: dict[str, Callable[[Found], Iterator[str]]] = {
     "packing": _packing,
     "steps": _steps,
     "roofline": _roofline,
+    "host": _host,
 }
 
 
