@@ -7,6 +7,7 @@ side by side and run in turn. What fails or is cut short leaves the others' figu
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -68,7 +69,8 @@ def main() -> int:
 def _fast_folder() -> str | None:
     """Memory, where there is some: a checkpoint on it is as if read before."""
     shared = Path("/dev/shm")
-    return str(shared) if os.access(shared, os.W_OK) else None
+    roomy = os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 16 * 2**30
+    return str(shared) if roomy else None
 
 
 def run_groups(groups: list[str], options: Options) -> dict[str, Any]:
