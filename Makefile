@@ -35,7 +35,7 @@ bench: $(VENV)/installed-bench  ## Measure everything and write docs/performance
 	$(BIN)/python -m benchmarks
 
 gpu: $(VENV)/installed  ## Measure everything on one GPU, 5 minutes, and write docs/gpu.md.
-	$(BIN)/python -m benchmarks.gpu --output benchmarks/results/gpu.json
+	$(BIN)/python -m benchmarks.gpu --output benchmarks/results/gpu/last.json
 	$(BIN)/python -m benchmarks.gpu.table
 
 gpu-kit: $(VENV)/installed  ## Make gpu-kit/: all that a GPU machine without a network lacks.

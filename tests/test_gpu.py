@@ -45,7 +45,7 @@ def test_a_dry_run_measures_every_section_on_a_cpu(tmp_path: Path) -> None:
     assert served["per_s"] > 0
     equal = sections["answers: fp32 against a CPU"]["found"]
     assert {kind: each["equal"] for kind, each in equal.items()} == dict.fromkeys(equal, 16)
-    labels = table.text(found)
+    labels = table.text([found])
     for label, _ in table.ROWS:
         on_a_card_only = any(each in label for each in ("nf4", "int8", "128 slots: ", "128 slots:"))
         assert on_a_card_only or f"| {label} |" in labels
@@ -140,10 +140,11 @@ def test_a_group_that_outlasts_its_limit_leaves_what_it_has_found(
 
 
 def test_the_page_shows_the_last_run_beside_the_first_one() -> None:
-    first = json.loads(table.FIRST.read_text())
-    shown = table.text(first, first)
+    first = json.loads((table.RESULTS / "first.json").read_text())
+    shown = table.text([first, first])
     assert "| 33 | 33 |" in shown
     assert "| 2.2 / 19.5 / 62.9 / 155.8 |" in shown
+    assert table.page() in (ROOT / "docs" / "gpu.md").read_text()
 
 
 def test_a_kit_has_what_the_worker_needs_and_not_what_the_machine_brings() -> None:

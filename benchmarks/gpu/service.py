@@ -46,9 +46,9 @@ class Work:
 
 
 WORK = {
-    "greedy": Work(GREEDY, "coco", 30),
-    "default": Work(BEAMS, "coco", 20),
-    "12 MP": Work(GREEDY, "12mp", 15),
+    "greedy": Work(GREEDY, "coco", 25),
+    "default": Work(BEAMS, "coco", 18),
+    "12 MP": Work(GREEDY, "12mp", 12),
 }
 #: Jobs that warm the worker up, and show how many a backlog needs: more than it can do in its time.
 WARM, MORE = 128, 3

@@ -1,27 +1,26 @@
-"""Figures of a run as a table: beside those of the first card that blipq ran on.
+"""Figures of a run as a table: beside those of earlier ones.
 
 ``python -m benchmarks.gpu.table`` writes it into ``docs/gpu.md``.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tools.docs.page import replace_section
 
 PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
-RESULTS = Path(__file__).parents[1] / "results"
-#: The last run on a card, and the first one there ever was.
-LAST, FIRST = RESULTS / "gpu.json", RESULTS / "gpu-first.json"
+RESULTS = Path(__file__).parents[1] / "results" / "gpu"
+#: The first run there ever was, the last one before decoding in static slots, and the last one.
+RUNS = ("first", "before", "last")
 
 Found = Mapping[str, Any]
 Row = tuple[str, Callable[[Found], str]]
 
 
-def text(found: Found, first: Found | None = None) -> str:
-    """A table in Markdown, and what failed."""
-    runs = [found] if first is None else [first, found]
+def text(runs: Sequence[Found]) -> str:
+    """A table in Markdown with a column for each run, and what failed in the last one."""
     heads = [f"{run['card']}, {run['date']}, {run['commit']}" for run in runs]
     lines = [["", *heads], ["---"] * (len(runs) + 1)]
     for label, cell in ROWS:
@@ -31,24 +30,25 @@ def text(found: Found, first: Found | None = None) -> str:
     table = [f"| {' | '.join(line)} |" for line in lines]
     failed = [
         f"- {name}: {section['failed']}"
-        for name, section in found["sections"].items()
+        for name, section in runs[-1]["sections"].items()
         if "failed" in section
     ]
     if failed:
-        table += ["", "Not measured, since it failed:", "", *failed]
+        table += ["", "Not measured in the last run, since it failed:", "", *failed]
     return "\n".join(table)
 
 
 def page() -> str:
-    """The table of the last run beside the first, and how it was made."""
-    last = json.loads(LAST.read_text())
-    about = last["versions"]
+    """The table of the kept runs, and how the last one was made."""
+    kept = [RESULTS / f"{name}.json" for name in RUNS]
+    runs = [json.loads(path.read_text()) for path in kept if path.exists()]
+    last, versions = runs[-1], runs[-1]["versions"]
     made = (
-        f"`make gpu` at {last['commit']}, {last['seconds']} s on one {last['card']} with "
-        f"{last['cores']} cores; Python {about['python']}, torch {about['torch']}, transformers "
-        f"{about['transformers']}."
+        f"The last run: `make gpu` at {last['commit']}, {last['seconds']} s on one {last['card']} "
+        f"with {last['cores']} cores; Python {versions['python']}, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}."
     )
-    return f"{text(last, json.loads(FIRST.read_text()))}\n\n{made}"
+    return f"{text(runs)}\n\n{made}"
 
 
 def _cell(cell: Callable[[Found], str], sections: Found) -> str:
@@ -102,7 +102,7 @@ ENGINE = (
     "flan-t5-xl, greedy, 128 slots",
 )
 BATCHES = "1 / 8 / 32 / 128"
-SIZES = {"opt-2.7b": f"{BATCHES} / 512", "flan-t5-xl": BATCHES}
+SIZES = {"opt-2.7b": BATCHES, "opt-2.7b, 512": "512", "flan-t5-xl": BATCHES}
 SIZES |= {"opt-2.7b, nf4": "1 / 32 / 128", "opt-2.7b, int8": "1 / 32 / 128"}
 
 
