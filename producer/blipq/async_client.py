@@ -270,7 +270,7 @@ class AsyncClient:
                 if due := waiting.due(len(notifier)):
                     found = await self._looks.look(due)
                     if isinstance(found, Looked) and found.elsewhere:
-                        await notifier.listen(inbox, found.elsewhere.values())
+                        notifier.listen(inbox, found.elsewhere.values())
                     for info in waiting.looked(due, found):
                         yield info
                 if waiting.open:

@@ -22,25 +22,30 @@ from blipq.records import (
     submit_arguments,
     submitted,
 )
+from blipq.redis_url import RedisUrl
 from blipq.requests import Submission
-from blipq.sentinel import SCHEME, Sentinels
+from blipq.sentinel import async_master_pool
 from blipq.settings import Settings
 
 #: More calls at the same time wait for one of these, up to the timeout.
 MAX_CONNECTIONS = 32
 
 
-def connect_async(settings: Settings) -> "redis.asyncio.Redis":
-    """A Redis client that answers or raises within its timeout: nothing is retried silently."""
+def connect_async(settings: Settings, *, reconnects: bool = True) -> "redis.asyncio.Redis":
+    """A Redis client that answers or raises within its timeout: nothing is retried silently.
+
+    ``reconnects``: a command that meets a dropped connection opens it again, once.
+    """
+    dropped = (redis.ConnectionError,) if reconnects else ()
     options = connection_options(settings.timeout_s) | {
         "max_connections": MAX_CONNECTIONS,
         "timeout": settings.timeout_s,
-        "retry": Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+        "retry": Retry(NoBackoff(), 1, supported_errors=dropped),
     }
-    if settings.redis_url.startswith(SCHEME):
-        return Sentinels.of(settings.redis_url).async_client(**options)
-    pool = redis.asyncio.BlockingConnectionPool.from_url(settings.redis_url, **options)
-    return redis.asyncio.Redis.from_pool(pool)
+    url = RedisUrl.of(settings.redis_url)
+    if url.has_sentinels:
+        return redis.asyncio.Redis.from_pool(async_master_pool(url, **options))
+    return redis.asyncio.Redis.from_pool(url.async_pool(**options))
 
 
 class AsyncLedger:

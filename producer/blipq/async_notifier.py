@@ -4,6 +4,7 @@ Like ``notifier``, it only wakes those who wait.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -11,7 +12,11 @@ from typing import Any
 import redis
 import redis.asyncio
 
-from blipq.notifier import Subscribers
+from blipq.notifier import PAUSE_S, Subscribers
+
+log = logging.getLogger(__name__)
+
+CHECK_S = 5.0
 
 
 class AsyncInbox:
@@ -40,14 +45,19 @@ class AsyncInbox:
 
 
 class AsyncNotifier:
-    """A task that listens on this client's channel, and on those of other clients' jobs."""
+    """A task that listens on this client's channel, and on those of other clients' jobs.
+
+    The subscription is that task's alone, as in ``Notifier``: others say what they want to hear,
+    and interrupt its reading. Reading can be interrupted anywhere, making a connection cannot: so
+    none is made again underneath, a lost one ends the subscription.
+    """
 
     def __init__(self, connect: Callable[[], "redis.asyncio.Redis"], own_channel: str) -> None:
         self._connect = connect
         self._subscribers = Subscribers(own_channel)
         self._closed = False
         self._task: asyncio.Task[None] | None = None
-        self._pubsub: Any = None
+        self._reading: asyncio.Timeout | None = None
         self._leaving = False
 
     def __len__(self) -> int:
@@ -64,11 +74,13 @@ class AsyncNotifier:
             yield inbox
         finally:
             self._subscribers.remove(ids, inbox)
-            await self._send("unsubscribe", self._subscribers.leave(inbox))
+            if self._subscribers.leave(inbox):
+                self._wake_up()
 
-    async def listen(self, inbox: AsyncInbox, channels: Iterable[str]) -> None:
+    def listen(self, inbox: AsyncInbox, channels: Iterable[str]) -> None:
         """Jobs of other clients are told on their own channels."""
-        await self._send("subscribe", self._subscribers.listen(channels, inbox))
+        if self._subscribers.listen(channels, inbox):
+            self._wake_up()
 
     def tell(self, id: str) -> None:
         """Wakes those who wait for a job."""
@@ -82,11 +94,10 @@ class AsyncNotifier:
                 self._task.cancel()  # wait_for of Python 3.11 can lose it: once more, then
             await asyncio.wait([self._task], timeout=0.5)
 
-    async def _send(self, command: str, channels: list[str]) -> None:
-        """To the open subscription; one that opens later takes all channels at once."""
-        if channels and self._pubsub is not None:
-            with suppress(redis.RedisError, OSError):
-                await getattr(self._pubsub, command)(*channels)
+    def _wake_up(self) -> None:
+        """The task looks at what is wanted now; if it does not read, it will before it does."""
+        if self._reading is not None:
+            self._reading.reschedule(0)
 
     def _start(self) -> None:
         if self._task is None:
@@ -94,24 +105,46 @@ class AsyncNotifier:
 
     async def _run(self) -> None:
         while not self._closed:
-            with suppress(redis.RedisError, OSError):
+            try:
                 await self._listen()
+            except (redis.RedisError, OSError) as error:
+                log.debug("the subscription is opened again: %s", error)
+            except Exception:  # whatever it is, who waits must hear of jobs again
+                log.warning("the subscription failed and is opened again", exc_info=True)
             if not self._closed:
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(PAUSE_S)
 
     async def _listen(self) -> None:
-        async with (
-            self._connect() as client,
-            client.pubsub(ignore_subscribe_messages=True) as pubsub,
-        ):
+        async with self._connect() as client, client.pubsub() as pubsub:
             self._leaving = False
             try:
-                await pubsub.subscribe(*self._subscribers.channels)
-                self._pubsub = pubsub
                 while not self._closed:
-                    # The timeout lets the connection's health be checked.
-                    message = await pubsub.get_message(timeout=5.0)
-                    if message is not None:
+                    await self._follow(pubsub)
+                    message = await self._next(pubsub)
+                    if message is not None and message["type"] == "message":
                         self.tell(message["data"])
             finally:
-                self._pubsub, self._leaving = None, True
+                self._leaving = True
+
+    async def _follow(self, pubsub: Any) -> None:
+        """Subscribes to what is wanted now, and to nothing else."""
+        while True:
+            wanted = set(self._subscribers.channels)
+            subscribed = set(pubsub.channels) - set(pubsub.pending_unsubscribe_channels)
+            if wanted == subscribed:
+                return
+            if fresh := wanted - subscribed:
+                await pubsub.subscribe(*fresh)
+            if left := subscribed - wanted:
+                await pubsub.unsubscribe(*left)
+
+    async def _next(self, pubsub: Any) -> Any:
+        """The next message; None when somebody called, or after a while without any."""
+        try:
+            # The timeout lets the connection's health be checked.
+            async with asyncio.timeout(CHECK_S) as self._reading:
+                return await pubsub.get_message(timeout=None)
+        except TimeoutError:
+            return None
+        finally:
+            self._reading = None

@@ -6,17 +6,20 @@ never wait for ever.
 """
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
 from functools import cached_property
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from redis.exceptions import RedisError
 
 from blipq.contract import CONTRACT, Priority, queue_name, task_name
 from blipq.ledger import Message
-from blipq.sentinel import SCHEME, Sentinels
+from blipq.redis_url import SCHEMES, TLS_OPTIONS, RedisUrl, Tls, take_apart
+from blipq.sentinel import asking
 from blipq.settings import Settings
 
 if TYPE_CHECKING:
@@ -48,8 +51,8 @@ def make_app(settings: Settings) -> "Celery":
     """A Celery app for the settings' broker."""
     from celery import Celery
 
-    url, transport_options = broker_address(settings)
-    app = Celery("blipq", broker=url, set_as_current=False)
+    address = broker_address(settings)
+    app = Celery("blipq", broker=address.url, set_as_current=False)
     app.conf.update(
         task_acks_late=True,
         task_ignore_result=True,
@@ -66,20 +69,50 @@ def make_app(settings: Settings) -> "Celery":
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_connection_timeout=3,
-        broker_transport_options=transport_options,
+        broker_transport_options=address.options,
+        broker_use_ssl=address.tls,
     )
     return app
 
 
-def broker_address(settings: Settings) -> tuple[str, dict[str, Any]]:
-    """The broker's URL as Celery writes it, and its transport's options."""
+@dataclass(frozen=True, slots=True)
+class BrokerAddress:
+    """A broker as Celery is told of it: URL, its transport's options, arguments for TLS or False.
+
+    Without arguments of its own, Celery would not verify a Redis behind TLS, nor the name of a
+    RabbitMQ.
+    """
+
+    url: str
+    options: dict[str, Any] = field(default_factory=dict)
+    tls: dict[str, Any] | Literal[False] = False
+
+
+def broker_address(settings: Settings) -> BrokerAddress:
+    """The settings' broker. Verified as the ledger's Redis is, where it speaks TLS."""
     url = settings.effective_broker_url
-    if url.startswith(SCHEME):
-        sentinels = Sentinels.of(url)
-        asked = sentinels.options(settings.timeout_s)
-        own = {"master_name": sentinels.master, "sentinel_kwargs": asked}
-        return sentinels.celery_url, REDIS_TRANSPORT | own
-    return url, REDIS_TRANSPORT if url.startswith("redis") else {}
+    scheme = url.partition("://")[0].lower()
+    if scheme in SCHEMES:
+        return _redis_address(RedisUrl.of(url), settings.timeout_s)
+    if scheme == "amqps":
+        # Its options for TLS are ours: Celery would pass them on under names that py-amqp lacks.
+        bare = ";".join(_without(TLS_OPTIONS, each) for each in url.split(";"))
+        return BrokerAddress(bare, tls=Tls.of(take_apart(url.split(";")[0]).query).for_amqp())
+    return BrokerAddress(url, REDIS_TRANSPORT if scheme.startswith("redis+") else {})
+
+
+def _redis_address(url: RedisUrl, timeout_s: float) -> BrokerAddress:
+    options = REDIS_TRANSPORT | ({"client_name": url.client_name} if url.client_name else {})
+    if url.has_sentinels:
+        options |= {"master_name": url.master, "sentinel_kwargs": asking(url, timeout_s)}
+    return BrokerAddress(url.celery_url, options, url.tls.for_redis() if url.tls else False)
+
+
+def _without(options: Sequence[str], url: str) -> str:
+    """A URL without these options in its query."""
+    bare, _, query = url.partition("?")
+    kept = [each for each in query.split("&") if each and each.partition("=")[0] not in options]
+    return f"{bare}?{'&'.join(kept)}" if kept else bare
 
 
 def queues_of(model: str) -> list[str]:

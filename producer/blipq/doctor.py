@@ -7,7 +7,6 @@ worker can know is asked of the worker's package in a process of its own.
 import importlib.metadata
 import importlib.util
 import json
-import os
 import shutil
 import socket
 import struct
@@ -27,6 +26,7 @@ from blipq.client import Client
 from blipq.contract import CONTRACT
 from blipq.errors import BlipqError, ResultTimeout
 from blipq.ledger import DEAD_LETTERS, Ledger, connect
+from blipq.redaction import place_of, redacted
 from blipq.settings import Settings
 from blipq.storage import Storage, status_of
 from blipq.webhooks.outbox import Outbox
@@ -108,16 +108,9 @@ def _each(
 
 
 def _without_secrets(settings: Settings, finding: Finding) -> Finding:
-    secret = settings.s3_secret_access_key
-    secrets = [secret.get_secret_value() if secret else None]
-    for url in (settings.redis_url, settings.broker_url or ""):
-        userinfo = url.rpartition("@")[0].partition("://")[2]
-        secrets.append(userinfo.partition(":")[2])
-    message, advice = finding.message, finding.advice
-    for text in filter(None, secrets):
-        message = message.replace(text, "***")
-        advice = advice and advice.replace(text, "***")
-    return Finding(finding.state, finding.check, message, advice)
+    secrets = settings.secrets
+    advice = finding.advice and redacted(finding.advice, secrets)
+    return Finding(finding.state, finding.check, redacted(finding.message, secrets), advice)
 
 
 # --- Redis and the broker -------------------------------------------------------------------------
@@ -199,9 +192,14 @@ def _broker(settings: Settings) -> Findings:
     from kombu import Connection
 
     timeout = max(1, round(settings.timeout_s))
-    url, options = broker_address(settings)
-    with Connection(url, connect_timeout=timeout, transport_options=options) as connection:
-        where = connection.as_uri()  # kombu hides the password
+    address = broker_address(settings)
+    where = "; ".join(place_of(each) for each in address.url.split(";"))
+    with Connection(
+        address.url,
+        ssl=address.tls,
+        connect_timeout=timeout,
+        transport_options=address.options,
+    ) as connection:
         try:
             connection.ensure_connection(max_retries=1, timeout=timeout)
         except Exception as error:  # each transport has exceptions of its own
@@ -229,8 +227,8 @@ def _s3(settings: Settings, *, create_bucket: bool) -> Findings:
 
 
 def _credentials(settings: Settings) -> Finding:
-    where = settings.s3_endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3")
-    service = where or "AWS itself (no endpoint is set)"
+    where = settings.s3_endpoint
+    service = place_of(where) if where else "AWS itself (no endpoint is set)"
     if settings.s3_access_key_id:
         return Finding("ok", "s3 credentials", f"from the settings, for {service}")
     import boto3

@@ -30,12 +30,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from blipq.contract import ErrorCode
+from blipq.redaction import redacted
 
 
 class BlipqError(Exception):
-    """Base of everything blipq raises."""
+    """Base of everything blipq raises. What it says has no passwords in it."""
 
     retryable: bool = False
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redacted(message))
 
 
 class InvalidRequest(BlipqError, ValueError):

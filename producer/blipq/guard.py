@@ -76,7 +76,8 @@ def parse(url: str) -> Target:
         raise Forbidden("a user name or password in the URL is not taken")
     authority = _AUTHORITY.fullmatch(match["authority"])
     if authority is None:
-        raise Forbidden(f"{match['authority']!r} is not a host and port")
+        # Not repeated: with a raw slash in it, a password ends up here.
+        raise Forbidden("what stands before the path is not a host and port")
     scheme, path = match["scheme"].lower(), match["path"]
     return Target(
         scheme=scheme,

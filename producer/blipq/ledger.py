@@ -18,7 +18,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from blipq.contract import CONTRACT, JobInfo, Kind, Options, Request, Status
-from blipq.errors import BlipqError, QueueFull, QueueUnavailable
+from blipq.errors import BlipqError, InvalidRequest, QueueFull, QueueUnavailable
 from blipq.records import Looked as Looked
 from blipq.records import Message as Message
 from blipq.records import (
@@ -34,8 +34,9 @@ from blipq.records import (
 )
 from blipq.records import ms as ms
 from blipq.records import notify_channel as notify_channel
+from blipq.redis_url import RedisUrl
 from blipq.requests import Submission
-from blipq.sentinel import SCHEME, Sentinels
+from blipq.sentinel import master_pool
 from blipq.settings import Settings
 
 LEASE_S = 30.0
@@ -106,9 +107,9 @@ def connect(settings: Settings, *, timeout_s: float | None = None) -> "redis.Red
         # A dropped connection is opened again once; a timeout is final, or it would double.
         "retry": Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
     }
-    if settings.redis_url.startswith(SCHEME):
-        return Sentinels.of(settings.redis_url).client(**options)
-    return redis.Redis.from_url(settings.redis_url, **options)
+    url = RedisUrl.of(settings.redis_url)
+    pool = master_pool(url, **options) if url.has_sentinels else url.pool(**options)
+    return redis.Redis.from_pool(pool)
 
 
 @contextmanager
@@ -121,6 +122,8 @@ def redis_errors(job_id: str | None = None) -> Iterator[None]:
     except (redis.ConnectionError, redis.TimeoutError) as error:
         raise QueueUnavailable(f"Redis does not answer: {error}", job_id) from error
     except redis.exceptions.ResponseError as error:
+        if "DB index" in str(error):
+            raise InvalidRequest(f"redis_url: {error}") from None
         if "OOM" in str(error):
             raise QueueFull("Redis has no memory left (maxmemory)") from error
         if str(error).startswith(REFUSALS) or isinstance(error, READ_ONLY):

@@ -5,6 +5,9 @@ looks now and then, so a lost notification, a dropped connection or a restarted 
 answer by a look, no more.
 """
 
+import logging
+import selectors
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +16,11 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import redis
+
+log = logging.getLogger(__name__)
+
+#: Between two attempts at a subscription, and the longest without a look at what is wanted.
+PAUSE_S = 0.5
 
 
 class Inbox:
@@ -80,16 +88,20 @@ class Subscribers:
 
 
 class Notifier:
-    """A thread that listens on this client's channel, and on those of other clients' jobs."""
+    """A thread that listens on this client's channel, and on those of other clients' jobs.
+
+    The subscription is that thread's alone: while redis-py connects again, a second thread's
+    ``subscribe`` would meet a connection that is half made, and read answers that are not its own.
+    Others say what they want to hear, and wake it.
+    """
 
     def __init__(self, connect: Callable[[], "redis.Redis"], own_channel: str) -> None:
         self._connect = connect
-        self._own_channel = own_channel
         self._lock = threading.Lock()
         self._subscribers = Subscribers(own_channel)
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
-        self._pubsub: Any = None
+        self._wake: socket.socket | None = None
 
     def __len__(self) -> int:
         """How many jobs are waited for."""
@@ -107,12 +119,14 @@ class Notifier:
         finally:
             with self._lock:
                 self._subscribers.remove(ids, inbox)
-                self._send("unsubscribe", self._subscribers.leave(inbox))
+                if self._subscribers.leave(inbox):
+                    self._wake_up()
 
     def listen(self, inbox: Inbox, channels: Iterable[str]) -> None:
         """Jobs of other clients are told on their own channels."""
         with self._lock:
-            self._send("subscribe", self._subscribers.listen(channels, inbox))
+            if self._subscribers.listen(channels, inbox):
+                self._wake_up()
 
     def tell(self, id: str) -> None:
         """Wakes those who wait for a job."""
@@ -123,15 +137,15 @@ class Notifier:
         """Stops listening."""
         self._closed.set()
         with self._lock:
-            self._send("unsubscribe", [self._own_channel])  # the answer wakes the thread at once
+            self._wake_up()
         if self._thread is not None:
             self._thread.join(timeout=2)
 
-    def _send(self, command: str, channels: list[str]) -> None:
-        """To the open subscription; one that opens later takes all channels at once."""
-        if channels and self._pubsub is not None:
-            with suppress(redis.RedisError, OSError):
-                getattr(self._pubsub, command)(*channels)
+    def _wake_up(self) -> None:
+        """The thread looks at what is wanted. It does so every half second anyway."""
+        if self._wake is not None:
+            with suppress(OSError):  # full of wake-ups, or the thread has just left
+                self._wake.send(b"!")
 
     def _start(self) -> None:
         if self._thread is None:
@@ -140,23 +154,57 @@ class Notifier:
 
     def _run(self) -> None:
         while not self._closed.is_set():
-            with suppress(redis.RedisError, OSError):
+            try:
                 self._listen()
-            self._closed.wait(0.5)
+            except (redis.RedisError, OSError) as error:
+                log.debug("the subscription is opened again: %s", error)
+            except Exception:  # whatever it is, who waits must hear of jobs again
+                log.warning("the subscription failed and is opened again", exc_info=True)
+            self._closed.wait(PAUSE_S)
 
     def _listen(self) -> None:
         client = self._connect()
-        pubsub: Any = client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
+        pubsub: Any = client.pubsub()  # type: ignore[no-untyped-call]
+        wake, woken = socket.socketpair()
+        wake.setblocking(False)
+        woken.setblocking(False)
         try:
             with self._lock:
-                pubsub.subscribe(*self._subscribers.channels)
-                self._pubsub = pubsub
+                self._wake = wake
             while not self._closed.is_set():
-                message = pubsub.get_message(timeout=0.5)
-                if message is not None:
-                    self.tell(message["data"])
+                self._follow(pubsub)
+                self._take_all(pubsub)
+                _wait_for(pubsub.connection, woken)
         finally:
             with self._lock:
-                self._pubsub = None
+                self._wake = None
+            wake.close()
+            woken.close()
             pubsub.close()
             client.close()
+
+    def _follow(self, pubsub: Any) -> None:
+        """Subscribes to what is wanted now, and to nothing else."""
+        with self._lock:
+            wanted = set(self._subscribers.channels)
+        subscribed = set(pubsub.channels) - set(pubsub.pending_unsubscribe_channels)
+        if fresh := wanted - subscribed:
+            pubsub.subscribe(*fresh)
+        if left := subscribed - wanted:
+            pubsub.unsubscribe(*left)
+
+    def _take_all(self, pubsub: Any) -> None:
+        """What has come. Answers to subscriptions are messages here: None means all is read."""
+        while (message := pubsub.get_message(timeout=0)) is not None:
+            if message["type"] == "message":
+                self.tell(message["data"])
+
+
+def _wait_for(connection: Any, woken: socket.socket) -> None:
+    """Until there is something to read or somebody calls, for half a second at most."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection._sock, selectors.EVENT_READ)
+        selector.register(woken, selectors.EVENT_READ)
+        selector.select(PAUSE_S)
+    with suppress(BlockingIOError):
+        woken.recv(4096)

@@ -71,7 +71,9 @@ class Backend:
             AsyncLedger(connect_async(settings), settings),
             Broker(settings),
             Storage(settings),
-            AsyncNotifier(lambda: connect_async(settings), notify_channel(client)),
+            AsyncNotifier(
+                lambda: connect_async(settings, reconnects=False), notify_channel(client)
+            ),
         )
 
 

@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr
 from pydantic.fields import FieldInfo
@@ -23,7 +23,8 @@ from pydantic_settings import (
 
 from blipq.contract import Seconds
 from blipq.guard import Policy
-from blipq.sentinel import SCHEME, Sentinels
+from blipq.redaction import place_of
+from blipq.redis_url import SCHEMES, RedisUrl, Tls, take_apart
 
 #: Options that say where the services are. One of them set by hand switches discovery off.
 CONNECTION_FIELDS = (
@@ -104,38 +105,58 @@ class _LocalStack(PydanticBaseSettingsSource):
 
 
 def _checked_redis_url(url: str) -> str:
-    if url.startswith(SCHEME):
-        Sentinels.of(url)
+    RedisUrl.of(url)
     return url
 
 
-def _place(url: str) -> str:
-    """A URL without user, password and query."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rsplit('@', 1)[-1]}{parts.path}"
+def _checked_broker_url(url: str | None) -> str | None:
+    """Of Redis all is checked; of other brokers that nothing is cut off and who is verified."""
+    if url is None:
+        return None
+    if url.partition("://")[0].lower() in SCHEMES:
+        return _checked_redis_url(url)
+    for each in url.split(";"):  # Celery fails over from one to the next
+        parts = take_apart(each)
+        if parts.scheme == "amqps":
+            Tls.of(parts.query)
+    return url
+
+
+def _checked_endpoint_url(url: str | None) -> str | None:
+    if url is not None:
+        take_apart(url)
+    return url
 
 
 class Settings(BaseSettings):
     """Options of producers and workers alike."""
 
     model_config = SettingsConfigDict(
-        env_prefix="BLIPQ_", extra="ignore", frozen=True, populate_by_name=True
+        env_prefix="BLIPQ_",
+        extra="ignore",
+        frozen=True,
+        populate_by_name=True,
+        hide_input_in_errors=True,  # it may be a password
     )
 
     redis_url: Annotated[str, AfterValidator(_checked_redis_url)] = Field(
         default="redis://localhost:6379/0",
-        pattern=r"^(rediss?|unix|sentinel)://",
+        pattern=r"^(rediss?|unix|sentinels?)://",
+        repr=False,
         description=(
             "Redis that holds the job records: redis://, rediss:// (TLS), unix://, or "
-            "sentinel://:PASSWORD@HOST:PORT,HOST:PORT/0?master=NAME."
+            "sentinel://:PASSWORD@HOST:PORT,HOST:PORT/0?master=NAME (sentinels:// with TLS). "
+            "Percent-encode the password."
         ),
     )
-    broker_url: str | None = Field(
+    broker_url: Annotated[str | None, AfterValidator(_checked_broker_url)] = Field(
         default=None,
+        repr=False,
         description="Celery broker; by default the same Redis. RabbitMQ and SQS work too.",
     )
-    s3_endpoint_url: str | None = Field(
+    s3_endpoint_url: Annotated[str | None, AfterValidator(_checked_endpoint_url)] = Field(
         default=None,
+        repr=False,
         description="S3 endpoint; by default AWS_ENDPOINT_URL_S3, then AWS itself.",
     )
     s3_access_key_id: str | None = Field(
@@ -286,5 +307,20 @@ class Settings(BaseSettings):
     def endpoints(self) -> str:
         """One line that says which services are used, without credentials."""
         s3 = self.s3_endpoint
-        redis_place = _place(self.redis_url).removeprefix("redis://")
-        return f"redis {redis_place}, s3 {_place(s3) if s3 else 'AWS'} ({self.endpoint_source})"
+        redis_place = place_of(self.redis_url).removeprefix("redis://")
+        return f"redis {redis_place}, s3 {place_of(s3) if s3 else 'AWS'} ({self.endpoint_source})"
+
+    @property
+    def secrets(self) -> list[str]:
+        """Every password and key in these settings, as it is and as URLs write it."""
+        urls = [
+            take_apart(each)
+            for each in (self.redis_url, *(self.broker_url or "").split(";"))
+            if each
+        ]
+        found = [parts.password for parts in urls]
+        found += [parts.query.get("sentinel_password") for parts in urls]
+        hidden = [self.s3_secret_access_key, *self.webhook_secrets]
+        found += [each.get_secret_value() for each in hidden if each is not None]
+        known = [secret for secret in found if secret]
+        return [*known, *(quote(secret, safe="") for secret in known)]

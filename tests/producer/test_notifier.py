@@ -1,5 +1,7 @@
 """Who waits is woken by a notification; without one, by the next look."""
 
+import logging
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -92,3 +94,38 @@ def test_a_client_that_never_waits_opens_no_subscription(
     notifier: Notifier, raw_redis: "redis.Redis"
 ) -> None:
     assert listeners(raw_redis, OWN) == 0
+
+
+def test_it_hears_on_through_dropped_connections_and_channels_that_come_and_go(
+    notifier: Notifier, raw_redis: "redis.Redis", caplog: pytest.LogCaptureFixture
+) -> None:
+    """A subscribe met a connection that was being made again: the thread died, without a word."""
+    stop = threading.Event()
+
+    def come_and_go(name: str) -> None:
+        while not stop.is_set():
+            with notifier.watch([name]) as inbox:
+                notifier.listen(inbox, [f"blipq:ended:{name}"])
+                inbox.take(0.01)
+
+    threads = [threading.Thread(target=come_and_go, args=(f"other{n}",)) for n in range(6)]
+    with caplog.at_level(logging.WARNING, logger="blipq"), notifier.watch(["job_1"]) as inbox:
+        for thread in threads:
+            thread.start()
+        for _ in range(30):
+            raw_redis.client_kill_filter(_type="pubsub")
+            stop.wait(0.03)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        tell(raw_redis, OWN, "job_1")
+        assert inbox.take(5)[0] == "job_1"
+    assert not caplog.records
+
+
+def test_a_notification_that_is_no_text_does_not_end_it(
+    notifier: Notifier, raw_redis: "redis.Redis"
+) -> None:
+    with notifier.watch(["job_1"]) as inbox:
+        wait_until(lambda: raw_redis.publish(OWN, b"\xff\xfe"), "the subscription")
+        wait_until(lambda: raw_redis.publish(OWN, "job_1") and inbox.take(0.2), "the next one")

@@ -8,16 +8,17 @@ from blipq.broker import broker_address
 from blipq.errors import InvalidRequest, QueueUnavailable
 from blipq.ledger import Ledger, connect
 from blipq.local import free_port
+from blipq.redis_url import RedisUrl
 from blipq.requests import checked
-from blipq.sentinel import Sentinels
 from blipq.settings import Settings
 
 URL = "sentinel://app:p%40ss@one:26380,two/3?master=jobs&sentinel_password=other"
 
 
 def test_a_url_names_sentinels_master_database_and_passwords() -> None:
-    assert Sentinels.of(URL) == Sentinels(
-        addresses=(("one", 26380), ("two", 26379)),
+    assert RedisUrl.of(URL) == RedisUrl(
+        scheme="sentinel",
+        hosts=(("one", 26380), ("two", 26379)),
         master="jobs",
         database=3,
         username="app",
@@ -27,12 +28,14 @@ def test_a_url_names_sentinels_master_database_and_passwords() -> None:
 
 
 def test_a_plain_url_has_the_usual_master() -> None:
-    assert Sentinels.of("sentinel://one") == Sentinels((("one", 26379),), "mymaster", 0)
+    url = RedisUrl.of("sentinel://one")
+    assert (url.hosts, url.master, url.database) == ((("one", 26379),), "mymaster", 0)
 
 
 def test_celery_gets_the_url_in_its_own_form() -> None:
-    url, options = broker_address(Settings(redis_url=URL))
-    assert url == "sentinel://app:p%40ss@one:26380/3;sentinel://app:p%40ss@two:26379/3"
+    address = broker_address(Settings(redis_url=URL))
+    options = address.options
+    assert address.url == "sentinel://app:p%40ss@one:26380/3;sentinel://app:p%40ss@two:26379/3"
     assert options["master_name"] == "jobs"
     assert options["sentinel_kwargs"]["password"] == "other"
     assert options["visibility_timeout"] == 3600

@@ -1,5 +1,7 @@
 """A Redis behind TLS: the ledger, the messages and the notifications, of both clients.
 
+Whoever stands in between with a certificate of another name, or of nobody known, hears no password.
+
 The server in the local stack's wheel has no TLS, so a proxy in front of it ends the encryption.
 """
 
@@ -16,10 +18,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import redis
+from kombu import Connection
+from redis.sentinel import Sentinel
 
-from blipq import Client, QueueUnavailable, Settings
-from blipq.ledger import Claim, Ledger, connect
+from blipq import Client, Kind, QueueUnavailable, Settings
+from blipq.broker import Broker, broker_address
+from blipq.ledger import Claim, Ledger, Message, connect
+from blipq.local import free_port, redis_command
+from blipq.notifier import Notifier
+from blipq.supervisor import Service
 from blocking import BlockingClient
+from conftest import wait_until
 
 IMAGE = "s3://uploads/cat.jpg"
 RESULT = '{"kind": "caption", "captions": [{"text": "a cat"}]}'
@@ -31,9 +41,18 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("openssl") is None:
         assert "CI" not in os.environ, "CI needs openssl"
         pytest.skip("openssl is not installed here")
-    folder = tmp_path_factory.mktemp("tls")
+    return _certificate(tmp_path_factory.mktemp("tls"), "IP:127.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def certificate_of_another(certificate: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate for another host."""
+    return _certificate(tmp_path_factory.mktemp("another"), "DNS:evil.example")
+
+
+def _certificate(folder: Path, name: str) -> Path:
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command += ["-subj", "/CN=localhost", "-addext", f"subjectAltName={name}"]
     command += ["-keyout", "key.pem", "-out", "certificate.pem"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=60)
     return folder / "certificate.pem"
@@ -49,6 +68,7 @@ class Proxy:
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port = self._listening.getsockname()[1]
         self.taken = 0
+        self.heard = b""
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
@@ -69,26 +89,44 @@ class Proxy:
             self.taken += 1
             back = threading.Thread(target=_pump, args=(outside, inside), daemon=True)
             back.start()
-            _pump(inside, outside)
+            _pump(inside, outside, self._hear)
             outside.shutdown(socket.SHUT_RDWR)
             back.join()
 
+    def _hear(self, data: bytes) -> None:
+        self.heard += data
 
-def _pump(source: socket.socket, sink: socket.socket) -> None:
+
+def _pump(
+    source: socket.socket, sink: socket.socket, hear: Callable[[bytes], None] = lambda data: None
+) -> None:
     with suppress(OSError):
         while data := source.recv(65536):
+            hear(data)
             sink.sendall(data)
+
+
+def _behind(
+    certificate: Path, settings: Settings, trusted: Path
+) -> Iterator[tuple[Settings, Proxy]]:
+    parts = urlsplit(settings.redis_url)
+    proxy = Proxy(certificate, (str(parts.hostname), int(parts.port or 6379)))
+    user = parts.netloc.rpartition("@")[0]
+    query = f"ssl_ca_certs={trusted}"
+    url = f"rediss://{user}@127.0.0.1:{proxy.port}{parts.path}?{query}"
+    yield settings.model_copy(update={"redis_url": url}), proxy
+    proxy.close()
 
 
 @pytest.fixture
 def secured(apart: Settings, certificate: Path) -> Iterator[tuple[Settings, Proxy]]:
-    parts = urlsplit(apart.redis_url)
-    proxy = Proxy(certificate, (str(parts.hostname), int(parts.port or 6379)))
-    query = f"ssl_cert_reqs=required&ssl_ca_certs={certificate}"
-    user = parts.netloc.rpartition("@")[0]
-    url = f"rediss://{user}@127.0.0.1:{proxy.port}{parts.path}?{query}"
-    yield apart.model_copy(update={"redis_url": url}), proxy
-    proxy.close()
+    yield from _behind(certificate, apart, certificate)
+
+
+@pytest.fixture
+def misnamed(apart: Settings, certificate_of_another: Path) -> Iterator[tuple[Settings, Proxy]]:
+    """A proxy whose certificate is trusted, but is of another host."""
+    yield from _behind(certificate_of_another, apart, certificate_of_another)
 
 
 @pytest.mark.parametrize("opened", [Client, BlockingClient])
@@ -109,9 +147,139 @@ def test_a_job_goes_through_an_encrypted_redis(
     assert proxy.taken >= 3, "ledger, broker and notifier"
 
 
-def test_a_certificate_of_nobody_known_is_refused(secured: tuple[Settings, Proxy]) -> None:
+def _without_query(settings: Settings) -> Settings:
+    return settings.model_copy(update={"redis_url": settings.redis_url.partition("?")[0]})
+
+
+@pytest.mark.parametrize("opened", [Client, BlockingClient])
+def test_a_certificate_of_nobody_known_is_refused(
+    secured: tuple[Settings, Proxy], opened: Callable[..., Any]
+) -> None:
     settings, proxy = secured
-    unknown = settings.model_copy(update={"redis_url": settings.redis_url.partition("?")[0]})
-    with Client(unknown) as client, pytest.raises(QueueUnavailable, match="certificate"):
+    with (
+        opened(_without_query(settings)) as client,
+        pytest.raises(QueueUnavailable, match="certificate"),
+    ):
         client.caption(IMAGE)
     assert proxy.taken == 0
+
+
+@pytest.mark.parametrize("opened", [Client, BlockingClient])
+def test_a_certificate_of_another_host_is_refused(
+    misnamed: tuple[Settings, Proxy], opened: Callable[..., Any]
+) -> None:
+    settings, proxy = misnamed
+    with opened(settings) as client, pytest.raises(QueueUnavailable, match="certificate"):
+        client.caption(IMAGE)
+    assert proxy.taken == 0
+
+
+def test_a_notification_is_heard_over_tls_at_once(
+    secured: tuple[Settings, Proxy], apart: Settings
+) -> None:
+    settings, _ = secured
+    notifier = Notifier(lambda: connect(settings), "blipq:ended:own")
+    with connect(apart) as plain, notifier.watch(["job_1", "job_2"]) as inbox:
+        wait_until(lambda: plain.publish("blipq:ended:own", "job_1"), "the subscription")
+        assert inbox.take(5) == ["job_1"]
+        plain.publish("blipq:ended:own", "job_2")
+        assert inbox.take(5) == ["job_2"]
+    notifier.close()
+
+
+MESSAGE = Message(Kind.CAPTION, "job_1", "blipq.default.normal")
+
+
+def test_messages_go_to_no_redis_that_is_not_verified(
+    secured: tuple[Settings, Proxy], misnamed: tuple[Settings, Proxy]
+) -> None:
+    """Celery's own default trusts anybody over TLS, and sent them the password."""
+    for settings, proxy in ((_without_query(secured[0]), secured[1]), misnamed):
+        broker = Broker(settings)
+        assert not broker.publish(MESSAGE)
+        broker.close()
+        assert proxy.heard == b""
+
+
+def test_who_asks_for_no_verification_gets_none_on_either_side(
+    misnamed: tuple[Settings, Proxy],
+) -> None:
+    settings, _ = misnamed
+    url = settings.redis_url.partition("?")[0] + "?ssl_cert_reqs=none"
+    with Client(settings.model_copy(update={"redis_url": url})) as client:
+        assert client.caption(IMAGE).status == "queued"
+        assert client.ledger.redis.llen("blipq.default.normal") == 1
+
+
+def test_a_rabbitmq_is_verified_by_certificate_and_name(
+    secured: tuple[Settings, Proxy],
+    misnamed: tuple[Settings, Proxy],
+    certificate: Path,
+    certificate_of_another: Path,
+) -> None:
+    """No RabbitMQ: whether anything is said at all is decided before the server matters."""
+
+    def says_something(proxy: Proxy, query: str) -> bool:
+        url = f"amqps://user:hush@127.0.0.1:{proxy.port}//{query}"
+        address = broker_address(secured[0].model_copy(update={"broker_url": url}))
+        connection = Connection(address.url, ssl=address.tls, connect_timeout=2)
+        with pytest.raises(OSError):  # noqa: PT011  # refused by us, or by what is no RabbitMQ
+            connection.connect()
+        return proxy.heard != b""
+
+    assert says_something(secured[1], f"?ssl_ca_certs={certificate}")
+    assert not says_something(misnamed[1], f"?ssl_ca_certs={certificate_of_another}")
+    assert not says_something(misnamed[1], "")
+    assert says_something(misnamed[1], "?ssl_cert_reqs=none")
+
+
+@pytest.fixture
+def sentinel(
+    tmp_path: Path, certificate: Path, own_redis: Settings
+) -> Iterator[tuple[str, Proxy, Proxy]]:
+    """A sentinel behind TLS whose master is behind TLS, too; what a URL names of it."""
+    redis_port = int(own_redis.redis_url.rpartition(":")[2].partition("/")[0])
+    master = Proxy(certificate, ("127.0.0.1", redis_port))
+    port = free_port()
+    config = tmp_path / "sentinel.conf"
+    config.write_text(
+        f"bind 127.0.0.1\nport {port}\ndir {tmp_path}\n"
+        f"sentinel monitor mymaster 127.0.0.1 {redis_port} 1\n"
+    )
+    command = [redis_command(), str(config), "--sentinel"]
+    service = Service("sentinel", command, log=tmp_path / "sentinel.log")
+    service.start()
+    asked = Proxy(certificate, ("127.0.0.1", port))
+    with redis.Redis(port=port) as plain:
+        wait_until(lambda: _knows_the_master(plain), "the sentinel")
+    yield f"sentinels://127.0.0.1:{asked.port}/0", asked, master
+    service.stop()
+    asked.close()
+    master.close()
+
+
+def _knows_the_master(plain: "redis.Redis") -> bool:
+    with suppress(redis.RedisError):
+        return bool(plain.execute_command("SENTINEL", "get-master-addr-by-name", "mymaster"))
+    return False
+
+
+def test_sentinels_over_tls_are_verified_by_both_sides(
+    sentinel: tuple[str, Proxy, Proxy], certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, asked, master = sentinel
+    # The sentinel names the plain port; the servers speak TLS on that of the proxy.
+    found = Sentinel.discover_master
+    monkeypatch.setattr(
+        Sentinel, "discover_master", lambda self, name: (found(self, name)[0], master.port)
+    )
+    settings = Settings(redis_url=f"{url}?ssl_ca_certs={certificate}")
+    with Client(settings) as client:
+        assert client.caption(IMAGE).status == "queued"
+        assert client.ledger.redis.llen("blipq.default.normal") == 1
+    heard = len(asked.heard), len(master.heard)
+    assert all(heard)
+    with Client(redis_url=url, timeout_s=1) as client, pytest.raises(QueueUnavailable):
+        client.caption(IMAGE)
+    assert not Broker(Settings(redis_url=url)).publish(MESSAGE)
+    assert (len(asked.heard), len(master.heard)) == heard, "nothing was said to nobody known"

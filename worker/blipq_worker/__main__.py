@@ -5,24 +5,29 @@ import os
 import sys
 import warnings
 
+from pydantic import ValidationError
+
+from blipq.redaction import log_to_stderr
+from blipq.requests import explain
 from blipq.settings import Settings
 from blipq_worker.settings import WorkerSettings
 
-#: A model cannot be loaded: starting again would not help.
+#: A model cannot be loaded, or a setting is wrong: starting again would not help.
 EXIT_MODEL = 78
 
 
 def main() -> int:
     """Loads the models, then works until told to stop."""
-    logging.basicConfig(
-        level=os.environ.get("BLIPQ_LOG_LEVEL", "INFO"),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    level = os.environ.get("BLIPQ_LOG_LEVEL", "INFO")
+    log_to_stderr(level, "%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("celery.worker.strategy").setLevel("WARNING")  # a line per message received
     # Root is common in containers, and only JSON is accepted.
     warnings.filterwarnings("ignore", message="You're running the worker with superuser")
-    settings, options = Settings(), WorkerSettings()
+    try:
+        settings, options = Settings(), WorkerSettings()
+    except ValidationError as error:
+        print(f"blipq worker: {explain(error)}", file=sys.stderr)
+        return EXIT_MODEL
     logging.getLogger("blipq_worker").info("using %s", settings.endpoints)
     # torch and transformers take seconds to import: wrong settings are told before.
     from transformers.utils import logging as transformers_logging

@@ -27,6 +27,7 @@ from blipq.cli import (
     webhooks,
 )
 from blipq.cli.group import Group
+from blipq.redaction import redact_tracebacks
 
 app = Group(
     "Asynchronous BLIP-2 jobs: captions, answers and matches for images in S3.",
@@ -82,4 +83,5 @@ def _options(
 
 def main() -> None:
     """The entry point."""
+    redact_tracebacks()
     app()

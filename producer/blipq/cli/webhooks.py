@@ -14,6 +14,7 @@ from blipq.cli.group import Group
 from blipq.cli.output import JsonOption, errors, out, reported
 from blipq.errors import InvalidRequest, JobNotFound
 from blipq.ledger import connect
+from blipq.redaction import redacted
 from blipq.requests import checked
 from blipq.settings import Settings
 
@@ -92,7 +93,7 @@ def list_(
         blipq webhooks list --dead
     """
     with _outbox(as_json) as outbox:
-        events = outbox.listed(dead=dead, limit=limit)
+        events = [_shown(event) for event in outbox.listed(dead=dead, limit=limit)]
         counted: dict[str, Any] = {
             "pending": outbox.pending(),
             "dead": outbox.dead(),
@@ -108,6 +109,12 @@ def list_(
     summary = f"{counted['pending']} pending, {counted['dead']} dead, "
     summary += f"{len(counted['senders'])} senders; attempts: {told or 'none'}"
     errors.print(summary, style="dim")
+
+
+def _shown(event: dict[str, Any]) -> dict[str, Any]:
+    """Without the tokens that URLs of receivers carry."""
+    texts = {name: redacted(text) for name, text in event.items() if isinstance(text, str)}
+    return {**event, **texts}
 
 
 def _line(event: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from blipq.errors import InvalidRequest, QueueFull, QueueUnavailable
 from blipq.guarded_http import GuardedHttp
 from blipq.ledger import connect
 from blipq.metrics import SenderMetrics, served
+from blipq.redaction import log_to_stderr
 from blipq.settings import Settings
 from blipq.storage import Storage
 from blipq.webhooks.answer import Answer, post
@@ -224,10 +225,8 @@ class Sender:
 
 def run(settings: Settings, *, metrics_port: int | None = None) -> None:
     """Sends until SIGTERM or SIGINT. Raises InvalidRequest without a secret."""
-    logging.basicConfig(
-        level=os.environ.get("BLIPQ_LOG_LEVEL", "INFO"),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    level = os.environ.get("BLIPQ_LOG_LEVEL", "INFO")
+    log_to_stderr(level, "%(asctime)s %(levelname)s %(name)s: %(message)s")
     asyncio.run(_until_told(settings, metrics_port))
 
 

@@ -1,0 +1,177 @@
+"""No password, key or signature is shown, however badly its URL is written."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from blipq import Client, InvalidRequest, Settings
+from blipq.errors import QueueUnavailable
+from blipq.redaction import Redacting, place_of, redacted
+from blipq.requests import checked
+from conftest import blipq
+
+RAW = ["Hunter2#secret", "Hunter2/secret", "Hunter2?secret", "Hunter2/se#cr?et", "Hunter2 secret"]
+SCHEMES = ["redis", "rediss", "sentinel", "sentinels", "unix"]
+
+
+@pytest.mark.parametrize("password", RAW)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_raw_password_is_refused_at_the_settings_and_not_repeated(
+    scheme: str, password: str
+) -> None:
+    with pytest.raises(InvalidRequest, match="redis_url") as refused:
+        checked(Settings, redis_url=f"{scheme}://user:{password}@127.0.0.1:6379/0")
+    assert "ecret" not in str(refused.value)
+    assert "Hunter" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "amqp://user:Hunter2/secret@rabbit:5672//",
+        "amqps://user:Hunter2#secret@rabbit//",
+        "amqp://user:x@one//;amqp://user:Hunter2?secret@two//",
+        "amqp://user:Hunter2;secret@rabbit//",
+        "sqs://AKIAX:Hunter2/secret@",
+    ],
+)
+def test_a_raw_password_of_another_broker_is_refused_as_well(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="broker_url") as refused:
+        checked(Settings, broker_url=url)
+    assert "ecret" not in str(refused.value)
+    assert "Hunter" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://user:Hunter2secret",  # the host was forgotten: it would be the port
+        "redis://:Hunter2secret@host:port/0",
+        "redis://:Hunter2secret@[host/0",
+        "redis://:Hunter2secret@ho\u2100st/0",  # urllib's error would repeat all of it
+        "redis://:Hunter2secret@host/0?bogus=1",
+        "redis://:Hunter2secret@host/first",
+        "redis://host/0?password=Hunter2secret",
+        "http://:Hunter2secret@host/0",
+    ],
+)
+def test_no_refusal_of_a_redis_url_repeats_its_password(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="redis_url") as refused:
+        checked(Settings, redis_url=url)
+    assert "Hunter2" not in str(refused.value)
+
+
+def test_settings_show_no_password_themselves() -> None:
+    settings = Settings(
+        redis_url="redis://:hush@a/0",
+        broker_url="amqp://u:hush@b//",
+        s3_endpoint_url="http://u:hush@c",
+    )
+    assert "hush" not in repr(settings)
+    assert "hush" not in settings.endpoints
+    with pytest.raises(ValueError, match="redis_url") as refused:  # not through our own wording
+        Settings(redis_url="redis://:hu#sh@a/0")
+    assert "hu#sh" not in str(refused.value)
+
+
+@pytest.mark.parametrize("password", ["Hunter2#secret", "Hunter2/secret", "Hunter2?secret"])
+def test_the_commands_show_nothing_of_a_raw_password(password: str) -> None:
+    url = f"redis://:{password}@127.0.0.1:1/0"
+    for command in (["caption", "s3://photos/1.jpg", "--no-wait"], ["doctor", "--no-canary"]):
+        ran = blipq(*command, BLIPQ_REDIS_URL=url)
+        assert ran.returncode == 2, ran
+        told = ran.stdout + ran.stderr
+        assert "percent-encode" in told
+        assert "ecret" not in told
+        assert "Hunter" not in told
+        assert "Traceback" not in told
+
+
+def test_a_worker_says_in_one_line_what_is_wrong_with_its_settings() -> None:
+    command = [sys.executable, "-m", "blipq_worker"]
+    environment = {"BLIPQ_REDIS_URL": "redis://:Hunter2#secret@127.0.0.1:1/0"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
+    assert ran.returncode == 78
+    assert ran.stderr.startswith("blipq worker: redis_url: ")
+    assert ran.stderr.count("\n") == 1
+    assert "ecret" not in ran.stderr
+
+
+SHOWN = {
+    "redis://:p%40ss@host:6379/0": "redis://***@host:6379/0",
+    "at amqp://user:pa/s#s@host:5672//": "at amqp://***@host:5672//",
+    "sqs://AKIA:se/cret@ is away": "sqs://***@ is away",
+    "https://user:pw@hooks.example/x": "https://***@hooks.example/x",
+    "https://user:p/w@hooks.example/x": "https://***@hooks.example/x",
+    "https://us:p@w@hooks.example/x": "https://***@hooks.example/x",
+    "https://h/x?token=abc&page=2": "https://h/x?token=***&page=2",
+    "https://b.s3.example/k?X-Amz-Credential=AKIA%2F1&X-Amz-Expires=60&X-Amz-Signature=ab12": (
+        "https://b.s3.example/k?X-Amz-Credential=***&X-Amz-Expires=60&X-Amz-Signature=***"
+    ),
+    "/k?AWSAccessKeyId=AKIA&Signature=a%3D&x=1": "/k?AWSAccessKeyId=***&Signature=***&x=1",
+    "Authorization: AWS4-HMAC-SHA256 Credential=AKIA/x, Signature=abc": "Authorization: ***",
+    "sent Credential=AKIA/20261127/x, Signature=abc": "sent Credential=***, Signature=***",
+    "unknown command 'AUTH', with args beginning with: 'hush' ": (
+        "unknown command 'AUTH', with args beginning with: ***"
+    ),
+    "secret whsec_bGV0IG1lIGlu+/=": "secret whsec_***",
+}
+
+
+@pytest.mark.parametrize("text", SHOWN)
+def test_secrets_are_taken_out_where_they_usually_stand(text: str) -> None:
+    assert redacted(text) == SHOWN[text]
+    assert redacted(redacted(text)) == redacted(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://photos/logo@2x.png",
+        "https://cdn.example/logo@2x.png",
+        "https://cdn.example:8443/logo@2x.png",
+        "https://medium.example/@alice/1.jpg?design=new&author=me",
+        "a cat@home",
+        "redis does not answer: Error 111 connecting to 127.0.0.1:6379. Connection refused.",
+        "unix:///run/redis.sock",
+    ],
+)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert redacted(text) == text
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("redis://:a@b/c?d#e@host:1/0?x=1", "redis://host:1/0"),
+        ("unix:///run/redis@1.sock?db=1", "unix:///run/redis@1.sock"),
+        ("unix://:pw@/run/redis.sock", "unix:///run/redis.sock"),
+        ("https://s3.example/", "https://s3.example/"),
+    ],
+)
+def test_the_place_of_a_url_has_no_user_and_no_query(url: str, place: str) -> None:
+    assert place_of(url) == place
+
+
+def test_errors_of_blipq_have_no_secrets_in_them() -> None:
+    assert "hush" not in str(QueueUnavailable("amqp://u:hush@host// is away", "job_1"))
+
+
+def test_a_log_has_no_secrets_in_it_tracebacks_included() -> None:
+    try:
+        raise ValueError("cannot connect to redis://:hush@host/0")
+    except ValueError:
+        record = logging.LogRecord("x", 40, "x", 1, "at %s", ("amqp://u:hush@h",), sys.exc_info())
+    line = Redacting("%(message)s").format(record)
+    assert "ValueError: cannot connect to redis://***@host/0" in line
+    assert "hush" not in line
+
+
+def test_a_webhook_with_a_password_is_refused_without_repeating_it() -> None:
+    with Client() as client:
+        for url in ("https://u:hush@h.example/x", "https://u:hu/sh@h.example/x"):
+            with pytest.raises(InvalidRequest, match="webhook") as refused:
+                client.caption("s3://photos/1.jpg", webhook={"url": url})
+            assert "hu" not in str(refused.value).replace("https", "")

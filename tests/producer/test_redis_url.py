@@ -1,0 +1,109 @@
+"""URLs of Redis: whatever the settings take, the ledger and Celery both understand."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blipq import AsyncClient, Client, InvalidRequest, Settings
+from blipq.broker import broker_address, make_app
+from blipq.ledger import connect
+from blipq.local import redis_command
+from blipq.redis_url import RedisUrl
+from blipq.requests import checked
+from blipq.supervisor import Service
+from conftest import wait_until
+
+IMAGE = "s3://uploads/cat.jpg"
+
+
+@pytest.fixture
+def socket_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Redis with a password that listens on a file alone."""
+    folder = tmp_path_factory.mktemp("r")
+    path = folder / "r.sock"
+    options = {"--port": 0, "--unixsocket": path, "--dir": folder, "--requirepass": "p@ss/#?"}
+    command = [redis_command(), *(str(part) for pair in options.items() for part in pair)]
+    service = Service("redis", command, log=folder / "redis.log")
+    service.start()
+    wait_until(path.exists, "the socket")
+    yield path
+    service.stop()
+
+
+def test_a_job_goes_through_a_unix_socket(socket_file: Path) -> None:
+    settings = Settings(redis_url=f"unix://:p%40ss%2F%23%3F@{socket_file}?db=3")
+    with Client(settings) as client:
+        job = client.caption(IMAGE)
+        assert job.status == "queued"
+        assert client.ledger.redis.llen("blipq.default.normal") == 1, "Celery's side, too"
+
+    async def submit() -> str:
+        async with AsyncClient(settings) as client:
+            return (await client.caption(IMAGE)).id
+
+    assert asyncio.run(submit())
+    with connect(settings) as raw:
+        assert raw.llen("blipq.default.normal") == 2
+        assert raw.connection_pool.connection_kwargs["db"] == 3
+
+
+URLS = {
+    "redis://:p%40ss%2Fw%23@127.0.0.1:6379/0": ("p@ss/w#", ["127.0.0.1:6379"], "0"),
+    "redis://user:a%3Ab%3Bc@queue/2": ("a:b;c", ["queue:6379"], "2"),
+    "redis://127.0.0.1?db=3": (None, ["127.0.0.1:6379"], "3"),
+    "redis://[::1]:6390/1": (None, ["::1:6390"], "1"),
+    "rediss://:pw@queue:6380/0": ("pw", ["queue:6380"], "0"),
+    "sentinel://:p%40w@[::1]:26379,two/4?master=m": ("p@w", ["::1:26379", "two:26379"], "4"),
+    "sentinels://:pw@one/0": ("pw", ["one:26379"], "0"),
+}
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_celery_reads_the_url_as_the_ledger_does(url: str) -> None:
+    password, hosts, database = URLS[url]
+    parsed = RedisUrl.of(url)
+    assert [f"{host}:{port}" for host, port in parsed.hosts] == hosts
+    with make_app(Settings(redis_url=url)).connection_for_write() as connection:
+        assert f"{connection.hostname}:{connection.port}" == hosts[0]
+        assert connection.password == password == parsed.password
+        assert connection.virtual_host == database == str(parsed.database)
+
+
+def test_the_name_of_a_client_is_told_by_both_sides() -> None:
+    settings = Settings(redis_url="redis://127.0.0.1/0?client_name=web")
+    with connect(settings) as raw:
+        assert raw.connection_pool.connection_kwargs["client_name"] == "web"
+    assert broker_address(settings).options["client_name"] == "web"
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("redis://127.0.0.1/abc", "the database is a number"),
+        ("redis://127.0.0.1/0?health_check_interval=10", "no 'health_check_interval'"),
+        ("redis://127.0.0.1/0?protocol=3", "no 'protocol'"),
+        ("redis://127.0.0.1/0?ssl_ca_certs=ca.pem", "rediss:// is Redis over TLS"),
+        ("rediss://127.0.0.1/0?ssl_cert_reqs=maybe", "ssl_cert_reqs is"),
+        ("redis://127.0.0.1:99999/0", "HOST:PORT"),
+        ("unix://", "names a path"),
+        ("unix://tmp/r.sock", "names a path"),
+        ("sentinel://", "needs a host"),
+        ("redis://127.0.0.1/0\n", "white space"),
+    ],
+)
+def test_what_only_one_side_would_understand_is_refused_before_a_job_is_recorded(
+    url: str, told: str
+) -> None:
+    for field in ("redis_url", "broker_url"):
+        with pytest.raises(InvalidRequest, match=field) as refused:
+            checked(Settings, **{field: url})
+        assert told in str(refused.value)
+
+
+def test_options_of_another_broker_are_left_to_its_transport() -> None:
+    settings = Settings(broker_url="amqp://user:pw@rabbit//?heartbeat=10")
+    assert broker_address(settings).url == settings.broker_url
+    verified = Settings(broker_url="amqps://rabbit//?heartbeat=10&ssl_ca_certs=ca.pem")
+    assert broker_address(verified).url == "amqps://rabbit//?heartbeat=10"
