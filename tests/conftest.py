@@ -20,6 +20,9 @@ from blipq.local import LocalStack
 from blipq.supervisor import Service
 from stacks import local_stack
 
+#: Jobs of tests may wait for these models, which no worker serves.
+KNOWN_MODELS = ("nobody", "other", "forgotten", "m", "demo")
+
 ROOT = Path(__file__).parent.parent
 
 # Settings of the person who runs the tests must not reach them.
@@ -62,7 +65,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
 
 @pytest.fixture(scope="session")
 def settings(stack: LocalStack) -> Settings:
-    return stack.settings()
+    return stack.settings().model_copy(update={"known_models": KNOWN_MODELS})
 
 
 @pytest.fixture
@@ -88,7 +91,7 @@ def apart(stack: LocalStack) -> Iterator[Settings]:
     """The same services, but a Redis database that is empty and that no worker looks at."""
     fields = stack.settings_fields()
     fields["redis_url"] = fields["redis_url"].removesuffix("/0") + "/1"
-    settings = Settings.model_validate(fields)
+    settings = Settings.model_validate(fields | {"known_models": KNOWN_MODELS})
     with connect(settings) as raw:
         raw.flushdb()
         yield settings

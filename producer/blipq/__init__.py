@@ -47,6 +47,7 @@ from blipq.errors import (
     QueueUnavailable,
     ResultTimeout,
     SubmitStopped,
+    UnknownModel,
 )
 from blipq.job import AsyncJob, Job
 from blipq.requests import Submission
@@ -100,6 +101,7 @@ __all__ = [
     "Submission",
     "SubmitStopped",
     "Turn",
+    "UnknownModel",
     "VQARequest",
     "VQAResult",
     "Webhook",

@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import time
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -47,7 +48,7 @@ from blipq.contract import (
 )
 from blipq.errors import QueueFull, QueueUnavailable
 from blipq.gathering import Looks
-from blipq.job import AsyncJob
+from blipq.job import AsyncJob, last_expiry
 from blipq.progress import Progress
 from blipq.records import Looked, Message
 from blipq.requests import ImageSource, Submission, checked, new_id, turns, uploadable
@@ -55,6 +56,7 @@ from blipq.services import Backend
 from blipq.settings import Settings
 from blipq.storage import Storage
 from blipq.submitting import Submitting
+from blipq.unserved import Unserved
 from blipq.waiting import Waiting
 
 
@@ -75,6 +77,7 @@ class AsyncClient:
     ) -> None:
         self.settings = settings or checked(Settings, **overrides)
         self._id = secrets.token_hex(8)
+        self._unserved = Unserved()
         self._services = (backend or Backend()).async_services(self.settings, self._id)
         self._looks = Looks(self._look)
 
@@ -209,9 +212,9 @@ class AsyncClient:
         submission = Submission(cast(Request, request), options or Options(), id or new_id())
         recorded = await self.ledger.submit(self.ledger.prepare(submission, notify=self._id))
         if not isinstance(recorded, Message):
-            return AsyncJob(recorded, self)
+            return self._job(recorded)
         await self._publish([recorded])
-        return AsyncJob(recorded.id, self)
+        return self._job(recorded.id, submission.options)
 
     async def submit_many(
         self,
@@ -239,7 +242,9 @@ class AsyncClient:
         self, jobs: Iterable[AsyncJob[ResultT]], timeout: float | None = None
     ) -> AsyncIterator[AsyncJob[ResultT]]:
         """The jobs as they end, however they end, like ``Client.as_completed``."""
-        async with aclosing(self.outcomes([job.id for job in jobs], timeout)) as outcomes:
+        jobs = list(jobs)
+        asked = self.outcomes([job.id for job in jobs], timeout, expires=last_expiry(jobs))
+        async with aclosing(asked) as outcomes:
             async for info in outcomes:
                 yield AsyncJob(info.id, self, info)
 
@@ -251,19 +256,22 @@ class AsyncClient:
         progress: bool = False,
     ) -> list[AsyncJob[ResultT]]:
         """Waits until all jobs have ended, like ``Client.wait_all``."""
+        jobs = list(jobs)
         ids = [job.id for job in jobs]
         ended = {}
         with Progress(len(set(ids)), shown=progress) as bar:
-            async for info in self.outcomes(ids, timeout):
+            async for info in self.outcomes(ids, timeout, expires=last_expiry(jobs)):
                 ended[info.id] = info
                 bar.count(info)
         return [AsyncJob(id, self, ended[id]) for id in ids]
 
     async def outcomes(
-        self, ids: Iterable[str], timeout: float | None = None
+        self, ids: Iterable[str], timeout: float | None = None, *, expires: float | None = None
     ) -> AsyncGenerator[JobInfo]:
-        """The jobs of these ids as they end, as the ledger has them."""
-        waiting = Waiting(ids, timeout)
+        """The jobs of these ids as they end, like ``Client.outcomes``."""
+        within = self.settings.default_expires_in
+        within = within if expires is None else expires - time.monotonic()
+        waiting = Waiting(ids, timeout, expire_within=within)
         notifier = self.notifier
         async with notifier.watch(waiting.open) as inbox:
             while waiting.open:
@@ -282,8 +290,12 @@ class AsyncClient:
         except QueueUnavailable as error:
             return error
 
-    def _job(self, id: str) -> AsyncJob[Any]:
-        return AsyncJob(id, self)
+    def _job(self, id: str, options: Options | None = None) -> AsyncJob[Any]:
+        """A handle; ``options`` are those of a job that was recorded just now."""
+        return AsyncJob(id, self, expires=None if options is None else self._expiry(options))
+
+    def _expiry(self, options: Options) -> float:
+        return time.monotonic() + (options.expires_in or self.settings.default_expires_in)
 
     async def _ask(
         self,
@@ -305,9 +317,14 @@ class AsyncClient:
 
     async def _publish(self, messages: list[Message]) -> None:
         """What is not taken in time is published by the reconciler: the jobs are recorded."""
+        self._unserved.tell(messages)
         sent = asyncio.wrap_future(self.broker.send(messages))
-        sent.add_done_callback(lambda sent: sent.cancelled() or sent.exception())  # it is retrieved
+        sent.add_done_callback(self._told)
         await asyncio.wait([sent], timeout=patience_s(messages))
+
+    def _told(self, sent: "asyncio.Future[None]") -> None:
+        if not sent.cancelled() and (error := sent.exception()) is not None:
+            self.broker.tell(error)
 
     async def _flush(self, submitting: Submitting) -> None:
         while submitting.waiting:

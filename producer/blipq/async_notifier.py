@@ -96,7 +96,7 @@ class AsyncNotifier:
 
     def _wake_up(self) -> None:
         """The task looks at what is wanted now; if it does not read, it will before it does."""
-        if self._reading is not None:
+        if self._reading is not None and not self._reading.expired():
             self._reading.reschedule(0)
 
     def _start(self) -> None:

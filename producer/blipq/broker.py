@@ -5,7 +5,9 @@ above any job, because leases in the ledger do the recovering; no results in Cel
 never wait for ever.
 """
 
+import logging
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -14,10 +16,9 @@ from functools import cached_property
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
-from redis.exceptions import RedisError
-
 from blipq.contract import CONTRACT, Priority, queue_name, task_name
 from blipq.ledger import Message
+from blipq.redaction import redacted
 from blipq.redis_url import SCHEMES, TLS_OPTIONS, RedisUrl, Tls, take_apart
 from blipq.sentinel import asking
 from blipq.settings import Settings
@@ -25,10 +26,13 @@ from blipq.settings import Settings
 if TYPE_CHECKING:
     from celery import Celery
 
+log = logging.getLogger(__name__)
+
 _Batch = tuple["Future[None]", list[Message]]
 
 #: A publish that takes longer is left to the reconciler: the job is recorded already.
 PUBLISH_TIMEOUT_S = 1.0
+TELL_EVERY_S = 60.0
 
 REDIS_TRANSPORT = {
     "visibility_timeout": 3600,
@@ -125,6 +129,7 @@ class Broker:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._silent_until = 0.0
 
     @cached_property
     def app(self) -> "Celery":
@@ -147,24 +152,35 @@ class Broker:
         return self.publish_all([message])
 
     def publish_all(self, messages: list[Message]) -> bool:
-        """Publishes many through one producer; False if the broker did not take them in time."""
-        from kombu.exceptions import KombuError
+        """Publishes many through one producer; False if the broker did not take them in time.
 
-        # celery-types does not know that KombuError is an exception.
-        refused: tuple[Any, ...] = (FutureTimeout, OSError, KombuError, RedisError)
-        _ = self.app  # importing Celery must not use up the publisher's time
-        sent = self.send(messages)
+        Never raises: whatever a transport may raise, the jobs of these messages are recorded.
+        """
         try:
-            sent.result(timeout=patience_s(messages))
-        except refused:  # one that is only slow is sent all the same; twice does no harm
+            _ = self.app  # importing Celery must not use up the publisher's time
+            self.send(messages).result(timeout=patience_s(messages))
+        except FutureTimeout:  # it is sent all the same; twice does no harm
+            return False
+        except Exception as error:
+            self.tell(error)
             return False
         return True
 
     def send(self, messages: list[Message]) -> "Future[None]":
         """Hands messages to the publishing thread; the future tells what became of them."""
         sent: Future[None] = Future()
-        self._outgoing.put((sent, messages))
+        try:
+            self._outgoing.put((sent, messages))
+        except RuntimeError as error:  # no thread can be started
+            sent.set_exception(error)
         return sent
+
+    def tell(self, error: BaseException) -> None:
+        """Logs why messages were not taken, once a minute: it may be the same for each."""
+        if time.monotonic() >= self._silent_until:
+            self._silent_until = time.monotonic() + TELL_EVERY_S
+            why = redacted(f"{type(error).__name__}: {error}", self.settings.secrets)
+            log.warning("the broker does not take messages, workers publish them later: %s", why)
 
     def _publish_from(self, outgoing: "SimpleQueue[_Batch | None]") -> None:
         """Publishes what comes; what has come meanwhile goes out together."""

@@ -36,7 +36,7 @@ from blipq.contract import (
     VQAResult,
 )
 from blipq.errors import QueueFull, QueueUnavailable
-from blipq.job import Job
+from blipq.job import Job, last_expiry
 from blipq.ledger import Ledger
 from blipq.notifier import Notifier
 from blipq.progress import Progress
@@ -49,6 +49,7 @@ from blipq.services import Backend, PerProcess
 from blipq.settings import Settings
 from blipq.storage import Storage
 from blipq.submitting import Submitting
+from blipq.unserved import Unserved
 from blipq.waiting import Waiting
 
 
@@ -72,6 +73,7 @@ class Client:
     ) -> None:
         self.settings = settings or checked(Settings, **overrides)
         self._id = secrets.token_hex(8)
+        self._unserved = Unserved()
         backend = backend or Backend()
         self._services = PerProcess(lambda: backend.services(self.settings, self._id))
         self._services()
@@ -223,17 +225,19 @@ class Client:
         """Submits a request of any kind; when this returns, the job will reach an outcome.
 
         The same ``id`` or idempotency key with the same request is the same job, so a submit that
-        raised QueueUnavailable can be repeated with its ``job_id``. Raises IdempotencyConflict,
+        raised QueueUnavailable can be repeated with its ``job_id``. A model that no worker serves
+        now is logged as a warning: its jobs wait. Raises IdempotencyConflict, UnknownModel,
         QueueFull or QueueUnavailable.
         """
+        options = options or Options()
         recorded = self.ledger.submit(
-            id or new_id(), cast(Request, request), options or Options(), notify=self._id
+            id or new_id(), cast(Request, request), options, notify=self._id
         )
         if not isinstance(recorded, Message):
-            return Job(recorded, self)
+            return self._job(recorded)
         # A message that is not taken in time is published by the reconciler: the job is recorded.
-        self.broker.publish(recorded)
-        return Job(recorded.id, self)
+        self._publish([recorded])
+        return self._job(recorded.id, options)
 
     def submit_many(
         self,
@@ -271,7 +275,9 @@ class Client:
         Thousands of jobs need one subscription and a look at a few hundred of them a second.
         Raises ResultTimeout, JobNotFound and QueueUnavailable like ``Job.wait``.
         """
-        for info in self.outcomes((job.id for job in jobs), timeout):
+        jobs = list(jobs)
+        ids = [job.id for job in jobs]
+        for info in self.outcomes(ids, timeout, expires=last_expiry(jobs)):
             yield Job(info.id, self, info)
 
     def wait_all(
@@ -285,17 +291,25 @@ class Client:
 
         ``progress`` shows a bar on stderr. Raises like ``as_completed``.
         """
+        jobs = list(jobs)
         ids = [job.id for job in jobs]
         ended = {}
         with Progress(len(set(ids)), shown=progress) as bar:
-            for info in self.outcomes(ids, timeout):
+            for info in self.outcomes(ids, timeout, expires=last_expiry(jobs)):
                 ended[info.id] = info
                 bar.count(info)
         return [Job(id, self, ended[id]) for id in ids]
 
-    def outcomes(self, ids: Iterable[str], timeout: float | None = None) -> Iterator[JobInfo]:
-        """The jobs of these ids as they end, as the ledger has them."""
-        waiting = Waiting(ids, timeout)
+    def outcomes(
+        self, ids: Iterable[str], timeout: float | None = None, *, expires: float | None = None
+    ) -> Iterator[JobInfo]:
+        """The jobs of these ids as they end, as the ledger has them.
+
+        ``expires``: when the last of them does, on the clock of ``monotonic``, if that is known.
+        """
+        within = self.settings.default_expires_in
+        within = within if expires is None else expires - time.monotonic()
+        waiting = Waiting(ids, timeout, expire_within=within)
         notifier = self.notifier
         with notifier.watch(waiting.open) as inbox:
             while waiting.open:
@@ -313,8 +327,12 @@ class Client:
         except QueueUnavailable as error:
             return error
 
-    def _job(self, id: str) -> Job[Any]:
-        return Job(id, self)
+    def _job(self, id: str, options: Options | None = None) -> Job[Any]:
+        """A handle; ``options`` are those of a job that was recorded just now."""
+        return Job(id, self, expires=None if options is None else self._expiry(options))
+
+    def _expiry(self, options: Options) -> float:
+        return time.monotonic() + (options.expires_in or self.settings.default_expires_in)
 
     def _ask(
         self,
@@ -334,6 +352,10 @@ class Client:
             return cast("str | ImageRef | None", image)
         return self.storage.upload(source)
 
+    def _publish(self, messages: list[Message]) -> None:
+        self.broker.publish_all(messages)
+        self._unserved.tell(messages)
+
     def _flush(self, submitting: Submitting) -> None:
         while submitting.waiting:
             try:
@@ -341,6 +363,6 @@ class Client:
             except (QueueUnavailable, QueueFull) as error:
                 answers = [error]
             if messages := submitting.settle(answers):
-                self.broker.publish_all(messages)
+                self._publish(messages)
             time.sleep(submitting.pause())
         submitting.check()

@@ -658,7 +658,8 @@ class Receipt(_Told):
 class JobInfo(_Told):
     """A job as the ledger has it. Times are UTC; ``attempts`` counts deliveries to a worker.
 
-    ``live_workers`` says how many live workers serve the job's model, while the job is open.
+    While the job is open, ``live_workers`` says how many live workers serve its model, ``note``
+    what keeps it from being run, if that is known, and ``last_error`` why it is run again.
     """
 
     id: str
@@ -675,6 +676,8 @@ class JobInfo(_Told):
     receipt: Receipt | None = None
     metadata: dict[str, str] = Field(default_factory=dict)
     live_workers: int | None = None
+    note: str | None = None
+    last_error: JobError | None = None
 
     @property
     def ended(self) -> bool:
@@ -685,6 +688,11 @@ class JobInfo(_Told):
 def queue_name(model: str, priority: Priority) -> str:
     """The Celery queue of a served model at a priority."""
     return f"blipq.{model}.{priority}"
+
+
+def model_of(queue: str) -> str:
+    """The served model that a queue is of."""
+    return queue.removeprefix("blipq.").rpartition(".")[0]
 
 
 def task_name(kind: Kind) -> str:

@@ -2,7 +2,8 @@
 
     BlipqError
     ├── InvalidRequest (ValueError)       the request or an option is wrong
-    │   └── IdempotencyConflict           the key was used with another request
+    │   ├── IdempotencyConflict           the key was used with another request
+    │   └── UnknownModel                  no worker serves the model, or has lately; has .model
     ├── QueueUnavailable                  Redis or S3 did not answer in time; has .job_id
     ├── QueueFull                         too many open jobs, or Redis is out of memory
     ├── SubmitStopped                     submit_many stopped; has .jobs, .index, .pending
@@ -48,6 +49,14 @@ class InvalidRequest(BlipqError, ValueError):
 
 class IdempotencyConflict(InvalidRequest):
     """The idempotency key belongs to a job with another request."""
+
+
+class UnknownModel(InvalidRequest):
+    """No worker has served the model in the last 40 days, and no setting names it."""
+
+    def __init__(self, message: str, model: str) -> None:
+        super().__init__(message)
+        self.model = model
 
 
 class QueueUnavailable(BlipqError):

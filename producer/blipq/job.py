@@ -1,5 +1,6 @@
 """A job's handle: an id and how to look it up."""
 
+from collections.abc import Iterable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Generic, cast
 
@@ -13,12 +14,16 @@ if TYPE_CHECKING:
 
 
 class _Handle:
-    """What every handle is: an id. One of a job that has ended also knows how it ended."""
+    """What every handle is: an id. One of a job that has ended also knows how it ended.
 
-    __slots__ = ("_ended", "id")
+    The handle that a submit returned knows when the job expires, on the clock of ``monotonic``.
+    """
 
-    def __init__(self, id: str, ended: JobInfo | None = None) -> None:
+    __slots__ = ("_ended", "expires", "id")
+
+    def __init__(self, id: str, ended: JobInfo | None = None, expires: float | None = None) -> None:
         self.id = id
+        self.expires = expires
         self._ended = ended
 
     def __repr__(self) -> str:
@@ -36,8 +41,14 @@ class Job(_Handle, Generic[ResultT]):
 
     __slots__ = ("_client",)
 
-    def __init__(self, id: str, client: "Client", ended: JobInfo | None = None) -> None:
-        super().__init__(id, ended)
+    def __init__(
+        self,
+        id: str,
+        client: "Client",
+        ended: JobInfo | None = None,
+        expires: float | None = None,
+    ) -> None:
+        super().__init__(id, ended, expires)
         self._client = client
 
     def info(self) -> JobInfo:
@@ -57,12 +68,13 @@ class Job(_Handle, Generic[ResultT]):
 
         ``timeout`` is in seconds; without one, the job's own deadline bounds the wait. Redis may go
         away and come back meanwhile. Raises ResultTimeout, JobNotFound, and QueueUnavailable if
-        Redis still does not answer when the time is up.
+        Redis still does not answer when the time is up. Where the deadline is not known, as with
+        ``Client.job(id)`` and a Redis that never answers, it is ``default_expires_in`` from now.
         """
         if self._ended is not None:
             return self._ended
         try:
-            return next(self._client.outcomes([self.id], timeout))
+            return next(self._client.outcomes([self.id], timeout, expires=self.expires))
         except ResultTimeout as error:
             info = self.info()
             if info.ended:
@@ -91,8 +103,14 @@ class AsyncJob(_Handle, Generic[ResultT]):
 
     __slots__ = ("_client",)
 
-    def __init__(self, id: str, client: "AsyncClient", ended: JobInfo | None = None) -> None:
-        super().__init__(id, ended)
+    def __init__(
+        self,
+        id: str,
+        client: "AsyncClient",
+        ended: JobInfo | None = None,
+        expires: float | None = None,
+    ) -> None:
+        super().__init__(id, ended, expires)
         self._client = client
 
     async def info(self) -> JobInfo:
@@ -111,7 +129,8 @@ class AsyncJob(_Handle, Generic[ResultT]):
         if self._ended is not None:
             return self._ended
         try:
-            async with aclosing(self._client.outcomes([self.id], timeout)) as outcomes:
+            asked = self._client.outcomes([self.id], timeout, expires=self.expires)
+            async with aclosing(asked) as outcomes:
                 return await anext(outcomes)
         except ResultTimeout as error:
             info = await self.info()
@@ -131,6 +150,12 @@ class AsyncJob(_Handle, Generic[ResultT]):
         if answer == "unknown":
             raise not_found(self.id)
         return answer == "cancelled"
+
+
+def last_expiry(jobs: Iterable[_Handle]) -> float | None:
+    """When the last of these jobs expires; None if that is not known of each."""
+    times = [job.expires for job in jobs]
+    return None if None in times else max(cast("list[float]", times), default=None)
 
 
 def still_open(info: JobInfo, timeout: float | None) -> str:

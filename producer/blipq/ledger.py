@@ -7,7 +7,7 @@ a time to live.
 
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -24,6 +24,7 @@ from blipq.records import Message as Message
 from blipq.records import (
     Prepared,
     Recorded,
+    declared_models,
     flat,
     job_of,
     looked,
@@ -31,6 +32,7 @@ from blipq.records import (
     prepare,
     submit_arguments,
     submitted,
+    unknown_model,
 )
 from blipq.records import ms as ms
 from blipq.records import notify_channel as notify_channel
@@ -178,11 +180,19 @@ class Ledger(Scripted):
         """Records jobs, each once and in order, in one round trip.
 
         Answers like ``submit`` for each job, up to the first that is refused: its answer is the
-        error (IdempotencyConflict or QueueFull), and nothing after it was looked at.
+        error (IdempotencyConflict, UnknownModel or QueueFull), and nothing after it was looked at.
         """
         with redis_errors(jobs[0].submission.id if len(jobs) == 1 else None):
             answer = self._run("submit", *submit_arguments(jobs, self.settings))
         return submitted(jobs, answer)
+
+    def check_models(self, models: Iterable[str]) -> None:
+        """Raises UnknownModel if a job for one of these models would be refused."""
+        names = sorted(set(models))
+        with redis_errors():
+            served, *unknown = self._run("unknown_models", declared_models(self.settings), *names)
+        if unknown:
+            raise unknown_model(unknown[0], served)
 
     def read(self, id: str) -> JobInfo | None:
         """The job, after settling what is due; None for an unknown id."""
@@ -273,9 +283,9 @@ class Ledger(Scripted):
         with redis_errors(claim.id):
             return bool(self._run("begin", claim.id, claim.token))
 
-    def refuse(self, id: str, kind: Kind, error: str) -> bool:
+    def refuse(self, id: str, kind: Kind, error: str, *, model: str = "default") -> bool:
         """Records an unknown job as failed with an error (JSON): its message makes no sense."""
-        fields = {"kind": kind, "model": "default", "error": error}
+        fields = {"kind": kind, "model": model, "error": error}
         with redis_errors(id):
             return bool(self._run("refuse", id, ms(self.settings.failed_ttl), *flat(fields)))
 
@@ -301,10 +311,13 @@ class Ledger(Scripted):
         with redis_errors(claim.id):
             return bool(self._run("finish", claim.id, claim.token, status, ttl, *flat(fields)))
 
-    def retry(self, claim: Claim, delay_s: float) -> bool:
-        """Puts a job back for a later, counted retry; the reconciler publishes it when due."""
+    def retry(self, claim: Claim, delay_s: float, error: str = "") -> bool:
+        """Puts a job back for a later, counted retry; the reconciler publishes it when due.
+
+        ``error`` (JSON) is told of the job while it is open.
+        """
         with redis_errors(claim.id):
-            return bool(self._run("requeue", claim.id, claim.token, ms(delay_s), "retry"))
+            return bool(self._run("requeue", claim.id, claim.token, ms(delay_s), "retry", error))
 
     def hand_back(self, claim: Claim) -> bool:
         """Puts a job back at once, uncounted; the caller publishes it."""

@@ -6,11 +6,17 @@ Pure, so that the synchronous and the asynchronous ledger share it.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from blipq.contract import CONTRACT, JobInfo, Kind, Options, Request, queue_name
-from blipq.errors import BlipqError, IdempotencyConflict, InvalidRequest, QueueFull
+from blipq.contract import CONTRACT, JobInfo, Kind, Options, Request, model_of, queue_name
+from blipq.errors import (
+    BlipqError,
+    IdempotencyConflict,
+    InvalidRequest,
+    QueueFull,
+    UnknownModel,
+)
 from blipq.guard import Forbidden
 from blipq.requests import Submission
 from blipq.settings import Settings
@@ -28,6 +34,13 @@ class Message:
     kind: Kind
     id: str
     queue: str
+    #: Whether a live worker served the job's model when it was recorded.
+    served: bool = field(default=True, compare=False)
+
+    @property
+    def model(self) -> str:
+        """The model that the queue is of."""
+        return model_of(self.queue)
 
 
 #: A job was recorded, and its message is to be published; or it was known, under this id.
@@ -47,11 +60,13 @@ class Looked:
     """What a look at jobs found; those that are merely open are in none of the fields.
 
     ``elsewhere`` holds jobs whose end is told on another client's channel, with that channel.
+    ``left`` is how many seconds the open ones have until the last of their deadlines.
     """
 
     ended: dict[str, JobInfo]
     unknown: set[str]
     elsewhere: dict[str, str]
+    left: float = 0.0
 
     def about(self, ids: Iterable[str]) -> "Looked":
         """The part that is about these jobs."""
@@ -60,6 +75,7 @@ class Looked:
             {id: self.ended[id] for id in ids if id in self.ended},
             self.unknown.intersection(ids),
             {id: self.elsewhere[id] for id in ids if id in self.elsewhere},
+            self.left,
         )
 
 
@@ -80,7 +96,7 @@ def prepare(submission: Submission, settings: Settings, *, notify: str) -> Prepa
     options = submission.options
     _check_urls(submission.request, options, settings)
     text = _request_text(submission.request)
-    fields: dict[str, str | int] = {
+    fields: dict[str, str | int] = {  # the script knows the place of the model
         "contract": CONTRACT,
         "kind": submission.request.kind,
         "model": options.model,
@@ -102,8 +118,14 @@ def submit_arguments(jobs: Iterable[Prepared], settings: Settings) -> Iterator[s
     """What the submit script is told."""
     yield ms(max(settings.result_ttl, settings.failed_ttl))
     yield settings.max_open_jobs
+    yield declared_models(settings)
     for job in jobs:
         yield from job.arguments
+
+
+def declared_models(settings: Settings) -> str:
+    """Models that jobs may name before a worker has served them, as scripts take them."""
+    return f" {' '.join(settings.known_models)} "
 
 
 def submitted(jobs: Sequence[Prepared], answer: Sequence[str]) -> list[Recorded | BlipqError]:
@@ -117,9 +139,27 @@ def _submitted(submission: Submission, outcome: str, id: str) -> Recorded | Blip
         return IdempotencyConflict(f"job {id} was submitted with another request or options")
     if outcome == "full":
         return QueueFull("too many jobs are open (BLIPQ_MAX_OPEN_JOBS)")
+    if outcome == "unknown":
+        return unknown_model(submission.options.model, id)
     if outcome == "exists":
         return id
-    return message_of(submission)
+    return replace(message_of(submission), served=outcome == "created")
+
+
+def unknown_model(model: str, served: str) -> UnknownModel:
+    """Why a job for this model is refused. ``served``: 'name=live workers', with spaces between."""
+    named = [pair.rpartition("=") for pair in served.split()]
+    known = [f"{name!r} ({_workers(int(live))})" for name, _, live in named]
+    told = f"served are {', '.join(known)}" if known else "none is served yet"
+    return UnknownModel(
+        f"model: no worker has served {model!r} in the last 40 days; {told}. "
+        "BLIPQ_KNOWN_MODELS names others that jobs may wait for",
+        model,
+    )
+
+
+def _workers(live: int) -> str:
+    return f"{live} live worker{'s' if live > 1 else ''}" if live else "no live worker now"
 
 
 def message_of(submission: Submission) -> Message:
@@ -131,9 +171,9 @@ def message_of(submission: Submission) -> Message:
 
 def looked(answer: Sequence[Any]) -> Looked:
     """What the look script's answer means."""
-    ended, unknown, elsewhere = answer
+    ended, unknown, elsewhere, left = answer
     infos = {id: job_info(id, paired(pairs)) for id, pairs in ended}
-    return Looked(infos, set(unknown), dict(elsewhere))
+    return Looked(infos, set(unknown), dict(elsewhere), left / 1000)
 
 
 def job_of(id: str, answer: Sequence[Any]) -> JobInfo | None:
@@ -195,6 +235,7 @@ def job_info(id: str, job: Mapping[str, str], *, live_workers: int | None = None
         return float(job[field]) / 1000 if field in job else None
 
     open_ = "completed_at" not in job
+    unserved = open_ and live_workers == 0
     return JobInfo.model_validate(
         {
             "id": id,
@@ -211,5 +252,7 @@ def job_info(id: str, job: Mapping[str, str], *, live_workers: int | None = None
             "receipt": loaded("receipt"),
             "metadata": loaded("metadata") or {},
             "live_workers": live_workers if open_ else None,
+            "last_error": loaded("last_error") if open_ else None,
+            "note": f"no live worker serves the model {job['model']!r}" if unserved else None,
         }
     )

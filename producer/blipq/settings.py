@@ -21,7 +21,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from blipq.contract import Seconds
+from blipq.contract import Name, Seconds
 from blipq.guard import Policy
 from blipq.redaction import place_of
 from blipq.redis_url import SCHEMES, RedisUrl, Tls, take_apart
@@ -210,6 +210,14 @@ class Settings(BaseSettings):
     )
     max_open_jobs: int = Field(
         default=1_000_000, ge=1, description="Open jobs beyond which submit raises QueueFull."
+    )
+
+    known_models: Annotated[tuple[Name, ...], NoDecode, BeforeValidator(_parts)] = Field(
+        default=(),
+        description=(
+            "Models that jobs may name although no worker has served them in the last 40 days. "
+            "Jobs for other names are refused; `default` is always known."
+        ),
     )
 
     window: int = Field(

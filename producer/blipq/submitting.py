@@ -24,7 +24,7 @@ class Submitting:
     def __init__(
         self,
         prepare: Callable[[Submission], Prepared],
-        handle: Callable[[str], Any],
+        handle: Callable[[str, Options | None], Any],
         options: Options | None,
         timeout: float,
     ) -> None:
@@ -91,7 +91,7 @@ class Submitting:
     def _recorded(self, answer: Recorded) -> list[Message]:
         submission = self.waiting.pop(0).submission
         id = answer.id if isinstance(answer, Message) else answer
-        self.jobs.append(self._handle(id))
+        self.jobs.append(self._handle(id, submission.options if id == submission.id else None))
         if isinstance(answer, Message):
             return [answer]
         # Recorded by a try that got no answer: nobody has published it. Twice does no harm.

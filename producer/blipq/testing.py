@@ -169,8 +169,8 @@ class Records:
         with self._lock:
             return getattr(self, script)(*map(str, args))
 
-    def submit(self, retention: str, max_open: str, *jobs: str) -> list[str]:
-        """Records jobs until one is refused."""
+    def submit(self, retention: str, max_open: str, declared: str, *jobs: str) -> list[str]:
+        """Records jobs until one is refused. The one worker serves every model."""
         answers: list[str] = []
         rest = list(jobs)
         while rest and not {"conflict", "full"} & set(answers[-2:-1]):
@@ -178,6 +178,10 @@ class Records:
             fields, rest = rest[: int(size)], rest[int(size) :]
             answers += self._record(id, digest, key, int(expires_in), fields, int(max_open))
         return answers
+
+    def unknown_models(self, declared: str, *models: str) -> list[str]:
+        """None is unknown."""
+        return [""]
 
     def read(self, id: str) -> list[Any]:
         """One job, settled; one worker serves every model."""
@@ -188,7 +192,9 @@ class Records:
         """Which jobs have ended. Everyone hears of every end, so none is told elsewhere."""
         jobs = {id: self._settled(id) for id in ids}
         ended = [[id, _flat(job)] for id, job in jobs.items() if job and "completed_at" in job]
-        return [ended, [id for id, job in jobs.items() if job is None], []]
+        open_ = [int(job["deadline"]) for job in jobs.values() if job and "completed_at" not in job]
+        left = max(open_, default=int(_now())) - int(_now())
+        return [ended, [id for id, job in jobs.items() if job is None], [], left]
 
     def cancel(self, id: str) -> str:
         """Cancels a job that has not ended."""

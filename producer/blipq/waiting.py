@@ -16,12 +16,21 @@ from blipq.records import Looked
 FIRST_POLL_S, LAST_POLL_S, STEP_S = 0.05, 1.0, 0.25
 #: The most jobs that one round trip asks about.
 LOOK_AT = 500
+#: Redis is waited for so much longer than a deadline: it settles what has expired when it is back.
+GRACE_S = 5.0
 
 
 class Waiting:
-    """Jobs that somebody waits for, until all have ended or ``timeout`` seconds have passed."""
+    """Jobs that somebody waits for, until all have ended or ``timeout`` seconds have passed.
 
-    def __init__(self, ids: Iterable[str], timeout: float | None) -> None:
+    Without a timeout the jobs' deadlines bound the wait: while Redis answers it settles what is
+    past its deadline, and when it is gone for good nobody waits beyond the last one.
+    ``expire_within``: seconds until that, as far as it is known before the first look.
+    """
+
+    def __init__(
+        self, ids: Iterable[str], timeout: float | None, *, expire_within: float = 7 * 86400.0
+    ) -> None:
         # In the order in which to look at them.
         self.open = dict.fromkeys(ids)
         self._all = len(self.open)
@@ -29,6 +38,7 @@ class Waiting:
         self._told: dict[str, None] = {}
         self._timeout = timeout
         self._ending = None if timeout is None else time.monotonic() + timeout
+        self._last_deadline = time.monotonic() + expire_within
         self._pause = FIRST_POLL_S
         self._poll_at = time.monotonic()
         self._down: QueueUnavailable | None = None
@@ -66,6 +76,10 @@ class Waiting:
             self._poll_at = max(self._poll_at, time.monotonic() + FIRST_POLL_S)
             return []
         self._down = None
+        last_deadline = time.monotonic() + found.left
+        if len(ids) < len(self.open):  # the others may have later ones
+            last_deadline = max(last_deadline, self._last_deadline)
+        self._last_deadline = last_deadline
         if found.unknown:
             raise not_found(min(found.unknown))
         for id in ids:
@@ -83,7 +97,10 @@ class Waiting:
         if not self._down and (self._told or self._unseen):
             return 0.0
         left = self._poll_at - now
-        if self._ending is not None:
+        if self._ending is None:
+            if self._down and now >= self._last_deadline + GRACE_S:
+                raise self._down
+        else:
             if now >= self._ending:
                 raise self._down or self._timed_out()
             left = min(left, self._ending - now)

@@ -1,18 +1,25 @@
 """Publishing never holds its caller up, and loses nothing that is recorded."""
 
 import json
+import logging
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import pytest
 import redis
 
-from blipq import Client, Priority, Settings
+from blipq import CaptionRequest, Client, Priority, Settings
 from blipq.broker import PUBLISH_TIMEOUT_S, Broker, queues_of
 from blipq.contract import Kind
 from blipq.ledger import Message
+from blocking import BlockingClient
 
 MESSAGE = Message(Kind.CAPTION, "job_1", "blipq.default.normal")
 NOWHERE = "redis://127.0.0.1:1/0"
+REQUEST = CaptionRequest(image="s3://uploads/cat.jpg")
 
 
 def test_a_message_carries_the_id_and_the_contract(
@@ -70,6 +77,53 @@ def test_a_submit_succeeds_when_only_the_message_is_lost(apart: Settings) -> Non
     with Client(apart.model_copy(update={"broker_url": NOWHERE})) as client:
         job = client.caption("s3://uploads/cat.jpg")
         assert job.status == "queued"
+
+
+class Broken(Exception):
+    """What no list of exceptions names: each transport has some of its own."""
+
+
+@pytest.mark.parametrize("opened", [Client, BlockingClient])
+@pytest.mark.parametrize("error", [Broken("at amqp://u:hush@host"), TypeError("heartbeat")])
+def test_no_exception_of_a_publisher_reaches_who_submits(
+    apart: Settings,
+    error: Exception,
+    opened: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A TypeError came out of submit behind a job that was recorded: its id was lost."""
+
+    def put(self: Broker, producer: Any, message: Message) -> None:
+        raise error
+
+    monkeypatch.setattr(Broker, "_put", put)
+    with opened(apart) as client, caplog.at_level(logging.WARNING, logger="blipq"):
+        for job in (client.caption("s3://uploads/cat.jpg"), *client.submit_many([REQUEST] * 2)):
+            assert job.info().status == "queued"
+    assert [type(error).__name__ in record.message for record in caplog.records] == [True]
+    assert "hush" not in caplog.text
+
+
+@pytest.mark.parametrize("opened", [Client, BlockingClient])
+@pytest.mark.parametrize("url", ["amqp://host//?bogus=1", "nothing://host", "sqs://"])
+def test_a_job_is_returned_whatever_is_wrong_with_the_broker(
+    apart: Settings, opened: Callable[..., Any], url: str
+) -> None:
+    with opened(apart.model_copy(update={"broker_url": url})) as client:
+        assert client.caption("s3://uploads/cat.jpg").info().status == "queued"
+
+
+def test_a_thread_that_cannot_be_started_costs_no_job(
+    apart: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with Client(apart) as client:
+        monkeypatch.setattr(threading.Thread, "start", start)
+        job = client.caption("s3://uploads/cat.jpg")
+        assert job.info().status == "queued"
 
 
 def test_the_first_submits_of_several_threads_are_all_published(

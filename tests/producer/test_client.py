@@ -27,6 +27,7 @@ from blipq import (
     Turn,
 )
 from blipq.ledger import Claim, Ledger, connect
+from blocking import BlockingClient
 from conftest import wait_until
 
 IMAGE = "s3://uploads/cat.jpg"
@@ -265,6 +266,32 @@ def test_redis_down_is_told_at_once() -> None:
         with pytest.raises(QueueUnavailable, match="Redis does not answer") as raised:
             client.caption(IMAGE)
         assert raised.value.job_id
+
+
+@pytest.mark.parametrize("opened", [Client, BlockingClient])
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda client, job: job.wait(),
+        lambda client, job: job.result(),
+        lambda client, job: client.wait_all([job]),
+        lambda client, job: list(client.as_completed([job])),
+    ],
+)
+def test_a_wait_without_a_timeout_ends_when_redis_is_gone_for_good(
+    own_redis: Settings,
+    opened: Callable[..., Any],
+    wait: Callable[[Any, Any], object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It went on for ever, without an error or a line in a log."""
+    monkeypatch.setattr("blipq.waiting.GRACE_S", 0.5)
+    with opened(own_redis) as client:
+        job = client.caption(IMAGE, expires_in=1)
+        with connect(own_redis) as raw:
+            os.kill(raw.info("server")["process_id"], signal.SIGKILL)
+        with pytest.raises(QueueUnavailable, match="Redis"):
+            wait(client, job)
 
 
 @pytest.mark.parametrize(

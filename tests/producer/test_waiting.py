@@ -1,5 +1,7 @@
 """Which jobs are looked at, and when: no clock and no Redis needed."""
 
+import time
+
 import pytest
 
 from blipq import JobInfo, JobNotFound, QueueUnavailable, ResultTimeout
@@ -95,3 +97,40 @@ def test_an_unknown_job_is_not_found() -> None:
     waiting = Waiting(ids(2), timeout=60)
     with pytest.raises(JobNotFound, match="job_1"):
         waiting.looked(waiting.due(), Looked({}, {"job_1"}, {}))
+
+
+def test_without_a_timeout_nobody_waits_for_redis_beyond_the_deadlines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    away = QueueUnavailable("Redis is away")
+    waiting = Waiting(ids(2), None, expire_within=60)
+    waiting.looked(waiting.due(), Looked({}, set(), {}, left=10.0))  # told better by the ledger
+    now[0] += 9
+    waiting.looked(waiting.due(), away)
+    assert waiting.pause() >= 0
+    now[0] += 10
+    with pytest.raises(QueueUnavailable, match="away"):
+        waiting.pause()
+    waiting.looked(waiting.due(), Looked({}, set(), {}, left=0.0))
+    assert waiting.pause() >= 0, "while Redis answers, it says what has ended"
+
+
+def test_before_the_first_look_the_caller_knows_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    waiting = Waiting(ids(1), None, expire_within=2)
+    waiting.looked(waiting.due(), QueueUnavailable("Redis is away"))
+    assert waiting.pause() >= 0
+    now[0] += 10
+    with pytest.raises(QueueUnavailable, match="away"):
+        waiting.pause()
+
+
+def test_a_look_at_some_of_the_jobs_does_not_shorten_the_wait_for_the_others() -> None:
+    waiting = Waiting(ids(LOOK_AT + 1), None, expire_within=600)
+    waiting.looked(waiting.due(), Looked({}, set(), {}, left=1.0))
+    assert waiting._last_deadline > time.monotonic() + 500

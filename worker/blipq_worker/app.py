@@ -34,6 +34,7 @@ from blipq_worker.leases import Heartbeat, Held, Reconciler
 from blipq_worker.metrics import WorkerMetrics
 from blipq_worker.pictures import Pictures
 from blipq_worker.settings import WorkerSettings
+from blipq_worker.strays import Strays
 from blipq_worker.tasks import HandBack, JobFailedTask, Runner
 from blipq_worker.transport import harden
 
@@ -108,6 +109,7 @@ class Worker:
             lease_s=options.lease_s,
             grace_s=min(GRACE_S, options.lease_s),
         )
+        self._strays = Strays(ledger, settings, self.name)
         self._broker_loop = BrokerLoop()
         self._health = (
             self._health_server(ledger, metrics) if options.health_port is not None else None
@@ -140,6 +142,7 @@ class Worker:
         self._writer.start()
         self._heartbeat.start()
         self._reconciler.start()
+        self._strays.start()
         if self._health is not None:
             self._health.start()
         # A receiver, so that Celery leaves logging as the process set it up.
@@ -240,6 +243,7 @@ class Worker:
         os._exit(0)
 
     def _stop(self) -> None:
+        self._strays.stop()
         self._reconciler.stop()
         self._engine.batcher.close(timeout=5)
         self._writer.close()

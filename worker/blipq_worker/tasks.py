@@ -287,7 +287,8 @@ class Runner:
         pause = min(self._settings.retry_backoff_s * 2**claim.retries, LONGEST_BACKOFF_S)
         pause *= random.uniform(0.5, 1.5)
         log.warning("%s: %s: again in %.1f s", claim.id, error, pause)
-        write = partial(self._ledger.retry, claim, pause)
+        text = _error(error.code, str(error), retryable=True)
+        write = partial(self._ledger.retry, claim, pause, text)
         self._finish(write, claim, watch, "retried", error.code)
 
     def _hand_back(self, claim: Claim) -> None:

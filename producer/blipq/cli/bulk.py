@@ -1,7 +1,7 @@
 """``blipq bulk``: a manifest's requests, however many."""
 
 import json
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ from blipq.cli.group import Group
 from blipq.cli.output import JsonOption, connected, errors, out, reported
 from blipq.client import Client
 from blipq.contract import Priority, Status
-from blipq.errors import InvalidRequest
+from blipq.errors import InvalidRequest, QueueUnavailable
 
 app = Group("Many requests from a manifest, a bounded number of them at a time.")
 
@@ -66,6 +66,8 @@ def submit(
         defaults |= {"expires_in": expires_in} if expires_in else {}
         facts = {"manifest": source, "template": asked, "defaults": defaults}
         path = journal_path(journal or source)
+        with suppress(QueueUnavailable):  # the driver waits for Redis, and meets it then
+            client.ledger.check_models([model])
         with driving(path):
             kept, found = begin(path, facts, client.storage)
             with closing(kept):

@@ -1,6 +1,7 @@
 """What every command prints, and how its errors become exit codes."""
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,7 +60,9 @@ def connected(as_json: bool = False) -> Iterator[Client]:
     """A client; blipq's errors become one line and an exit code."""
     with reported(as_json):
         settings = checked(Settings)
-        if not as_json:
+        if as_json:
+            logging.getLogger("blipq").addHandler(logging.NullHandler())  # stderr is silent
+        else:
             errors.print(f"using {settings.endpoints}", style="dim")
         with Client(settings) as client:
             yield client
@@ -122,7 +125,7 @@ def _wait(job: Job[Any], timeout: float) -> JobInfo:
     try:
         return job.wait(min(1.0, timeout))
     except ResultTimeout:
-        with errors.status(f"{job.id}: {job.status}") as spinner:
+        with errors.status(escape(spinner_line(job.info()))) as spinner:
             while True:
                 left = deadline - time.monotonic()
                 try:
@@ -130,7 +133,7 @@ def _wait(job: Job[Any], timeout: float) -> JobInfo:
                 except ResultTimeout:
                     if left <= 0:
                         raise ResultTimeout(_waited(job, timeout), job.id) from None
-                    spinner.update(escape(status_line(job.info())))
+                    spinner.update(escape(spinner_line(job.info())))
 
 
 def _waited(job: Job[Any], timeout: float) -> str:
@@ -139,14 +142,26 @@ def _waited(job: Job[Any], timeout: float) -> str:
 
 def status_line(info: JobInfo) -> str:
     """A job on one line."""
-    line = f"{info.id}: {info.status}"
+    return f"{info.id}: {state_of(info)}"
+
+
+def state_of(info: JobInfo) -> str:
+    """Where a job is, and why it is there."""
+    line: str = info.status
     if info.error is not None:
         line += f" ({info.error.code}: {info.error.message})"
-    if info.live_workers == 0:
-        line += f", no live worker serves the model {info.model!r}"
+    if info.note is not None:
+        line += f", {info.note}"
     if info.attempts > 1:
         line += f", attempt {info.attempts}"
+    if info.last_error is not None:
+        line += f", after {info.last_error.code}: {info.last_error.message}"
     return line
+
+
+def spinner_line(info: JobInfo) -> str:
+    """A job on one line of a terminal, whose end may be cut off: the reason first, the id last."""
+    return f"{info.note or state_of(info)} ({info.id})"
 
 
 def lines_of(result: Result) -> Iterator[str]:

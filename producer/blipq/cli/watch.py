@@ -14,7 +14,7 @@ from blipq.cli.output import JsonOption, connected, errors, out
 from blipq.client import Client
 from blipq.redaction import log_to_stderr
 from blipq.watch.rules import Rules, load
-from blipq.watch.start import backfill_of, check_webhooks, cursor_of, source_of
+from blipq.watch.start import backfill_of, check_models, check_webhooks, cursor_of, source_of
 from blipq.watch.watcher import Wanted, Watcher
 
 
@@ -43,6 +43,7 @@ def watch(
     with connected(as_json) as client, _stopped_by_sigterm() as stop:
         loaded = load(rules)
         check_webhooks(loaded, client.settings)
+        check_models(loaded, client.ledger)
         log_to_stderr("WARNING", "%(asctime)s %(levelname)s %(message)s")
         watcher = Watcher(loaded, client, stop, _tell(as_json), dry_run=dry_run)
         _run(watcher, loaded, client, backfill=backfill, once=once or dry_run)

@@ -10,6 +10,7 @@ local QUEUES = 'blipq:queues'      -- zset: queue -> last use
 local DEAD = 'blipq:dead-letters'  -- zset: id -> when it was given up
 local RECENT = 'blipq:recent'      -- zset: id -> when it ended, the last thousand
 local OUTBOX = 'blipq:outbox'      -- zset: host -> when its next webhook event is due
+local MODELS = 'blipq:models'      -- zset: model -> when a worker last said that it serves it
 local DAY = 86400 * 1000
 local INDEX_TTL = 40 * DAY         -- longer than any job can stay open
 local OUTBOX_TTL = 14 * DAY        -- how long an event waits for a sender, counted from each attempt
@@ -138,7 +139,28 @@ local function crashed(id, job, max_crashes, dead_letter_ttl)
     bury(id, dead_letter_ttl)
     return false
   end
-  redis.call('HSET', job_key(id), 'solo', 1)
+  redis.call('HSET', job_key(id), 'solo', 1, 'last_error', cjson.encode({
+    code = 'internal', message = 'the worker died or hung while it ran this job', retryable = true}))
   enqueue(id, job, now)
   return true
+end
+
+local function live_workers(model)
+  return redis.call('ZCOUNT', serving_key(model), '(' .. now, '+inf')
+end
+
+-- Whether jobs may name a model: one that no worker has served for as long as this key lives would
+-- only make keys, and a queue that nobody reads. DECLARED: further names, between spaces.
+local function is_known(model, declared)
+  return model == 'default' or redis.call('EXISTS', serving_key(model)) == 1
+    or string.find(declared, ' ' .. model .. ' ', 1, true) ~= nil
+end
+
+-- What workers serve, for people: 'name=live workers' of the models that were served last.
+local function served_models()
+  local told = {}
+  for _, model in ipairs(redis.call('ZREVRANGE', MODELS, 0, 19)) do
+    told[#told + 1] = model .. '=' .. live_workers(model)
+  end
+  return table.concat(told, ' ')
 end

@@ -1,8 +1,9 @@
 -- Which of these jobs have ended? Settles what is due. ARGV: the asker's own channel, then ids.
 -- Returns three lists: {id, {field, value, ...}} of those that have ended, the ids that are
--- unknown, and {id, channel} of those whose end will be told on another channel.
+-- unknown, and {id, channel} of those whose end will be told on another channel; and the
+-- milliseconds until the last deadline of those that are open.
 local channel = ARGV[1]
-local done, unknown, elsewhere = {}, {}, {}
+local done, unknown, elsewhere, left = {}, {}, {}, 0
 for i = 2, #ARGV do
   local id = ARGV[i]
   local found = redis.call('HMGET', job_key(id), 'status', 'deadline', 'notify')
@@ -16,9 +17,10 @@ for i = 2, #ARGV do
     end
     if ended(job) then
       done[#done + 1] = {id, redis.call('HGETALL', job_key(id))}
-    elseif found[3] ~= channel then
-      elsewhere[#elsewhere + 1] = {id, found[3]}
+    else
+      left = math.max(left, tonumber(found[2]) - now)
+      if found[3] ~= channel then elsewhere[#elsewhere + 1] = {id, found[3]} end
     end
   end
 end
-return {done, unknown, elsewhere}
+return {done, unknown, elsewhere, left}

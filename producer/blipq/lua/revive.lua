@@ -8,7 +8,8 @@ local event = event_id(id, job, 'job.failed')
 if redis.call('EXISTS', event_key(event)) == 1 then keep_snapshot(event, job) end
 redis.call('HINCRBY', key, 'revivals', 1)
 redis.call('ZREM', DEAD, id)
-redis.call('HDEL', key, 'error', 'receipt', 'completed_at', 'keep_until', 'crashes', 'retries')
+redis.call('HDEL', key, 'error', 'receipt', 'completed_at', 'keep_until', 'crashes', 'retries',
+  'last_error')
 redis.call('HSET', key, 'deadline', now + expires_in)
 redis.call('PEXPIRE', key, expires_in + retention)
 index(OPEN, now + expires_in, id)

@@ -1,9 +1,12 @@
 -- Records jobs, each once, in order, and stops at the first that is refused.
--- ARGV: retention ms, max open jobs, then of each job: id, digest, idempotency key or '',
--- expires_in ms, how many arguments its fields take, and its field/value pairs.
--- Returns of each job that it came to: 'created' | 'exists' | 'conflict' | 'full', then an id.
--- The last two are refusals.
-local retention, max_open = tonumber(ARGV[1]), tonumber(ARGV[2])
+-- ARGV: retention ms, max open jobs, declared models between spaces, then of each job: id, digest,
+-- idempotency key or '', expires_in ms, how many arguments its fields take, and its field/value
+-- pairs, the third of which is its model.
+-- Returns of each job that it came to: 'created' | 'waits' | 'exists' | 'conflict' | 'full' |
+-- 'unknown', then an id; behind 'unknown' it is what workers serve. 'waits' is created, too, but no
+-- worker lives that serves the model. The last three are refusals.
+local retention, max_open, declared = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
+local live = {}
 
 local function known(existing, digest)
   local same = redis.call('HGET', job_key(existing), 'digest')
@@ -23,6 +26,8 @@ local function record(id, digest, idempotency_key, expires_in, fields)
   end
   local answer = known(id, digest)
   if answer then return answer, id end
+  local model = fields[6]
+  if not is_known(model, declared) then return 'unknown', served_models() end
   if redis.call('ZCARD', OPEN) >= max_open then return 'full', id end
 
   local key = job_key(id)
@@ -36,11 +41,12 @@ local function record(id, digest, idempotency_key, expires_in, fields)
   index(OPEN, now + expires_in, id)
   index(queued_key(queue), now, id)
   index(QUEUES, now, queue)
-  return 'created', id
+  live[model] = live[model] or live_workers(model)
+  return live[model] > 0 and 'created' or 'waits', id
 end
 
 local answers = {}
-local i = 3
+local i = 4
 while i <= #ARGV do
   local size = tonumber(ARGV[i + 4])
   local fields = {}
@@ -48,7 +54,7 @@ while i <= #ARGV do
   local outcome, id = record(ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3]), fields)
   answers[#answers + 1] = outcome
   answers[#answers + 1] = id
-  if outcome == 'conflict' or outcome == 'full' then break end
+  if outcome == 'conflict' or outcome == 'full' or outcome == 'unknown' then break end
   i = i + 5 + size
 end
 return answers

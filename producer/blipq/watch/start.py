@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from blipq.client import Client
-from blipq.errors import InvalidRequest
+from blipq.errors import InvalidRequest, QueueUnavailable, UnknownModel
 from blipq.guard import Forbidden
+from blipq.ledger import Ledger
 from blipq.settings import Settings
 from blipq.watch.cursor import Cursor, FileCursor, RedisCursor, Unsaved
 from blipq.watch.listing import Backfill, Listing
@@ -53,3 +54,14 @@ def check_webhooks(rules: Rules, settings: Settings) -> None:
                 settings.webhook_policy.check(url)
         except Forbidden as error:
             raise InvalidRequest(f"rule {rule.name}: options.webhook: {error}") from None
+
+
+def check_models(rules: Rules, ledger: Ledger) -> None:
+    """Raises InvalidRequest if jobs of a rule would be refused for their model."""
+    for rule in rules.rules:
+        try:
+            ledger.check_models([str(rule.options.get("model", "default"))])
+        except UnknownModel as error:
+            raise InvalidRequest(f"rule {rule.name}: options.{error}") from None
+        except QueueUnavailable:  # as with everything else, it waits for Redis and meets it then
+            return
