@@ -17,9 +17,9 @@ from jsonschema import Draft202012Validator
 
 from blipq import ErrorCode, Settings
 from blipq.cli import app as cli
-from blipq.doctor import _picture
 from blipq.ledger import connect
 from blipq.local import LocalStack
+from blipq.sample import red_square
 from blipq.storage import Storage
 from blipq_worker.settings import WorkerSettings
 from conftest import ROOT, start_worker, wait_for_worker, wait_until
@@ -50,7 +50,7 @@ def served(
         dtype="float32",
     )
     wait_for_worker(worker, settings)
-    yield settings, Storage(settings).upload(_picture()).uri
+    yield settings, Storage(settings).upload(red_square()).uri
     worker.stop(timeout=30)
     with connect(settings) as raw:
         assert not [key for key in raw.scan_iter("blipq:*") if raw.ttl(key) == -1]

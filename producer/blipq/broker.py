@@ -75,6 +75,9 @@ def make_app(settings: Settings) -> "Celery":
         broker_connection_timeout=3,
         broker_transport_options=address.options,
         broker_use_ssl=address.tls,
+        # CELERY_BROKER_URL, of an application around us, would beat the URL above, but not these.
+        broker_read_url=address.url,
+        broker_write_url=address.url,
     )
     return app
 

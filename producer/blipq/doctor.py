@@ -9,11 +9,9 @@ import importlib.util
 import json
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -27,6 +25,7 @@ from blipq.contract import CONTRACT
 from blipq.errors import BlipqError, ResultTimeout
 from blipq.ledger import DEAD_LETTERS, Ledger, connect
 from blipq.redaction import place_of, redacted
+from blipq.sample import red_square
 from blipq.settings import Settings
 from blipq.storage import Storage, status_of
 from blipq.webhooks.outbox import Outbox
@@ -442,7 +441,7 @@ def _torch_sees_cuda(version: str) -> Finding:
 def _canary(settings: Settings) -> Findings:
     started = time.monotonic()
     with Client(settings) as client:
-        job = client.caption(_picture(), expires_in=CANARY_TIMEOUT_S, priority="high")
+        job = client.caption(red_square(), expires_in=CANARY_TIMEOUT_S, priority="high")
         try:
             text = job.result(timeout=CANARY_TIMEOUT_S).text
         except ResultTimeout as error:
@@ -469,24 +468,3 @@ def _judged(text: str, checkpoint: str | None, took: float) -> Finding:
         advice = "fine if the model was trained for other pictures; else compare with other weights"
         return Finding("warn", "canary", message, advice)
     return Finding("ok", "canary", message)
-
-
-def _picture() -> bytes:
-    """A red square on white as a PNG: nothing here may need Pillow."""
-    side, red, white = 64, b"\xdc\x1e\x1e", b"\xff\xff\xff"
-    rows = []
-    for y in range(side):
-        inside = range(23, 41)
-        rows.append(
-            b"\0" + b"".join(red if x in inside and y in inside else white for x in range(side))
-        )
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        checksum = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + checksum
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(b"".join(rows))
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-    )

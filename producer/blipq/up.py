@@ -3,13 +3,20 @@
 Where BLIPQ_WEBHOOK_SECRETS is set it also sends webhooks.
 """
 
+import shlex
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
+import redis
+
+from blipq.errors import BlipqError
 from blipq.fleet import EXIT_MODEL
+from blipq.ledger import Ledger, connect
 from blipq.local import REDIS_PORT, S3_PORT, LocalStack, sender_service, worker_service
+from blipq.sample import red_square
 from blipq.settings import cache_folder, read_stack_file
 from blipq.supervisor import Service, supervise
 
@@ -43,6 +50,8 @@ def run(
         for service in started:
             service.start()
         tell("blipq commands and Client() on this machine use it now; Ctrl-C stops it")
+        tell('for redis-cli, boto3, Celery, Flower and others: eval "$(blipq env)"')
+        threading.Thread(target=_greet, args=(stack, stop), daemon=True).start()
         return supervise([*started, *stack.services], stop, tell=tell, give_up_on=(EXIT_MODEL,))
     finally:
         tell("stopping")
@@ -50,6 +59,29 @@ def run(
             service.stop(timeout=90)
         stack.withdraw()
         stack.stop()
+
+
+def _greet(stack: LocalStack, stop: threading.Event) -> None:
+    """When a worker is there, the last line says what to try: it stands below the worker's log."""
+    picture = stack.folder / "red-square.png"
+    picture.write_bytes(red_square())
+    with connect(stack.settings()) as raw:
+        ledger = Ledger(raw, stack.settings())
+        while not stop.wait(0.5):
+            with suppress(BlipqError, redis.RedisError):
+                if any("default" in worker["models"] for worker in ledger.workers().values()):
+                    tell(
+                        f"ready; try in another terminal:\n\n    blipq caption {_short(picture)}\n"
+                    )
+                    return
+
+
+def _short(path: Path) -> str:
+    """A path as a shell takes it, from the user's home where it is there."""
+    home = Path.home()
+    if path.is_relative_to(home):
+        return f"~/{shlex.quote(str(path.relative_to(home)))}"
+    return shlex.quote(str(path))
 
 
 def tell(text: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from blipq import CaptionResult, Client, JobError, Settings
-from blipq.doctor import _picture
+from blipq.sample import red_square
 from conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("worker")
@@ -35,7 +35,7 @@ def run(example: Path, settings: Settings, uri: str) -> subprocess.CompletedProc
 
 def test_a_job_from_node_comes_to_its_result(example: Path, settings: Settings) -> None:
     with Client(settings) as client:
-        uri = client.storage.upload(_picture()).uri
+        uri = client.storage.upload(red_square()).uri
     ran = run(example, settings, uri)
     assert ran.returncode == 0, ran
     assert CaptionResult.model_validate_json(ran.stdout).text

@@ -1,4 +1,4 @@
-"""Messages of foreign clients for models that do not exist end on record, not in a forgotten list."""
+"""Messages of foreign clients for models that do not exist end on record, not in a lost list."""
 
 import json
 from typing import Any

@@ -53,6 +53,7 @@ for command in (
     doctor.doctor,
     services.up,
     services.down,
+    services.env,
     services.worker,
     metrics.metrics,
 ):

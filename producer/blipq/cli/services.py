@@ -1,5 +1,6 @@
 """Commands that start and stop services."""
 
+import json
 import os
 import signal
 import time
@@ -8,8 +9,10 @@ from typing import Annotated
 
 import typer
 
-from blipq.cli.output import errors, reported
-from blipq.settings import read_stack_file
+from blipq.cli.output import JsonOption, errors, reported
+from blipq.exports import as_shell, exports
+from blipq.requests import checked
+from blipq.settings import Settings, read_stack_file
 
 
 def up(
@@ -50,6 +53,22 @@ def down() -> None:
         errors.print(f"the local stack (pid {pid}) is still draining")
         raise typer.Exit(1)
     errors.print("stopped")
+
+
+def env(as_json: JsonOption = False) -> None:
+    """Print how other programs reach Redis and S3: variables for a shell, passwords included.
+
+    For redis-cli, boto3, the AWS CLI, Celery, Flower and services in other languages: BLIPQ_*,
+    AWS_* and CELERY_BROKER_URL, as the settings or the local stack say.
+
+    Examples:
+        eval "$(blipq env)"
+        redis-cli -u "$BLIPQ_REDIS_URL" ping
+        blipq env --json
+    """
+    with reported(as_json):
+        variables = exports(checked(Settings))
+        print(json.dumps(variables) if as_json else as_shell(variables))
 
 
 def _alive(pid: int) -> bool:
