@@ -150,7 +150,7 @@ def unknown_model(model: str, served: str) -> UnknownModel:
     """Why a job for this model is refused. ``served``: 'name=live workers', with spaces between."""
     named = [pair.rpartition("=") for pair in served.split()]
     known = [f"{name!r} ({_workers(int(live))})" for name, _, live in named]
-    told = f"served are {', '.join(known)}" if known else "none is served yet"
+    told = f"served: {', '.join(known)}" if known else "none is served yet"
     return UnknownModel(
         f"model: no worker has served {model!r} in the last 40 days; {told}. "
         "BLIPQ_KNOWN_MODELS names others that jobs may wait for",

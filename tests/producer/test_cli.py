@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from blipq import Client, Settings
 from blipq.cli import app
 from blipq.cli.group import split_help
+from blipq.cli.output import spinner_line
 from blipq.contract import Kind, Options
 from blipq.ledger import Claim, Ledger
 from conftest import wait_until
@@ -174,6 +175,26 @@ def test_a_status_says_that_no_worker_lives(run: Run, client: Client) -> None:
     ran = run("status", client.caption(IMAGE, model="nobody").id)
     assert ran.exit_code == 0
     assert "queued, no live worker serves the model 'nobody'" in ran.stdout
+
+
+def test_a_retried_job_says_what_went_wrong(run: Run, client: Client, ledger: Ledger) -> None:
+    id = client.caption(IMAGE).id
+    claim = ledger.claim(id, "w1")
+    assert isinstance(claim, Claim)
+    error = {"code": "image_unavailable", "message": "HTTP 503", "retryable": True}
+    ledger.retry(claim, 60, json.dumps(error))
+    assert "queued, no live worker" in run("status", id).stdout
+    assert "after image_unavailable: HTTP 503" in run("status", id).stdout
+    ran = run("result", id, "--timeout", "0.1")
+    assert "after image_unavailable: HTTP 503" in ran.stderr
+
+
+def test_the_spinner_shows_the_reason_before_the_id(client: Client) -> None:
+    """On 80 columns the id alone left no room for it."""
+    info = client.caption(IMAGE, model="nobody").info()
+    line = spinner_line(info)
+    assert line.startswith("no live worker serves the model 'nobody'")
+    assert line.endswith(f"({info.id})")
 
 
 @pytest.mark.parametrize("as_json", [(), ("--json",)])

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from blipq import Client
+from blipq import Client, Settings
+from blipq.ledger import Ledger, connect
 from blipq.local import LocalStack, StackError, free_port
+from blipq.sample import red_square
 from blipq.settings import read_stack_file
 from blipq.supervisor import Service, supervise
 from blipq.webhooks.delivery import new_secret
@@ -141,6 +143,30 @@ def test_up_serves_this_machine_until_down(tmp_path: Path, cache: dict[str, str]
     _, told = running.communicate(timeout=30)
     assert running.returncode == 0, told
     assert not Path(cache["BLIPQ_STACK_FILE"]).exists()
+
+
+def test_up_says_how_to_reach_it_and_ends_its_start_with_a_line_to_try(
+    tmp_path: Path, cache: dict[str, str]
+) -> None:
+    """The password was told nowhere: whatever was not blipq itself ended in NOAUTH."""
+    running = up(cache, tmp_path / "stack", "--no-worker")
+    try:
+        wait_until(Path(cache["BLIPQ_STACK_FILE"]).exists, "the stack")
+        told = blipq("env", "--json", **cache)
+        settings = Settings(redis_url=json.loads(told.stdout)["BLIPQ_REDIS_URL"])
+        with connect(settings) as raw:  # a worker that has loaded its model
+            info = json.dumps({"models": ["default"]})
+            Ledger(raw, settings).register("w1", ["default"], info, ttl_s=60, spare=False)
+        assert running.stderr is not None
+        said = "".join(iter(running.stderr.readline, "\n"))  # up to the empty line
+        said += running.stderr.readline()
+    finally:
+        running.send_signal(signal.SIGTERM)
+        running.communicate(timeout=30)
+    picture = tmp_path / "stack" / "red-square.png"
+    assert 'eval "$(blipq env)"' in said
+    assert said.endswith(f"try in another terminal:\n    blipq caption {picture}\n")
+    assert picture.read_bytes() == red_square()
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])

@@ -58,7 +58,7 @@ def test_an_unknown_model_is_refused_at_submit_and_told_who_serves_what(
         client.caption(IMAGE, model="optt")
     assert refused.value.model == "optt"
     told = str(refused.value)
-    assert told.startswith("model: no worker has served 'optt' in the last 40 days; served are ")
+    assert told.startswith("model: no worker has served 'optt' in the last 40 days; served: ")
     assert "'default' (1 live worker)" in told
     assert "'opt' (1 live worker)" in told
     assert "'t5' (no live worker now)" in told
