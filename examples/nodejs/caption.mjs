@@ -1,7 +1,8 @@
 // Sends a job and waits for its result, with nothing of blipq but Redis:
 //
 //   npm install ioredis
-//   BLIPQ_REDIS_URL=redis://localhost:6379/0 node caption.mjs s3://photos/cat.jpg
+//   eval "$(blipq env)"     # the local stack's; else: export BLIPQ_REDIS_URL=redis://...
+//   node caption.mjs s3://photos/cat.jpg
 //
 // Prints the result as JSON, or the error with exit code 1.
 import { randomUUID } from "node:crypto";

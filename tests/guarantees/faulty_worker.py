@@ -110,8 +110,9 @@ def main() -> int:
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if "FAULTY_CONTRACT" in os.environ:
         ledger.CONTRACT = int(os.environ["FAULTY_CONTRACT"])
-    models: Any = {"default": FaultyModel()}
-    return Worker(Settings(), WorkerSettings(), models).run()
+    options = WorkerSettings()
+    models: Any = {name: FaultyModel() for name in options.models}
+    return Worker(Settings(), options, models).run()
 
 
 if __name__ == "__main__":

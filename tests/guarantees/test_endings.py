@@ -1,5 +1,6 @@
 """Faults 4, 9, 10, 20-27, 35 and 36: each way a job can end, and only one of them."""
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +15,7 @@ from blipq import (
     Priority,
     QueueUnavailable,
     Status,
+    UnknownModel,
 )
 from blipq.contract import CaptionRequest, Options
 from blipq.ledger import Message
@@ -21,6 +23,7 @@ from blipq.requests import new_id
 from blipq_worker.settings import WorkerSettings
 from conftest import wait_until
 from guarantees.rig import LEASE_S, Rig
+from stacks import BROKER
 
 
 def test_a_job_whose_message_was_never_published_runs_all_the_same(rig: Rig) -> None:
@@ -30,6 +33,33 @@ def test_a_job_whose_message_was_never_published_runs_all_the_same(rig: Rig) -> 
     assert isinstance(rig.client.ledger.submit(id, request, Options(), notify="x"), Message)
     rig.start_worker()
     assert rig.client.job(id).wait(30).status is Status.SUCCEEDED
+
+
+def test_a_fleet_scaled_to_zero_takes_jobs_and_runs_them_when_it_is_back(rig: Rig) -> None:
+    models = {"models": "default=fake,opt=fake"}
+    rig.start_worker(**models).stop(timeout=30)
+    wait_until(lambda: rig.submit("fine", model="opt").info().live_workers == 0, "zero")
+    jobs = [rig.submit("fine", model=model) for model in ("default", "opt") for _ in range(5)]
+    assert jobs[-1].info().note == "no live worker serves the model 'opt'"
+    with pytest.raises(UnknownModel, match="'opt' \\(no live worker now\\)"):
+        rig.submit("fine", model="op")
+    rig.start_worker(**models)
+    rig.all_succeed(jobs)
+
+
+@pytest.mark.skipif(BROKER != "redis", reason="other brokers do not show their queues")
+def test_a_foreign_job_for_an_unknown_model_ends_on_record(rig: Rig) -> None:
+    """It lay in a queue that nobody reads, without a record and without an end."""
+    id = new_id()
+    body = json.dumps([[id, {"image": rig.image}], {}, {}])
+    message = {"headers": {"lang": "js", "task": "blipq.caption", "id": id}, "body": body}
+    rig.put("blipq.ghost.normal", json.dumps(message).encode())
+    rig.start_worker()
+    wait_until(lambda: rig.client.ledger.read(id), "its record")
+    info = rig.client.job(id).info()
+    assert info.error is not None
+    assert (info.status, info.model, info.error.code) == ("failed", "ghost", "invalid_request")
+    assert not rig.redis(lambda raw: raw.exists("blipq.ghost.normal"))
 
 
 def test_a_repeated_submit_is_the_same_job(rig: Rig) -> None:

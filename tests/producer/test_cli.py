@@ -52,6 +52,7 @@ Run = Callable[..., Result]
 def environment(apart: Settings, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     variables = {
         "BLIPQ_REDIS_URL": apart.redis_url,
+        "BLIPQ_KNOWN_MODELS": ",".join(apart.known_models),
         "BLIPQ_S3_ENDPOINT_URL": str(apart.s3_endpoint_url),
         "BLIPQ_S3_ACCESS_KEY_ID": str(apart.s3_access_key_id),
         "BLIPQ_S3_SECRET_ACCESS_KEY": apart.s3_secret_access_key.get_secret_value(),

@@ -63,7 +63,7 @@ def env(as_json: JsonOption = False) -> None:
 
     Examples:
         eval "$(blipq env)"
-        redis-cli -u "$BLIPQ_REDIS_URL" ping
+        eval "$(blipq env)" && redis-cli -u "$BLIPQ_REDIS_URL" ping
         blipq env --json
     """
     with reported(as_json):
