@@ -25,6 +25,7 @@ from blipq.contract import CONTRACT
 from blipq.errors import BlipqError, ResultTimeout
 from blipq.ledger import DEAD_LETTERS, Ledger, connect
 from blipq.redaction import place_of, redacted
+from blipq.redis_url import Tls, take_apart
 from blipq.sample import red_square
 from blipq.settings import Settings
 from blipq.storage import Storage, status_of
@@ -62,6 +63,7 @@ def examine(
     bucket if it is missing.
     """
     yield Finding("ok", "endpoints", f"{settings.endpoints}, from {socket.gethostname()}")
+    yield from _each(settings, "tls", _tls)
     seen = yield from _each(settings, "redis", _redis)
     redis_answers = not _is_bad(seen, "redis")
     if settings.broker_url is not None:
@@ -113,6 +115,18 @@ def _without_secrets(settings: Settings, finding: Finding) -> Finding:
 
 
 # --- Redis and the broker -------------------------------------------------------------------------
+
+
+def _tls(settings: Settings) -> Findings:
+    """Only what the URLs say: a server that cannot be verified does not answer below."""
+    for option, url in (("redis_url", settings.redis_url), ("broker_url", settings.broker_url)):
+        parts = take_apart((url or "redis://").split(";")[0])
+        tls = Tls.of(parts.query)
+        if parts.scheme in ("rediss", "sentinels", "amqps") and not tls.names_checked:
+            what = "the host's name" if tls.verified else "the server"
+            message = f"{option}: {what} is not verified: who is in between can read the password"
+            advice = "name its authority with ssl_ca_certs, and leave the other ssl_ options out"
+            yield Finding("warn", "tls", message, advice)
 
 
 def _redis(settings: Settings) -> Findings:

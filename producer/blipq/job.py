@@ -19,11 +19,11 @@ class _Handle:
     The handle that a submit returned knows when the job expires, on the clock of ``monotonic``.
     """
 
-    __slots__ = ("_ended", "expires", "id")
+    __slots__ = ("_ended", "_expires", "id")
 
     def __init__(self, id: str, ended: JobInfo | None = None, expires: float | None = None) -> None:
         self.id = id
-        self.expires = expires
+        self._expires = expires
         self._ended = ended
 
     def __repr__(self) -> str:
@@ -74,7 +74,7 @@ class Job(_Handle, Generic[ResultT]):
         if self._ended is not None:
             return self._ended
         try:
-            return next(self._client.outcomes([self.id], timeout, expires=self.expires))
+            return next(self._client.outcomes([self.id], timeout, expires=self._expires))
         except ResultTimeout as error:
             info = self.info()
             if info.ended:
@@ -129,7 +129,7 @@ class AsyncJob(_Handle, Generic[ResultT]):
         if self._ended is not None:
             return self._ended
         try:
-            asked = self._client.outcomes([self.id], timeout, expires=self.expires)
+            asked = self._client.outcomes([self.id], timeout, expires=self._expires)
             async with aclosing(asked) as outcomes:
                 return await anext(outcomes)
         except ResultTimeout as error:
@@ -154,7 +154,7 @@ class AsyncJob(_Handle, Generic[ResultT]):
 
 def last_expiry(jobs: Iterable[_Handle]) -> float | None:
     """When the last of these jobs expires; None if that is not known of each."""
-    times = [job.expires for job in jobs]
+    times = [job._expires for job in jobs]
     return None if None in times else max(cast("list[float]", times), default=None)
 
 

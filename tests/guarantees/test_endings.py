@@ -51,7 +51,7 @@ def test_a_fleet_scaled_to_zero_takes_jobs_and_runs_them_when_it_is_back(rig: Ri
 def test_a_foreign_job_for_an_unknown_model_ends_on_record(rig: Rig) -> None:
     """It lay in a queue that nobody reads, without a record and without an end."""
     id = new_id()
-    body = json.dumps([[id, {"image": rig.image}], {}, {}])
+    body = json.dumps([[id, {"image": rig.image.uri}], {}, {}])
     message = {"headers": {"lang": "js", "task": "blipq.caption", "id": id}, "body": body}
     rig.put("blipq.ghost.normal", json.dumps(message).encode())
     rig.start_worker()

@@ -12,7 +12,7 @@ import redis
 from pytest_httpserver import HTTPServer
 
 from blipq import Client, Settings, doctor
-from blipq.doctor import Finding, examine
+from blipq.doctor import Finding, _tls, examine
 from blipq.ledger import Ledger, connect
 from blipq.local import LocalStack
 from blipq.supervisor import Service
@@ -221,3 +221,21 @@ def test_looking_needs_neither_torch_nor_pillow() -> None:
     code = "import sys, blipq.doctor, blipq_worker.memory; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert not {"torch", "PIL", "transformers", "boto3"} & set(ran.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("rediss://:hush@h/0", []),
+        ("redis://:hush@h/0", []),
+        ("rediss://:hush@h/0?ssl_cert_reqs=none", ["the server"]),
+        ("sentinels://:hush@h/0?ssl_check_hostname=false", ["the host's name"]),
+    ],
+)
+def test_a_server_that_is_not_verified_is_told(url: str, told: list[str]) -> None:
+    found = list(_tls(Settings(redis_url=url)))
+    assert [finding.message.split(": ")[1] for finding in found] == [
+        f"{what} is not verified" for what in told
+    ]
+    assert all(finding.state == "warn" for finding in found)
+    assert len(list(_tls(Settings(broker_url="amqps://h//?ssl_cert_reqs=none")))) == 1
