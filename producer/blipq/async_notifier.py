@@ -141,9 +141,9 @@ class AsyncNotifier:
     async def _next(self, pubsub: Any) -> Any:
         """The next message; None when somebody called, or after a while without any."""
         try:
-            # The timeout lets the connection's health be checked.
-            async with asyncio.timeout(CHECK_S) as self._reading:
-                return await pubsub.get_message(timeout=None)
+            # The inner timeout lets the connection's health be checked.
+            async with asyncio.timeout(None) as self._reading:
+                return await pubsub.get_message(timeout=CHECK_S)
         except TimeoutError:
             return None
         finally:

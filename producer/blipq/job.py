@@ -161,8 +161,10 @@ def last_expiry(jobs: Iterable[_Handle]) -> float | None:
 def still_open(info: JobInfo, timeout: float | None) -> str:
     """Why there is no result yet."""
     text = f"job {info.id} is still {info.status} after {timeout:g} s"
-    if info.live_workers == 0:
-        text += f": no live worker serves the model {info.model!r}"
+    if info.note is not None:
+        text += f": {info.note}"
+    if info.last_error is not None:
+        text += f"; it is tried again after {info.last_error.code}: {info.last_error.message}"
     return text
 
 

@@ -15,6 +15,7 @@ from blipq import (
     InvalidRequest,
     JobFailed,
     Options,
+    ResultTimeout,
     Settings,
     SubmitStopped,
     UnknownModel,
@@ -193,6 +194,8 @@ def test_the_last_error_of_a_retried_job_is_told_until_it_ends(
     ledger.retry(claim, 0.001, error)
     told = job.info().last_error
     assert told is not None
+    with pytest.raises(ResultTimeout, match="tried again after image_unavailable: HTTP 503"):
+        job.result(timeout=0)
     assert (told.code, told.message) == ("image_unavailable", "HTTP 503")
     wait_until(lambda: _claimed(ledger, job.id), "the retry")
     claim = ledger.claim(job.id, "w1") if job.status == "queued" else _held[job.id]

@@ -175,3 +175,15 @@ def test_a_webhook_with_a_password_is_refused_without_repeating_it() -> None:
             with pytest.raises(InvalidRequest, match="webhook") as refused:
                 client.caption("s3://photos/1.jpg", webhook={"url": url})
             assert "hu" not in str(refused.value).replace("https", "")
+
+
+def test_an_exception_that_ends_a_process_shows_no_secrets() -> None:
+    code = (
+        "from blipq.redaction import redact_tracebacks; redact_tracebacks()\n"
+        "raise RuntimeError('cannot reach amqp://user:hu/sh@host//')"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1
+    assert "RuntimeError: cannot reach amqp://***@host//" in ran.stderr
+    assert "Traceback" in ran.stderr
+    assert ran.stderr.count("hu/sh") == 0

@@ -411,7 +411,10 @@ def test_an_index_that_is_away_is_asked_again_later(
 ) -> None:
     (tmp_path / "indexes").write_text("not a folder")
     job = parts.client.embed(picture, index="sizes")
-    assert parts.run(job).status == "queued"
+    waiting = parts.run(job)
+    assert waiting.status == "queued"
+    assert waiting.last_error is not None
+    assert waiting.last_error.retryable
     (tmp_path / "indexes").unlink()
     due_again(parts)
     assert parts.run(job).status == "succeeded"

@@ -43,6 +43,15 @@ def test_list_shows_what_waits_and_counts_what_came_of_attempts(
     assert "gone: HTTP 410" in run("list", "--dead").stdout
 
 
+def test_list_shows_no_token_of_a_receivers_url(run: Run, outbox: Outbox, end: End) -> None:
+    end("https://example.org/hook?token=hush&team=blue")
+    assert outbox.listed(dead=False, limit=1)[0]["url"].endswith("?token=hush&team=blue")
+    for arguments in ([], ["--json"]):
+        told = run("list", *arguments).stdout
+        assert "https://example.org/hook?token=***&team=blue" in told
+        assert "hush" not in told
+
+
 def test_replay_takes_a_job_an_event_or_a_webhook_id(run: Run, outbox: Outbox, end: End) -> None:
     id = end("https://example.org/")
     (listed,) = outbox.listed(dead=False, limit=1)
