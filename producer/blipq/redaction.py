@@ -8,6 +8,7 @@ settings can name further ones.
 import logging
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Iterable
 from types import TracebackType
@@ -87,8 +88,15 @@ def log_to_stderr(level: str, format: str) -> None:
 def redact_tracebacks() -> None:
     """From now on an exception that ends this process, or a thread of it, shows no secrets."""
 
-    def show(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    def show(
+        kind: type[BaseException], error: BaseException | None, where: TracebackType | None
+    ) -> None:
         lines = traceback.format_exception(kind, error, where)
         print(redacted("".join(lines)), end="", file=sys.stderr, flush=True)
 
+    def show_of_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_type is not SystemExit:
+            show(args.exc_type, args.exc_value, args.exc_traceback)
+
     sys.excepthook = show
+    threading.excepthook = show_of_thread
