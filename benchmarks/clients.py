@@ -23,9 +23,9 @@ from pathlib import Path
 import redis
 
 from blipq import AsyncClient, CaptionRequest, Client, Settings
-from blipq.doctor import _picture
 from blipq.ledger import Claim, Ledger, connect
 from blipq.local import LocalStack, free_port, redis_command
+from blipq.sample import red_square
 from blipq.supervisor import Service
 
 ROOT = Path(__file__).parents[1]
@@ -172,7 +172,7 @@ def idle() -> None:
         worker.start()
         try:
             with Client(stack.settings()) as client:
-                image = client.storage.upload(_picture()).uri
+                image = client.storage.upload(red_square()).uri
                 while not client.ledger.workers():
                     time.sleep(0.1)
                 took = sorted(_one(client, image) for _ in range(300))

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from benchmarks.gpu import fake, kit, pictures, record, service, table, weights
 from PIL import Image
@@ -122,21 +123,35 @@ def test_a_section_that_fails_is_recorded_and_the_next_one_runs(tmp_path: Path) 
     assert found["other"]["found"] == {"per_s": 12.35}
 
 
-def test_a_group_that_outlasts_its_limit_leaves_what_it_has_found(
+def test_a_group_that_outlasts_its_limit_ends_whole_and_leaves_what_it_has_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from benchmarks.gpu import __main__ as command
 
+    stays = "import subprocess, sys; subprocess.run(['sleep', '600'])"
+
     def stuck(group: str, options: command.Options) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        started.append(subprocess.Popen([sys.executable, "-c", stays]))
+        return started[0]
+
+    started: list[subprocess.Popen[bytes]] = []
+    children: list[psutil.Process] = []
+    kill = command._kill
+
+    def watched(process: "subprocess.Popen[bytes]") -> int:
+        children.extend(psutil.Process(process.pid).children())
+        return kill(process)
 
     monkeypatch.setattr(command, "_start", stuck)
+    monkeypatch.setattr(command, "_kill", watched)
     monkeypatch.setattr(command, "GROUPS", {"service": (1, 1)})
     kept = record.Record(tmp_path / "service.jsonl")
     kept.run("checkpoint", lambda: {"gib": 7.0})
     found = command.run_groups(["service"], command.Options(False, False, tmp_path))
     assert found["sections"]["checkpoint"]["found"] == {"gib": 7.0}
     assert "limit 1 s" in found["sections"]["service: the process"]["failed"]
+    assert children
+    assert not any(child.is_running() for child in children)
 
 
 def test_the_page_shows_the_last_run_beside_the_first_one() -> None:

@@ -13,16 +13,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.gpu import record
 
 ROOT = Path(__file__).parents[2]
 #: Groups and the seconds that each may take, in a usual and in a long run.
-GROUPS = {"service": (150, 270), "engine": (115, 140), "checks": (35, 50)}
+GROUPS = {"service": (155, 270), "engine": (115, 140), "checks": (30, 50)}
 #: The settings of the second worker of a long run: all that fills 128 slots.
 FULL = {
     "BLIPQ_DECODE_SLOTS": "128",
@@ -83,8 +86,7 @@ def run_groups(groups: list[str], options: Options) -> dict[str, Any]:
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            process.terminate()
-            code = process.wait(20) or 124
+            code = _kill(process)
         if code:
             _recorder(options.folder, group).write(
                 f"{group}: the process", {"failed": f"it ended with {code} (limit {limit} s)"}
@@ -100,6 +102,17 @@ def _start(group: str, options: Options) -> "subprocess.Popen[bytes]":
     if options.tiny:
         env["OMP_NUM_THREADS"] = "1"  # small models gain nothing from threads that wait
     return subprocess.Popen(command, env=env, cwd=ROOT)
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> int:
+    """Ends a process with all that it has started: the next group has the card for itself."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(children, timeout=20)
+    return process.wait(20)
 
 
 def run_group(group: str, options: Options) -> None:
@@ -128,12 +141,13 @@ def service(options: Options) -> Any:
             env = {"BLIPQ_MODELS": f"default={model}", "BLIPQ_CANARY": "0"}
             bench = _bench(whole, options, name, {**env, "BLIPQ_QUANTIZATION": "none", **more})
             with bench.running():
-                if name == "as it comes":  # while the checkpoint is written
-                    recorder.run("S3's stand-ins alone", bench.stubs_alone)
-                    alone = partial(bench.client_alone, *((100, 1) if options.tiny else (4_000, 6)))
-                    recorder.run("the client alone", alone)
+                if name == "as it comes":
                     recorder.run("checkpoint", partial(_written, writing, model))
                 _serve(bench, recorder, name)
+                if name == "as it comes":
+                    recorder.run("S3's stand-ins alone", bench.stubs_alone)
+                    jobs = 100 if options.tiny else 4_000
+                    recorder.run("the client alone", partial(bench.client_alone, jobs))
 
     return run
 
@@ -194,29 +208,30 @@ def engine(options: Options) -> Any:
             measured = partial(side.throughput, card, model, params, slots=slots, seconds=seconds)
             recorder.run(f"engine: {name}", partial(measured, **more))
 
+        def steps(model: Any, counts: tuple[int, ...], how: Any = "none", more: str = "") -> None:
+            recorder.run(
+                f"steps: {model}{more}", partial(side.steps, card, model, counts, peak, how)
+            )
+
         recorder.run("peaks", peaks)
         captions("greedy, 32 slots", "opt-2.7b", greedy, 32)
         captions("greedy, 128 slots", "opt-2.7b", greedy, 128)
         captions("greedy, 128 slots, beside two Python threads", "opt-2.7b", greedy, 128,
                  python_threads=2)  # fmt: skip
         captions("5 beams, 128 slots", "opt-2.7b", beams, 128)
-        batches = (1, 8, 32, 128)
+        counts, batches = (1, 8, 32, 128), (1, 8, 32, 128)
         recorder.run("plain generate: greedy", partial(side.plain_generate, card, 1, batches))
         recorder.run("plain generate: 5 beams", partial(side.plain_generate, card, 5, batches[:3]))
-        counts = (1, 8, 32, 128)
-        recorder.run("steps: opt-2.7b", partial(side.steps, card, "opt-2.7b", counts, peak))
+        steps("opt-2.7b", counts)
         recorder.run("a step of 32", partial(side.step_profile, card))
         recorder.run("looks", partial(side.looks, card, (1, 4, 16, 64, 128), peak))
-        captions("flan-t5-xl, greedy, 128 slots", "flan-t5-xl", greedy, 128)
-        recorder.run("steps: flan-t5-xl", partial(side.steps, card, "flan-t5-xl", counts, peak))
-        for how in ("nf4", "int8") if card.device == "cuda" else ():
-            few = (1, 32, 128)
-            recorder.run(
-                f"steps: opt-2.7b, {how}", partial(side.steps, card, "opt-2.7b", few, peak, how)
-            )
-            recorder.run(f"memory: {how}", partial(side.memory, card, how))
         recorder.run("memory: 16 bits", partial(side.memory, card, "none"))
-        recorder.run("steps: opt-2.7b, 512", partial(side.steps, card, "opt-2.7b", (512,), peak))
+        captions("flan-t5-xl, greedy, 128 slots", "flan-t5-xl", greedy, 128)
+        steps("flan-t5-xl", counts)
+        for how in ("nf4", "int8") if card.device == "cuda" else ():
+            steps("opt-2.7b", (1, 32, 128), how, f", {how}")
+            recorder.run(f"memory: {how}", partial(side.memory, card, how))
+        steps("opt-2.7b", (512,), more=", 512")
 
     return run
 

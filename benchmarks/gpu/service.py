@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import redis
 
+from benchmarks.clients import finish_all
 from blipq import CaptionRequest, Client, Job, JobInfo, ResultTimeout, Settings
 from blipq.contract import Generation, ImageRef, Status
 from blipq.local import free_ports, redis_command
@@ -115,11 +116,10 @@ class Bench:
         with ExitStack() as stack:
             self.servers.start()
             stack.callback(self.servers.stop)
-            settings = {
-                name.removeprefix("BLIPQ_").lower(): value
-                for name, value in self.servers.environment.items()
-            }
-            self.client = stack.enter_context(Client(Settings.model_validate(settings)))
+            named = self.servers.environment.items()
+            settings = {name.removeprefix("BLIPQ_").lower(): value for name, value in named}
+            self.settings = Settings.model_validate(settings)
+            self.client = stack.enter_context(Client(self.settings))
             yield self
 
     def start_worker(self) -> dict[str, Any]:
@@ -208,31 +208,18 @@ class Bench:
             ports = [self.servers.s3_port] * STUBS
             return {"per_s": sum(pool.map(_read_for, ports, [seconds] * STUBS))}
 
-    def client_alone(self, jobs: int, workers: int) -> dict[str, float]:
-        """Jobs a second of this client and Redis, with workers whose model answers at once."""
-        env = {**_python_path(), **self.servers.environment, "BENCH_FETCH": "0"}
-        env |= {"BLIPQ_MODELS": "default=0+0"}
-        command = [sys.executable, "-m", "benchmarks.workers", "sleeping"]
-        services = [
-            Service("at once", command, env=env, log=self.folder / f"at-once-{number}.log")
-            for number in range(workers)
-        ]
-        try:
-            for service in services:
-                service.start()
-            _until(
-                lambda: len(self.client.ledger.workers()) >= workers,
-                "the workers do not start",
-                timeout_s=START_TIMEOUT_S,
-            )
-            started = time.monotonic()
-            submitted = self.client.submit_many(self.requests(jobs, GREEDY))
-            submit_s = time.monotonic() - started
+    def client_alone(self, jobs: int) -> dict[str, float]:
+        """Jobs a second of this client and Redis, where processes record outcomes at once."""
+        started = time.monotonic()
+        submitted = self.client.submit_many(self.requests(jobs, GREEDY))
+        submit_s = time.monotonic() - started
+        ids = [job.id for job in submitted]
+        shares = [ids[number::STUBS] for number in range(STUBS)]
+        with ProcessPoolExecutor(STUBS, mp_context=get_context("spawn")) as pool:
+            ending = pool.map(finish_all, [self.settings] * STUBS, shares)
             ended = [job.info() for job in self.client.as_completed(submitted, timeout=60)]
-            return {"submit_per_s": jobs / submit_s, "per_s": _steady(ended)}
-        finally:
-            for service in services:
-                _end(service)
+            list(ending)
+        return {"submit_per_s": jobs / submit_s, "per_s": _steady(ended)}
 
     def _cpu(self) -> dict[str, float]:
         """CPU seconds of each process with its children, and of this one."""
