@@ -27,8 +27,9 @@ from blipq.ledger import DEAD_LETTERS, Ledger, connect
 from blipq.redaction import place_of, redacted
 from blipq.redis_url import Tls, take_apart
 from blipq.sample import red_square
+from blipq.refusals import status_of
 from blipq.settings import Settings
-from blipq.storage import Storage, status_of
+from blipq.storage import Storage
 from blipq.webhooks.outbox import Outbox
 
 State = Literal["ok", "warn", "bad"]
@@ -77,7 +78,7 @@ def examine(
     served = False
     if redis_answers:
         seen = yield from _each(settings, "workers", _workers)
-        served = all(finding.state == "ok" for finding in seen)
+        served = all(each.state == "ok" for each in seen if each.check == "workers")
         yield from _each(settings, "queues", _queues)
         yield from _each(settings, "webhooks", _webhooks)
     yield from _each(settings, "this machine", lambda _: _machine(torch))
@@ -326,9 +327,25 @@ def _workers(settings: Settings) -> Findings:
         yield Finding("ok", "workers", message)
     if len(taking) < len(live):
         yield Finding("ok", "workers", f"{len(live) - len(taking)} draining")
+        yield _outputs(model, serving)
     if "default" not in models:
         advice = "start one: BLIPQ_MODELS=default=opt-2.7b blipq worker"
         yield Finding("warn", "workers", "no live worker serves the model 'default'", advice)
+
+
+def _outputs(model: str, serving: list[dict[str, Any]]) -> Finding:
+    """Where results may be written. Workers of older versions do not say."""
+    told = sorted(
+        {", ".join(sorted(worker["outputs"])) for worker in serving if "outputs" in worker}
+    )
+    if len(told) > 1:
+        places = " / ".join(each or "nowhere" for each in told)
+        advice = "give all workers of a model the same BLIPQ_ALLOWED_OUTPUTS"
+        return Finding("warn", "outputs", f"workers of {model!r} differ: {places}", advice)
+    if told and told[0]:
+        return Finding("ok", "outputs", f"jobs for {model!r} may write to {told[0]}")
+    message = f"jobs for {model!r} with an output are refused (BLIPQ_ALLOWED_OUTPUTS names none)"
+    return Finding("ok", "outputs", message if told else f"workers of {model!r} do not say")
 
 
 def _queues(settings: Settings) -> Findings:

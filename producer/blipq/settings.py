@@ -173,6 +173,14 @@ class Settings(BaseSettings):
     inbox_bucket: str = Field(
         default="blipq-inbox", description="Bucket that clients upload local files to."
     )
+    inbox_ttl: Seconds = Field(
+        default=14 * 86400.0,
+        gt=0,
+        description=(
+            "Age at which the inbox's lifecycle rule deletes, in seconds: an upload that is there "
+            "and older than half of it is written anew. At least twice your longest deadline."
+        ),
+    )
     indexes: str = Field(
         default="s3://blipq-indexes",
         pattern=r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?|[./~].*)$",

@@ -2,14 +2,26 @@
 
 import hashlib
 import mimetypes
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blipq.contract import ImageRef, split_s3_uri
-from blipq.errors import InvalidRequest, QueueUnavailable
+from blipq.errors import InvalidRequest
+from blipq.refusals import (
+    OF_THE_ASKER,
+    Refusal,
+    S3Refused,
+    S3Unavailable,
+    code_of,
+    refusal_of,
+    s3_errors,
+    status_of,
+)
 from blipq.settings import Settings
 
 if TYPE_CHECKING:
@@ -17,6 +29,12 @@ if TYPE_CHECKING:
 
 #: A client refuses larger files before uploading them; the worker's own cap decides.
 MAX_UPLOAD_BYTES = 64 * 2**20
+
+#: Nothing is there: what matters is whether S3 lets us ask.
+ACCESS_KEY = "blipq-access"
+#: What HEAD answers where GET would say why.
+_WORDLESS = (400, 403)
+_CHANGED_MEANWHILE = ("NoSuchKey", "ConditionalRequestConflict")
 
 
 class Storage:
@@ -27,11 +45,13 @@ class Storage:
         settings: Settings,
         *,
         max_connections: int = 16,
+        connect_timeout_s: float = 3.0,
         read_timeout_s: float = 5.0,
         attempts: int = 2,
     ) -> None:
         self.settings = settings
         self._max_connections = max_connections
+        self._connect_timeout_s = connect_timeout_s
         self._read_timeout_s = read_timeout_s
         self._attempts = attempts
 
@@ -51,7 +71,7 @@ class Storage:
             region_name=self.settings.s3_region
             or ("us-east-1" if self.settings.s3_endpoint_url else None),
             config=Config(
-                connect_timeout=3,
+                connect_timeout=self._connect_timeout_s,
                 read_timeout=self._read_timeout_s,
                 retries={"mode": "standard", "total_max_attempts": self._attempts},
                 max_pool_connections=self._max_connections,
@@ -62,6 +82,9 @@ class Storage:
     def upload(self, source: str | Path | bytes) -> ImageRef:
         """Puts a file or bytes into the inbox bucket under its SHA-256, once.
 
+        What is there is written anew where it is older than half of ``BLIPQ_INBOX_TTL``, so that
+        the bucket's lifecycle rule cannot delete it while its job waits.
+
         Raises InvalidRequest for a file that cannot be read and QueueUnavailable when S3 does not
         take it.
         """
@@ -70,10 +93,14 @@ class Storage:
         key = f"{hashlib.sha256(data).hexdigest()}{suffix}"
         content_type = mimetypes.types_map.get(suffix, "application/octet-stream")
         with s3_errors():
-            self._put_once(bucket, key, data, content_type)
+            if not self._put_new(bucket, key, data, content_type) and self._is_due(
+                bucket, key, len(data)
+            ):
+                self.client.put_object(Bucket=bucket, Key=key, Body=data, ContentType=content_type)
         return ImageRef(uri=f"s3://{bucket}/{key}")
 
-    def _put_once(self, bucket: str, key: str, data: bytes, content_type: str) -> None:
+    def _put_new(self, bucket: str, key: str, data: bytes, content_type: str) -> bool:
+        """Writes an object unless there is one; whether it did."""
         from botocore.exceptions import ClientError
 
         try:
@@ -81,14 +108,66 @@ class Storage:
                 Bucket=bucket, Key=key, Body=data, ContentType=content_type, IfNoneMatch="*"
             )
         except ClientError as error:
-            if status_of(error) not in (409, 412):  # it is there already
+            if refusal_of(error) is not Refusal.CHANGED:
                 raise
+            return False
+        return True
+
+    def _is_due(self, bucket: str, key: str, size: int) -> bool:
+        """Whether an object is to be written anew: too old, of another size, or not to be seen."""
+        from botocore.exceptions import ClientError
+
+        try:
+            found = self.client.head_object(Bucket=bucket, Key=key)
+        except ClientError as error:
+            if status_of(error) in (*_WORDLESS, 404):  # a producer may lack s3:GetObject
+                return True
+            raise
+        age = told_at(found) - found["LastModified"]
+        return found["ContentLength"] != size or age > timedelta(
+            seconds=self.settings.inbox_ttl / 2
+        )
 
     def put(self, uri: str, data: bytes, *, content_type: str) -> None:
         """Writes an object."""
         bucket, key = split_s3_uri(uri)
         with s3_errors():
             self.client.put_object(Bucket=bucket, Key=key, Body=data, ContentType=content_type)
+
+    def put_over(self, uri: str, data: bytes, there: str | None, *, content_type: str) -> bool:
+        """Writes an object over what was there, or not at all: whether it did.
+
+        there: the ETag of what is replaced, "" for nothing, None for whatever it is. A store that
+        does not know such conditions writes in any case.
+        """
+        bucket, key = split_s3_uri(uri)
+        what: Any = {"Bucket": bucket, "Key": key, "Body": data, "ContentType": content_type}
+        with s3_errors():
+            if there is None:
+                self.client.put_object(**what)
+                return True
+            condition = {"IfMatch": there} if there else {"IfNoneMatch": "*"}
+            return self._put_if(what, condition)
+
+    def _put_if(self, what: Any, condition: Any) -> bool:
+        from botocore.exceptions import ClientError
+
+        try:
+            self.client.put_object(**what, **condition)
+        except ClientError as error:
+            if status_of(error) == 501:
+                self.client.put_object(**what)
+                return True
+            # 404: what was to be replaced has been deleted.
+            if refusal_of(error) is Refusal.CHANGED or code_of(error) in _CHANGED_MEANWHILE:
+                return False
+            raise
+        return True
+
+    @property
+    def longest_write_s(self) -> float:
+        """How long one attempt at writing an object may take: to connect, to send, to be told."""
+        return self._attempts * (self._connect_timeout_s + 2 * self._read_timeout_s)
 
     def presign(self, uri: str, *, expires_in: int = 3600) -> str:
         """An https URL that reads the object for ``expires_in`` seconds."""
@@ -105,42 +184,71 @@ class Storage:
 
     def has_bucket(self, bucket: str) -> bool:
         """Whether a bucket exists."""
-        from botocore.exceptions import ClientError
+        with s3_errors():
+            found = self._found(
+                lambda: self.client.head_bucket(Bucket=bucket),
+                lambda: self.client.list_objects_v2(Bucket=bucket, MaxKeys=1),
+            )
+        return found is not None
+
+    def head(self, bucket: str, key: str, version_id: str | None = None) -> Any | None:
+        """What HEAD says of an object, or None if it is not there."""
+        which: Any = {"Bucket": bucket, "Key": key}
+        if version_id:
+            which["VersionId"] = version_id
+
+        def read() -> None:
+            self.client.get_object(**which, Range="bytes=0-0")["Body"].close()
 
         with s3_errors():
-            try:
-                self.client.head_bucket(Bucket=bucket)
-            except ClientError as error:
-                if status_of(error) != 404:
-                    raise
-                return False
-        return True
+            return self._found(lambda: self.client.head_object(**which), read)
+
+    def _found(self, head: Callable[[], Any], why: Callable[[], object]) -> Any | None:
+        """The answer to a HEAD, or None if nothing is there.
+
+        A refused HEAD has no body that says why, so a request that has one asks the same. If that
+        one is taken, the refusal has passed.
+        """
+        from botocore.exceptions import ClientError
+
+        try:
+            return head()
+        except ClientError as error:
+            if refusal_of(error) is Refusal.MISSING:
+                return None
+            if status_of(error) not in _WORDLESS:
+                raise
+            refused = error
+        try:
+            why()
+        except ClientError as error:
+            if refusal_of(error) is Refusal.MISSING:
+                return None
+            if status_of(error) != 416:  # there is no byte in it to read
+                raise
+        raise S3Unavailable(f"S3 refused once: {refused}") from refused
+
+    def refused_access(self) -> str | None:
+        """Why S3 does not take our credentials, or None where it does.
+
+        Whatever it says of an object that is not there, it has taken the signature. Raises
+        QueueUnavailable where it does not answer.
+        """
+        try:
+            with s3_errors():
+                self.client.get_object(Bucket=self.settings.inbox_bucket, Key=ACCESS_KEY)
+        except (S3Refused, S3Unavailable) as error:
+            if error.refusal in OF_THE_ASKER:
+                return str(error)
+            if isinstance(error, S3Unavailable):
+                raise
+        return None
 
 
-def status_of(error: Any) -> int:
-    """The HTTP status of a botocore ClientError, or 0."""
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-@contextmanager
-def s3_errors() -> Iterator[None]:
-    """Botocore's exceptions as blipq's, for the producer's side."""
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
-
-    try:
-        yield
-    except NoCredentialsError as error:
-        raise InvalidRequest(
-            "no S3 credentials: start a local stack with blipq up, or set BLIPQ_S3_ACCESS_KEY_ID "
-            "and BLIPQ_S3_SECRET_ACCESS_KEY or AWS's own variables (one BLIPQ_* service variable "
-            "switches the local stack off)"
-        ) from error
-    except ClientError as error:
-        if 400 <= status_of(error) < 500:
-            raise InvalidRequest(f"S3 refuses: {error}") from error
-        raise QueueUnavailable(f"S3 does not take the object: {error}") from error
-    except BotoCoreError as error:
-        raise QueueUnavailable(f"S3 does not answer: {error}") from error
+def told_at(answer: Any) -> datetime:
+    """When S3 gave an answer, on its clock."""
+    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    return parsedate_to_datetime(date) if date else datetime.now(UTC)
 
 
 def _read(source: str | Path | bytes) -> tuple[bytes, str]:

@@ -100,9 +100,9 @@ def test_metadata_comes_back(client: Client, picture: bytes) -> None:
 
 @pytest.mark.usefixtures("worker")
 def test_the_output_is_written_to_s3(client: Client, picture: bytes) -> None:
-    job = client.caption(picture, output="s3://blipq-inbox/results/caption.json")
+    job = client.caption(picture, output="s3://blipq-outputs/caption.json")
     result = job.result(timeout=60)
-    stored = client.storage.client.get_object(Bucket="blipq-inbox", Key="results/caption.json")
+    stored = client.storage.client.get_object(Bucket="blipq-outputs", Key="caption.json")
     assert json.loads(stored["Body"].read())["captions"][0]["text"] == result.text
 
 

@@ -11,6 +11,7 @@ from blipq import ErrorCode, ImageRef, Settings
 from blipq.errors import PermanentError, TransientError, WorkError
 from blipq.storage import Storage
 from blipq_worker.fetch import Fetcher
+from blipq_worker.s3_access import AccessRefused
 
 BYTES = bytes(range(256)) * 2000
 OK = b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\nETag: "x"\r\n\r\n'
@@ -65,10 +66,11 @@ def test_a_missing_object_is_not_found(storage: Storage, uri: str) -> None:
     assert uri in str(error)
 
 
-def test_an_object_that_may_not_be_read_is_forbidden(settings: Settings, image: ImageRef) -> None:
+def test_a_wrong_secret_key_is_the_workers_fault(settings: Settings, image: ImageRef) -> None:
     fields = settings.model_dump() | {"s3_secret_access_key": "wrong"}
     error = refusal(fetcher(Storage(Settings.model_validate(fields))), image)
-    assert (type(error), error.code) == (PermanentError, ErrorCode.IMAGE_FORBIDDEN)
+    assert isinstance(error, AccessRefused)
+    assert "signature" in str(error)
 
 
 def test_an_object_that_changed_is_told(storage: Storage, image: ImageRef) -> None:
@@ -99,9 +101,8 @@ def test_what_is_known_must_still_exist_and_be_readable(
         fetcher(storage).fetch(ImageRef(uri="s3://blipq-inbox/no/such.png"), unless=etag)
     assert caught.value.code is ErrorCode.IMAGE_NOT_FOUND
     fields = settings.model_dump() | {"s3_secret_access_key": "wrong"}
-    with pytest.raises(PermanentError) as caught:
+    with pytest.raises(AccessRefused):
         fetcher(Storage(Settings.model_validate(fields))).fetch(image, unless=etag)
-    assert caught.value.code is ErrorCode.IMAGE_FORBIDDEN
     with pytest.raises(PermanentError) as caught:
         fetcher(storage, allowed_buckets=["other"]).fetch(image, unless=etag)
     assert caught.value.code is ErrorCode.IMAGE_FORBIDDEN

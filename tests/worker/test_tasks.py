@@ -29,12 +29,19 @@ from blipq_worker.index import Indexes
 from blipq_worker.index_writer import IndexWriter
 from blipq_worker.leases import Held
 from blipq_worker.metrics import WorkerMetrics
+from blipq_worker.outputs import Outputs
 from blipq_worker.pictures import Pictures
+from blipq_worker.s3_access import S3Access
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.tasks import HandBack, JobFailedTask, Runner
 from conftest import wait_until
 
-TINY = WorkerSettings(retry_backoff_s=0.001, job_timeout_s=20, decode_threads=1)
+TINY = WorkerSettings(
+    retry_backoff_s=0.001,
+    job_timeout_s=20,
+    decode_threads=1,
+    allowed_outputs=("blipq-outputs",),
+)
 
 
 class Model:
@@ -165,7 +172,8 @@ def parts(apart: Settings, storage: Storage, tmp_path: Path) -> Iterator[Parts]:
         runner = Runner(
             ledger=client.ledger,
             broker=client.broker,
-            storage=client.storage,
+            outputs=Outputs(client.storage, client.ledger, TINY),
+            access=S3Access(client.storage),
             pictures=Pictures(
                 Fetcher(client.storage, max_bytes=2**20, timeout_s=10),
                 fetching=Budget(TINY.fetch_memory_bytes, most=4),
@@ -434,9 +442,9 @@ def test_a_model_without_retrieval_searches_nothing(
 
 
 def test_an_output_is_the_result_as_json(parts: Parts, picture: bytes) -> None:
-    uri = "s3://blipq-inbox/results/1.json"
+    uri = "s3://blipq-outputs/results/1.json"
     info = parts.run(parts.client.caption(picture, output=uri))
-    stored = parts.client.storage.client.get_object(Bucket="blipq-inbox", Key="results/1.json")
+    stored = parts.client.storage.client.get_object(Bucket="blipq-outputs", Key="results/1.json")
     assert json.loads(stored["Body"].read()) == info.result.model_dump(mode="json") | {
         "captions": [{"text": "30 x 20"}]
     }
@@ -445,15 +453,15 @@ def test_an_output_is_the_result_as_json(parts: Parts, picture: bytes) -> None:
 def test_an_output_is_there_before_the_job_ends(
     parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = parts.client.caption(picture, output="s3://blipq-inbox/results/2.json")
+    job = parts.client.caption(picture, output="s3://blipq-outputs/results/2.json")
     statuses = []
-    put = parts.client.storage.put
+    put = parts.client.storage.put_over
 
-    def watched(*args: Any, **kwargs: Any) -> None:
+    def watched(*args: Any, **kwargs: Any) -> bool:
         statuses.append(job.status)
-        put(*args, **kwargs)
+        return put(*args, **kwargs)
 
-    monkeypatch.setattr(parts.client.storage, "put", watched)
+    monkeypatch.setattr(parts.client.storage, "put_over", watched)
     assert (parts.run(job).status, statuses) == ("succeeded", ["running"])
 
 
@@ -518,8 +526,8 @@ def test_an_output_that_cannot_be_written_fails_the_job(
     def refuse(*_: Any, **__: Any) -> None:
         raise InvalidRequest("S3 refuses: AccessDenied")
 
-    monkeypatch.setattr(parts.client.storage, "put", refuse)
-    info = parts.fail(parts.client.caption(picture, output="s3://blipq-inbox/results/3.json"))
+    monkeypatch.setattr(parts.client.storage, "put_over", refuse)
+    info = parts.fail(parts.client.caption(picture, output="s3://blipq-outputs/results/3.json"))
     assert (info.error.code, info.result) == ("invalid_request", None)
     assert info.error.message == "output: S3 refuses: AccessDenied"
 
@@ -597,14 +605,15 @@ def test_a_job_cancelled_midway_has_no_result(parts: Parts, picture: bytes) -> N
 def test_a_cancelled_job_writes_no_output(
     parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = parts.client.caption(picture, output="s3://blipq-inbox/results/4.json")
+    job = parts.client.caption(picture, output="s3://blipq-outputs/results/4.json")
 
     def cancel() -> None:
         job.cancel()
         parts.held.lose([job.id])
 
     parts.model.before = cancel
-    monkeypatch.setattr(parts.client.storage, "put", lambda *_, **__: pytest.fail("written"))
+    refuse = lambda *_, **__: pytest.fail("written")  # noqa: E731
+    monkeypatch.setattr(parts.client.storage, "put_over", refuse)
     assert parts.run(job).status == "cancelled"
 
 

@@ -32,7 +32,9 @@ from blipq_worker.index import Indexes
 from blipq_worker.index_writer import IndexWriter
 from blipq_worker.leases import Heartbeat, Held, Reconciler
 from blipq_worker.metrics import WorkerMetrics
+from blipq_worker.outputs import Outputs, output_storage
 from blipq_worker.pictures import Pictures
+from blipq_worker.s3_access import S3Access
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.strays import Strays
 from blipq_worker.tasks import HandBack, JobFailedTask, Runner
@@ -74,13 +76,15 @@ class Worker:
             read_timeout_s=min(10.0, options.fetch_timeout_s),
             attempts=1,
         )
+        self._access = S3Access(storage)
         indexes = Indexes(settings)
         self._writer = IndexWriter(indexes, max_waiting=2 * options.threads)
         metrics = self._metrics()
         self._runner = Runner(
             ledger=ledger,
             broker=self._broker,
-            storage=storage,
+            outputs=Outputs(output_storage(settings, options), ledger, options),
+            access=self._access,
             pictures=self._pictures(storage, settings),
             engine=self._engine,
             indexes=indexes,
@@ -96,6 +100,7 @@ class Worker:
             self._held,
             self.name,
             self._models,
+            outputs=options.allowed_outputs,
             threads=options.threads,
             lease_s=options.lease_s,
             watchdog_s=options.watchdog_s,
@@ -204,6 +209,7 @@ class Worker:
             live={"model": model_stuck, "broker loop": loop_stuck},
             ready={
                 "redis": redis_away,
+                "s3": self._access.trouble,
                 "model": model_stuck,
                 "broker loop": self._broker_loop.stuck,
                 "draining": lambda: "yes" if self._gate.closed else None,

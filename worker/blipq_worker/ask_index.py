@@ -7,14 +7,22 @@ from contextlib import contextmanager
 from typing import TypeVar, cast
 
 from blipq.contract import ErrorCode, ImageRef
-from blipq.errors import InvalidRequest, PermanentError, QueueUnavailable, TransientError
+from blipq.errors import (
+    InvalidRequest,
+    PermanentError,
+    QueueUnavailable,
+    TransientError,
+    WorkError,
+)
 from blipq.ledger import Claim
+from blipq.refusals import OF_THE_ASKER, Refusal, S3Refused, S3Unavailable
 from blipq_worker.ask import Asker, Lost, Stopwatch
 from blipq_worker.blip2 import Pixels, RerankItem
 from blipq_worker.engine import Engine, Reranked
 from blipq_worker.index import Entry, Filter, Found, Indexes, Space, Vectors
 from blipq_worker.index_writer import IndexWriter
 from blipq_worker.leases import Held
+from blipq_worker.s3_access import AccessRefused
 
 #: Images that one search fetches and looks at side by side: they are what it takes in memory.
 _IMAGES_AT_ONCE = 16
@@ -97,7 +105,19 @@ def work_errors(what: str) -> Iterator[None]:
     """A producer's errors as a worker's; ``what`` says where."""
     try:
         yield
+    except (S3Refused, S3Unavailable) as error:
+        raise _of_s3(f"{what}: {error}", error) from error
     except InvalidRequest as error:
         raise PermanentError(ErrorCode.INVALID_REQUEST, f"{what}: {error}") from error
     except QueueUnavailable as error:
         raise TransientError(ErrorCode.INTERNAL, f"{what}: {error}") from error
+
+
+def _of_s3(message: str, error: S3Refused | S3Unavailable) -> WorkError:
+    if error.refusal in OF_THE_ASKER:
+        return AccessRefused(message)
+    if isinstance(error, S3Unavailable):
+        return TransientError(ErrorCode.INTERNAL, message)
+    encrypted = error.refusal is Refusal.ENCRYPTION  # the place is at fault, not the request
+    code = ErrorCode.INTERNAL if encrypted else ErrorCode.INVALID_REQUEST
+    return PermanentError(code, message)

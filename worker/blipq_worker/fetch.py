@@ -1,37 +1,45 @@
 """Fetches one image from S3 or over https, or says why not."""
 
+import hashlib
 import io
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, overload
 
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
 from blipq.contract import ErrorCode, ImageRef
-from blipq.errors import PermanentError, TransientError
-from blipq.storage import Storage, status_of
+from blipq.errors import PermanentError, TransientError, WorkError
+from blipq.outputs import is_allowed
+from blipq.refusals import OF_THE_ASKER, Refusal, refusal_of, status_of
+from blipq.storage import Storage
 from blipq_worker.https import HttpsFetcher
+from blipq_worker.s3_access import AccessRefused
 
 CHUNK_BYTES = 256 * 1024
 
 _PERMANENT = {
-    400: ErrorCode.INVALID_REQUEST,
-    401: ErrorCode.IMAGE_FORBIDDEN,
-    403: ErrorCode.IMAGE_FORBIDDEN,
-    404: ErrorCode.IMAGE_NOT_FOUND,
-    405: ErrorCode.IMAGE_NOT_FOUND,  # a delete marker, read by its version id
-    412: ErrorCode.IMAGE_CHANGED,
+    Refusal.MISSING: ErrorCode.IMAGE_NOT_FOUND,
+    Refusal.CHANGED: ErrorCode.IMAGE_CHANGED,
+    Refusal.FORBIDDEN: ErrorCode.IMAGE_FORBIDDEN,
+    Refusal.ENCRYPTION: ErrorCode.IMAGE_FORBIDDEN,
+    Refusal.INVALID: ErrorCode.INVALID_REQUEST,
 }
+
+#: Names that ``Storage.upload`` gives: the digest of the content, and an ending.
+_DIGEST_KEY = re.compile(r"(?P<digest>[0-9a-f]{64})(\..*)?")
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """An image's bytes, and the ETag of that very answer (None: there was none)."""
+    """An image's bytes, their SHA-256, and the ETag of that very answer (None: there was none)."""
 
     data: bytes
+    digest: str
     etag: str | None
 
 
@@ -64,27 +72,36 @@ class Fetcher:
 
         Its store says so, who thereby also says that the object exists and may be read. Raises
         PermanentError (image_not_found, image_forbidden, image_changed, image_too_large,
-        url_forbidden) or TransientError (image_unavailable). Bytes are counted while they stream,
-        and the deadline covers the whole download: a slow drip never trips a read timeout.
+        url_forbidden, invalid_request), TransientError (image_unavailable), or AccessRefused. Bytes
+        are counted while they stream, and the deadline covers the whole download: a slow drip never
+        trips a read timeout.
         """
         if not image.in_s3:
-            return Fetched(self._over_https(image), None)
+            return _fetched(self._over_https(image), None)
         self._check_allowed(image)
         deadline = time.monotonic() + self._timeout_s
         try:
             response = self._storage.client.get_object(**_arguments(image, unless))
             _check_etag(image, response)
-            return Fetched(self._read(image, response, deadline), response.get("ETag"))
-        except ClientError as error:
-            if unless is not None and status_of(error) == HTTPStatus.NOT_MODIFIED:
+            fetched = _fetched(self._read(image, response, deadline), response.get("ETag"))
+        except (ClientError, BotoCoreError) as error:
+            if unless is not None and _is_unmodified(error):
                 return None
             raise _refused(image, error) from error
-        except NoCredentialsError as error:
-            message = "the worker has no S3 credentials"
-            raise PermanentError(ErrorCode.IMAGE_FORBIDDEN, message) from error
-        except (BotoCoreError, HTTPError, OSError) as error:
+        except (HTTPError, OSError) as error:
             message = f"{image.uri}: {error}"
             raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, message) from error
+        self._check_digest(image, fetched)
+        return fetched
+
+    def _check_digest(self, image: ImageRef, fetched: Fetched) -> None:
+        """An upload is what its name says, whoever may write to the inbox."""
+        named = _DIGEST_KEY.fullmatch(image.key)
+        if image.bucket != self._storage.settings.inbox_bucket or named is None:
+            return
+        if named["digest"] != fetched.digest:
+            message = f"{image.uri} holds other bytes than were uploaded: upload the image again"
+            raise PermanentError(ErrorCode.IMAGE_CHANGED, message)
 
     def _over_https(self, image: ImageRef) -> bytes:
         if self._https is None:
@@ -125,13 +142,8 @@ class Fetcher:
         return PermanentError(ErrorCode.IMAGE_TOO_LARGE, message)
 
 
-def is_allowed(bucket: str, key: str, allowed: Sequence[str]) -> bool:
-    """Whether an object is in one of the buckets, or folders in them; any is if none is named."""
-    if not allowed:
-        return True
-    if ".." in key.split("/"):  # a server that tidies paths up would leave the folder
-        return False
-    return any(f"{bucket}/{key}".startswith(each.rstrip("/") + "/") for each in allowed)
+def _fetched(data: bytes, etag: str | None) -> Fetched:
+    return Fetched(data, hashlib.sha256(data).hexdigest(), etag)
 
 
 def _arguments(image: ImageRef, unless: str | None) -> dict[str, Any]:
@@ -159,9 +171,16 @@ def _same(one: str, other: str) -> bool:
     return one.strip('"') == other.strip('"')
 
 
-def _refused(image: ImageRef, error: ClientError) -> PermanentError | TransientError:
-    code = _PERMANENT.get(status_of(error))
-    message = f"{image.uri}: {error.response.get('Error', {}).get('Message') or error}"
-    if code is None:
-        return TransientError(ErrorCode.IMAGE_UNAVAILABLE, message)
-    return PermanentError(code, message)
+def _is_unmodified(error: Exception) -> bool:
+    return isinstance(error, ClientError) and status_of(error) == HTTPStatus.NOT_MODIFIED
+
+
+def _refused(image: ImageRef, error: ClientError | BotoCoreError) -> WorkError:
+    refusal = refusal_of(error)
+    told = error.response.get("Error", {}) if isinstance(error, ClientError) else {}
+    message = f"{image.uri}: {told.get('Message') or error}"
+    if refusal in OF_THE_ASKER:
+        return AccessRefused(message)
+    if refusal in _PERMANENT:
+        return PermanentError(_PERMANENT[refusal], message)
+    return TransientError(ErrorCode.IMAGE_UNAVAILABLE, message)

@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from blipq.errors import BlipqError, InvalidRequest, QueueUnavailable
+from blipq.refusals import OF_THE_ASKER, S3Unavailable, refusal_in, s3_errors
 from blipq.settings import Settings
-from blipq.storage import Storage, s3_errors
+from blipq.storage import Storage
 
 #: (32, 256) of the published checkpoints: an image's projected queries, each of length 1.
 Vectors: TypeAlias = "np.ndarray[Any, Any]"
@@ -327,8 +328,10 @@ def _answering(failed: Callable[[], object] = lambda: None) -> Iterator[None]:
         raise
     except (RuntimeError, OSError, ValueError) as error:
         failed()
-        first_line = str(error).partition("\n")[0]
-        raise QueueUnavailable(f"the index does not answer: {first_line[:500]}") from error
+        message = f"the index does not answer: {str(error).partition(chr(10))[0][:500]}"
+        if (refusal := refusal_in(str(error))) is not None and refusal in OF_THE_ASKER:
+            raise S3Unavailable(message, refusal) from error
+        raise QueueUnavailable(message) from error
 
 
 # -- names, rows and conditions --

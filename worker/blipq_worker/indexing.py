@@ -24,9 +24,9 @@ from blipq.client import Client
 from blipq.contract import EmbedRequest, ErrorCode, ImageRef, IndexEntry, Options, Priority, Status
 from blipq.errors import InvalidRequest, JobFailed
 from blipq.job import Job
+from blipq.refusals import s3_errors
 from blipq.requests import checked
 from blipq.settings import Settings
-from blipq.storage import s3_errors
 from blipq_worker.index import Index, Indexes, IndexInfo, Space, UnknownIndex
 
 #: Images looked up, and jobs submitted and waited for, in one go.

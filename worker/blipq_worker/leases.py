@@ -125,6 +125,7 @@ class Heartbeat(Periodic):
         worker: str,
         models: Sequence[str],
         *,
+        outputs: Sequence[str] = (),
         threads: int,
         lease_s: float,
         watchdog_s: float,
@@ -136,6 +137,7 @@ class Heartbeat(Periodic):
         self._held = held
         self._worker = worker
         self._models = list(models)
+        self._outputs = list(outputs)
         self._threads = threads
         self._lease_s = lease_s
         self._watchdog_s = watchdog_s
@@ -163,6 +165,7 @@ class Heartbeat(Periodic):
         info = {
             "pid": os.getpid(),
             "models": self._models,
+            "outputs": self._outputs,
             "threads": self._threads,
             "active": active,
             "draining": self._draining(),

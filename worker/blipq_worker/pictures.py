@@ -1,6 +1,5 @@
 """From a reference to what the model takes: fetched, decoded and preprocessed, or known already."""
 
-import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Collection
@@ -108,7 +107,7 @@ class Pictures:
                 assert known is not None, "without an ETag all is fetched"
                 return self._noted(known, model, watch)
             share.shrink(len(fetched.data))
-            digest = hashlib.sha256(fetched.data).hexdigest()
+            digest = fetched.digest
             known = model.recall(digest, needed)
             if known is None:
                 picture = opened(fetched.data, self._limits)

@@ -137,7 +137,10 @@ class WorkerSettings(BaseSettings):
     )
     allowed_outputs: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = Field(
         default=(),
-        description="Buckets (or bucket/prefix) that `output` may write; by default the above.",
+        description=(
+            "Buckets (or bucket/prefix) that `output` may write; empty means none. Never the "
+            "inbox, the indexes or the job's own image."
+        ),
     )
 
     lease_s: Seconds = Field(

@@ -21,7 +21,6 @@ from blipq.contract import (
     Options,
     Request,
     request_adapter,
-    split_s3_uri,
 )
 from blipq.errors import (
     InvalidRequest,
@@ -33,20 +32,20 @@ from blipq.errors import (
 )
 from blipq.ledger import MAX_RETRIES, Claim, Ledger, Message
 from blipq.requests import checked, explain
-from blipq.storage import Storage
 from blipq_worker import kinds
 from blipq_worker.ask import Lost, Stopwatch
-from blipq_worker.ask_index import IndexAsker, work_errors
+from blipq_worker.ask_index import IndexAsker
 from blipq_worker.blip2 import Blip2, Pixels
 from blipq_worker.engine import Engine
 from blipq_worker.equal import EqualJobs
-from blipq_worker.fetch import is_allowed
 from blipq_worker.gate import Draining, Gate
 from blipq_worker.index import Indexes
 from blipq_worker.index_writer import IndexWriter
 from blipq_worker.leases import Held
 from blipq_worker.metrics import Outcome, WorkerMetrics
+from blipq_worker.outputs import Outputs
 from blipq_worker.pictures import Pictures
+from blipq_worker.s3_access import AccessRefused, S3Access
 from blipq_worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -56,6 +55,8 @@ log = logging.getLogger(__name__)
 FINISH_FOR_S = 60.0
 LONGEST_BACKOFF_S = 60.0
 HAND_BACK_PAUSE_S = 1.0
+#: A thread takes no job for so long after S3 refused its worker.
+REFUSED_PAUSE_S = 5.0
 
 
 #: A result as JSON, and what a person should know about it.
@@ -78,7 +79,8 @@ class Runner:
         *,
         ledger: Ledger,
         broker: Broker,
-        storage: Storage,
+        outputs: Outputs,
+        access: S3Access,
         pictures: Pictures,
         engine: Engine,
         indexes: Indexes,
@@ -91,7 +93,8 @@ class Runner:
     ) -> None:
         self._ledger = ledger
         self._broker = broker
-        self._storage = storage
+        self._outputs = outputs
+        self._access = access
         self._pictures = pictures
         self._engine = engine
         self._indexes = indexes
@@ -188,6 +191,8 @@ class Runner:
             self._metrics.done(claim.kind, "lost", watch.took)
         except PermanentError as error:
             self._fail(claim, error, watch)
+        except AccessRefused as error:
+            self._refused_access(claim, error)
         except TransientError as error:
             self._retry(claim, error, watch)
         finally:
@@ -201,14 +206,14 @@ class Runner:
             lost = self._held.event(claim)
             asker = self._asker(claim, model, watch, lost)
             image = kinds.image_of(request)
+            self._outputs.check(claim, image)
             pixels = None
             if image is not None:
                 needed = kinds.needed(request)
                 pixels = self._pictures.load(image, model, needed, watch, lost)
             _raise_if(lost)
             result = self._told(claim, request, pixels, asker, watch)
-            if claim.output:
-                self._write_output(claim, result)
+            self._outputs.write(claim, result)
             return result
         except (WorkError, Lost):
             raise
@@ -265,14 +270,6 @@ class Runner:
             load=load,
         )
 
-    def _write_output(self, claim: Claim, result: str) -> None:
-        allowed = self._settings.allowed_outputs or self._settings.allowed_buckets
-        if not is_allowed(*split_s3_uri(claim.output), allowed):
-            message = f"output: {claim.output} is outside BLIPQ_ALLOWED_OUTPUTS"
-            raise PermanentError(ErrorCode.INVALID_REQUEST, message)
-        with work_errors("output"):
-            self._storage.put(claim.output, result.encode(), content_type="application/json")
-
     # -- outcome --
 
     def _fail(self, claim: Claim, error: WorkError, watch: Stopwatch) -> NoReturn:
@@ -290,6 +287,12 @@ class Runner:
         text = _error(error.code, str(error), retryable=True)
         write = partial(self._ledger.retry, claim, pause, text)
         self._finish(write, claim, watch, "retried", error.code)
+
+    def _refused_access(self, claim: Claim, error: AccessRefused) -> None:
+        """S3 refuses this worker, so the job is another's, or this one's later."""
+        self._access.refused(str(error))
+        self._hand_back(claim)
+        time.sleep(REFUSED_PAUSE_S)  # so that workers in order find it first
 
     def _hand_back(self, claim: Claim) -> None:
         try:

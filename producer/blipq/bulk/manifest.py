@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from blipq.client import checked, explain
 from blipq.contract import Options, Request, request_adapter, split_s3_uri
 from blipq.errors import InvalidRequest
-from blipq.storage import Storage, s3_errors
+from blipq.refusals import s3_errors
+from blipq.storage import Storage
 from blipq.watch.objects import Objects, Upload
 from blipq.watch.rules import templated
 
@@ -112,8 +113,9 @@ class S3Object:
             self._bucket, self._key = split_s3_uri(uri)
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
-        with s3_errors():
-            found = self._client.head_object(Bucket=self._bucket, Key=self._key)
+        found = storage.head(self._bucket, self._key)
+        if found is None:
+            raise InvalidRequest(f"S3 refuses: there is no {uri}")
         self.size = found["ContentLength"]
         self.version = found["ETag"]
 

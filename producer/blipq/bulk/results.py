@@ -9,7 +9,8 @@ from typing import BinaryIO
 from blipq.bulk.journal import Journal
 from blipq.contract import split_s3_uri
 from blipq.errors import InvalidRequest
-from blipq.storage import Storage, s3_errors
+from blipq.refusals import s3_errors
+from blipq.storage import Storage
 
 
 def write(journal: Journal, target: str, storage: Storage) -> int:
@@ -30,8 +31,6 @@ def write(journal: Journal, target: str, storage: Storage) -> int:
 
 
 def _to_s3(journal: Journal, uri: str, storage: Storage) -> int:
-    from boto3.exceptions import S3UploadFailedError
-
     try:
         bucket, key = split_s3_uri(uri)
     except ValueError as error:
@@ -39,13 +38,10 @@ def _to_s3(journal: Journal, uri: str, storage: Storage) -> int:
     with tempfile.TemporaryFile() as file:
         lines = _write(journal, file)
         file.seek(0)
-        try:
-            with s3_errors():
-                storage.client.upload_fileobj(
-                    file, bucket, key, ExtraArgs={"ContentType": "application/x-ndjson"}
-                )
-        except S3UploadFailedError as error:
-            raise InvalidRequest(f"S3 does not take {uri}: {error}") from error
+        with s3_errors():
+            storage.client.upload_fileobj(
+                file, bucket, key, ExtraArgs={"ContentType": "application/x-ndjson"}
+            )
     return lines
 
 

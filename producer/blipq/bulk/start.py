@@ -1,5 +1,6 @@
 """A bulk's journal and manifest, as the command line names them."""
 
+import itertools
 import json
 import secrets
 from collections.abc import Mapping
@@ -7,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from blipq.bulk.journal import Journal
-from blipq.bulk.manifest import JsonLines, LocalFile, Manifest, Prefix, S3Object
-from blipq.client import checked
+from blipq.bulk.manifest import JsonLines, LocalFile, Manifest, Prefix, S3Object, read_work
+from blipq.client import Client, checked
 from blipq.contract import Options
 from blipq.errors import InvalidRequest
+from blipq.outputs import live_workers, why_all_refuse
 from blipq.storage import Storage
+
+#: Lines whose outputs are judged before any is submitted.
+LOOKED_AT = 200
 
 
 def manifest_of(facts: Mapping[str, Any], storage: Storage) -> Manifest:
@@ -70,3 +75,24 @@ def _check_same(journal: Journal, facts: Mapping[str, Any], manifest: Manifest) 
     changed = [name for name in ("template", "defaults") if journal.fact(name) != facts.get(name)]
     if changed:
         raise InvalidRequest(f"{journal.path} was begun with other options: {', '.join(changed)}")
+
+
+def check_outputs(manifest: Manifest, journal: Journal, client: Client) -> None:
+    """Raises InvalidRequest if live workers would refuse every ``output`` of the next lines.
+
+    A single one is an error of its line alone.
+    """
+    workers = live_workers(client.ledger)
+    refusals = []
+    entries = manifest.entries(journal.fact("lines"), journal.fact("position"))
+    for entry in itertools.islice(entries, LOOKED_AT):
+        request, options = read_work(entry.work) if entry.work else (None, None)
+        if options is None or options.output is None:
+            continue
+        source = request.image if request else None
+        why = why_all_refuse(options.output, options.model, workers, client.settings, source)
+        if why is None:
+            return
+        refusals.append(f"line {entry.number}: output: {why}")
+    if refusals:
+        raise InvalidRequest(refusals[0])

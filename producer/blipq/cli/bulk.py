@@ -11,7 +11,7 @@ from blipq.bulk.driver import Driver
 from blipq.bulk.journal import Journal, driving, is_driven
 from blipq.bulk.manifest import Manifest
 from blipq.bulk.results import write
-from blipq.bulk.start import begin, journal_path, template_from
+from blipq.bulk.start import begin, check_outputs, journal_path, template_from
 from blipq.cli.bar import Bar
 from blipq.cli.group import Group
 from blipq.cli.output import JsonOption, connected, errors, out, reported
@@ -71,6 +71,7 @@ def submit(
         with driving(path):
             kept, found = begin(path, facts, client.storage)
             with closing(kept):
+                check_outputs(found, kept, client)
                 _drive(client, kept, found, window or client.settings.window, as_json)
 
 

@@ -33,7 +33,7 @@ def caption(
     Examples:
         blipq caption photo.jpg
         blipq caption s3://photos/1.jpg --best-of 3 --set num_beams=1
-        blipq caption s3://photos/1.jpg --no-wait --output s3://captions/1.json
+        blipq caption s3://photos/1.jpg --no-wait --output s3://blipq-outputs/1.json
     """
     parameters = pairs(generation, "--set")
     return client.caption(image, prompt, best_of=best_of, generation=parameters, **options)

@@ -14,7 +14,14 @@ from blipq.cli.output import JsonOption, connected, errors, out
 from blipq.client import Client
 from blipq.redaction import log_to_stderr
 from blipq.watch.rules import Rules, load
-from blipq.watch.start import backfill_of, check_models, check_webhooks, cursor_of, source_of
+from blipq.watch.start import (
+    backfill_of,
+    check_models,
+    check_outputs,
+    check_webhooks,
+    cursor_of,
+    source_of,
+)
 from blipq.watch.watcher import Wanted, Watcher
 
 
@@ -45,6 +52,7 @@ def watch(
         check_webhooks(loaded, client.settings)
         check_models(loaded, client.ledger)
         log_to_stderr("WARNING", "%(asctime)s %(levelname)s %(message)s")
+        check_outputs(loaded, client)
         watcher = Watcher(loaded, client, stop, _tell(as_json), dry_run=dry_run)
         _run(watcher, loaded, client, backfill=backfill, once=once or dry_run)
         if not as_json:

@@ -22,11 +22,11 @@ Place = tuple[str, str]
 class Part(Batch):
     """A page of a listing."""
 
-    on_done: Callable[[], None] = field(kw_only=True)
+    on_done: Callable[[set[Found]], None] = field(kw_only=True)
 
     def done(self, refused: set[Found]) -> None:
-        """The page needs no second look. What is refused was told, and is passed over."""
-        self.on_done()
+        """The page needs no second look, but maybe for what is refused."""
+        self.on_done(refused)
 
 
 class Listing:
@@ -86,8 +86,11 @@ class Listing:
             if upload.modified >= horizon and upload.identity not in self._seen
         ]
 
-    def _remember(self, uploads: Sequence[Upload]) -> None:
-        self._seen |= {upload.identity: upload.modified for upload in uploads}
+    def _remember(self, uploads: Sequence[Upload], refused: set[Found]) -> None:
+        """What is refused is looked at again, while ``overlap`` reaches it: it may be let in."""
+        self._seen |= {
+            upload.identity: upload.modified for upload in uploads if upload not in refused
+        }
 
     def _forget(self, horizon: datetime) -> None:
         self._seen = {each: at for each, at in self._seen.items() if at >= horizon}
@@ -145,6 +148,7 @@ class Backfill:
                         on_done=partial(self._save, place, last),
                     )
 
-    def _save(self, place: str, last: str) -> None:
+    def _save(self, place: str, last: str, refused: set[Found]) -> None:
+        """What is refused was told, and is passed over."""
         state = self._cursor.load()
         self._cursor.save({**state, "backfill": {**state.get("backfill", {}), place: last}})

@@ -5,12 +5,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 from blipq.client import checked
 from blipq.contract import ImageRef
-from blipq.storage import Storage, s3_errors, status_of
+from blipq.refusals import s3_errors
+from blipq.storage import Storage, told_at
 
 PAGE_KEYS = 1000
 
@@ -60,23 +60,16 @@ class Page:
 
 
 class Objects:
-    """Looks at objects. Raises QueueUnavailable when S3 does not answer, InvalidRequest on 4xx."""
+    """Looks at objects. Raises S3Unavailable when S3 does not answer, S3Refused when it refuses."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
 
     def head(self, bucket: str, key: str, version_id: str | None = None) -> Upload | None:
         """The object, or None if it is there no more."""
-        from botocore.exceptions import ClientError
-
-        version: Any = {"VersionId": version_id} if version_id else {}
-        with s3_errors():
-            try:
-                found = self._storage.client.head_object(Bucket=bucket, Key=key, **version)
-            except ClientError as error:
-                if status_of(error) in (404, 405):  # 405: the version is a delete marker
-                    return None
-                raise
+        found = self._storage.head(bucket, key, version_id)
+        if found is None:
+            return None
         return Upload(
             bucket=bucket,
             key=key,
@@ -96,7 +89,7 @@ class Objects:
                     Bucket=bucket, Prefix=prefix, StartAfter=after, MaxKeys=PAGE_KEYS
                 )
             uploads = [_listed(bucket, found) for found in answer.get("Contents", ())]
-            yield Page(uploads, _asked_at(answer))
+            yield Page(uploads, told_at(answer))
             more = bool(uploads) and answer["IsTruncated"]
             after = uploads[-1].key if uploads else after
 
@@ -104,11 +97,6 @@ class Objects:
 def _listed(bucket: str, found: Any) -> Upload:
     modified = _whole_second(found["LastModified"])
     return Upload(bucket, found["Key"], found["ETag"].strip('"'), found["Size"], modified)
-
-
-def _asked_at(answer: Any) -> datetime:
-    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-    return parsedate_to_datetime(date) if date else datetime.now(UTC)
 
 
 def _whole_second(at: datetime) -> datetime:

@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from blipq.errors import InvalidRequest, QueueUnavailable
+from blipq.errors import QueueUnavailable
+from blipq.refusals import Refusal, S3Refused, S3Unavailable, refusal_of
 from blipq.settings import Settings
-from blipq.storage import status_of
 from blipq.watch.events import Told, Unreadable, read
 from blipq.watch.sources import Batch, Found
 
@@ -136,19 +136,12 @@ class Queue:
 
 @contextmanager
 def _sqs_errors() -> Iterator[None]:
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+    from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
-    except NoCredentialsError as error:
-        raise InvalidRequest(f"no credentials for SQS: {error}") from error
-    except ClientError as error:
-        if 400 <= status_of(error) < 500 and not _throttled(error):
-            raise InvalidRequest(f"SQS refuses: {error}") from error
-        raise QueueUnavailable(f"SQS does not answer: {error}") from error
-    except BotoCoreError as error:
-        raise QueueUnavailable(f"SQS does not answer: {error}") from error
-
-
-def _throttled(error: Exception) -> bool:
-    return "hrottl" in str(error) or "RequestLimit" in str(error)
+    except (ClientError, BotoCoreError) as error:
+        refusal = refusal_of(error)
+        if refusal in (Refusal.PASSING, Refusal.EXPIRED):
+            raise S3Unavailable(f"SQS does not answer: {error}", refusal) from error
+        raise S3Refused(f"SQS refuses: {error}", refusal) from error

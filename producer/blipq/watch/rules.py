@@ -78,14 +78,18 @@ class Rule(_Table):
             raise ValueError("request.image: leave it out: it is the upload")
         if "idempotency_key" in self.options:
             raise ValueError("options.idempotency_key: leave it out: each upload has its own")
-        sample = Upload(self.bucket, self.prefix + "sample.jpg", "etag", 1, datetime.now(UTC))
         try:
-            _, options = self.job(sample, watch="sample")
+            _, options = self.job(self.sample, watch="sample")
         except InvalidRequest as error:
             raise ValueError(str(error)) from None
-        if options.output == sample.uri:
+        if options.output == self.sample.uri:
             raise ValueError("options.output: it would replace the upload itself")
         return self
+
+    @property
+    def sample(self) -> Upload:
+        """An upload that the rule would take, for what can be known before there is one."""
+        return Upload(self.bucket, self.prefix + "sample.jpg", "etag", 1, datetime.now(UTC))
 
     @property
     def output(self) -> str | None:

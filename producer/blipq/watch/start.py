@@ -6,6 +6,7 @@ from blipq.client import Client
 from blipq.errors import InvalidRequest, QueueUnavailable, UnknownModel
 from blipq.guard import Forbidden
 from blipq.ledger import Ledger
+from blipq.outputs import live_workers, why_all_refuse
 from blipq.settings import Settings
 from blipq.watch.cursor import Cursor, FileCursor, RedisCursor, Unsaved
 from blipq.watch.listing import Backfill, Listing
@@ -65,3 +66,16 @@ def check_models(rules: Rules, ledger: Ledger) -> None:
             raise InvalidRequest(f"rule {rule.name}: options.{error}") from None
         except QueueUnavailable:  # as with everything else, it waits for Redis and meets it then
             return
+
+
+def check_outputs(rules: Rules, client: Client) -> None:
+    """Raises InvalidRequest if every live worker of a rule's model would refuse its ``output``."""
+    workers = live_workers(client.ledger)
+    for rule in rules.rules:
+        _, options = rule.job(rule.sample, watch="sample")
+        if options.output is None:
+            continue
+        source = rule.sample.reference
+        why = why_all_refuse(options.output, options.model, workers, client.settings, source)
+        if why is not None:
+            raise InvalidRequest(f"rule {rule.name}: options.output: {why}")

@@ -22,6 +22,7 @@ from blipq.errors import (
 )
 from blipq.overview import Overview
 from blipq.recording import FIRST_PAUSE_S, LAST_PAUSE_S, record_all
+from blipq.refusals import Refusal, S3Refused
 from blipq.requests import Submission
 from blipq.watch.objects import Objects, Upload
 from blipq.watch.rules import Rule, Rules
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 #: How many objects S3 is asked about at the same time.
 LOOKS = 10
+#: Refused uploads that are remembered, so that each is told once.
+REFUSED_KEPT = 10_000
 
 AnswerT = TypeVar("AnswerT")
 
@@ -78,6 +81,7 @@ class Watcher:
     def __post_init__(self) -> None:
         self.objects = Objects(self.client.storage)
         self._overview = Overview(self.client.ledger)
+        self._refused: dict[Found, None] = {}
         self._pool = ThreadPoolExecutor(LOOKS, thread_name_prefix="blipq-watch")
 
     def run(self, source: Source, *, once: bool = False) -> None:
@@ -126,7 +130,9 @@ class Watcher:
             return self._patiently(
                 lambda: self.objects.head(found.bucket, found.key, version), batch
             )
-        except InvalidRequest as error:
+        except S3Refused as error:
+            if error.refusal is Refusal.ACCESS:
+                raise  # it is not about this upload: the source will tell of it again
             return error
 
     def _wanted(self, found: Found, upload: Upload | InvalidRequest | None) -> list[Wanted]:
@@ -190,9 +196,15 @@ class Watcher:
             self.counts.known += 1
 
     def _refuse(self, found: Found, error: BlipqError, refused: set[Found]) -> None:
+        """Told and counted once, however often a source tells of it again."""
+        refused.add(found)
+        if found in self._refused:
+            return
         log.error("s3://%s/%s can have no job: %s", found.bucket, found.key, error)
         self.counts.refused += 1
-        refused.add(found)
+        self._refused[found] = None
+        if len(self._refused) > REFUSED_KEPT:
+            del self._refused[next(iter(self._refused))]
 
     # -- trouble --
 

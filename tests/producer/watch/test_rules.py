@@ -196,8 +196,8 @@ def test_the_example_is_the_one_in_the_docs_and_is_right() -> None:
     photo = upload("incoming/products/cat.jpg", content_type="image/jpeg")
     outputs = [rule.job(photo, watch="w")[1].output for rule in rules.rules if rule.takes(photo)]
     assert outputs == [
-        "s3://captions/incoming/products/cat.jpg.json",
-        "s3://captions/incoming/products/cat.answers.json",
+        "s3://blipq-outputs/incoming/products/cat.jpg.json",
+        "s3://blipq-outputs/incoming/products/cat.answers.json",
     ]
 
 

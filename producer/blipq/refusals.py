@@ -1,0 +1,160 @@
+"""What S3 means when it refuses: one table of its error codes, for workers and producers alike.
+
+The status does not say it: an expired token is a 400 as a malformed key is, a skewed clock is a 403
+as a closed bucket is. What the table does not know is judged by its status.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Any
+
+from blipq.errors import InvalidRequest, QueueUnavailable
+
+
+class Refusal(StrEnum):
+    """Why an answer was no."""
+
+    PASSING = "passing"  # the store is busy or down, or two requests met
+    EXPIRED = "expired"  # the asker's token or clock; credential chains renew tokens by themselves
+    ACCESS = "access"  # the asker's credentials or region: the request is not at fault
+    MISSING = "missing"
+    CHANGED = "changed"  # a condition of the request does not hold
+    FORBIDDEN = "forbidden"
+    ENCRYPTION = "encryption"  # the object's key is not to be had
+    INVALID = "invalid"
+
+
+#: Refusals of the asker, whatever it asks for.
+OF_THE_ASKER = frozenset({Refusal.EXPIRED, Refusal.ACCESS})
+
+_NAMED: Mapping[Refusal, str] = {
+    Refusal.PASSING: """
+        SlowDown SlowDownRead SlowDownWrite Busy RequestTimeout RequestTimeoutException
+        TooManyRequests TooManyRequestsException RequestLimitExceeded BandwidthLimitExceeded
+        RequestThrottled RequestThrottledException Throttling ThrottlingException ThrottledException
+        PriorRequestNotComplete OverLimit OperationAborted ConditionalRequestConflict
+        IncompleteBody BadDigest
+        InternalError InternalFailure ServiceUnavailable KMS.InternalException
+        KMS.KMSInternalException KMS.DependencyTimeoutException KMS.KeyUnavailableException
+        KMS.ThrottlingException""",
+    Refusal.EXPIRED: """
+        ExpiredToken ExpiredTokenException TokenRefreshRequired RequestExpired RequestTimeTooSkewed
+        RequestInTheFuture""",
+    Refusal.ACCESS: """
+        InvalidToken InvalidAccessKeyId InvalidClientTokenId UnrecognizedClientException
+        SignatureDoesNotMatch InvalidSignatureException IncompleteSignature
+        AuthorizationHeaderMalformed MissingAuthenticationToken MissingSecurityHeader
+        CredentialsNotSupported InvalidSecurity NotSignedUp AccountProblem""",
+    Refusal.MISSING: "NoSuchKey NoSuchVersion NoSuchBucket NotFound",
+    Refusal.CHANGED: "PreconditionFailed",
+    Refusal.FORBIDDEN: "AccessDenied AllAccessDisabled InvalidObjectState",
+    # S3 says InvalidRequest where an object needs its own key (SSE-C), which blipq never sends.
+    Refusal.ENCRYPTION: "InvalidRequest",
+}
+CODES: Mapping[str, Refusal] = {
+    code: refusal for refusal, codes in _NAMED.items() for code in codes.split()
+}
+
+_STATUSES = {
+    400: Refusal.INVALID,
+    401: Refusal.FORBIDDEN,
+    403: Refusal.FORBIDDEN,
+    404: Refusal.MISSING,
+    405: Refusal.MISSING,  # a delete marker, read by its version id
+    411: Refusal.INVALID,
+    412: Refusal.CHANGED,
+    413: Refusal.INVALID,
+    414: Refusal.INVALID,
+    416: Refusal.INVALID,
+}
+#: ``(Code)`` as botocore has it, ``<Code>`` as S3 answers, or a quoted one.
+_CODE = re.compile(r"""(?<=[(>"'])[A-Z][A-Za-z.]+(?=[)<"'])""")
+
+
+class S3Refused(InvalidRequest):
+    """S3 refuses, and would again; ``refusal`` says why."""
+
+    def __init__(self, message: str, refusal: Refusal) -> None:
+        super().__init__(message)
+        self.refusal = refusal
+
+
+class S3Unavailable(QueueUnavailable):
+    """S3 does not answer, or refuses for now; ``refusal`` says why."""
+
+    def __init__(self, message: str, refusal: Refusal = Refusal.PASSING) -> None:
+        super().__init__(message)
+        self.refusal = refusal
+
+
+def status_of(error: Any) -> int:
+    """The HTTP status of a botocore ClientError, or 0."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def code_of(error: Any) -> str:
+    """The code of a botocore ClientError. HEAD has no body: there it is the status."""
+    return str(error.response.get("Error", {}).get("Code") or "")
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """Why S3 refused, from an exception of botocore or boto3."""
+    from botocore import exceptions as botocore
+
+    if isinstance(error, botocore.ClientError):
+        return _refusal(code_of(error), status_of(error))
+    if isinstance(error, botocore.NoCredentialsError | botocore.PartialCredentialsError):
+        return Refusal.ACCESS
+    if isinstance(
+        error,
+        botocore.CredentialRetrievalError | botocore.TokenRetrievalError | botocore.SSOError,
+    ):
+        return Refusal.EXPIRED
+    if isinstance(error, botocore.ParamValidationError):
+        return Refusal.INVALID
+    return refusal_in(str(error)) or Refusal.PASSING
+
+
+def _refusal(code: str, status: int) -> Refusal:
+    if (known := CODES.get(code)) is not None:
+        return known
+    if "Throttl" in code:
+        return Refusal.PASSING
+    if "KMS" in code:
+        return Refusal.ENCRYPTION
+    return _STATUSES.get(status, Refusal.PASSING)
+
+
+def refusal_in(text: str) -> Refusal | None:
+    """The refusal that a text names, as libraries tell S3's answers that have no type for them."""
+    return next((CODES[word] for word in _CODE.findall(text) if word in CODES), None)
+
+
+@contextmanager
+def s3_errors() -> Iterator[None]:
+    """Botocore's exceptions as S3Refused and S3Unavailable."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+    try:
+        yield
+    except NoCredentialsError as error:
+        message = (
+            "no S3 credentials: start a local stack with blipq up, or set BLIPQ_S3_ACCESS_KEY_ID "
+            "and BLIPQ_S3_SECRET_ACCESS_KEY or AWS's own variables (one BLIPQ_* service variable "
+            "switches the local stack off)"
+        )
+        raise S3Refused(message, Refusal.ACCESS) from error
+    except (ClientError, BotoCoreError, Boto3Error) as error:
+        raise _told(error) from error
+
+
+def _told(error: Exception) -> S3Refused | S3Unavailable:
+    refusal = refusal_of(error)
+    if refusal is Refusal.EXPIRED:
+        return S3Unavailable(f"S3 refuses for now: {error}", refusal)
+    if refusal is Refusal.PASSING:
+        return S3Unavailable(f"S3 does not answer: {error}")
+    return S3Refused(f"S3 refuses: {error}", refusal)

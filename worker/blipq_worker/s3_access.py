@@ -1,0 +1,66 @@
+"""Whether S3 takes this worker's credentials: for ``/readyz``, and for jobs that it refuses."""
+
+import logging
+import threading
+import time
+
+from blipq.contract import ErrorCode
+from blipq.errors import QueueUnavailable, TransientError
+from blipq.storage import Storage
+
+log = logging.getLogger(__name__)
+
+#: How often S3 is asked again, at most, while somebody wants to know.
+ASK_EVERY_S = 5.0
+
+
+class AccessRefused(TransientError):
+    """S3 refuses the worker, not the job: its credentials, its clock or its region are wrong.
+
+    The job goes back to its queue, uncounted.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ErrorCode.IMAGE_UNAVAILABLE, message)
+
+
+class S3Access:
+    """What is known of the credentials. Thread-safe."""
+
+    def __init__(self, storage: Storage, *, ask_every_s: float = ASK_EVERY_S) -> None:
+        self._storage = storage
+        self._ask_every_s = ask_every_s
+        self._asking = threading.Lock()
+        self._known = False
+        self._trouble: str | None = None
+        self._asked_at = float("-inf")
+
+    def refused(self, why: str) -> None:
+        """A job met a refusal. The first is told: the rest of them would say the same."""
+        if self._trouble is None:
+            log.error("S3 refuses this worker: %s", why)
+        self._trouble = why
+
+    def trouble(self) -> str | None:
+        """Why S3 refuses this worker, or None. Asks S3 until it is known to take it."""
+        if self._known and self._trouble is None:
+            return None
+        # One thread asks; the others say what was known before.
+        if self._asking.acquire(blocking=False):
+            try:
+                if time.monotonic() - self._asked_at >= self._ask_every_s:
+                    self._ask()
+            finally:
+                self._asking.release()
+        return self._trouble
+
+    def _ask(self) -> None:
+        try:
+            why = self._storage.refused_access()
+        except QueueUnavailable as error:  # of the credentials this says nothing
+            log.warning("S3 did not say whether it takes this worker: %s", error)
+        else:
+            if why is None and self._trouble is not None:
+                log.info("S3 takes this worker again")
+            self._known, self._trouble = True, why
+        self._asked_at = time.monotonic()
