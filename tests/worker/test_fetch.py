@@ -12,6 +12,7 @@ from blipq.errors import PermanentError, TransientError, WorkError
 from blipq.storage import Storage
 from blipq_worker.fetch import Fetcher
 from blipq_worker.s3_access import AccessRefused
+from refusing_s3 import RefusingS3, refusing_s3
 
 BYTES = bytes(range(256)) * 2000
 OK = b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\nETag: "x"\r\n\r\n'
@@ -126,6 +127,106 @@ def test_another_bucket_is_forbidden_unread(
     error = refusal(fetcher(storage, allowed_buckets=[allowed]), image)
     assert (type(error), error.code) == (PermanentError, ErrorCode.IMAGE_FORBIDDEN)
     assert "BLIPQ_ALLOWED_BUCKETS" in str(error)
+
+
+def test_an_upload_that_was_overwritten_is_not_read(storage: Storage) -> None:
+    """Its name is the digest of what was uploaded."""
+    victim = storage.upload(b"a picture that others upload, too")
+    storage.put(victim.uri, b"another picture", content_type="image/png")
+    error = refusal(fetcher(storage), victim)
+    assert (type(error), error.code) == (PermanentError, ErrorCode.IMAGE_CHANGED)
+    assert "upload the image again" in str(error)
+    assert storage.upload(b"a picture that others upload, too") == victim
+    assert fetcher(storage).fetch(victim).data == b"a picture that others upload, too"
+
+
+def test_names_elsewhere_promise_nothing(storage: Storage) -> None:
+    storage.create_bucket("photos")
+    uri = f"s3://photos/{'0' * 64}.png"
+    storage.put(uri, b"a picture", content_type="image/png")
+    assert fetcher(storage).fetch(ImageRef(uri=uri)).data == b"a picture"
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[RefusingS3]:
+    with refusing_s3() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def refusing(s3: RefusingS3) -> Fetcher:
+    return fetcher(Storage(s3.settings, attempts=1))
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (400, "RequestTimeout"),
+        (400, "ThrottlingException"),
+        (408, "RequestTimeout"),
+        (409, "OperationAborted"),
+        (429, "TooManyRequests"),
+        (503, "SlowDown"),
+    ],
+)
+def test_a_store_that_is_busy_may_serve_later(
+    s3: RefusingS3, refusing: Fetcher, status: int, code: str
+) -> None:
+    s3.refuse(status, code)
+    error = refusal(refusing, ANYWHERE)
+    assert is_unavailable(error)
+    assert not isinstance(error, AccessRefused)
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (400, "ExpiredToken"),
+        (400, "TokenRefreshRequired"),
+        (400, "InvalidToken"),
+        (400, "AuthorizationHeaderMalformed"),
+        (403, "RequestTimeTooSkewed"),
+        (403, "InvalidAccessKeyId"),
+    ],
+)
+def test_what_is_wrong_with_the_worker_is_not_the_jobs_fault(
+    s3: RefusingS3, refusing: Fetcher, status: int, code: str
+) -> None:
+    s3.refuse(status, code)
+    assert isinstance(refusal(refusing, ANYWHERE), AccessRefused)
+
+
+def test_missing_credentials_are_not_the_jobs_fault(
+    s3: RefusingS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", "/nonexistent")
+    nobody = Settings(s3_endpoint_url=s3.settings.s3_endpoint_url)
+    assert isinstance(refusal(fetcher(Storage(nobody)), ANYWHERE), AccessRefused)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (403, "AccessDenied", "image_forbidden"),
+        (403, "InvalidObjectState", "image_forbidden"),
+        (400, "KMS.DisabledException", "image_forbidden"),
+        (400, "InvalidRequest", "image_forbidden"),
+        (400, "InvalidBucketName", "invalid_request"),
+        (405, "MethodNotAllowed", "image_not_found"),
+    ],
+)
+def test_what_no_later_try_can_read_fails_at_once(
+    s3: RefusingS3, refusing: Fetcher, status: int, code: str, expected: str
+) -> None:
+    """An object's encryption is its owner's affair, not a fault of the request."""
+    s3.refuse(status, code)
+    error = refusal(refusing, ANYWHERE)
+    assert (type(error), error.code) == (PermanentError, expected)
+    assert f"told: {code}" in str(error)
 
 
 # --- servers that misbehave -----------------------------------------------------------------------

@@ -18,6 +18,7 @@ from blipq_worker.budget import Budget
 from blipq_worker.fetch import Fetched, Fetcher
 from blipq_worker.images import ImageLimits
 from blipq_worker.pictures import Pictures, Recent
+from blipq_worker.s3_access import AccessRefused
 
 PLACE = "s3://blipq-inbox/pictures/a.png"
 
@@ -148,14 +149,15 @@ def test_an_object_that_was_deleted_is_not_found_though_it_is_known(
     assert refusal(parts) is ErrorCode.IMAGE_NOT_FOUND
 
 
-def test_what_one_may_not_read_is_forbidden_though_it_is_known(
+def test_what_one_may_not_read_is_not_answered_though_it_is_known(
     parts: Parts, settings: Settings
 ) -> None:
     """The same worker, after its rights have been taken away."""
     parts.load()
     wrong = settings.model_dump() | {"s3_secret_access_key": "wrong"}
     parts.fetcher._storage = Storage(Settings.model_validate(wrong))
-    assert refusal(parts) is ErrorCode.IMAGE_FORBIDDEN
+    with pytest.raises(AccessRefused):
+        parts.load()
 
 
 def test_bytes_that_are_known_open_no_other_bucket(parts: Parts, storage: Storage) -> None:

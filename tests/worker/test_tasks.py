@@ -17,8 +17,10 @@ from PIL import Image
 from blipq import Client, ErrorCode, Job, JobInfo, Kind, Settings
 from blipq.errors import PermanentError, TransientError
 from blipq.ledger import MAX_RETRIES, Claim, Ledger
+from blipq.refusals import Refusal, S3Unavailable
 from blipq.services import Backend, Services
 from blipq.storage import Storage
+from blipq_worker import tasks
 from blipq_worker.blip2 import EmbedItem, GeneratedText, GenerateItem, MatchItem, Pixels, RerankItem
 from blipq_worker.budget import Budget
 from blipq_worker.engine import Engine
@@ -31,7 +33,7 @@ from blipq_worker.leases import Held
 from blipq_worker.metrics import WorkerMetrics
 from blipq_worker.outputs import Outputs
 from blipq_worker.pictures import Pictures
-from blipq_worker.s3_access import S3Access
+from blipq_worker.s3_access import AccessRefused, S3Access
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.tasks import HandBack, JobFailedTask, Runner
 from conftest import wait_until
@@ -530,6 +532,42 @@ def test_an_output_that_cannot_be_written_fails_the_job(
     info = parts.fail(parts.client.caption(picture, output="s3://blipq-outputs/results/3.json"))
     assert (info.error.code, info.result) == ("invalid_request", None)
     assert info.error.message == "output: S3 refuses: AccessDenied"
+
+
+# --- what is wrong with the worker ---------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(*_: Any, **__: Any) -> bytes:
+        raise AccessRefused("s3://photos/cat.jpg: the provided token has expired")
+
+    monkeypatch.setattr(Fetcher, "fetch", fetch)
+    monkeypatch.setattr(tasks, "REFUSED_PAUSE_S", 0.0)
+
+
+@pytest.mark.usefixtures("refused")
+def test_a_job_goes_back_uncounted_however_often_s3_refuses_its_worker(
+    parts: Parts, picture: bytes
+) -> None:
+    job = parts.client.caption(picture)
+    for _ in range(MAX_RETRIES + 3):
+        info = parts.run(job)
+        assert (info.status, info.attempts) == ("queued", 0)
+    assert parts.held.claims() == []
+    assert b'kind="caption",outcome="handed_back"' in parts.metrics.page()
+
+
+def test_a_job_whose_index_refuses_the_worker_goes_back(
+    parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise S3Unavailable("S3 refuses for now: ExpiredToken", Refusal.EXPIRED)
+
+    monkeypatch.setattr(tasks, "REFUSED_PAUSE_S", 0.0)
+    monkeypatch.setattr(parts.indexes, "open_or_create", refuse)
+    job = parts.client.embed(picture, index={"name": "sizes"})
+    assert parts.run(job).status == "queued"
 
 
 # --- retries --------------------------------------------------------------------------------------

@@ -1,0 +1,88 @@
+"""An S3 that refuses as AWS and others do: the status, the code, and HEAD without a body."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from blipq import Settings
+
+OBJECT = b"every key holds this"
+
+
+class RefusingS3:
+    """Refuses what ``refuse`` says; else every key holds an object, and every write succeeds.
+
+    ``requests`` are the methods of the requests so far.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[str] = []
+        self._refusal: tuple[int, str] | None = None
+        self._times = 0
+        stub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            timeout = 30
+
+            def do_GET(self) -> None:
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                stub.requests.append(self.command)
+                self._reply(*stub._answer())
+
+            do_HEAD = do_PUT = do_GET
+
+            def _reply(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                """Quiet."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    @property
+    def settings(self) -> Settings:
+        """How to reach it; nothing else is there."""
+        return Settings(
+            redis_url="redis://127.0.0.1:1/0",
+            s3_endpoint_url=f"http://127.0.0.1:{self._server.server_port}",
+            s3_access_key_id="key",
+            s3_secret_access_key="secret",  # type: ignore[arg-type]
+        )
+
+    def refuse(self, status: int, code: str, *, times: int = 10**9) -> None:
+        """Answers so to the next requests."""
+        self._refusal, self._times = (status, code), times
+
+    def _answer(self) -> tuple[int, bytes, dict[str, str]]:
+        if self._refusal is not None and self._times > 0:
+            self._times -= 1
+            status, code = self._refusal
+            body = f"<Error><Code>{code}</Code><Message>told: {code}</Message></Error>".encode()
+            return status, body if code else b"", {"Content-Type": "application/xml"}
+        return 200, OBJECT, {"ETag": '"e"', "Last-Modified": formatdate(usegmt=True)}
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@contextmanager
+def refusing_s3() -> Iterator[RefusingS3]:
+    """The server while a test needs it."""
+    server = RefusingS3()
+    try:
+        yield server
+    finally:
+        server.close()

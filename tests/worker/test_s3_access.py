@@ -1,0 +1,59 @@
+"""Whether S3 takes the worker: what readiness says of it."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from blipq.storage import Storage
+from blipq_worker.s3_access import S3Access
+from refusing_s3 import RefusingS3, refusing_s3
+
+
+@pytest.fixture
+def s3() -> Iterator[RefusingS3]:
+    with refusing_s3() as server:
+        yield server
+
+
+def access(s3: RefusingS3, ask_every_s: float = 0) -> S3Access:
+    return S3Access(Storage(s3.settings, attempts=1), ask_every_s=ask_every_s)
+
+
+def test_a_worker_is_not_ready_until_s3_takes_it(s3: RefusingS3) -> None:
+    s3.refuse(403, "InvalidAccessKeyId")
+    asked = access(s3)
+    assert "InvalidAccessKeyId" in str(asked.trouble())
+    s3.refuse(403, "AccessDenied")  # it may not read that object, and is known
+    assert asked.trouble() is None
+
+
+def test_s3_is_not_asked_again_once_it_takes_the_worker(s3: RefusingS3) -> None:
+    asked = access(s3)
+    assert [asked.trouble() for _ in range(5)] == [None] * 5
+    assert len(s3.requests) == 1
+
+
+def test_a_job_that_is_refused_makes_its_worker_unready_while_that_lasts(s3: RefusingS3) -> None:
+    asked = access(s3)
+    assert asked.trouble() is None
+    s3.refuse(400, "ExpiredToken")
+    asked.refused("a job met ExpiredToken")
+    assert "ExpiredToken" in str(asked.trouble())
+    s3.refuse(404, "NoSuchKey")
+    assert asked.trouble() is None
+
+
+def test_s3_is_asked_now_and_then_alone(s3: RefusingS3) -> None:
+    s3.refuse(403, "InvalidAccessKeyId")
+    asked = access(s3, ask_every_s=3600)
+    for _ in range(5):
+        assert asked.trouble() is not None
+    assert len(s3.requests) == 1
+
+
+def test_an_s3_that_does_not_answer_says_nothing_of_the_worker(s3: RefusingS3) -> None:
+    s3.refuse(503, "SlowDown")
+    asked = access(s3)
+    assert asked.trouble() is None
+    s3.refuse(400, "InvalidToken")
+    assert "InvalidToken" in str(asked.trouble())
