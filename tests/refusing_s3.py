@@ -31,7 +31,7 @@ class RefusingS3:
             def do_GET(self) -> None:
                 self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 stub.requests.append(self.command)
-                self._reply(*stub._answer())
+                self._reply(*stub._answer(self.command))
 
             do_HEAD = do_PUT = do_GET
 
@@ -65,13 +65,14 @@ class RefusingS3:
         """Answers so to the next requests."""
         self._refusal, self._times = (status, code), times
 
-    def _answer(self) -> tuple[int, bytes, dict[str, str]]:
+    def _answer(self, method: str) -> tuple[int, bytes, dict[str, str]]:
         if self._refusal is not None and self._times > 0:
             self._times -= 1
             status, code = self._refusal
             body = f"<Error><Code>{code}</Code><Message>told: {code}</Message></Error>".encode()
             return status, body if code else b"", {"Content-Type": "application/xml"}
-        return 200, OBJECT, {"ETag": '"e"', "Last-Modified": formatdate(usegmt=True)}
+        body = b"" if method == "PUT" else OBJECT
+        return 200, body, {"ETag": '"e"', "Last-Modified": formatdate(usegmt=True)}
 
     def close(self) -> None:
         self._server.shutdown()
