@@ -20,6 +20,8 @@ class RefusingS3:
 
     def __init__(self) -> None:
         self.requests: list[str] = []
+        #: What the next requests are answered, before anything else; None is no refusal.
+        self.script: list[tuple[int, str] | None] = []
         self._refusal: tuple[int, str] | None = None
         self._times = 0
         stub = self
@@ -66,13 +68,19 @@ class RefusingS3:
         self._refusal, self._times = (status, code), times
 
     def _answer(self, method: str) -> tuple[int, bytes, dict[str, str]]:
-        if self._refusal is not None and self._times > 0:
-            self._times -= 1
-            status, code = self._refusal
+        refusal = self.script.pop(0) if self.script else self._next()
+        if refusal is not None:
+            status, code = refusal
             body = f"<Error><Code>{code}</Code><Message>told: {code}</Message></Error>".encode()
             return status, body if code else b"", {"Content-Type": "application/xml"}
         body = b"" if method == "PUT" else OBJECT
         return 200, body, {"ETag": '"e"', "Last-Modified": formatdate(usegmt=True)}
+
+    def _next(self) -> tuple[int, str] | None:
+        if self._times <= 0:
+            return None
+        self._times -= 1
+        return self._refusal
 
     def close(self) -> None:
         self._server.shutdown()

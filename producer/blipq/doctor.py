@@ -325,9 +325,9 @@ def _workers(settings: Settings) -> Findings:
         active = sum(worker["active"] for worker in serving)
         message = f"{len(serving)} live for the model {model!r}, {active} jobs in hand"
         yield Finding("ok", "workers", message)
+        yield _outputs(model, serving)
     if len(taking) < len(live):
         yield Finding("ok", "workers", f"{len(live) - len(taking)} draining")
-        yield _outputs(model, serving)
     if "default" not in models:
         advice = "start one: BLIPQ_MODELS=default=opt-2.7b blipq worker"
         yield Finding("warn", "workers", "no live worker serves the model 'default'", advice)

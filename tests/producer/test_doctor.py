@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -150,6 +151,28 @@ def test_wrong_keys_are_told(apart: Settings) -> None:
         {**apart.model_dump(), "s3_access_key_id": "nobody", "s3_secret_access_key": "wrong"}
     )
     assert found(settings)["s3 write"].state == "bad"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "state", "said"),
+    [
+        ([["answers", "b"], ["b", "answers"]], "ok", "may write to answers, b"),
+        ([[]], "ok", "with an output are refused"),
+        ([["answers"], []], "warn", "nowhere / answers"),
+        ([None], "ok", "do not say"),
+    ],
+)
+def test_it_says_where_outputs_may_go(
+    apart: Settings, outputs: list[list[str] | None], state: str, said: str
+) -> None:
+    with Client(apart) as client:
+        for number, allowed in enumerate(outputs):
+            info: dict[str, Any] = {"models": ["default"], "active": 0}
+            info |= {} if allowed is None else {"outputs": allowed}
+            name = f"w{number}"
+            client.ledger.register(name, ["default"], json.dumps(info), ttl_s=60, spare=True)
+        finding = found(apart)["outputs"]
+    assert (finding.state, said in finding.message) == (state, True)
 
 
 def test_an_s3_without_conditional_writes_is_told(apart: Settings, httpserver: HTTPServer) -> None:

@@ -5,12 +5,14 @@ import socket
 import time
 import urllib.request
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from blipq import InvalidRequest, QueueUnavailable, Settings
-from blipq.storage import MAX_UPLOAD_BYTES, Storage
+from blipq.storage import MAX_UPLOAD_BYTES, Storage, told_at
+from refusing_s3 import refusing_s3
 
 
 @pytest.fixture
@@ -40,6 +42,47 @@ def test_the_same_bytes_are_stored_once(storage: Storage) -> None:
     assert storage.upload(b"twice") == first
     again = storage.client.head_object(Bucket=first.bucket, Key=first.key)["LastModified"]
     assert again == stored
+
+
+@pytest.fixture
+def writes(storage: Storage) -> list[str]:
+    """The keys of the objects that are written, in order, whatever the server makes of them."""
+    keys: list[str] = []
+    storage.client.meta.events.register(
+        "provide-client-params.s3.PutObject", lambda params, **_: keys.append(params["Key"])
+    )
+    return keys
+
+
+def test_an_upload_that_is_half_as_old_as_the_inbox_lets_it_be_is_written_anew(
+    storage: Storage, writes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the lifecycle rule could delete it while the job of the second upload waits."""
+    image = storage.upload(b"uploaded now and then")
+    passed = timedelta()
+    monkeypatch.setattr("blipq.storage.told_at", lambda answer: told_at(answer) + passed)
+    for days, expected in ((6.9, 1), (7.1, 2)):  # of 14; the first write is refused: it is there
+        passed = timedelta(days=days)
+        writes.clear()
+        assert storage.upload(b"uploaded now and then") == image
+        assert writes == [image.key] * expected
+    found = storage.client.get_object(Bucket=image.bucket, Key=image.key)["Body"].read()
+    assert found == b"uploaded now and then"
+
+
+def test_an_upload_that_cannot_be_looked_at_is_written_anew() -> None:
+    """A producer that may only write does not know how old it is."""
+    with refusing_s3() as s3:
+        s3.script = [(412, "PreconditionFailed"), (403, ""), None]
+        Storage(s3.settings, attempts=1).upload(b"a cat")
+        assert s3.requests == ["PUT", "HEAD", "PUT"]
+
+
+def test_a_conflict_with_another_upload_does_not_say_that_it_is_there() -> None:
+    with refusing_s3() as s3:
+        s3.refuse(409, "ConditionalRequestConflict")
+        with pytest.raises(QueueUnavailable, match="ConditionalRequestConflict"):
+            Storage(s3.settings, attempts=1).upload(b"a cat")
 
 
 def test_a_path_may_be_text(storage: Storage, tmp_path: Path) -> None:

@@ -44,6 +44,11 @@ def heartbeat(ledger: Ledger, held: Held, **changes: Any) -> Heartbeat:
     return Heartbeat(ledger, held, "w1", ["default"], **(options | changes))  # type: ignore[arg-type]
 
 
+def test_a_worker_says_where_its_jobs_may_write(ledger: Ledger) -> None:
+    heartbeat(ledger, Held(), outputs=("answers",)).tick()
+    assert ledger.workers()["w1"]["outputs"] == ["answers"]
+
+
 # --- held -----------------------------------------------------------------------------------------
 
 

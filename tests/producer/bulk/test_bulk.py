@@ -416,6 +416,37 @@ def test_a_cancel_ends_what_redis_has_lost(run: Run, bulk: Bulk, ledger: Ledger)
     assert summary["counts"] == {"cancelled": 2}
 
 
+def test_an_output_that_no_worker_may_write_is_told_before_a_line_is_submitted(
+    run: Run, bulk: Bulk, ledger: Ledger, client: Client
+) -> None:
+    def serve(*outputs: str) -> None:
+        info = json.dumps({"models": ["default"], "outputs": outputs})
+        client.ledger.register("w1", ["default"], info, ttl_s=60, spare=False)
+
+    answer = {"options": {"output": "s3://answers/1.json"}}
+    bulk.write(line("1"), line("2", **answer), line("3", **answer))
+    serve("elsewhere")
+    ran = run("submit", "manifest.jsonl")
+    assert ran.exit_code == 2
+    assert "line 2: output: the workers of 'default' refuse it" in ran.stderr
+    assert client.ledger.redis.zcard("blipq:open") == 0
+    serve("elsewhere", "answers")
+    with worker(ledger):
+        assert run("submit", "manifest.jsonl").exit_code == 0
+
+
+def test_one_output_that_is_refused_stops_no_other_line(
+    run: Run, bulk: Bulk, ledger: Ledger, client: Client
+) -> None:
+    info = json.dumps({"models": ["default"], "outputs": ["answers"]})
+    client.ledger.register("w1", ["default"], info, ttl_s=60, spare=False)
+    places = ("s3://other/1.json", "s3://answers/2.json")
+    lines = [line(uri, options={"output": uri}) for uri in places]
+    bulk.write(*lines)
+    with worker(ledger):
+        assert run("submit", "manifest.jsonl").exit_code == 0
+
+
 def test_results_of_a_bulk_that_is_not_done_exit_5(run: Run, bulk: Bulk) -> None:
     bulk.write(line("a"), "nonsense")
     bulk.driver()._fill()

@@ -227,3 +227,27 @@ def test_a_dry_run_leaves_the_cursor_alone(cursor: FileCursor) -> None:
     cursor.save({"listed_at": "then"})
     Unsaved(cursor).save({"listed_at": "now"})
     assert cursor.load() == {"listed_at": "then"}
+
+
+def test_what_is_refused_is_looked_at_again_while_the_overlap_reaches_it(
+    fake: FakeObjects, cursor: FileCursor
+) -> None:
+    """It may be let in meanwhile: rights are often given after the first upload."""
+    source = listing(fake, cursor)
+    taken(source)
+    fake.there = {"a.jpg": NOW, "b.jpg": NOW}
+    batch = source.next()
+    assert batch is not None
+    batch.done({found for found in batch.found if found.key == "a.jpg"})
+    assert source.next() is None
+    fake.now += timedelta(seconds=10)
+    assert taken(source, done=True) == ["a.jpg"]
+    assert taken(source) == []
+    fake.there["c.jpg"] = fake.now
+    for expected in (["c.jpg"], ["c.jpg"], ["c.jpg"], []):
+        keys = []
+        while (batch := source.next()) is not None:
+            keys += [found.key for found in batch.found]
+            batch.done(set(batch.found))
+        assert keys == expected
+        fake.now += timedelta(seconds=599)

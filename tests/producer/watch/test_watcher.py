@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 from typer.testing import CliRunner
 
 from blipq import Client, QueueUnavailable, Settings
 from blipq.cli import app
+from blipq.refusals import Refusal, S3Refused
 from blipq.watch.events import Told
 from blipq.watch.rules import Rules
 from blipq.watch.sources import Batch, Found
@@ -267,6 +269,50 @@ def test_a_backfill_waits_while_too_many_jobs_are_open(
     assert watched.keys == ["cat.jpg"]
 
 
+def test_an_upload_that_is_refused_again_and_again_is_told_once(
+    rules: MakeRules, client: Client, bucket: str, put: Put, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put("cat.jpg")
+    watched = Watched(rules(), client)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise S3Refused("S3 refuses: AccessDenied", Refusal.FORBIDDEN)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(client.storage, "head", refuse)
+        batches = [Script(Told(bucket, "cat.jpg")) for _ in range(3)]
+        watched.take(*batches)
+    assert all(batch.refused == {Told(bucket, "cat.jpg")} for batch in batches)
+    assert watched.counts == (0, 0, 0, 1)
+    watched.take(Script(Told(bucket, "cat.jpg")))
+    assert watched.counts == (1, 0, 0, 1)
+
+
+def test_a_listing_loses_no_upload_to_one_refused_look(
+    rules: MakeRules, client: Client, bucket: str, put: Put, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A skewed clock, say: HEAD answers 403 without a word, as it does for a closed bucket."""
+    s3, answers = client.storage.client, [403]
+    head = s3.head_object
+
+    def once(**which: Any) -> Any:
+        if answers:
+            status = answers.pop()
+            told: Any = {
+                "Error": {"Code": str(status)},
+                "ResponseMetadata": {"HTTPStatusCode": status},
+            }
+            raise ClientError(told, "HeadObject")
+        return head(**which)
+
+    monkeypatch.setattr(s3, "head_object", once)
+    put("cat.jpg")
+    watched = Watched(rules(content_type="image/*"), client)
+    (page,) = watched.watcher.objects.pages(bucket, "")
+    watched.take(Script(*page.uploads))
+    assert (watched.keys, watched.counts) == (["cat.jpg"], (1, 0, 0, 0))
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -320,6 +366,26 @@ def test_the_command_takes_what_is_there_once(
     again = command("--backfill", "--once")
     assert again.stdout == ""
     assert "0 submitted" in again.stderr
+
+
+def test_an_output_that_no_worker_may_write_is_told_before_anything_is_watched(
+    command: Callable[..., Any], client: Client, put: Put, bucket: str
+) -> None:
+    put("cat.jpg")
+    register(client, outputs=["elsewhere"])
+    ran = command("--backfill", "--once")
+    assert ran.exit_code == 2
+    assert "rule captions: options.output: the workers of 'default' refuse it" in ran.stderr
+    assert client.ledger.redis.zcard("blipq:open") == 0
+    register(client, outputs=[bucket])
+    assert command("--backfill", "--once").exit_code == 0
+    assert client.ledger.redis.zcard("blipq:open") == 1
+
+
+def register(client: Client, **info: Any) -> None:
+    """As a live worker does."""
+    told = json.dumps({"models": ["default"], "active": 0, **info})
+    client.ledger.register("w1", ["default"], told, ttl_s=60, spare=True)
 
 
 def test_sigterm_ends_the_command_in_peace(command: Callable[..., Any], tmp_path: Path) -> None:
