@@ -21,11 +21,12 @@ LATE = ("celery", "kombu", "boto3", "botocore")
 #: Each module may import those of earlier rows and of its own.
 ROWS = (
     ("settings", "gate", "batcher", "index"),
+    ("structure", "s3_access"),
     ("https", "images", "blip2"),
     ("fetch",),
     ("engine", "index_writer"),
     ("leases", "ask", "ask_index"),
-    ("kinds", "search", "pictures", "equal"),
+    ("kinds", "search", "pictures", "equal", "outputs"),
     ("tasks",),
     ("app",),
 )

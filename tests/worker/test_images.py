@@ -4,6 +4,8 @@ import io
 import struct
 import subprocess
 import sys
+import time
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from PIL import Image
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
 from blipq_worker.images import ImageLimits, decode, decoded, opened
+from blipq_worker.structure import check_scans, scans_in
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
 
@@ -28,10 +31,7 @@ def png_claiming(width: int, height: int) -> bytes:
     """A small PNG whose header promises many pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(64))), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        for name, body in chunks
-    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, body) for name, body in chunks)
 
 
 def refused(data: bytes, code: ErrorCode, limits: ImageLimits | None = None) -> str:
@@ -125,6 +125,125 @@ def test_an_image_at_the_limits_passes() -> None:
 def test_a_raised_pixel_limit_also_raises_pillows_guard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert decode(encoded(Image.new("RGB", (20, 20)))).size == (20, 20)
+
+
+# --- what takes a decoder's time --------------------------------------------------------------
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    checksum = struct.pack(">I", zlib.crc32(name + body))
+    return struct.pack(">I", len(body)) + name + body + checksum
+
+
+def with_scans(image: Image.Image, more: int) -> bytes:
+    """A progressive JPEG whose last scan is there so many times more."""
+    data = encoded(image, "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + more * last + data[-2:]
+
+
+def test_a_progressive_jpeg_is_walked_over_a_bounded_number_of_times() -> None:
+    """Else 0.3 MB of scans hold a decoder for minutes."""
+    small = Image.effect_noise((64, 48), 60)
+    assert decode(with_scans(small, 90)).size == (64, 48)
+    assert "scans" in refused(with_scans(small, 95), ErrorCode.IMAGE_INVALID)
+    assert "scans" in refused(with_scans(small, 20_000), ErrorCode.IMAGE_INVALID)
+
+
+def test_the_larger_the_picture_the_fewer_scans_it_may_have() -> None:
+    large = with_scans(Image.new("L", (6000, 6000), 120), 60)
+    assert "36,000,000 pixels" in refused(large, ErrorCode.IMAGE_INVALID)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_usual_progressive_jpeg_of_the_largest_size_passes(mode: str) -> None:
+    """Its scans are counted as its encoder made them."""
+    data = encoded(Image.new(mode, (64, 64)), "JPEG", progressive=True)
+    scans = scans_in(data)
+    assert 5 < scans < 20
+    check_scans(scans, ImageLimits().max_pixels)
+
+
+def test_scans_are_counted_where_a_decoder_finds_them() -> None:
+    """Not in a thumbnail, not behind the end; but behind restarts, fill bytes and garbage."""
+    data = encoded(Image.effect_noise((64, 48), 60), "JPEG")
+    at = data.index(b"\xff\xda")
+    thumbnail = b"\xff\xe1" + struct.pack(">H", 2 + 8) + b"\xff\xda\xff\xda\0\0\0\0"
+    assert scans_in(data) == 1
+    assert scans_in(data[:2] + thumbnail + data[2:]) == 1
+    assert scans_in(data + data[at:]) == 1
+    scan = data[at:-2]
+    for between in (b"", b"\xff\xd0", b"\xff\xff\xff", b"garbage\xff\x00"):
+        assert scans_in(data[:-2] + between + scan + data[-2:]) == 2
+    assert scans_in(data[:at]) == 0
+    assert scans_in(data[: at + 3]) == 1
+
+
+def in_parts(format: str, count: int) -> bytes:
+    """A tiny picture with so many parts more than it needs."""
+    data = encoded(Image.new("RGB", (8, 8), RED), format)
+    if format == "JPEG":
+        return data[:2] + count * b"\xff\xfe\0\2" + data[2:]
+    if format == "PNG":
+        at = data.index(b"IDAT") - 4
+        return data[:at] + count * chunk(b"teSt", b"") + data[at:]
+    at = data.index(b",", 13 + 3 * 2 ** (data[10] % 8 + 1))
+    return data[:at] + b"!\xfe" + count * b"\x01x" + b"\0" + data[at:]
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF"])
+def test_a_file_has_a_bounded_number_of_parts(format: str) -> None:
+    """Each is a step in Python: twenty megabytes of empty ones took seconds and half a gigabyte."""
+    assert decode(in_parts(format, 2_000)).size == (8, 8)
+    assert "parts" in refused(in_parts(format, 100_001), ErrorCode.IMAGE_INVALID)
+
+
+def test_what_follows_a_picture_is_no_part_of_it() -> None:
+    for format in ("JPEG", "PNG", "GIF"):
+        data = encoded(Image.new("RGB", (8, 8), RED), format)
+        assert decode(data + bytes(2 * 2**20)).size == (8, 8)
+
+
+@pytest.mark.parametrize("name", [b"zTXt", b"iCCP"])
+def test_a_bomb_in_the_metadata_is_not_unpacked(name: bytes) -> None:
+    data = encoded(Image.new("RGB", (8, 8), RED))
+    bomb = chunk(name, b"k\0\0" + zlib.compress(bytes(64 * 2**20), 9))
+    at = data.index(b"IDAT") - 4
+    tracemalloc.start()
+    try:
+        refused(data[:at] + bomb + data[at:], ErrorCode.IMAGE_INVALID)
+        assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF"])
+def test_a_picture_that_takes_too_long_is_given_up_and_says_so(format: str) -> None:
+    data = encoded(Image.effect_noise((400, 300), 60).convert("RGB"), format)
+    limits = ImageLimits(decode_s=-1.0)
+    assert "takes more than" in refused(data, ErrorCode.IMAGE_INVALID, limits)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF"])
+def test_a_picture_is_given_up_in_the_middle_of_its_pixels(
+    format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = opened(encoded(Image.effect_noise((900, 900), 60).convert("RGB"), format))
+    now = time.thread_time()
+    monkeypatch.setattr("blipq_worker.images.time.thread_time", lambda: now + 3600)
+    with pytest.raises(PermanentError, match="takes more than 20 s") as caught:
+        decoded(image)
+    assert caught.value.code == ErrorCode.IMAGE_INVALID
+
+
+def test_time_that_a_picture_waits_is_not_its_own() -> None:
+    """For its room, or while the process stands still: neither says anything about it."""
+    image = opened(encoded(Image.new("RGB", (40, 30), RED), "JPEG"), ImageLimits(decode_s=0.5))
+    time.sleep(0.7)
+    assert decoded(image).size == (40, 30)
+
+
+# --- what becomes of the pixels -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: A picture is given up after so much CPU time, long before the watchdog ends the process.
+DECODE_S = 20.0
+
 
 class Worker:
     """One worker process: the parts, how they start, and how they stop."""
@@ -137,7 +140,11 @@ class Worker:
             fetcher,
             fetching=Budget(options.fetch_memory_bytes, most=options.threads),
             decoding=self._decoding,
-            limits=ImageLimits(formats=options.image_formats, max_pixels=options.max_image_pixels),
+            limits=ImageLimits(
+                formats=options.image_formats,
+                max_pixels=options.max_image_pixels,
+                decode_s=min(DECODE_S, options.watchdog_s / 4),
+            ),
             timeout_s=options.job_timeout_s,
         )
 

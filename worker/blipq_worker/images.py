@@ -1,10 +1,12 @@
 """Bytes to one RGB image, or a reason why not.
 
-The bytes come from strangers: the list of formats is closed, the size is checked before any pixel
-is decoded, and whatever a decoder raises on hostile input becomes ``image_invalid``.
+The bytes come from strangers: the list of formats is closed, size and structure are checked before
+any pixel is decoded, the time is bounded, and whatever a decoder raises on hostile input becomes
+``image_invalid``.
 """
 
 import io
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from PIL import Image
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
+from blipq_worker.structure import Excessive, check_scans, scans_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +23,15 @@ class ImageLimits:
     """What is decoded at all.
 
     formats: Pillow's format names. max_pixels: width x height. max_side: pixels.
-    max_aspect: longer side over shorter side.
+    max_aspect: longer side over shorter side. decode_s: seconds of CPU time, so that neither a
+    busy machine nor a process that stood still is blamed on the picture.
     """
 
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "AVIF", "GIF")
     max_pixels: int = 50_000_000
     max_side: int = 16_384
     max_aspect: float = 100.0
+    decode_s: float = 20.0
 
 
 DEFAULT_LIMITS = ImageLimits()
@@ -34,6 +39,8 @@ DEFAULT_LIMITS = ImageLimits()
 # Pillow's own guard, for sizes that a decoder meets before `decode` can look. It is set once for
 # the process, because swapping warning filters around each decode would race between threads.
 Image.MAX_IMAGE_PIXELS = DEFAULT_LIMITS.max_pixels
+# What Pillow finds wrong with metadata is no news: one file can hold thousands of such faults.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 Image.init()
 
@@ -72,6 +79,26 @@ _MAGIC = (
 _BOX_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}
 
 
+class _Timed(io.BytesIO):
+    """A file that cannot be read once its thread has worked on it for so many seconds.
+
+    Pillow feeds its decoders piece by piece, so that this ends what Python could not: JPEG, PNG and
+    GIF, and whatever goes through a header in Python. WebP and AVIF are decoded in one call; there
+    the number of pixels is the bound.
+    """
+
+    def __init__(self, data: bytes, seconds: float) -> None:
+        super().__init__(data)
+        self._seconds = seconds
+        self._until = time.thread_time() + seconds
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """The next bytes. Raises PermanentError (image_invalid) when the time is over."""
+        if time.thread_time() > self._until:
+            raise _invalid(f"the image takes more than {self._seconds:g} s to decode")
+        return super().read(size)
+
+
 def decode(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """The image in ``data``: RGB, upright, first frame of an animation.
 
@@ -90,8 +117,13 @@ def opened(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
         raise _invalid("the file is empty (0 bytes)")
     if limits.max_pixels > (Image.MAX_IMAGE_PIXELS or 0):
         Image.MAX_IMAGE_PIXELS = limits.max_pixels
-    image = _open(data, limits)
-    _check_size(image.width, image.height, limits)
+    try:
+        scans = scans_in(data)
+        image = _open(data, limits)
+        _check_size(image.width, image.height, limits)
+        check_scans(scans, image.width * image.height)
+    except Excessive as error:
+        raise _invalid(f"the image asks for too much work: {error}") from error
     return image
 
 
@@ -109,7 +141,7 @@ def decoded(image: Image.Image) -> Image.Image:
         for change in (_upright, _eight_bits, _on_white, _rgb):
             image = _changed(image, change)
         return image
-    except MemoryError:
+    except (MemoryError, PermanentError):
         image.close()
         raise
     except Exception as error:  # a decoder may raise anything on damaged bytes
@@ -127,12 +159,12 @@ def _changed(image: Image.Image, change: Callable[[Image.Image], Image.Image]) -
 
 def _open(data: bytes, limits: ImageLimits) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data), formats=limits.formats)
+        return Image.open(_Timed(data, limits.decode_s), formats=limits.formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(
             f"the image has more than {limits.max_pixels:,} pixels ({error})"
         ) from error
-    except MemoryError:
+    except (MemoryError, PermanentError):
         raise
     except Exception as error:
         raise _invalid(_why_not_opened(data, limits)) from error

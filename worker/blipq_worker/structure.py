@@ -1,0 +1,84 @@
+"""How much work a file's structure asks of a decoder, counted before anything is decoded.
+
+A few bytes can ask for a lot: each scan of a progressive JPEG is a walk over the whole picture, and
+a file may have millions of segments. The counts never fall short of what the decoders will meet.
+"""
+
+import re
+
+#: Segments, chunks or blocks. A file of 20 MiB in blocks of 1 KiB has a fifth of that.
+MOST_PARTS = 100_000
+#: Encoders write about ten scans, odd ones some twenty.
+MOST_SCANS = 100
+#: Pixels times scans: forty walks over the largest picture, some seconds.
+MOST_SCANNED_PIXELS = 2_000_000_000
+
+#: What ends entropy-coded data, and what begins a segment: no stuffed zero, no restart.
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)
+_START, _END, _SCAN = 0xD8, 0xD9, 0xDA
+_FIRST_WITH_LENGTH = 0xC0
+
+
+class Excessive(Exception):
+    """The structure asks for too much."""
+
+
+def scans_in(data: bytes) -> int:
+    """How often decoding a file walks over the whole picture, as far as its parts say: 0 if not.
+
+    Raises Excessive for a JPEG, a PNG or a GIF in too many parts.
+    """
+    if data.startswith(b"\xff\xd8"):
+        return _jpeg_scans(data)
+    if data.startswith(b"\x89PNG"):
+        _check_chunks(data)
+    elif data.startswith(b"GIF8"):
+        _check_blocks(data)
+    return 0
+
+
+def check_scans(scans: int, pixels: int) -> None:
+    """Raises Excessive for too many walks over so many pixels."""
+    if scans > MOST_SCANS or scans * pixels > MOST_SCANNED_PIXELS:
+        raise Excessive(f"it has {scans:,} scans of {pixels:,} pixels")
+
+
+def _jpeg_scans(data: bytes) -> int:
+    """The scans of the first picture: behind its end decoders do not look."""
+    at = parts = scans = 0
+    while (marker := _JPEG_MARKER.search(data, at)) is not None:
+        code, at = marker[1][0], marker.end()
+        if code == _END:
+            break
+        parts = _one_more(parts)
+        if code >= _FIRST_WITH_LENGTH and code != _START:
+            at += int.from_bytes(data[at : at + 2])
+        scans += code == _SCAN
+    return scans
+
+
+def _check_chunks(data: bytes) -> None:
+    at = len(b"\x89PNG\r\n\x1a\n")
+    parts = 0
+    while at < len(data) and data[at + 4 : at + 8] != b"IEND":
+        parts = _one_more(parts)
+        at += 12 + int.from_bytes(data[at : at + 4])
+
+
+def _check_blocks(data: bytes) -> None:
+    """The blocks of a GIF before its first frame: comments, and what applications keep there."""
+    flags = data[10] if len(data) > 10 else 0
+    at = 13 + (3 * 2 ** (flags % 8 + 1) if flags & 0x80 else 0)
+    parts = 0
+    while data[at : at + 1] == b"!":
+        at += 2
+        while (size := data[at : at + 1]) not in (b"", b"\0"):
+            parts = _one_more(parts)
+            at += 1 + size[0]
+        at += 1
+
+
+def _one_more(parts: int) -> int:
+    if parts == MOST_PARTS:
+        raise Excessive(f"it has more than {MOST_PARTS:,} parts")
+    return parts + 1
