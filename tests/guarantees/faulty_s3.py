@@ -1,9 +1,10 @@
 """Stands between workers and the real S3 server, and breaks downloads whose key says how.
 
 ``fault=503x2`` answers 503 to the first two requests for the key, and ``fault=503`` to all of them.
-Faults: ``none``; an HTTP status; ``cut``, half of the body and then nothing; ``drip``, a byte at a
-time; ``huge``, a 5 GB object. Everything else passes through as it is: signatures cover the Host
-header, which is left alone.
+Faults: ``none``; an HTTP status; one of S3's codes with status 400, ``ExpiredToken``; ``cut``, half
+of the body and then nothing; ``drip``, a byte at a time; ``huge``, a 5 GB object; ``held``, a write
+that stays on its way until ``release`` is set. Everything else passes through as it is: signatures
+cover the Host header, which is left alone.
 """
 
 import http.client
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 
 FAULT = re.compile(r"fault=(?P<what>\w+?)(x(?P<times>\d+))?/")
 DRIP_S = 0.05
+HELD_S = 60.0
 HUGE = 5 * 2**30
 
 
@@ -33,6 +35,10 @@ class FaultyS3:
     def __init__(self, real_url: str) -> None:
         self.requests: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
+        self.release = threading.Event()
+        self.held = 0
+        #: What became of writes, in order.
+        self.writes: list[int] = []
         self._real = urlsplit(real_url).netloc
         faulty = self
 
@@ -64,8 +70,16 @@ class FaultyS3:
             what = self._fault(request.path)
             if what is None:
                 self._pass_on(request, body)
+            elif what == "held":
+                if request.command == "PUT":
+                    self.held += 1
+                    self.release.wait(HELD_S)
+                self._pass_on(request, body)
             elif what.isdecimal():
                 self._refuse(request, int(what))
+            elif what[0].isupper():
+                told = f"<Error><Code>{what}</Code><Message>{what}</Message></Error>"
+                self._refuse(request, 400, told.encode())
             else:
                 self._spoil(request, what)
         except OSError:
@@ -88,6 +102,8 @@ class FaultyS3:
             connection.endheaders(body)
             response = connection.getresponse()
             data = response.read()
+        if request.command == "PUT":
+            self.writes.append(response.status)
         request.send_response(response.status)
         for name, value in response.getheaders():
             if name.lower() not in {"transfer-encoding", "content-length", "connection", "date"}:
@@ -96,10 +112,11 @@ class FaultyS3:
         request.end_headers()
         request.wfile.write(data)
 
-    def _refuse(self, request: BaseHTTPRequestHandler, status: int) -> None:
+    def _refuse(self, request: BaseHTTPRequestHandler, status: int, body: bytes = b"") -> None:
         request.send_response(status)
-        request.send_header("Content-Length", "0")
+        request.send_header("Content-Length", str(len(body)))
         request.end_headers()
+        request.wfile.write(body)
 
     def _spoil(self, request: BaseHTTPRequestHandler, what: str) -> None:
         length = HUGE if what == "huge" else 1000

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from blipq import ErrorCode, ImageRef, JobFailed, Status
+from blipq.ledger import MAX_RETRIES
 from guarantees.rig import Rig, png
 
 
@@ -50,6 +51,44 @@ def test_an_image_that_changed_since_the_submit_is_refused(rig: Rig) -> None:
     error = job.wait(20).error
     assert error is not None
     assert error.code is ErrorCode.IMAGE_CHANGED
+
+
+def test_a_worker_whose_token_expires_gives_its_jobs_back_until_it_has_a_new_one(
+    rig: Rig,
+) -> None:
+    """More often than a job may be retried: what is wrong with a worker is not the job's fault."""
+    rig.start_worker()
+    job = rig.client.caption(rig.upload(f"ExpiredTokenx{MAX_RETRIES + 2}"))
+    rig.all_succeed([job], timeout=60)
+    assert job.info().attempts == 1
+
+
+def test_a_picture_that_asks_for_too_much_work_fails_at_once_and_its_worker_lives(
+    rig: Rig,
+) -> None:
+    """Scans of 75 bytes, each a walk over all of its pixels."""
+    worker = rig.start_worker(watchdog_s=10)
+    stream = io.BytesIO()
+    Image.new("L", (7000, 7000), 120).save(stream, "JPEG", progressive=True)
+    data = stream.getvalue()
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    evil = rig.client.caption(rig.upload("none", data[:-2] + 400 * scan + data[-2:]))
+    fine = rig.submit_all(["fine"] * 8)
+    error = evil.wait(30).error
+    assert error is not None
+    assert (error.code, "scans" in error.message) == (ErrorCode.IMAGE_INVALID, True)
+    rig.all_succeed(fine)
+    assert worker.exit_code is None
+
+
+def test_an_upload_cannot_be_overwritten_by_anothers_output(rig: Rig) -> None:
+    """Whoever knows a picture knows its name in the inbox."""
+    rig.start_worker(allowed_outputs=f"{rig.settings.inbox_bucket},blipq-outputs")
+    victim = rig.client.storage.upload(png("blue"))
+    error = rig.submit("attack", output=victim.uri).wait(20).error
+    assert error is not None
+    assert (error.code, "inbox" in error.message) == (ErrorCode.INVALID_REQUEST, True)
+    rig.all_succeed([rig.client.caption(victim)])
 
 
 def bomb(side: int) -> bytes:

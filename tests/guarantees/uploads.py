@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from blipq import supervisor
+from blipq.supervisor import Service
 from conftest import wait_until
 from guarantees.rig import Rig, png
 from sqs import Sqs, notification
@@ -75,7 +76,7 @@ options = {{ output = "s3://{BUCKET}/results/{{key}}.json" }}
         self.watch.start()
         stop = threading.Event()
         try:
-            services = [self.watch, *(self.rig.launch_worker() for _ in range(self.workers))]
+            services = [self.watch, *self._workers()]
             options = {"tell": lambda text: None}
             thread = threading.Thread(
                 target=supervisor.supervise, args=(services, stop), kwargs=options
@@ -86,6 +87,9 @@ options = {{ output = "s3://{BUCKET}/results/{{key}}.json" }}
             stop.set()
             thread.join()
             self.watch.stop()
+
+    def _workers(self) -> list[Service]:
+        return [self.rig.launch_worker(allowed_outputs=BUCKET) for _ in range(self.workers)]
 
     # -- load --
 

@@ -33,12 +33,12 @@ _EXPECT_S = 1.0
 
 def output_storage(settings: Settings, options: WorkerSettings) -> Storage:
     """A client whose writes end, one way or the other, well within a lease."""
-    share = options.lease_s / 6
+    room = max(0.1, 0.9 * options.lease_s - _EXPECT_S)
     return Storage(
         settings,
         max_connections=options.threads,
-        connect_timeout_s=min(3.0, share),
-        read_timeout_s=min(10.0, share),
+        connect_timeout_s=min(3.0, 0.2 * room),
+        read_timeout_s=min(10.0, 0.4 * room),  # to send, and to be told
         attempts=1,
     )
 
