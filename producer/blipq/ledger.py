@@ -319,10 +319,11 @@ class Ledger(Scripted):
         with redis_errors(claim.id):
             return bool(self._run("requeue", claim.id, claim.token, ms(delay_s), "retry", error))
 
-    def hand_back(self, claim: Claim) -> bool:
-        """Puts a job back at once, uncounted; the caller publishes it."""
+    def hand_back(self, claim: Claim, delay_s: float = 0.0) -> bool:
+        """Puts a job back, uncounted. The caller publishes it, or the reconciler when it is due."""
         with redis_errors(claim.id):
-            return bool(self._run("requeue", claim.id, claim.token, 0, "hand-back"))
+            delay = ms(delay_s) if delay_s else 0
+            return bool(self._run("requeue", claim.id, claim.token, delay, "hand-back"))
 
     def reconcile(
         self, *, limit: int = 100, grace_s: float = GRACE_S, judge: bool = True

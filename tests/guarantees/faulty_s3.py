@@ -1,10 +1,9 @@
 """Stands between workers and the real S3 server, and breaks downloads whose key says how.
 
 ``fault=503x2`` answers 503 to the first two requests for the key, and ``fault=503`` to all of them.
-Faults: ``none``; an HTTP status; one of S3's codes with status 400, ``ExpiredToken``; ``cut``, half
-of the body and then nothing; ``drip``, a byte at a time; ``huge``, a 5 GB object; ``held``, a write
-that stays on its way until ``release`` is set. Everything else passes through as it is: signatures
-cover the Host header, which is left alone.
+Faults: ``none``; an HTTP status; ``cut``, half of the body and then nothing; ``drip``, a byte at a
+time; ``huge``, a 5 GB object; ``held``, a write that stays on its way until ``release`` is set.
+Everything else passes through as it is: signatures cover the Host header, which is left alone.
 """
 
 import http.client
@@ -37,6 +36,8 @@ class FaultyS3:
         self.sent: Counter[str] = Counter()
         self.release = threading.Event()
         self.held = 0
+        #: A code of S3's that every download is refused with, while it is set.
+        self.code: str | None = None
         #: What became of writes, in order.
         self.writes: list[int] = []
         self._real = urlsplit(real_url).netloc
@@ -67,7 +68,8 @@ class FaultyS3:
         self.requests[request.path] += 1
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
         try:
-            what = self._fault(request.path)
+            what = self.code if self.code and request.command == "GET" else None
+            what = what or self._fault(request.path)
             if what is None:
                 self._pass_on(request, body)
             elif what == "held":

@@ -37,7 +37,7 @@ def test_a_job_that_is_refused_makes_its_worker_unready_while_that_lasts(s3: Ref
     asked = access(s3)
     assert asked.trouble() is None
     s3.refuse(400, "ExpiredToken")
-    asked.refused("a job met ExpiredToken")
+    assert asked.is_refused("a job met ExpiredToken")
     assert "ExpiredToken" in str(asked.trouble())
     s3.refuse(404, "NoSuchKey")
     assert asked.trouble() is None
@@ -57,3 +57,19 @@ def test_an_s3_that_does_not_answer_says_nothing_of_the_worker(s3: RefusingS3) -
     assert asked.trouble() is None
     s3.refuse(400, "InvalidToken")
     assert "InvalidToken" in str(asked.trouble())
+
+
+def test_a_bucket_that_refuses_the_worker_alone_does_not_make_it_unready(s3: RefusingS3) -> None:
+    """In another region, say: S3 takes the worker everywhere else."""
+    asked = access(s3)
+    assert not asked.is_refused("a job met AuthorizationHeaderMalformed")
+    assert asked.trouble() is None
+
+
+def test_a_refusal_counts_while_s3_does_not_say_otherwise(s3: RefusingS3) -> None:
+    s3.refuse(503, "SlowDown")
+    asked = access(s3)
+    assert asked.is_refused("a job met ExpiredToken")
+    assert asked.trouble() == "a job met ExpiredToken"
+    s3.refuse(404, "NoSuchKey")
+    assert asked.trouble() is None

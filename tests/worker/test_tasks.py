@@ -548,8 +548,9 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("refused")
 def test_a_job_goes_back_uncounted_however_often_s3_refuses_its_worker(
-    parts: Parts, picture: bytes
+    parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Storage, "refused_access", lambda self: "the token has expired")
     job = parts.client.caption(picture)
     for _ in range(MAX_RETRIES + 3):
         info = parts.run(job)
@@ -558,13 +559,24 @@ def test_a_job_goes_back_uncounted_however_often_s3_refuses_its_worker(
     assert b'kind="caption",outcome="handed_back"' in parts.metrics.page()
 
 
+@pytest.mark.usefixtures("refused")
+def test_a_job_whose_bucket_alone_refuses_its_worker_is_put_off_uncounted(
+    parts: Parts, picture: bytes
+) -> None:
+    """No thread waits for it, and others are not kept from theirs."""
+    job = parts.client.caption(picture)
+    info = parts.run(job)
+    assert (info.status, info.attempts) == ("queued", 0)
+    (due,) = parts.ledger.redis.zrange("blipq:delayed", 0, -1)
+    assert due == job.id
+
+
 def test_a_job_whose_index_refuses_the_worker_goes_back(
     parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
         raise S3Unavailable("S3 refuses for now: ExpiredToken", Refusal.EXPIRED)
 
-    monkeypatch.setattr(tasks, "REFUSED_PAUSE_S", 0.0)
     monkeypatch.setattr(parts.indexes, "open_or_create", refuse)
     job = parts.client.embed(picture, index={"name": "sizes"})
     assert parts.run(job).status == "queued"

@@ -35,11 +35,14 @@ class S3Access:
         self._trouble: str | None = None
         self._asked_at = float("-inf")
 
-    def refused(self, why: str) -> None:
-        """A job met a refusal. The first is told: the rest of them would say the same."""
-        if self._trouble is None:
-            log.error("S3 refuses this worker: %s", why)
-        self._trouble = why
+    def is_refused(self, why: str) -> bool:
+        """After a job was refused: whether S3 refuses this worker as such.
+
+        It does unless it says otherwise. Asked at once, as it may be about the job's bucket alone.
+        """
+        with self._asking:
+            self._ask(otherwise=why)
+            return self._trouble is not None
 
     def trouble(self) -> str | None:
         """Why S3 refuses this worker, or None. Asks S3 until it is known to take it."""
@@ -49,18 +52,22 @@ class S3Access:
         if self._asking.acquire(blocking=False):
             try:
                 if time.monotonic() - self._asked_at >= self._ask_every_s:
-                    self._ask()
+                    self._ask(otherwise=self._trouble)
             finally:
                 self._asking.release()
         return self._trouble
 
-    def _ask(self) -> None:
+    def _ask(self, *, otherwise: str | None) -> None:
+        """``otherwise``: what is assumed where S3 does not answer."""
+        before = self._trouble
         try:
-            why = self._storage.refused_access()
-        except QueueUnavailable as error:  # of the credentials this says nothing
+            self._trouble = self._storage.refused_access()
+            self._known = True
+        except QueueUnavailable as error:
             log.warning("S3 did not say whether it takes this worker: %s", error)
-        else:
-            if why is None and self._trouble is not None:
-                log.info("S3 takes this worker again")
-            self._known, self._trouble = True, why
+            self._trouble = otherwise
         self._asked_at = time.monotonic()
+        if self._trouble is not None and before is None:
+            log.error("S3 refuses this worker: %s", self._trouble)
+        elif self._trouble is None and before is not None:
+            log.info("S3 takes this worker again")

@@ -57,6 +57,8 @@ LONGEST_BACKOFF_S = 60.0
 HAND_BACK_PAUSE_S = 1.0
 #: A thread takes no job for so long after S3 refused its worker.
 REFUSED_PAUSE_S = 5.0
+#: A job whose bucket alone refused its worker is tried again after so long.
+PUT_OFF_S = 10.0
 
 
 #: A result as JSON, and what a person should know about it.
@@ -192,7 +194,7 @@ class Runner:
         except PermanentError as error:
             self._fail(claim, error, watch)
         except AccessRefused as error:
-            self._refused_access(claim, error)
+            self._refused_access(claim, error, watch)
         except TransientError as error:
             self._retry(claim, error, watch)
         finally:
@@ -288,11 +290,15 @@ class Runner:
         write = partial(self._ledger.retry, claim, pause, text)
         self._finish(write, claim, watch, "retried", error.code)
 
-    def _refused_access(self, claim: Claim, error: AccessRefused) -> None:
-        """S3 refuses this worker, so the job is another's, or this one's later."""
-        self._access.refused(str(error))
-        self._hand_back(claim)
-        time.sleep(REFUSED_PAUSE_S)  # so that workers in order find it first
+    def _refused_access(self, claim: Claim, error: AccessRefused, watch: Stopwatch) -> None:
+        """S3 refuses this worker, so the job is another's, or this one's later: uncounted."""
+        if self._access.is_refused(str(error)):
+            self._hand_back(claim)
+            time.sleep(REFUSED_PAUSE_S)  # so that workers in order find it first
+        else:  # it is about this job's bucket alone: no thread waits for that
+            log.warning("%s: %s: again in %g s", claim.id, error, PUT_OFF_S)
+            put_off = partial(self._ledger.hand_back, claim, PUT_OFF_S)
+            self._finish(put_off, claim, watch, "handed_back")
 
     def _hand_back(self, claim: Claim) -> None:
         try:
