@@ -91,7 +91,7 @@ def test_redis_takes_its_flags(compose: dict[str, Any], tmp_path: Path) -> None:
         assert raw.config_get("save")["save"] == ""
 
 
-def test_seaweedfs_takes_its_flags_and_makes_the_inbox(
+def test_seaweedfs_takes_its_flags_and_makes_the_buckets(
     compose: dict[str, Any], tmp_path: Path
 ) -> None:
     service = compose["services"]["seaweedfs"]
@@ -128,7 +128,8 @@ def test_seaweedfs_takes_its_flags_and_makes_the_inbox(
         return []
 
     with running("s3", command, tmp_path / "log"):
-        wait_until(lambda: settings.inbox_bucket in buckets(), "the inbox")
+        wanted = {settings.inbox_bucket, environment["BLIPQ_ALLOWED_OUTPUTS"]}
+        wait_until(lambda: wanted <= set(buckets()), "the inbox and the bucket of the outputs")
     for each in (port, *own):
         number = str(each).rpartition("=")[2]
         for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):

@@ -19,7 +19,9 @@ from blipq import Client, Settings
 from blipq.ledger import Ledger, connect
 from blipq.local import LocalStack, StackError, free_port
 from blipq.sample import red_square
+from blipq.outputs import why_refused
 from blipq.settings import read_stack_file
+from blipq.storage import Storage
 from blipq.supervisor import Service, supervise
 from blipq.webhooks.delivery import new_secret
 from conftest import blipq, wait_until
@@ -64,6 +66,17 @@ def test_secrets_are_readable_by_their_owner_alone(stack: LocalStack) -> None:
     assert stat.S_IMODE(stack.folder.stat().st_mode) == 0o700
     for file in ("redis/redis.conf", "s3.json"):
         assert stat.S_IMODE((stack.folder / file).stat().st_mode) == 0o600
+
+
+def test_its_workers_may_write_outputs_to_a_bucket_of_their_own(
+    stack: LocalStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = stack.environment()["BLIPQ_ALLOWED_OUTPUTS"]
+    uri = f"s3://{allowed}/answer.json"
+    assert why_refused(uri, (allowed,), stack.settings()) is None
+    assert Storage(stack.settings()).has_bucket(allowed)
+    monkeypatch.setenv("BLIPQ_ALLOWED_OUTPUTS", "answers")
+    assert stack.environment()["BLIPQ_ALLOWED_OUTPUTS"] == "answers"
 
 
 def test_a_taken_port_is_told(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 from blipq import Settings
 from blipq.errors import QueueUnavailable
 from blipq.local import LocalStack, free_port
+from blipq.refusals import Refusal, S3Unavailable
 from blipq_worker import index as module
 from blipq_worker.index import Entry, Index, Indexes, Space, UnknownIndex
+from refusing_s3 import refusing_s3
 
 SPACE = Space("checkpoint", "0123456789abcdef")
 OTHER = Space("other", "fedcba9876543210")
@@ -290,3 +292,18 @@ def test_a_place_that_does_not_answer_is_said_to_be_away(tmp_path: Path) -> None
     file.write_text("not a folder")
     with pytest.raises(QueueUnavailable):
         Indexes(Settings(indexes=str(file))).open_or_create("photos", SPACE)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "refusal"),
+    [(400, "ExpiredToken", Refusal.EXPIRED), (403, "InvalidAccessKeyId", Refusal.ACCESS)],
+)
+def test_a_place_that_refuses_the_worker_says_so(status: int, code: str, refusal: Refusal) -> None:
+    """LanceDB asks S3 by itself, and has no type for what it answers."""
+    with refusing_s3() as s3:
+        places = Indexes(s3.settings.model_copy(update={"indexes": "s3://indexes/a"}))
+        s3.refuse(status, code)
+        places._found = True
+        with pytest.raises(S3Unavailable) as raised:
+            places.infos()
+    assert raised.value.refusal is refusal

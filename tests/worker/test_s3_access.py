@@ -1,9 +1,12 @@
 """Whether S3 takes the worker: what readiness says of it."""
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from blipq import Settings
 from blipq.storage import Storage
 from blipq_worker.s3_access import S3Access
 from refusing_s3 import RefusingS3, refusing_s3
@@ -66,6 +69,19 @@ def test_a_bucket_that_refuses_the_worker_alone_does_not_make_it_unready(s3: Ref
     assert asked.trouble() is None
 
 
+def test_jobs_that_are_refused_together_ask_once_or_twice(s3: RefusingS3) -> None:
+    s3.refuse(400, "ExpiredToken")
+    asked, together = access(s3), threading.Barrier(16)
+
+    def meet(_: int) -> bool:
+        together.wait(30)
+        return asked.is_refused("a job met ExpiredToken")
+
+    with ThreadPoolExecutor(16) as threads:
+        assert list(threads.map(meet, range(16))) == [True] * 16
+    assert len(s3.requests) < 16
+
+
 def test_a_refusal_counts_while_s3_does_not_say_otherwise(s3: RefusingS3) -> None:
     s3.refuse(503, "SlowDown")
     asked = access(s3)
@@ -73,3 +89,13 @@ def test_a_refusal_counts_while_s3_does_not_say_otherwise(s3: RefusingS3) -> Non
     assert asked.trouble() == "a job met ExpiredToken"
     s3.refuse(404, "NoSuchKey")
     assert asked.trouble() is None
+
+
+def test_a_worker_without_credentials_is_not_ready(
+    s3: RefusingS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", "/nonexistent")
+    nobody = Settings(s3_endpoint_url=s3.settings.s3_endpoint_url)
+    assert "no S3 credentials" in str(S3Access(Storage(nobody)).trouble())
+    assert s3.requests == []

@@ -40,8 +40,10 @@ class S3Access:
 
         It does unless it says otherwise. Asked at once, as it may be about the job's bucket alone.
         """
+        began = time.monotonic()
         with self._asking:
-            self._ask(otherwise=why)
+            if self._asked_at < began:  # else another thread has just asked
+                self._ask(otherwise=why)
             return self._trouble is not None
 
     def trouble(self) -> str | None:
