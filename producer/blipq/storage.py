@@ -93,25 +93,21 @@ class Storage:
         key = f"{hashlib.sha256(data).hexdigest()}{suffix}"
         content_type = mimetypes.types_map.get(suffix, "application/octet-stream")
         with s3_errors():
-            if not self._put_new(bucket, key, data, content_type) and self._is_due(
-                bucket, key, len(data)
-            ):
-                self.client.put_object(Bucket=bucket, Key=key, Body=data, ContentType=content_type)
+            self._put_once(bucket, key, data, content_type)
         return ImageRef(uri=f"s3://{bucket}/{key}")
 
-    def _put_new(self, bucket: str, key: str, data: bytes, content_type: str) -> bool:
-        """Writes an object unless there is one; whether it did."""
+    def _put_once(self, bucket: str, key: str, data: bytes, content_type: str) -> None:
+        """Writes an object unless it is there and young."""
         from botocore.exceptions import ClientError
 
+        what: Any = {"Bucket": bucket, "Key": key, "Body": data, "ContentType": content_type}
         try:
-            self.client.put_object(
-                Bucket=bucket, Key=key, Body=data, ContentType=content_type, IfNoneMatch="*"
-            )
+            self.client.put_object(**what, IfNoneMatch="*")
         except ClientError as error:
             if refusal_of(error) is not Refusal.CHANGED:
                 raise
-            return False
-        return True
+            if self._is_due(bucket, key, len(data)):
+                self.client.put_object(**what)
 
     def _is_due(self, bucket: str, key: str, size: int) -> bool:
         """Whether an object is to be written anew: too old, of another size, or not to be seen."""
