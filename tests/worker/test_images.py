@@ -198,6 +198,13 @@ def test_a_file_has_a_bounded_number_of_parts(format: str) -> None:
     assert "parts" in refused(in_parts(format, 100_001), ErrorCode.IMAGE_INVALID)
 
 
+def test_a_gif_of_empty_extensions_is_in_parts_too() -> None:
+    data = encoded(Image.new("RGB", (8, 8), RED), "GIF")
+    at = data.index(b",", 13 + 3 * 2 ** (data[10] % 8 + 1))
+    many = data[:at] + 100_001 * b"!\xfe\0" + data[at:]
+    assert "parts" in refused(many, ErrorCode.IMAGE_INVALID)
+
+
 def test_what_follows_a_picture_is_no_part_of_it() -> None:
     for format in ("JPEG", "PNG", "GIF"):
         data = encoded(Image.new("RGB", (8, 8), RED), format)

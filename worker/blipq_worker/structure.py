@@ -71,6 +71,7 @@ def _check_blocks(data: bytes) -> None:
     at = 13 + (3 * 2 ** (flags % 8 + 1) if flags & 0x80 else 0)
     parts = 0
     while data[at : at + 1] == b"!":
+        parts = _one_more(parts)
         at += 2
         while (size := data[at : at + 1]) not in (b"", b"\0"):
             parts = _one_more(parts)
