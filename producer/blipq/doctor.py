@@ -26,8 +26,8 @@ from blipq.errors import BlipqError, ResultTimeout
 from blipq.ledger import DEAD_LETTERS, Ledger, connect
 from blipq.redaction import place_of, redacted
 from blipq.redis_url import Tls, take_apart
-from blipq.sample import red_square
 from blipq.refusals import status_of
+from blipq.sample import red_square
 from blipq.settings import Settings
 from blipq.storage import Storage
 from blipq.webhooks.outbox import Outbox

@@ -18,8 +18,8 @@ import pytest
 from blipq import Client, Settings
 from blipq.ledger import Ledger, connect
 from blipq.local import LocalStack, StackError, free_port
-from blipq.sample import red_square
 from blipq.outputs import why_refused
+from blipq.sample import red_square
 from blipq.settings import read_stack_file
 from blipq.storage import Storage
 from blipq.supervisor import Service, supervise
