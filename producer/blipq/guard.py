@@ -27,6 +27,38 @@ _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 # inet_aton reads all of these as an address: 127.1, 2130706433, 0x7f.0.0.1
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 
+# Our own list: the one behind Python's ``is_global`` differs from release to release. Sources: the
+# special-purpose registries of IANA; what they call global but means "whatever is near" is left out.
+_INSIDE_4 = tuple(
+    IPv4Network(network)
+    for network in (
+        "0.0.0.0/8",  # this network
+        "10.0.0.0/8",  # private
+        "100.64.0.0/10",  # shared by a provider's customers
+        "127.0.0.0/8",  # this machine
+        "169.254.0.0/16",  # link-local, and the metadata of clouds
+        "172.16.0.0/12",  # private
+        "192.0.0.0/24",  # protocol assignments: the nearest NAT, the nearest TURN server
+        "192.0.2.0/24",  # documentation
+        "192.88.99.0/24",  # the nearest 6to4 relay
+        "192.168.0.0/16",  # private
+        "198.18.0.0/15",  # benchmarks
+        "198.51.100.0/24",  # documentation
+        "203.0.113.0/24",  # documentation
+        "224.0.0.0/4",  # multicast
+        "240.0.0.0/4",  # reserved, and the broadcast address
+    )
+)
+# All else of IPv6 is reserved, local or multicast.
+_UNICAST_6 = IPv6Network("2000::/3")
+_INSIDE_6 = tuple(
+    IPv6Network(network)
+    for network in (
+        "2001::/23",  # protocol assignments, Teredo among them
+        "2001:db8::/32",  # documentation
+        "3fff::/20",  # documentation
+    )
+)
 _NAT64 = IPv6Network("64:ff9b::/96")
 
 
@@ -173,19 +205,19 @@ def as_network(text: str) -> Network | None:
 
 def is_public(address: Address) -> bool:
     """Whether packets to the address leave for the public internet, however it is wrapped."""
-    if isinstance(address, IPv6Address):
-        if address.ipv4_mapped is not None:
-            return is_public(address.ipv4_mapped)
-        if address in _NAT64:
-            return is_public(IPv4Address(int(address) & 0xFFFF_FFFF))
-        inner = [address.sixtofour, *(address.teredo or ())]
-        if not all(is_public(each) for each in inner if each is not None):
-            return False
-        if address.is_site_local:
-            return False
-    return address.is_global and not (
-        address.is_multicast or address.is_reserved or address.is_link_local
-    )
+    if isinstance(address, IPv4Address):
+        return not any(address in network for network in _INSIDE_4)
+    wrapped = _wrapped(address)
+    if wrapped is not None:
+        return is_public(wrapped)
+    return address in _UNICAST_6 and not any(address in network for network in _INSIDE_6)
+
+
+def _wrapped(address: IPv6Address) -> IPv4Address | None:
+    """The IPv4 address that packets to this one are for in the end (mapped, NAT64 or 6to4)."""
+    if address in _NAT64:
+        return IPv4Address(int(address) & 0xFFFF_FFFF)
+    return address.ipv4_mapped or address.sixtofour
 
 
 class Guard:

@@ -66,12 +66,15 @@ def _load_all(options: WorkerSettings) -> "dict[str, Blip2]":
 
 def _load(name: str, what: str, options: WorkerSettings, cache: "FeatureCache") -> "Blip2":
     from blipq_worker.blip2 import Blip2
+    from blipq_worker.blip2.loading import cpu_has_bfloat16
     from blipq_worker.memory import shortage
 
     served = served_model(name, what)
     device, quantization = where_and_how(options)
     if (told := shortage(options, what, device, quantization)) is not None:
         log.warning("%s", told)
+    if device == "cpu" and options.dtype == "bfloat16" and not cpu_has_bfloat16():
+        log.warning("this CPU has no instructions for bfloat16: BLIPQ_DTYPE=float32 is faster here")
     model = Blip2.load(
         served.generation,
         served.retrieval,

@@ -69,8 +69,12 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
+        try:
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+        except sqlite3.Error:  # not a database, say
+            self.close()
+            raise
 
     @classmethod
     def create(cls, path: Path, **facts: Any) -> "Journal":
@@ -90,10 +94,13 @@ class Journal:
         """A file that is there. Raises InvalidRequest."""
         if not path.is_file():
             raise InvalidRequest(f"there is no bulk {path}: blipq bulk submit makes one")
+        journal: Journal | None = None
         try:
             journal = cls(path)
             journal.fact("id")
         except sqlite3.DatabaseError as error:
+            if journal is not None:
+                journal.close()
             raise InvalidRequest(f"{path} is not a bulk's journal: {error}") from None
         return journal
 

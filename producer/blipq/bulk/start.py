@@ -59,7 +59,7 @@ def begin(path: Path, facts: Mapping[str, Any], storage: Storage) -> tuple[Journ
     journal = Journal.open(path)
     try:
         _check_same(journal, facts, manifest)
-    except InvalidRequest:
+    except BaseException:
         journal.close()
         raise
     return journal, manifest

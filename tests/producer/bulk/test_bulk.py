@@ -1,6 +1,7 @@
 """A bulk from the first line to the results; the test plays the worker."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,12 @@ IMAGE = "s3://photos/cat.jpg"
 
 def line(custom_id: str, **fields: Any) -> str:
     return json.dumps({"custom_id": custom_id, "kind": "caption", "image": IMAGE} | fields)
+
+
+def open_files() -> set[Path]:
+    """The files that this process has open."""
+    names = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+    return {name.readlink() for name in names if name.is_symlink()}
 
 
 class Bulk:
@@ -234,6 +241,8 @@ def test_a_bulk_is_not_confused_with_another(bulk: Bulk) -> None:
     bulk.write(line("a"), line("b"))
     with pytest.raises(InvalidRequest, match="another manifest, or it has changed"):
         bulk.driver()
+    bulk.close()
+    assert bulk.path not in open_files()
 
 
 def test_a_file_that_is_no_journal_is_left_alone(bulk: Bulk) -> None:
@@ -242,6 +251,7 @@ def test_a_file_that_is_no_journal_is_left_alone(bulk: Bulk) -> None:
     with pytest.raises(InvalidRequest, match="is not a bulk's journal"):
         bulk.driver()
     assert bulk.path.read_text().startswith("my diary")
+    assert bulk.path not in open_files()
 
 
 def test_two_processes_do_not_work_on_one_bulk(bulk: Bulk) -> None:

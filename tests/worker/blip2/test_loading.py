@@ -62,13 +62,19 @@ def test_auto_is_laviss_mix_on_a_gpu(family: Any, mix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "dtype"),
-    [({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16"), ({}, "float32")],
+    ("capabilities", "kernels", "dtype"),
+    [
+        ({"avx512_bf16": True}, True, "bfloat16"),
+        ({"amx_bf16": True}, True, "bfloat16"),
+        ({"amx_bf16": True}, False, "float32"),
+        ({}, True, "float32"),
+    ],
 )
 def test_auto_is_bfloat16_on_cpus_that_have_it(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], dtype: str
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], kernels: bool, dtype: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(loading, "has_kernels", lambda dtype: kernels)
     assert str(choose_precision("auto", CPU, "opt")) == dtype
 
 

@@ -1,13 +1,21 @@
 """Linear layers in the layout of a CPU's kernels compute what they did before."""
 
+import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from blipq_worker.blip2 import Blip2, loading
-from blipq_worker.blip2.packing import PackedLinear, pack
+from blipq_worker.blip2.packing import PackedLinear, has_kernels, pack
+from blipq_worker.load import load_models
+from blipq_worker.settings import WorkerSettings
 
+#: As oneDNN sees an AVX2-only CPU; it reads this once, so a process of its own is needed.
+AVX2_ONLY = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -20,7 +28,10 @@ def linears(model: torch.nn.Module) -> set[str]:
 @torch.inference_mode()
 def test_a_packed_layer_computes_the_same(dtype: torch.dtype, bias: bool) -> None:
     layer = torch.nn.Linear(96, 77, bias=bias, dtype=dtype)
-    packed = PackedLinear(layer)
+    model = torch.nn.Sequential(layer)
+    pack(model)
+    (packed,) = model
+    assert isinstance(packed, PackedLinear) == has_kernels(dtype)
     states = torch.randn(300, 4, 96, dtype=dtype)
     for some in (states, states[:1], states[:0], states[0, 0], states[:, 1], states[::2, ::2]):
         torch.testing.assert_close(
@@ -52,6 +63,38 @@ def test_a_model_for_the_compiler_is_not_packed(
     monkeypatch.setattr(loading, "compile_parts", lambda model: None)
     model = Blip2.load(str(checkpoints["opt"]), dtype="float32", compiled=True)
     assert len(linears(model.generator.model)) > 1
+
+
+def test_layers_without_kernels_on_this_cpu_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 8, dtype=torch.bfloat16), torch.nn.Linear(8, 8, dtype=torch.float32)
+    )
+    pack(model)
+    assert [type(layer) for layer in model] == [torch.nn.Linear, PackedLinear]
+
+
+def test_bfloat16_is_served_on_a_cpu_without_avx512() -> None:
+    """A real process whose kernels are those of AVX2: the demo model's canary passes there."""
+    code = "from blipq_worker.load import load_models\nfrom blipq_worker.settings import *\n"
+    code += "print(load_models(WorkerSettings(dtype='bfloat16'))['default'].info.dtype)"
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | AVX2_ONLY,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert ran.stdout.strip() == "bfloat16", ran.stderr
+
+
+def test_a_cpu_without_bfloat16_is_told_once_at_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loading, "has_kernels", lambda dtype: False)
+    with caplog.at_level(logging.WARNING):
+        load_models(WorkerSettings(dtype="bfloat16", canary=False))
+    assert "BLIPQ_DTYPE=float32 is faster here" in caplog.text
 
 
 def test_a_layer_that_two_parts_share_is_packed_once() -> None:

@@ -23,6 +23,7 @@ from transformers import (
 from blipq_worker.blip2.attention import Attention, choose_attention
 from blipq_worker.blip2.checkpoints import Checkpoint, CheckpointError
 from blipq_worker.blip2.compiling import compile_parts
+from blipq_worker.blip2.packing import has_kernels
 from blipq_worker.models import Family
 
 Quantization = Literal["none", "int8", "nf4"]
@@ -82,15 +83,20 @@ def choose_precision(dtype: Dtype, device: torch.device, family: Family) -> Prec
         if dtype == "float16":
             raise ValueError("float16 is not for CPUs: choose bfloat16, float32 or auto")
         if dtype == "auto":
-            dtype = "bfloat16" if _cpu_has_bfloat16() else "float32"
+            dtype = "bfloat16" if cpu_has_bfloat16() else "float32"
     vision: torch.dtype = torch.float16 if dtype == "auto" else getattr(torch, dtype)
     language = torch.bfloat16 if family == "t5" and vision == torch.float16 else vision
     return Precision(vision, language)
 
 
-def _cpu_has_bfloat16() -> bool:
+def cpu_has_bfloat16() -> bool:
+    """Whether bf16 is faster than fp32 on this CPU: it has the instructions, and kernels for them.
+
+    A CPU without them computes in bf16, too, several times slower.
+    """
     capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    instructions = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return instructions and has_kernels(torch.bfloat16)
 
 
 class _ByParts:

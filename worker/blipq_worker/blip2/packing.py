@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-_PACKED = (torch.float32, torch.bfloat16)
 #: Rows of input for which oneDNN chooses the layout; there may be more or fewer.
 _ROWS = 32
 
@@ -33,13 +32,24 @@ class PackedLinear(torch.nn.Module):
         return out
 
 
+def has_kernels(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of this type on this CPU.
+
+    bf16 needs AVX-512 (or its like on other CPUs), and ``ONEDNN_MAX_CPU_ISA`` can take it away.
+    """
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
 def pack(model: torch.nn.Module) -> None:
     """Packs the model's linear layers in place, where they are on a CPU and not quantized.
 
-    Layers whose weights serve elsewhere, too, are left: they would be held twice.
+    Layers whose weights serve elsewhere, too, are left: they would be held twice. So are those of a
+    type for which this CPU has no kernels: PyTorch computes with them all the same.
     """
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return
     shared = _shared(model)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
@@ -58,4 +68,4 @@ def _shared(model: torch.nn.Module) -> set[int]:
 
 
 def _fits(weight: Any, shared: set[int]) -> bool:
-    return weight.device.type == "cpu" and weight.dtype in _PACKED and id(weight) not in shared
+    return weight.device.type == "cpu" and has_kernels(weight.dtype) and id(weight) not in shared
