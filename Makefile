@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: help demo up test guarantees chaos bench gpu gpu-kit peers lint types check format constraints demo-model clean
+.PHONY: help demo up test test-avx2 test-newest-python test-python guarantees chaos bench gpu gpu-kit peers lint types check format constraints demo-model clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -22,6 +22,28 @@ up: $(VENV)/installed  ## Start a local stack: Redis, S3 and a worker with the d
 RERUNS ?= 0
 test: $(VENV)/installed-dev  ## Run the tests.
 	$(BIN)/pytest -m 'not guarantee' --numprocesses 2 --reruns $(RERUNS) -rR
+
+# What depends on the kernels of a CPU, as on one without AVX-512.
+test-avx2: $(VENV)/installed-dev  ## Run the model's tests on the kernels of an AVX2-only CPU.
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \
+	  $(BIN)/pytest --numprocesses 2 --reruns $(RERUNS) -rR \
+	  tests/worker/blip2 tests/worker/test_canary.py tests/worker/test_out_of_memory.py
+
+# What differs between Pythons: warnings, the standard library, and the compiled packages.
+test-newest-python: $(VENV)/installed-dev  ## Run the producer's and some other tests on the newest Python here.
+	@newest=$$(.ci/newest-python) && show='import sys; print(*sys.version_info[:2], sep=".")' && \
+	version=$$($$newest -c "$$show") && \
+	if [ "$$version" = "$$($(BIN)/python -c "$$show")" ]; then \
+	  echo "Python $$version, that of $(VENV), is the newest here: nothing more to run"; \
+	else \
+	  $(MAKE) VENV=.venv-$$version PYTHON=$$newest RERUNS=$(RERUNS) test-python; \
+	fi
+
+test-python: $(VENV)/installed-dev
+	$(BIN)/python --version
+	$(BIN)/pytest -m 'not guarantee' --numprocesses 2 --reruns $(RERUNS) -rR \
+	  tests/producer tests/worker/blip2 tests/worker/test_canary.py tests/worker/test_batching.py \
+	  tests/worker/test_images.py tests/worker/test_tasks.py tests/fundamentals
 
 guarantees: $(VENV)/installed-dev  ## Break things on the real stack, and see each promise kept.
 	$(BIN)/pytest -m guarantee --numprocesses 2 --reruns $(RERUNS) -rR tests/guarantees
@@ -54,7 +76,7 @@ lint: $(VENV)/installed-dev  ## Check style and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test guarantees  ## What CI runs.
+check: lint test test-avx2 test-newest-python guarantees  ## What CI runs.
 
 format: $(VENV)/installed-dev  ## Format the code.
 	$(BIN)/ruff check --fix .
@@ -70,7 +92,7 @@ constraints: $(VENV)/installed-dev  ## Pin what is installed now.
 	mv constraints.new constraints.txt
 
 clean:  ## Remove what make installed and built.
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache demo-report.html
+	rm -rf $(VENV) .venv-* build dist .pytest_cache .mypy_cache .ruff_cache demo-report.html
 
 $(VENV)/torch: constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
