@@ -27,8 +27,8 @@ _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 # inet_aton reads all of these as an address: 127.1, 2130706433, 0x7f.0.0.1
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 
-# Our own list: the one behind Python's ``is_global`` differs from release to release. Sources: the
-# special-purpose registries of IANA; what they call global but means "whatever is near" is left out.
+# Our own list: the one behind Python's ``is_global`` differs between releases. Source: IANA's
+# registries of special addresses. What is global there but stands for whatever is near is inside.
 _INSIDE_4 = tuple(
     IPv4Network(network)
     for network in (
