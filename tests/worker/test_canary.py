@@ -151,8 +151,8 @@ def test_the_loosest_of_both_precisions_counts() -> None:
 
 
 def test_a_file_that_holds_no_goldens_is_told(tmp_path: Path) -> None:
-    for text in ("[]", '{"demo": {"dtype": 3}}', "no json"):
-        (tmp_path / "goldens.json").write_text(text)
+    for content in (b"[]", b'{"demo": {"dtype": 3}}', b"no json", b"\xef\xbb\xbf{}", b"\xff\xfe"):
+        (tmp_path / "goldens.json").write_bytes(content)
         with pytest.raises(GoldenError, match=r"no file of `blipq models record-golden`"):
             read_goldens(tmp_path / "goldens.json")
     with pytest.raises(ModelError, match="absent"):

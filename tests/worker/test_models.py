@@ -1,9 +1,12 @@
 """What a served model's name stands for."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from blipq_worker.blip2 import Blip2
 from blipq_worker.load import load_models
 from blipq_worker.models import KNOWN_MODELS, VARIANTS, ModelError, demo_folder, served_model
 from blipq_worker.settings import WorkerSettings
@@ -37,6 +40,39 @@ def test_a_checkpoint_of_ones_own_is_one_or_two_folders() -> None:
     assert served_model("m", "/a").retrieval is None
     both = served_model("m", "/a+/b")
     assert (both.name, both.generation, both.retrieval) == ("m", "/a", "/b")
+
+
+def test_a_plus_in_a_folders_name_is_escaped() -> None:
+    one = served_model("m", r"/a\+b")
+    assert (one.generation, one.retrieval) == ("/a+b", None)
+    both = served_model("m", r"/a\+b+/c\+d")
+    assert (both.generation, both.retrieval) == ("/a+b", "/c+d")
+
+
+def test_folders_with_a_comma_and_a_plus_are_served(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (str(tmp_path / name) for name in ("lr=1,bs=2", "a+b"))
+    shutil.copytree(checkpoints["opt"], one)
+    shutil.copytree(checkpoints["itm"], two)
+    written = f"{one}+{two}".replace("1,", r"1\,").replace("a+", r"a\+")
+    monkeypatch.setenv("BLIPQ_MODELS", f"mine={written},demo")
+    options = WorkerSettings(dtype="float32", canary=False)
+    loaded = load_models(options)
+    assert list(loaded) == ["mine", "demo"]
+    assert loaded["mine"].info.has_retrieval
+
+
+def test_whatever_keeps_a_model_from_being_loaded_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Blip2:
+        raise KeyError("a library's\nsurprise")
+
+    monkeypatch.setattr(Blip2, "load", broken)
+    with pytest.raises(ModelError, match="model 'default' cannot be loaded: KeyError") as caught:
+        load_models(WorkerSettings())
+    assert "\n" not in str(caught.value)
 
 
 def test_models_are_loaded_under_their_names(checkpoints: dict[str, Path]) -> None:

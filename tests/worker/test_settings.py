@@ -17,6 +17,8 @@ def test_the_demo_model_is_served_by_default() -> None:
         ("opt-2.7b", {"opt-2.7b": "opt-2.7b"}),
         ("default=demo, vqa=flan-t5-xl,", {"default": "demo", "vqa": "flan-t5-xl"}),
         ("default=/models/a+/models/b", {"default": "/models/a+/models/b"}),
+        (r"default=/lr=1e-5\,bs=16,b=/x", {"default": "/lr=1e-5,bs=16", "b": "/x"}),
+        (r"default=/a\+b", {"default": r"/a\+b"}),
     ],
 )
 def test_served_models_are_pairs(

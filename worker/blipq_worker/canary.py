@@ -21,6 +21,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from blipq.errors import BlipqError
+from blipq.requests import checked
 from blipq_worker.blip2 import (
     Blip2,
     GenerateItem,
@@ -167,13 +168,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quantization", choices=get_args(Quantization), default="none")
     parser.add_argument("--dtype", choices=get_args(Dtype), default="auto")
     arguments = parser.parse_args(argv)
-    options = WorkerSettings(
-        models={"default": arguments.model},
-        quantization=arguments.quantization,
-        dtype=arguments.dtype,
-        canary=False,
-    )
     try:
+        options = checked(
+            WorkerSettings,
+            models={"default": arguments.model},
+            quantization=arguments.quantization,
+            dtype=arguments.dtype,
+            canary=False,
+        )
         golden = golden_of(load_models(options)["default"])
         write_golden(arguments.output, arguments.model, golden)
     except BlipqError as error:

@@ -196,7 +196,7 @@ def config_of(checkpoint: str, *, retrieval: bool = False) -> Any:
     from transformers import Blip2Config
 
     if Path(checkpoint).expanduser().is_dir():
-        return Blip2Config.from_pretrained(Path(checkpoint).expanduser())
+        return _stored_config(Path(checkpoint).expanduser())
     name = checkpoint.partition("@")[0].rpartition("/")[2].removeprefix("blip2-")
     side = {"image_size": 364 if name.endswith("-coco") else 224}
     if checkpoint.startswith("Salesforce/") and name.removesuffix("-coco") in _LANGUAGE:
@@ -206,11 +206,21 @@ def config_of(checkpoint: str, *, retrieval: bool = False) -> Any:
         text_input = {"use_qformer_text_input": True, "vocab_size": 30523}
         return Blip2Config(vision_config=side, qformer_config=text_input)
     for snapshot in hub_cache().glob(f"models--{checkpoint.replace('/', '--')}/snapshots/*"):
-        return Blip2Config.from_pretrained(snapshot)
+        return _stored_config(snapshot)
     raise ModelError(
         f"the configuration of {checkpoint!r} is not here: name a known model "
         f"({', '.join(KNOWN_MODELS)}) or a folder, or run `hf download {checkpoint} config.json`"
     )
+
+
+def _stored_config(folder: Path) -> Any:
+    from transformers import Blip2Config
+
+    try:
+        return Blip2Config.from_pretrained(folder)
+    except Exception as error:  # transformers raises many kinds on a malformed configuration
+        told = " ".join(str(error).split())
+        raise ModelError(f"{folder / 'config.json'} is unusable: {told}") from error
 
 
 def parts_of(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from blipq.errors import BlipqError
+from blipq.requests import explain
 
 
 class GoldenError(BlipqError):
@@ -73,9 +74,9 @@ def read_goldens(file: Path | None = None) -> dict[str, Golden]:
 
 def _read(file: Path) -> dict[str, Golden]:
     try:
-        return _Goldens.validate_json(file.read_text())
-    except (OSError, ValidationError) as error:
-        told = str(error).splitlines()[0]
+        return _Goldens.validate_json(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        told = explain(error) if isinstance(error, ValidationError) else str(error)
         raise GoldenError(f"{file} is no file of `blipq models record-golden`: {told}") from error
 
 

@@ -124,9 +124,14 @@ def _explained(name: str, options: WorkerSettings) -> Iterator[None]:
     except CheckpointMissing as error:
         missing = [each for each in weights_of_served(options.models) if not each.present]
         raise ModelError(f"model {name!r}: {error.what}; {how_to_get(missing)}") from error
-    except (CheckpointError, ValueError) as error:
+    except (CheckpointError, ModelError, ValueError) as error:
         raise ModelError(f"model {name!r}: {error}") from error
     except (torch.OutOfMemoryError, MemoryError) as error:
         told = (str(error) or "out of memory").splitlines()[0]
         advice = f"`blipq models memory {options.models[name]}` counts what it takes"
         raise ModelError(f"model {name!r} does not fit: {told}; {advice}") from error
+    except Exception as error:  # of libraries that read files, and of a configuration that lies
+        log.debug("model %r", name, exc_info=error)
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        advice = "BLIPQ_LOG_LEVEL=DEBUG shows where"
+        raise ModelError(f"model {name!r} cannot be loaded: {told}; {advice}") from error

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from blipq.errors import BlipqError
+from blipq.requests import checked
 from blipq_worker.footprint import GIB, Load, Memory, memory_of
 from blipq_worker.models import KNOWN_MODELS, ModelError
 from blipq_worker.settings import Dtype, Quantization, WorkerSettings
@@ -223,7 +224,7 @@ def _memory_lines(memory: Memory) -> Iterator[str]:
 
 def _weights(arguments: argparse.Namespace) -> int:
     """For the doctor: the weights of BLIPQ_MODELS, as JSON."""
-    found = weights_of_served(WorkerSettings().models)
+    found = weights_of_served(checked(WorkerSettings).models)
     missing = [each for each in found if not each.present]
     described = {
         "weights": _described(found),

@@ -1,5 +1,6 @@
 """Served models: names for a generation checkpoint and the retrieval checkpoint beside it."""
 
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -96,15 +97,23 @@ def demo_folder() -> Path:
 
 
 def served_model(name: str, what: str) -> ServedModel:
-    """What ``what`` stands for: ``demo``, a known model, or ``generation[+retrieval]``."""
+    r"""What ``what`` stands for: ``demo``, a known model, or ``generation[+retrieval]``.
+
+    A plus in a folder's name is written ``\+``.
+    """
     if what == "demo":
         folder = demo_folder()
         return ServedModel(name, str(folder / "opt"), str(folder / "itm"))
     known = KNOWN_MODELS.get(what)
     if known is not None:
         return ServedModel(name, known.generation, known.retrieval)
-    generation, _, retrieval = what.partition("+")
-    return ServedModel(name, generation, retrieval or None)
+    generation, *rest = re.split(r"(?<!\\)\+", what, maxsplit=1)
+    retrieval = "".join(rest)
+    return ServedModel(name, _plain(generation), _plain(retrieval) or None)
+
+
+def _plain(checkpoint: str) -> str:
+    return checkpoint.replace("\\+", "+")
 
 
 class ModelError(BlipqError):

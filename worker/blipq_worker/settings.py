@@ -1,5 +1,6 @@
 """A worker's own options, beside those it shares with producers."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,10 +15,11 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 
 def _pairs(value: Any) -> Any:
-    """``a=b,c=d`` as a mapping; a name alone stands for itself."""
+    r"""``a=b,c=d`` as a mapping; a name alone stands for itself, and ``\,`` for a comma."""
     if not isinstance(value, str):
         return value
-    pairs = (part.strip().partition("=") for part in value.split(",") if part.strip())
+    parts = (part.replace("\\,", ",").strip() for part in re.split(r"(?<!\\),", value))
+    pairs = (part.partition("=") for part in parts if part)
     return {name.strip(): (served.strip() or name.strip()) for name, _, served in pairs}
 
 
@@ -39,7 +41,8 @@ class WorkerSettings(BaseSettings):
         min_length=1,
         description=(
             "Served models: `name=what` pairs. What is a known model (`blipq models list`), or "
-            "`generation[+retrieval]` as hub ids or folders."
+            "`generation[+retrieval]` as hub ids or folders; `\\,` and `\\+` stand for a comma and "
+            "a plus in a folder's name."
         ),
     )
     quantization: Quantization = Field(

@@ -7,7 +7,19 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from blipq_worker.models import PARAMETERS, ServedModel, served_model
+from blipq_worker.models import PARAMETERS, ModelError, ServedModel, served_model
+
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+
+_LFS = b"version https://git-lfs"
+_PICKLED = "is pickled, which is not loaded: save it again with transformers' save_pretrained"
+#: What a file of weights is that cannot be served, by the end of its name.
+_NOT_SERVED = {
+    ".pth": "is in LAVIS's format, which is not read: convert it to transformers' format",
+    **dict.fromkeys((".bin", ".pt", ".ckpt"), _PICKLED),
+}
 
 #: The published checkpoints are stored in fp32.
 _BYTES_PER_PARAMETER = 4
@@ -97,12 +109,81 @@ def gigabytes(count: int) -> str:
 
 def _complete_size(folder: Path) -> int | None:
     """Bytes of the weights in a folder, or None where some are missing."""
-    files = set(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
-    if not files or not (folder / "config.json").exists():
+    try:
+        files = weight_files(folder)
+    except ModelError:
         return None
-    if not all(file.exists() for file in files):
+    if not (folder / "config.json").exists():
         return None
     return sum(file.stat().st_size for file in files)
+
+
+def weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """The files that hold a checkpoint's weights, and which tensors of each (None: all of them).
+
+    As transformers chooses them: ``model.safetensors``, or what its index names; never what merely
+    lies beside them. Raises ModelError.
+    """
+    if (folder / ADAPTER).exists():
+        raise ModelError(
+            f"its folder holds a LoRA adapter ({ADAPTER}), which is not served as such: merge it "
+            "into its base model with peft's merge_and_unload, save that with save_pretrained, and "
+            "keep the adapter elsewhere"
+        )
+    if (folder / WHOLE).exists():
+        return {folder / WHOLE: None}
+    if not (folder / INDEX).exists():
+        raise ModelError(f"it has no {WHOLE} and no {INDEX}{_found_instead(folder)}")
+    files = _indexed(folder / INDEX)
+    missing = sorted(file.name for file in files if not file.exists())
+    if missing:
+        raise ModelError(f"it lacks weights that {INDEX} names: {', '.join(missing[:3])}")
+    return files
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a clone left only the name of a file in Git LFS, and not its bytes."""
+    with file.open("rb") as opened:
+        return opened.read(len(_LFS)) == _LFS
+
+
+def stray_weights(folder: Path) -> list[str]:
+    """Names of the files of weights in a folder that are not read."""
+    read = {file.name for file in weight_files(folder)}
+    return sorted({file.name for file in folder.glob("*.safetensors")} - read)
+
+
+def told_of_file(file: Path) -> str:
+    """What a file is that was named where a checkpoint's folder is expected."""
+    told = _NOT_SERVED.get(file.suffix)
+    return f"{file} is a file: name a checkpoint's folder" + (f"; it {told}" if told else "")
+
+
+def _found_instead(folder: Path) -> str:
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _NOT_SERVED:
+            return f"; {file.name} {_NOT_SERVED[file.suffix]}"
+    if some := sorted(file.name for file in folder.glob("*.safetensors")):
+        return f", but {', '.join(some[:3])}: rename a single file, or bring the index of several"
+    return ""
+
+
+def _indexed(index: Path) -> dict[Path, set[str] | None]:
+    """The files that an index names, with the tensors that are to be taken from each."""
+    tensors: dict[str, set[str]] = {}
+    for tensor, name in _weight_map(index).items():
+        tensors.setdefault(name, set()).add(tensor)
+    return {index.parent / name: tensors[name] for name in sorted(tensors)}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{INDEX} is unusable: {type(error).__name__}: {error}") from error
+    plain = isinstance(found, dict) and all(
+        isinstance(name, str) and name == Path(name).name for name in found.values()
+    )
+    if not plain or not found:
+        raise ModelError(f"{INDEX} is unusable: its weight_map must name files beside it")
+    return found

@@ -2,21 +2,45 @@
 
 import hashlib
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from blipq_worker.blip2 import Blip2, CheckpointError
+from blipq_worker.blip2 import Blip2, CheckpointError, GenerateItem, resolve
 from blipq_worker.blip2 import checkpoints as module
 from blipq_worker.blip2.checkpoints import open_checkpoint
+from blipq_worker.weights import INDEX, WHOLE
 
 
 def changed_config(folder: Path, **changes: Any) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def shards(folder: Path) -> None:
+    """Splits a checkpoint's weights in two, as save_pretrained does with large ones."""
+    stored = load_file(folder / WHOLE)
+    names = sorted(stored)
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: stored[name] for name in part}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / WHOLE).unlink()
+
+
+def said(model: Blip2, pictures: list[Image.Image]) -> list[str]:
+    params = resolve("caption", model.info, {"num_beams": 1, "max_new_tokens": 8})
+    items = [GenerateItem(model.preprocess(each), ("",), params) for each in pictures]
+    return [texts[0][0].text for texts in model.generate(items)]
 
 
 @pytest.fixture
@@ -40,10 +64,184 @@ def test_the_revision_of_a_folder_is_the_digest_of_its_weights(copy: Path) -> No
 
 
 def test_the_revision_of_sharded_weights_depends_on_every_shard(copy: Path) -> None:
-    (copy / "model-2.safetensors").write_bytes(b"one")
+    shards(copy)
     first = open_checkpoint(str(copy)).revision
-    (copy / "model-2.safetensors").write_bytes(b"two")
+    with (copy / "model-00002-of-00002.safetensors").open("ab") as file:
+        file.write(b"more")
     assert open_checkpoint(str(copy)).revision != first
+
+
+def test_weights_in_shards_are_those_of_one_file(
+    copy: Path, opt: Blip2, pictures: list[Image.Image]
+) -> None:
+    shards(copy)
+    model = Blip2.load(str(copy), dtype="float32")
+    assert said(model, pictures) == said(opt, pictures)
+
+
+@pytest.mark.parametrize("name", ["a_backup.safetensors", "zz_older.safetensors"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_that_lie_beside_a_checkpoint_change_nothing(
+    copy: Path,
+    opt: Blip2,
+    pictures: list[Image.Image],
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    sharded: bool,
+) -> None:
+    """Another model's weights, under the same names: whatever sorts last was served once."""
+    stored = load_file(copy / WHOLE)
+    revision = open_checkpoint(str(copy)).revision
+    if sharded:
+        shards(copy)
+        revision = open_checkpoint(str(copy)).revision
+    save_file({key: value.flip(0).contiguous() for key, value in stored.items()}, copy / name)
+    with caplog.at_level(logging.WARNING):
+        model = Blip2.load(str(copy), dtype="float32")
+    assert said(model, pictures) == said(opt, pictures)
+    assert model.info.revision == revision
+    assert f"{name} is not read, but model" in caplog.text
+
+
+def test_an_index_says_which_file_a_tensor_comes_from(
+    copy: Path, opt: Blip2, pictures: list[Image.Image]
+) -> None:
+    """A shard that has other tensors too, say after it was written again."""
+    shards(copy)
+    second = copy / "model-00002-of-00002.safetensors"
+    first = load_file(copy / "model-00001-of-00002.safetensors")
+    stale = {key: value.flip(0).contiguous() for key, value in first.items()}
+    save_file(stale | load_file(second), second, metadata={"format": "pt"})
+    assert said(Blip2.load(str(copy), dtype="float32"), pictures) == said(opt, pictures)
+
+
+def test_one_file_goes_before_an_index_as_transformers_has_it(copy: Path) -> None:
+    (copy / INDEX).write_text("{}")
+    assert [file.name for file in open_checkpoint(str(copy)).weights] == [WHOLE]
+
+
+@pytest.mark.parametrize(
+    ("index", "told"),
+    [
+        (b"", "is unusable: JSONDecodeError"),
+        (b"\xef\xbb\xbf{}", "is unusable: JSONDecodeError"),
+        (b"\xff", "is unusable: UnicodeDecodeError"),
+        (b"[]", "is unusable: TypeError"),
+        (b"{}", "is unusable: KeyError"),
+        (b'{"weight_map": {}}', "must name files beside it"),
+        (b'{"weight_map": {"a": 1}}', "must name files beside it"),
+        (b'{"weight_map": {"a": "../other/model.safetensors"}}', "must name files beside it"),
+        (b'{"weight_map": {"a": "gone.safetensors"}}', "lacks weights.*gone"),
+    ],
+)
+def test_an_index_that_cannot_be_followed_is_told(copy: Path, index: bytes, told: str) -> None:
+    (copy / WHOLE).unlink()
+    (copy / INDEX).write_bytes(index)
+    with pytest.raises(CheckpointError, match=told):
+        open_checkpoint(str(copy))
+
+
+def test_an_index_that_names_a_tensor_in_the_wrong_file_is_told(copy: Path) -> None:
+    shards(copy)
+    index = json.loads((copy / INDEX).read_text())
+    swapped = dict.fromkeys(index["weight_map"], "model-00001-of-00002.safetensors")
+    (copy / INDEX).write_text(json.dumps({"weight_map": swapped}))
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        Blip2.load(str(copy), dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("checkpoint_best.pth", r"checkpoint_best\.pth is in LAVIS's format"),
+        ("pytorch_model.bin", r"pytorch_model\.bin is pickled"),
+        ("model-00001-of-00002.safetensors", "bring the index of several"),
+        ("mine.safetensors", "rename a single file"),
+    ],
+)
+def test_weights_that_are_not_served_are_named_as_what_they_are(
+    copy: Path, name: str, told: str
+) -> None:
+    (copy / WHOLE).rename(copy / name)
+    with pytest.raises(CheckpointError, match=told):
+        open_checkpoint(str(copy))
+
+
+@pytest.mark.parametrize("name", ["lavis.pth", "model.safetensors"])
+def test_a_file_where_a_folder_is_expected_is_told(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"weights")
+    with pytest.raises(CheckpointError, match=rf"{name} is a file: name a checkpoint's folder"):
+        open_checkpoint(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("beside_its_base", [True, False])
+def test_a_lora_adapter_is_told_and_not_left_out(copy: Path, beside_its_base: bool) -> None:
+    """Served without it, the base model would answer in its place."""
+    if not beside_its_base:
+        for file in copy.iterdir():
+            file.unlink()
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (copy / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"LoRA adapter .*merge_and_unload"):
+        open_checkpoint(str(copy))
+
+
+def test_a_pointer_of_git_lfs_is_told(copy: Path) -> None:
+    (copy / WHOLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        open_checkpoint(str(copy))
+
+
+def test_weights_that_no_part_takes_are_named(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stored = load_file(copy / WHOLE)
+    extra = {"language_model.extra": stored["query_tokens"].clone()}
+    save_file(stored | extra, copy / WHOLE, metadata={"format": "pt"})
+    with caplog.at_level(logging.WARNING):
+        Blip2.load(str(copy), dtype="float32")
+    assert "has 1 weights that no part of the model takes, such as language_model.extra" in (
+        caplog.text
+    )
+
+
+def test_weights_under_other_names_are_told_with_both(copy: Path) -> None:
+    stored = load_file(copy / WHOLE)
+    renamed = {f"module.{name}": value for name, value in stored.items()}
+    save_file(renamed, copy / WHOLE, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks weights.*has others, such as module\."):
+        Blip2.load(str(copy), dtype="float32")
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+@pytest.mark.parametrize(
+    "tensor", ["query_tokens", "language_model.model.decoder.layers.0.fc1.weight"]
+)
+def test_a_shape_that_is_not_the_configurations_is_told_with_both(
+    copy: Path, capfd: pytest.CaptureFixture[str], tensor: str, quantization: Any
+) -> None:
+    stored = load_file(copy / WHOLE)
+    expected = tuple(stored[tensor].shape)
+    stored[tensor] = torch.cat([stored[tensor]] * 2, dim=-2)
+    save_file(stored, copy / WHOLE, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError) as caught:
+        Blip2.load(str(copy), dtype="float32", quantization=quantization)
+    told = str(caught.value)
+    assert f"{tensor} has the shape {tuple(stored[tensor].shape)}" in told
+    assert f"config.json says {expected}" in told
+    assert "MISMATCH" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json"]
+)
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xef\xbb\xbf{}", b"\xff\xfe{\x00}\x00", b"{", b"[]", b"version https://git-lfs.git"],
+    ids=["empty", "BOM", "UTF-16", "half", "list", "pointer"],
+)
+def test_a_file_that_cannot_be_read_is_named(copy: Path, name: str, content: bytes) -> None:
+    (copy / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        Blip2.load(str(copy), dtype="float32")
 
 
 def test_the_revision_of_a_hub_checkpoint_is_its_commit(

@@ -1,6 +1,9 @@
 """Finds a BLIP-2 checkpoint and reads what it is, before any weight is loaded."""
 
 import hashlib
+import json
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,17 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import Blip2Config
 
 from blipq.errors import BlipqError
-from blipq_worker.models import COCO_PROMPT, COCO_SIDE, VARIANTS, Family
+from blipq_worker.models import COCO_PROMPT, COCO_SIDE, VARIANTS, Family, ModelError
+from blipq_worker.weights import is_lfs_pointer, stray_weights, told_of_file, weight_files
 
+log = logging.getLogger(__name__)
+
+#: What transformers reads beside the weights: each is JSON where it is there.
+_JSON = (
+    *("config.json", "generation_config.json", "processor_config.json"),
+    *("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json"),
+)
 _NEEDED = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
@@ -33,7 +45,8 @@ class Checkpoint:
 
     name: as it was asked for. revision: the hub's commit, or the SHA-256 of the weights (of a
     single file: that file's own; of several: of their digests in the order of their names).
-    default_prompt: what LAVIS puts before a caption.
+    default_prompt: what LAVIS puts before a caption. weights: the files that hold them, and which
+    tensors of each (None: all of them).
     """
 
     name: str
@@ -44,6 +57,7 @@ class Checkpoint:
     image_size: int
     num_query_tokens: int
     default_prompt: str
+    weights: dict[Path, set[str] | None]
 
 
 def open_checkpoint(name: str) -> Checkpoint:
@@ -52,31 +66,34 @@ def open_checkpoint(name: str) -> Checkpoint:
     Raises CheckpointError.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        config = _read_config(name, folder)
-        revision = _digest(_weights(name, folder))
-    else:
+    local = folder.is_dir()
+    if not local:
         folder = _download(name)
-        config = _read_config(name, folder)
-        _weights(name, folder)
-        revision = folder.name
+    weights = _weights(name, folder)
+    config = _read_config(name, folder)
     family, image_size = _family(name, config), _side(config.vision_config.image_size)
     return Checkpoint(
         name=name,
         folder=folder,
-        revision=revision,
+        revision=_digest(weights) if local else folder.name,
         config=config,
         family=family,
         image_size=image_size,
         num_query_tokens=config.num_query_tokens,
         default_prompt=_default_prompt(name, image_size),
+        weights=weights,
     )
 
 
 def _download(name: str) -> Path:
+    if Path(name).expanduser().is_file():
+        raise CheckpointError(told_of_file(Path(name)))
     hub_id, _, revision = name.partition("@")
     if name.startswith((".", "/", "~")) or hub_id.count("/") != 1:
-        raise CheckpointError(f"{name!r} is neither a folder here nor a hub id (owner/name)")
+        raise CheckpointError(
+            f"{name!r} is neither a folder here nor a hub id (owner/name); in BLIPQ_MODELS a plus "
+            "or a comma of a folder's name is written \\+ or \\,"
+        )
     try:
         return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=_NEEDED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -91,6 +108,8 @@ def _download(name: str) -> Path:
 def _read_config(name: str, folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"checkpoint {name!r} has no config.json in {folder}")
+    for file in _JSON:
+        _require_json(name, folder / file)
     try:
         config = Blip2Config.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds on a malformed configuration
@@ -100,17 +119,39 @@ def _read_config(name: str, folder: Path) -> Any:
     return config
 
 
-def _weights(name: str, folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+def _require_json(name: str, file: Path) -> None:
+    """Says what is wrong with a file, where transformers' own words would not."""
+    try:
+        found = json.loads(file.read_bytes().decode())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {name!r}: {file} is unreadable: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"checkpoint {name!r}: {file} holds no JSON object")
+
+
+def _weights(name: str, folder: Path) -> dict[Path, set[str] | None]:
+    try:
+        files = weight_files(folder)
+        strays = stray_weights(folder)
+    except ModelError as error:
+        raise CheckpointError(f"checkpoint {name!r}: {error}") from error
+    if pointers := [file.name for file in files if is_lfs_pointer(file)]:
         raise CheckpointError(
-            f"checkpoint {name!r} has no *.safetensors in {folder}. Pickled weights (*.bin) are "
-            "not loaded: save them again with transformers' save_pretrained"
+            f"checkpoint {name!r}: {_are(pointers)} in Git LFS and not here: run `git lfs pull`"
         )
+    if strays:
+        read = ", ".join(file.name for file in files)
+        log.warning("checkpoint %r: %s not read, but %s", name, _are(strays), read)
     return files
 
 
-def _digest(files: list[Path]) -> str:
+def _are(names: list[str]) -> str:
+    return f"{', '.join(names[:5])} {'is' if len(names) == 1 else 'are'}"
+
+
+def _digest(files: Iterable[Path]) -> str:
     digests = []
     for file in files:
         with file.open("rb") as stream:

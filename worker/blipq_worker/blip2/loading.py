@@ -6,7 +6,7 @@ ordinary cast after loading would undo even that, so the types are decided while
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +25,8 @@ from blipq_worker.blip2.checkpoints import Checkpoint, CheckpointError
 from blipq_worker.blip2.compiling import compile_parts
 from blipq_worker.blip2.packing import has_kernels
 from blipq_worker.models import Family
+
+log = logging.getLogger(__name__)
 
 Quantization = Literal["none", "int8", "nf4"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -145,6 +147,7 @@ def load_weights(checkpoint: Checkpoint, setup: Setup) -> Any:
     model_class: Any = type(base.__name__, (base,), {"precision": precision})
     attention = choose_attention(setup.attention, checkpoint.family, precision, setup.device)
     quantizing = _bitsandbytes(checkpoint.family, precision, setup.quantizing)
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_report)
     try:
         with _stored_weights(checkpoint) as weights:
             model, report = model_class.from_pretrained(
@@ -156,20 +159,62 @@ def load_weights(checkpoint: Checkpoint, setup: Setup) -> Any:
                 quantization_config=quantizing,
                 device_map={"": setup.device},
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by their names
             )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the weights of checkpoint {checkpoint.name!r} cannot be loaded: {error}"
         ) from error
-    if report["missing_keys"]:
-        some = ", ".join(sorted(report["missing_keys"])[:3])
-        raise CheckpointError(f"checkpoint {checkpoint.name!r} lacks weights, such as {some}")
+    _check_loaded(checkpoint, model, report)
     model.requires_grad_(False).eval()
     if hasattr(model, "language_model"):
         model.language_model.lm_head.register_forward_pre_hook(_contiguous)
     if setup.compiled:
         compile_parts(model)
     return model
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    """Leaves out a table of many lines: what it says is told by ``_check_loaded``."""
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def _check_loaded(checkpoint: Checkpoint, model: Any, report: Mapping[str, Any]) -> None:
+    """Refuses a model that would partly be random; says what is stored and not used."""
+    unexpected = _some(report["unexpected_keys"])
+    if wrong := sorted({*report["mismatched_keys"], *_misshapen(model)}):
+        name, stored, expected = wrong[0]
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name!r}: {name} has the shape {tuple(stored)}, and "
+            f"config.json says {tuple(expected)}{more}"
+        )
+    if missing := _some(report["missing_keys"]):
+        has = f"; it has others, such as {unexpected}" if unexpected else ""
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name!r} lacks weights, such as {missing}{has}"
+        )
+    if unexpected:
+        log.warning(
+            "checkpoint %r has %d weights that no part of the model takes, such as %s",
+            checkpoint.name,
+            len(report["unexpected_keys"]),
+            unexpected,
+        )
+
+
+def _misshapen(model: Any) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Quantized weights, which transformers does not compare: name, shape, shape of the layer."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and not layer.weight.is_floating_point():
+            shape = tuple(getattr(layer.weight, "quant_state", layer.weight).shape)
+            expected = layer.out_features, layer.in_features
+            if shape != expected:
+                yield f"{name}.weight", shape, expected
+
+
+def _some(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)[:3])
 
 
 def _contiguous(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -190,9 +235,9 @@ def _stored_weights(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
     """
     with ExitStack() as files:
         weights: dict[str, Any] = {}
-        for path in sorted(checkpoint.folder.glob("*.safetensors")):
+        for path, names in checkpoint.weights.items():
             file = files.enter_context(safe_open(path, framework="pt", backend="pread"))
-            weights |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            weights |= {name: file.get_slice(name) for name in names or file.keys()}
         yield weights
 
 
@@ -219,5 +264,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         raise CheckpointError(missing)
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder, split_special_tokens=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{missing}: {error}") from error
+    except Exception as error:  # tokenizers raises many kinds, plain ones among them
+        raise CheckpointError(f"{missing}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

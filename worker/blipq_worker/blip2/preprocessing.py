@@ -50,7 +50,7 @@ class Preprocessor:
             self.backend = BlipImageProcessorPil.from_pretrained(
                 checkpoint.folder, size={"height": self._side, "width": self._side}
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # transformers raises many kinds on a malformed configuration
             raise CheckpointError(
                 f"checkpoint {checkpoint.name!r} has no usable image processor "
                 f"(preprocessor_config.json or processor_config.json) in {checkpoint.folder}"

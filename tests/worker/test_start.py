@@ -1,0 +1,96 @@
+"""What keeps a worker from starting is one line and code 78: no supervisor tries for ever."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def started(**settings: str) -> subprocess.CompletedProcess[str]:
+    """A worker process as a supervisor starts it, until it ends."""
+    environment = {f"BLIPQ_{name.upper()}": value for name, value in settings.items()}
+    return subprocess.run(
+        [sys.executable, "-m", "blipq_worker"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "BLIPQ_LOG_LEVEL": "ERROR", **environment},
+        timeout=90,
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"lease_s": "0"}, "lease_s: Input should be greater"),
+        ({"models": "a b=demo"}, "models"),
+        ({"redis_url": "http://localhost"}, "redis_url"),
+        ({"log_level": "LOUD"}, "BLIPQ_LOG_LEVEL: 'LOUD'"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(settings: dict[str, str], told: str) -> None:
+    ended = started(**settings)
+    assert ended.returncode == 78, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert told in line
+
+
+def _another_shape(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["query_tokens"] = torch.cat([weights["query_tokens"]] * 2, dim=1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _with_a_mark(folder: Path) -> None:
+    file = folder / "config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+
+
+def _with_a_lie(folder: Path) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"]["num_attention_heads"] = 0
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (
+            _another_shape,
+            "query_tokens has the shape (1, 64, 64), and config.json says (1, 32, 64)",
+        ),
+        (_with_a_mark, "config.json is unreadable: Unexpected UTF-8 BOM"),
+        (_with_a_lie, "model 'default'"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_loaded_is_one_line(
+    checkpoints: dict[str, Path], tmp_path: Path, damage: Callable[[Path], None], told: str
+) -> None:
+    folder = Path(shutil.copytree(checkpoints["opt"], tmp_path / "mine"))
+    damage(folder)
+    ended = started(models=f"default={folder}", dtype="float32")
+    assert ended.returncode == 78, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert told in line
+
+
+def test_a_file_of_goldens_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "goldens.json").write_bytes(b"\xff\xfe{}")
+    ended = started(goldens=str(tmp_path / "goldens.json"))
+    assert ended.returncode == 78, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert "is no file of `blipq models record-golden`" in line
+
+
+def test_a_device_that_is_not_there_is_one_line() -> None:
+    ended = started(device="cuda:7")
+    assert ended.returncode == 78, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert "model 'default'" in line
