@@ -319,11 +319,14 @@ class Ledger(Scripted):
         with redis_errors(claim.id):
             return bool(self._run("requeue", claim.id, claim.token, ms(delay_s), "retry", error))
 
-    def hand_back(self, claim: Claim, delay_s: float = 0.0) -> bool:
-        """Puts a job back, uncounted. The caller publishes it, or the reconciler when it is due."""
+    def hand_back(self, claim: Claim, delay_s: float = 0.0, *, suspect: bool = False) -> bool:
+        """Puts a job back, uncounted. The caller publishes it, or the reconciler when it is due.
+
+        suspect: it may have broken its worker's device, and runs alone from now on.
+        """
+        delay, why = ms(delay_s) if delay_s else 0, "suspect" if suspect else "hand-back"
         with redis_errors(claim.id):
-            delay = ms(delay_s) if delay_s else 0
-            return bool(self._run("requeue", claim.id, claim.token, delay, "hand-back"))
+            return bool(self._run("requeue", claim.id, claim.token, delay, why))
 
     def reconcile(
         self, *, limit: int = 100, grace_s: float = GRACE_S, judge: bool = True

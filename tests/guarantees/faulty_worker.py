@@ -3,8 +3,10 @@
 Everything but the model is what ships: Celery, ledger, leases, fetch, decode and batcher. Prompts:
 "exit" and "segfault" end the process, "hang" never returns, "raise" raises, "oom" runs out of
 memory, "oom-in-company" only beside other items, "sleep N" takes N seconds, "steps N" takes N
-steps, "clock N" sets the process' clock N seconds on, others answer at once. ``FAULTY_CONTRACT``
-makes it a worker of an older or newer version.
+steps, "clock N" sets the process' clock N seconds on, "lose-device" leaves a device on which every
+later call fails, others answer at once. ``FAULTY_CONTRACT`` makes it a worker of an older or newer
+version. With ``FAULTY_DEVICE=lost`` it has lost its device; with ``FAULTY_DEVICE=nonsense`` every
+job fails, and so does the check of the model.
 """
 
 import logging
@@ -62,6 +64,7 @@ class FaultyModel:
     def generate(
         self, items: Sequence[GenerateItem], wanted: Callable[[int], bool]
     ) -> list[list[list[GeneratedText]]]:
+        _use_device()
         prompts = [prompt for item in items for prompt in item.prompts]
         for prompt in prompts:
             _obey(prompt, self._step, alone=len(prompts) == 1)
@@ -71,11 +74,23 @@ class FaultyModel:
         return [[1.0 for _ in item.texts] for item in items]
 
 
+def _use_device() -> None:
+    match os.environ.get("FAULTY_DEVICE"):
+        case "lost":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        case "nonsense":
+            raise RuntimeError("probability tensor contains either inf, nan or element < 0")
+
+
+def _check(name: str) -> None:
+    _use_device()
+
+
 def _obey(prompt: str, step: Callable[[], None], *, alone: bool) -> None:
     log.info("runs %r", prompt)
     match prompt.split():
-        case ["exit" | "segfault" as way]:
-            _die(way)
+        case ["exit" | "segfault" | "lose-device" as way]:
+            _break(way)
         case ["hang"]:
             threading.Event().wait()
         case ["raise"]:
@@ -94,7 +109,10 @@ def _obey(prompt: str, step: Callable[[], None], *, alone: bool) -> None:
             _set_clock_on(float(seconds))
 
 
-def _die(way: str) -> None:
+def _break(way: str) -> None:
+    if way == "lose-device":
+        os.environ["FAULTY_DEVICE"] = "lost"
+        _use_device()
     if way == "exit":
         os._exit(1)
     os.kill(os.getpid(), signal.SIGSEGV)
@@ -112,7 +130,7 @@ def main() -> int:
         ledger.CONTRACT = int(os.environ["FAULTY_CONTRACT"])
     options = WorkerSettings()
     models: Any = {name: FaultyModel() for name in options.models}
-    return Worker(Settings(), options, models).run()
+    return Worker(Settings(), options, models, check=_check).run()
 
 
 if __name__ == "__main__":

@@ -64,14 +64,21 @@ class Rig:
         wait_until(lambda: self._alive(worker, name), "the worker", timeout=60)
         return worker
 
-    def launch_worker(self, *, contract: int | None = None, **options: Any) -> Service:
-        """Starts a worker without waiting; ``contract``: as if it were of another version."""
+    def launch_worker(
+        self, *, contract: int | None = None, device: str | None = None, **options: Any
+    ) -> Service:
+        """Starts a worker without waiting.
+
+        contract: as if it were of another version. device: what is wrong with it (FaultyModel).
+        """
         options = {"lease_s": LEASE_S, "drain_timeout_s": 10, "retry_backoff_s": 0.1} | options
         environment = self.stack.environment() | {"OMP_NUM_THREADS": "1"}
         environment["BLIPQ_S3_ENDPOINT_URL"] = self.s3.url
         environment |= named(options)
         if contract is not None:
             environment["FAULTY_CONTRACT"] = str(contract)
+        if device is not None:
+            environment["FAULTY_DEVICE"] = device
         log = self.folder / f"worker-{next(self._numbers)}.log"
         worker = self._worker(environment, log)
         worker.start()

@@ -275,3 +275,80 @@ def test_many_threads_may_submit(make: Callable[..., Batcher[Any, Any]], model: 
         thread.join()
     assert sorted(told) == [(number, 2 * number) for number in range(60)]
     assert all(len({item % 3 for item in items}) == 1 for _, items in model.batches)
+
+
+# --- doubts ---------------------------------------------------------------------------------------
+
+
+class Doubter:
+    """Doubts after two failures; says whether the model is well when it is asked."""
+
+    def __init__(self, *, well: bool) -> None:
+        self.well = well
+        self.failures = 0
+        self.checks = 0
+
+    def failed(self, key: Hashable, item: Any, error: Exception) -> None:
+        self.failures += item is not None
+
+    def answered(self, key: Hashable) -> None:
+        self.failures = 0
+
+    def doubts(self) -> bool:
+        return self.failures >= 2
+
+    def trusts(self) -> bool:
+        self.checks += 1
+        self.failures = 0
+        return self.well
+
+
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_in_doubt_the_model_is_checked_before_anyone_else_fails(
+    make: Callable[..., Batcher[Any, Any]], in_flight: bool
+) -> None:
+    judge = Doubter(well=False)
+    sessions = {"key": lambda: Broken()} if in_flight else {}
+    batcher = make(broken, judge=judge, sessions=sessions, batch_wait_timeout_s=0.2)
+    futures = [batcher.submit(number, "key") for number in range(4)]
+    wait_until(lambda: judge.checks == 1, "the check")
+    wait_until(lambda: sum(future.done() for future in futures) == 2, "two failures")
+    time.sleep(0.2)
+    assert [future.done() for future in futures] == [True, True, False, False]
+    assert batcher.stalled_for() == 0
+
+
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_who_waited_for_a_check_is_run_after_it(
+    make: Callable[..., Batcher[Any, Any]], in_flight: bool
+) -> None:
+    judge = Doubter(well=True)
+    sessions = {"key": lambda: Broken()} if in_flight else {}
+    batcher = make(broken, judge=judge, sessions=sessions, batch_wait_timeout_s=0.2, max_waiting=4)
+    futures = [batcher.submit(number, "key") for number in range(4)]
+    for future in futures:
+        with pytest.raises(RuntimeError, match="broken"):
+            future.result(10)
+    assert judge.checks == 2
+    for _ in range(4):  # and took no places with it
+        batcher.submit(1, "key", timeout=5)
+
+
+def broken(key: Hashable, items: Sequence[Any], wanted: Callable[[int], bool]) -> list[Any]:
+    raise RuntimeError("broken")
+
+
+class Broken:
+    """A session that takes items and never gets further."""
+
+    def has_room(self, ticket: Any) -> bool:
+        return True
+
+    def join(self, ticket: Any, item: Any) -> None:
+        pass
+
+    def leave(self, ticket: Any) -> None:
+        pass
+
+    def step(self, tickets: Sequence[Any]) -> list[Any]:
+        raise RuntimeError("broken")

@@ -10,6 +10,8 @@ from blipq.errors import InvalidRequest
 from blipq.redaction import log_to_stderr
 from blipq.requests import checked
 from blipq.settings import Settings
+from blipq_worker.faults import DeviceLost
+from blipq_worker.leases import EXIT_HUNG
 from blipq_worker.models import ModelError
 from blipq_worker.settings import WorkerSettings
 
@@ -27,11 +29,14 @@ def main() -> int:
     except (InvalidRequest, ModelError) as error:
         print(f"blipq worker: {error}", file=sys.stderr)
         return EXIT_MODEL
+    except DeviceLost as error:
+        print(f"blipq worker: {error}", file=sys.stderr)
+        return EXIT_HUNG
     return worker.run()
 
 
 def _loaded() -> "Worker":
-    """The worker with its models. Raises InvalidRequest for settings, and ModelError."""
+    """The worker with its models. Raises InvalidRequest for settings, ModelError, DeviceLost."""
     _set_up_logging(os.environ.get("BLIPQ_LOG_LEVEL", "INFO"))
     # Root is common in containers, and only JSON is accepted.
     warnings.filterwarnings("ignore", message="You're running the worker with superuser")
@@ -41,10 +46,11 @@ def _loaded() -> "Worker":
     from transformers.utils import logging as transformers_logging
 
     from blipq_worker.app import Worker
-    from blipq_worker.load import load_models
+    from blipq_worker.load import checker, load_models
 
     transformers_logging.disable_progress_bar()
-    return Worker(settings, options, load_models(options))
+    models = load_models(options)
+    return Worker(settings, options, models, check=checker(options, models))
 
 
 def _set_up_logging(level: str) -> None:

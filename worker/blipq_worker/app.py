@@ -6,7 +6,8 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from blipq.storage import Storage
 from blipq_worker.blip2.compiling import since_compiling
 from blipq_worker.budget import Budget, give_large_blocks_back
 from blipq_worker.engine import Engine
+from blipq_worker.faults import Trust
 from blipq_worker.fetch import Fetcher
 from blipq_worker.gate import Gate
 from blipq_worker.health import BrokerLoop, HealthServer
@@ -30,7 +32,7 @@ from blipq_worker.https import HttpsFetcher
 from blipq_worker.images import ImageLimits
 from blipq_worker.index import Indexes
 from blipq_worker.index_writer import IndexWriter
-from blipq_worker.leases import Heartbeat, Held, Reconciler
+from blipq_worker.leases import EXIT_HUNG, Heartbeat, Held, Reconciler
 from blipq_worker.metrics import WorkerMetrics
 from blipq_worker.outputs import Outputs, output_storage
 from blipq_worker.pictures import Pictures
@@ -49,13 +51,19 @@ log = logging.getLogger(__name__)
 
 #: A picture is given up after so much CPU time, long before the watchdog ends the process.
 DECODE_S = 20.0
+#: Longest that jobs are handed back from a process that cannot go on.
+LEAVE_S = 10.0
 
 
 class Worker:
     """One worker process: the parts, how they start, and how they stop."""
 
     def __init__(
-        self, settings: Settings, options: WorkerSettings, models: Mapping[str, "Blip2"]
+        self,
+        settings: Settings,
+        options: WorkerSettings,
+        models: Mapping[str, "Blip2"],
+        check: Callable[[str], None] | None = None,
     ) -> None:
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._options = options
@@ -63,8 +71,11 @@ class Worker:
         self._broker = Broker(settings)
         self._gate = Gate()
         self._held = Held()
+        #: Why the model is not to be run any more.
+        self._problem: str | None = None
         self._engine = Engine(
             models,
+            judge=Trust(lost=self._lose_device, check=check, refuse=self._refuse_jobs),
             max_batch_size=options.max_batch_size,
             batch_wait_timeout_s=options.batch_wait_timeout_s,
             max_waiting=2 * options.threads,
@@ -172,6 +183,8 @@ class Worker:
             quiet=True,
         )
         worker.start()
+        while self._problem is not None:
+            time.sleep(1.0)  # until a signal
         self._stop()
         return int(worker.exitcode or 0)
 
@@ -201,6 +214,8 @@ class Worker:
             return None
 
         def model_stuck() -> str | None:
+            if self._problem is not None:
+                return self._problem
             stalled = self._stalled_for()
             return (
                 f"no progress for {stalled:.0f} s" if stalled > self._options.watchdog_s else None
@@ -223,6 +238,33 @@ class Worker:
             },
             metrics=metrics.page,
         )
+
+    # -- a model or a device that is not to be trusted; on the model's thread --
+
+    def _lose_device(self, error: Exception) -> None:
+        """Ends the process: nothing on the device would work in it any more."""
+        log.critical("the device is lost: %s: ending", error)
+        self._gate.close()
+        giving = threading.Thread(target=self._runner.hand_back_lost, daemon=True)
+        giving.start()
+        giving.join(LEAVE_S)
+        logging.shutdown()
+        os._exit(EXIT_HUNG)
+
+    def _refuse_jobs(self, problem: str) -> None:
+        """Takes no more jobs, and goes on saying why: what ends it is not its to decide."""
+        log.critical("%s: taking no more jobs", problem)
+        self._problem = problem
+        self._gate.close()
+        threading.Thread(target=self._keep_nothing, name="blipq-refuse", daemon=True).start()
+
+    def _keep_nothing(self) -> None:
+        from celery.worker import state
+
+        state.should_stop = 0  # type: ignore[assignment]
+        while True:  # a job may be claimed while the gate closes
+            self._runner.hand_back_all()
+            time.sleep(1.0)
 
     # -- the end --
 

@@ -65,6 +65,40 @@ class Run(Protocol[ItemIn, AnswerOut]):
         """One answer per item, in order. ``wanted(i)`` says whether anyone waits for item ``i``."""
 
 
+class Judge(Protocol):
+    """Hears how items fare, on the batcher's thread, and says whether to go on."""
+
+    def failed(self, key: Hashable, item: Any, error: Exception) -> None:
+        """Items of a key failed; ``item``: the one that failed alone, or None. May not return."""
+
+    def answered(self, key: Hashable) -> None:
+        """Items of a key were answered."""
+
+    def doubts(self) -> bool:
+        """Whether the model is to be checked: nothing starts until then."""
+
+    def trusts(self) -> bool:
+        """Checks the model. False ends the batcher's thread: what waits is left to its owner."""
+
+
+class Trusting:
+    """A judge without doubts."""
+
+    def failed(self, key: Hashable, item: Any, error: Exception) -> None:
+        """It was the item's fault."""
+
+    def answered(self, key: Hashable) -> None:
+        """As expected."""
+
+    def doubts(self) -> bool:
+        """Never."""
+        return False
+
+    def trusts(self) -> bool:
+        """Always."""
+        return True
+
+
 @dataclass(order=True, slots=True)
 class _Entry(Generic[Item, Answer]):
     """An item; entries sort by urgency, then by arrival. Times are of the monotonic clock."""
@@ -76,6 +110,8 @@ class _Entry(Generic[Item, Answer]):
     deadline: float | None = field(compare=False)
     # It stays pending while its item runs, so that it can be cancelled until there is an answer.
     future: "Future[Answer]" = field(compare=False)
+    # Whether it takes one of the places for items that wait.
+    placed: bool = field(compare=False, default=True)
 
     @property
     def priority(self) -> int:
@@ -102,7 +138,8 @@ class Batcher(Generic[Item, Answer]):
     sessions: the keys whose items join and leave, and how to open a session. max_batch_size: most
     items in one batch. max_batch_cost: their highest ``cost`` together; an item alone may cost
     more. batch_wait_timeout_s: longest the first item of a batch waits for company. max_waiting:
-    items beyond which ``submit`` blocks. name: what its thread is called, after "blipq-".
+    items beyond which ``submit`` blocks. judge: stops it where the fault is not an item's. name:
+    what its thread is called, after "blipq-".
 
     A batch or a step that raises is halved and run again until the item that raises is alone: it
     gets the exception, the others their answers.
@@ -118,6 +155,7 @@ class Batcher(Generic[Item, Answer]):
         sessions: Mapping[Hashable, Callable[[], Session[Item, Answer]]] | None = None,
         cost: Callable[[Item], int] = lambda item: 1,
         max_batch_cost: float = float("inf"),
+        judge: Judge | None = None,
         name: str = "batcher",
     ) -> None:
         self._run = run
@@ -126,6 +164,7 @@ class Batcher(Generic[Item, Answer]):
         self._openers = dict(sessions or {})
         self._cost = cost
         self._max_batch_cost = max_batch_cost
+        self._judge = judge or Trusting()
         self._room = threading.Semaphore(max_waiting)
         self._waiting: list[_Entry[Item, Answer]] = []  # most urgent first
         self._changed = threading.Condition()
@@ -190,19 +229,39 @@ class Batcher(Generic[Item, Answer]):
 
     def _loop(self) -> None:
         """Turn by turn: items leave and join, a batch runs if it is its turn, sessions step."""
-        while self._wait():
+        trusted = True
+        while trusted and self._wait():
             self._busy_since = time.monotonic()
-            self._let_go()
-            while (entry := self._next_to_join()) is not None:
-                self._join(entry)
-            if batch := self._next_batch():
-                self._answer_batch(batch)
-            for running in self._sessions.values():
-                if running.entries:
-                    self._step(running, list(running.entries))
-            self._sessions = {key: each for key, each in self._sessions.items() if each.entries}
+            self._turn()
+            if self._judge.doubts():
+                trusted = self._is_trusted()
             if not self._sessions:
                 self._busy_since = None
+
+    def _turn(self) -> None:
+        self._let_go()
+        while not self._judge.doubts() and (entry := self._next_to_join()) is not None:
+            self._join(entry)
+        if batch := self._next_batch():
+            self._answer_batch(batch)
+        for key, running in self._sessions.items():
+            if running.entries:
+                self._step(key, running, list(running.entries))
+        self._sessions = {key: each for key, each in self._sessions.items() if each.entries}
+
+    def _is_trusted(self) -> bool:
+        """Has the model checked, alone: what was in sessions waits, and begins again after that."""
+        for running in self._sessions.values():
+            for ticket in running.entries:
+                running.session.leave(ticket)
+            self._put_back(list(running.entries.values()))
+        self._sessions = {}
+        return self._judge.trusts()
+
+    def _put_back(self, entries: list[_Entry[Item, Answer]]) -> None:
+        with self._changed:
+            for entry in entries:
+                bisect.insort(self._waiting, entry)
 
     def _wait(self) -> bool:
         """Waits until there is something to do; False when closed and empty."""
@@ -255,28 +314,35 @@ class Batcher(Generic[Item, Answer]):
                 running = self._sessions[entry.key] = _Running(self._openers[entry.key]())
             running.session.join(entry.ticket, entry.item)
         except Exception as error:
+            self._judge.failed(entry.key, entry.item, error)
             _settle(entry.future.set_exception, error)
         else:
             running.entries[entry.ticket] = entry
 
-    def _step(self, running: _Running[Item, Answer], tickets: list[Ticket]) -> None:
+    def _step(self, key: Hashable, running: _Running[Item, Answer], tickets: list[Ticket]) -> None:
+        if self._judge.doubts():
+            return
         try:
             answers = running.session.step(tickets)
         except Exception as error:
+            alone = running.entries[tickets[0]].item if len(tickets) == 1 else None
+            self._judge.failed(key, alone, error)
             if len(tickets) == 1:
                 running.session.leave(tickets[0])
                 _settle(running.entries.pop(tickets[0]).future.set_exception, error)
                 return
         else:
             self.progress()
+            if answers:
+                self._judge.answered(key)
             for ticket, answer in answers:
                 _settle(running.entries.pop(ticket).future.set_result, answer)
             return
         # Not in the handler: there the error would keep the memory that halves may need.
         self.progress()
         middle = len(tickets) // 2
-        self._step(running, tickets[:middle])
-        self._step(running, tickets[middle:])
+        self._step(key, running, tickets[:middle])
+        self._step(key, running, tickets[middle:])
 
     # -- batches --
 
@@ -329,7 +395,10 @@ class Batcher(Generic[Item, Answer]):
         """Takes entries out of those that wait."""
         gone = {entry.ticket for entry in entries}
         self._waiting = [entry for entry in self._waiting if entry.ticket not in gone]
-        self._room.release(len(entries))
+        for entry in entries:
+            if entry.placed:
+                self._room.release()
+            entry.placed = False
 
     def _answer_batch(self, batch: list[_Entry[Item, Answer]]) -> None:
         started = time.monotonic()
@@ -338,17 +407,22 @@ class Batcher(Generic[Item, Answer]):
         self._batch_took = self._batch_ended - started
 
     def _answer(self, batch: list[_Entry[Item, Answer]]) -> None:
+        if self._judge.doubts():
+            self._put_back(batch)
+            return
         items = [entry.item for entry in batch]
         try:
             answers = self._run(batch[0].key, items, lambda index: batch[index].wanted())
             if len(answers) != len(batch):
                 raise RuntimeError(f"{len(answers)} answers for {len(batch)} items")
         except Exception as error:
+            self._judge.failed(batch[0].key, items[0] if len(batch) == 1 else None, error)
             if len(batch) == 1:
                 _settle(batch[0].future.set_exception, error)
                 return
         else:
             self.progress()
+            self._judge.answered(batch[0].key)
             for entry, answer in zip(batch, answers, strict=True):
                 _settle(entry.future.set_result, answer)
             return

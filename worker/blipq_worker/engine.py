@@ -9,7 +9,7 @@ from typing import Any
 
 from blipq.contract import ErrorCode, Priority
 from blipq.errors import PermanentError
-from blipq_worker.batcher import Batcher, Ticket
+from blipq_worker.batcher import Batcher, Judge, Ticket
 from blipq_worker.blip2 import (
     Arrays,
     Blip2,
@@ -93,6 +93,7 @@ class Engine:
         batch_wait_timeout_s: float,
         max_waiting: int,
         max_beams: int = 80,
+        judge: Judge | None = None,
     ) -> None:
         self.models = dict(models)
         self.batcher: Batcher[Item, ItemAnswer] = Batcher(
@@ -105,6 +106,7 @@ class Engine:
             },
             cost=_beams,
             max_batch_cost=max_beams,
+            judge=judge,
         )
         for model in self.models.values():
             model.on_step(self.batcher.progress)

@@ -14,7 +14,8 @@ from blipq.ledger import Claim, Ledger
 
 log = logging.getLogger(__name__)
 
-#: A worker whose model or decoder hangs ends with this code: its supervisor starts it again.
+#: A worker whose model or decoder hangs, or whose device is lost, ends with this code: its
+#: supervisor starts it again.
 EXIT_HUNG = 70
 
 RECONCILER_LOCK = "blipq:reconciler"
@@ -57,6 +58,12 @@ class Held:
                 entry[2].append(call)
         if self.event(claim).is_set():
             call()
+
+    def has_asked(self, claim: Claim) -> bool:
+        """Whether the claim's job has asked the model for something."""
+        with self._lock:
+            entry = self._claims.get(claim.id)
+        return entry is not None and bool(entry[2])
 
     def remove(self, claim: Claim) -> None:
         """Lets a claim go."""

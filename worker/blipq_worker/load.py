@@ -1,7 +1,7 @@
 """Loads what a worker serves, and says what to do where that fails."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +10,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Literal
 
 from blipq_worker.budget import give_large_blocks_back
+from blipq_worker.faults import DeviceLost, is_device_fault
 from blipq_worker.models import ModelError, served_model
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.weights import how_to_get, weights_of_served
@@ -21,7 +22,9 @@ log = logging.getLogger(__name__)
 
 
 def load_models(options: WorkerSettings) -> "dict[str, Blip2]":
-    """Loads every served model, once, and checks that it makes sense. Raises ModelError.
+    """Loads every served model, once, and checks that it makes sense.
+
+    Raises ModelError, and DeviceLost where another try may succeed.
 
     CUDA is first touched here: the process has no children to share it with. The thread that loads
     ends with it, and so do OpenMP's helpers of that thread. Where these and the ones of the thread
@@ -107,9 +110,32 @@ def where_and_how(options: WorkerSettings) -> 'tuple[str, Literal["none", "int8"
     return device, options.quantization
 
 
+def checker(
+    options: WorkerSettings, models: "Mapping[str, Blip2]"
+) -> "Callable[[str], None] | None":
+    """What checks a served model again, by its name; None where BLIPQ_CANARY is off.
+
+    Raises CanaryError, and whatever the model raises.
+    """
+    from blipq_worker import canary
+    from blipq_worker.goldens import read_goldens
+
+    if not options.canary:
+        return None
+    goldens = read_goldens(options.goldens)
+
+    def check(name: str) -> None:
+        canary.check(models[name], goldens.get(options.models[name]))
+
+    return check
+
+
 @contextmanager
 def _explained(name: str, options: WorkerSettings) -> Iterator[None]:
-    """Whatever keeps a model from being served becomes a ModelError that says what to do."""
+    """Whatever keeps a model from being served becomes a ModelError that says what to do.
+
+    A device that is lost becomes DeviceLost.
+    """
     import torch
 
     from blipq_worker.blip2 import CheckpointError
@@ -133,5 +159,7 @@ def _explained(name: str, options: WorkerSettings) -> Iterator[None]:
     except Exception as error:  # of libraries that read files, and of a configuration that lies
         log.debug("model %r", name, exc_info=error)
         told = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        if is_device_fault(error):
+            raise DeviceLost(f"model {name!r}: the device is lost: {told}") from error
         advice = "BLIPQ_LOG_LEVEL=DEBUG shows where"
         raise ModelError(f"model {name!r} cannot be loaded: {told}; {advice}") from error

@@ -38,6 +38,7 @@ from blipq_worker.ask_index import IndexAsker
 from blipq_worker.blip2 import Blip2, Pixels
 from blipq_worker.engine import Engine
 from blipq_worker.equal import EqualJobs
+from blipq_worker.faults import is_out_of_memory
 from blipq_worker.gate import Draining, Gate
 from blipq_worker.index import Indexes
 from blipq_worker.index_writer import IndexWriter
@@ -133,6 +134,19 @@ class Runner:
         for claim in claims:
             self._hand_back(claim)
         return len(claims)
+
+    def hand_back_lost(self) -> None:
+        """Gives back what runs on a device that is lost.
+
+        Uncounted; but who may have broken it runs alone from now on, and who did run alone keeps
+        its lease: when that runs out, it is a crash.
+        """
+        for claim in self._held.claims():
+            asked = self._held.has_asked(claim)
+            if asked and claim.solo:
+                log.error("%s: the device was lost while it ran alone", claim.id)
+            else:
+                self._hand_back(claim, suspect=asked)
 
     # -- claim --
 
@@ -300,9 +314,9 @@ class Runner:
             put_off = partial(self._ledger.hand_back, claim, PUT_OFF_S)
             self._finish(put_off, claim, watch, "handed_back")
 
-    def _hand_back(self, claim: Claim) -> None:
+    def _hand_back(self, claim: Claim, *, suspect: bool = False) -> None:
         try:
-            if self._ledger.hand_back(claim):
+            if self._ledger.hand_back(claim, suspect=suspect):
                 self._metrics.done(claim.kind, "handed_back", {})
                 self._broker.publish(Message(claim.kind, claim.id, claim.queue))
         except (QueueUnavailable, QueueFull) as error:
@@ -362,7 +376,7 @@ def _raise_if(lost: threading.Event) -> None:
 
 def _raise_internal(claim: Claim, error: Exception) -> NoReturn:
     """A bug or a model's failure: the job fails at once, with the cause in the worker's log."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         message = "the model ran out of memory on this job alone"
         raise PermanentError(ErrorCode.OUT_OF_MEMORY, message) from error
     log.error("%s: %s", claim.id, error, exc_info=error)

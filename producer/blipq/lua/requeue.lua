@@ -1,5 +1,5 @@
--- Gives a running job back. ARGV: id, token, delay ms, 'retry' (counted) or 'hand-back' (not), and
--- the error of a retry as JSON.
+-- Gives a running job back. ARGV: id, token, delay ms, 'retry' (counted), 'hand-back' (not) or
+-- 'suspect' (not counted either, but from now on it runs alone), and the error of a retry as JSON.
 -- Returns 1, or 0 if the job is no longer this worker's to give back.
 local id, token, delay, why = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local job = load(id)
@@ -7,6 +7,7 @@ if not job or job.status ~= 'running' or job.token ~= token then return 0 end
 local key = job_key(id)
 redis.call('HINCRBY', key, why == 'retry' and 'retries' or 'attempts', why == 'retry' and 1 or -1)
 if ARGV[5] and ARGV[5] ~= '' then redis.call('HSET', key, 'last_error', ARGV[5]) end
+if why == 'suspect' then redis.call('HSET', key, 'solo', 1) end
 enqueue(id, job, now)
 if delay > 0 then
   redis.call('ZREM', queued_key(job.queue), id)
