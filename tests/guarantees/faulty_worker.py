@@ -71,6 +71,9 @@ class FaultyModel:
         return [[[GeneratedText(f"did {p}", 1)] for p in item.prompts] for item in items]
 
     def match(self, items: Sequence[Any]) -> list[list[float]]:
+        _use_device()
+        for text in (text for item in items for text in item.texts):
+            _obey(text, self._step, alone=len(items) == 1)
         return [[1.0 for _ in item.texts] for item in items]
 
 

@@ -150,6 +150,14 @@ def test_a_hung_model_ends_its_process_and_the_job_in_the_end(rig: Rig) -> None:
     assert info.error.code is ErrorCode.ATTEMPTS_EXHAUSTED
 
 
+def test_a_match_that_hangs_ends_its_process_too(rig: Rig) -> None:
+    worker = rig.start_worker(watchdog_s=2)
+    rig.client.match(rig.image, ["a cat", "hang"])
+    rig.wait_for_death(worker)
+    assert worker.exit_code == 70
+    assert "no progress for" in worker.last_words()
+
+
 def test_a_hung_decoder_ends_its_process_and_the_job_goes_on_alone(rig: Rig) -> None:
     worker = rig.start_worker(watchdog_s=2)
     image = rig.upload("none", png(size=HANGING_SIZE))

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import pytest
 
+from blipq.errors import TransientError
 from blipq_worker.budget import Budget
 from conftest import wait_until
 
@@ -18,7 +19,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 
 def is_refused(budget: Budget, amount: int) -> bool:
-    with suppress(TimeoutError), budget.reserve(amount, timeout=0.01):
+    with suppress(TransientError), budget.reserve(amount, timeout=0.01):
         return False
     return True
 
@@ -48,6 +49,17 @@ def test_no_more_shares_than_the_most_are_granted() -> None:
     budget = Budget(10, most=1)
     with budget.reserve(1, timeout=1):
         assert is_refused(budget, 1)
+
+
+def test_who_waits_too_long_is_told_for_what_and_which_setting_bounds_it() -> None:
+    budget = Budget(10, most=4, use="to decode an image (BLIPQ_DECODE_MEMORY_BYTES)")
+    told = r"3 bytes to decode an image \(BLIPQ_DECODE_MEMORY_BYTES\) were not free within 0\.01 s"
+    with (
+        budget.reserve(8, timeout=1),
+        pytest.raises(TransientError, match=told),
+        budget.reserve(3, timeout=0.01),
+    ):
+        pass
 
 
 def test_what_is_larger_than_the_budget_runs_alone() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from blipq.errors import TransientError
 from blipq_worker.ask import Lost
 from blipq_worker.equal import EqualJobs
 from blipq_worker.leases import Held
@@ -153,7 +154,7 @@ def test_a_follower_that_is_cancelled_leaves_at_once(jobs: Jobs) -> None:
 def test_a_follower_does_not_wait_for_ever(jobs: Jobs) -> None:
     jobs.equal._timeout_s = 0.05
     _, follower = led(jobs, 1)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TransientError, match=r"an equal job did not end within 0\.05 s"):
         follower.result(20)
 
 

@@ -629,6 +629,27 @@ def test_a_job_that_is_out_of_retries_keeps_its_own_code(parts: Parts, picture: 
     assert (info.error.retryable, info.attempts) == (True, MAX_RETRIES + 1)
 
 
+def test_a_wait_that_is_too_long_is_told_for_what_it_is(
+    parts: Parts, picture: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A decoder without room is not a model that does not answer."""
+    pictures = parts.runner._pictures
+    pictures._timeout_s = 0.01
+    pictures._decoding._use = "to decode an image"
+    with pictures._decoding.reserve(1, timeout=1):
+        parts.run(parts.client.caption(picture))
+    assert "bytes to decode an image were not free within 0.01 s" in caplog.text
+    caplog.clear()
+    parts.runner._settings = TINY.model_copy(update={"job_timeout_s": 0.2})
+    goes_on = threading.Event()
+    parts.model.before = lambda: goes_on.wait(10)  # type: ignore[method-assign]
+    try:
+        parts.run(parts.client.caption(picture))
+    finally:
+        goes_on.set()
+    assert "the model did not answer within 0.2 s" in caplog.text
+
+
 # --- jobs that nobody wants any more --------------------------------------------------------------
 
 

@@ -81,7 +81,11 @@ class Worker:
             max_waiting=2 * options.threads,
             max_beams=options.beams,
         )
-        self._decoding = Budget(options.decode_memory_bytes, most=options.decode_threads)
+        self._decoding = Budget(
+            options.decode_memory_bytes,
+            most=options.decode_threads,
+            use="to decode an image (BLIPQ_DECODE_MEMORY_BYTES, BLIPQ_DECODE_THREADS)",
+        )
         ledger = Ledger(connect(settings), settings)
         # One attempt within the job's deadline: the job itself is retried, with longer pauses.
         storage = Storage(
@@ -149,7 +153,11 @@ class Worker:
         )
         return Pictures(
             fetcher,
-            fetching=Budget(options.fetch_memory_bytes, most=options.threads),
+            fetching=Budget(
+                options.fetch_memory_bytes,
+                most=options.threads,
+                use="to fetch an image (BLIPQ_FETCH_MEMORY_BYTES)",
+            ),
             decoding=self._decoding,
             limits=ImageLimits(
                 formats=options.image_formats,

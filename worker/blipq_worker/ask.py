@@ -5,10 +5,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-from blipq.contract import Priority, Receipt
-from blipq.errors import PermanentError
+from blipq.contract import ErrorCode, Priority, Receipt
+from blipq.errors import PermanentError, TransientError
 from blipq.ledger import Claim
 from blipq_worker.blip2 import EmbedItem, GenerateItem, Item, MatchItem, ModelInfo, Pixels, RankItem
 from blipq_worker.engine import Embedded, Engine, Generated, ItemAnswer, Matched, Ranked
@@ -29,6 +29,9 @@ _STAGES: Mapping[type, str] = {
     MatchItem: "match_ms",
     EmbedItem: "embed_ms",
 }
+
+
+AnswerT = TypeVar("AnswerT")
 
 
 class Lost(Exception):
@@ -82,6 +85,16 @@ class Stopwatch:
         return Receipt.model_validate(rounded).model_dump_json(exclude_none=True)
 
 
+def answer_of(future: "Future[AnswerT]", deadline: float, otherwise: str) -> AnswerT:
+    """What a Future holds; TransientError (``otherwise``) if nothing until the deadline."""
+    try:
+        return future.result(timeout=max(0.0, deadline - time.monotonic()))
+    except TimeoutError as error:
+        if future.done():  # that is its answer
+            raise
+        raise TransientError(ErrorCode.INTERNAL, otherwise) from error
+
+
 class Asker:
     """Sends a job's items to the engine and waits for the answers."""
 
@@ -93,6 +106,7 @@ class Asker:
         self._held = held
         self._watch = watch
         self._timeout_s = timeout_s
+        self._within = f"within {timeout_s:g} s"
         self.notes: list[str] = []
         self._images: dict[int, Pixels] = {}
         self._expires_at = time.monotonic() + claim.expires_in
@@ -130,7 +144,7 @@ class Asker:
         """The answers to several items, which may run together.
 
         Raises PermanentError: invalid_request for a text that is too long, model_unavailable for
-        what the served model has no checkpoint for.
+        what the served model has no checkpoint for. TransientError if it does not answer in time.
         """
         model = self._engine.model(self._claim.model)
         for item in items:
@@ -184,7 +198,8 @@ class Asker:
                 futures.append(future)
                 self._held.on_lost(self._claim, future.cancel)
             answers = [
-                future.result(timeout=max(0.0, deadline - time.monotonic())) for future in futures
+                answer_of(future, deadline, f"the model did not answer {self._within}")
+                for future in futures
             ]
         finally:
             for future in futures:

@@ -1,6 +1,7 @@
 """How a job asks for what is in an index, and puts images there."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from blipq.errors import (
 )
 from blipq.ledger import Claim
 from blipq.refusals import OF_THE_ASKER, Refusal, S3Refused, S3Unavailable
-from blipq_worker.ask import Asker, Lost, Stopwatch
+from blipq_worker.ask import Asker, Lost, Stopwatch, answer_of
 from blipq_worker.blip2 import Pixels, RerankItem
 from blipq_worker.engine import Engine, Reranked
 from blipq_worker.index import Entry, Filter, Found, Indexes, Space, Vectors
@@ -66,7 +67,7 @@ class IndexAsker(Asker):
             except PermanentError as error:
                 return error
             future = self._engine.submit(self._claim.model, item, self._priority)
-            return cast(Reranked, self._wait(future))
+            return cast(Reranked, self._wait(future, "the model"))
 
         pool = ThreadPoolExecutor(_IMAGES_AT_ONCE, thread_name_prefix="blipq-rerank")
         try:
@@ -78,7 +79,7 @@ class IndexAsker(Asker):
     def add(self, index: str, entry: Entry) -> None:
         """Puts an image into an index."""
         with self._watch.stage("index"), work_errors("index"):
-            error = self._wait(self._writer.submit(index, self._space, entry))
+            error = self._wait(self._writer.submit(index, self._space, entry), "the index")
             if error is not None:
                 raise error
 
@@ -87,12 +88,13 @@ class IndexAsker(Asker):
         info = self.info
         return Space(info.retrieval_checkpoint or "", info.retrieval_revision or "")
 
-    def _wait(self, future: "Future[AnswerT]") -> AnswerT:
+    def _wait(self, future: "Future[AnswerT]", who: str) -> AnswerT:
         """Waits for an answer; a claim that is lost meanwhile gives its place up."""
         lost: threading.Event = self._held.event(self._claim)
         self._held.on_lost(self._claim, future.cancel)
         try:
-            answer = future.result(timeout=self._timeout_s)
+            deadline = time.monotonic() + self._timeout_s
+            answer = answer_of(future, deadline, f"{who} did not answer {self._within}")
         finally:
             future.cancel()
         if lost.is_set():

@@ -7,6 +7,9 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from blipq.contract import ErrorCode
+from blipq.errors import TransientError
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGE = 8 * 2**20
 #: Freed memory that a thread keeps for its next blocks: what the layers of a pass take turns in.
@@ -42,10 +45,12 @@ class Share:
 class Budget:
     """At most ``total`` bytes in at most ``most`` shares, granted in the order they are asked for.
 
-    What is larger than the whole budget is granted when nobody else holds any: it runs alone.
+    What is larger than the whole budget is granted when nobody else holds any: it runs alone. use:
+    what the bytes are for, and which setting bounds them, as an error says it.
     """
 
-    def __init__(self, total: int, *, most: int) -> None:
+    def __init__(self, total: int, *, most: int, use: str = "of memory") -> None:
+        self._use = use
         self._total = total
         self._most = most
         self._held: set[Share] = set()
@@ -54,7 +59,10 @@ class Budget:
 
     @contextmanager
     def reserve(self, amount: int, *, timeout: float) -> Iterator[Share]:
-        """Holds ``amount`` bytes. Raises TimeoutError if they are not free within ``timeout``."""
+        """Holds ``amount`` bytes.
+
+        Raises TransientError if they are not free within ``timeout`` seconds.
+        """
         share = self._grant(min(amount, self._total), timeout)
         try:
             yield share
@@ -75,7 +83,8 @@ class Budget:
             self._waiting.append(place)
             try:
                 if not self._changed.wait_for(lambda: self._is_next(place, amount), timeout):
-                    raise TimeoutError(f"{amount:,} bytes were not free within {timeout:g} s")
+                    message = f"{amount:,} bytes {self._use} were not free within {timeout:g} s"
+                    raise TransientError(ErrorCode.INTERNAL, message)
                 share = Share(self, amount)
                 self._held.add(share)
                 return share

@@ -5,6 +5,8 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import CancelledError, Future
 from typing import Generic, Literal, TypeVar
 
+from blipq.contract import ErrorCode
+from blipq.errors import TransientError
 from blipq.ledger import Claim
 from blipq_worker.ask import Lost
 from blipq_worker.leases import Held
@@ -30,7 +32,8 @@ class EqualJobs(Generic[Answer]):
     ) -> tuple[Answer, bool]:
         """The answer, and whether it is another job's.
 
-        Raises what ``compute`` raises, Lost when the claim is gone, and TimeoutError.
+        Raises what ``compute`` raises, Lost when the claim is gone, and TransientError when
+        the other job takes too long.
         """
         while True:
             own: Future[Answer | Literal["lost", "failed"]] = Future()
@@ -69,7 +72,8 @@ class EqualJobs(Generic[Answer]):
         leader.add_done_callback(lambda _: over.set())
         self._held.on_lost(claim, over.set)
         if not over.wait(self._timeout_s):
-            raise TimeoutError
+            message = f"an equal job did not end within {self._timeout_s:g} s"
+            raise TransientError(ErrorCode.INTERNAL, message)
         if self._held.event(claim).is_set():
             raise Lost
         return leader.result(timeout=0)

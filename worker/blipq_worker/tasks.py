@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
 from typing import Any, NoReturn
 
@@ -235,8 +234,8 @@ class Runner:
             raise
         except CancelledError as error:
             raise Lost from error
-        except FutureTimeout as error:
-            message = f"the model did not answer within {self._settings.job_timeout_s:g} s"
+        except TimeoutError as error:
+            message = f"timed out: {error}"
             raise TransientError(ErrorCode.INTERNAL, message) from error
         except Exception as error:
             _raise_internal(claim, error)

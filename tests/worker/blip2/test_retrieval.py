@@ -62,7 +62,7 @@ def test_many_texts_are_scored_in_chunks(
 ) -> None:
     batch = items(opt, pictures, head)
     whole = opt.match(batch)
-    monkeypatch.setattr(module, "_PAIRS_AT_ONCE", 2)
+    monkeypatch.setattr(module, "_PAIRS_AT_ONCE_ON_A_CPU", 2)
     for chunked, expected in zip(opt.match(batch), whole, strict=True):
         assert chunked == pytest.approx(expected, abs=1e-6)
 

@@ -3,7 +3,7 @@
 Source: lavis/models/blip2_models/blip2_qformer.py. Shapes are those of the published checkpoints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -38,6 +38,8 @@ class Embedder:
         self.model = model
         self._vision = vision
         self._texts = Texts(checkpoint, tokenizer, longest=None)
+        #: Called after each pass, of which a batch may need three.
+        self.on_step: Callable[[], None] = lambda: None
         self._positions: int = checkpoint.config.qformer_config.max_position_embeddings
 
     def check(self, item: EmbedItem) -> None:
@@ -60,6 +62,7 @@ class Embedder:
             chosen = {index: item for index, item in enumerate(items) if item.mode == mode}
             if chosen:
                 answers = getattr(self, f"_{mode}")(list(chosen.values()))
+                self.on_step()
                 found.update(zip(chosen, answers, strict=True))
         return [found[index] for index in range(len(items))]
 

@@ -68,6 +68,8 @@ class Vision:
         self._side = side
         self._cache = cache
         self._images_per_pass = _images_per_pass(model)
+        #: Called after each pass: many images in a row are no hung tower.
+        self.on_step: Callable[[], None] = lambda: None
 
     def patches(self, images: Sequence[Pixels]) -> torch.Tensor:
         """The vision tower's output, (B, patches + 1, hidden)."""
@@ -89,12 +91,16 @@ class Vision:
         pixels = [getattr(image, self._side) for image in images]
         if any(each is None for each in pixels):
             raise ValueError(f"an image came without pixels for the {self._side} checkpoint")
-        passes = torch.split(self._stacked(pixels), self._images_per_pass)
-        seen = [self.model.vision_model(each).last_hidden_state for each in passes]
+        seen = []
+        for each in torch.split(self._stacked(pixels), self._images_per_pass):
+            seen.append(self.model.vision_model(each).last_hidden_state)
+            self.on_step()
         return torch.cat(seen) if len(seen) > 1 else seen[0]
 
     def _read(self, images: Sequence[Pixels]) -> torch.Tensor:
-        return query_features(self.model, self._patches(images))
+        read = query_features(self.model, self._patches(images))
+        self.on_step()
+        return read
 
     def _each(
         self,

@@ -156,11 +156,14 @@ class Blip2:
         )
 
     def on_step(self, call: Callable[[], None]) -> None:
-        """Has ``call`` called after every decode step and chunk of pairs."""
+        """Has ``call`` called after every decode step, chunk of pairs, and pass of a part."""
         self.generator.on_step = call
+        self.generator.vision.on_step = call
         self.ranker.on_step = call
-        if self.matcher is not None:
+        if self.matcher is not None and self.embedder is not None:
             self.matcher.on_step = call
+            self.matcher.vision.on_step = call
+            self.embedder.on_step = call
 
     def preprocess(
         self, image: Image.Image, *, digest: str | None = None, whole: bool = False

@@ -20,8 +20,10 @@ from blipq_worker.blip2.texts import Texts
 Head = Literal["itm", "itc"]
 
 _MAX_TEXT_TOKENS = 32  # LAVIS's max_txt_len
-# Each pair holds its own copy of the image's features (1.4 MB in fp32 for ViT-g at 224 pixels).
+# Each pair holds its own copy of the image's features (1.4 MB in fp32 for ViT-g at 224 pixels). A
+# CPU needs most of a minute for as many pairs, in which nothing would be heard of the pass.
 _PAIRS_AT_ONCE = 128
+_PAIRS_AT_ONCE_ON_A_CPU = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,6 +69,8 @@ class Matcher:
         One pass of the vision tower per image. Neighbours do not change a score beyond rounding.
         """
         scores: list[list[float]] = [[] for _ in items]
+        on_a_cpu = self.model.query_tokens.device.type == "cpu"
+        at_once = _PAIRS_AT_ONCE_ON_A_CPU if on_a_cpu else _PAIRS_AT_ONCE
         for head, see, score in (
             ("itm", self.vision.patches, self._itm),
             ("itc", self.vision.queries, self._itc),
@@ -76,8 +80,8 @@ class Matcher:
             if not pairs:
                 continue
             images = see([items[index].pixels for index in chosen])
-            for start in range(0, len(pairs), _PAIRS_AT_ONCE):
-                chunk = pairs[start : start + _PAIRS_AT_ONCE]
+            for start in range(0, len(pairs), at_once):
+                chunk = pairs[start : start + at_once]
                 own = images[[chosen.index(index) for index, _ in chunk]]
                 found = score(own, [text for _, text in chunk]).tolist()
                 self.on_step()
@@ -90,6 +94,7 @@ class Matcher:
         """The matching logit, by which LAVIS ranks, and the probability of a match, per item."""
         images = self.vision.patches([item.pixels for item in items])
         logits = self._itm_logits(images, [item.text for item in items])
+        self.on_step()
         probabilities = logits.softmax(dim=-1)
         return list(zip(logits[:, 1].tolist(), probabilities[:, 1].tolist(), strict=True))
 
