@@ -237,6 +237,14 @@ def test_each_claim_has_a_larger_token(ledger: Ledger) -> None:
     assert claimed(ledger).token > first.token
 
 
+def test_a_suspect_is_handed_back_uncounted_and_runs_alone(ledger: Ledger) -> None:
+    assert ledger.hand_back(running(ledger), suspect=True)
+    assert read(ledger).attempts == 0
+    again = claimed(ledger)
+    assert again.solo
+    assert ledger.begin(again)
+
+
 def test_an_outcome_after_the_deadline_is_dropped(ledger: Ledger) -> None:
     claim = running(ledger, expires_in=SOON_S)
     assert claim.expires_in <= SOON_S
