@@ -231,6 +231,23 @@ def test_what_is_missing_is_told_with_size_and_room(
     assert weights.free_bytes() > 0
 
 
+def test_what_keeps_a_folder_from_being_a_checkpoint_is_told(tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "model.safetensors").write_bytes(b"1")
+    (tmp_path / "lavis.pth").write_bytes(b"1")
+    for name, told in (
+        ("lora", "a LoRA adapter"),
+        ("half", "has no config.json"),
+        ("lavis.pth", "is a file: name a checkpoint's folder"),
+        ("gone", "there is no folder"),
+    ):
+        found = weights_of(str(tmp_path / name))
+        assert not found.present
+        assert told in how_to_get([found])
+
+
 def test_a_worker_without_its_weights_says_so_in_one_line(tmp_path: Path) -> None:
     environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "BLIPQ_LOG_LEVEL": "ERROR"}
     ended = subprocess.run(

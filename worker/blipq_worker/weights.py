@@ -91,8 +91,7 @@ def how_to_get(missing: list[Weights]) -> str:
     """One line: what to run, how much it fetches, and the room there is for it."""
     commands = [f"`{each.command}`" for each in missing if each.command]
     if not commands:
-        folders = ", ".join(each.checkpoint for each in missing)
-        return f"put config.json and *.safetensors into {folders}"
+        return "; ".join(_lack(Path(each.checkpoint).expanduser()) for each in missing)
     known = [each.bytes for each in missing if each.bytes is not None]
     size = f"about {gigabytes(sum(known))}" if len(known) == len(missing) else "of unknown size"
     room = f"{gigabytes(free_bytes())} free in {hub_cache()}"
@@ -100,6 +99,19 @@ def how_to_get(missing: list[Weights]) -> str:
     if importlib.util.find_spec("huggingface_hub") is None:
         text += "; hf comes with pip install 'blipq[worker]'"
     return text
+
+
+def _lack(folder: Path) -> str:
+    """Why a folder is no checkpoint."""
+    if folder.is_file():
+        return told_of_file(folder)
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    try:
+        weight_files(folder)
+    except ModelError as error:
+        return f"{folder}: {error}"
+    return f"{folder} has no config.json"
 
 
 def gigabytes(count: int) -> str:
