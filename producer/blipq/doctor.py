@@ -23,7 +23,7 @@ from blipq.broker import broker_address
 from blipq.client import Client
 from blipq.contract import CONTRACT
 from blipq.errors import BlipqError, ResultTimeout
-from blipq.ledger import DEAD_LETTERS, Ledger, connect
+from blipq.ledger import DEAD_LETTERS, Ledger, connect, waiting_keys
 from blipq.redaction import place_of, redacted
 from blipq.redis_url import Tls, take_apart
 from blipq.refusals import status_of
@@ -353,12 +353,13 @@ def _queues(settings: Settings) -> Findings:
         seconds, _ = raw.time()
         for queue in cast("list[str]", raw.zrange("blipq:queues", 0, -1)):
             model = queue.removeprefix("blipq.").rpartition(".")[0]
-            key = f"blipq:queued:{queue}"
-            oldest = cast("list[tuple[str, float]]", raw.zrange(key, 0, 0, withscores=True))
-            if not oldest:
+            keys = waiting_keys(queue)
+            first = [cast("Any", raw.zrange(key, 0, 0, withscores=True)) for key in keys]
+            since = [score for found in first for _, score in found]
+            if not since:
                 continue
-            age = seconds - oldest[0][1] / 1000
-            message = f"{queue}: {raw.zcard(key)} waiting, the oldest for {age:.0f} s"
+            age = seconds - min(since) / 1000
+            message = f"{queue}: {raw.zcard(keys[0])} waiting, the oldest for {age:.0f} s"
             if raw.zcount(f"blipq:serving:{model}", seconds * 1000, "+inf"):
                 yield Finding("ok", "queues", message)
             else:

@@ -7,6 +7,8 @@ a time to live.
 
 import functools
 import json
+import re
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,12 +49,18 @@ GRACE_S = 10.0
 MAX_CRASHES = 3
 MAX_RETRIES = 5
 
-#: Answers of a Redis that is failing over, full on disk, or not ours to write to.
-REFUSALS = ("READONLY", "NOREPLICAS", "MISCONF", "CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN", "NOPERM")
-READ_ONLY = (
+#: An error reply begins with a code. These say that the command is wrong, and any other that the
+#: server cannot serve it now: READONLY, NOREPLICAS, MISCONF, BUSY, UNBLOCKED, TRYAGAIN and so on.
+MISTAKES = {"ERR", "WRONGTYPE", "NOSCRIPT", "NOPROTO", "EXECABORT"}
+#: In front, or where a server before Redis 7 puts it when a script met it.
+_CODE = re.compile(r"(?:^|: -)([A-Z]{3,})\b")
+#: redis-py has classes for some codes, and takes them off the text.
+REFUSALS = (
     redis.exceptions.ReadOnlyError,
     redis.exceptions.NoPermissionError,
     redis.exceptions.ClusterDownError,
+    redis.exceptions.TryAgainError,
+    redis.exceptions.AskError,
 )
 
 DEAD_LETTERS = "blipq:dead-letters"
@@ -74,6 +82,9 @@ def script_text(*names: str) -> str:
 class Claim:
     """A job taken under a lease. ``token`` fences: a later claim makes this one stale.
 
+    It is a count and a random part: a count alone could come twice, after a failover to a replica
+    that lacks the last claims.
+
     ``queue_ms`` is how long the job waited, ``expires_in`` the seconds left to its deadline.
     """
 
@@ -83,12 +94,20 @@ class Claim:
     queue: str
     request: str
     output: str
-    token: int
+    token: str
     attempts: int
     retries: int
     solo: bool
     queue_ms: float
     expires_in: float
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a chunk of a sweep found: messages to publish again, and whether more may be due."""
+
+    messages: list[Message]
+    more: bool
 
 
 def connection_options(timeout_s: float) -> dict[str, Any]:
@@ -126,11 +145,24 @@ def redis_errors(job_id: str | None = None) -> Iterator[None]:
     except redis.exceptions.ResponseError as error:
         if "DB index" in str(error):
             raise InvalidRequest(f"redis_url: {error}") from None
-        if "OOM" in str(error):
+        code = _CODE.search(str(error))
+        if code and code[1] == "OOM":
             raise QueueFull("Redis has no memory left (maxmemory)") from error
-        if str(error).startswith(REFUSALS) or isinstance(error, READ_ONLY):
+        if isinstance(error, REFUSALS) or (code and code[1] not in MISTAKES):
             raise QueueUnavailable(f"Redis refuses: {error}", job_id) from error
         raise
+
+
+def waiting_keys(queue: str) -> tuple[str, str]:
+    """Two zsets of jobs by when they were published, in ms: the last time, and the first time for
+    those that were published again. The lowest score says since when the oldest job waits.
+    """
+    return f"blipq:queued:{queue}", f"blipq:again:{queue}"
+
+
+def new_nonce() -> str:
+    """The random part of a claim's token."""
+    return secrets.token_hex(8)
 
 
 class Scripted:
@@ -253,10 +285,16 @@ class Ledger(Scripted):
 
     # -- the worker's side --
 
-    def claim(self, id: str, worker: str, *, lease_s: float = LEASE_S) -> Claim | Unclaimed:
-        """Takes a job under a lease, or says why not."""
+    def claim(
+        self, id: str, worker: str, *, lease_s: float = LEASE_S, nonce: str | None = None
+    ) -> Claim | Unclaimed:
+        """Takes a job under a lease, or says why not.
+
+        Who got no answer asks again with the same ``nonce``: it is one claim.
+        """
+        nonce = nonce or new_nonce()
         with redis_errors(id):
-            outcome, *pairs = self._run("claim", id, worker, ms(lease_s), CONTRACT)
+            outcome, *pairs = self._run("claim", id, worker, ms(lease_s), CONTRACT, nonce)
         if outcome != "claimed":
             return cast("Unclaimed", outcome)
         job = paired(pairs)
@@ -267,7 +305,7 @@ class Ledger(Scripted):
             queue=job["queue"],
             request=job["request"],
             output=job["output"],
-            token=int(job["token"]),
+            token=job["token"],
             attempts=int(job["attempts"]),
             retries=int(job["retries"]),
             solo=job["solo"] == "1",
@@ -289,7 +327,7 @@ class Ledger(Scripted):
         with redis_errors(id):
             return bool(self._run("refuse", id, ms(self.settings.failed_ttl), *flat(fields)))
 
-    def renew(self, held: Mapping[str, int], *, lease_s: float = LEASE_S) -> list[str]:
+    def renew(self, held: Mapping[str, str], *, lease_s: float = LEASE_S) -> list[str]:
         """Extends the leases of ``held`` (id to token); the ids that are no longer held."""
         with redis_errors():
             lost = self._run("renew", ms(lease_s), *flat(held))
@@ -328,19 +366,19 @@ class Ledger(Scripted):
         with redis_errors(claim.id):
             return bool(self._run("requeue", claim.id, claim.token, delay, why))
 
-    def reconcile(
-        self, *, limit: int = 100, grace_s: float = GRACE_S, judge: bool = True
-    ) -> list[Message]:
-        """One sweep over what is due; the messages to publish again.
+    def reconcile(self, *, limit: int = 100, grace_s: float = GRACE_S, judge: bool = True) -> Swept:
+        """One chunk of a sweep over what is due: at most ``limit`` of each kind.
 
         Without ``judge`` it leaves leases that ran out alone: after an outage of Redis they say
         nothing about their workers.
         """
         ttl = ms(self.settings.dead_letter_ttl)
+        is_broker = self.settings.effective_broker_url == self.settings.redis_url
+        options = limit, ms(grace_s), MAX_CRASHES, ttl, int(judge), int(is_broker)
         with redis_errors():
-            found = self._run("reconcile", limit, ms(grace_s), MAX_CRASHES, ttl, int(judge))
+            more, *found = self._run("reconcile", *options)
         triples = zip(found[::3], found[1::3], found[2::3], strict=True)
-        return [Message(Kind(kind), id, queue) for kind, id, queue in triples]
+        return Swept([Message(Kind(kind), id, queue) for kind, id, queue in triples], bool(more))
 
     def register(
         self, worker: str, models: Sequence[str], info: str, *, ttl_s: float, spare: bool

@@ -23,7 +23,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from blipq.errors import InvalidRequest
-from blipq.ledger import DEAD_LETTERS
+from blipq.ledger import DEAD_LETTERS, waiting_keys
 from blipq.webhooks.outbox import COUNTS, DEAD_EVENTS, OUTBOX, SENDER
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ class LedgerCollector(Collector):
         with self._redis.pipeline(transaction=False) as pipe:
             for queue in queues:
                 pipe.zcard(f"blipq:queued:{queue}")
-                pipe.zrange(f"blipq:queued:{queue}", 0, 0, withscores=True)
+                for key in waiting_keys(queue):
+                    pipe.zrange(key, 0, 0, withscores=True)
             seconds, micros = self._redis.time()
             now = seconds + micros / 1e6
             for model in models:
@@ -113,11 +114,12 @@ class LedgerCollector(Collector):
             "blipq_oldest_queued_seconds", "Since the oldest was published.", labels=["queue"]
         )
         for place, queue in enumerate(queues):
-            size, oldest = found[2 * place : 2 * place + 2]
+            size, *first = found[3 * place : 3 * place + 3]
+            since = [score for each in first for _, score in each]
             depth.add_metric([queue], size)
-            age.add_metric([queue], max(0.0, now - oldest[0][1] / 1000) if oldest else 0)
+            age.add_metric([queue], max(0.0, now - min(since) / 1000) if since else 0)
         workers = GaugeMetricFamily("blipq_workers", "Live workers of a model.", labels=["model"])
-        for model, count in zip(models, found[2 * len(queues) :], strict=True):
+        for model, count in zip(models, found[3 * len(queues) :], strict=True):
             workers.add_metric([model], count)
         yield from (depth, age, workers)
 

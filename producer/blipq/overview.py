@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from blipq.contract import TERMINAL_STATUSES, JobInfo, Status
-from blipq.ledger import Ledger, redis_errors
+from blipq.ledger import Ledger, redis_errors, waiting_keys
 
 #: Open jobs that are looked at for a list, the latest deadlines first.
 LOOK_AT = 1000
@@ -74,12 +74,13 @@ class Overview:
             return [self._queue(queue, seconds + micros / 1e6) for queue in self._queues()]
 
     def _queue(self, queue: str, now: float) -> QueueState:
-        oldest = self._redis.zrange(f"blipq:queued:{queue}", 0, 0, withscores=True)
+        first = (self._redis.zrange(key, 0, 0, withscores=True) for key in waiting_keys(queue))
+        since = [score for found in first for _, score in found]
         model = queue.removeprefix("blipq.").rpartition(".")[0]
         return QueueState(
             queue=queue,
             waiting=self._redis.zcard(f"blipq:queued:{queue}"),
-            oldest_s=now - oldest[0][1] / 1000 if oldest else None,
+            oldest_s=now - min(since) / 1000 if since else None,
             live_workers=self._redis.zcount(f"blipq:serving:{model}", now * 1000, "+inf"),
         )
 

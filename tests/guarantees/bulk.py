@@ -65,7 +65,7 @@ class StandIn:
         """Jobs whose submitter was killed before it published them, as workers find them."""
         time.sleep(0.05)
         ledger.register("stand-in", ["default"], "{}", ttl_s=10, spare=True)
-        return [message.id for message in ledger.reconcile(grace_s=1)]
+        return [message.id for message in ledger.reconcile(grace_s=1).messages]
 
     def _end(self, ledger: Ledger, id: str) -> None:
         claim = ledger.claim(id, "stand-in")

@@ -4,10 +4,12 @@ A worker is played by hand: it claims, renews, finishes or dies.
 """
 
 import json
+import threading
 from typing import Any
 
 import pytest
 import redis
+from redis._parsers.base import BaseParser
 
 from blipq import (
     IdempotencyConflict,
@@ -20,7 +22,8 @@ from blipq import (
     Webhook,
 )
 from blipq.contract import CONTRACT, CaptionRequest, Kind, MatchRequest
-from blipq.ledger import MAX_CRASHES, Claim, Ledger, Message, connect
+from blipq.ledger import MAX_CRASHES, Claim, Ledger, Message, connect, redis_errors
+from blipq.overview import Overview
 from conftest import wait_until
 
 IMAGE = "s3://uploads/cat.jpg"
@@ -30,6 +33,10 @@ QUEUE = "blipq.default.normal"
 RESULT = json.dumps({"kind": "caption", "captions": [{"text": "a cat"}]})
 ERROR = json.dumps({"code": "image_invalid", "message": "not an image", "retryable": False})
 SOON_S = 0.03
+LONG_SCRIPT = """
+local from = redis.call('TIME')[1]
+while redis.call('TIME')[1] - from < 2 do end
+"""
 
 
 def submitted(ledger: Ledger, id: str = "job_1", **options: Any) -> Message | str:
@@ -56,7 +63,7 @@ def read(ledger: Ledger, id: str = "job_1") -> JobInfo:
 def published_again(ledger: Ledger, grace_s: float = 60.0) -> list[str]:
     """Sweeps until something is due; the ids to publish."""
     swept: list[Message] = []
-    wait_until(lambda: swept or swept.extend(ledger.reconcile(grace_s=grace_s)), "a sweep")
+    wait_until(lambda: swept or swept.extend(ledger.reconcile(grace_s=grace_s).messages), "a sweep")
     return [message.id for message in swept]
 
 
@@ -67,7 +74,9 @@ def crash(ledger: Ledger, id: str = "job_1") -> None:
         assert ledger.begin(claim)
     before = ledger.redis.hget(f"blipq:job:{id}", "crashes")
     wait_until(
-        lambda: ledger.reconcile() or ledger.redis.hget(f"blipq:job:{id}", "crashes") != before,
+        lambda: (
+            ledger.reconcile().messages or ledger.redis.hget(f"blipq:job:{id}", "crashes") != before
+        ),
         "the lease to run out",
     )
 
@@ -216,8 +225,24 @@ def test_a_job_ends_once(ledger: Ledger) -> None:
     claim = running(ledger)
     assert ledger.succeed(claim, RESULT, "{}")
     assert not ledger.fail(claim, ERROR, "{}")
-    assert not ledger.succeed(claim, RESULT, "{}")
-    assert read(ledger).status is Status.SUCCEEDED
+    assert not ledger.succeed(claim, RESULT.replace("cat", "dog"), "{}")
+    assert read(ledger).result.text == "a cat"
+
+
+def test_an_outcome_told_again_is_the_one_that_is_stored(ledger: Ledger) -> None:
+    """Its first answer was lost on the way."""
+    claim = running(ledger)
+    assert ledger.succeed(claim, RESULT, "{}")
+    ended = read(ledger)
+    assert ledger.succeed(claim, RESULT, "{}")
+    assert read(ledger) == ended
+
+
+def test_a_job_given_back_twice_is_given_back_once(ledger: Ledger) -> None:
+    claim = running(ledger)
+    assert ledger.retry(claim, 60)
+    assert ledger.retry(claim, 60)
+    assert ledger.redis.hget("blipq:job:job_1", "retries") == "1"
 
 
 def test_a_stale_worker_cannot_finish_a_job(ledger: Ledger) -> None:
@@ -226,15 +251,37 @@ def test_a_stale_worker_cannot_finish_a_job(ledger: Ledger) -> None:
     published_again(ledger)
     claimed(ledger)
     assert not ledger.succeed(stale, RESULT, "{}")
+    assert not ledger.begin(stale)
+    assert ledger.renew({"job_1": stale.token}) == ["job_1"]
     assert not ledger.retry(stale, 0)
     assert not ledger.hand_back(stale)
     assert read(ledger).status is Status.RUNNING
 
 
-def test_each_claim_has_a_larger_token(ledger: Ledger) -> None:
-    first = running(ledger)
-    ledger.hand_back(first)
-    assert claimed(ledger).token > first.token
+def test_a_claim_repeated_with_its_nonce_is_the_same_claim(ledger: Ledger) -> None:
+    """Its first answer was lost on the way."""
+    submitted(ledger)
+    first = ledger.claim("job_1", "w1", nonce="n1")
+    again = ledger.claim("job_1", "w1", nonce="n1")
+    assert isinstance(first, Claim)
+    assert isinstance(again, Claim)
+    assert (again.token, again.attempts) == (first.token, 1)
+    assert ledger.claim("job_1", "w1", nonce="n2") == "busy"
+    assert ledger.succeed(again, RESULT, "{}")
+
+
+def test_a_token_does_not_come_twice_when_a_failover_forgot_its_claim(
+    ledger: Ledger, raw_redis: "redis.Redis"
+) -> None:
+    """A replica that lacked the claim became the master: the count starts where it was before."""
+    submitted(ledger)
+    before = raw_redis.dump("blipq:job:job_1")
+    stale = claimed(ledger)
+    raw_redis.restore("blipq:job:job_1", 10**6, before, replace=True)
+    newer = claimed(ledger)
+    assert newer.attempts == stale.attempts
+    assert not ledger.succeed(stale, RESULT, "{}")
+    assert ledger.succeed(newer, RESULT, "{}")
 
 
 def test_a_suspect_is_handed_back_uncounted_and_runs_alone(ledger: Ledger) -> None:
@@ -248,8 +295,10 @@ def test_a_suspect_is_handed_back_uncounted_and_runs_alone(ledger: Ledger) -> No
 def test_an_outcome_after_the_deadline_is_dropped(ledger: Ledger) -> None:
     claim = running(ledger, expires_in=SOON_S)
     assert claim.expires_in <= SOON_S
-    wait_until(lambda: not ledger.succeed(claim, RESULT, "{}"), "the deadline")
-    assert read(ledger).status in ("expired", "succeeded")
+    deadline = float(ledger.redis.hget("blipq:job:job_1", "deadline"))
+    wait_until(lambda: now_ms(ledger) > deadline, "the deadline")
+    assert not ledger.succeed(claim, RESULT, "{}")
+    assert read(ledger).status is Status.EXPIRED
 
 
 def test_the_end_of_a_job_is_told_on_its_clients_channel(
@@ -312,7 +361,7 @@ def test_only_the_reconciler_judges_a_lease_that_ran_out(ledger: Ledger) -> None
     """After an outage of Redis every lease has run out, and the workers are well."""
     running(ledger, lease_s=0.001)
     assert ledger.claim("job_1", "w2") == "busy"
-    assert ledger.reconcile(judge=False) == []
+    assert ledger.reconcile(judge=False).messages == []
     assert read(ledger).status is Status.RUNNING
     assert published_again(ledger) == ["job_1"]
 
@@ -363,7 +412,7 @@ def test_a_retry_waits_for_its_time(ledger: Ledger) -> None:
     ledger.retry(running(ledger), 60)
     assert read(ledger).status is Status.QUEUED
     assert ledger.claim("job_1", "w2") == "busy"
-    assert ledger.reconcile() == []
+    assert ledger.reconcile().messages == []
 
 
 def test_a_due_retry_is_published_and_counted(ledger: Ledger) -> None:
@@ -399,7 +448,7 @@ def test_a_running_job_is_cancelled_and_its_result_dropped(ledger: Ledger) -> No
 def test_a_job_waiting_for_a_retry_is_cancelled(ledger: Ledger) -> None:
     ledger.retry(running(ledger), SOON_S)
     assert ledger.cancel("job_1") == "cancelled"
-    assert ledger.reconcile() == []
+    assert ledger.reconcile().messages == []
 
 
 @pytest.mark.parametrize("ending", ["succeeded", "failed", "cancelled"])
@@ -419,20 +468,20 @@ def test_an_unknown_job_cannot_be_cancelled(ledger: Ledger) -> None:
 def test_a_waiting_job_is_not_published_again_while_workers_are_busy(ledger: Ledger) -> None:
     submitted(ledger)
     ledger.register("w1", ["default"], "{}", ttl_s=5, spare=False)
-    assert ledger.reconcile(grace_s=0.001) == []
+    assert ledger.reconcile(grace_s=0.001).messages == []
 
 
 def test_a_lost_message_is_published_again_when_a_worker_idles(ledger: Ledger) -> None:
     submitted(ledger)
     ledger.register("w1", ["default"], "{}", ttl_s=5, spare=True)
-    assert ledger.reconcile(grace_s=60) == [], "within its grace it may be on its way"
+    assert ledger.reconcile(grace_s=60).messages == [], "within its grace it may be on its way"
     assert published_again(ledger, grace_s=SOON_S) == ["job_1"]
 
 
 def test_an_idle_worker_of_another_model_proves_nothing(ledger: Ledger) -> None:
     submitted(ledger)
     ledger.register("w1", ["other"], "{}", ttl_s=5, spare=True)
-    assert ledger.reconcile(grace_s=0.001) == []
+    assert ledger.reconcile(grace_s=0.001).messages == []
 
 
 def test_a_job_overtaken_in_its_queue_has_lost_its_message(ledger: Ledger) -> None:
@@ -440,7 +489,7 @@ def test_a_job_overtaken_in_its_queue_has_lost_its_message(ledger: Ledger) -> No
     first = ledger.redis.zscore(f"blipq:queued:{QUEUE}", "job_1")
     wait_until(lambda: now_ms(ledger) > first + 1000 * SOON_S, "a later moment")
     running(ledger, "job_2")
-    assert ledger.reconcile(grace_s=60) == []
+    assert ledger.reconcile(grace_s=60).messages == []
     assert published_again(ledger, grace_s=SOON_S / 2) == ["job_1"]
 
 
@@ -448,7 +497,67 @@ def test_a_job_is_published_again_once_per_grace(ledger: Ledger) -> None:
     submitted(ledger)
     ledger.register("w1", ["default"], "{}", ttl_s=60, spare=True)
     published_again(ledger, grace_s=SOON_S)
-    assert ledger.reconcile(grace_s=60) == []
+    assert ledger.reconcile(grace_s=60).messages == []
+
+
+def test_a_queue_that_somebody_takes_from_is_not_idle(ledger: Ledger) -> None:
+    """A free thread now and then is no proof: what waits in it is a backlog."""
+    submitted(ledger, "job_1")
+    claimed(ledger, "job_1")
+    submitted(ledger, "job_2")
+    ledger.register("w1", ["default"], "{}", ttl_s=60, spare=True)
+    taken = ledger.redis.get(f"blipq:taken:{QUEUE}")
+    ledger.redis.set(f"blipq:taken:{QUEUE}", float(taken) + 60_000, ex=60)
+    queued = ledger.redis.zscore(f"blipq:queued:{QUEUE}", "job_2")
+    wait_until(lambda: now_ms(ledger) > queued + 1, "a moment")
+    assert ledger.reconcile(grace_s=0.001).messages == []
+    ledger.redis.set(f"blipq:taken:{QUEUE}", taken, ex=60)
+    assert published_again(ledger, grace_s=0.001) == ["job_2"]
+
+
+def test_no_more_is_published_again_than_the_brokers_list_lacks(ledger: Ledger) -> None:
+    for number in range(5):
+        submitted(ledger, f"job_{number}")
+    ledger.redis.lpush(QUEUE, "a message", "another")
+    ledger.redis.lpush(f"{QUEUE}\x06\x163", "one with a priority")
+    ledger.register("w1", ["default"], "{}", ttl_s=60, spare=True)
+    assert published_again(ledger, grace_s=SOON_S) == ["job_0", "job_1"]
+    ledger.redis.delete(QUEUE, f"{QUEUE}\x06\x163")
+
+
+def test_a_job_that_was_published_again_makes_no_other_look_overtaken(ledger: Ledger) -> None:
+    """Its first message may be the one that came: it says nothing about later ones."""
+    submitted(ledger, "job_1")
+    ledger.register("w1", ["default"], "{}", ttl_s=60, spare=True)
+    published_again(ledger, grace_s=SOON_S)
+    ledger.redis.delete("blipq:spare:default")
+    submitted(ledger, "job_2")
+    last = float(ledger.redis.zscore(f"blipq:queued:{QUEUE}", "job_2"))
+    ledger.redis.zadd(f"blipq:queued:{QUEUE}", {"job_1": last + 60_000})
+    claimed(ledger, "job_1")
+    wait_until(lambda: now_ms(ledger) > last + 1000 * SOON_S, "a later moment")
+    assert ledger.reconcile(grace_s=SOON_S).messages == []
+
+
+def test_the_age_of_a_job_counts_from_its_first_message(ledger: Ledger) -> None:
+    submitted(ledger)
+    first = ledger.redis.zscore(f"blipq:queued:{QUEUE}", "job_1")
+    ledger.register("w1", ["default"], "{}", ttl_s=60, spare=True)
+    published_again(ledger, grace_s=SOON_S)
+    (queue,) = Overview(ledger).queues()
+    assert queue.oldest_s == pytest.approx((now_ms(ledger) - float(first)) / 1000, abs=0.5)
+    assert queue.oldest_s >= SOON_S
+    claimed(ledger)
+    assert Overview(ledger).queues()[0].oldest_s is None
+
+
+def test_a_queue_without_jobs_is_passed_over_until_it_has_one(ledger: Ledger) -> None:
+    claim = running(ledger)
+    ledger.reconcile()
+    assert ledger.redis.zscore("blipq:queues", QUEUE) < 0
+    assert [queue.queue for queue in Overview(ledger).queues()] == [QUEUE]
+    ledger.hand_back(claim)
+    assert ledger.redis.zscore("blipq:queues", QUEUE) > 0
 
 
 def test_a_sweep_is_bounded(ledger: Ledger) -> None:
@@ -456,8 +565,9 @@ def test_a_sweep_is_bounded(ledger: Ledger) -> None:
         ledger.retry(running(ledger, f"job_{number}"), 0.001)
     due = now_ms(ledger) + 1
     wait_until(lambda: now_ms(ledger) > due, "the retries to be due")
-    assert len(ledger.reconcile(limit=3)) == 3
-    assert len(ledger.reconcile(limit=3)) == 2
+    first, rest = ledger.reconcile(limit=3), ledger.reconcile(limit=3)
+    assert (len(first.messages), first.more) == (3, True)
+    assert (len(rest.messages), rest.more) == (2, False)
 
 
 def test_a_passed_deadline_is_settled_by_reading(ledger: Ledger) -> None:
@@ -469,7 +579,9 @@ def test_a_passed_deadline_is_settled_by_reading(ledger: Ledger) -> None:
 def test_a_passed_deadline_is_settled_by_a_sweep(ledger: Ledger, raw_redis: "redis.Redis") -> None:
     submitted(ledger, expires_in=SOON_S)
     wait_until(
-        lambda: ledger.reconcile() or raw_redis.hget("blipq:job:job_1", "status") == "expired",
+        lambda: (
+            ledger.reconcile().messages or raw_redis.hget("blipq:job:job_1", "status") == "expired"
+        ),
         "the deadline",
     )
 
@@ -560,6 +672,50 @@ def test_a_redis_that_is_down_is_an_unavailable_queue(apart: Settings) -> None:
     with connect(nowhere) as raw, pytest.raises(QueueUnavailable, match="Redis") as raised:
         submitted(Ledger(raw, nowhere), "job_7")
     assert raised.value.job_id == "job_7"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "NOREPLICAS Not enough good replicas to write.",
+        "MISCONF Redis is configured to save RDB snapshots, but it cannot.",
+        "BUSY Redis is busy running a script.",
+        "UNBLOCKED force unblock from blocking operation, instance state changed",
+        "READONLY You can't write against a read only replica.",
+        "LOADING Redis is loading the dataset in memory",
+        "MASTERDOWN Link with MASTER is down",
+        "CLUSTERDOWN The cluster is down",
+        "TRYAGAIN Multiple keys request during rehashing of slot",
+        "NOPERM No permissions to run the 'evalsha' command",
+        "ERR Error running script (call to f_0a1b): @user_script:7: -READONLY You can't write",
+    ],
+)
+def test_a_server_that_refuses_for_now_is_an_unavailable_queue(reply: str) -> None:
+    error = BaseParser.parse_error(reply)
+    with pytest.raises(QueueUnavailable), redis_errors():
+        raise error
+
+
+@pytest.mark.parametrize(
+    "reply", ["WRONGTYPE Operation against a key", "ERR user_script:3: attempt to index a nil"]
+)
+def test_a_mistake_of_ours_is_no_outage(reply: str) -> None:
+    error = BaseParser.parse_error(reply)
+    with pytest.raises(redis.ResponseError), redis_errors():
+        raise error
+
+
+def test_a_redis_that_runs_a_long_script_is_unavailable(own_redis: Settings) -> None:
+    with connect(own_redis) as raw, connect(own_redis, timeout_s=20) as hog:
+        raw.config_set("busy-reply-threshold", 100)
+        ledger = Ledger(raw, own_redis)
+        submitted(ledger)
+        busy = threading.Thread(target=hog.eval, args=(LONG_SCRIPT, 0))
+        busy.start()
+        with pytest.raises(QueueUnavailable, match="BUSY"):
+            wait_until(lambda: ledger.read("job_1") is None, "the script to be in the way")
+        busy.join()
+        assert read(ledger).status is Status.QUEUED
 
 
 def test_a_wrong_password_is_told(apart: Settings) -> None:

@@ -594,7 +594,7 @@ def unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def due_again(parts: Parts) -> None:
-    wait_until(lambda: parts.ledger.reconcile(), "the retry to be due")
+    wait_until(lambda: parts.ledger.reconcile().messages, "the retry to be due")
 
 
 @pytest.mark.usefixtures("unavailable")

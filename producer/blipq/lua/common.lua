@@ -6,7 +6,7 @@
 local OPEN = 'blipq:open'          -- zset: id -> deadline, every job that has not ended
 local RUNNING = 'blipq:running'    -- zset: id -> end of lease
 local DELAYED = 'blipq:delayed'    -- zset: id -> when a retry is due
-local QUEUES = 'blipq:queues'      -- zset: queue -> last use
+local QUEUES = 'blipq:queues'      -- zset: queue -> last use; negative while no job waits in it
 local DEAD = 'blipq:dead-letters'  -- zset: id -> when it was given up
 local RECENT = 'blipq:recent'      -- zset: id -> when it ended, the last thousand
 local OUTBOX = 'blipq:outbox'      -- zset: host -> when its next webhook event is due
@@ -19,10 +19,12 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
 local function job_key(id) return 'blipq:job:' .. id end
-local function queued_key(queue) return 'blipq:queued:' .. queue end       -- zset: id -> published at
+local function queued_key(queue) return 'blipq:queued:' .. queue end       -- zset: id -> published at, the last time
+local function again_key(queue) return 'blipq:again:' .. queue end         -- zset: id -> published at, the first time
 local function claimed_key(queue) return 'blipq:claimed:' .. queue end     -- published at, of the newest claim
+local function taken_key(queue) return 'blipq:taken:' .. queue end         -- when a job of it was claimed last
 local function serving_key(model) return 'blipq:serving:' .. model end     -- zset: worker -> alive until
-local function spare_key(model) return 'blipq:spare:' .. model end         -- exists while a worker idles
+local function spare_key(model) return 'blipq:spare:' .. model end         -- exists while a worker has had room for a grace
 local function outbox_key(host) return 'blipq:outbox:' .. host end         -- zset: event id -> when to send it
 local function event_key(event) return 'blipq:event:' .. event end
 
@@ -44,11 +46,23 @@ local function ended(job)
   return status == 'succeeded' or status == 'failed' or status == 'cancelled' or status == 'expired'
 end
 
+-- Out of its queue. Only a job that was published again is in the second set.
+local function unqueue(id, job)
+  redis.call('ZREM', queued_key(job.queue), id)
+  redis.call('ZREM', again_key(job.queue), id)
+end
+
 local function forget(id, job)
   redis.call('ZREM', OPEN, id)
   redis.call('ZREM', RUNNING, id)
   redis.call('ZREM', DELAYED, id)
-  redis.call('ZREM', queued_key(job.queue), id)
+  unqueue(id, job)
+end
+
+-- What a worker shows to prove that a claim is its own. The counter alone could come twice: a
+-- replica that becomes the master may not have seen the last claims.
+local function fence(job)
+  return (job.token or '') .. '-' .. (job.nonce or '')
 end
 
 -- A host has a queue of its own, so that one that hangs is passed over at no cost.
@@ -121,7 +135,9 @@ local function enqueue(id, job, published_at)
   redis.call('HSET', job_key(id), 'status', 'queued')
   redis.call('ZREM', RUNNING, id)
   redis.call('ZREM', DELAYED, id)
+  redis.call('ZREM', again_key(job.queue), id)
   index(queued_key(job.queue), published_at, id)
+  index(QUEUES, now, job.queue)
 end
 
 -- A lease ran out: its worker crashed or hung. Returns true if the job is to be published again.

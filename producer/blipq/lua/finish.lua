@@ -2,7 +2,19 @@
 -- then field/value pairs. Returns 1, or 0 if the job is no longer this worker's to end.
 local id, token, status, dead_letter_ttl = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local job = load(id)
-if not job or job.status ~= 'running' or job.token ~= token then return 0 end
+if not job or fence(job) ~= token then return 0 end
+
+-- Told again by a worker that has not heard the answer: it is stored already.
+local function is_stored()
+  if job.status ~= status then return false end
+  for i = 5, #ARGV, 2 do
+    if job[ARGV[i]] ~= ARGV[i + 1] then return false end
+  end
+  return true
+end
+
+if is_stored() then return 1 end
+if job.status ~= 'running' then return 0 end
 if tonumber(job.deadline) <= now then
   end_job(id, job, 'expired', {})
   return 0

@@ -7,7 +7,7 @@ for i = 2, #ARGV do
     end_job(id, job, 'cancelled', {})
     cancelled = cancelled + 1
   else
-    redis.call('ZREM', queued_key(queue), id)
+    unqueue(id, {queue = queue})
   end
 end
 return cancelled

@@ -1,9 +1,11 @@
--- One sweep over what is due, the oldest first and at most LIMIT of each: O(1) with any backlog.
--- ARGV: limit, grace ms, max crashes, dead letter ttl ms, whether to judge leases (1 or 0).
--- Returns {kind, id, queue, ...} triples of the jobs to publish again.
+-- One chunk of a sweep over what is due, the oldest first and at most LIMIT of each: O(1) with any
+-- backlog. ARGV: limit, grace ms, max crashes, dead letter ttl ms, whether to judge leases (1 or 0),
+-- whether this Redis is the broker, too (1 or 0).
+-- Returns whether more may be due (1 or 0), then {kind, id, queue, ...} of the jobs to publish again.
 local limit, grace = tonumber(ARGV[1]), tonumber(ARGV[2])
 local max_crashes, dead_letter_ttl = tonumber(ARGV[3]), tonumber(ARGV[4])
-local publish = {}
+local is_broker = ARGV[6] == '1'
+local publish = {0}
 
 local function add(id, job)
   publish[#publish + 1] = job.kind
@@ -12,7 +14,9 @@ local function add(id, job)
 end
 
 local function due(key)
-  return redis.call('ZRANGEBYSCORE', key, '-inf', now, 'LIMIT', 0, limit)
+  local ids = redis.call('ZRANGEBYSCORE', key, '-inf', now, 'LIMIT', 0, limit)
+  if #ids == limit then publish[1] = 1 end
+  return ids
 end
 
 for _, id in ipairs(due(OPEN)) do
@@ -40,21 +44,56 @@ for _, id in ipairs(due(DELAYED)) do
 end
 
 -- A queued job's message is lost if a job published a grace later was claimed (queues are first
--- in, first out), or if a worker with room sees nothing: any other waiting job waits its turn.
-redis.call('ZREMRANGEBYSCORE', QUEUES, '-inf', now - INDEX_TTL)
-for _, queue in ipairs(redis.call('ZRANGE', QUEUES, 0, -1)) do
+-- in, first out), or if a worker had room for a whole grace in which nobody took anything from the
+-- queue: any other waiting job waits its turn.
+local function horizon(queue)
   local model = string.match(queue, '^blipq%.(.+)%.%a+$')
-  local newest = tonumber(redis.call('GET', claimed_key(queue)) or 0)
-  local idle = redis.call('EXISTS', spare_key(model)) == 1
-  local horizon = idle and now - grace or math.min(now, newest) - grace
-  local lost = redis.call('ZRANGEBYSCORE', queued_key(queue), '-inf', horizon, 'LIMIT', 0, limit)
-  for _, id in ipairs(lost) do
+  local taken = tonumber(redis.call('GET', taken_key(queue)) or 0)
+  if redis.call('EXISTS', spare_key(model)) == 1 and taken <= now - grace then return now - grace end
+  return math.min(now, tonumber(redis.call('GET', claimed_key(queue)) or 0)) - grace
+end
+
+-- No more can be lost than the broker's lists lack. They are named as kombu names them: one for the
+-- queue, and one for each priority that foreign messages may have.
+local function missing(queue, waiting)
+  if not is_broker then return waiting end
+  local listed = redis.call('LLEN', queue)
+  for _, priority in ipairs({3, 6, 9}) do
+    listed = listed + redis.call('LLEN', queue .. '\6\22' .. priority)
+  end
+  return waiting - listed
+end
+
+local function lost(queue, waiting)
+  local most = math.min(limit, missing(queue, waiting))
+  if most <= 0 then return {} end
+  local ids = redis.call('ZRANGEBYSCORE', queued_key(queue), '-inf', horizon(queue), 'LIMIT', 0, most)
+  if is_broker and #ids == limit then publish[1] = 1 end
+  return ids
+end
+
+local function publish_again(queue, id, job)
+  local first = redis.call('ZSCORE', queued_key(queue), id)
+  redis.call('ZADD', again_key(queue), 'NX', first, id)
+  redis.call('PEXPIRE', again_key(queue), INDEX_TTL)
+  index(queued_key(queue), now, id)
+  add(id, job)
+end
+
+-- A queue in which no job waits is passed over until one does; it is forgotten when long unused.
+redis.call('ZREMRANGEBYSCORE', QUEUES, 0, now - INDEX_TTL)
+redis.call('ZREMRANGEBYSCORE', QUEUES, INDEX_TTL - now, 0)
+for _, queue in ipairs(redis.call('ZRANGEBYSCORE', QUEUES, 0, '+inf')) do
+  local waiting = redis.call('ZCARD', queued_key(queue))
+  if waiting == 0 then
+    redis.call('ZADD', QUEUES, -redis.call('ZSCORE', QUEUES, queue), queue)
+  end
+  for _, id in ipairs(lost(queue, waiting)) do
     local job = load(id)
     if job and job.status == 'queued' then
-      index(queued_key(queue), now, id)
-      add(id, job)
+      publish_again(queue, id, job)
     else
-      redis.call('ZREM', queued_key(queue), id)
+      unqueue(id, {queue = queue})
     end
   end
 end

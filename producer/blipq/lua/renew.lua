@@ -4,10 +4,11 @@ local lease = tonumber(ARGV[1])
 local lost = {}
 for i = 2, #ARGV, 2 do
   local id, token = ARGV[i], ARGV[i + 1]
-  local job = redis.call('HMGET', job_key(id), 'status', 'token', 'deadline')
-  if job[1] ~= 'running' or job[2] ~= token then
+  local found = redis.call('HMGET', job_key(id), 'status', 'token', 'nonce', 'deadline')
+  local job = {token = found[2], nonce = found[3]}
+  if found[1] ~= 'running' or fence(job) ~= token then
     lost[#lost + 1] = id
-  elseif tonumber(job[3]) <= now then
+  elseif tonumber(found[4]) <= now then
     end_job(id, load(id), 'expired', {})
     lost[#lost + 1] = id
   else
