@@ -72,6 +72,7 @@ def make_app(settings: Settings) -> "Celery":
         task_create_missing_queues=True,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        broker_channel_error_retry=True,
         broker_connection_timeout=3,
         broker_transport_options=address.options,
         broker_use_ssl=address.tls,

@@ -39,8 +39,8 @@ def claimed(client: Client, *, lease_s: float = 30.0, **options: Any) -> Claim:
 
 
 def heartbeat(ledger: Ledger, held: Held, **changes: Any) -> Heartbeat:
-    options = {"threads": 2, "lease_s": 30.0, "watchdog_s": 60.0}
-    options |= {"stalled_for": lambda: 0.0, "draining": lambda: False}
+    options = {"threads": 2, "lease_s": 30.0, "grace_s": 0.0, "watchdog_s": 60.0}
+    options |= {"stalled_for": lambda: 0.0, "taking": lambda: True, "draining": lambda: False}
     return Heartbeat(ledger, held, "w1", ["default"], **(options | changes))  # type: ignore[arg-type]
 
 
@@ -158,8 +158,8 @@ def test_a_heart_outlives_an_outage_of_redis(apart: Settings, ledger: Ledger) ->
 def test_a_worker_whose_model_hangs_ends() -> None:
     code = (
         "from blipq_worker.leases import Heartbeat, Held\n"
-        "Heartbeat(None, Held(), 'w1', [], threads=1, lease_s=30, watchdog_s=1,"
-        " stalled_for=lambda: 2.0, draining=bool).tick()"
+        "Heartbeat(None, Held(), 'w1', [], threads=1, lease_s=30, grace_s=1, watchdog_s=1,"
+        " stalled_for=lambda: 2.0, taking=bool, draining=bool).tick()"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ended.returncode == EXIT_HUNG, ended.stderr

@@ -23,6 +23,7 @@ from blipq.settings import Settings
 from blipq.storage import Storage
 from blipq_worker.blip2.compiling import since_compiling
 from blipq_worker.budget import Budget, give_large_blocks_back
+from blipq_worker.consumer import Door, consumer_class
 from blipq_worker.engine import Engine
 from blipq_worker.faults import Trust
 from blipq_worker.fetch import Fetcher
@@ -98,6 +99,8 @@ class Worker:
         indexes = Indexes(settings)
         self._writer = IndexWriter(indexes, max_waiting=2 * options.threads)
         metrics = self._metrics()
+        grace_s = min(GRACE_S, options.lease_s)
+        self._broker_loop = BrokerLoop()
         self._runner = Runner(
             ledger=ledger,
             broker=self._broker,
@@ -121,8 +124,10 @@ class Worker:
             outputs=options.allowed_outputs,
             threads=options.threads,
             lease_s=options.lease_s,
+            grace_s=grace_s,
             watchdog_s=options.watchdog_s,
             stalled_for=self._stalled_for,
+            taking=lambda: self._gate.open and self._broker_loop.turning,
             draining=lambda: self._gate.closed,
         )
         self._reconciler = Reconciler(
@@ -130,14 +135,13 @@ class Worker:
             self._broker,
             self.name,
             lease_s=options.lease_s,
-            grace_s=min(GRACE_S, options.lease_s),
+            grace_s=grace_s,
         )
         self._strays = Strays(ledger, settings, self.name)
-        self._broker_loop = BrokerLoop()
         self._health = (
             self._health_server(ledger, metrics) if options.health_port is not None else None
         )
-        harden()
+        harden(dropped=lambda: metrics.refused("dropped"))
         give_large_blocks_back()
         self._app = make_app(settings)
         register_tasks(self._app, self._runner)
@@ -179,7 +183,13 @@ class Worker:
         # A receiver, so that Celery leaves logging as the process set it up.
         setup_logging.connect(_keep_logging)
         worker_ready.connect(self._on_ready)
+        door = Door(
+            refuse=self._runner.refuse,
+            problem=lambda: self._heartbeat.problem,
+            ended=self._on_ended,
+        )
         worker = self._app.Worker(
+            consumer_cls=consumer_class(door, self._broker_loop),
             hostname=f"blipq@{self.name}",
             pool="threads",
             concurrency=self._options.threads,
@@ -219,7 +229,7 @@ class Worker:
                 ledger.redis.ping()
             except redis.RedisError as error:
                 return str(error)
-            return None
+            return self._heartbeat.problem  # a server that answers may refuse writes
 
         def model_stuck() -> str | None:
             if self._problem is not None:
@@ -230,7 +240,7 @@ class Worker:
             )
 
         def loop_stuck() -> str | None:
-            # While Redis is away the loop waits for it; ending the process would not help.
+            # While Redis is away the loop may wait for it; ending the process would not help.
             stuck = self._broker_loop.stuck()
             return stuck if stuck and redis_away() is None else None
 
@@ -241,7 +251,7 @@ class Worker:
                 "redis": redis_away,
                 "s3": self._access.trouble,
                 "model": model_stuck,
-                "broker loop": self._broker_loop.stuck,
+                "broker loop": self._broker_loop.away,
                 "draining": lambda: "yes" if self._gate.closed else None,
             },
             metrics=metrics.page,
@@ -278,8 +288,6 @@ class Worker:
 
     def _on_ready(self, sender: Any, **_: Any) -> None:
         """Takes the signals over from Celery, whose own handling waits without an end."""
-        self._broker_loop.turned()
-        sender.timer.call_repeatedly(2.0, self._broker_loop.turned)
         log.info("%s is ready: %s", self.name, ", ".join(self._models))
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
@@ -291,19 +299,28 @@ class Worker:
             # Not from this frame: it may have interrupted a lock that handing back needs.
             threading.Thread(target=self._leave_now, daemon=True).start()
             return
-        self._gate.close()  # first: the next signal must find it closed
-        log.info("draining: at most %g s", self._options.drain_timeout_s)
-        deadline = threading.Timer(self._options.drain_timeout_s, self._leave_now)
-        deadline.daemon = True
-        deadline.start()
+        self._drain(0)
         state.should_stop = 0  # type: ignore[assignment]
 
-    def _leave_now(self) -> None:
+    def _on_ended(self, error: BaseException) -> None:
+        """Celery takes no more messages: by an error, or as a signal or remote control said."""
+        if not self._gate.closed:
+            self._drain(1 if isinstance(error, Exception) else 0)
+
+    def _drain(self, code: int) -> None:
+        """Takes no more jobs, and leaves with ``code`` when those that run have had their time."""
+        self._gate.close()  # first: the next signal must find it closed
+        log.info("draining: at most %g s", self._options.drain_timeout_s)
+        deadline = threading.Timer(self._options.drain_timeout_s, self._leave_now, [code])
+        deadline.daemon = True
+        deadline.start()
+
+    def _leave_now(self, code: int = 0) -> None:
         """Hands everything back and ends the process: its threads cannot be stopped."""
         count = self._runner.hand_back_all()
         log.warning("handed back: %d", count)
         logging.shutdown()
-        os._exit(0)
+        os._exit(code)
 
     def _stop(self) -> None:
         self._strays.stop()

@@ -62,6 +62,11 @@ class Gate:
         """Whether the worker is stopping."""
         return self._closed
 
+    @property
+    def open(self) -> bool:
+        """Whether a job that comes now may enter at once."""
+        return not self._closed and not self._solo
+
     def _raise_if_closed(self) -> None:
         if self._closed:
             raise Draining

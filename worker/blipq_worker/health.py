@@ -14,6 +14,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 #: A broker loop that has not turned for this long is stuck, unless Redis itself is away.
 LONGEST_TURN_S = 60.0
+#: How often the loop says that it turns.
+TURN_S = 2.0
 
 Checks = Mapping[str, Callable[[], str | None]]
 
@@ -27,14 +29,28 @@ def _checked(checks: Checks) -> tuple[int, str, bytes]:
 
 
 class BrokerLoop:
-    """When Celery's consumer loop last turned."""
+    """When Celery's consumer loop last turned, and what keeps it from taking messages."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
+        self._problem: str | None = None
 
     def turned(self) -> None:
         """Called from the loop itself."""
-        self._last = time.monotonic()
+        self._last, self._problem = time.monotonic(), None
+
+    def failed(self, error: object) -> None:
+        """It is alive, and tries to connect again."""
+        self._last, self._problem = time.monotonic(), f"not connected: {error}"
+
+    @property
+    def turning(self) -> bool:
+        """Whether it has turned lately, and so would hand on a message that came."""
+        return self._problem is None and time.monotonic() - self._last < 3 * TURN_S
+
+    def away(self) -> str | None:
+        """Why it takes no messages, or None."""
+        return self._problem or self.stuck()
 
     def stuck(self) -> str | None:
         """What is wrong, or None."""

@@ -123,6 +123,7 @@ class Heartbeat(Periodic):
     """Renews the leases, says that the worker lives, and ends a process that hangs.
 
     The three belong together: a lease must not be renewed where nothing makes progress.
+    ``taking``: whether a message that comes now would be run at once.
     """
 
     def __init__(
@@ -135,8 +136,10 @@ class Heartbeat(Periodic):
         outputs: Sequence[str] = (),
         threads: int,
         lease_s: float,
+        grace_s: float,
         watchdog_s: float,
         stalled_for: Callable[[], float],
+        taking: Callable[[], bool],
         draining: Callable[[], bool],
     ) -> None:
         super().__init__("blipq-heartbeat", beat_s(lease_s))
@@ -147,14 +150,31 @@ class Heartbeat(Periodic):
         self._outputs = list(outputs)
         self._threads = threads
         self._lease_s = lease_s
+        self._grace_s = grace_s
         self._watchdog_s = watchdog_s
         self._stalled_for = stalled_for
+        self._taking = taking
         self._draining = draining
         self._started = time.time()
+        self._room_since: float | None = None
+        self._problem: str | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """Why the last beat did not reach the ledger, or None."""
+        return self._problem
 
     def tick(self) -> None:
-        """One beat."""
+        """One beat. Raises what the ledger raises."""
         self._watch()
+        try:
+            self._beat()
+        except Exception as error:
+            self._problem = str(error)
+            raise
+        self._problem = None
+
+    def _beat(self) -> None:
         claims = self._held.claims()
         if claims:
             tokens = {claim.id: claim.token for claim in claims}
@@ -178,11 +198,20 @@ class Heartbeat(Periodic):
             "draining": self._draining(),
             "started_at": self._started,
         }
-        spare = active < self._threads and not self._draining()
+        spare = self._had_room(active)
         models = [] if self._draining() else self._models
         # Two missed beats and the worker no longer counts as live.
         ttl_s = 2.5 * self._interval_s
         self._ledger.register(self._worker, models, json.dumps(info), ttl_s=ttl_s, spare=spare)
+
+    def _had_room(self, active: int) -> bool:
+        """Whether it had room at each beat of a whole grace: what waits then, it was not sent."""
+        if active >= self._threads or not self._taking():
+            self._room_since = None
+            return False
+        now = time.monotonic()
+        self._room_since = self._room_since or now
+        return now - self._room_since >= self._grace_s
 
 
 class Reconciler(Periodic):
@@ -206,14 +235,21 @@ class Reconciler(Periodic):
         self._grace_s = grace_s
 
     def tick(self) -> None:
-        """One sweep, if the lock is ours."""
+        """One sweep, if the lock is ours: a chunk at a time, until nothing is due."""
+        more = True
+        while more and not self._stop.is_set():
+            more = self._sweep()
+
+    def _sweep(self) -> bool:
+        """One chunk, under the lock renewed for it; whether more may be due."""
         lock = self._ledger.lock(RECONCILER_LOCK, self._worker, self._lock_s)
         if lock == "taken":
-            return
+            return False
         if lock == "new":
             self._judge_from = time.monotonic() + self._patience_s
         judge = time.monotonic() >= self._judge_from
-        messages = self._ledger.reconcile(grace_s=self._grace_s, judge=judge)
-        if messages:
-            log.info("published again: %d", len(messages))
-            self._broker.publish_all(messages)
+        swept = self._ledger.reconcile(grace_s=self._grace_s, judge=judge)
+        if swept.messages:
+            log.info("published again: %d", len(swept.messages))
+            self._broker.publish_all(swept.messages)
+        return swept.more

@@ -31,6 +31,12 @@ class WorkerMetrics:
             ["kind", "outcome", "code"],
             registry=self._registry,
         )
+        self._refused = Counter(
+            "blipq_worker_messages_refused",
+            "Malformed messages: recorded as a failed job, or dropped.",
+            ["outcome"],
+            registry=self._registry,
+        )
         self._stages = Histogram(
             "blipq_worker_stage_seconds",
             "Time of a job in each stage, as its receipt says.",
@@ -51,6 +57,10 @@ class WorkerMetrics:
             ["found"],
             registry=self._registry,
         )
+
+    def refused(self, outcome: Literal["recorded", "dropped"]) -> None:
+        """Counts a message that no Celery client should have sent."""
+        self._refused.labels(outcome).inc()
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """A number that is asked for at each scrape."""

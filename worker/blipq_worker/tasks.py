@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
+from redis.exceptions import RedisError
 
 from blipq.broker import Broker
 from blipq.contract import (
@@ -22,20 +23,20 @@ from blipq.contract import (
     request_adapter,
 )
 from blipq.errors import (
-    InvalidRequest,
     PermanentError,
     QueueFull,
     QueueUnavailable,
     TransientError,
     WorkError,
 )
-from blipq.ledger import MAX_RETRIES, Claim, Ledger, Message
+from blipq.ledger import MAX_RETRIES, Claim, Ledger, Message, Unclaimed, new_nonce
 from blipq.requests import checked, explain
 from blipq_worker import kinds
 from blipq_worker.ask import Lost, Stopwatch
 from blipq_worker.ask_index import IndexAsker
 from blipq_worker.blip2 import Blip2, Pixels
 from blipq_worker.engine import Engine
+from blipq_worker.envelope import Malformed
 from blipq_worker.equal import EqualJobs
 from blipq_worker.faults import is_out_of_memory
 from blipq_worker.gate import Draining, Gate
@@ -50,16 +51,18 @@ from blipq_worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
-#: An outcome that Redis cannot take is offered again for this long; after that the lease runs out
-#: and the job runs again.
-FINISH_FOR_S = 60.0
 LONGEST_BACKOFF_S = 60.0
-HAND_BACK_PAUSE_S = 1.0
 #: A thread takes no job for so long after S3 refused its worker.
 REFUSED_PAUSE_S = 5.0
 #: A job whose bucket alone refused its worker is tried again after so long.
 PUT_OFF_S = 10.0
+#: How often Redis is asked again while it is away.
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 2.0
+#: What Redis answers while it is away, full or broken; the answer itself may have been lost.
+UNHEARD = (QueueUnavailable, QueueFull, RedisError)
 
+
+AnswerT = TypeVar("AnswerT")
 
 #: A result as JSON, and what a person should know about it.
 Told = tuple[str, tuple[str, ...]]
@@ -151,14 +154,17 @@ class Runner:
 
     def _claim(self, kind: Kind, id: str, request: Any, options: Any) -> Claim | None:
         """Takes the job, or None if there is nothing to do."""
-        try:
-            claim = self._ledger.claim(id, self._worker, lease_s=self._settings.lease_s)
-            if claim == "unknown" and request is not None:
-                self._adopt(kind, id, request, options)
-                claim = self._ledger.claim(id, self._worker, lease_s=self._settings.lease_s)
-        except (QueueUnavailable, QueueFull) as error:
-            time.sleep(HAND_BACK_PAUSE_S)  # or it would be here again at once
-            raise HandBack from error
+        # An answer that was lost may have been a claim: it is asked for again under its nonce.
+        nonce = new_nonce()
+
+        def claimed() -> Claim | Unclaimed:
+            lease_s = self._settings.lease_s
+            return self._ledger.claim(id, self._worker, lease_s=lease_s, nonce=nonce)
+
+        claim = self._heard(claimed)
+        if claim == "unknown" and request is not None:
+            self._heard(partial(self._adopt, kind, id, request, options))
+            claim = self._heard(claimed)
         if claim == "newer":
             # It stays queued: the reconciler publishes it again, until a newer worker takes it.
             log.warning("%s: its contract is newer than this worker's: left in the queue", id)
@@ -174,9 +180,39 @@ class Runner:
         try:
             parsed = _parsed({**request, "kind": kind} if isinstance(request, dict) else request)
             self._ledger.submit(id, parsed, checked(Options, **(options or {})), notify="foreign")
-        except (WorkError, InvalidRequest, TypeError) as error:
+        except UNHEARD:
+            raise
+        except Exception as error:  # whatever it is, it is the message's fault
             log.warning("%s: %s", id, error)
             self._ledger.refuse(id, kind, _error(ErrorCode.INVALID_REQUEST, str(error)))
+
+    def refuse(self, message: Malformed) -> None:
+        """Records a malformed message as a failed job, if it names one that is not known yet.
+
+        Raises QueueUnavailable and QueueFull.
+        """
+        log.error("%s: %s", message.id or "a message without a job", message)
+        if message.id is None:
+            self._metrics.refused("dropped")
+            return
+        error = _error(ErrorCode.INVALID_REQUEST, str(message))
+        self._ledger.refuse(message.id, message.kind or Kind.CAPTION, error)
+        self._metrics.refused("recorded")
+
+    def _heard(self, ask: Callable[[], AnswerT]) -> AnswerT:
+        """Asks the ledger until it answers; the question must be one that can be asked twice.
+
+        Raises HandBack if the worker stops meanwhile.
+        """
+        pause = FIRST_PAUSE_S
+        while True:
+            try:
+                return ask()
+            except UNHEARD as error:
+                if self._gate.closed:
+                    raise HandBack from error
+            time.sleep(pause)
+            pause = min(2 * pause, LAST_PAUSE_S)
 
     # -- work --
 
@@ -187,11 +223,11 @@ class Runner:
         """
         try:
             with self._gate.alone():
-                if self._ledger.begin(claim):
+                if self._heard(partial(self._ledger.begin, claim)):
                     self._work(claim)
                 else:
                     self._held.remove(claim)
-        except (Draining, QueueUnavailable, QueueFull):
+        except (Draining, HandBack):
             self._hand_back(claim)
 
     def _work(self, claim: Claim) -> None:
@@ -318,7 +354,7 @@ class Runner:
             if self._ledger.hand_back(claim, suspect=suspect):
                 self._metrics.done(claim.kind, "handed_back", {})
                 self._broker.publish(Message(claim.kind, claim.id, claim.queue))
-        except (QueueUnavailable, QueueFull) as error:
+        except UNHEARD as error:
             log.warning("%s: not handed back, its lease will run out: %s", claim.id, error)
         finally:
             self._held.remove(claim)
@@ -331,9 +367,12 @@ class Runner:
         outcome: Outcome,
         code: str = "",
     ) -> None:
-        """Stores an outcome, through an outage of Redis if need be."""
-        deadline = time.monotonic() + FINISH_FOR_S
-        pause = 0.1
+        """Stores an outcome, through an outage of Redis if need be: until the job's deadline.
+
+        The claim stays held meanwhile, so that its lease is renewed as soon as Redis is back.
+        """
+        deadline = time.monotonic() + claim.expires_in
+        pause = FIRST_PAUSE_S
         while True:
             try:
                 if not write():
@@ -341,12 +380,13 @@ class Runner:
                     outcome, code = "lost", ""
                 self._metrics.done(claim.kind, outcome, watch.took, code)
                 return
-            except (QueueUnavailable, QueueFull) as error:
+            except UNHEARD as error:
                 if time.monotonic() > deadline:
-                    log.error("%s: outcome not stored, the job will run again: %s", claim.id, error)
+                    log.error("%s: expired with its outcome not stored: %s", claim.id, error)
                     return
+                log.warning("%s: outcome not stored yet: %s", claim.id, error)
             time.sleep(pause)
-            pause = min(2 * pause, 2.0)
+            pause = min(2 * pause, LAST_PAUSE_S)
 
 
 def _parsed_json(text: str) -> Request:
