@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import redis
 from PIL import Image
 
 from blipq import Client, ErrorCode, Job, JobInfo, Kind, Settings
@@ -24,6 +25,7 @@ from blipq_worker import tasks
 from blipq_worker.blip2 import EmbedItem, GeneratedText, GenerateItem, MatchItem, Pixels, RerankItem
 from blipq_worker.budget import Budget
 from blipq_worker.engine import Engine
+from blipq_worker.envelope import Malformed
 from blipq_worker.fetch import Fetcher
 from blipq_worker.gate import Gate
 from blipq_worker.images import ImageLimits
@@ -730,10 +732,104 @@ def test_a_newer_contract_stays_in_its_queue(parts: Parts, picture: bytes) -> No
     assert (job.status, job.info().attempts) == ("queued", 0)
 
 
-def test_a_message_waits_while_redis_does_not_answer(parts: Parts, apart: Settings) -> None:
+class Faults:
+    """Stands in front of a script: of its first calls, some fail before it runs, some after."""
+
+    def __init__(self, ledger: Ledger, script: str, *errors: Exception, ran: bool) -> None:
+        self.left = list(errors)
+        self.calls = 0
+        run = ledger._run
+
+        def faulty(name: str, *args: Any) -> Any:
+            if name != script or not self.left:
+                return run(name, *args)
+            self.calls += 1
+            if ran:
+                run(name, *args)
+            raise self.left.pop(0)
+
+        ledger._run = faulty  # type: ignore[method-assign]
+
+
+LOST = redis.TimeoutError("the answer did not come")
+REFUSALS = (
+    redis.exceptions.ReadOnlyError("You can't write against a read only replica."),
+    redis.ResponseError("NOREPLICAS Not enough good replicas to write."),
+    redis.ResponseError("BUSY Redis is busy running a script."),
+    redis.ResponseError("a reply that nobody knows"),
+)
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("script", ["claim", "begin", "finish"])
+def test_a_job_goes_on_through_answers_that_are_lost(
+    parts: Parts, picture: bytes, script: str, ran: bool
+) -> None:
+    """Whether the script ran before its answer was lost or not: it is asked for again."""
+    job = parts.client.caption(picture)
+    if script == "begin":
+        parts.ledger.claim(job.id, "w0", lease_s=0.01)
+        wait_until(lambda: parts.ledger.reconcile().messages, "a crash")
+    faults = Faults(parts.ledger, script, LOST, LOST, ran=ran)
+    info = parts.run(job)
+    assert faults.calls == 2
+    assert info.result.text == "30 x 20"
+    assert info.attempts == (2 if script == "begin" else 1)
+    assert b'outcome="succeeded"} 1.0' in parts.metrics.page()
+
+
+@pytest.mark.parametrize("script", ["claim", "finish"])
+def test_a_job_goes_on_through_error_replies(parts: Parts, picture: bytes, script: str) -> None:
+    Faults(parts.ledger, script, *REFUSALS, ran=False)
+    assert parts.run(parts.client.caption(picture)).result.text == "30 x 20"
+
+
+def test_a_claim_is_renewed_until_its_outcome_is_stored(parts: Parts, picture: bytes) -> None:
+    job = parts.client.caption(picture)
+    held: list[bool] = []
+
+    class Watching(redis.TimeoutError):
+        def __str__(self) -> str:
+            held.append(bool(parts.held.claims()))
+            return "away"
+
+    Faults(parts.ledger, "finish", Watching(), ran=False)
+    parts.run(job)
+    assert held
+    assert all(held)
+    assert parts.held.claims() == []
+
+
+def test_an_outcome_is_given_up_only_after_the_deadline(parts: Parts, picture: bytes) -> None:
+    job = parts.client.caption(picture, expires_in=1.0)
+    Faults(parts.ledger, "finish", *[LOST] * 100, ran=False)
+    parts.run(job)
+    assert job.info().status == "expired"
+
+
+def test_a_retry_through_an_outage_is_counted_once(parts: Parts) -> None:
+    job = parts.client.caption("s3://blipq-inbox/picture")
+    parts.model.before = lambda: None
+    fetch = parts.runner._pictures.load
+
+    def away(*args: Any, **kwargs: Any) -> Any:
+        raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, "S3 is away")
+
+    parts.runner._pictures.load = away  # type: ignore[method-assign]
+    Faults(parts.ledger, "requeue", LOST, ran=True)
+    parts.run(job)
+    parts.runner._pictures.load = fetch  # type: ignore[method-assign]
+    assert parts.ledger.redis.hget(f"blipq:job:{job.id}", "retries") == "1"
+
+
+def test_a_message_goes_back_when_the_worker_stops_while_redis_is_away(parts: Parts) -> None:
     parts.ledger.redis = Client(redis_url="redis://127.0.0.1:1/0").ledger.redis
-    with pytest.raises(HandBack):
-        parts.runner.run(Kind.CAPTION, "job_1")
+    with ThreadPoolExecutor(1) as pool:
+        ran = pool.submit(parts.runner.run, Kind.CAPTION, "job_1")
+        wait_until(lambda: parts.gate._inside, "the job to come in")
+        parts.gate.close()
+        with pytest.raises(HandBack):
+            ran.result(20)
 
 
 def test_a_job_that_may_have_killed_its_worker_runs_alone(parts: Parts, picture: bytes) -> None:
@@ -742,7 +838,7 @@ def test_a_job_that_may_have_killed_its_worker_runs_alone(parts: Parts, picture:
     alone: list[bool] = []
     parts.model.before = lambda: alone.append(parts.gate._solo)
 
-    wait_until(parts.ledger.reconcile, "the other worker's lease to run out")
+    wait_until(lambda: parts.ledger.reconcile().messages, "the other worker's lease to run out")
     parts.run(job)
     assert alone == [True]
     assert (job.status, job.info().attempts) == ("succeeded", 2)
@@ -753,7 +849,7 @@ def test_a_job_that_is_cancelled_while_it_waits_to_run_alone_does_not(
 ) -> None:
     job, other = parts.client.caption(picture), parts.client.caption(picture)
     parts.ledger.claim(job.id, "w0", lease_s=0.01)
-    wait_until(parts.ledger.reconcile, "the other worker's lease to run out")
+    wait_until(lambda: parts.ledger.reconcile().messages, "the other worker's lease to run out")
     with ThreadPoolExecutor(1) as thread, parts.gate.shared():
         run = thread.submit(parts.run, job)
         wait_until(lambda: job.status == "running", "its claim")
@@ -785,6 +881,8 @@ def test_a_job_sent_whole_is_recorded_and_run(parts: Parts, picture: bytes) -> N
         ({"image": "s3://uploads/a.png"}, {"priority": "urgent"}),
         ({"image": "s3://uploads/a.png"}, ["urgent"]),
         ({"image": "s3://uploads/a.png"}, {3: 4}),
+        ({"image": "s3://uploads/a.png"}, {"idempotency_key": "\ud800"}),
+        ({"image": "s3://uploads/a.png"}, {"expires_in": float("nan")}),
     ],
 )
 def test_a_message_that_makes_no_sense_is_a_failed_job(
@@ -793,6 +891,46 @@ def test_a_message_that_makes_no_sense_is_a_failed_job(
     parts.runner.run(Kind.CAPTION, "job_foreign", request_, options)
     info = parts.client.job("job_foreign").info()
     assert (info.status, info.error.code) == ("failed", "invalid_request")
+
+
+def test_a_job_sent_whole_under_the_key_of_another_says_whose_it_is(
+    parts: Parts, picture: bytes
+) -> None:
+    uri = parts.client.storage.upload(picture).uri
+    for id in ("job_first", "job_second"):
+        parts.runner.run(Kind.CAPTION, id, {"image": uri}, {"idempotency_key": "k"})
+    error = parts.client.job("job_second").info().error
+    assert error is not None
+    assert "job_first" in error.message
+
+
+def test_a_job_sent_whole_goes_back_while_too_many_are_open(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blipq_worker.tasks.LAST_PAUSE_S", 0.01)
+    parts.ledger.settings = parts.ledger.settings.model_copy(update={"max_open_jobs": 0})
+    with pytest.raises(HandBack):
+        parts.runner.run(Kind.CAPTION, "job_foreign", {"image": "s3://uploads/a.png"})
+    assert parts.ledger.read("job_foreign") is None
+
+
+def test_a_malformed_message_is_a_failed_job_or_counted(parts: Parts) -> None:
+    parts.runner.refuse(Malformed("malformed message: no body", "job_foreign", Kind.VQA))
+    parts.runner.refuse(Malformed("malformed message: no body"))
+    info = parts.client.job("job_foreign").info()
+    assert (info.kind, info.error.code) == ("vqa", "invalid_request")
+    assert "no body" in info.error.message
+    page = parts.metrics.page()
+    assert b'blipq_worker_messages_refused_total{outcome="recorded"} 1.0' in page
+    assert b'blipq_worker_messages_refused_total{outcome="dropped"} 1.0' in page
+
+
+def test_a_malformed_message_about_a_known_job_changes_nothing(
+    parts: Parts, picture: bytes
+) -> None:
+    job = parts.client.caption(picture)
+    parts.runner.refuse(Malformed("malformed message: no body", job.id))
+    assert job.status == "queued"
 
 
 def test_a_message_without_a_job_is_dropped(parts: Parts) -> None:

@@ -6,6 +6,7 @@ is not one is refused instead: on the record of its job where it names one.
 """
 
 import base64
+import codecs
 import json
 import uuid
 from collections.abc import Iterable
@@ -126,6 +127,7 @@ def _taken_apart(message: Any) -> tuple[_Headers, _Body]:
     try:
         if WHY in headers:
             raise ValueError(str(headers[WHY]))
+        codecs.lookup(message.content_encoding or "utf-8")
         payload = loads(
             message.body,
             message.content_type,

@@ -23,6 +23,7 @@ from blipq.contract import (
     request_adapter,
 )
 from blipq.errors import (
+    InvalidRequest,
     PermanentError,
     QueueFull,
     QueueUnavailable,
@@ -59,7 +60,8 @@ PUT_OFF_S = 10.0
 #: How often Redis is asked again while it is away.
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 2.0
 #: What Redis answers while it is away, full or broken; the answer itself may have been lost.
-UNHEARD = (QueueUnavailable, QueueFull, RedisError)
+UNAVAILABLE = (QueueUnavailable, RedisError)
+UNHEARD = (*UNAVAILABLE, QueueFull)
 
 
 AnswerT = TypeVar("AnswerT")
@@ -163,7 +165,11 @@ class Runner:
 
         claim = self._heard(claimed)
         if claim == "unknown" and request is not None:
-            self._heard(partial(self._adopt, kind, id, request, options))
+            try:
+                self._heard(partial(self._adopt, kind, id, request, options), UNAVAILABLE)
+            except QueueFull as error:  # there is room when jobs end, which needs this thread
+                time.sleep(LAST_PAUSE_S)
+                raise HandBack from error
             claim = self._heard(claimed)
         if claim == "newer":
             # It stays queued: the reconciler publishes it again, until a newer worker takes it.
@@ -179,7 +185,10 @@ class Runner:
         """Records a job that a foreign client sent whole, or why it cannot be run."""
         try:
             parsed = _parsed({**request, "kind": kind} if isinstance(request, dict) else request)
-            self._ledger.submit(id, parsed, checked(Options, **(options or {})), notify="foreign")
+            given = checked(Options, **(options or {}))
+            recorded = self._ledger.submit(id, parsed, given, notify="foreign")
+            if isinstance(recorded, str) and recorded != id:
+                raise InvalidRequest(f"idempotency_key: it is that of the job {recorded}")
         except UNHEARD:
             raise
         except Exception as error:  # whatever it is, it is the message's fault
@@ -199,7 +208,9 @@ class Runner:
         self._ledger.refuse(message.id, message.kind or Kind.CAPTION, error)
         self._metrics.refused("recorded")
 
-    def _heard(self, ask: Callable[[], AnswerT]) -> AnswerT:
+    def _heard(
+        self, ask: Callable[[], AnswerT], unheard: tuple[type[Exception], ...] = UNHEARD
+    ) -> AnswerT:
         """Asks the ledger until it answers; the question must be one that can be asked twice.
 
         Raises HandBack if the worker stops meanwhile.
@@ -208,7 +219,7 @@ class Runner:
         while True:
             try:
                 return ask()
-            except UNHEARD as error:
+            except unheard as error:
                 if self._gate.closed:
                     raise HandBack from error
             time.sleep(pause)
