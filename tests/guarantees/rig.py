@@ -132,6 +132,17 @@ class Rig:
         with self.client.broker.app.connection_for_write() as connection:
             connection.default_channel.basic_publish(amqp.Message(body), routing_key=queue)
 
+    def send(self, headers: Any, body: str, queue: str = "blipq.default.normal") -> None:
+        """A message with any headers and body, as a Celery client of some other make sends it."""
+        with self.client.broker.app.producer_pool.acquire() as producer:
+            producer.publish(
+                body,
+                headers=headers,
+                content_type="application/json",
+                content_encoding="utf-8",
+                routing_key=queue,
+            )
+
     def running(self) -> int:
         """How many jobs are under a lease."""
         return int(self.redis(lambda raw: raw.zcard("blipq:running")))

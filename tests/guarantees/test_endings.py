@@ -153,6 +153,43 @@ def test_a_cancel_takes_effect_at_once_at_every_stage(rig: Rig) -> None:
     assert "'fetching'" not in log
 
 
+@pytest.mark.parametrize("terminate", [False, True])
+def test_a_job_revoked_by_celery_is_cancelled_for_good(rig: Rig, terminate: bool) -> None:
+    """``celery control revoke`` and Flower: once the job stayed queued, and ran after a restart."""
+    worker = rig.start_worker(max_batch_size=1)
+    running = rig.submit_all(["sleep 4"] * 2)
+    wait_until(lambda: rig.running() == 2, "a full worker")
+    queued = rig.submit("queued")
+    control = rig.client.broker.app.control
+    control.revoke([running[0].id, queued.id, "no_job"], terminate=terminate)
+    wait_until(lambda: queued.info().ended and running[0].info().ended, "the revoke", 10)
+    assert (queued.status, running[0].status) == (Status.CANCELLED, Status.CANCELLED)
+    rig.all_succeed([running[1], rig.submit("next")])
+    assert worker.exit_code is None
+    rig.kill(worker)
+    rig.start_worker()
+    rig.all_succeed([rig.submit("after")])
+    assert "'queued'" not in "".join(each.last_words(1000) for each in rig.workers)
+
+
+def test_a_whole_job_revoked_before_it_came_is_cancelled(rig: Rig) -> None:
+    """Its record is made when its message comes, and its message has an id of its own."""
+    worker = rig.start_worker()
+    app = rig.client.broker.app
+    app.control.revoke("task_1")
+    wait_until(lambda: "task_1" in worker.last_words(100), "the revoke")
+    request = {"image": rig.image.uri, "prompt": "revoked"}
+    app.send_task(
+        "blipq.caption",
+        args=["job_sent", request],
+        task_id="task_1",
+        queue="blipq.default.normal",
+        ignore_result=True,
+    )
+    wait_until(lambda: rig.client.ledger.read("job_sent"), "its record")
+    assert rig.client.job("job_sent").wait(10).status is Status.CANCELLED
+
+
 def test_a_clock_that_jumps_an_hour_costs_no_lease(rig: Rig) -> None:
     """Leases and deadlines are counted on Redis' clock."""
     worker = rig.start_worker()
@@ -239,6 +276,72 @@ def test_malformed_messages_leave_the_worker_alive(rig: Rig) -> None:
         error = rig.client.job(id).wait(10).error
         assert error is not None
         assert error.code is ErrorCode.INVALID_REQUEST
+    assert worker.exit_code is None
+
+
+MALFORMED = {
+    "two parts": ({}, [["job", {}], {}]),
+    "four parts": ({}, [["job", {}], {}, {}, {}]),
+    "object": ({}, {"id": "job"}),
+    "arguments": ({}, [["job", {}], None, {}]),
+    "no task": ({"task": "nope"}, [["job"], {}, {}]),
+    "task list": ({"task": ["x"]}, [["job"], {}, {}]),
+    "id object": ({"id": {"a": 1}}, [["job"], {}, {}]),
+    "time limit": ({"timelimit": 5}, [["job"], {}, {}]),
+    "eta": ({"eta": "tomorrow"}, [["job"], {}, {}]),
+    "expires": ({"expires": {"a": 1}}, [["job"], {}, {}]),
+    "stamps": ({"stamped_headers": ["x"], "stamps": {}}, [["job"], {}, {}]),
+    "chain": ({}, [["job"], {}, {"chain": 5, "chord": 5, "callbacks": 5}]),
+}
+
+
+def test_no_malformed_message_ends_or_holds_up_a_worker(rig: Rig) -> None:
+    """Each of these once ended every worker in turn, or kept a place of it for ever."""
+    worker = rig.start_worker(max_batch_size=2)  # four places: fewer than there are messages
+    for name, (headers, body) in MALFORMED.items():
+        headers = {"task": "blipq.caption", "id": f"job {name}"} | headers
+        rig.send(headers, json.dumps(body).replace('"job"', f'"job {name}"'))
+    for text in ("", "null", "[]", "hello", "[" * 50_000 + "]" * 50_000, "1" * 5_000):
+        rig.send({"task": "blipq.caption", "id": "job unreadable"}, text)
+        rig.send({}, text)
+    rig.all_succeed(rig.submit_all(["fine"] * 8))
+    for name in (*MALFORMED, "unreadable"):
+        error = rig.client.job(f"job {name}").wait(10).error
+        assert error is not None
+        assert error.code is ErrorCode.INVALID_REQUEST
+    assert worker.exit_code is None
+
+
+@pytest.mark.skipif(BROKER != "redis", reason="what lies in a list of Redis")
+def test_what_is_no_message_in_a_list_of_redis_is_refused(rig: Rig) -> None:
+    worker = rig.start_worker(max_batch_size=2)
+    whole = {
+        "headers": {"task": "blipq.caption", "id": "job"},
+        "properties": {"delivery_tag": "t", "delivery_info": {}},
+        "body": "[]",
+    }
+    broken = (
+        {"headers": [1]},
+        {"headers": None},
+        {"headers": {"x": json.loads("[" * 500 + "]" * 500)}},
+        {"body": {"a": 1}},
+        {"properties": [1]},
+        {"properties": {"delivery_info": {}, "delivery_tag": {"a": 1}}},
+        {"properties": {"delivery_info": "x", "delivery_tag": "t"}},
+        {"properties": whole["properties"] | {"body_encoding": "base64"}, "body": "%%%"},
+        {"properties": whole["properties"] | {"body_encoding": "rot13"}},
+        {"content-type": 5},
+        {"content-encoding": "klingon"},
+    )
+    for number, parts in enumerate(broken):
+        text = json.dumps(whole | {"body": json.dumps([[f"job_{number}"], {}, {}])} | parts)
+        rig.put("blipq.default.normal", text.encode())
+    for junk in (b"[1, 2]", b"7", b"null", b"[" * 100_000):
+        rig.put("blipq.default.normal", junk)
+    rig.all_succeed(rig.submit_all(["fine"] * 8))
+    for number, parts in enumerate(broken):
+        if "a" not in parts.get("body", ()):  # a body that is no text says no id
+            assert rig.client.job(f"job_{number}").wait(10).status is Status.FAILED
     assert worker.exit_code is None
 
 

@@ -105,6 +105,11 @@ class Failover:
     def kill_the_master(self) -> None:
         self.rig.stack.services[0].signal(signal.SIGKILL)
 
+    def start(self) -> None:
+        """A planned failover, as for maintenance."""
+        with redis.Redis(port=self._ports[0], decode_responses=True, socket_timeout=5) as raw:
+            raw.execute_command("SENTINEL", "FAILOVER", "mymaster")
+
     def promoted(self) -> bool:
         info = self.replica(lambda raw: raw.info("replication"))  # None while it cannot be asked
         return bool(info) and info["role"] == "master"
@@ -143,6 +148,17 @@ def test_a_failover_loses_only_what_was_not_replicated_and_its_submit_can_be_rep
     rig.all_succeed([again, *rig.submit_all(["new"] * 5)], timeout=60)
     assert asyncio.run(_read(rig.settings, again.id)) is Status.SUCCEEDED
     assert worker.exit_code is None
+
+
+def test_idle_workers_outlive_a_planned_failover(rig: Rig, failover: Failover) -> None:
+    """The master is demoted, not killed: it unblocks its clients with an error, and refuses."""
+    workers = [rig.start_worker(redis_url=failover.url) for _ in range(2)]
+    rig.submit("before").result(20)
+    failover.start()
+    wait_until(failover.promoted, "the failover", timeout=60)
+    wait_until(rig.redis_answers, "the new master")
+    rig.all_succeed(rig.submit_all(["after"] * 8), timeout=60)
+    assert [worker.exit_code for worker in workers] == [None, None]
 
 
 async def _read(settings: Settings, id: str) -> Status:

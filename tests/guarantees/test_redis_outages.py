@@ -1,13 +1,23 @@
-"""Faults 12-18: Redis is killed, frozen, emptied or full."""
+"""Faults 12-18: Redis is killed, frozen, emptied, full, or answers with errors."""
 
+import json
+import re
 import signal
+import threading
 import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
+import redis
 
 from blipq import JobNotFound, QueueFull, QueueUnavailable, Status
+from blipq.local import free_port
 from conftest import wait_until
-from guarantees.rig import Rig
+from guarantees.rig import LEASE_S, Rig
 
 
 def test_an_idle_worker_works_again_after_redis_was_away(rig: Rig) -> None:
@@ -89,3 +99,89 @@ def test_cut_connections_lose_nothing(rig: Rig) -> None:
     assert {info.status for info in infos} == {Status.SUCCEEDED}
     assert max(info.attempts for info in infos) <= 2
     assert worker.exit_code is None
+
+
+@contextmanager
+def too_few_replicas(rig: Rig) -> Iterator[None]:
+    rig.redis(lambda raw: raw.config_set("min-replicas-to-write", 1))
+    yield
+    rig.redis(lambda raw: raw.config_set("min-replicas-to-write", 0))
+
+
+@contextmanager
+def demoted(rig: Rig) -> Iterator[None]:
+    """As in a planned failover; blocked clients are sent UNBLOCKED."""
+    rig.redis(lambda raw: raw.execute_command("REPLICAOF", "127.0.0.1", "1"))
+    yield
+    rig.redis(lambda raw: raw.execute_command("REPLICAOF", "NO", "ONE"))
+
+
+@contextmanager
+def busy(rig: Rig) -> Iterator[None]:
+    """Another program's script takes long."""
+    rig.redis(lambda raw: raw.config_set("busy-reply-threshold", 100))
+    script = threading.Thread(target=_hog, args=(rig,))
+    script.start()
+    yield
+    script.join()
+
+
+def _hog(rig: Rig) -> None:
+    text = "local t = redis.call('TIME')[1] while redis.call('TIME')[1] - t < 6 do end"
+    with redis.Redis.from_url(rig.settings.redis_url, socket_timeout=60) as raw:
+        raw.eval(text, 0)
+
+
+def readiness(port: int) -> dict[str, str]:
+    """What /readyz finds wrong."""
+    url = f"http://127.0.0.1:{port}/readyz"
+    try:
+        urllib.request.urlopen(url, timeout=20).close()
+    except urllib.error.HTTPError as unready:
+        with unready:
+            found: dict[str, str] = json.load(unready)
+            return {name: problem for name, problem in found.items() if problem != "ok"}
+    return {}
+
+
+@pytest.mark.parametrize("refusal", [too_few_replicas, demoted, busy])
+def test_a_worker_outlives_a_redis_that_refuses_and_loses_no_result(
+    rig: Rig, refusal: Callable[[Rig], Any]
+) -> None:
+    """Idle workers once exited, and full ones took no more jobs, but looked well."""
+    ports = free_port(), free_port()
+    full = rig.start_worker(max_batch_size=1, health_port=ports[0])
+    jobs = rig.submit_all(["sleep 2.5", "sleep 2.6"])
+    wait_until(lambda: rig.running() == 2, "a full worker")
+    idle = rig.start_worker(max_batch_size=1, health_port=ports[1])
+    with refusal(rig):
+        wait_until(lambda: all("redis" in readiness(port) for port in ports), "both to say so")
+        time.sleep(4)  # the jobs end meanwhile
+    rig.all_succeed(jobs, timeout=30)
+    assert {job.info().attempts for job in jobs} == {1}
+    wait_until(lambda: not any(readiness(port) for port in ports), "both to be ready", 60)
+    rig.kill(idle)
+    rig.all_succeed(rig.submit_all(["next"] * 8), timeout=30)  # by the one that was full
+    assert full.exit_code is None
+
+
+def test_an_outage_longer_than_any_lease_is_no_crash_of_the_jobs_that_end_in_it(rig: Rig) -> None:
+    worker = rig.start_worker(max_batch_size=8)
+    jobs = rig.submit_all([f"sleep {1 + n / 100}" for n in range(8)])
+    wait_until(lambda: rig.running() == 8, "all to run")
+    server = rig.stack.services[0]
+    server.signal(signal.SIGSTOP)
+    time.sleep(3 * LEASE_S)
+    server.signal(signal.SIGCONT)
+    rig.all_succeed(jobs, timeout=40)
+    assert {job.info().attempts for job in jobs} == {1}
+    assert worker.exit_code is None
+
+
+def test_a_backlog_is_not_published_again(rig: Rig) -> None:
+    """A free thread now and then was once taken for an idle worker, and Redis was flooded."""
+    jobs = rig.submit_all(["sleep 0.1"] * 150)
+    worker = rig.start_worker(max_batch_size=1)
+    rig.all_succeed(jobs, timeout=90)
+    again = re.findall(r"published again: (\d+)", worker.last_words(10_000))
+    assert sum(map(int, again)) <= 1

@@ -3,17 +3,20 @@
 import json
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
 import redis
 
-from blipq import Client, Settings
+from blipq import Client, Options, QueueUnavailable, Settings
+from blipq.contract import CaptionRequest
 from blipq.ledger import Claim, Ledger, connect
 from blipq_worker.leases import EXIT_HUNG, RECONCILER_LOCK, Heartbeat, Held, Reconciler
 from conftest import wait_until
 
 IMAGE = "s3://uploads/cat.jpg"
+QUEUE = "blipq.default.normal"
 
 
 @pytest.fixture
@@ -125,6 +128,35 @@ def test_a_worker_with_room_says_so(ledger: Ledger) -> None:
     assert ledger.redis.exists("blipq:spare:default")
 
 
+def test_room_must_have_lasted_for_a_grace(ledger: Ledger) -> None:
+    """A free thread now and then is no sign that messages were lost."""
+    taking = True
+    beating = heartbeat(ledger, Held(), grace_s=0.2, taking=lambda: taking)
+    beating.tick()
+    assert not ledger.redis.exists("blipq:spare:default")
+    taking = False  # a job runs alone, or the consumer is not connected
+    beating.tick()
+    taking = True
+    since = time.monotonic()
+    wait_until(lambda: beating.tick() or ledger.redis.exists("blipq:spare:default"), "room")  # type: ignore[func-returns-value]
+    assert time.monotonic() - since >= 0.2
+
+
+def test_a_beat_that_redis_refuses_is_a_problem_until_the_next(ledger: Ledger) -> None:
+    beating, run = heartbeat(ledger, Held()), ledger._run
+    ledger._run = refused  # type: ignore[method-assign]
+    with pytest.raises(QueueUnavailable):
+        beating.tick()
+    assert "NOREPLICAS" in str(beating.problem)
+    ledger._run = run  # type: ignore[method-assign]
+    beating.tick()
+    assert beating.problem is None
+
+
+def refused(*_: Any) -> Any:
+    raise redis.ResponseError("NOREPLICAS Not enough good replicas to write.")
+
+
 def test_a_full_worker_has_no_room(client: Client, ledger: Ledger) -> None:
     held = Held()
     for number in range(2):
@@ -181,6 +213,24 @@ def test_a_dead_workers_job_is_published_again(client: Client, ledger: Ledger) -
     sweeping.stop()
     message = json.loads(ledger.redis.lindex("blipq.default.normal", 0))
     assert message["headers"]["id"] == claim.id
+
+
+def test_a_sweep_goes_on_until_nothing_is_due(client: Client, ledger: Ledger) -> None:
+    """It once settled a hundred of each kind a second."""
+    requests = [CaptionRequest(image=f"{IMAGE}?{number}") for number in range(250)]
+    for job in client.submit_many(requests):
+        assert isinstance(ledger.claim(job.id, "w0", lease_s=0.001), Claim)
+    ledger.redis.delete(QUEUE)
+    dying = client.submit_many(requests, Options(expires_in=0.001))
+    ledger.redis.delete(QUEUE)
+    sweeping = reconciler(client)
+    sweeping.tick()  # nobody held the lock: live workers get the time to renew their leases
+    wait_until(lambda: time.monotonic() > sweeping._judge_from, "their time")
+    sweeping.tick()
+    assert ledger.redis.zcard("blipq:running") == 0
+    assert ledger.redis.llen(QUEUE) == 250
+    assert ledger.redis.zcard("blipq:open") == 250
+    assert {job.status for job in dying[:3]} == {"expired"}
 
 
 def test_one_worker_at_a_time_sweeps(client: Client, ledger: Ledger) -> None:

@@ -37,6 +37,7 @@ from blipq_worker.leases import EXIT_HUNG, Heartbeat, Held, Reconciler
 from blipq_worker.metrics import WorkerMetrics
 from blipq_worker.outputs import Outputs, output_storage
 from blipq_worker.pictures import Pictures
+from blipq_worker.revoking import follow_revokes
 from blipq_worker.s3_access import S3Access
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.strays import Strays
@@ -142,6 +143,7 @@ class Worker:
             self._health_server(ledger, metrics) if options.health_port is not None else None
         )
         harden(dropped=lambda: metrics.refused("dropped"))
+        follow_revokes(self._runner.cancel, self._runner.cancel_sent)
         give_large_blocks_back()
         self._app = make_app(settings)
         register_tasks(self._app, self._runner)

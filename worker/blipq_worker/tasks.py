@@ -185,6 +185,8 @@ class Runner:
         """Records a job that a foreign client sent whole, or why it cannot be run."""
         try:
             parsed = _parsed({**request, "kind": kind} if isinstance(request, dict) else request)
+            if not isinstance(options or {}, dict):
+                raise InvalidRequest("options: must be an object")
             given = checked(Options, **(options or {}))
             recorded = self._ledger.submit(id, parsed, given, notify="foreign")
             if isinstance(recorded, str) and recorded != id:
@@ -207,6 +209,22 @@ class Runner:
         error = _error(ErrorCode.INVALID_REQUEST, str(message))
         self._ledger.refuse(message.id, message.kind or Kind.CAPTION, error)
         self._metrics.refused("recorded")
+
+    def cancel(self, id: str) -> None:
+        """Cancels a job that was revoked."""
+        try:
+            log.info("%s: revoked (%s)", id, self._ledger.cancel(id))
+        except UNHEARD as error:
+            log.warning("%s: revoked, and not cancelled yet: %s", id, error)
+
+    def cancel_sent(self, kind: Kind, id: str, request: Any = None, options: Any = None) -> None:
+        """Cancels a revoked job whose message has come: it may not have been recorded yet."""
+        try:
+            if request is not None:
+                self._adopt(kind, id, request, options)
+        except UNHEARD as error:
+            log.warning("%s: revoked, and not recorded: %s", id, error)
+        self.cancel(id)
 
     def _heard(
         self, ask: Callable[[], AnswerT], unheard: tuple[type[Exception], ...] = UNHEARD

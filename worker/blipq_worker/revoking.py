@@ -1,0 +1,53 @@
+"""``celery control revoke``, and Flower's buttons: a revoke cancels the job in the ledger.
+
+Celery alone would only drop the job's message, in this process and until its end: the ledger would
+have the job wait for ever, or run after a restart.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from celery.signals import task_revoked
+from celery.worker import control
+
+from blipq.contract import Kind
+from blipq_worker.envelope import KINDS
+
+log = logging.getLogger(__name__)
+
+_celery_revoke = control.revoke  # type: ignore[attr-defined]
+
+
+def follow_revokes(
+    cancel: Callable[[str], None], dropped: Callable[[Kind, str, Any, Any], None]
+) -> None:
+    """Makes every revoke a cancel.
+
+    ``cancel`` is called with each id as it is revoked, ``dropped`` with what a message held that
+    was dropped for it: its job may have another id, or not be recorded yet.
+    """
+
+    def revoke(state: Any, task_id: Any, *_: Any, **__: Any) -> Any:
+        ids = _texts(task_id)
+        for id in ids:
+            cancel(id)
+        # Threads cannot be terminated: a job that runs hears from the ledger that it is cancelled.
+        return _celery_revoke(state, ids)
+
+    def terminate(state: Any, signal: Any, task_id: Any, **__: Any) -> Any:
+        return revoke(state, task_id)
+
+    def on_revoked(sender: Any, request: Any, expired: bool, **_: Any) -> None:
+        if not expired:
+            named = dict(zip(("id", "request", "options"), request.args, strict=False))
+            named |= request.kwargs
+            dropped(KINDS[sender.name], named["id"], named.get("request"), named.get("options"))
+
+    control.Panel.data |= {"revoke": revoke, "terminate": terminate}
+    task_revoked.connect(on_revoked, weak=False)
+
+
+def _texts(ids: Any) -> list[str]:
+    listed: Iterable[Any] = ids if isinstance(ids, list | tuple | set) else [ids]
+    return [id for id in listed if isinstance(id, str)]
