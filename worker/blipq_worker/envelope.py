@@ -127,13 +127,13 @@ def _taken_apart(message: Any) -> tuple[_Headers, _Body]:
     try:
         if WHY in headers:
             raise ValueError(str(headers[WHY]))
-        codecs.lookup(message.content_encoding or "utf-8")
         payload = loads(
             message.body,
             message.content_type,
             message.content_encoding,
             accept={"application/json"},
         )
+        codecs.lookup(message.content_encoding or "utf-8")
         check_depth([headers, payload])
         if "task" not in headers and isinstance(payload, dict):  # Celery's protocol 1
             headers, payload = payload, [payload.get("args", []), payload.get("kwargs", {}), {}]
@@ -143,6 +143,7 @@ def _taken_apart(message: Any) -> tuple[_Headers, _Body]:
         body = _Body.model_validate(dict(zip(names, payload, strict=True)))
         return _Headers.model_validate(headers), body
     except Exception as error:  # whatever it is, it is the message's fault
+        payload = _parsed(message.body) if payload is None else payload
         raise malformed(error, headers, payload) from error
 
 
@@ -188,16 +189,19 @@ def sound(raw: Any, queue: str) -> dict[str, Any]:
         raw["properties"]["delivery_info"].update(exchange="", routing_key=queue)
         return raw
     except Exception as error:
-        return _substitute(raw, queue, malformed(error, raw.get("headers"), _payload(raw)))
+        return _substitute(
+            raw, queue, malformed(error, raw.get("headers"), _parsed(raw.get("body")))
+        )
 
 
 def _check_raw(raw: dict[str, Any]) -> None:
-    properties, headers, body = raw["properties"], raw.get("headers"), raw.get("body")
+    properties, headers, body = raw.get("properties"), raw.get("headers"), raw.get("body")
     check_depth(raw)
-    tag = properties["delivery_tag"]
-    if not _is_id(tag):
+    if not isinstance(properties, dict):
+        raise ValueError("properties: must be an object")
+    if not _is_id(properties.get("delivery_tag")):
         raise ValueError("delivery_tag: must be a printable text")
-    if not isinstance(properties["delivery_info"], dict):
+    if not isinstance(properties.get("delivery_info"), dict):
         raise ValueError("delivery_info: must be an object")
     if not isinstance(headers, dict):
         raise ValueError("headers: must be an object")
@@ -216,9 +220,10 @@ def _check_encoding(body: str, encoding: Any) -> None:
         raise ValueError(f"body_encoding: {str(encoding)[:50]!r} is not known")
 
 
-def _payload(raw: dict[str, Any]) -> Any:
+def _parsed(body: Any) -> Any:
+    """A body as plain JSON, or None: for the id in a message that is refused anyway."""
     try:
-        return json.loads(raw["body"])
+        return json.loads(body)
     except Exception:
         return None
 
