@@ -11,9 +11,9 @@ import json
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
-from celery.utils.time import maybe_iso8601
 from kombu.serialization import loads
 from kombu.utils.json import dumps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -71,11 +71,15 @@ class _Headers(BaseModel):
             raise ValueError(f"no task {self.task[:100]!r}")
         if not self.id.isprintable():
             raise ValueError("id: must be printable")
-        for name in ("eta", "expires"):
-            maybe_iso8601(getattr(self, name))
+        self.eta, self.expires = _time(self.eta), _time(self.expires)
         if set(self.stamped_headers or ()) - set(self.stamps or ()):
             raise ValueError("stamps: lacks one of stamped_headers")
         return self
+
+
+def _time(text: str | None) -> str | None:
+    """A time as Celery writes it."""
+    return None if text is None else datetime.fromisoformat(text).isoformat()
 
 
 class _Embed(BaseModel):
