@@ -119,3 +119,16 @@ def test_a_message_that_a_killed_worker_left_unacknowledged_harms_no_later_worke
     wait_until(lambda: not rig.redis(lambda raw: raw.zrange("unacked_index", 0, -1)), "its return")
     rig.all_succeed([job, rig.submit("after")])
     assert second.exit_code is None
+
+
+def test_a_worker_that_is_shut_down_by_remote_control_drains(rig: Rig) -> None:
+    """It once looked as if it served its models until its last job had ended."""
+    worker = rig.start_worker()
+    job = rig.submit("sleep 4")
+    wait_until(lambda: rig.running() == 1, "the job to run")
+    rig.client.broker.app.control.shutdown()
+    wait_until(lambda: job.info().live_workers == 0, "the worker to serve no more")
+    assert worker.exit_code is None
+    rig.all_succeed([job])
+    rig.wait_for_death(worker)
+    assert worker.exit_code == 0

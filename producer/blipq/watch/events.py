@@ -24,9 +24,19 @@ def read(body: str) -> list[Told]:
     Takes S3's own records, EventBridge's, and either inside an SNS envelope. Raises Unreadable.
     """
     try:
-        told = list(_uploads(_unwrapped(json.loads(body))))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        told = [_checked(each) for each in _uploads(_unwrapped(json.loads(body)))]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Unreadable(f"not a notification of S3: {type(error).__name__}: {error}") from None
+    return told
+
+
+def _checked(told: Told) -> Told:
+    """Names that can be asked for: a message is only what somebody sent."""
+    names = [told.bucket, told.key, *([] if told.version_id is None else [told.version_id])]
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise TypeError("bucket, key and version must be texts")
+        name.encode()  # half a character of UTF-16 has no UTF-8
     return told
 
 

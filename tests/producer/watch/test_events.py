@@ -88,3 +88,27 @@ def test_other_events_tell_of_no_upload(message: dict[str, Any]) -> None:
 def test_what_is_no_notification_is_said_to_be_none(text: str) -> None:
     with pytest.raises(Unreadable, match="not a notification of S3"):
         read(text)
+
+
+@pytest.mark.parametrize(
+    ("bucket", "object_"),
+    [
+        ("photos", {"key": 5}),
+        ("photos", {"key": ["a"]}),
+        ("photos", {"key": ""}),
+        ("photos", {"key": "\ud800"}),
+        (["photos"], {"key": "a"}),
+        ("photos", {"key": "a", "version-id": {"a": 1}}),
+        ("photos", {"key": "a", "version-id": 7}),
+    ],
+)
+def test_names_that_are_none_are_no_notification(bucket: Any, object_: dict[str, Any]) -> None:
+    """They once ended the watch, and came again to the next."""
+    detail = {"bucket": {"name": bucket}, "object": object_}
+    with pytest.raises(Unreadable):
+        read(json.dumps({"detail-type": "Object Created", "detail": detail}))
+
+
+def test_what_is_nested_too_deep_is_no_notification() -> None:
+    with pytest.raises(Unreadable):
+        read('{"Records": ' + "[" * 100_000 + "]" * 100_000 + "}")
