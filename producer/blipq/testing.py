@@ -206,12 +206,12 @@ class Records:
         self._end(id, Status.CANCELLED)
         return "cancelled"
 
-    def claim(self, id: str, worker: str, lease: str, contract: str) -> list[Any]:
+    def claim(self, id: str, worker: str, lease: str, contract: str, nonce: str) -> list[Any]:
         """Takes a queued job."""
         job = self._settled(id)
         if job is None or job["status"] != Status.QUEUED:
             return ["busy"]
-        job |= {"status": Status.RUNNING, "attempts": "1", "token": "1", "started_at": _now()}
+        job |= {"status": Status.RUNNING, "attempts": "1", "token": nonce, "started_at": _now()}
         claimed = {"output": "", "solo": "0", "retries": "0", "now": _now(), **job}
         return ["claimed", *_flat(claimed)]
 
