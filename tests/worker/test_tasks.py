@@ -725,6 +725,19 @@ def test_what_runs_can_be_handed_back(parts: Parts, picture: bytes) -> None:
     assert (info.status, info.attempts) == ("queued", 0)
 
 
+def test_handing_back_while_redis_is_away_has_an_end(
+    parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blipq_worker.tasks.HAND_BACK_FOR_S", 0.0)
+    claims = [parts.ledger.claim(parts.client.caption(picture).id, "w1") for _ in range(3)]
+    for claim in claims:
+        assert isinstance(claim, Claim)
+        parts.held.add(claim)
+    faults = Faults(parts.ledger, "requeue", LOST, LOST, LOST, ran=False)
+    assert parts.runner.hand_back_all() <= 1
+    assert faults.calls <= 1
+
+
 def test_a_newer_contract_stays_in_its_queue(parts: Parts, picture: bytes) -> None:
     job = parts.client.caption(picture)
     parts.ledger.redis.hset(f"blipq:job:{job.id}", "contract", 99)

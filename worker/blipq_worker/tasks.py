@@ -59,6 +59,7 @@ REFUSED_PAUSE_S = 5.0
 PUT_OFF_S = 10.0
 #: How often Redis is asked again while it is away.
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 2.0
+HAND_BACK_FOR_S = 10.0
 #: What Redis answers while it is away, full or broken; the answer itself may have been lost.
 UNAVAILABLE = (QueueUnavailable, RedisError)
 UNHEARD = (*UNAVAILABLE, QueueFull)
@@ -133,9 +134,16 @@ class Runner:
         self._work_alone(claim)
 
     def hand_back_all(self) -> int:
-        """Gives every running job back, uncounted: another worker takes it at once."""
+        """Gives every running job back, uncounted: another worker takes it at once.
+
+        While Redis is away only for HAND_BACK_FOR_S: the process is to end.
+        """
         claims = self._held.claims()
-        for claim in claims:
+        until = time.monotonic() + HAND_BACK_FOR_S
+        for count, claim in enumerate(claims):
+            if time.monotonic() > until:
+                log.error("not handed back: %d: their leases will run out", len(claims) - count)
+                return count
             self._hand_back(claim)
         return len(claims)
 
