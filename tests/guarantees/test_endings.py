@@ -338,7 +338,10 @@ def test_what_is_no_message_in_a_list_of_redis_is_refused(rig: Rig) -> None:
         rig.put("blipq.default.normal", text.encode())
     for junk in (b"[1, 2]", b"7", b"null", b"[" * 100_000):
         rig.put("blipq.default.normal", junk)
+    for text in ("", "x", "[1]", "{}", "null", json.dumps(whole), json.dumps(whole | broken[0])):
+        rig.redis(lambda raw, text=text: raw.publish("/0.celery.pidbox", text))
     rig.all_succeed(rig.submit_all(["fine"] * 8))
+    assert rig.client.broker.app.control.ping(timeout=3), "it hears no remote control any more"
     for number, parts in enumerate(broken):
         id = "job" if "body" in parts else f"job_{number}"  # the headers' where the body says none
         assert rig.client.job(id).wait(10).status is Status.FAILED
