@@ -94,7 +94,18 @@ def test_a_job_that_a_client_recorded_keeps_its_message_until_it_ends(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "no JSON", "{}", "[]", "3", message("job_1", task="x.y"), message("")]
+    "text",
+    [
+        "",
+        "no JSON",
+        "{}",
+        "[]",
+        "3",
+        "[" * 100_000,
+        message("job_1", task="x.y"),
+        message(""),
+        message("\ud800"),
+    ],
 )
 def test_what_is_no_message_of_ours_is_dropped(
     undeclared: Ledger, raw: "redis.Redis", text: str

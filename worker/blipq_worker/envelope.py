@@ -110,7 +110,7 @@ class _Body(BaseModel):
         free = set(PARAMETERS[len(self.positional) :])
         if not set(self.named) <= free:
             raise ValueError(f"arguments must be {', '.join(PARAMETERS)}, each once")
-        if not _is_id(self.job):
+        if not is_id(self.job):
             raise ValueError(f"the job's id must be a printable text of 1 to {MAX_ID} characters")
         return self
 
@@ -157,7 +157,7 @@ def malformed(error: BaseException, headers: Any, payload: Any = None) -> Malfor
     named = headers if isinstance(headers, dict) else {}
     task = named.get("task")
     kind = KINDS.get(task) if isinstance(task, str) else None
-    id = next((id for id in _ids(named, payload) if _is_id(id)), None)
+    id = next((id for id in _ids(named, payload) if is_id(id)), None)
     return Malformed(f"malformed message: {why[:500]}", id, kind)
 
 
@@ -174,7 +174,8 @@ def _ids(headers: dict[str, Any], payload: Any) -> Iterable[Any]:
     yield headers.get("id")
 
 
-def _is_id(id: Any) -> bool:
+def is_id(id: Any) -> bool:
+    """Whether it can be the id of a job."""
     return isinstance(id, str) and 1 <= len(id) <= MAX_ID and id.isprintable()
 
 
@@ -203,7 +204,7 @@ def _check_raw(raw: dict[str, Any]) -> None:
     check_depth(raw)
     if not isinstance(properties, dict):
         raise ValueError("properties: must be an object")
-    if not _is_id(properties.get("delivery_tag")):
+    if not is_id(properties.get("delivery_tag")):
         raise ValueError("delivery_tag: must be a printable text")
     if not isinstance(properties.get("delivery_info"), dict):
         raise ValueError("delivery_info: must be an object")
@@ -243,7 +244,7 @@ def _substitute(raw: dict[str, Any], queue: str, found: Malformed) -> dict[str, 
         "body": "",
         "headers": headers,
         "properties": {
-            "delivery_tag": tag if _is_id(tag) else str(uuid.uuid4()),
+            "delivery_tag": tag if is_id(tag) else str(uuid.uuid4()),
             "delivery_info": info,
         },
     }

@@ -16,6 +16,7 @@ from blipq.errors import UnknownModel
 from blipq.ledger import Ledger, connect, redis_errors
 from blipq.redis_url import SCHEMES
 from blipq.settings import Settings
+from blipq_worker.envelope import is_id
 from blipq_worker.leases import Periodic
 
 log = logging.getLogger(__name__)
@@ -84,9 +85,9 @@ class Strays(Periodic):
         try:
             headers = json.loads(text)["headers"]
             id, kind = headers["id"], _KINDS[headers["task"]]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             id, kind = None, None
-        if kind is None or not isinstance(id, str) or not 0 < len(id) <= 255:
+        if kind is None or not is_id(id):
             log.error("a message for an unknown model, which is none of ours, was dropped")
             return True
         error = JobError(code=ErrorCode.INVALID_REQUEST, message=str(unknown)[:2000])
