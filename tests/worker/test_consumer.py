@@ -1,0 +1,131 @@
+"""Celery's consumer and its remote control, as a worker has them."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.worker import consumer as celery_consumer
+from celery.worker import control
+
+from blipq.errors import QueueUnavailable
+from blipq_worker.consumer import Door, consumer_class
+from blipq_worker.envelope import Malformed
+from blipq_worker.health import BrokerLoop
+from blipq_worker.revoking import follow_revokes
+
+
+class Told:
+    """What the worker is told by its consumer."""
+
+    def __init__(self) -> None:
+        self.refused: list[Malformed] = []
+        self.ended: list[BaseException] = []
+        self.away: list[QueueUnavailable] = []
+        self.loop = BrokerLoop()
+
+    def refuse(self, message: Malformed) -> None:
+        if self.away:
+            raise self.away.pop()
+        self.refused.append(message)
+
+    def consumer(self) -> Any:
+        """A consumer without a connection."""
+        door = Door(refuse=self.refuse, problem=lambda: None, ended=self.ended.append)
+        cls = consumer_class(door, self.loop)
+        consumer = cls.__new__(cls)
+        consumer.connection_errors = (OSError, KeyError)  # as kombu's for Redis
+        return consumer
+
+
+class Message(SimpleNamespace):
+    """One whose envelope is sound."""
+
+    def __init__(self) -> None:
+        headers = {"task": "blipq.caption", "id": "job_1"}
+        super().__init__(headers=headers, body=b'[["job_1"], {}, {}]', outcome="")
+        self.content_type, self.content_encoding = "application/json", "utf-8"
+
+    def ack_log_error(self, *_: Any) -> None:
+        self.outcome = "acknowledged"
+
+    def reject_log_error(self, *_: Any, requeue: bool) -> None:
+        self.outcome = "given back" if requeue else "rejected"
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), SystemExit(0)])
+def test_the_worker_hears_that_its_consumer_ended(
+    told: Told, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def start(self: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(celery_consumer.Consumer, "start", start)
+    with pytest.raises(type(error)):
+        told.consumer().start()
+    assert told.ended == [error]
+
+
+def handler(told: Told, monkeypatch: pytest.MonkeyPatch, error: Exception) -> Any:
+    def handle(message: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(celery_consumer.Consumer, "create_task_handler", lambda self: handle)
+    return told.consumer().create_task_handler()
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), TypeError("y"), RecursionError()])
+def test_a_message_that_celery_chokes_on_is_refused(
+    told: Told, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    message = Message()
+    handler(told, monkeypatch, error)(message)
+    assert [each.id for each in told.refused] == ["job_1"]
+    assert message.outcome == "acknowledged"
+
+
+def test_a_lost_connection_is_not_the_messages_fault(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConnectionError):
+        handler(told, monkeypatch, ConnectionError("lost"))(Message())
+    assert told.refused == []
+
+
+def test_a_malformed_message_goes_back_while_the_ledger_is_away(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blipq_worker.consumer.PAUSE_S", 0.0)
+    told.away.append(QueueUnavailable("Redis is away"))
+    message = Message()
+    told.consumer().on_decode_error(message, ValueError("no base64"))
+    assert (message.outcome, told.refused) == ("given back", [])
+
+
+def test_a_loop_that_connects_again_is_alive_and_takes_nothing() -> None:
+    loop = BrokerLoop()
+    assert loop.turning
+    loop.failed("NOREPLICAS")
+    assert not loop.turning
+    assert loop.stuck() is None
+    assert "NOREPLICAS" in str(loop.away())
+    loop.turned()
+    assert loop.turning
+    assert loop.away() is None
+
+
+def test_every_way_to_revoke_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads cannot be terminated: Celery's own command failed, and took remote control along."""
+    monkeypatch.setattr(control.Panel, "data", dict(control.Panel.data))
+    cancelled: list[str] = []
+    follow_revokes(cancelled.append, lambda *_: None)
+    state = SimpleNamespace(app=Celery(broker="memory://", set_as_current=False))
+    control.Panel.data["revoke"](state, "job_1", terminate=True, signal="KILL")
+    control.Panel.data["revoke"](state, ["job_2", 7], terminate=False)
+    control.Panel.data["terminate"](state, "SIGTERM", ["job_3"])
+    assert cancelled == ["job_1", "job_2", "job_3"]
