@@ -3,10 +3,13 @@
 What is shown here holds passwords, and is shown only to who asks for it.
 """
 
+import os
 import shlex
 
 from blipq.broker import broker_address
 from blipq.errors import InvalidRequest
+from blipq.outputs import LOCAL_BUCKET
+from blipq.outputs import VARIABLE as ALLOWED_OUTPUTS
 from blipq.settings import CONNECTION_FIELDS, Settings
 
 
@@ -27,6 +30,9 @@ def exports(settings: Settings) -> dict[str, str]:
         "AWS_SECRET_ACCESS_KEY": values["s3_secret_access_key"],
         "AWS_DEFAULT_REGION": settings.s3_region or (values["s3_endpoint_url"] and "us-east-1"),
     }
+    # A worker of one's own on a local stack writes where the stack's own one does.
+    local = LOCAL_BUCKET if settings.endpoint_source == "local stack" else None
+    found[ALLOWED_OUTPUTS] = os.environ.get(ALLOWED_OUTPUTS, local)
     address = broker_address(settings)
     if not address.tls and "master_name" not in address.options:  # else a URL does not say it all
         found["CELERY_BROKER_URL"] = address.url

@@ -21,13 +21,12 @@ from pathlib import Path
 import redis
 
 from blipq.errors import BlipqError
+from blipq.outputs import LOCAL_BUCKET
 from blipq.outputs import VARIABLE as ALLOWED_OUTPUTS
 from blipq.settings import Settings, born, stack_file
 from blipq.storage import Storage
 from blipq.supervisor import Service
 
-#: The bucket that `output` may write, unless BLIPQ_ALLOWED_OUTPUTS names others.
-OUTPUTS_BUCKET = "blipq-outputs"
 REDIS_PORT = 16379
 S3_PORT = 18333
 START_TIMEOUT_S = 30.0
@@ -179,7 +178,7 @@ class LocalStack:
     def environment(self) -> dict[str, str]:
         """How to reach the stack, as ``BLIPQ_*`` variables for child processes."""
         found = {f"BLIPQ_{name.upper()}": value for name, value in self.settings_fields().items()}
-        return {ALLOWED_OUTPUTS: os.environ.get(ALLOWED_OUTPUTS, OUTPUTS_BUCKET), **found}
+        return {ALLOWED_OUTPUTS: os.environ.get(ALLOWED_OUTPUTS, LOCAL_BUCKET), **found}
 
     def settings(self) -> Settings:
         """How to reach the stack."""
@@ -272,7 +271,7 @@ class LocalStack:
     def _s3_answers(self) -> bool:
         storage = Storage(self.settings(), read_timeout_s=3)
         storage.create_bucket(self.settings().inbox_bucket)
-        storage.create_bucket(OUTPUTS_BUCKET)
+        storage.create_bucket(LOCAL_BUCKET)
         return True
 
     def _wait_until(self, answers: Callable[[], bool], service: Service) -> None:

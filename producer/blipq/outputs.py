@@ -13,6 +13,8 @@ from blipq.settings import Settings
 log = logging.getLogger(__name__)
 
 VARIABLE = "BLIPQ_ALLOWED_OUTPUTS"
+#: The bucket of a local stack that `output` may write, unless the variable names others.
+LOCAL_BUCKET = "blipq-outputs"
 
 
 def is_allowed(bucket: str, key: str, allowed: Sequence[str]) -> bool:

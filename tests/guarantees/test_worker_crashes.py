@@ -10,7 +10,7 @@ import pytest
 
 from blipq import CaptionRequest, ErrorCode, Job, Status
 from blipq.ledger import Message
-from blipq.local import OUTPUTS_BUCKET
+from blipq.outputs import LOCAL_BUCKET
 from conftest import wait_until
 from guarantees.faulty_worker import HANGING_SIZE
 from guarantees.rig import LEASE_S, Rig, png
@@ -84,7 +84,7 @@ def test_a_worker_frozen_past_its_lease_cannot_finish_a_job_twice(rig: Rig) -> N
 
 def test_a_write_that_arrives_late_leaves_a_newer_answer_alone(rig: Rig) -> None:
     """Its worker is frozen and the write still on its way when another worker has answered."""
-    uri = f"s3://{OUTPUTS_BUCKET}/fault=heldx2/answer.json"  # the first HEAD and the first PUT
+    uri = f"s3://{LOCAL_BUCKET}/fault=heldx2/answer.json"  # the first HEAD and the first PUT
     frozen = rig.start_worker()
     job = rig.submit("fine", output=uri)
     wait_until(lambda: rig.s3.held, "the write to be on its way")
@@ -92,7 +92,7 @@ def test_a_write_that_arrives_late_leaves_a_newer_answer_alone(rig: Rig) -> None
     rig.start_worker()
     assert job.wait(LEASE_S + 60).status is Status.SUCCEEDED
     key = uri.partition("//")[2].partition("/")[2]
-    written = rig.client.storage.head(OUTPUTS_BUCKET, key)
+    written = rig.client.storage.head(LOCAL_BUCKET, key)
     assert rig.s3.writes == [200]
     rig.s3.release.set()
     wait_until(lambda: len(rig.s3.writes) == 2, "the late write")
@@ -102,7 +102,7 @@ def test_a_write_that_arrives_late_leaves_a_newer_answer_alone(rig: Rig) -> None
         lambda: "taken over" in frozen.last_words() or "again in" in frozen.last_words(),
         "the stale worker to notice",
     )
-    assert rig.client.storage.head(OUTPUTS_BUCKET, key)["LastModified"] == written["LastModified"]  # type: ignore[index]
+    assert rig.client.storage.head(LOCAL_BUCKET, key)["LastModified"] == written["LastModified"]  # type: ignore[index]
     assert job.info().status is Status.SUCCEEDED
 
 
