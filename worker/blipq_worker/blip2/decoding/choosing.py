@@ -82,7 +82,7 @@ def _draw(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     # With top_k the probabilities are shared among its tokens, without it among all.
     total = torch.where(top_k < vocabulary, values.logsumexp(-1, True), scores.logsumexp(-1, True))
     below = (values - total).exp().cumsum(-1)
-    allowed = _nucleus(values, below, top_p)
+    allowed = nucleus(values, below, top_p)
     tokens = ids.gather(-1, _race(allowed, ids, rows))[:, 0]
     if window < vocabulary and not all(each.top_k for each in params):
         # top_p may reach beyond the window where top_k does not end before it.
@@ -96,23 +96,30 @@ def _draw_widely(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     """A token for each row by top_p over the whole vocabulary."""
     top_p = torch.tensor([[row.params.top_p] for row in rows], device=scores.device)
     values, ids = scores.sort(dim=-1, descending=True)
-    allowed = _nucleus(values, values.softmax(-1).cumsum(-1), top_p)
+    allowed = nucleus(values, values.softmax(-1).cumsum(-1), top_p)
     return ids.gather(-1, _race(allowed, ids, rows))[:, 0]
 
 
-def _nucleus(values: torch.Tensor, below: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+def nucleus(values: torch.Tensor, below: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """Sorted scores without those behind which more likely tokens already hold ``top_p``."""
     before = torch.nn.functional.pad(below[:, :-1], (1, 0))
     return values.masked_fill((before >= top_p) & (top_p < 1.0), -math.inf)
 
 
 def _race(scores: torch.Tensor, ids: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-    """Where in each row the winner is, (rows, 1): a draw by the softmax of ``scores``.
-
-    The largest score plus Gumbel noise, which is the first of exponential times.
-    """
     seeds = torch.tensor([[row.seed] for row in rows], device=ids.device)
     steps = torch.tensor([[len(row.tokens)] for row in rows], device=ids.device)
+    return race(scores, ids, seeds, steps)
+
+
+def race(
+    scores: torch.Tensor, ids: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor
+) -> torch.Tensor:
+    """Where in each row the winner is, (rows, 1): a draw by the softmax of ``scores``.
+
+    scores: of the tokens ``ids``, both (rows, tokens). seeds, steps: (rows, 1), 64-bit integers.
+    The largest score plus Gumbel noise, which is the first of exponential times.
+    """
     uniform = _uniform(_mixed(_mixed(_mixed(seeds) + steps) + ids))
     return (scores.double() - (-uniform.log()).log()).argmax(dim=-1, keepdim=True)
 

@@ -56,6 +56,8 @@ class DecodeLoop:
         tokens = choose(scores, rows, ends=self._ends, start=self._language.start)
         self._language.put(self.running, rows, filled)
         self.running.extend(rows)
+        for row in rows:
+            row.joined = True
         return self._write(rows, tokens)
 
     @torch.inference_mode()

@@ -33,7 +33,8 @@ class RowParams(Protocol):
 class Row:
     """An image's projected queries, (32, hidden), a prompt, and the tokens written so far.
 
-    ``seed`` is that of its draws (``row_seed``); nothing else decides them.
+    ``seed`` is that of its draws (``row_seed``); nothing else decides them. ``joined``: it has had a
+    slot; its first token may come later.
     """
 
     queries: torch.Tensor
@@ -42,6 +43,7 @@ class Row:
     seed: int = 0
     tokens: list[int] = field(default_factory=list)
     ended: bool = False
+    joined: bool = False
 
     def write(self, token: int, ends: Collection[int]) -> None:
         """Appends a token; an end token, or the last one allowed, ends the row."""

@@ -1,0 +1,11 @@
+"""Greedy search and sampling in static slots: what GPUs run.
+
+Read in this order: ``loop`` (who is in which slot), ``step`` (what a step is), ``state`` (what the
+device knows of the sequences), ``opt`` (the forward passes), ``attention`` and ``kernel``,
+``sampler`` (from scores to tokens), ``graphs`` (steps as CUDA graphs), ``setup`` (what of all this
+a device can run).
+"""
+
+from blipq_worker.blip2.decoding.static.loop import StaticLoop
+
+__all__ = ["StaticLoop"]

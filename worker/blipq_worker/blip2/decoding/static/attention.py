@@ -1,0 +1,137 @@
+"""Attention of one new token per slot to what its sequence has in the slot.
+
+Two ways to the same numbers: torch's own, which masks what lies behind each sequence and so reads a
+window of all slots, and a Triton kernel, which reads each sequence at its own length.
+"""
+
+from typing import Any, Protocol
+
+import torch
+
+from blipq_worker.blip2.attention import bias_of
+
+
+class Attention(Protocol):
+    """How the new tokens attend.
+
+    windows: whether ``window`` matters; a graph serves one window.
+    """
+
+    name: str
+    windows: bool
+
+    def prepare(
+        self, positions: torch.Tensor, window: int, dtype: torch.dtype, bias: torch.Tensor | None
+    ) -> Any:
+        """What all layers of a step share.
+
+        positions: the columns of the new tokens, (n,). window: more than the highest of them.
+        bias: what distances add to scores, (heads, distances); None: nothing.
+        """
+
+    def __call__(
+        self, new: torch.Tensor, cache: torch.Tensor, prepared: Any, scale: float
+    ) -> torch.Tensor:
+        """Stores the keys and values of the new tokens and attends, (n, heads, head size).
+
+        new: queries, keys and values, (n, 3, heads, head size). cache: keys and values of a layer,
+        (2, slots, heads, columns, head size). scale: of the queries.
+        """
+
+    def cross(
+        self, queries: torch.Tensor, cache: torch.Tensor, lengths: torch.Tensor, window: int
+    ) -> torch.Tensor:
+        """Attends to the first ``lengths``, (n,), columns of the cache, unscaled.
+
+        queries: (n, heads, head size). Returns their like.
+        """
+
+
+class MaskedAttention:
+    """By torch's fused kernels, with a mask over a window of the columns."""
+
+    name = "sdpa"
+    windows = True
+
+    def prepare(
+        self, positions: torch.Tensor, window: int, dtype: torch.dtype, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Slots, positions and what is added to scores, (n, 1 or heads, 1, window)."""
+        columns = torch.arange(window, device=positions.device)
+        added = bias_of(columns <= positions[:, None], dtype)
+        if bias is not None:
+            distances = (positions[:, None] - columns).clamp(min=0)
+            added = added + bias[:, distances].transpose(0, 1)[:, :, None].to(dtype)
+        return torch.arange(len(positions), device=positions.device), positions, added
+
+    def __call__(
+        self,
+        new: torch.Tensor,
+        cache: torch.Tensor,
+        prepared: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        scale: float,
+    ) -> torch.Tensor:
+        """See ``Attention``."""
+        slots, positions, added = prepared
+        queries, keys, values = new.unbind(1)
+        cache[0][slots, :, positions] = keys
+        cache[1][slots, :, positions] = values
+        count, window = len(queries), added.shape[-1]
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            (queries * scale)[:, :, None],
+            cache[0, :count, :, :window],
+            cache[1, :count, :, :window],
+            attn_mask=added,
+            scale=1.0,
+        )
+        return attended[:, :, 0]
+
+    def cross(
+        self, queries: torch.Tensor, cache: torch.Tensor, lengths: torch.Tensor, window: int
+    ) -> torch.Tensor:
+        """See ``Attention``."""
+        columns = torch.arange(window, device=lengths.device)
+        count = len(queries)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            queries[:, :, None],
+            cache[0, :count, :, :window],
+            cache[1, :count, :, :window],
+            attn_mask=bias_of(columns < lengths[:, None], queries.dtype),
+            scale=1.0,
+        )
+        return attended[:, :, 0]
+
+
+class KernelAttention:
+    """By the Triton kernel. Importing it needs triton, compiling it a C compiler."""
+
+    name = "triton"
+    windows = False
+
+    def __init__(self) -> None:
+        from blipq_worker.blip2.decoding.static import kernel
+
+        self._kernel = kernel
+
+    def prepare(
+        self, positions: torch.Tensor, window: int, dtype: torch.dtype, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The positions, from which each program takes its length, and the bias."""
+        return positions, bias
+
+    def __call__(
+        self,
+        new: torch.Tensor,
+        cache: torch.Tensor,
+        prepared: tuple[torch.Tensor, torch.Tensor | None],
+        scale: float,
+    ) -> torch.Tensor:
+        """See ``Attention``."""
+        positions, bias = prepared
+        return self._kernel.attend_own(new, cache, positions, bias, scale)
+
+    def cross(
+        self, queries: torch.Tensor, cache: torch.Tensor, lengths: torch.Tensor, window: int
+    ) -> torch.Tensor:
+        """See ``Attention``."""
+        return self._kernel.attend_cross(queries, cache, lengths)

@@ -1,0 +1,141 @@
+"""The Triton kernel of ``KernelAttention``: one program per slot and head.
+
+It reads the length of its sequence from the device, so that one graph serves every length, and
+nothing behind a sequence is ever read. Softmax and sums are in fp32.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK = 32
+_WARPS = 2
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend(  # type: ignore[no-untyped-def]
+    queries,
+    cache,
+    lengths,
+    bias,
+    out,
+    scale,
+    values_at,
+    columns,
+    distances,
+    heads: tl.constexpr,
+    size: tl.constexpr,
+    padded: tl.constexpr,
+    block: tl.constexpr,
+    own: tl.constexpr,
+    biased: tl.constexpr,
+):
+    """One query over the first ``length`` columns of its slot; with ``own``, over its own key, too.
+
+    queries: (n, 3, heads, size) with ``own``: queries, keys, values; else (n, heads, size).
+    cache: (2, slots, heads, columns, size), values ``values_at`` behind the keys. bias: (heads,
+    distances).
+    """
+    slot = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    length = tl.load(lengths + slot)
+    dims = tl.arange(0, padded)
+    inside = dims < size
+    keys = cache + (slot * heads + head) * columns * size
+    values = keys + values_at
+    if own:
+        new = queries + (slot * 3 * heads + head) * size + dims
+        query = tl.load(new, mask=inside, other=0.0).to(tl.float32)
+        key = tl.load(new + heads * size, mask=inside, other=0.0)
+        value = tl.load(new + 2 * heads * size, mask=inside, other=0.0)
+        # Scaled in fp32 and rounded, as the model rounds it.
+        query = (query * scale).to(key.dtype).to(tl.float32)
+        tl.store(keys + length * size + dims, key, mask=inside)
+        tl.store(values + length * size + dims, value, mask=inside)
+        top = tl.sum(query * key.to(tl.float32), 0)
+        if biased:
+            top += tl.load(bias + head * distances).to(tl.float32)
+        total = tl.exp(top - top)
+        mixed = value.to(tl.float32)
+    else:
+        query = tl.load(queries + (slot * heads + head) * size + dims, mask=inside, other=0.0)
+        query = query.to(tl.float32)
+        top = tl.sum(query * 0.0, 0) - float("inf")
+        total = tl.sum(query * 0.0, 0)
+        mixed = query * 0.0
+    steps = tl.arange(0, block)
+    for start in range(0, length, block):
+        at = start + steps
+        seen = at < length
+        both = seen[:, None] & inside[None, :]
+        offsets = at[:, None] * size + dims[None, :]
+        some = tl.load(keys + offsets, mask=both, other=0.0).to(tl.float32)
+        scores = tl.sum(some * query[None, :], 1)
+        if biased:
+            scores += tl.load(bias + head * distances + (length - at), mask=seen, other=0.0).to(
+                tl.float32
+            )
+        scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 0))
+        kept = tl.exp(top - higher)
+        weights = tl.exp(scores - higher)
+        some = tl.load(values + offsets, mask=both, other=0.0).to(tl.float32)
+        total = total * kept + tl.sum(weights, 0)
+        mixed = mixed * kept + tl.sum(weights[:, None] * some, 0)
+        top = higher
+    place = out + (slot * heads + head) * size + dims
+    tl.store(place, (mixed / total).to(out.dtype.element_ty), mask=inside)
+
+
+def attend_own(
+    new: torch.Tensor,
+    cache: torch.Tensor,
+    positions: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Self-attention; see ``Attention.__call__``. new must be contiguous."""
+    out = torch.empty_like(new[:, 0], memory_format=torch.contiguous_format)
+    return _run(new, cache, positions, bias, scale, out, own=True)
+
+
+def attend_cross(
+    queries: torch.Tensor, cache: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """Cross attention; see ``Attention.cross``. queries must be contiguous."""
+    return _run(queries, cache, lengths, None, 1.0, torch.empty_like(queries), own=False)
+
+
+def _run(
+    queries: torch.Tensor,
+    cache: torch.Tensor,
+    lengths: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    out: torch.Tensor,
+    *,
+    own: bool,
+) -> torch.Tensor:
+    count, heads, size = out.shape
+    launch: Any = _attend[(count, heads)]
+    launch(
+        queries,
+        cache,
+        lengths,
+        cache if bias is None else bias,
+        out,
+        scale,
+        cache.stride(0),
+        cache.shape[3],
+        0 if bias is None else bias.shape[1],
+        heads=heads,
+        size=size,
+        padded=triton.next_power_of_2(size),
+        block=_BLOCK,
+        own=own,
+        biased=bias is not None,
+        num_warps=_WARPS,
+    )
+    return out

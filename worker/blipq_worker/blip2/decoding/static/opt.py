@@ -1,0 +1,115 @@
+"""OPT over static slots: the prefill by the model, a step by its layers' own weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from blipq_worker.blip2.decoding.opt_step import OptStep
+from blipq_worker.blip2.decoding.rows import Row
+from blipq_worker.blip2.decoding.static.attention import Attention
+from blipq_worker.blip2.decoding.static.caches import KeysAndValues
+from blipq_worker.blip2.decoding.static.fusing import fused
+from blipq_worker.blip2.decoding.static.state import SlotState
+
+
+class StaticOpt:
+    """See ``StaticLanguage``. For an OPT that it ``can_run``."""
+
+    start: tuple[int, ...] = ()
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._decoder = model.model.decoder
+        self._layers = [_Layer(layer) for layer in self._decoder.layers]
+        attention = self._decoder.layers[0].self_attn
+        self._heads, self._size = attention.num_heads, attention.head_dim
+        self._scale: float = attention.scaling
+        self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
+        self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+        self._own: KeysAndValues | None = None
+        self.prompt_columns = 0
+
+    @staticmethod
+    def can_run(model: Any) -> bool:
+        """Whether it is built as the OPTs of BLIP-2 are, and is not compiled."""
+        return not model.config.is_encoder_decoder and OptStep.suits(model)
+
+    def suits(self, row: Row) -> bool:
+        """Whether a slot holds a sequence at its longest."""
+        return row.prompt_length + row.params.max_new_tokens - 1 <= self.prompt_columns
+
+    def first_position(self, row: Row) -> int:
+        """Where its first new token goes."""
+        return row.prompt_length
+
+    def slot_bytes(self, columns: int) -> int:
+        """What keys and values of one slot take."""
+        return KeysAndValues.bytes_of(len(self._layers), self._heads, columns, self._size, self.dtype)
+
+    def reserve(self, slots: int, columns: int, device: torch.device) -> None:
+        """Takes the memory of all slots. Raises OutOfMemoryError, and then has taken none."""
+        self._own = KeysAndValues(
+            len(self._layers), slots, self._heads, columns, self._size, self.dtype, device
+        )
+        self.prompt_columns = columns
+
+    @property
+    def bytes(self) -> int:
+        """What keys and values take."""
+        return 0 if self._own is None else self._own.bytes
+
+    def prefill(
+        self, queries: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, Any, torch.Tensor]:
+        """Reads prompts: queries (n, 32, hidden), ids (n, longest), lengths (n,) of both together.
+
+        Gaps are at the end, where nobody looks: attention is causal, so it needs no mask. Returns
+        scores, (n, vocabulary), what ``put`` takes, and the positions before those of the first new
+        tokens, (n,).
+        """
+        prompts = self._model.get_input_embeddings()(ids)
+        embeds = torch.cat([queries, prompts], dim=1)
+        cache = DynamicCache(config=self._model.config)
+        hidden = self._decoder(inputs_embeds=embeds, cache=cache, use_cache=True).last_hidden_state
+        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+        return self._model.lm_head(last), cache, lengths - 1
+
+    def put(self, at: torch.Tensor, filled: Any, lengths: torch.Tensor, *, clear: bool) -> None:
+        """Puts prefilled sequences into the slots ``at``, (n,). clear: see ``KeysAndValues``."""
+        assert self._own is not None
+        self._own.put(at, [(layer.keys, layer.values) for layer in filled.layers], clear=clear)
+
+    def step(self, state: SlotState, attention: Attention, window: int) -> torch.Tensor:
+        """Scores of the next tokens, (n, vocabulary). window: more than the highest position."""
+        assert self._own is not None
+        positions, table = state.positions, self._decoder.embed_positions
+        states = self._decoder.embed_tokens.forward(state.tokens)
+        states = states + table.weight[positions + table.offset]
+        prepared = attention.prepare(positions, window, self.dtype, None)
+        for layer, cache in zip(self._layers, self._own.layers, strict=True):
+            new = layer.read(layer.norm(states)).view(len(states), 3, self._heads, self._size)
+            attended = attention(new, cache, prepared, self._scale)
+            states = states + layer.out(attended.reshape(len(states), -1))
+            raised = layer.activation(layer.up(layer.second_norm(states)))
+            states = states + layer.down(raised)
+        scores: torch.Tensor = self._model.lm_head.forward(self._decoder.final_layer_norm(states))
+        return scores
+
+
+Pass = Callable[[torch.Tensor], torch.Tensor]
+
+
+class _Layer:
+    """The parts of a layer, in the order in which a token passes them."""
+
+    def __init__(self, layer: Any) -> None:
+        own = layer.self_attn
+        self.norm: Pass = layer.self_attn_layer_norm.forward
+        self.read: Pass = fused([own.q_proj, own.k_proj, own.v_proj])
+        self.out: Pass = own.out_proj.forward
+        self.second_norm: Pass = layer.final_layer_norm.forward
+        self.up: Pass = layer.fc1.forward
+        self.activation: Pass = layer.activation_fn.forward
+        self.down: Pass = layer.fc2.forward

@@ -1,0 +1,83 @@
+"""One step of all slots up to a number: forward pass, choice, writing. Eagerly or as a graph."""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from blipq_worker.blip2.decoding.rows import Row
+from blipq_worker.blip2.decoding.static.attention import Attention
+from blipq_worker.blip2.decoding.static.sampler import Sampler, Variant
+from blipq_worker.blip2.decoding.static.state import SlotState
+
+
+class StaticLanguage(Protocol):
+    """A language model over static slots: its forward passes, and the memory of its sequences.
+
+    start: what penalties count as written before a first token. prompt_columns: what a prompt may
+    take of a slot, its queries included.
+    """
+
+    start: tuple[int, ...]
+    vocabulary: int
+    dtype: torch.dtype
+    prompt_columns: int
+
+    def suits(self, row: Row) -> bool:
+        """Whether a slot holds a sequence at its longest."""
+
+    def first_position(self, row: Row) -> int:
+        """Where its first new token goes, once a step reads it."""
+
+    def slot_bytes(self, columns: int) -> int:
+        """What keys and values of one slot take."""
+
+    def reserve(self, slots: int, columns: int, device: torch.device) -> None:
+        """Takes the memory of all slots. Raises OutOfMemoryError, and then has taken none."""
+
+    @property
+    def bytes(self) -> int:
+        """What keys and values take."""
+
+    def prefill(
+        self, queries: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, Any, torch.Tensor]:
+        """Reads prompts: queries (n, 32, hidden), ids (n, longest), lengths (n,) of both together.
+
+        Returns scores, (n, vocabulary), what ``put`` takes, and the positions before those of the
+        first new tokens, (n,).
+        """
+
+    def put(self, at: torch.Tensor, filled: Any, lengths: torch.Tensor, *, clear: bool) -> None:
+        """Puts prefilled sequences into the slots ``at``, (n,). clear: see ``KeysAndValues``."""
+
+    def step(self, state: SlotState, attention: Attention, window: int) -> torch.Tensor:
+        """Scores of the next tokens, (n, vocabulary). window: more than the highest position."""
+
+
+class Shape(NamedTuple):
+    """What is fixed in a step. slots: the bucket. window: columns that attention looks at."""
+
+    slots: int
+    window: int
+    variant: Variant
+
+
+class StaticStep:
+    """Takes a step eagerly. Nothing comes from the host, and nothing is waited for.
+
+    chosen: what the last step chose, (slots,).
+    """
+
+    def __init__(
+        self, language: StaticLanguage, sampler: Sampler, state: SlotState, attention: Attention
+    ) -> None:
+        self.language, self.sampler, self.state = language, sampler, state
+        self.attention = attention
+        self.chosen = torch.zeros_like(state.tokens)
+
+    def __call__(self, shape: Shape) -> None:
+        """One more token for every live sequence in the first slots."""
+        state = self.state.first(shape.slots)
+        scores = self.language.step(state, self.attention, shape.window)
+        chosen = self.sampler.write(scores, state, shape.variant)
+        self.chosen[: shape.slots].copy_(chosen)
