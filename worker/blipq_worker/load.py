@@ -1,7 +1,7 @@
 """Loads what a worker serves, and says what to do where that fails."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -64,7 +64,25 @@ def _load_all(options: WorkerSettings) -> "dict[str, Blip2]":
             if options.canary:
                 canary.check(model, goldens.get(what))
         loaded[name] = model
+    _open_slots(list(loaded.values()), options)
     return loaded
+
+
+def _open_slots(models: "Sequence[Blip2]", options: WorkerSettings) -> None:
+    """Reserves slots for texts in flight on GPUs, once all weights are there.
+
+    Of what these leave, models get equal parts.
+    """
+    import torch
+
+    from blipq_worker.blip2.decoding.static import free_memory, ways
+
+    for index, model in enumerate(models):
+        device = torch.device(model.info.device)
+        if device.type == "cuda" and not options.compile:
+            budget = free_memory(device) // (len(models) - index)
+            among = ways(graphs=options.graphs)
+            model.open_slots(among, slots=options.decode_slots, budget=budget)
 
 
 def _load(name: str, what: str, options: WorkerSettings, cache: "FeatureCache") -> "Blip2":
@@ -87,7 +105,7 @@ def _load(name: str, what: str, options: WorkerSettings, cache: "FeatureCache") 
         attention=options.attention,
         compiled=options.compile,
         device=device,
-        slots=options.decode_slots,
+        slots=options.growing_slots,
         max_beams=options.beams,
         cache=cache,
     )

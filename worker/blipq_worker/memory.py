@@ -110,7 +110,7 @@ def load_of(options: WorkerSettings) -> Load:
     return Load(
         batch_size=max(1, options.beams // beams),
         beams=beams,
-        slots=options.decode_slots,
+        slots=options.growing_slots,
         feature_cache=options.feature_cache_bytes,
     )
 

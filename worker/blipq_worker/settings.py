@@ -80,14 +80,19 @@ class WorkerSettings(BaseSettings):
             "with more runs alone."
         ),
     )
-    decode_slots: int = Field(
-        default=32,
+    decode_slots: int | None = Field(
+        default=None,
         ge=1,
         le=1024,
         description=(
-            "Most greedy or sampled texts in the making at once. Their keys and values take at "
-            "most 256 tokens per slot."
+            "Most greedy or sampled texts in the making at once; by default 32 on a CPU, and up to "
+            "128 on a GPU, by half of the memory that the weights leave. Their keys and values "
+            "take 256 tokens per slot: at most on a CPU, from the start on a GPU."
         ),
+    )
+    graphs: bool = Field(
+        default=True,
+        description="Take decode steps as CUDA graphs, where the GPU and the model allow it.",
     )
     batch_wait_timeout_s: Seconds = Field(
         default=0.005, ge=0, description="Longest a job waits for company, in seconds."
@@ -183,6 +188,11 @@ class WorkerSettings(BaseSettings):
     def beams(self) -> int:
         """Most beams in one pass."""
         return self.max_beams or 5 * self.max_batch_size
+
+    @property
+    def growing_slots(self) -> int:
+        """Most texts in flight where their memory is not reserved ahead."""
+        return self.decode_slots or 32
 
     @property
     def threads(self) -> int:

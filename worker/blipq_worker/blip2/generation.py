@@ -19,7 +19,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
 from blipq_worker.blip2.checkpoints import Checkpoint, CheckpointError
-from blipq_worker.blip2.decoding import DecodeLoop
+from blipq_worker.blip2.decoding import DecodeLoop, Loop, RoutedLoop
+from blipq_worker.blip2.decoding.static import StaticLoop, Way, static_loop
 from blipq_worker.blip2.features import Vision
 from blipq_worker.blip2.halving import by_halves
 from blipq_worker.blip2.padding import padded
@@ -29,6 +30,10 @@ from blipq_worker.models import Family
 
 # T5 counts distances and so has no last position; this bounds its memory as OPT's limit does.
 _T5_POSITIONS = 2048
+
+#: Slots of the loop beside the static ones, for long texts: its memory grows with them, and is
+#: bounded by that of so many ordinary texts.
+_LONG_SLOTS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +162,7 @@ class Generator:
         self.family = checkpoint.family
         self._tokenizer = tokenizer
         self._slots = slots
+        self._static: StaticLoop | None = None
         self._max_beams = max_beams
         self._num_query_tokens = checkpoint.num_query_tokens
         text = checkpoint.config.text_config
@@ -216,8 +222,21 @@ class Generator:
 
     def session(self) -> WritingSession:
         """Where items without beams are written, each by its own parameters."""
-        loop = DecodeLoop(self.model.language_model, ends=self._eos, slots=self._slots)
-        return WritingSession(self, loop)
+        return WritingSession(self, self._loop())
+
+    def _loop(self) -> Loop:
+        slots = self._slots if self._static is None else min(self._slots, _LONG_SLOTS)
+        growing = DecodeLoop(self.model.language_model, ends=self._eos, slots=slots)
+        return growing if self._static is None else RoutedLoop(self._static, growing)
+
+    def open_slots(self, among: Sequence[Way], *, slots: int | None, budget: int) -> None:
+        """Has greedy and sampled texts written in static slots, if one of these ways works.
+
+        slots, budget: see ``static_loop``.
+        """
+        self._static = static_loop(
+            self.model.language_model, ends=self._eos, slots=slots, budget=budget, among=among
+        )
 
     @torch.inference_mode()
     def generate(
@@ -245,6 +264,17 @@ class Generator:
         self, items: Sequence[GenerateItem], wanted: Callable[[int], bool]
     ) -> list[list[list[GeneratedText]]]:
         session = self.session()
+        try:
+            return self._run(session, items, wanted)
+        finally:
+            session.close()  # static slots outlive it
+
+    def _run(
+        self,
+        session: WritingSession,
+        items: Sequence[GenerateItem],
+        wanted: Callable[[int], bool],
+    ) -> list[list[list[GeneratedText]]]:
         for index, item in enumerate(items):
             session.join((0, index), item)
         answers: list[list[list[GeneratedText]]] = [[] for _ in items]

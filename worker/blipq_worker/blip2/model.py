@@ -14,6 +14,7 @@ from blipq_worker.blip2.attention import Attention
 from blipq_worker.blip2.cache import FeatureCache
 from blipq_worker.blip2.checkpoints import Checkpoint, open_checkpoint
 from blipq_worker.blip2.choices import Ranker, RankItem
+from blipq_worker.blip2.decoding.static import Way
 from blipq_worker.blip2.embedding import Arrays, Embedder, EmbedItem
 from blipq_worker.blip2.features import Side, Vision, equal_towers, split_tower
 from blipq_worker.blip2.generation import GeneratedText, GenerateItem, Generator
@@ -210,6 +211,10 @@ class Blip2:
                 self._matcher()
             case EmbedItem():
                 self._embedder().check(item)
+
+    def open_slots(self, among: Sequence[Way], *, slots: int | None, budget: int) -> None:
+        """Has texts in flight written in static slots. See ``Generator.open_slots``."""
+        self.generator.open_slots(among, slots=slots, budget=budget)
 
     def session(self) -> WritingSession:
         """Where items without beams join and leave. See ``Generator.session``."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from blipq_worker.blip2.decoding import DecodeLoop, Row, row_seed
+from blipq_worker.blip2.decoding import Loop, Row, row_seed
 from blipq_worker.blip2.halving import by_halves
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 #: others, and a few take nearly as long as one.
 JOINING_ON_A_CPU = 8
 JOINING = 16
+#: The same where there are many slots: half of them, up to a batch in which images cost least.
+MOST_JOINING = 64
 
 Ticket = tuple[int, int]
 Texts = list[list["GeneratedText"]]
@@ -34,9 +36,9 @@ class _Writing:
 
     @property
     def waiting(self) -> int:
-        """Rows that have had no slot yet: a row's first token comes as it joins."""
+        """Rows that have had no slot yet."""
         rows = len(self.ids) * self.item.params.num_return_sequences
-        return rows - sum(bool(row.tokens) for row in self.rows)
+        return rows - sum(row.joined for row in self.rows)
 
     def see(self, queries: torch.Tensor) -> None:
         """Makes the rows: a prompt's alternatives one after the other. Queries: (32, hidden)."""
@@ -51,12 +53,15 @@ class WritingSession:
     Tickets stand for items; rows of smaller tickets get their slots first.
     """
 
-    def __init__(self, generator: "Generator", loop: DecodeLoop) -> None:
+    def __init__(self, generator: "Generator", loop: Loop) -> None:
         self._generator = generator
         self._loop = loop
         self._items: dict[Ticket, _Writing] = {}
         device = generator.model.query_tokens.device
-        self._joining = JOINING_ON_A_CPU if device.type == "cpu" else JOINING
+        self._joining = JOINING_ON_A_CPU
+        if device.type != "cpu":
+            slots = loop.free + len(loop.running)
+            self._joining = max(JOINING, min(MOST_JOINING, slots // 2))
 
     def has_room(self, ticket: Ticket) -> bool:
         """Whether a slot is free that no more urgent row waits for."""
@@ -74,7 +79,12 @@ class WritingSession:
 
     def leave(self, ticket: Ticket) -> None:
         """Lets an item go, finished or not."""
-        self._loop.leave(self._items.pop(ticket).rows)
+        self._loop.leave([row for row in self._items.pop(ticket).rows if row.joined])
+
+    def close(self) -> None:
+        """Lets all items go."""
+        for ticket in list(self._items):
+            self.leave(ticket)
 
     def step(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, Texts]]:
         """One more token for each running row of these items, after waiting rows have joined.
@@ -85,7 +95,7 @@ class WritingSession:
         if self._is_worth_joining():
             self._see(among)
             by_halves(self._loop.join, self._next_rows(among))
-        rows = [row for each in among for row in each.rows if row.tokens]
+        rows = [row for each in among for row in each.rows if row.joined]
         by_halves(self._loop.step, [row for row in rows if not row.ended])
         self._loop.leave([row for row in rows if row.ended])
         return [(ticket, self._texts(ticket)) for ticket in tickets if self._is_done(ticket)]
@@ -112,7 +122,7 @@ class WritingSession:
     def _next_rows(self, among: Sequence[_Writing]) -> list[Row]:
         """The rows that join now, in the order of their tickets."""
         rows: list[Row] = []
-        for row in (row for each in among for row in each.rows if not row.tokens):
+        for row in (row for each in among for row in each.rows if not row.joined):
             if len(rows) == self._joining or not self._loop.fits(row, rows):
                 break
             rows.append(row)

@@ -83,7 +83,7 @@ class OptStep:
         the buffers, each (2, slots, heads, columns, head size); keys and values are written there.
         """
         count = len(tokens)
-        # Layers differ where memory ran out while they grew: the running rows fit into the smallest.
+        # Layers differ where memory ran out as they grew: the running rows fit into the smallest.
         width = _width(longest, min(buffer.shape[3] for buffer in buffers))
         seen = torch.arange(width, device=tokens.device) <= positions[:, None]
         bias = bias_of(seen, buffers[0].dtype)

@@ -33,8 +33,8 @@ class RowParams(Protocol):
 class Row:
     """An image's projected queries, (32, hidden), a prompt, and the tokens written so far.
 
-    ``seed`` is that of its draws (``row_seed``); nothing else decides them. ``joined``: it has had a
-    slot; its first token may come later.
+    ``seed`` is that of its draws (``row_seed``); nothing else decides them. ``joined``: it has had
+    a slot; its first token may come later.
     """
 
     queries: torch.Tensor

@@ -7,5 +7,6 @@ a device can run).
 """
 
 from blipq_worker.blip2.decoding.static.loop import StaticLoop
+from blipq_worker.blip2.decoding.static.setup import Way, free_memory, static_loop, ways
 
-__all__ = ["StaticLoop"]
+__all__ = ["StaticLoop", "Way", "free_memory", "static_loop", "ways"]

@@ -30,7 +30,7 @@ class _Product:
         return torch.nn.functional.linear(states, self._weight, self._bias)
 
 
-def _joined(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+def _joined(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     """All in one piece of memory, of which each parameter becomes its part."""
     whole = _present(parameters)
     if whole is None:
@@ -43,7 +43,7 @@ def _joined(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
     return whole
 
 
-def _present(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor | None:
+def _present(parameters: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """The piece of memory, if they are in one already."""
     first = parameters[0]
     storage, next_at = first.untyped_storage().data_ptr(), first.data_ptr()

@@ -27,7 +27,7 @@ class CudaCapture:
     """
 
     def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Run) -> Run:
@@ -38,8 +38,8 @@ class CudaCapture:
         now = torch.cuda.current_stream()
         self._stream.wait_stream(now)
         with torch.cuda.stream(self._stream):
-            for _ in range(2):
-                run()
+            run()
+            _without_waiting(run)
         now.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -53,6 +53,16 @@ class CudaCapture:
             self._pool = torch.cuda.graph_pool_handle()
             raise
         return graph.replay
+
+
+def _without_waiting(run: Run) -> None:
+    """Raises RuntimeError where it waits for the device: breaking off a recording leaves traces."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 class Graphs:
@@ -71,7 +81,7 @@ class Graphs:
         """Takes a step."""
         if shape not in self._replays and self._left > 0:
             self._left -= 1
-            self._try(shape)
+            self.attempt(shape)
         replay = self._replays.get(shape)
         if replay is None:
             self._step(shape)
@@ -85,7 +95,8 @@ class Graphs:
         """Captures a shape. Raises CaptureError, and whatever capturing raises."""
         self._replays[shape] = self._checked(shape)
 
-    def _try(self, shape: Shape) -> None:
+    def attempt(self, shape: Shape) -> None:
+        """Captures a shape, which else stays without a graph."""
         started = time.monotonic()
         try:
             self.prepare(shape)

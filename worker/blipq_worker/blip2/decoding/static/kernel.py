@@ -101,9 +101,7 @@ def attend_own(
     return _run(new, cache, positions, bias, scale, out, own=True)
 
 
-def attend_cross(
-    queries: torch.Tensor, cache: torch.Tensor, lengths: torch.Tensor
-) -> torch.Tensor:
+def attend_cross(queries: torch.Tensor, cache: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Cross attention; see ``Attention.cross``. queries must be contiguous."""
     return _run(queries, cache, lengths, None, 1.0, torch.empty_like(queries), own=False)
 

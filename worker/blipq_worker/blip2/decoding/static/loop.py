@@ -71,9 +71,7 @@ class StaticLoop:
 
     def suits(self, row: Row) -> bool:
         """Whether a slot is long enough for it."""
-        return (
-            self._step.language.suits(row) and row.params.no_repeat_ngram_size <= LONGEST_NGRAM
-        )
+        return self._step.language.suits(row) and row.params.no_repeat_ngram_size <= LONGEST_NGRAM
 
     def fits(self, row: Row, beside: Sequence[Row] = ()) -> bool:
         """Whether there is a slot for a row that ``suits``, after those that join with it."""
@@ -225,7 +223,7 @@ class _Reading:
             return
         self._host = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
         self._host.copy_(chosen, non_blocking=True)
-        self._event = torch.cuda.Event()
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record()
 
     def tokens(self) -> list[tuple[_Seat, int]]:

@@ -24,10 +24,11 @@ class StaticOpt:
         self._decoder = model.model.decoder
         self._layers = [_Layer(layer) for layer in self._decoder.layers]
         attention = self._decoder.layers[0].self_attn
-        self._heads, self._size = attention.num_heads, attention.head_dim
+        self.heads, self.size = attention.num_heads, attention.head_dim
         self._scale: float = attention.scaling
         self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+        self.longest: int = model.config.max_position_embeddings
         self._own: KeysAndValues | None = None
         self.prompt_columns = 0
 
@@ -46,14 +47,18 @@ class StaticOpt:
 
     def slot_bytes(self, columns: int) -> int:
         """What keys and values of one slot take."""
-        return KeysAndValues.bytes_of(len(self._layers), self._heads, columns, self._size, self.dtype)
+        return KeysAndValues.bytes_of(len(self._layers), self.heads, columns, self.size, self.dtype)
 
     def reserve(self, slots: int, columns: int, device: torch.device) -> None:
         """Takes the memory of all slots. Raises OutOfMemoryError, and then has taken none."""
         self._own = KeysAndValues(
-            len(self._layers), slots, self._heads, columns, self._size, self.dtype, device
+            len(self._layers), slots, self.heads, columns, self.size, self.dtype, device
         )
         self.prompt_columns = columns
+
+    def release(self) -> None:
+        """Gives the memory of all slots back."""
+        self._own = None
 
     @property
     def bytes(self) -> int:
@@ -89,7 +94,7 @@ class StaticOpt:
         states = states + table.weight[positions + table.offset]
         prepared = attention.prepare(positions, window, self.dtype, None)
         for layer, cache in zip(self._layers, self._own.layers, strict=True):
-            new = layer.read(layer.norm(states)).view(len(states), 3, self._heads, self._size)
+            new = layer.read(layer.norm(states)).view(len(states), 3, self.heads, self.size)
             attended = attention(new, cache, prepared, self._scale)
             states = states + layer.out(attended.reshape(len(states), -1))
             raised = layer.activation(layer.up(layer.second_norm(states)))

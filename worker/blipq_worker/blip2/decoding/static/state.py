@@ -97,6 +97,11 @@ class SlotState:
         for mine, theirs in zip(self._tensors(), copied._tensors(), strict=True):
             mine.copy_(theirs)
 
+    def clear(self) -> None:
+        """Makes all slots idle ones that nobody was in."""
+        for tensor in self._tensors():
+            tensor.zero_()
+
     def release(self, at: torch.Tensor) -> None:
         """Makes the slots ``at`` idle; they then look at one column."""
         self.live.index_fill_(0, at, False)

@@ -13,13 +13,17 @@ from blipq_worker.blip2.decoding.static.state import SlotState
 class StaticLanguage(Protocol):
     """A language model over static slots: its forward passes, and the memory of its sequences.
 
-    start: what penalties count as written before a first token. prompt_columns: what a prompt may
-    take of a slot, its queries included.
+    start: what penalties count as written before a first token. heads, size: of self-attention.
+    longest: the most columns that make sense. prompt_columns: what a prompt may take of a slot, its
+    queries included.
     """
 
     start: tuple[int, ...]
     vocabulary: int
     dtype: torch.dtype
+    heads: int
+    size: int
+    longest: int
     prompt_columns: int
 
     def suits(self, row: Row) -> bool:
@@ -33,6 +37,9 @@ class StaticLanguage(Protocol):
 
     def reserve(self, slots: int, columns: int, device: torch.device) -> None:
         """Takes the memory of all slots. Raises OutOfMemoryError, and then has taken none."""
+
+    def release(self) -> None:
+        """Gives the memory of all slots back."""
 
     @property
     def bytes(self) -> int:

@@ -1,0 +1,241 @@
+"""What of static slots a device can run: memory, attention, graphs. Each with something to fall to.
+
+A start never fails here: a kernel that does not compile, a step that cannot be captured or a graph
+that chooses other tokens is given up, with one line in the log, for what works.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from blipq_worker.blip2.decoding.languages import T5, Language, Opt
+from blipq_worker.blip2.decoding.rows import Row
+from blipq_worker.blip2.decoding.static.attention import (
+    Attention,
+    KernelAttention,
+    MaskedAttention,
+)
+from blipq_worker.blip2.decoding.static.graphs import CudaCapture, Graphs, Run
+from blipq_worker.blip2.decoding.static.loop import StaticLoop
+from blipq_worker.blip2.decoding.static.opt import StaticOpt
+from blipq_worker.blip2.decoding.static.sampler import Sampler, Variant
+from blipq_worker.blip2.decoding.static.state import SlotState
+from blipq_worker.blip2.decoding.static.step import Shape, StaticLanguage, StaticStep
+
+log = logging.getLogger(__name__)
+
+#: Columns of a slot: prompt and new tokens of nearly all jobs. Longer ones run in ``DecodeLoop``.
+COLUMNS = 256
+#: Slots where no number is given and there is memory for them.
+SLOTS = 128
+#: The part of free memory that slots may take where no number is given: passes need theirs.
+_SHARE = 0.5
+#: Windows of attention that are captured at the start, where attention has windows.
+_WINDOWS = (64, 128)
+#: How far scores may be from those of today's step, by the largest of them. It is to find errors:
+#: rounding in 16 bits and in quantized layers adds up to a few hundredths.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
+
+
+class _Unsuitable(RuntimeError):
+    """A way of running that does not compute what it should."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way of taking steps. capture: makes what records graphs; None: eagerly."""
+
+    attention: Callable[[], Attention]
+    capture: Callable[[], Callable[[Run], Run]] | None
+
+    def __str__(self) -> str:
+        name = getattr(self.attention, "name", "?")
+        return f"{name} {'eagerly' if self.capture is None else 'in graphs'}"
+
+
+#: From the fastest to the one that needs least.
+WAYS = (
+    Way(KernelAttention, CudaCapture),
+    Way(MaskedAttention, CudaCapture),
+    Way(MaskedAttention, None),
+)
+
+
+def ways(*, graphs: bool) -> tuple[Way, ...]:
+    """The ways to try, best first. graphs: the setting."""
+    return tuple(way for way in WAYS if graphs or way.capture is None)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated on a GPU, with what torch keeps and nobody uses."""
+    free, _ = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + kept
+
+
+@torch.inference_mode()
+def static_loop(
+    model: Any,
+    *,
+    ends: Sequence[int],
+    slots: int | None,
+    budget: int,
+    among: Sequence[Way],
+    columns: int = COLUMNS,
+) -> StaticLoop | None:
+    """A loop in static slots by the first way that works; None where none does.
+
+    model: a language model, on its device. slots: None takes up to SLOTS, by ``budget``: bytes that
+    are free, of which other models have their share.
+    """
+    language = _language(model)
+    if language is None:
+        log.info("decoding: no static slots for %s", type(model).__name__)
+        return None
+    state = _reserved(language, slots, budget, columns, model.lm_head.weight.device)
+    if state is None:
+        log.warning("decoding: no memory for static slots; keys and values grow with the texts")
+        return None
+    sampler = Sampler(ends, language.start, language.vocabulary, state.tokens.device)
+    given_up: list[str] = []
+    for way in among:
+        started = time.monotonic()
+        try:
+            loop, graphs = _opened(
+                model, StaticStep(language, sampler, state, way.attention()), way
+            )
+        except Exception as error:
+            given_up.append(f"{way}: {type(error).__name__}: {error}".splitlines()[0])
+            state.clear()
+            continue
+        log.info(
+            "decoding: %d slots, %.2f GiB, %s, %d graphs, %.1f s%s",
+            *(len(state.tokens), loop.bytes / 2**30, way, graphs, time.monotonic() - started),
+            "".join(f"; given up: {each}" for each in given_up),
+        )
+        return loop
+    log.warning("decoding: no static slots: %s", "; ".join(given_up))
+    return None
+
+
+def _language(model: Any) -> StaticLanguage | None:
+    return StaticOpt(model) if StaticOpt.can_run(model) else None
+
+
+def _reserved(
+    language: StaticLanguage, slots: int | None, budget: int, columns: int, device: torch.device
+) -> SlotState | None:
+    """The state of as many slots as there is memory for, which is reserved; None if for none."""
+    columns = min(columns, language.longest)
+    if slots is None:
+        slots = min(SLOTS, int(_SHARE * budget) // language.slot_bytes(columns))
+    while slots > 0:
+        try:
+            language.reserve(slots, columns, device)
+            return SlotState.empty(slots, columns, language.vocabulary, device)
+        except torch.OutOfMemoryError:
+            language.release()
+        slots //= 2
+    return None
+
+
+def _opened(model: Any, step: StaticStep, way: Way) -> tuple[StaticLoop, int]:
+    """A loop that takes its steps so, after they were checked; and the number of its graphs."""
+    if isinstance(step.attention, KernelAttention):
+        _require_same_attention(step)
+    _require_same_scores(model, step)
+    if way.capture is None:
+        return StaticLoop(step), 0
+    graphs = Graphs(step, way.capture())
+    graphs.attempt(_largest(step))
+    for shape in _shapes(step):
+        graphs.prepare(shape)
+    return StaticLoop(step, graphs), len(graphs)
+
+
+def _largest(step: StaticStep) -> Shape:
+    """The shape that takes most memory. It is captured first: all others live in its memory."""
+    slots, columns = step.state.history.shape
+    return Shape(slots, columns, Variant(penalties=True, window=step.sampler.vocabulary))
+
+
+def _shapes(step: StaticStep) -> Iterator[Shape]:
+    """What must be captured at the start: greedy steps of all buckets, the largest first."""
+    slots, columns = step.state.history.shape
+    windows = [each for each in _WINDOWS if each < columns] if step.attention.windows else [columns]
+    buckets = {slots, *(1 << power for power in range((slots - 1).bit_length()))}
+    for bucket in sorted(buckets, reverse=True):
+        for window in windows:
+            yield Shape(bucket, window, Variant())
+
+
+def _require_same_attention(step: StaticStep) -> None:
+    """The kernel must find what torch finds, on random numbers."""
+    language, device = step.language, step.state.tokens.device
+    dice = torch.Generator().manual_seed(1)
+    heads, size, columns = language.heads, language.size, 80
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=dice).to(device, language.dtype)
+
+    new, cache = random(3, 3, heads, size), random(2, 3, heads, columns, size)
+    positions = torch.tensor([0, 37, columns - 1], device=device)
+    found = []
+    for attention in (MaskedAttention(), step.attention):
+        prepared = attention.prepare(positions, columns, language.dtype, None)
+        found.append(attention(new, cache.clone(), prepared, size**-0.5))
+    _require_close(found[0], found[1], "its attention", _TOLERANCE[language.dtype])
+
+
+def _require_same_scores(model: Any, step: StaticStep) -> None:
+    """A step must find the scores that today's loop finds, for a few sequences."""
+    rows = _random_rows(model, min(3, len(step.state.tokens)))
+    today: Language = T5(model) if model.config.is_encoder_decoder else Opt(model)
+    scores, filled = today.prefill(rows)
+    loop = StaticLoop(step)
+    loop.join(rows)
+    today.put([], rows, filled)
+    for row, token in zip(rows, scores.argmax(-1).tolist(), strict=True):
+        row.tokens = [token]
+    expected = today.step(rows, slice(len(rows)))
+    state = step.state.first(len(rows))
+    state.tokens.copy_(torch.tensor([row.tokens[0] for row in rows]))
+    window = 64 if step.attention.windows else step.state.history.shape[1]
+    found = step.language.step(state, step.attention, window)
+    loop.leave(rows)
+    _require_close(expected, found, "its scores", _TOLERANCE[step.language.dtype])
+
+
+def _require_close(
+    expected: torch.Tensor, found: torch.Tensor, what: str, tolerance: float
+) -> None:
+    apart = (expected.float() - found.float()).abs().max()
+    if not bool(apart <= tolerance * expected.float().abs().max()):  # not with NaN either
+        raise _Unsuitable(f"{what} are off by {float(apart):.3g}")
+
+
+def _random_rows(model: Any, count: int) -> list[Row]:
+    """Sequences of several lengths about nothing."""
+    embeddings = model.get_input_embeddings().weight
+    dice = torch.Generator().manual_seed(2)
+    queries = torch.randn((count, 16, embeddings.shape[1]), generator=dice) * 0.5
+    queries = queries.to(embeddings.device, embeddings.dtype)
+    return [Row(queries[index], [2] * (1 + 3 * index), _Greedy()) for index in range(count)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Greedy:
+    """The parameters of a check."""
+
+    max_new_tokens: int = 8
+    min_new_tokens: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
