@@ -32,9 +32,31 @@ class Language(ABC):
     def columns(self, row: Row) -> int:
         """Columns that a row takes when it has reached its longest."""
 
-    @abstractmethod
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
     def prefill(self, rows: Sequence[Row]) -> tuple[torch.Tensor, Any]:
         """Scores of the first tokens, (rows, vocabulary), and what ``put`` needs."""
+        queries = torch.stack([row.queries for row in rows])
+        longest = max(len(row.ids) for row in rows)
+        ids = [row.ids + [0] * (longest - len(row.ids)) for row in rows]
+        prompts = torch.tensor(ids, dtype=torch.long, device=queries.device)
+        lengths = torch.tensor([row.prompt_length for row in rows], device=queries.device)
+        return self.read(queries, prompts, lengths)
+
+    def read(
+        self, queries: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, Any]:
+        """The same of queries, (rows, 32, hidden), and ids, (rows, longest), with gaps at the end.
+
+        lengths: of both together, (rows,).
+        """
+        prompts = self._model.get_input_embeddings()(ids)
+        return self._read(torch.cat([queries, prompts], dim=1), lengths)
+
+    @abstractmethod
+    def _read(self, embeds: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Reads embedded prompts, (rows, longest, hidden)."""
 
     @abstractmethod
     def put(self, running: Sequence[Row], rows: Sequence[Row], filled: Any) -> None:
@@ -54,7 +76,7 @@ class Opt(Language):
     """Queries and prompt are the beginning of the text; positions count from it."""
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        super().__init__(model)
         self._slots = Slots(model.config.num_hidden_layers)
         self._own = OptStep(model) if OptStep.suits(model) else None
 
@@ -65,13 +87,12 @@ class Opt(Language):
     def columns(self, row: Row) -> int:  # noqa: D102
         return row.prompt_length + row.params.max_new_tokens - 1
 
-    def prefill(self, rows: Sequence[Row]) -> tuple[torch.Tensor, Any]:
+    def _read(self, embeds: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Gaps are at the end, where nobody looks: attention is causal, so it needs no mask."""
-        embeds, lengths = _embedded(self._model, rows)
         cache = DynamicCache(config=self._model.config)
         decoder = self._model.model.decoder
         hidden = decoder(inputs_embeds=embeds, cache=cache, use_cache=True).last_hidden_state
-        last = hidden[torch.arange(len(rows), device=hidden.device), lengths - 1]
+        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
         return self._model.lm_head(last), cache
 
     def put(self, running: Sequence[Row], rows: Sequence[Row], filled: Any) -> None:  # noqa: D102
@@ -111,7 +132,7 @@ class T5(Language):
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        super().__init__(model)
         self._own, self._cross = (Slots(model.config.num_decoder_layers) for _ in range(2))
         start = model.generation_config.decoder_start_token_id
         self.start = (model.config.decoder_start_token_id if start is None else start,)
@@ -123,14 +144,15 @@ class T5(Language):
     def columns(self, row: Row) -> int:  # noqa: D102
         return row.prompt_length + row.params.max_new_tokens
 
-    def prefill(self, rows: Sequence[Row]) -> tuple[torch.Tensor, Any]:
+    def _read(self, embeds: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """The encoder's pass, then the decoder's first step, which fills both caches."""
-        embeds, lengths = _embedded(self._model, rows)
         seen = torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None]
-        encoded = self._model.encoder(inputs_embeds=embeds, attention_mask=seen).last_hidden_state
+        # Of a mask with two dimensions transformers asks whether it hides anything, and waits.
+        mask = bias_of(seen, embeds.dtype)
+        encoded = self._model.encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
         caches = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        tokens = torch.tensor(self.start * len(rows), device=embeds.device)
-        first = torch.zeros(len(rows), dtype=torch.long, device=embeds.device)
+        first = torch.zeros_like(lengths)
+        tokens = torch.full_like(lengths, self.start[0])
         return self._decode(tokens, first, 1, encoded, seen, caches), caches
 
     def put(self, running: Sequence[Row], rows: Sequence[Row], filled: Any) -> None:  # noqa: D102
@@ -188,18 +210,6 @@ class T5(Language):
         bias = attention.relative_attention_bias(buckets).permute(0, 2, 1)[:, :, None]
         biased: torch.Tensor = bias + bias_of(distances <= 0, bias.dtype)
         return biased
-
-
-def _embedded(model: Any, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and prompts, (rows, longest, hidden), with gaps at the end; and their lengths."""
-    queries = torch.stack([row.queries for row in rows])
-    longest = max(len(row.ids) for row in rows)
-    ids = [row.ids + [0] * (longest - len(row.ids)) for row in rows]
-    prompts = model.get_input_embeddings()(
-        torch.tensor(ids, dtype=torch.long, device=queries.device)
-    )
-    lengths = torch.tensor([row.prompt_length for row in rows], device=queries.device)
-    return torch.cat([queries, prompts], dim=1), lengths
 
 
 def _last_tokens(rows: Sequence[Row]) -> torch.Tensor:

@@ -38,13 +38,11 @@ class Attention(Protocol):
         (2, slots, heads, columns, head size). scale: of the queries.
         """
 
-    def cross(
-        self, queries: torch.Tensor, cache: torch.Tensor, lengths: torch.Tensor, window: int
-    ) -> torch.Tensor:
-        """Attends to the first ``lengths``, (n,), columns of the cache, unscaled.
+    def prepare_cross(self, lengths: torch.Tensor, columns: int, dtype: torch.dtype) -> Any:
+        """What cross attention shares in all layers; lengths: of the prompts, (n,)."""
 
-        queries: (n, heads, head size). Returns their like.
-        """
+    def cross(self, queries: torch.Tensor, cache: torch.Tensor, prepared: Any) -> torch.Tensor:
+        """Attends to the prompts, unscaled. queries, (n, heads, size); returns their like."""
 
 
 class MaskedAttention:
@@ -86,18 +84,19 @@ class MaskedAttention:
         )
         return attended[:, :, 0]
 
+    def prepare_cross(
+        self, lengths: torch.Tensor, columns: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """What is added to scores, (n, 1, 1, columns)."""
+        return bias_of(torch.arange(columns, device=lengths.device) < lengths[:, None], dtype)
+
     def cross(
-        self, queries: torch.Tensor, cache: torch.Tensor, lengths: torch.Tensor, window: int
+        self, queries: torch.Tensor, cache: torch.Tensor, prepared: torch.Tensor
     ) -> torch.Tensor:
         """See ``Attention``."""
-        columns = torch.arange(window, device=lengths.device)
-        count = len(queries)
+        keys, values = cache[:, : len(queries)]
         attended = torch.nn.functional.scaled_dot_product_attention(
-            queries[:, :, None],
-            cache[0, :count, :, :window],
-            cache[1, :count, :, :window],
-            attn_mask=bias_of(columns < lengths[:, None], queries.dtype),
-            scale=1.0,
+            queries[:, :, None], keys, values, attn_mask=prepared, scale=1.0
         )
         return attended[:, :, 0]
 
@@ -130,8 +129,14 @@ class KernelAttention:
         positions, bias = prepared
         return self._kernel.attend_own(new, cache, positions, bias, scale)
 
+    def prepare_cross(
+        self, lengths: torch.Tensor, columns: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The lengths."""
+        return lengths
+
     def cross(
-        self, queries: torch.Tensor, cache: torch.Tensor, lengths: torch.Tensor, window: int
+        self, queries: torch.Tensor, cache: torch.Tensor, prepared: torch.Tensor
     ) -> torch.Tensor:
         """See ``Attention``."""
-        return self._kernel.attend_cross(queries, cache, lengths)
+        return self._kernel.attend_cross(queries, cache, prepared)

@@ -1,8 +1,10 @@
 """Who is in which slot: sequences are admitted, take steps together, and leave at any time."""
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -11,7 +13,10 @@ from blipq_worker.blip2.decoding.rows import Row
 from blipq_worker.blip2.decoding.slots import round_up
 from blipq_worker.blip2.decoding.static.sampler import Variant
 from blipq_worker.blip2.decoding.static.state import LONGEST_NGRAM, PARAMS, packed_params
-from blipq_worker.blip2.decoding.static.step import Shape, StaticStep
+from blipq_worker.blip2.decoding.static.step import Shape, StaticStep, on_device
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: Prompts are padded to a multiple: fewer shapes for libraries to choose kernels for.
 _PROMPT_STEP = 8
@@ -36,6 +41,19 @@ class _Seat:
     failed: bool = False
 
 
+def _on_its_device(
+    method: "Callable[Concatenate[StaticLoop, P], T]",
+) -> "Callable[Concatenate[StaticLoop, P], T]":
+    """Streams, events and Triton's launches go to the current device, which may be another."""
+
+    @functools.wraps(method)
+    def run(self: "StaticLoop", *args: P.args, **kwargs: P.kwargs) -> T:
+        with on_device(self.device), torch.inference_mode():
+            return method(self, *args, **kwargs)
+
+    return run  # type: ignore[return-value]  # wraps says too little
+
+
 class StaticLoop:
     """Runs sequences of a language model in static slots; see ``DecodeLoop``. Of one thread.
 
@@ -47,8 +65,8 @@ class StaticLoop:
     def __init__(self, step: StaticStep, run: Callable[[Shape], None] | None = None) -> None:
         self._step = step
         self._run = step if run is None else run
-        self._device = step.state.tokens.device
-        self._columns = step.state.history.shape[1]
+        self.device = step.state.tokens.device
+        self._columns = step.language.columns
         self._free = set(range(len(step.state.tokens)))
         self._seats: dict[Row, _Seat] = {}
         self._unread: deque[_Reading] = deque()
@@ -77,7 +95,7 @@ class StaticLoop:
         """Whether there is a slot for a row that ``suits``, after those that join with it."""
         return self.suits(row) and len(beside) < self.free
 
-    @torch.inference_mode()
+    @_on_its_device
     def join(self, rows: Sequence[Row]) -> list[Row]:
         """Takes rows in. They must fit. Returns them.
 
@@ -100,7 +118,7 @@ class StaticLoop:
         self._unread.append(_Reading(chosen, seats))
         return list(rows)
 
-    @torch.inference_mode()
+    @_on_its_device
     def step(self, rows: Sequence[Row]) -> list[Row]:
         """Takes a step of these running rows, and reads the tokens of what was launched before.
 
@@ -114,7 +132,7 @@ class StaticLoop:
         self._read(launched)
         return list(rows)
 
-    @torch.inference_mode()
+    @_on_its_device
     def leave(self, rows: Iterable[Row]) -> None:
         """Frees the slots of rows; what is under way for them is not written."""
         seats = [self._seats.pop(row) for row in rows if row in self._seats]
@@ -139,9 +157,9 @@ class StaticLoop:
 
     def _sent(self, numbers: Sequence[object]) -> torch.Tensor:
         """Whole numbers on the device, in one copy that nobody waits for."""
-        pinned = self._device.type == "cuda"
+        pinned = self.device.type == "cuda"
         host = torch.tensor(numbers, dtype=torch.long, pin_memory=pinned)
-        return host.to(self._device, non_blocking=True)
+        return host.to(self.device, non_blocking=True)
 
     def _seat(self, row: Row, slot: int) -> _Seat:
         position = self._step.language.first_position(row)

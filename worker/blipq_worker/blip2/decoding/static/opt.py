@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
+from blipq_worker.blip2.decoding.languages import Opt
 from blipq_worker.blip2.decoding.opt_step import OptStep
 from blipq_worker.blip2.decoding.rows import Row
 from blipq_worker.blip2.decoding.static.attention import Attention
@@ -21,6 +21,7 @@ class StaticOpt:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self._today = Opt(model)
         self._decoder = model.model.decoder
         self._layers = [_Layer(layer) for layer in self._decoder.layers]
         attention = self._decoder.layers[0].self_attn
@@ -30,7 +31,7 @@ class StaticOpt:
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
         self.longest: int = model.config.max_position_embeddings
         self._own: KeysAndValues | None = None
-        self.prompt_columns = 0
+        self.columns = self.prompt_columns = 0
 
     @staticmethod
     def can_run(model: Any) -> bool:
@@ -54,7 +55,7 @@ class StaticOpt:
         self._own = KeysAndValues(
             len(self._layers), slots, self.heads, columns, self.size, self.dtype, device
         )
-        self.prompt_columns = columns
+        self.columns = self.prompt_columns = columns
 
     def release(self) -> None:
         """Gives the memory of all slots back."""
@@ -68,18 +69,9 @@ class StaticOpt:
     def prefill(
         self, queries: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor
     ) -> tuple[torch.Tensor, Any, torch.Tensor]:
-        """Reads prompts: queries (n, 32, hidden), ids (n, longest), lengths (n,) of both together.
-
-        Gaps are at the end, where nobody looks: attention is causal, so it needs no mask. Returns
-        scores, (n, vocabulary), what ``put`` takes, and the positions before those of the first new
-        tokens, (n,).
-        """
-        prompts = self._model.get_input_embeddings()(ids)
-        embeds = torch.cat([queries, prompts], dim=1)
-        cache = DynamicCache(config=self._model.config)
-        hidden = self._decoder(inputs_embeds=embeds, cache=cache, use_cache=True).last_hidden_state
-        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
-        return self._model.lm_head(last), cache, lengths - 1
+        """Reads prompts by the model; see ``StaticLanguage``."""
+        scores, cache = self._today.read(queries, ids, lengths)
+        return scores, cache, lengths - 1
 
     def put(self, at: torch.Tensor, filled: Any, lengths: torch.Tensor, *, clear: bool) -> None:
         """Puts prefilled sequences into the slots ``at``, (n,). clear: see ``KeysAndValues``."""

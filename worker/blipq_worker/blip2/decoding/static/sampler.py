@@ -85,9 +85,10 @@ class Sampler:
             scores = scores.float()
         if variant.penalties:
             scores = self._penalized(scores, state)
-        at_ends = scores.index_select(1, self.ends)
-        short = (state.written < state.least)[:, None]
-        scores.index_copy_(1, self.ends, at_ends.masked_fill(short, -math.inf))
+        if len(self.ends):
+            at_ends = scores.index_select(1, self.ends)
+            short = (state.written < state.least)[:, None]
+            scores.index_copy_(1, self.ends, at_ends.masked_fill(short, -math.inf))
         tokens = scores.argmax(dim=-1)
         if variant.window:
             tokens = torch.where(state.draws, self._draw(scores, state, variant.window), tokens)

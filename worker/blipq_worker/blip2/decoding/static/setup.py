@@ -23,8 +23,14 @@ from blipq_worker.blip2.decoding.static.graphs import CudaCapture, Graphs, Run
 from blipq_worker.blip2.decoding.static.loop import StaticLoop
 from blipq_worker.blip2.decoding.static.opt import StaticOpt
 from blipq_worker.blip2.decoding.static.sampler import Sampler, Variant
-from blipq_worker.blip2.decoding.static.state import SlotState
-from blipq_worker.blip2.decoding.static.step import Shape, StaticLanguage, StaticStep
+from blipq_worker.blip2.decoding.static.state import SlotState, packed_params
+from blipq_worker.blip2.decoding.static.step import (
+    Shape,
+    StaticLanguage,
+    StaticStep,
+    on_device,
+)
+from blipq_worker.blip2.decoding.static.t5 import StaticT5
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +83,6 @@ def free_memory(device: torch.device) -> int:
     return free + kept
 
 
-@torch.inference_mode()
 def static_loop(
     model: Any,
     *,
@@ -96,22 +101,37 @@ def static_loop(
     if language is None:
         log.info("decoding: no static slots for %s", type(model).__name__)
         return None
-    state = _reserved(language, slots, budget, columns, model.lm_head.weight.device)
-    if state is None:
-        log.warning("decoding: no memory for static slots; keys and values grow with the texts")
-        return None
-    sampler = Sampler(ends, language.start, language.vocabulary, state.tokens.device)
+    device = model.get_input_embeddings().weight.device
+    with on_device(device), torch.inference_mode():
+        state = _reserved(language, slots, budget, columns, device)
+        if state is None:
+            log.warning("decoding: no memory for static slots; it grows with the texts")
+            return None
+        sampler = Sampler(ends, language.start, language.vocabulary, device)
+        loop = _first_that_works(model, language, sampler, state, among)
+    if loop is None:
+        language.release()
+    return loop
+
+
+def _first_that_works(
+    model: Any,
+    language: StaticLanguage,
+    sampler: Sampler,
+    state: SlotState,
+    among: Sequence[Way],
+) -> StaticLoop | None:
     given_up: list[str] = []
     for way in among:
         started = time.monotonic()
         try:
-            loop, graphs = _opened(
-                model, StaticStep(language, sampler, state, way.attention()), way
-            )
+            step = StaticStep(language, sampler, state, way.attention())
+            loop, graphs = _opened(model, step, way)
         except Exception as error:
             given_up.append(f"{way}: {type(error).__name__}: {error}".splitlines()[0])
-            state.clear()
             continue
+        finally:
+            state.clear()
         log.info(
             "decoding: %d slots, %.2f GiB, %s, %d graphs, %.1f s%s",
             *(len(state.tokens), loop.bytes / 2**30, way, graphs, time.monotonic() - started),
@@ -123,6 +143,8 @@ def static_loop(
 
 
 def _language(model: Any) -> StaticLanguage | None:
+    if StaticT5.can_run(model):
+        return StaticT5(model)
     return StaticOpt(model) if StaticOpt.can_run(model) else None
 
 
@@ -150,6 +172,7 @@ def _opened(model: Any, step: StaticStep, way: Way) -> tuple[StaticLoop, int]:
     _require_same_scores(model, step)
     if way.capture is None:
         return StaticLoop(step), 0
+    _occupy(step)
     graphs = Graphs(step, way.capture())
     graphs.attempt(_largest(step))
     for shape in _shapes(step):
@@ -157,15 +180,26 @@ def _opened(model: Any, step: StaticStep, way: Way) -> tuple[StaticLoop, int]:
     return StaticLoop(step, graphs), len(graphs)
 
 
+def _occupy(step: StaticStep) -> None:
+    """Live sequences of several lengths in all slots: what graphs choose is held against steps."""
+    state, dice = step.state, torch.Generator().manual_seed(3)
+    count, longest = len(state.tokens), min(_WINDOWS[0], step.language.columns)
+    row = Row(torch.empty((0, 1)), [], _Greedy(max_new_tokens=longest))
+    state.params.copy_(torch.tensor([packed_params(row)] * count))
+    state.tokens.copy_(torch.randint(step.sampler.vocabulary, (count,), generator=dice))
+    state.positions.copy_(torch.randint(1, longest, (count,), generator=dice))
+    state.live.fill_(True)
+
+
 def _largest(step: StaticStep) -> Shape:
     """The shape that takes most memory. It is captured first: all others live in its memory."""
-    slots, columns = step.state.history.shape
+    slots, columns = len(step.state.tokens), step.language.columns
     return Shape(slots, columns, Variant(penalties=True, window=step.sampler.vocabulary))
 
 
 def _shapes(step: StaticStep) -> Iterator[Shape]:
     """What must be captured at the start: greedy steps of all buckets, the largest first."""
-    slots, columns = step.state.history.shape
+    slots, columns = len(step.state.tokens), step.language.columns
     windows = [each for each in _WINDOWS if each < columns] if step.attention.windows else [columns]
     buckets = {slots, *(1 << power for power in range((slots - 1).bit_length()))}
     for bucket in sorted(buckets, reverse=True):
@@ -204,7 +238,7 @@ def _require_same_scores(model: Any, step: StaticStep) -> None:
     expected = today.step(rows, slice(len(rows)))
     state = step.state.first(len(rows))
     state.tokens.copy_(torch.tensor([row.tokens[0] for row in rows]))
-    window = 64 if step.attention.windows else step.state.history.shape[1]
+    window = min(_WINDOWS[0], step.language.columns)
     found = step.language.step(state, step.attention, window)
     loop.leave(rows)
     _require_close(expected, found, "its scores", _TOLERANCE[step.language.dtype])

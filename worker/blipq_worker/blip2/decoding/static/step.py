@@ -1,5 +1,6 @@
 """One step of all slots up to a number: forward pass, choice, writing. Eagerly or as a graph."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -10,12 +11,17 @@ from blipq_worker.blip2.decoding.static.sampler import Sampler, Variant
 from blipq_worker.blip2.decoding.static.state import SlotState
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class StaticLanguage(Protocol):
     """A language model over static slots: its forward passes, and the memory of its sequences.
 
     start: what penalties count as written before a first token. heads, size: of self-attention.
-    longest: the most columns that make sense. prompt_columns: what a prompt may take of a slot, its
-    queries included.
+    longest: the most columns that make sense. columns: of a slot in self-attention. prompt_columns:
+    what a prompt may take of a slot, its queries included.
     """
 
     start: tuple[int, ...]
@@ -24,6 +30,7 @@ class StaticLanguage(Protocol):
     heads: int
     size: int
     longest: int
+    columns: int
     prompt_columns: int
 
     def suits(self, row: Row) -> bool:
