@@ -1,0 +1,32 @@
+"""Trained models, beside the random ones."""
+
+import os
+
+# For the decode kernel, which has no GPU here. Triton asks for it as it is imported.
+os.environ["TRITON_INTERPRET"] = "1"
+
+from collections.abc import Iterator
+
+import pytest
+
+from blipq_worker.blip2 import Blip2
+from worker.in_flight import DEMO, T5_TWIN
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Blip2]:
+    """The demo model: trained, so that most of its texts come to an end."""
+    return Blip2.load(str(DEMO), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def twin() -> Iterator[Blip2]:
+    """Its T5 twin."""
+    return Blip2.load(str(T5_TWIN), dtype="float32")
+
+
+@pytest.fixture(params=["opt", "t5", "demo", "twin"])
+def any_model(request: pytest.FixtureRequest) -> Blip2:
+    """Both families, with random and with trained weights."""
+    model: Blip2 = request.getfixturevalue(request.param)
+    return model
