@@ -334,29 +334,28 @@ def test_the_counter_of_waits_finds_those_of_growing_slots(plain: Any) -> None:
 
 
 @pytest.mark.parametrize("language", [StaticOpt, StaticT5])
-@torch.inference_mode()
 def test_steps_and_joins_run_where_no_number_can_be_read(language: Any) -> None:
     """On the device that has shapes only, and with no tensor of the host among its own."""
     device = torch.device("meta")
     with device:
-        model = _on_meta(language)
-    static = language(model)
-    static.reserve(8, 256, device)
-    state = SlotState.empty(8, 256, static.vocabulary, device)
-    sampler = Sampler((5, 9), static.start, static.vocabulary, device)
-    step = StaticStep(static, sampler, state, MaskedAttention())
-    for variant in [*VARIANTS, Variant(True, static.vocabulary)]:
-        step(Shape(8, 64, variant))
-    at, lengths = torch.arange(3, device=device), torch.full((3,), 40, device=device)
-    queries = torch.empty(3, 32, 32, device=device)
-    ids, params = (torch.empty(3, width, dtype=torch.long, device=device) for width in (8, 9))
-    scores, filled, positions = static.prefill(queries, ids, lengths)
-    fresh = state.fresh(params, positions, static.start)
-    sampler.write(scores, fresh, Variant(True, 64))
-    static.put(at, filled, lengths, clear=True)
-    state.place(at, fresh)
-    state.release(at)
-    assert step.chosen.is_meta
+        static = language(_on_meta(language))
+    with torch.inference_mode():
+        static.reserve(8, 256, device)
+        state = SlotState.empty(8, 256, static.vocabulary, device)
+        sampler = Sampler((5, 9), static.start, static.vocabulary, device)
+        step = StaticStep(static, sampler, state, MaskedAttention())
+        for variant in [*VARIANTS, Variant(True, static.vocabulary)]:
+            step(Shape(8, 64, variant))
+        at, lengths = torch.arange(3, device=device), torch.full((3,), 40, device=device)
+        queries = torch.empty(3, 32, 32, device=device)
+        ids, params = (torch.empty(3, n, dtype=torch.long, device=device) for n in (8, 9))
+        scores, filled, positions = static.prefill(queries, ids, lengths)
+        fresh = state.fresh(params, positions, static.start)
+        sampler.write(scores, fresh, Variant(True, 64))
+        static.put(at, filled, lengths, clear=True)
+        state.place(at, fresh)
+        state.release(at)
+        assert step.chosen.is_meta
 
 
 def _on_meta(language: Any) -> Any:
