@@ -50,7 +50,9 @@ def _loaded() -> "Worker":
 
     transformers_logging.disable_progress_bar()
     models = load_models(options)
-    return Worker(settings, options, models, check=checker(options, models))
+    slots = max(model.static_slots for model in models.values())
+    check = checker(options, models)
+    return Worker(settings, options.filling(slots), models, check=check)
 
 
 def _set_up_logging(level: str) -> None:

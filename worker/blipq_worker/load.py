@@ -106,6 +106,7 @@ def _load(name: str, what: str, options: WorkerSettings, cache: "FeatureCache") 
         compiled=options.compile,
         device=device,
         slots=options.growing_slots,
+        static=False,  # not before the weights of all models are there
         max_beams=options.beams,
         cache=cache,
     )

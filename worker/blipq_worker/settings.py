@@ -100,7 +100,10 @@ class WorkerSettings(BaseSettings):
     concurrency: int | None = Field(
         default=None,
         ge=1,
-        description="Jobs held at once; by default 2 x max_batch_size: the next batch is ready.",
+        description=(
+            "Jobs held at once; by default 2 x max_batch_size, and on a GPU 2 x decode_slots: the "
+            "next batch is ready."
+        ),
     )
     decode_threads: int = Field(default=4, ge=1, description="Images decoded at the same time.")
 
@@ -193,6 +196,12 @@ class WorkerSettings(BaseSettings):
     def growing_slots(self) -> int:
         """Most texts in flight where their memory is not reserved ahead."""
         return self.decode_slots or 32
+
+    def filling(self, slots: int) -> "WorkerSettings":
+        """The same, holding jobs enough to keep so many slots full where no number is given."""
+        if self.concurrency is not None or 2 * slots <= self.threads:
+            return self
+        return self.model_copy(update={"concurrency": 2 * slots})
 
     @property
     def threads(self) -> int:

@@ -15,8 +15,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
-from blipq_worker.blip2 import Blip2, GenerationParams
+from blipq_worker import load
+from blipq_worker.blip2 import Blip2, GenerationParams, generation
 from blipq_worker.blip2.decoding import DecodeLoop, RoutedLoop, Row
+from blipq_worker.blip2.decoding import static as static_package
 from blipq_worker.blip2.decoding.choosing import ScoresError
 from blipq_worker.blip2.decoding.static import StaticLoop, Way, setup, static_loop
 from blipq_worker.blip2.decoding.static.attention import KernelAttention, MaskedAttention
@@ -27,6 +29,7 @@ from blipq_worker.blip2.decoding.static.sampler import Sampler, Variant
 from blipq_worker.blip2.decoding.static.state import SlotState
 from blipq_worker.blip2.decoding.static.step import Shape, StaticStep
 from blipq_worker.blip2.decoding.static.t5 import StaticT5
+from blipq_worker.settings import WorkerSettings
 from worker.in_flight import GREEDY, alone, every_penalty, rows, write
 
 EAGER = Way(MaskedAttention, None)
@@ -568,6 +571,66 @@ def test_fused_layers_share_their_memory_with_what_they_were_made_of() -> None:
     parts[1].weight.data.zero_()
     assert torch.equal(product(states)[:, 4:8], parts[1].bias.expand(3, 4))
     assert torch.equal(again(states), product(states))
+
+
+# --- who opens them -------------------------------------------------------------------------------
+
+
+def test_on_a_gpu_the_first_session_opens_static_slots(
+    opt: Blip2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = opt.generator
+    monkeypatch.setattr(generator, "_slots", 5)
+    monkeypatch.setattr(generation, "free_memory", lambda device: 0)
+    monkeypatch.setattr(setup, "WAYS", (EAGER,))
+    monkeypatch.setattr(generator, "_opens_static", True)
+    try:
+        assert isinstance(opt.session()._loop, RoutedLoop)
+        assert opt.static_slots == opt.session()._loop.free == 5
+        monkeypatch.setattr(generation, "static_loop", lambda *args, **kwargs: None)
+        opt.session()  # the second one opens none
+        assert opt.static_slots == 5
+    finally:
+        generator._static = None
+
+
+def test_a_cpu_has_growing_slots(opt: Blip2, t5: Blip2) -> None:
+    for model in (opt, t5):
+        assert isinstance(model.session()._loop, DecodeLoop)
+        assert model.static_slots == 0
+
+
+class Gpu:
+    """A model on a device that is not here."""
+
+    class info:
+        device = "cuda"
+
+    def __init__(self) -> None:
+        self.opened: list[Any] = []
+
+    def open_slots(self, among: Any, *, slots: int | None, budget: int) -> None:
+        self.opened.append((tuple(map(str, among)), slots, budget))
+
+
+def test_models_on_one_gpu_have_equal_parts_of_what_the_weights_leave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left = iter([1000, 600])
+    monkeypatch.setattr(static_package, "free_memory", lambda device: next(left))
+    one, other = Gpu(), Gpu()
+    load._open_slots([one, other], WorkerSettings(decode_slots=7, graphs=False))
+    assert one.opened == [(("sdpa eagerly",), 7, 500)]
+    assert other.opened == [(("sdpa eagerly",), 7, 600)]
+    load._open_slots([one], WorkerSettings(compile=True))
+    assert len(one.opened) == 1
+
+
+def test_a_worker_holds_jobs_enough_to_fill_its_slots() -> None:
+    assert WorkerSettings().filling(128).threads == 256
+    assert WorkerSettings().filling(0).threads == WorkerSettings().threads == 32
+    assert WorkerSettings(max_batch_size=200).filling(128).threads == 400
+    assert WorkerSettings(concurrency=5).filling(128).threads == 5
 
 
 # --- the kernel -----------------------------------------------------------------------------------

@@ -20,7 +20,13 @@ from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
 from blipq_worker.blip2.checkpoints import Checkpoint, CheckpointError
 from blipq_worker.blip2.decoding import DecodeLoop, Loop, RoutedLoop
-from blipq_worker.blip2.decoding.static import StaticLoop, Way, static_loop
+from blipq_worker.blip2.decoding.static import (
+    StaticLoop,
+    Way,
+    free_memory,
+    static_loop,
+    ways,
+)
 from blipq_worker.blip2.features import Vision
 from blipq_worker.blip2.halving import by_halves
 from blipq_worker.blip2.padding import padded
@@ -142,7 +148,7 @@ class Generator:
     """Runs a generation checkpoint. Not thread-safe, except for ``check``.
 
     slots: most rows in flight. max_beams: most beams (prompts x num_beams) in one pass; one prompt
-    may have more.
+    may have more. static: on a GPU the first session opens static slots; else ``open_slots`` alone.
     """
 
     def __init__(
@@ -154,6 +160,7 @@ class Generator:
         *,
         slots: int = 32,
         max_beams: int = 80,
+        static: bool = True,
     ) -> None:
         if checkpoint.family == "retrieval":
             raise CheckpointError(f"{checkpoint.name!r} is a retrieval checkpoint: it cannot write")
@@ -163,6 +170,7 @@ class Generator:
         self._tokenizer = tokenizer
         self._slots = slots
         self._static: StaticLoop | None = None
+        self._opens_static = static and model.query_tokens.device.type == "cuda"
         self._max_beams = max_beams
         self._num_query_tokens = checkpoint.num_query_tokens
         text = checkpoint.config.text_config
@@ -222,7 +230,15 @@ class Generator:
 
     def session(self) -> WritingSession:
         """Where items without beams are written, each by its own parameters."""
+        if self._opens_static:
+            budget = free_memory(self.model.query_tokens.device)
+            self.open_slots(ways(graphs=True), slots=self._slots, budget=budget)
         return WritingSession(self, self._loop())
+
+    @property
+    def static_slots(self) -> int:
+        """Slots that are open; 0 where texts in flight grow."""
+        return 0 if self._static is None else self._static.slots
 
     def _loop(self) -> Loop:
         slots = self._slots if self._static is None else min(self._slots, _LONG_SLOTS)
@@ -232,8 +248,10 @@ class Generator:
     def open_slots(self, among: Sequence[Way], *, slots: int | None, budget: int) -> None:
         """Has greedy and sampled texts written in static slots, if one of these ways works.
 
-        slots, budget: see ``static_loop``.
+        slots, budget: see ``static_loop``. Those of before must be empty; they are let go first.
         """
+        self._static = None
+        self._opens_static = False
         self._static = static_loop(
             self.model.language_model, ends=self._eos, slots=slots, budget=budget, among=among
         )

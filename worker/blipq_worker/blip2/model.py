@@ -110,13 +110,14 @@ class Blip2:
         device: str = "cpu",
         slots: int = 32,
         max_beams: int = 80,
+        static: bool = True,
         cache: FeatureCache | None = None,
     ) -> "Blip2":
         """Loads the checkpoints (folders or hub ids) onto ``device``; see ``loading``.
 
-        slots, max_beams: see ``Generator``. cache: keeps what is known of images between jobs.
-        Raises CheckpointError, and ValueError for a type or an attention that the device is no good
-        at.
+        slots, max_beams, static: see ``Generator``. cache: keeps what is known of images between
+        jobs. Raises CheckpointError, and ValueError for a type or an attention that the device is
+        no good at.
         """
         setup = Setup(
             device=torch.device(device),
@@ -134,6 +135,7 @@ class Blip2:
             written.vision(cache),
             slots=slots,
             max_beams=max_beams,
+            static=static,
         )
         matched = None if retrieval is None else _Part.load(retrieval, "retrieval", setup)
         matcher = embedder = None
@@ -215,6 +217,11 @@ class Blip2:
     def open_slots(self, among: Sequence[Way], *, slots: int | None, budget: int) -> None:
         """Has texts in flight written in static slots. See ``Generator.open_slots``."""
         self.generator.open_slots(among, slots=slots, budget=budget)
+
+    @property
+    def static_slots(self) -> int:
+        """Static slots for texts in flight; 0 where there are none."""
+        return self.generator.static_slots
 
     def session(self) -> WritingSession:
         """Where items without beams join and leave. See ``Generator.session``."""

@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+#: Columns that a program reads at once, and its warps: measured on an H100 at lengths about 50.
 _BLOCK = 32
-_WARPS = 2
+_WARPS = 1
 
 
 @triton.jit  # type: ignore[untyped-decorator]

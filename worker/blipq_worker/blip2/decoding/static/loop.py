@@ -78,6 +78,11 @@ class StaticLoop:
         return list(self._seats)
 
     @property
+    def slots(self) -> int:
+        """All slots."""
+        return len(self._step.state.tokens)
+
+    @property
     def free(self) -> int:
         """Slots without a sequence."""
         return len(self._free)
