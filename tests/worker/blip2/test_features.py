@@ -120,6 +120,31 @@ def test_a_cpu_looks_at_as_many_images_at_once_as_its_caches_hold(
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "products"), [("float32", "none"), ("bfloat16", "tf32")])
+def test_texts_about_16_bits_need_no_full_fp32_and_matching_does(
+    checkpoints: dict[str, Path],
+    pictures: list[Image.Image],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: Any,
+    products: str,
+) -> None:
+    model = Blip2.load(str(checkpoints["opt"]), str(checkpoints["itm"]), dtype=dtype)
+    precisions: list[str] = []
+    query_features = features.query_features
+
+    def noted(*args: Any) -> torch.Tensor:
+        precisions.append(torch.backends.cuda.matmul.fp32_precision)
+        return query_features(*args)
+
+    monkeypatch.setattr(features, "query_features", noted)
+    pixels = model.preprocess(pictures[0])
+    model.generator.project([pixels])
+    assert model.matcher is not None
+    model.matcher.vision.queries([pixels])
+    assert precisions == [products, "none"]
+    assert torch.backends.cuda.matmul.fp32_precision == "none"
+
+
 def test_what_is_known_gives_the_same_answers(
     model: Blip2, checkpoints: dict[str, Path], same_tower: Path, pictures: list[Image.Image]
 ) -> None:
