@@ -5,6 +5,7 @@ with the job, and in a cache for the jobs that follow. Hidden sizes are those of
 checkpoints.
 """
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,11 @@ from typing import Any, Literal
 import torch
 
 from blipq_worker.blip2.cache import FeatureCache
+from blipq_worker.blip2.captured import CapturedPass
+from blipq_worker.blip2.decoding.static.graphs import Run
 from blipq_worker.blip2.preprocessing import Pixels
+
+log = logging.getLogger(__name__)
 
 Side = Literal["generation", "retrieval"]
 
@@ -68,6 +73,7 @@ class Vision:
         self._side = side
         self._cache = cache
         self._images_per_pass = _images_per_pass(model)
+        self._tower_pass, self._query_pass = CapturedPass(self._see), CapturedPass(self._query)
         #: Called after each pass: many images in a row are no hung tower.
         self.on_step: Callable[[], None] = lambda: None
         # Texts are written about what a tower saw in 16 bits: TF32 is as good as these, and three
@@ -97,16 +103,34 @@ class Vision:
             raise ValueError(f"an image came without pixels for the {self._side} checkpoint")
         seen = []
         for each in torch.split(self._stacked(pixels), self._images_per_pass):
-            seen.append(self.model.vision_model(each).last_hidden_state)
+            seen.append(self._tower_pass(each))
             self.on_step()
         return torch.cat(seen) if len(seen) > 1 else seen[0]
 
     def _read(self, images: Sequence[Pixels]) -> torch.Tensor:
-        patches = self._patches(images)
-        with _tf32() if self._rounds else nullcontext():
-            read = query_features(self.model, patches)
+        read = self._query_pass(self._patches(images))
         self.on_step()
         return read
+
+    def _see(self, pixels: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.model.vision_model(pixels).last_hidden_state
+        return hidden
+
+    def _query(self, patches: torch.Tensor) -> torch.Tensor:
+        with _tf32() if self._rounds else nullcontext():
+            return query_features(self.model, patches)
+
+    @torch.inference_mode()
+    def capture(self, how: Callable[[Run], Run], most: int) -> None:
+        """Has passes over up to ``most`` images run by graphs, where the tower allows it."""
+        config, started = self.model.config.vision_config, time.monotonic()
+        size = 3, config.image_size, config.image_size
+        pixels = torch.zeros(size, device=self.model.query_tokens.device)
+        self._tower_pass.prepare(pixels, how, most)
+        patches = self.model.last_layernorm(self._see(pixels[None]))
+        self._query_pass.prepare(patches[0], how, most)
+        graphs = len(self._tower_pass) + len(self._query_pass)
+        log.info("vision: %d graphs, %.1f s", graphs, time.monotonic() - started)
 
     def _each(
         self,

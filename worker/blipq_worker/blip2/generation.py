@@ -24,6 +24,7 @@ from blipq_worker.blip2.decoding.static import (
     StaticLoop,
     Way,
     free_memory,
+    on_device,
     static_loop,
     ways,
 )
@@ -31,7 +32,7 @@ from blipq_worker.blip2.features import Vision
 from blipq_worker.blip2.halving import by_halves
 from blipq_worker.blip2.padding import padded
 from blipq_worker.blip2.preprocessing import Pixels
-from blipq_worker.blip2.sessions import WritingSession
+from blipq_worker.blip2.sessions import WritingSession, most_joining
 from blipq_worker.models import Family
 
 # T5 counts distances and so has no last position; this bounds its memory as OPT's limit does.
@@ -248,6 +249,8 @@ class Generator:
     def open_slots(self, among: Sequence[Way], *, slots: int | None, budget: int) -> None:
         """Has greedy and sampled texts written in static slots, if one of these ways works.
 
+        Where ways capture graphs, looks at images are captured, too.
+
         slots, budget: see ``static_loop``. Those of before must be empty; they are let go first.
         """
         self._static = None
@@ -255,6 +258,10 @@ class Generator:
         self._static = static_loop(
             self.model.language_model, ends=self._eos, slots=slots, budget=budget, among=among
         )
+        captures = [way.capture for way in among if way.capture is not None]
+        if captures and self._static is not None:
+            with on_device(self.model.query_tokens.device):
+                self.vision.capture(captures[0](), most_joining(self.static_slots))
 
     @torch.inference_mode()
     def generate(

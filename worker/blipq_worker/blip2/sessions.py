@@ -21,6 +21,12 @@ JOINING = 16
 #: The same where there are many slots: half of them, up to a batch in which images cost least.
 MOST_JOINING = 64
 
+
+def most_joining(slots: int) -> int:
+    """Most rows that join at one step on a GPU."""
+    return max(JOINING, min(MOST_JOINING, slots // 2))
+
+
 Ticket = tuple[int, int]
 Texts = list[list["GeneratedText"]]
 
@@ -60,8 +66,7 @@ class WritingSession:
         device = generator.model.query_tokens.device
         self._joining = JOINING_ON_A_CPU
         if device.type != "cpu":
-            slots = loop.free + len(loop.running)
-            self._joining = max(JOINING, min(MOST_JOINING, slots // 2))
+            self._joining = most_joining(loop.free + len(loop.running))
 
     def has_room(self, ticket: Ticket) -> bool:
         """Whether a slot is free that no more urgent row waits for."""

@@ -8,5 +8,6 @@ a device can run).
 
 from blipq_worker.blip2.decoding.static.loop import StaticLoop
 from blipq_worker.blip2.decoding.static.setup import Way, free_memory, static_loop, ways
+from blipq_worker.blip2.decoding.static.step import on_device
 
-__all__ = ["StaticLoop", "Way", "free_memory", "static_loop", "ways"]
+__all__ = ["StaticLoop", "Way", "free_memory", "on_device", "static_loop", "ways"]

@@ -101,7 +101,7 @@ class Graphs:
         try:
             self.prepare(shape)
         except Exception as error:
-            log.warning("decoding: %s stays without a graph: %s", shape, _first_line(error))
+            log.warning("decoding: %s stays without a graph: %s", shape, first_line(error))
         else:
             log.info("decoding: a graph for %s, %.1f s", shape, time.monotonic() - started)
 
@@ -130,5 +130,6 @@ class Graphs:
         return replay
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What it says, in a line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -10,16 +10,14 @@ import torch
 
 from blipq_worker.blip2.decoding.choosing import ScoresError
 from blipq_worker.blip2.decoding.rows import Row
-from blipq_worker.blip2.decoding.slots import round_up
+from blipq_worker.blip2.decoding.static.admission import Admission
 from blipq_worker.blip2.decoding.static.sampler import Variant
-from blipq_worker.blip2.decoding.static.state import LONGEST_NGRAM, PARAMS, packed_params
+from blipq_worker.blip2.decoding.static.state import LONGEST_NGRAM
 from blipq_worker.blip2.decoding.static.step import Shape, StaticStep, on_device
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Prompts are padded to a multiple: fewer shapes for libraries to choose kernels for.
-_PROMPT_STEP = 8
 #: The first window of attention; each further one is twice as wide.
 _WINDOW = 64
 
@@ -58,13 +56,22 @@ class StaticLoop:
     """Runs sequences of a language model in static slots; see ``DecodeLoop``. Of one thread.
 
     The host reads tokens one step late, so that the device never waits for it: sequences that
-    ``join`` and ``step`` return may have their tokens only after the next step. run: takes steps,
-    eagerly or by graphs. Sequences stay in their slots, the lowest that were free.
+    ``join`` and ``step`` return may have their tokens only after the next step. run, admit: take
+    steps and admit sequences; by default eagerly. Sequences stay in their slots, the lowest that
+    were free.
     """
 
-    def __init__(self, step: StaticStep, run: Callable[[Shape], None] | None = None) -> None:
+    def __init__(
+        self,
+        step: StaticStep,
+        run: Callable[[Shape], None] | None = None,
+        admit: Callable[[Sequence[Row], Sequence[int], Variant], torch.Tensor] | None = None,
+    ) -> None:
         self._step = step
         self._run = step if run is None else run
+        eager = Admission(step)
+        self._sent = eager.sent
+        self._admit = eager if admit is None else admit
         self.device = step.state.tokens.device
         self._columns = step.language.columns
         self._free = set(range(len(step.state.tokens)))
@@ -108,17 +115,8 @@ class StaticLoop:
         """
         if not rows:
             return []
-        step, slots = self._step, sorted(self._free)[: len(rows)]
-        variant = self._variant(rows)
-        sent = self._sent(self._packed(rows, slots))
-        at, lengths = sent[:, 0].contiguous(), sent[:, 1].contiguous()
-        params, ids = sent[:, 2 : 2 + PARAMS].contiguous(), sent[:, 2 + PARAMS :].contiguous()
-        queries = torch.stack([row.queries for row in rows])
-        scores, filled, positions = step.language.prefill(queries, ids, lengths)
-        fresh = step.state.fresh(params, positions, step.sampler.start)
-        chosen = step.sampler.write(scores, fresh, variant)
-        step.language.put(at, filled, lengths, clear=step.attention.windows)
-        step.state.place(at, fresh)
+        slots = sorted(self._free)[: len(rows)]
+        chosen = self._admit(rows, slots, self._variant(rows))
         seats = [self._seat(row, slot) for row, slot in zip(rows, slots, strict=True)]
         self._unread.append(_Reading(chosen, seats))
         return list(rows)
@@ -150,21 +148,6 @@ class StaticLoop:
 
     def _variant(self, rows: Iterable[Row]) -> Variant:
         return Variant.of((row.params for row in rows), self._step.sampler.vocabulary)
-
-    def _packed(self, rows: Sequence[Row], slots: Sequence[int]) -> list[list[int]]:
-        """All that the device must know of rows, as equally long lists of whole numbers."""
-        longest = round_up(max(len(row.ids) for row in rows), _PROMPT_STEP)
-        width = min(longest, self._step.language.prompt_columns - len(rows[0].queries))
-        return [
-            [slot, row.prompt_length, *packed_params(row), *row.ids, *[0] * (width - len(row.ids))]
-            for row, slot in zip(rows, slots, strict=True)
-        ]
-
-    def _sent(self, numbers: Sequence[object]) -> torch.Tensor:
-        """Whole numbers on the device, in one copy that nobody waits for."""
-        pinned = self.device.type == "cuda"
-        host = torch.tensor(numbers, dtype=torch.long, pin_memory=pinned)
-        return host.to(self.device, non_blocking=True)
 
     def _seat(self, row: Row, slot: int) -> _Seat:
         position = self._step.language.first_position(row)

@@ -14,6 +14,7 @@ import torch
 
 from blipq_worker.blip2.decoding.languages import T5, Language, Opt
 from blipq_worker.blip2.decoding.rows import Row
+from blipq_worker.blip2.decoding.static.admission import Admission, AdmissionGraphs
 from blipq_worker.blip2.decoding.static.attention import (
     Attention,
     KernelAttention,
@@ -40,6 +41,8 @@ COLUMNS = 256
 SLOTS = 128
 #: The part of free memory that slots may take where no number is given: passes need theirs.
 _SHARE = 0.5
+#: Queries of an image, for which admissions are captured at the start.
+QUERIES = 32
 #: Windows of attention that are captured at the start, where attention has windows.
 _WINDOWS = (64, 128)
 #: How far scores may be from those of today's step, by the largest of them. It is to find errors:
@@ -173,11 +176,15 @@ def _opened(model: Any, step: StaticStep, way: Way) -> tuple[StaticLoop, int]:
     if way.capture is None:
         return StaticLoop(step), 0
     _occupy(step)
-    graphs = Graphs(step, way.capture())
+    capture = way.capture()
+    graphs = Graphs(step, capture)
     graphs.attempt(_largest(step))
     for shape in _shapes(step):
         graphs.prepare(shape)
-    return StaticLoop(step, graphs), len(graphs)
+    admission = AdmissionGraphs(Admission(step), capture)
+    (row,) = _random_rows(model, 1, QUERIES)
+    admission.prepare(row, len(step.state.tokens) // 2)
+    return StaticLoop(step, graphs, admission), len(graphs) + len(admission)
 
 
 def _occupy(step: StaticStep) -> None:
@@ -252,11 +259,11 @@ def _require_close(
         raise _Unsuitable(f"{what} are off by {float(apart):.3g}")
 
 
-def _random_rows(model: Any, count: int) -> list[Row]:
+def _random_rows(model: Any, count: int, length: int = 16) -> list[Row]:
     """Sequences of several lengths about nothing."""
     embeddings = model.get_input_embeddings().weight
     dice = torch.Generator().manual_seed(2)
-    queries = torch.randn((count, 16, embeddings.shape[1]), generator=dice) * 0.5
+    queries = torch.randn((count, length, embeddings.shape[1]), generator=dice) * 0.5
     queries = queries.to(embeddings.device, embeddings.dtype)
     return [Row(queries[index], [2] * (1 + 3 * index), _Greedy()) for index in range(count)]
 

@@ -1,0 +1,176 @@
+"""Sequences come into their slots: prompts are read, and first tokens chosen. Eagerly or by graphs.
+
+Of everything that comes from the host there is one copy: a table of whole numbers. Read beside a
+worker's other threads, a prefill of hundreds of launches takes several times as long as alone.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from blipq_worker.blip2.decoding.rows import Row
+from blipq_worker.blip2.decoding.slots import round_up
+from blipq_worker.blip2.decoding.static.graphs import CaptureError, Run, first_line
+from blipq_worker.blip2.decoding.static.sampler import Variant
+from blipq_worker.blip2.decoding.static.state import PARAMS, packed_params
+from blipq_worker.blip2.decoding.static.step import StaticStep
+
+log = logging.getLogger(__name__)
+
+#: Prompts are padded to a multiple: fewer shapes for libraries to choose kernels for.
+_PROMPT_STEP = 8
+#: Sequences that a graph admits: more are admitted eagerly, fewer with copies of the last one.
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+#: Graphs beyond those captured at the start.
+_RARE = 24
+
+
+class Admission:
+    """Admits eagerly."""
+
+    def __init__(self, step: StaticStep) -> None:
+        self.step = step
+
+    def __call__(self, rows: Sequence[Row], slots: Sequence[int], variant: Variant) -> torch.Tensor:
+        """Puts rows into these slots; their first tokens, (rows,), -1 for what has none.
+
+        What it raises leaves running sequences as they were.
+        """
+        width = round_up(max(len(row.ids) for row in rows), _PROMPT_STEP)
+        table = self.sent(self.table(rows, slots, self.within(width, rows)))
+        return self.run(table, torch.stack([row.queries for row in rows]), variant)
+
+    def within(self, width: int, rows: Sequence[Row]) -> int:
+        """The width, or what the slots leave for ids beside the queries."""
+        return min(width, self.step.language.prompt_columns - len(rows[0].queries))
+
+    def table(self, rows: Sequence[Row], slots: Sequence[int], width: int) -> list[list[int]]:
+        """What ``run`` reads of each: slot, length, parameters, ids."""
+        return [
+            [slot, row.prompt_length, *packed_params(row), *row.ids, *[0] * (width - len(row.ids))]
+            for row, slot in zip(rows, slots, strict=True)
+        ]
+
+    def sent(self, numbers: Sequence[object]) -> torch.Tensor:
+        """Whole numbers on the device, in one copy that nobody waits for."""
+        device = self.step.state.tokens.device
+        pinned = device.type == "cuda"
+        host = torch.tensor(numbers, dtype=torch.long, pin_memory=pinned)
+        return host.to(device, non_blocking=True)
+
+    def run(self, table: torch.Tensor, queries: torch.Tensor, variant: Variant) -> torch.Tensor:
+        """The same of a table on the device and queries, (rows, 32, hidden). May be run again."""
+        step = self.step
+        at, lengths = table[:, 0].contiguous(), table[:, 1].contiguous()
+        params, ids = table[:, 2 : 2 + PARAMS].contiguous(), table[:, 2 + PARAMS :].contiguous()
+        scores, filled, positions = step.language.prefill(queries, ids, lengths)
+        fresh = step.state.fresh(params, positions, step.sampler.start)
+        chosen = step.sampler.write(scores, fresh, variant)
+        step.language.put(at, filled, lengths, clear=step.attention.windows)
+        step.state.place(at, fresh)
+        return chosen
+
+
+class _Shape(NamedTuple):
+    """What is fixed in a graph. queries, ids: columns of a prompt."""
+
+    rows: int
+    queries: int
+    ids: int
+    variant: Variant
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """A graph, what it reads and what it writes."""
+
+    table: torch.Tensor
+    queries: torch.Tensor
+    chosen: torch.Tensor
+    replay: Run
+
+
+class AdmissionGraphs:
+    """Admits by graphs, which are captured when they are first needed, if there are not too many.
+
+    capture: see ``Graphs``.
+    """
+
+    def __init__(
+        self, admission: Admission, capture: Callable[[Run], Run], rare: int = _RARE
+    ) -> None:
+        self._admission, self._capture = admission, capture
+        self._left = rare
+        self._recorded: dict[_Shape, _Recorded | None] = {}
+
+    def __len__(self) -> int:
+        return sum(each is not None for each in self._recorded.values())
+
+    def prepare(self, row: Row, most: int) -> None:
+        """Captures greedy admissions of up to ``most`` rows like this one; the state is in use."""
+        self._left += len(BUCKETS)
+        for bucket in reversed(BUCKETS):
+            if bucket <= most:
+                self([row] * bucket, [0] * bucket, Variant())
+
+    def __call__(self, rows: Sequence[Row], slots: Sequence[int], variant: Variant) -> torch.Tensor:
+        """See ``Admission``."""
+        bucket = next((size for size in BUCKETS if size >= len(rows)), None)
+        if bucket is None:
+            return self._admission(rows, slots, variant)
+        # Copies of the last one write the same to the same places.
+        missing = bucket - len(rows)
+        padded, places = [*rows, *[rows[-1]] * missing], [*slots, *[slots[-1]] * missing]
+        longest = max(_PROMPT_STEP, *(len(row.ids) for row in rows))
+        width = self._admission.within(1 << (longest - 1).bit_length(), rows)
+        shape = _Shape(bucket, len(rows[0].queries), width, variant)
+        table = self._admission.sent(self._admission.table(padded, places, width))
+        queries = torch.stack([row.queries for row in padded])
+        if shape not in self._recorded and self._left > 0:
+            self._left -= 1
+            self._recorded[shape] = self._attempt(shape, table, queries)
+        recorded = self._recorded.get(shape)
+        if recorded is None:
+            return self._admission.run(table, queries, variant)[: len(rows)]
+        recorded.table.copy_(table)
+        recorded.queries.copy_(queries)
+        recorded.replay()
+        return recorded.chosen[: len(rows)]
+
+    def _attempt(
+        self, shape: _Shape, table: torch.Tensor, queries: torch.Tensor
+    ) -> _Recorded | None:
+        started = time.monotonic()
+        try:
+            recorded = self._checked(shape, table, queries)
+        except torch.OutOfMemoryError:
+            return None  # a smaller one may fit
+        except Exception as error:
+            self._left = 0
+            log.warning("decoding: no graph for an admission of %s: %s", shape, first_line(error))
+            return None
+        log.debug("decoding: a graph for %s, %.1f s", shape, time.monotonic() - started)
+        return recorded
+
+    def _checked(self, shape: _Shape, table: torch.Tensor, queries: torch.Tensor) -> _Recorded:
+        """The graph, after it has chosen what is chosen without it.
+
+        That each run puts the same into the same slots is what makes it possible under way.
+        """
+        chosen = torch.empty_like(table[:, 0])
+
+        def admit() -> None:
+            chosen.copy_(self._admission.run(table, queries, shape.variant))
+
+        replay = self._capture(admit)
+        found = []
+        for run in (admit, replay):
+            run()
+            found.append(chosen.clone())
+        if not torch.equal(*found):
+            raise CaptureError("its graph chooses other tokens")
+        return _Recorded(table, queries, chosen, replay)
