@@ -23,6 +23,7 @@ from blipq_worker.blip2 import (
     features,
     resolve,
 )
+from blipq_worker.blip2.captured import CapturedPass
 from worker.tiny_models import save_itm
 
 TEXTS = ("a cat", "a red circle above the square")
@@ -118,6 +119,46 @@ def test_a_cpu_looks_at_as_many_images_at_once_as_its_caches_hold(
             )
         assert seen == passes
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
+def test_captured_looks_find_the_same_for_any_number_of_images(
+    checkpoints: dict[str, Path], same_tower: Path
+) -> None:
+    model = load(checkpoints, same_tower)
+    side = model.info.image_size
+    pixels = [Pixels(each) for each in torch.randn(9, 3, side, side)]
+    together = model.generator.project(pixels)
+    model.generator.vision.capture(lambda run: run, most=6)
+    for count in (1, 5, 6, 7, 9):
+        with looks(model) as seen:
+            found = model.generator.project([Pixels(each.generation) for each in pixels[:count]])
+        torch.testing.assert_close(found, together[:count], atol=1e-5, rtol=1e-5)
+        assert seen == [count if count > 6 else {1: 1, 5: 6, 6: 6}[count]]
+
+
+def test_looks_that_cannot_be_captured_are_taken_as_they_are(
+    checkpoints: dict[str, Path],
+    same_tower: Path,
+    pictures: list[Image.Image],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(run: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\n...")
+
+    model = load(checkpoints, same_tower)
+    expected = model.generator.project([model.preprocess(picture) for picture in pictures])
+    model.generator.vision.capture(refuse, most=8)
+    found = model.generator.project([model.preprocess(picture) for picture in pictures])
+    assert torch.equal(found, expected)
+    assert len([each for each in caplog.messages if "not permitted" in each]) == 2
+
+
+def test_a_graph_that_finds_other_numbers_is_not_used() -> None:
+    wrong = CapturedPass(lambda batch: batch * 2)
+    with torch.inference_mode():
+        wrong.prepare(torch.ones(3), lambda run: lambda: None, most=4)
+        assert len(wrong) == 0
+        assert torch.equal(wrong(torch.ones(2, 3)), 2 * torch.ones(2, 3))
 
 
 @pytest.mark.parametrize(("dtype", "products"), [("float32", "none"), ("bfloat16", "tf32")])

@@ -21,6 +21,7 @@ from blipq_worker.blip2.decoding import DecodeLoop, RoutedLoop, Row
 from blipq_worker.blip2.decoding import static as static_package
 from blipq_worker.blip2.decoding.choosing import ScoresError
 from blipq_worker.blip2.decoding.static import StaticLoop, Way, setup, static_loop
+from blipq_worker.blip2.decoding.static.admission import Admission, AdmissionGraphs
 from blipq_worker.blip2.decoding.static.attention import KernelAttention, MaskedAttention
 from blipq_worker.blip2.decoding.static.fusing import fused
 from blipq_worker.blip2.decoding.static.graphs import Graphs, Run
@@ -536,6 +537,28 @@ def test_what_records_a_graph_leaves_the_sequences_as_they_are(plain: Any) -> No
     loop._run = Graphs(step_of(loop), lambda run: (run(), run(), run)[2])
     expected = [written(DecodeLoop(plain, ends=(), slots=1), [row])[0] for row in some]
     assert written(loop, some) == expected
+
+
+def test_admissions_that_cannot_be_captured_are_made_without_graphs(
+    plain: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    some = of_all_kinds(plain, 9, 5)
+    expected = written(opened(plain, 9), some)
+    for capture, captured in ((_refuses, 0), (lambda run: lambda: None, 0), (lambda run: run, 4)):
+        loop = opened(plain, 9)
+        graphs = AdmissionGraphs(Admission(step_of(loop)), capture, rare=4)
+        loop._admit = graphs
+        caplog.clear()
+        dice = random.Random(3)
+        assert written(loop, some, joining=lambda d=dice: d.randrange(1, 4)) == expected
+        assert len(graphs) == captured
+        assert len(caplog.messages) == (0 if captured else 1)
+
+
+def test_more_sequences_than_a_graph_admits_come_at_once(plain: Any) -> None:
+    some = [replace_params(row, GREEDY) for row in of_all_kinds(plain, 70, 5)]
+    loop = opened(plain, 70, (), RECORDED)
+    assert written(loop, some, joining=lambda: 70) == written(opened(plain, 70), some)
 
 
 def test_as_many_slots_are_reserved_as_there_is_memory_for(

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 _PROMPT_STEP = 8
 #: Sequences that a graph admits: more are admitted eagerly, fewer with copies of the last one.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+#: No token: what a graph that does nothing leaves.
+_NOTHING = -2
 #: Graphs beyond those captured at the start.
 _RARE = 24
 
@@ -169,6 +171,7 @@ class AdmissionGraphs:
         replay = self._capture(admit)
         found = []
         for run in (admit, replay):
+            chosen.fill_(_NOTHING)
             run()
             found.append(chosen.clone())
         if not torch.equal(*found):

@@ -14,6 +14,8 @@ Run = Callable[[], None]
 
 #: Graphs beyond those captured at the start: rare variants, and windows of long sequences.
 RARE = 48
+#: No token: what a graph that does nothing leaves.
+_NOTHING = -2
 
 
 class CaptureError(RuntimeError):
@@ -114,6 +116,7 @@ class Graphs:
 
         def chosen(run: Run) -> torch.Tensor:
             step.state.restore(before)
+            step.chosen.fill_(_NOTHING)
             run()
             return step.chosen[: shape.slots].clone()
 
