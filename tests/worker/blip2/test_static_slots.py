@@ -530,6 +530,17 @@ def test_a_graph_is_made_when_it_is_first_needed_and_not_too_many(plain_opt: Any
     assert len(made) == len(graphs) == 2
 
 
+@torch.inference_mode()
+def test_a_step_that_cannot_be_captured_is_tried_once(
+    plain_opt: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    graphs = Graphs(step_of(opened(plain_opt, 4)), _refuses)
+    for _ in range(3):
+        graphs(Shape(4, 64, Variant()))
+    assert len(graphs) == 0
+    assert len(caplog.messages) == 1
+
+
 def test_what_records_a_graph_leaves_the_sequences_as_they_are(plain: Any) -> None:
     """A rare graph is made while others are in the middle of their texts."""
     some = of_all_kinds(plain, 8, 5)

@@ -75,8 +75,9 @@ class Graphs:
     """
 
     def __init__(self, step: StaticStep, capture: Callable[[Run], Run], rare: int = RARE) -> None:
-        self._step, self._capture, self._rare = step, capture, rare
-        self._replays: dict[Shape, Run] = {}
+        self._step, self._capture = step, capture
+        # None: it could not be captured, and is not tried again.
+        self._replays: dict[Shape, Run | None] = {}
         self._left = rare
 
     def __call__(self, shape: Shape) -> None:
@@ -91,7 +92,7 @@ class Graphs:
             replay()
 
     def __len__(self) -> int:
-        return len(self._replays)
+        return sum(replay is not None for replay in self._replays.values())
 
     def prepare(self, shape: Shape) -> None:
         """Captures a shape. Raises CaptureError, and whatever capturing raises."""
@@ -103,6 +104,7 @@ class Graphs:
         try:
             self.prepare(shape)
         except Exception as error:
+            self._replays[shape] = None
             log.warning("decoding: %s stays without a graph: %s", shape, first_line(error))
         else:
             log.info("decoding: a graph for %s, %.1f s", shape, time.monotonic() - started)
