@@ -6,9 +6,11 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -23,8 +25,8 @@ from blipq_worker.blip2.decoding.choosing import ScoresError
 from blipq_worker.blip2.decoding.static import StaticLoop, Way, setup, static_loop
 from blipq_worker.blip2.decoding.static.admission import Admission, AdmissionGraphs
 from blipq_worker.blip2.decoding.static.attention import KernelAttention, MaskedAttention
-from blipq_worker.blip2.decoding.static.fusing import fused
 from blipq_worker.blip2.decoding.static.graphs import Graphs, Run
+from blipq_worker.blip2.decoding.static.linears import EightBits, fused
 from blipq_worker.blip2.decoding.static.opt import StaticOpt
 from blipq_worker.blip2.decoding.static.sampler import Sampler, Variant
 from blipq_worker.blip2.decoding.static.state import SlotState
@@ -300,7 +302,9 @@ class Waits(TorchDispatchMode):
         self._reads.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in _WAITS:
+        name = func.overloadpacket.__name__
+        # Inside, it looks for numbers above its threshold, if it has one.
+        if name in _WAITS or (name == "int8_vectorwise_quant" and args[1:] > (0,)):
             self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -593,6 +597,68 @@ def test_as_many_slots_are_reserved_as_there_is_memory_for(
         loop = static_loop(plain, ends=(), slots=slots, budget=budget, among=[EAGER])
         assert asked == expected
         assert (loop.free if loop else 0) == (expected[-1] if expected else 0)
+
+
+@pytest.mark.parametrize(
+    ("family", "quantization", "slots"), [("opt", "int8", 1), ("opt", "nf4", 4), ("t5", "nf4", 4)]
+)
+def test_quantized_weights_write_what_they_write_with_generate(
+    checkpoints: dict[str, Path], family: str, quantization: Any, slots: int
+) -> None:
+    """int8 rounds a row by the largest numbers of all: its promise is for a row alone."""
+    model = Blip2.load(str(checkpoints[family]), quantization=quantization, dtype="float32")
+    some = rows(model, every_penalty(3))
+    assert written(static(model, slots), some) == [alone(model, row) for row in some]
+
+
+@pytest.mark.parametrize("family", ["opt", "t5"])
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_quantized_steps_wait_for_nothing(
+    checkpoints: dict[str, Path], family: str, quantization: Any
+) -> None:
+    model = Blip2.load(str(checkpoints[family]), quantization=quantization, dtype="float32")
+    loop = static(model, 4)
+    with Waits() as waits, torch.inference_mode():
+        step_of(loop)(Shape(4, 64, Variant()))
+    assert waits.names == []
+    loop = DecodeLoop(model.generator.model.language_model, ends=(), slots=2)
+    (row,) = rows(model, [GREEDY])
+    loop.join([row])
+    with Waits() as waits:
+        loop.step([row])
+    of_layers = [each for each in waits.names if "int8" in each]
+    assert bool(of_layers) == (quantization == "int8"), "bitsandbytes' own layers wait"
+
+
+@torch.inference_mode()
+def test_eight_bits_keep_outliers_in_sixteen_without_waiting() -> None:
+    """As bitsandbytes does on a GPU. The last row has more outliers than are kept apart."""
+    torch.manual_seed(1)
+    exact = torch.nn.Linear(96, 40)
+    linear = bitsandbytes.nn.Linear8bitLt(96, 40, has_fp16_weights=False, threshold=6.0)
+    linear.load_state_dict(exact.state_dict())
+    linear = linear.to("cpu")
+    states = torch.randn(4, 96)
+    states[0, [3, 50]] = torch.tensor([60.0, -90.0])
+    states[1, :20] = 30.0
+    states[3] *= 50
+    run = EightBits(linear)
+    with Waits() as waits:
+        found = torch.cat([run(states[row : row + 1]) for row in range(4)])
+    assert waits.names == []
+    expected = torch.cat([by_bitsandbytes(linear, states[row : row + 1]) for row in range(4)])
+    torch.testing.assert_close(found[:3], expected[:3], atol=1e-4, rtol=1e-4)
+    wanted = exact(states)
+    assert ((found - wanted).abs().amax(1) <= 0.02 * wanted.abs().amax(1)).all()
+    together = run(states[:3]), by_bitsandbytes(linear, states[:3])
+    assert all((each - wanted[:3]).abs().max() <= 0.1 for each in together)
+
+
+def by_bitsandbytes(linear: Any, states: torch.Tensor) -> torch.Tensor:
+    """What a GPU runs, on the CPU."""
+    product = bitsandbytes.autograd._functions.MatMul8bitLt
+    found: torch.Tensor = product.apply(states, linear.weight, None, linear.bias, linear.state)
+    return found
 
 
 def test_fused_layers_share_their_memory_with_what_they_were_made_of() -> None:

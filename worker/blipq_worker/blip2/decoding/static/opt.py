@@ -1,6 +1,5 @@
 """OPT over static slots: the prefill by the model, a step by its layers' own weights."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from blipq_worker.blip2.decoding.opt_step import OptStep
 from blipq_worker.blip2.decoding.rows import Row
 from blipq_worker.blip2.decoding.static.attention import Attention
 from blipq_worker.blip2.decoding.static.caches import KeysAndValues
-from blipq_worker.blip2.decoding.static.fusing import fused
+from blipq_worker.blip2.decoding.static.linears import Pass, fused, pass_of
 from blipq_worker.blip2.decoding.static.state import SlotState
 
 
@@ -95,9 +94,6 @@ class StaticOpt:
         return scores
 
 
-Pass = Callable[[torch.Tensor], torch.Tensor]
-
-
 class _Layer:
     """The parts of a layer, in the order in which a token passes them."""
 
@@ -105,8 +101,8 @@ class _Layer:
         own = layer.self_attn
         self.norm: Pass = layer.self_attn_layer_norm.forward
         self.read: Pass = fused([own.q_proj, own.k_proj, own.v_proj])
-        self.out: Pass = own.out_proj.forward
+        self.out: Pass = pass_of(own.out_proj)
         self.second_norm: Pass = layer.final_layer_norm.forward
-        self.up: Pass = layer.fc1.forward
+        self.up: Pass = pass_of(layer.fc1)
         self.activation: Pass = layer.activation_fn.forward
-        self.down: Pass = layer.fc2.forward
+        self.down: Pass = pass_of(layer.fc2)

@@ -1,6 +1,5 @@
 """T5 over static slots: a slot holds the keys and values of the prompt and of the new tokens."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from blipq_worker.blip2.decoding.languages import T5
 from blipq_worker.blip2.decoding.rows import Row
 from blipq_worker.blip2.decoding.static.attention import Attention
 from blipq_worker.blip2.decoding.static.caches import KeysAndValues
-from blipq_worker.blip2.decoding.static.fusing import fused
+from blipq_worker.blip2.decoding.static.linears import Pass, fused, pass_of
 from blipq_worker.blip2.decoding.static.state import SlotState
 
 
@@ -133,9 +132,6 @@ class StaticT5:
         return scores
 
 
-Pass = Callable[[torch.Tensor], torch.Tensor]
-
-
 class _Layer:
     """The parts of a block, in the order in which a token passes them."""
 
@@ -144,8 +140,28 @@ class _Layer:
         self.norm: Pass = own.layer_norm.forward
         part = own.SelfAttention
         self.read: Pass = fused([part.q, part.k, part.v])
-        self.out: Pass = part.o.forward
+        self.out: Pass = pass_of(part.o)
         self.cross_norm: Pass = cross.layer_norm.forward
-        self.ask: Pass = cross.EncDecAttention.q.forward
-        self.cross_out: Pass = cross.EncDecAttention.o.forward
-        self.feed: Pass = block.layer[2].forward
+        self.ask: Pass = pass_of(cross.EncDecAttention.q)
+        self.cross_out: Pass = pass_of(cross.EncDecAttention.o)
+        last = block.layer[2]
+        self.last_norm: Pass = last.layer_norm.forward
+        dense = last.DenseReluDense
+        self.activation: Pass = dense.act.forward
+        self.gated = hasattr(dense, "wi_1")
+        self.up: Pass = fused([dense.wi_0, dense.wi_1]) if self.gated else pass_of(dense.wi)
+        self.down: Pass = pass_of(dense.wo)
+        # Under 8 bits transformers keeps `wo` in fp32.
+        self.down_type: torch.dtype | None = dense.wo.weight.dtype
+        if not self.down_type.is_floating_point:
+            self.down_type = None
+
+    def feed(self, states: torch.Tensor) -> torch.Tensor:
+        """The feed-forward part."""
+        raised = self.up(self.last_norm(states))
+        if self.gated:
+            opened, linear = raised.chunk(2, dim=-1)
+            raised = self.activation(opened) * linear
+        else:
+            raised = self.activation(raised)
+        return states + self.down(raised.to(self.down_type or raised.dtype))
