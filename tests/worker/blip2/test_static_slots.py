@@ -513,6 +513,22 @@ def test_nothing_that_works_leaves_growing_slots(opt: Blip2) -> None:
         opt.generator._static = None
 
 
+@pytest.mark.parametrize("part", ["static_loop", "most_joining"])
+def test_no_error_keeps_a_model_from_being_served(
+    opt: Blip2, monkeypatch: pytest.MonkeyPatch, part: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AttributeError("no such part")
+
+    monkeypatch.setattr(generation, part, fail)
+    opt.open_slots([RECORDED], slots=2, budget=0)
+    try:
+        assert opt.static_slots == (0 if part == "static_loop" else 2)
+        assert "left out" in caplog.text
+    finally:
+        opt.generator._static = None
+
+
 def test_a_model_of_another_kind_has_no_static_slots(plain_opt: Any) -> None:
     """OPT-350m has its norms behind the layers; no BLIP-2 uses it."""
     config = replace_config(plain_opt.config, do_layer_norm_before=False)

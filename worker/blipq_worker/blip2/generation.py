@@ -7,6 +7,7 @@ does (lavis/models/blip2_models/blip2_opt.py and blip2_t5.py), it cannot ignore 
 lengths and penalties count new tokens only. Paper: Li et al., BLIP-2, arXiv 2301.12597.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ from blipq_worker.blip2.padding import padded
 from blipq_worker.blip2.preprocessing import Pixels
 from blipq_worker.blip2.sessions import WritingSession, most_joining
 from blipq_worker.models import Family
+
+log = logging.getLogger(__name__)
 
 # T5 counts distances and so has no last position; this bounds its memory as OPT's limit does.
 _T5_POSITIONS = 2048
@@ -249,15 +252,20 @@ class Generator:
     def open_slots(self, among: Sequence[Way], *, slots: int | None, budget: int) -> None:
         """Has greedy and sampled texts written in static slots, if one of these ways works.
 
-        Where ways capture graphs, looks at images are captured, too.
-
-        slots, budget: see ``static_loop``. Those of before must be empty; they are let go first.
+        Where ways capture graphs, looks at images are captured, too. slots, budget: see
+        ``static_loop``. Slots of before must be empty; they are let go first. Raises nothing: what
+        does not work is left out.
         """
-        self._static = None
-        self._opens_static = False
-        self._static = static_loop(
-            self.model.language_model, ends=self._eos, slots=slots, budget=budget, among=among
-        )
+        self._static, self._opens_static = None, False
+        try:
+            self._static = static_loop(
+                self.model.language_model, ends=self._eos, slots=slots, budget=budget, among=among
+            )
+            self._capture_looks(among)
+        except Exception:
+            log.warning("decoding: static slots or graphs are left out", exc_info=True)
+
+    def _capture_looks(self, among: Sequence[Way]) -> None:
         captures = [way.capture for way in among if way.capture is not None]
         if captures and self._static is not None:
             with on_device(self.model.query_tokens.device):
