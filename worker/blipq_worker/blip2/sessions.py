@@ -44,7 +44,7 @@ class _Writing:
     def waiting(self) -> int:
         """Rows that have had no slot yet."""
         rows = len(self.ids) * self.item.params.num_return_sequences
-        return rows - sum(row.joined for row in self.rows)
+        return rows - sum(row.joined for row in self.rows) if self.rows else rows
 
     def see(self, queries: torch.Tensor) -> None:
         """Makes the rows: a prompt's alternatives one after the other. Queries: (32, hidden)."""
@@ -63,6 +63,8 @@ class WritingSession:
         self._generator = generator
         self._loop = loop
         self._items: dict[Ticket, _Writing] = {}
+        #: Those of them with rows that have had no slot yet: few where many are at work.
+        self._new: dict[Ticket, _Writing] = {}
         device = generator.model.query_tokens.device
         self._joining = JOINING_ON_A_CPU
         if device.type != "cpu":
@@ -70,13 +72,15 @@ class WritingSession:
 
     def has_room(self, ticket: Ticket) -> bool:
         """Whether a slot is free that no more urgent row waits for."""
-        ahead = sum(each.waiting for key, each in self._items.items() if key < ticket)
-        return self._loop.free > ahead
+        free = self._loop.free
+        if not free:  # it is asked of all that wait
+            return False
+        return free > sum(each.waiting for key, each in self._new.items() if key < ticket)
 
     def join(self, ticket: Ticket, item: "GenerateItem") -> None:
         """Takes an item in. Raises PermanentError ``invalid_request`` for a prompt too long."""
         seed = item.params.seed
-        self._items[ticket] = _Writing(
+        self._items[ticket] = self._new[ticket] = _Writing(
             item,
             [self._generator.checked_ids(prompt, item.params) for prompt in item.prompts],
             secrets.randbits(63) if seed is None else seed,
@@ -84,6 +88,7 @@ class WritingSession:
 
     def leave(self, ticket: Ticket) -> None:
         """Lets an item go, finished or not."""
+        self._new.pop(ticket, None)
         self._loop.leave([row for row in self._items.pop(ticket).rows if row.joined])
 
     def close(self) -> None:
@@ -100,6 +105,7 @@ class WritingSession:
         if self._is_worth_joining():
             self._see(among)
             by_halves(self._loop.join, self._next_rows(among))
+        self._new = {ticket: each for ticket, each in self._new.items() if each.waiting}
         rows = [row for each in among for row in each.rows if row.joined]
         by_halves(self._loop.step, [row for row in rows if not row.ended])
         self._loop.leave([row for row in rows if row.ended])
@@ -134,8 +140,7 @@ class WritingSession:
         return rows
 
     def _is_done(self, ticket: Ticket) -> bool:
-        each = self._items[ticket]
-        return not each.waiting and all(row.ended for row in each.rows)
+        return ticket not in self._new and all(row.ended for row in self._items[ticket].rows)
 
     def _texts(self, ticket: Ticket) -> Texts:
         each = self._items.pop(ticket)

@@ -85,19 +85,29 @@ class RoutedLoop:
 
     def step(self, rows: Sequence[Row]) -> list[Row]:
         """Takes a step of these running rows."""
-        short, long = self._parts(rows)
+        short, long = self._by_place(rows)
         self._static.step(short)
-        self._long.step(long)
+        if long:
+            self._long.step(long)
         return list(rows)
 
     def leave(self, rows: Iterable[Row]) -> None:
         """Frees the slots of rows, ended or not."""
-        short, long = self._parts(rows)
+        short, long = self._by_place(rows)
         self._static.leave(short)
-        self._long.leave(long)
+        if long:
+            self._long.leave(long)
+
+    def _by_place(self, rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+        """Rows in static slots, and the others."""
+        short: list[Row] = []
+        long: list[Row] = []
+        for row in rows:
+            (short if row in self._static else long).append(row)
+        return short, long
 
     def _parts(self, rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
-        """Those for static slots, and the others."""
+        """Rows for static slots, and the others."""
         short: list[Row] = []
         long: list[Row] = []
         for row in rows:

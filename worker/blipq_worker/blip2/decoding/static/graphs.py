@@ -2,6 +2,7 @@
 
 import logging
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -29,6 +30,8 @@ class CudaCapture:
     """
 
     def __init__(self) -> None:
+        # Said where a mode is set in which waiting is an error: see ``_without_waiting``.
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 

@@ -79,6 +79,10 @@ class StaticLoop:
         self._unread: deque[_Reading] = deque()
         self._ends = frozenset(step.sampler.ends.tolist())
 
+    def __contains__(self, row: Row) -> bool:
+        """Whether it is in a slot."""
+        return row in self._seats
+
     @property
     def running(self) -> list[Row]:
         """The sequences in slots, in the order in which they joined."""
