@@ -88,7 +88,7 @@ demo-model: $(VENV)/installed-dev  ## Train the demo model from nothing (more th
 
 constraints: $(VENV)/installed-dev  ## Pin what is installed now.
 	@{ sed -n 1p constraints.txt; \
-	  $(BIN)/pip freeze --exclude-editable | sed -E 's/\+(cpu|cu[0-9]+)$$//'; } > constraints.new
+	  $(BIN)/pip freeze --exclude-editable --exclude triton | sed -E 's/\+(cpu|cu[0-9]+)$$//'; } > constraints.new
 	mv constraints.new constraints.txt
 
 clean:  ## Remove what make installed and built.

@@ -139,6 +139,24 @@ def test_there_is_room_while_a_slot_is_free_that_nobody_more_urgent_waits_for(
     assert session.has_room((1, 2))
 
 
+def test_who_asks_a_full_session_for_room_looks_at_nobody(
+    opt: Blip2, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that wait ask before each step; with 128 slots this took longer than a GPU's step."""
+    session = with_slots(opt, 4)
+    for number in range(4):
+        session.join((0, number), item(opt, pictures[0], "", min_new_tokens=8))
+    session.step([(0, number) for number in range(4)])
+    looked: list[int] = []
+    monkeypatch.setattr(
+        sessions._Writing, "waiting", property(lambda self: looked.append(1) or 0), raising=True
+    )
+    assert not any(session.has_room((priority, 9)) for priority in range(-3, 3))
+    session.leave((0, 0))
+    assert session.has_room((0, 9))
+    assert looked == []
+
+
 def test_more_urgent_rows_get_their_slots_first(opt: Blip2, pictures: list[Image.Image]) -> None:
     session = with_slots(opt, 1)
     session.join((1, 0), item(opt, pictures[0], *PROMPTS))
