@@ -443,6 +443,27 @@ def test_a_join_that_raises_changes_nothing(either: Blip2, monkeypatch: pytest.M
     assert [row.tokens for row in some] == [alone(either, row) for row in some]
 
 
+def test_where_long_texts_find_no_memory_short_ones_join_again(
+    plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, other = (replace_params(row, GREEDY) for row in of_all_kinds(plain, 2, 3))
+    long = Row(short.queries, [7] * 300, GREEDY)
+    expected = [written(DecodeLoop(plain, ends=(), slots=1), [row])[0] for row in (short, other)]
+    loop = routed(plain)
+    with monkeypatch.context() as patch:
+
+        def full(rows: Sequence[Row]) -> list[Row]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        patch.setattr(loop._long, "join", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            loop.join([short, long, other])
+    assert loop.running == []
+    assert not any(row.joined or row.tokens for row in (short, long, other))
+    write(loop, [short, other])
+    assert [short.tokens, other.tokens] == expected
+
+
 # --- what works -----------------------------------------------------------------------------------
 
 

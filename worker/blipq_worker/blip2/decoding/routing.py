@@ -74,12 +74,14 @@ class RoutedLoop:
     def join(self, rows: Sequence[Row]) -> list[Row]:
         """Takes rows in. They must fit."""
         short, long = self._parts(rows)
-        # What raises must leave all as it was: the long ones first, which leave again.
-        self._long.join(long)
+        self._static.join(short)
         try:
-            self._static.join(short)
+            self._long.join(long)
         except BaseException:
-            self._long.leave(long)
+            # What raises must leave all as it was: nothing was read of these yet.
+            self._static.leave(short)
+            for row in short:
+                row.joined = False
             raise
         return list(rows)
 
