@@ -253,8 +253,8 @@ class Generator:
         """Has greedy and sampled texts written in static slots, if one of these ways works.
 
         Where ways capture graphs, looks at images are captured, too. slots, budget: see
-        ``static_loop``. Slots of before must be empty; they are let go first. Raises nothing: what
-        does not work is left out.
+        ``static_loop``. Slots of before must be empty; they are let go first. What does not work is
+        left out; raises only what any use of the device raises by now.
         """
         self._static, self._opens_static = None, False
         try:
@@ -264,6 +264,7 @@ class Generator:
             self._capture_looks(among)
         except Exception:
             log.warning("decoding: static slots or graphs are left out", exc_info=True)
+            self.model.query_tokens.sum().item()
 
     def _capture_looks(self, among: Sequence[Way]) -> None:
         captures = [way.capture for way in among if way.capture is not None]
