@@ -63,8 +63,11 @@ class WritingSession:
         self._generator = generator
         self._loop = loop
         self._items: dict[Ticket, _Writing] = {}
-        #: Those of them with rows that have had no slot yet: few where many are at work.
+        #: Those of them with rows that have had no slot yet, how many such rows, and the last of
+        #: them in their order.
         self._new: dict[Ticket, _Writing] = {}
+        self._waiting = 0
+        self._latest: Ticket | None = None
         device = generator.model.query_tokens.device
         self._joining = JOINING_ON_A_CPU
         if device.type != "cpu":
@@ -72,9 +75,10 @@ class WritingSession:
 
     def has_room(self, ticket: Ticket) -> bool:
         """Whether a slot is free that no more urgent row waits for."""
-        free = self._loop.free
-        if not free:  # it is asked of all that wait
-            return False
+        # All that wait for a slot ask before each step, most of them behind all that are here.
+        free, behind_all = self._loop.free, self._latest is None or ticket > self._latest
+        if not free or behind_all:
+            return free > self._waiting
         return free > sum(each.waiting for key, each in self._new.items() if key < ticket)
 
     def join(self, ticket: Ticket, item: "GenerateItem") -> None:
@@ -85,10 +89,13 @@ class WritingSession:
             [self._generator.checked_ids(prompt, item.params) for prompt in item.prompts],
             secrets.randbits(63) if seed is None else seed,
         )
+        self._waiting += self._new[ticket].waiting
+        self._latest = ticket if self._latest is None else max(self._latest, ticket)
 
     def leave(self, ticket: Ticket) -> None:
         """Lets an item go, finished or not."""
-        self._new.pop(ticket, None)
+        if self._new.pop(ticket, None) is not None:
+            self._count_new()
         self._loop.leave([row for row in self._items.pop(ticket).rows if row.joined])
 
     def close(self) -> None:
@@ -105,11 +112,16 @@ class WritingSession:
         if self._is_worth_joining():
             self._see(among)
             by_halves(self._loop.join, self._next_rows(among))
-        self._new = {ticket: each for ticket, each in self._new.items() if each.waiting}
+        self._count_new()
         rows = [row for each in among for row in each.rows if row.joined]
         by_halves(self._loop.step, [row for row in rows if not row.ended])
         self._loop.leave([row for row in rows if row.ended])
         return [(ticket, self._texts(ticket)) for ticket in tickets if self._is_done(ticket)]
+
+    def _count_new(self) -> None:
+        self._new = {ticket: each for ticket, each in self._new.items() if each.waiting}
+        self._waiting = sum(each.waiting for each in self._new.values())
+        self._latest = max(self._new, default=None)
 
     def _is_worth_joining(self) -> bool:
         free, running = self._loop.free, len(self._loop.running)

@@ -65,11 +65,13 @@ class RoutedLoop:
         return self._static.bytes + self._long.bytes
 
     def fits(self, row: Row, beside: Sequence[Row] = ()) -> bool:
-        """Whether a row may join, together with those ``beside``."""
-        short, long = self._parts(beside)
+        """Whether a row may join, together with those ``beside``.
+
+        For a short one all of these count as short: it is asked for each that joins.
+        """
         if self._static.suits(row):
-            return self._static.fits(row, short)
-        return self._long.fits(row, long)
+            return self._static.fits(row, beside)
+        return self._long.fits(row, self._parts(beside)[1])
 
     def join(self, rows: Sequence[Row]) -> list[Row]:
         """Takes rows in. They must fit."""
