@@ -172,18 +172,37 @@ def test_rows_of_all_kinds_write_what_they_write_in_growing_slots(plain: Any, se
 def test_a_late_token_never_reaches_who_has_the_slot_next(plain: Any) -> None:
     """A row leaves while its step is under way, and the next one takes its slot at once."""
     long = replace(GREEDY, max_new_tokens=20, min_new_tokens=20)
-    first, second, third = (replace_params(row, long) for row in of_all_kinds(plain, 3, 8))
-    expected = written(DecodeLoop(plain, ends=(), slots=1), [first, second, third])
-    loop = opened(plain, 1)
-    for row in (first, second):
+    stays, *others = (replace_params(row, long) for row in of_all_kinds(plain, 4, 8))
+    expected = {
+        row: written(DecodeLoop(plain, ends=(), slots=1), [row])[0] for row in (stays, *others)
+    }
+    loop = opened(plain, 2)
+    loop.join([stays])
+    for row in others[:2]:
         loop.join([row])
-        loop.step([row])
-        loop.step([row])
+        loop.step([stays, row])
+        loop.step([stays, row])
         loop.leave([row])
-        assert row.tokens == expected[(first, second).index(row)][:2], "two of three were read"
-    write(loop, [third])
-    assert third.tokens == expected[2]
-    assert len(first.tokens) == len(second.tokens) == 2
+        assert row.tokens == expected[row][:2], "two of three were read"
+    write(loop, others[2:])
+    assert [row.tokens for row in (stays, others[2])] == [expected[stays], expected[others[2]]]
+    assert [len(row.tokens) for row in others[:2]] == [2, 2]
+
+
+def test_a_slot_that_is_left_stands_still(plain: Any) -> None:
+    """It would run past its last column."""
+    long = replace(GREEDY, max_new_tokens=20, min_new_tokens=20)
+    first, second = (replace_params(row, long) for row in of_all_kinds(plain, 2, 8))
+    loop = opened(plain, 2)
+    loop.join([first, second])
+    loop.step([first, second])
+    loop.leave([first])
+    for _ in range(3):
+        loop.step([second])
+    state = step_of(loop).state
+    assert state.live.tolist() == [False, True]
+    assert state.positions[0] == 0
+    assert state.written[0] == 2
 
 
 def replace_params(row: Row, params: GenerationParams) -> Row:
