@@ -1,4 +1,4 @@
-"""Static slots write what today's loop and ``generate`` write, without waiting for the device."""
+"""Static slots write what growing slots and ``generate`` write, without waiting for the device."""
 
 import importlib
 import logging

@@ -20,7 +20,7 @@ class StaticOpt:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._today = Opt(model)
+        self._growing = Opt(model)
         self._decoder = model.model.decoder
         self._layers = [_Layer(layer) for layer in self._decoder.layers]
         attention = self._decoder.layers[0].self_attn
@@ -69,7 +69,7 @@ class StaticOpt:
         self, queries: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor
     ) -> tuple[torch.Tensor, Any, torch.Tensor]:
         """Reads prompts by the model; see ``StaticLanguage``."""
-        scores, cache = self._today.read(queries, ids, lengths)
+        scores, cache = self._growing.read(queries, ids, lengths)
         return scores, cache, lengths - 1
 
     def put(self, at: torch.Tensor, filled: Any, lengths: torch.Tensor, *, clear: bool) -> None:

@@ -46,7 +46,7 @@ _SHARE = 0.5
 QUERIES = 32
 #: Windows of attention that are captured at the start, where attention has windows.
 _WINDOWS = (64, 128)
-#: How far scores may be from those of today's step, by the largest of them. It is to find errors:
+#: How far scores may be from those in growing slots, by the largest of them. It is to find errors:
 #: rounding in 16 bits and in quantized layers adds up to a few hundredths.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
 
@@ -238,16 +238,16 @@ def _require_same_attention(step: StaticStep) -> None:
 
 
 def _require_same_scores(model: Any, step: StaticStep) -> None:
-    """A step must find the scores that today's loop finds, for a few sequences."""
+    """A step must find the scores that growing slots find, for a few sequences."""
     rows = _random_rows(model, min(3, len(step.state.tokens)))
-    today: Language = T5(model) if model.config.is_encoder_decoder else Opt(model)
-    scores, filled = today.prefill(rows)
+    growing: Language = T5(model) if model.config.is_encoder_decoder else Opt(model)
+    scores, filled = growing.prefill(rows)
     loop = StaticLoop(step)
     loop.join(rows)
-    today.put([], rows, filled)
+    growing.put([], rows, filled)
     for row, token in zip(rows, scores.argmax(-1).tolist(), strict=True):
         row.tokens = [token]
-    expected = today.step(rows, slice(len(rows)))
+    expected = growing.step(rows, slice(len(rows)))
     state = step.state.first(len(rows))
     state.tokens.copy_(torch.tensor([row.tokens[0] for row in rows]))
     window = min(_WINDOWS[0], step.language.columns)

@@ -17,8 +17,8 @@ class StaticT5:
 
     def __init__(self, model: Any) -> None:
         self._model, self._decoder = model, model.decoder
-        self._today = T5(model)
-        self.start = self._today.start
+        self._growing = T5(model)
+        self.start = self._growing.start
         self._layers = [_Layer(block) for block in self._decoder.block]
         own = self._decoder.block[0].layer[0].SelfAttention
         self.heads, self.size = own.n_heads, own.key_value_proj_dim
@@ -93,7 +93,7 @@ class StaticT5:
         self, queries: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor
     ) -> tuple[torch.Tensor, Any, torch.Tensor]:
         """Reads prompts by the model, and the start token; see ``StaticLanguage``."""
-        scores, caches = self._today.read(queries, ids, lengths)
+        scores, caches = self._growing.read(queries, ids, lengths)
         return scores, caches, torch.zeros_like(lengths)
 
     def put(self, at: torch.Tensor, filled: Any, lengths: torch.Tensor, *, clear: bool) -> None:
