@@ -157,6 +157,23 @@ def test_who_asks_a_full_session_for_room_looks_at_nobody(
     assert looked == []
 
 
+def test_a_model_can_be_asked_while_a_session_has_all_slots(
+    either: Blip2, pictures: list[Image.Image]
+) -> None:
+    """As its canary does, on the thread that would take the session's steps."""
+    items = several(either, pictures)
+    expected = either.generate(items)
+    session = with_slots(either, 2)
+    for number, each in enumerate(items):
+        session.join((0, number), each)
+    tickets = [(0, number) for number in range(len(items))]
+    found = dict(session.step(tickets))
+    assert either.generate(items) == expected
+    while len(found) < len(items):
+        found |= session.step([ticket for ticket in tickets if ticket not in found])
+    assert [found[ticket] for ticket in tickets] == expected
+
+
 def test_more_urgent_rows_get_their_slots_first(opt: Blip2, pictures: list[Image.Image]) -> None:
     session = with_slots(opt, 1)
     session.join((1, 0), item(opt, pictures[0], *PROMPTS))

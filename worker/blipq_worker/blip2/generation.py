@@ -245,9 +245,12 @@ class Generator:
         return 0 if self._static is None else self._static.slots
 
     def _loop(self) -> Loop:
-        slots = self._slots if self._static is None else min(self._slots, _LONG_SLOTS)
+        # A session that finds another one in the static slots, as the canary of a model in doubt
+        # may, runs beside them: while it runs, nobody takes steps that would free them.
+        static = None if self._static is None or self._static.running else self._static
+        slots = self._slots if static is None else min(self._slots, _LONG_SLOTS)
         growing = DecodeLoop(self.model.language_model, ends=self._eos, slots=slots)
-        return growing if self._static is None else RoutedLoop(self._static, growing)
+        return growing if static is None else RoutedLoop(static, growing)
 
     def open_slots(self, among: Sequence[Way], *, slots: int | None, budget: int) -> None:
         """Has greedy and sampled texts written in static slots, if one of these ways works.
