@@ -81,5 +81,5 @@ def test_jobs_that_fail_by_themselves_leave_a_healthy_model_at_work(rig: Rig) ->
     worker = rig.start_worker()
     bad = rig.submit_all(["raise"] * 8)
     assert {info.status for info in rig.outcomes(bad)} == {Status.FAILED}
-    wait_until(lambda: "is well" in worker.last_words(200), "the check")
+    wait_until(lambda: "is well" in worker.last_words(10_000), "the check")
     rig.all_succeed(rig.submit_all(["job"] * 4))
