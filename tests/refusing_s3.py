@@ -1,5 +1,9 @@
-"""An S3 that refuses as AWS and others do: the status, the code, and HEAD without a body."""
+"""An S3 that refuses as AWS and others do: the status, the code, and HEAD without a body.
 
+What is posted is refused as STS and SQS refuse.
+"""
+
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,9 +37,10 @@ class RefusingS3:
             def do_GET(self) -> None:
                 self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 stub.requests.append(self.command)
-                self._reply(*stub._answer(self.command))
+                in_json = "X-Amz-Target" in self.headers
+                self._reply(*stub._answer(self.command, in_json=in_json))
 
-            do_HEAD = do_PUT = do_GET
+            do_HEAD = do_PUT = do_POST = do_GET
 
             def _reply(self, status: int, body: bytes, headers: dict[str, str]) -> None:
                 self.send_response(status)
@@ -67,12 +72,12 @@ class RefusingS3:
         """Answers so to the next requests."""
         self._refusal, self._times = (status, code), times
 
-    def _answer(self, method: str) -> tuple[int, bytes, dict[str, str]]:
+    def _answer(self, method: str, *, in_json: bool) -> tuple[int, bytes, dict[str, str]]:
         refusal = self.script.pop(0) if self.script else self._next()
         if refusal is not None:
             status, code = refusal
-            body = f"<Error><Code>{code}</Code><Message>told: {code}</Message></Error>".encode()
-            return status, body if code else b"", {"Content-Type": "application/xml"}
+            body, kind = _told(method, code, in_json=in_json)
+            return status, body if code else b"", {"Content-Type": kind}
         body = b"" if method == "PUT" else OBJECT
         return 200, body, {"ETag": '"e"', "Last-Modified": formatdate(usegmt=True)}
 
@@ -85,6 +90,16 @@ class RefusingS3:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def _told(method: str, code: str, *, in_json: bool) -> tuple[bytes, str]:
+    """A refusal's body and its content type."""
+    if in_json:
+        return json.dumps({"__type": code, "message": f"told: {code}"}).encode(), "application/json"
+    error = f"<Error><Code>{code}</Code><Message>told: {code}</Message></Error>"
+    if method == "POST":
+        error = f"<ErrorResponse>{error}</ErrorResponse>"
+    return error.encode(), "application/xml"
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """What S3 means when it refuses: one table of its error codes, for workers and producers alike.
 
 The status does not say it: an expired token is a 400 as a malformed key is, a skewed clock is a 403
-as a closed bucket is. What the table does not know is judged by its status.
+as a closed bucket is. What the table does not know is judged by its status. Before S3 is asked,
+botocore may ask another service for credentials: what that one refuses is no word about an object.
 """
 
 import re
@@ -28,6 +29,8 @@ class Refusal(StrEnum):
 
 #: Refusals of the asker, whatever it asks for.
 OF_THE_ASKER = frozenset({Refusal.EXPIRED, Refusal.ACCESS})
+#: Refusals that pass without anyone's doing.
+_FOR_NOW = frozenset({Refusal.PASSING, Refusal.EXPIRED})
 
 _NAMED: Mapping[Refusal, str] = {
     Refusal.PASSING: """
@@ -35,7 +38,7 @@ _NAMED: Mapping[Refusal, str] = {
         TooManyRequests TooManyRequestsException RequestLimitExceeded BandwidthLimitExceeded
         RequestThrottled RequestThrottledException Throttling ThrottlingException ThrottledException
         PriorRequestNotComplete OverLimit OperationAborted ConditionalRequestConflict
-        IncompleteBody BadDigest
+        IncompleteBody BadDigest XAmzContentSHA256Mismatch IDPCommunicationError
         InternalError InternalFailure ServiceUnavailable KMS.InternalException
         KMS.KMSInternalException KMS.DependencyTimeoutException KMS.KeyUnavailableException
         KMS.ThrottlingException""",
@@ -43,7 +46,8 @@ _NAMED: Mapping[Refusal, str] = {
         ExpiredToken ExpiredTokenException TokenRefreshRequired RequestExpired RequestTimeTooSkewed
         RequestInTheFuture""",
     Refusal.ACCESS: """
-        InvalidToken InvalidAccessKeyId InvalidClientTokenId UnrecognizedClientException
+        InvalidToken InvalidTokenId InvalidAccessKeyId InvalidClientTokenId
+        UnrecognizedClientException UserSuspended
         SignatureDoesNotMatch InvalidSignatureException IncompleteSignature
         AuthorizationHeaderMalformed MissingAuthenticationToken MissingSecurityHeader
         CredentialsNotSupported InvalidSecurity NotSignedUp AccountProblem""",
@@ -59,7 +63,7 @@ CODES: Mapping[str, Refusal] = {
 
 _STATUSES = {
     400: Refusal.INVALID,
-    401: Refusal.FORBIDDEN,
+    401: Refusal.ACCESS,  # by definition about who asks
     403: Refusal.FORBIDDEN,
     404: Refusal.MISSING,
     405: Refusal.MISSING,  # a delete marker, read by its version id
@@ -69,6 +73,9 @@ _STATUSES = {
     414: Refusal.INVALID,
     416: Refusal.INVALID,
 }
+#: Requests of botocore's credential chain. Who is refused there is the asker, whatever S3 would
+#: have said of the object.
+_CREDENTIALS = ("AssumeRole", "GetSessionToken", "GetRoleCredentials", "CreateOAuth2Token")
 #: ``(Code)`` as botocore has it, ``<Code>`` as S3 answers, or a quoted one.
 _CODE = re.compile(r"""(?<=[(>"'])[A-Z][A-Za-z.]+(?=[)<"'])""")
 
@@ -104,7 +111,10 @@ def refusal_of(error: Exception) -> Refusal:
     from botocore import exceptions as botocore
 
     if isinstance(error, botocore.ClientError):
-        return _refusal(code_of(error), status_of(error))
+        refusal = _refusal(code_of(error), status_of(error))
+        if error.operation_name.startswith(_CREDENTIALS) and refusal not in _FOR_NOW:
+            return Refusal.ACCESS
+        return refusal
     if isinstance(error, botocore.NoCredentialsError | botocore.PartialCredentialsError):
         return Refusal.ACCESS
     if isinstance(

@@ -24,6 +24,7 @@ from refusing_s3 import RefusingS3, refusing_s3
 #: Refusals that pass, though their status says that the request is wrong.
 PASSING = [
     (400, "RequestTimeout"),
+    (400, "XAmzContentSHA256Mismatch"),
     (400, "ThrottlingException"),
     (400, "KMS.ThrottlingException"),
     (400, "ExpiredToken"),
@@ -40,6 +41,9 @@ OURS = [
     (400, "AuthorizationHeaderMalformed"),
     (403, "InvalidAccessKeyId"),
     (403, "SignatureDoesNotMatch"),
+    (403, "InvalidTokenId"),  # MinIO, of a session token
+    (403, "UserSuspended"),  # Ceph
+    (401, "Unauthorized"),
 ]
 
 
@@ -144,12 +148,43 @@ def test_credentials_that_are_refused_are_told_apart_from_what_they_may_not_do(
         storage.refused_access()
 
 
-def told(code: str, status: int) -> ClientError:
+def told(code: str, status: int, operation: str = "GetObject") -> ClientError:
     answer: Any = {
         "Error": {"Code": code},
         "ResponseMetadata": {"HTTPStatusCode": status},
     }
-    return ClientError(answer, "GetObject")
+    return ClientError(answer, operation)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        "AssumeRole",
+        "AssumeRoleWithWebIdentity",
+        "GetSessionToken",
+        "GetRoleCredentials",
+        "CreateOAuth2Token",
+    ],
+)
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (403, "AccessDenied", Refusal.ACCESS),
+        (400, "InvalidIdentityToken", Refusal.ACCESS),
+        (403, "RegionDisabledException", Refusal.ACCESS),
+        (404, "ResourceNotFoundException", Refusal.ACCESS),
+        (400, "InvalidRequest", Refusal.ACCESS),
+        (400, "ExpiredTokenException", Refusal.EXPIRED),
+        (400, "IDPCommunicationError", Refusal.PASSING),
+        (400, "Throttling", Refusal.PASSING),
+        (429, "TooManyRequestsException", Refusal.PASSING),
+        (503, "ServiceUnavailable", Refusal.PASSING),
+    ],
+)
+def test_a_refused_credential_chain_is_never_about_the_object(
+    operation: str, status: int, code: str, expected: Refusal
+) -> None:
+    assert refusal_of(told(code, status, operation)) is expected
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,15 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from blipq import Settings
+from blipq.contract import ImageRef
 from blipq.storage import Storage
-from blipq_worker.s3_access import S3Access
+from blipq_worker.fetch import Fetcher
+from blipq_worker.s3_access import AccessRefused, S3Access
 from refusing_s3 import RefusingS3, refusing_s3
 
 
@@ -98,4 +101,33 @@ def test_a_worker_without_credentials_is_not_ready(
     monkeypatch.setenv("HOME", "/nonexistent")
     nobody = Settings(s3_endpoint_url=s3.settings.s3_endpoint_url)
     assert "no S3 credentials" in str(S3Access(Storage(nobody)).trouble())
+    assert s3.requests == []
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (403, "AccessDenied"),
+        (400, "InvalidIdentityToken"),
+        (403, "RegionDisabledException"),
+        (400, "ExpiredTokenException"),
+    ],
+)
+def test_a_worker_whose_role_is_refused_is_not_ready_and_its_jobs_are_not_at_fault(
+    s3: RefusingS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int, code: str
+) -> None:
+    """STS refuses; S3 is never asked."""
+    token = tmp_path / "token"
+    token.write_text("a.b.c")
+    with refusing_s3() as sts:
+        sts.refuse(status, code)
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", str(sts.settings.s3_endpoint_url))
+        monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/worker")
+        monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))
+        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        monkeypatch.setenv("HOME", "/nonexistent")
+        storage = Storage(Settings(s3_endpoint_url=s3.settings.s3_endpoint_url), attempts=1)
+        assert code in str(S3Access(storage).trouble())
+        with pytest.raises(AccessRefused, match=code):
+            Fetcher(storage, max_bytes=10**6, timeout_s=5).fetch(ImageRef(uri="s3://photos/a.jpg"))
     assert s3.requests == []
