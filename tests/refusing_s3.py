@@ -26,6 +26,8 @@ class RefusingS3:
         self.requests: list[str] = []
         #: What the next requests are answered, before anything else; None is no refusal.
         self.script: list[tuple[int, str] | None] = []
+        #: The bucket's region, told with every refusal.
+        self.region: str | None = None
         self._refusal: tuple[int, str] | None = None
         self._times = 0
         stub = self
@@ -77,7 +79,8 @@ class RefusingS3:
         if refusal is not None:
             status, code = refusal
             body, kind = _told(method, code, in_json=in_json)
-            return status, body if code else b"", {"Content-Type": kind}
+            region = {"x-amz-bucket-region": self.region} if self.region else {}
+            return status, body if code else b"", {"Content-Type": kind, **region}
         body = b"" if method == "PUT" else OBJECT
         return 200, body, {"ETag": '"e"', "Last-Modified": formatdate(usegmt=True)}
 

@@ -38,7 +38,7 @@ _NAMED: Mapping[Refusal, str] = {
         TooManyRequests TooManyRequestsException RequestLimitExceeded BandwidthLimitExceeded
         RequestThrottled RequestThrottledException Throttling ThrottlingException ThrottledException
         PriorRequestNotComplete OverLimit OperationAborted ConditionalRequestConflict
-        IncompleteBody BadDigest XAmzContentSHA256Mismatch IDPCommunicationError
+        TemporaryRedirect IncompleteBody BadDigest XAmzContentSHA256Mismatch IDPCommunicationError
         InternalError InternalFailure ServiceUnavailable KMS.InternalException
         KMS.KMSInternalException KMS.DependencyTimeoutException KMS.KeyUnavailableException
         KMS.ThrottlingException""",
@@ -50,7 +50,8 @@ _NAMED: Mapping[Refusal, str] = {
         UnrecognizedClientException UserSuspended
         SignatureDoesNotMatch InvalidSignatureException IncompleteSignature
         AuthorizationHeaderMalformed MissingAuthenticationToken MissingSecurityHeader
-        CredentialsNotSupported InvalidSecurity NotSignedUp AccountProblem""",
+        PermanentRedirect IllegalLocationConstraintException CredentialsNotSupported
+        InvalidSecurity NotSignedUp AccountProblem""",
     Refusal.MISSING: "NoSuchKey NoSuchVersion NoSuchBucket NotFound",
     Refusal.CHANGED: "PreconditionFailed",
     Refusal.FORBIDDEN: "AccessDenied AllAccessDisabled InvalidObjectState",
@@ -62,6 +63,11 @@ CODES: Mapping[str, Refusal] = {
 }
 
 _STATUSES = {
+    # Redirects that botocore does not follow: the endpoint is a proxy's, or of another region.
+    301: Refusal.ACCESS,
+    302: Refusal.ACCESS,
+    307: Refusal.ACCESS,
+    308: Refusal.ACCESS,
     400: Refusal.INVALID,
     401: Refusal.ACCESS,  # by definition about who asks
     403: Refusal.FORBIDDEN,
@@ -107,9 +113,11 @@ def code_of(error: Any) -> str:
 
 
 def refusal_of(error: Exception) -> Refusal:
-    """Why S3 refused, from an exception of botocore or boto3."""
+    """Why S3 refused, from an exception of botocore, of boto3 or of these."""
     from botocore import exceptions as botocore
 
+    if isinstance(error, S3Refused | S3Unavailable):
+        return error.refusal
     if isinstance(error, botocore.ClientError):
         refusal = _refusal(code_of(error), status_of(error))
         if error.operation_name.startswith(_CREDENTIALS) and refusal not in _FOR_NOW:

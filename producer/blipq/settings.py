@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr
 from pydantic.fields import FieldInfo
@@ -122,9 +122,18 @@ def _checked_broker_url(url: str | None) -> str | None:
     return url
 
 
-def _checked_endpoint_url(url: str | None) -> str | None:
-    if url is not None:
-        take_apart(url)
+def checked_endpoint_url(url: str | None) -> str | None:
+    """An endpoint of S3 or SQS. Raises ValueError, which repeats no password."""
+    if url is None:
+        return None
+    scheme = take_apart(url).scheme
+    try:
+        parts = urlsplit(url)
+        has_place = bool(parts.hostname) and parts.port != 0  # a port that is none raises
+    except ValueError:
+        has_place = False
+    if scheme not in ("http", "https") or not has_place:
+        raise ValueError("an endpoint is http:// or https:// and a host, and a port where need be")
     return url
 
 
@@ -154,7 +163,7 @@ class Settings(BaseSettings):
         repr=False,
         description="Celery broker; by default the same Redis. RabbitMQ and SQS work too.",
     )
-    s3_endpoint_url: Annotated[str | None, AfterValidator(_checked_endpoint_url)] = Field(
+    s3_endpoint_url: Annotated[str | None, AfterValidator(checked_endpoint_url)] = Field(
         default=None,
         repr=False,
         description="S3 endpoint; by default AWS_ENDPOINT_URL_S3, then AWS itself.",

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blipq.boto import boto_client
 from blipq.contract import ImageRef, split_s3_uri
 from blipq.errors import InvalidRequest
 from blipq.refusals import (
@@ -57,13 +58,11 @@ class Storage:
 
     @cached_property
     def client(self) -> "S3Client":
-        """The boto3 client; it is thread-safe."""
-        import boto3
+        """The boto3 client; it is thread-safe. Raises as ``boto_client``."""
         from botocore.config import Config
 
         secret = self.settings.s3_secret_access_key
-        session = boto3.session.Session()
-        return session.client(
+        client: S3Client = boto_client(
             "s3",
             endpoint_url=self.settings.s3_endpoint_url,
             aws_access_key_id=self.settings.s3_access_key_id,
@@ -78,6 +77,14 @@ class Storage:
                 s3={"addressing_style": "path"} if self.settings.s3_endpoint_url else {},
             ),
         )
+        return client
+
+    def check_configuration(self) -> None:
+        """Raises S3Refused where endpoint, profile or AWS's files are wrong. Asks nobody."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        with suppress(BotoCoreError, ClientError):  # credentials may come later
+            _ = self.client
 
     def upload(self, source: str | Path | bytes) -> ImageRef:
         """Puts a file or bytes into the inbox bucket under its SHA-256, once.
@@ -168,9 +175,10 @@ class Storage:
     def presign(self, uri: str, *, expires_in: int = 3600) -> str:
         """An https URL that reads the object for ``expires_in`` seconds."""
         bucket, key = split_s3_uri(uri)
-        return self.client.generate_presigned_url(
-            "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=expires_in
-        )
+        with s3_errors():
+            return self.client.generate_presigned_url(
+                "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=expires_in
+            )
 
     def create_bucket(self, bucket: str) -> None:
         """Makes a bucket unless it exists."""

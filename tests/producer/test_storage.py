@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from blipq import InvalidRequest, QueueUnavailable, Settings
+from blipq.refusals import Refusal, S3Refused
 from blipq.storage import MAX_UPLOAD_BYTES, Storage, told_at
 from refusing_s3 import refusing_s3
 
@@ -142,6 +143,60 @@ def test_missing_credentials_are_told(apart: Settings, monkeypatch: pytest.Monke
     anonymous = Settings(s3_endpoint_url=apart.s3_endpoint_url)
     with pytest.raises(InvalidRequest, match="BLIPQ_S3_ACCESS_KEY_ID"):
         Storage(anonymous).upload(b"a cat")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AWS_ENDPOINT_URL_S3", "localhost:9000"),
+        ("AWS_ENDPOINT_URL", "ftp://localhost"),
+        ("AWS_PROFILE", "nope"),
+    ],
+)
+def test_a_wrong_setting_of_awss_own_is_told(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    storage = Storage(Settings(redis_url="redis://127.0.0.1:1/0"))
+    for act in (
+        lambda: storage.upload(b"a cat"),
+        lambda: storage.has_bucket("photos"),
+        lambda: storage.presign("s3://photos/cat.jpg"),
+        storage.check_configuration,
+    ):
+        with pytest.raises(S3Refused, match="s3 is configured wrongly") as raised:
+            act()
+        assert raised.value.refusal is Refusal.ACCESS
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_an_endpoint_that_redirects_everything_is_refused_access(status: int) -> None:
+    """As a proxy that wants https. botocore asked for the bucket's region until the stack ended."""
+    with refusing_s3() as s3:
+        storage = Storage(s3.settings, attempts=1)
+        for code in ("", "PermanentRedirect"):
+            s3.refuse(status, code)
+            for act in (
+                lambda: storage.upload(b"a cat"),
+                lambda: storage.head("photos", "cat.jpg"),
+                lambda: storage.has_bucket("photos"),
+            ):
+                s3.requests.clear()
+                with pytest.raises(S3Refused) as raised:
+                    act()
+                assert raised.value.refusal is Refusal.ACCESS
+                assert len(s3.requests) <= 2
+            assert storage.refused_access() is not None
+
+
+def test_a_bucket_in_another_region_is_followed_there() -> None:
+    """S3 names the region where it redirects."""
+    with refusing_s3() as s3:
+        s3.script = [(301, "PermanentRedirect"), None]
+        s3.region = "eu-north-1"
+        assert Storage(s3.settings, attempts=1).head("photos", "cat.jpg") is not None
+        assert s3.requests == ["HEAD", "HEAD"]
 
 
 def test_an_s3_that_is_down_is_an_unavailable_queue(apart: Settings) -> None:

@@ -65,6 +65,31 @@ def test_an_s3_that_does_not_answer_says_nothing_of_the_worker(s3: RefusingS3) -
     assert "InvalidToken" in str(asked.trouble())
 
 
+@pytest.mark.parametrize("code", ["", "PermanentRedirect"])
+def test_a_worker_whose_endpoint_redirects_everything_is_not_ready(
+    s3: RefusingS3, code: str
+) -> None:
+    s3.refuse(301, code)
+    asked = access(s3)
+    assert (code or "301") in str(asked.trouble())
+    with pytest.raises(AccessRefused):
+        Fetcher(asked._storage, max_bytes=10**6, timeout_s=5).fetch(
+            ImageRef(uri="s3://photos/a.jpg")
+        )
+
+
+def test_a_worker_whose_profile_is_gone_is_not_ready_and_its_jobs_are_not_at_fault(
+    s3: RefusingS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nope")
+    asked = access(s3)
+    assert "nope" in str(asked.trouble())
+    with pytest.raises(AccessRefused, match="nope"):
+        Fetcher(asked._storage, max_bytes=10**6, timeout_s=5).fetch(
+            ImageRef(uri="s3://photos/a.jpg")
+        )
+
+
 def test_a_bucket_that_refuses_the_worker_alone_does_not_make_it_unready(s3: RefusingS3) -> None:
     """In another region, say: S3 takes the worker everywhere else."""
     asked = access(s3)

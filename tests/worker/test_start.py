@@ -32,6 +32,8 @@ def started(**settings: str) -> subprocess.CompletedProcess[str]:
         ({"models": "a b=demo"}, "models"),
         ({"redis_url": "http://localhost"}, "redis_url"),
         ({"log_level": "LOUD"}, "BLIPQ_LOG_LEVEL: 'LOUD'"),
+        ({"s3_endpoint_url": "http://"}, "s3_endpoint_url"),
+        ({"s3_endpoint_url": "localhost:9000"}, "s3_endpoint_url"),
     ],
 )
 def test_a_wrong_setting_is_one_line(settings: dict[str, str], told: str) -> None:
@@ -39,6 +41,34 @@ def test_a_wrong_setting_is_one_line(settings: dict[str, str], told: str) -> Non
     assert ended.returncode == 78, ended.stderr
     (line,) = ended.stderr.splitlines()
     assert told in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("AWS_ENDPOINT_URL_S3", "localhost:9000", "Invalid endpoint: localhost:9000"),
+        ("AWS_ENDPOINT_URL", "ftp://user:hidden@files", "http:// or https://"),
+        ("AWS_ENDPOINT_URL", "http://files:port", "s3 is configured wrongly"),
+        ("AWS_PROFILE", "nope", "The config profile (nope) could not be found"),
+        ("AWS_CONFIG_FILE", "broken", "Unable to parse config file"),
+        ("AWS_REGION", "not a region", "not a region"),
+        ("AWS_REQUEST_CHECKSUM_CALCULATION", "sometimes", "sometimes"),
+    ],
+)
+def test_a_wrong_setting_of_awss_own_is_one_line(
+    name: str, value: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before models are loaded, and jobs taken that would all fail."""
+    if name == "AWS_CONFIG_FILE":
+        value = str(tmp_path / value)
+        Path(value).write_text("no ini file")
+    monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    ended = started()
+    assert ended.returncode == 78, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert told in line
+    assert "hidden" not in line
 
 
 def _another_shape(folder: Path) -> None:

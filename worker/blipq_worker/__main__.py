@@ -10,6 +10,7 @@ from blipq.errors import InvalidRequest
 from blipq.redaction import log_to_stderr
 from blipq.requests import checked
 from blipq.settings import Settings
+from blipq.storage import Storage
 from blipq_worker.faults import DeviceLost
 from blipq_worker.leases import EXIT_HUNG
 from blipq_worker.models import ModelError
@@ -42,6 +43,7 @@ def _loaded() -> "Worker":
     warnings.filterwarnings("ignore", message="You're running the worker with superuser")
     settings, options = checked(Settings), checked(WorkerSettings)
     logging.getLogger("blipq_worker").info("using %s", settings.endpoints)
+    Storage(settings).check_configuration()
     # torch and transformers take seconds to import: wrong settings are told before.
     from transformers.utils import logging as transformers_logging
 

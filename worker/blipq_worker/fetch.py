@@ -15,7 +15,7 @@ from urllib3.exceptions import HTTPError
 from blipq.contract import ErrorCode, ImageRef
 from blipq.errors import PermanentError, TransientError, WorkError
 from blipq.outputs import is_allowed
-from blipq.refusals import OF_THE_ASKER, Refusal, refusal_of, status_of
+from blipq.refusals import OF_THE_ASKER, Refusal, S3Refused, refusal_of, status_of
 from blipq.storage import Storage
 from blipq_worker.https import HttpsFetcher
 from blipq_worker.s3_access import AccessRefused
@@ -84,7 +84,7 @@ class Fetcher:
             response = self._storage.client.get_object(**_arguments(image, unless))
             _check_etag(image, response)
             fetched = _fetched(self._read(image, response, deadline), response.get("ETag"))
-        except (ClientError, BotoCoreError) as error:
+        except (ClientError, BotoCoreError, S3Refused) as error:
             if unless is not None and _is_unmodified(error):
                 return None
             raise _refused(image, error) from error
@@ -175,7 +175,7 @@ def _is_unmodified(error: Exception) -> bool:
     return isinstance(error, ClientError) and status_of(error) == HTTPStatus.NOT_MODIFIED
 
 
-def _refused(image: ImageRef, error: ClientError | BotoCoreError) -> WorkError:
+def _refused(image: ImageRef, error: ClientError | BotoCoreError | S3Refused) -> WorkError:
     refusal = refusal_of(error)
     told = error.response.get("Error", {}) if isinstance(error, ClientError) else {}
     message = f"{image.uri}: {told.get('Message') or error}"

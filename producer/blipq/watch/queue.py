@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from blipq.boto import boto_client
 from blipq.errors import QueueUnavailable
 from blipq.refusals import Refusal, S3Refused, S3Unavailable, refusal_of
 from blipq.settings import Settings
@@ -64,13 +65,12 @@ class Queue:
     @cached_property
     def client(self) -> "SQSClient":
         """The boto3 client. The queue's URL says where SQS is."""
-        import boto3
         from botocore.config import Config
 
         place = urlsplit(self.url)
         region = re.match(r"sqs\.([a-z0-9-]+)\.", place.netloc)
         secret = self._settings.s3_secret_access_key
-        return boto3.session.Session().client(
+        client: SQSClient = boto_client(
             "sqs",
             endpoint_url=f"{place.scheme}://{place.netloc}",
             aws_access_key_id=self._settings.s3_access_key_id,
@@ -82,6 +82,7 @@ class Queue:
                 retries={"mode": "standard", "total_max_attempts": 2},
             ),
         )
+        return client
 
     def next(self) -> Batch | None:
         """Up to ten messages, or None after a long poll without any."""

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from blipq.records import job_info
+from blipq.refusals import S3Refused, S3Unavailable
 from blipq.storage import Storage
 
 if TYPE_CHECKING:
@@ -58,11 +59,9 @@ def _pointer(id: str, job: Mapping[str, str], storage: Storage) -> dict[str, str
 
 
 def _presigned(uri: str, storage: Storage) -> dict[str, str]:
-    from botocore.exceptions import BotoCoreError
-
     try:
         return {"result_url": storage.presign(uri, expires_in=RESULT_URL_S)}
-    except BotoCoreError:  # no credentials here; a receiver may have its own
+    except (S3Refused, S3Unavailable):  # no credentials here; a receiver may have its own
         return {}
 
 
