@@ -26,6 +26,8 @@ class RefusingS3:
         self.requests: list[str] = []
         #: What the next requests are answered, before anything else; None is no refusal.
         self.script: list[tuple[int, str] | None] = []
+        #: The ETag of every object.
+        self.etag = '"e"'
         #: The bucket's region, told with every refusal.
         self.region: str | None = None
         self._refusal: tuple[int, str] | None = None
@@ -82,7 +84,7 @@ class RefusingS3:
             region = {"x-amz-bucket-region": self.region} if self.region else {}
             return status, body if code else b"", {"Content-Type": kind, **region}
         body = b"" if method == "PUT" else OBJECT
-        return 200, body, {"ETag": '"e"', "Last-Modified": formatdate(usegmt=True)}
+        return 200, body, {"ETag": self.etag, "Last-Modified": formatdate(usegmt=True)}
 
     def _next(self) -> tuple[int, str] | None:
         if self._times <= 0:

@@ -2,6 +2,7 @@
 
 import hashlib
 import mimetypes
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -35,6 +36,7 @@ MAX_UPLOAD_BYTES = 64 * 2**20
 ACCESS_KEY = "blipq-access"
 #: What HEAD answers where GET would say why.
 _WORDLESS = (400, 403)
+_MD5 = re.compile(r"[0-9a-f]{32}")
 _CHANGED_MEANWHILE = ("NoSuchKey", "ConditionalRequestConflict")
 
 
@@ -90,7 +92,8 @@ class Storage:
         """Puts a file or bytes into the inbox bucket under its SHA-256, once.
 
         What is there is written anew where it is older than half of ``BLIPQ_INBOX_TTL``, so that
-        the bucket's lifecycle rule cannot delete it while its job waits.
+        the bucket's lifecycle rule cannot delete it while its job waits, and where its bytes are
+        others.
 
         Raises InvalidRequest for a file that cannot be read and QueueUnavailable when S3 does not
         take it.
@@ -113,11 +116,11 @@ class Storage:
         except ClientError as error:
             if refusal_of(error) is not Refusal.CHANGED:
                 raise
-            if self._is_due(bucket, key, len(data)):
+            if self._is_due(bucket, key, data):
                 self.client.put_object(**what)
 
-    def _is_due(self, bucket: str, key: str, size: int) -> bool:
-        """Whether an object is to be written anew: too old, of another size, or not to be seen."""
+    def _is_due(self, bucket: str, key: str, data: bytes) -> bool:
+        """Whether an object is to be written anew: too old, with other bytes, or not to be seen."""
         from botocore.exceptions import ClientError
 
         try:
@@ -127,9 +130,7 @@ class Storage:
                 return True
             raise
         age = told_at(found) - found["LastModified"]
-        return found["ContentLength"] != size or age > timedelta(
-            seconds=self.settings.inbox_ttl / 2
-        )
+        return age > timedelta(seconds=self.settings.inbox_ttl / 2) or _differs(found, data)
 
     def put(self, uri: str, data: bytes, *, content_type: str) -> None:
         """Writes an object."""
@@ -247,6 +248,19 @@ class Storage:
             if isinstance(error, S3Unavailable):
                 raise
         return None
+
+
+def _differs(found: Any, data: bytes) -> bool:
+    """Whether an object has other bytes, as far as HEAD says.
+
+    The ETag is their MD5, except where an object was written in parts (it has a dash, and says
+    nothing) or KMS encrypts it (it is written once more than need be).
+    """
+    if found["ContentLength"] != len(data):
+        return True
+    etag = found["ETag"].strip('"').lower()
+    digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    return _MD5.fullmatch(etag) is not None and etag != digest
 
 
 def told_at(answer: Any) -> datetime:

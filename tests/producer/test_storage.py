@@ -71,6 +71,33 @@ def test_an_upload_that_is_half_as_old_as_the_inbox_lets_it_be_is_written_anew(
     assert found == b"uploaded now and then"
 
 
+@pytest.mark.parametrize("spoiled", [b"A CAT", b"a longer cat"])
+def test_an_upload_whose_object_was_overwritten_is_written_anew(
+    storage: Storage, spoiled: bytes
+) -> None:
+    """As the worker advises where the digest is not that of the name; also at the same size."""
+    image = storage.upload(b"a cat")
+    where = {"Bucket": image.bucket, "Key": image.key}
+    storage.client.put_object(**where, Body=spoiled)  # type: ignore[arg-type]
+    assert storage.upload(b"a cat") == image
+    assert storage.client.get_object(**where)["Body"].read() == b"a cat"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("etag", "requests"),
+    [
+        (hashlib.md5(b"this many bytes long").hexdigest(), ["PUT", "HEAD"]),
+        (hashlib.md5(b"others, not that long").hexdigest(), ["PUT", "HEAD", "PUT"]),
+        (hashlib.md5(b"parts").hexdigest() + "-2", ["PUT", "HEAD"]),
+    ],
+)
+def test_an_etag_tells_other_bytes_where_it_is_an_md5(etag: str, requests: list[str]) -> None:
+    with refusing_s3() as s3:
+        s3.script, s3.etag = [(412, "PreconditionFailed")], f'"{etag}"'
+        Storage(s3.settings, attempts=1).upload(b"this many bytes long")
+        assert s3.requests == requests
+
+
 def test_an_upload_that_cannot_be_looked_at_is_written_anew() -> None:
     """A producer that may only write does not know how old it is."""
     with refusing_s3() as s3:
