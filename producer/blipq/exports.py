@@ -12,6 +12,10 @@ from blipq.outputs import LOCAL_BUCKET
 from blipq.outputs import VARIABLE as ALLOWED_OUTPUTS
 from blipq.settings import CONNECTION_FIELDS, Settings
 
+#: Variables that go with the keys of another account, or take their place: a session token makes S3
+#: refuse the keys beside it.
+OF_OTHER_KEYS = ("AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_PROFILE")
+
 
 def exports(settings: Settings) -> dict[str, str]:
     """Variables for the environment of a program. Raises InvalidRequest if no service is named."""
@@ -41,4 +45,7 @@ def exports(settings: Settings) -> dict[str, str]:
 
 def as_shell(variables: dict[str, str]) -> str:
     """Lines for ``eval``."""
-    return "\n".join(f"export {name}={shlex.quote(text)}" for name, text in variables.items())
+    lines = [f"export {name}={shlex.quote(text)}" for name, text in variables.items()]
+    if "AWS_ACCESS_KEY_ID" in variables:
+        lines.insert(0, f"unset {' '.join(OF_OTHER_KEYS)}")
+    return "\n".join(lines)

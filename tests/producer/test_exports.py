@@ -42,6 +42,30 @@ def test_boto3_and_a_celery_of_ones_own_find_the_services_by_it(stack: LocalStac
     assert ran.returncode == 0, ran.stderr
 
 
+def test_another_accounts_session_does_not_spoil_the_keys(stack: LocalStack) -> None:
+    others = {
+        "AWS_SESSION_TOKEN": "of-an-account",
+        "AWS_SECURITY_TOKEN": "of-an-account",
+        "AWS_PROFILE": "work",
+        "AWS_DEFAULT_PROFILE": "work",
+    }
+    asked = "import boto3; print(len(boto3.client('s3').list_buckets()['Buckets']))"
+    command = f'eval "$({sys.executable} -m blipq env)" && exec {sys.executable} -c "{asked}"'
+    ran = subprocess.run(
+        ["sh", "-euc", command],
+        env={**os.environ, **stack.environment(), **others},
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) > 0
+
+
+def test_a_session_is_left_alone_where_no_keys_take_its_place() -> None:
+    assert "unset" not in as_shell(exports(Settings(redis_url="redis://h/0")))
+
+
 def test_programs_read_it_as_json(stack: LocalStack) -> None:
     ran = blipq("env", "--json", stack=stack)
     assert ran.returncode == 0, ran
