@@ -738,6 +738,91 @@ def test_handing_back_while_redis_is_away_has_an_end(
     assert faults.calls <= 1
 
 
+def hiccup(parts: Parts, seen: list[bool], *, ran: bool) -> None:
+    """Loses the next two answers to a hand-back, and notes whether the claim is held meanwhile."""
+
+    class Watching(redis.TimeoutError):
+        def __str__(self) -> str:
+            seen.append(bool(parts.held.claims()))
+            return "the answer did not come"
+
+    Faults(parts.ledger, "requeue", Watching(), Watching(), ran=ran)
+
+
+@pytest.mark.usefixtures("refused")
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_hand_back_whose_answer_is_lost_is_no_crash(
+    parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch, ran: bool
+) -> None:
+    """The claim was dropped while its process lived: its lease ran out, and after three times the
+    job failed for good.
+    """
+    monkeypatch.setattr(Storage, "refused_access", lambda self: "the token has expired")
+    job, held = parts.client.caption(picture), list[bool]()
+    hiccup(parts, held, ran=ran)
+    info = parts.run(job)
+    assert (info.status, info.attempts) == ("queued", 0)
+    assert held
+    assert all(held)
+    assert parts.held.claims() == []
+    assert parts.ledger.redis.zcard("blipq:running") == 0
+    assert b'kind="caption",outcome="handed_back"} 1.0' in parts.metrics.page()
+
+
+def test_a_job_that_waits_to_run_alone_goes_back_through_lost_answers(
+    parts: Parts, picture: bytes
+) -> None:
+    job, held = parts.client.caption(picture), list[bool]()
+    parts.ledger.claim(job.id, "w0", lease_s=0.01)
+    wait_until(lambda: parts.ledger.reconcile().messages, "the other worker's lease to run out")
+    Faults(parts.ledger, "begin", LOST, ran=False)
+    hiccup(parts, held, ran=False)
+    with ThreadPoolExecutor(1) as thread, parts.gate.shared():
+        run = thread.submit(parts.run, job)
+        wait_until(lambda: job.status == "running", "its claim")
+        parts.gate.close()
+    info = run.result(timeout=10)
+    assert (info.status, info.attempts) == ("queued", 1)
+    assert held
+    assert all(held)
+    assert parts.held.claims() == []
+
+
+@pytest.mark.parametrize("lost_device", [False, True])
+@pytest.mark.parametrize("ran", [False, True])
+def test_what_is_held_goes_back_through_lost_answers(
+    parts: Parts, picture: bytes, ran: bool, lost_device: bool
+) -> None:
+    jobs = [parts.client.caption(picture) for _ in range(3)]
+    for job in jobs:
+        claim = parts.ledger.claim(job.id, "w1")
+        assert isinstance(claim, Claim)
+        parts.held.add(claim)
+    hiccup(parts, [], ran=ran)
+    if lost_device:
+        parts.runner.hand_back_lost()
+    else:
+        assert parts.runner.hand_back_all() == 3
+    assert [(job.info().status, job.info().attempts) for job in jobs] == [("queued", 0)] * 3
+    assert parts.held.claims() == []
+
+
+def test_what_redis_has_not_taken_back_in_time_stays_held(
+    parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker whose model failed its check lives on, and tries again."""
+    monkeypatch.setattr("blipq_worker.tasks.HAND_BACK_FOR_S", 0.0)
+    job = parts.client.caption(picture)
+    claim = parts.ledger.claim(job.id, "w1")
+    assert isinstance(claim, Claim)
+    parts.held.add(claim)
+    Faults(parts.ledger, "requeue", LOST, ran=False)
+    assert parts.runner.hand_back_all() == 0
+    assert parts.held.claims() == [claim]
+    assert parts.runner.hand_back_all() == 1
+    assert (job.info().status, job.info().attempts) == ("queued", 0)
+
+
 def test_a_newer_contract_stays_in_its_queue(parts: Parts, picture: bytes) -> None:
     job = parts.client.caption(picture)
     parts.ledger.redis.hset(f"blipq:job:{job.id}", "contract", 99)

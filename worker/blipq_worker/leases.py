@@ -65,12 +65,14 @@ class Held:
             entry = self._claims.get(claim.id)
         return entry is not None and bool(entry[2])
 
-    def remove(self, claim: Claim) -> None:
-        """Lets a claim go."""
+    def remove(self, claim: Claim) -> bool:
+        """Lets a claim go; False if it was not held any more."""
         with self._lock:
             entry = self._claims.get(claim.id)
-            if entry is not None and entry[0].token == claim.token:
-                del self._claims[claim.id]
+            if entry is None or entry[0].token != claim.token:
+                return False
+            del self._claims[claim.id]
+            return True
 
     def claims(self) -> list[Claim]:
         """What is held now."""

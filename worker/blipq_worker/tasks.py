@@ -4,7 +4,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -136,16 +136,10 @@ class Runner:
     def hand_back_all(self) -> int:
         """Gives every running job back, uncounted: another worker takes it at once.
 
-        While Redis is away only for HAND_BACK_FOR_S: the process is to end.
+        For HAND_BACK_FOR_S at most: the process may be about to end. What Redis has not taken by
+        then stays held. Returns how many it took.
         """
-        claims = self._held.claims()
-        until = time.monotonic() + HAND_BACK_FOR_S
-        for count, claim in enumerate(claims):
-            if time.monotonic() > until:
-                log.error("not handed back: %d: their leases will run out", len(claims) - count)
-                return count
-            self._hand_back(claim)
-        return len(claims)
+        return self._hand_back_each([(claim, False) for claim in self._held.claims()])
 
     def hand_back_lost(self) -> None:
         """Gives back what runs on a device that is lost.
@@ -153,12 +147,14 @@ class Runner:
         Uncounted; but who may have broken it runs alone from now on, and who did run alone keeps
         its lease: when that runs out, it is a crash.
         """
+        given = []
         for claim in self._held.claims():
             asked = self._held.has_asked(claim)
             if asked and claim.solo:
                 log.error("%s: the device was lost while it ran alone", claim.id)
             else:
-                self._hand_back(claim, suspect=asked)
+                given.append((claim, asked))
+        self._hand_back_each(given)
 
     # -- claim --
 
@@ -262,10 +258,10 @@ class Runner:
             with self._gate.alone():
                 if self._heard(partial(self._ledger.begin, claim)):
                     self._work(claim)
-                else:
-                    self._held.remove(claim)
         except (Draining, HandBack):
             self._hand_back(claim)
+        finally:
+            self._held.remove(claim)
 
     def _work(self, claim: Claim) -> None:
         """Runs a claimed job to its outcome, or leaves it to whoever claims it next."""
@@ -386,15 +382,42 @@ class Runner:
             put_off = partial(self._ledger.hand_back, claim, PUT_OFF_S)
             self._finish(put_off, claim, watch, "handed_back")
 
-    def _hand_back(self, claim: Claim, *, suspect: bool = False) -> None:
-        try:
-            if self._ledger.hand_back(claim, suspect=suspect):
-                self._metrics.done(claim.kind, "handed_back", {})
-                self._broker.publish(Message(claim.kind, claim.id, claim.queue))
-        except UNHEARD as error:
-            log.warning("%s: not handed back, its lease will run out: %s", claim.id, error)
-        finally:
-            self._held.remove(claim)
+    def _hand_back(self, claim: Claim) -> None:
+        """Gives a job back, uncounted, through an outage of Redis if need be."""
+        if self._taken_back(claim, time.monotonic() + claim.expires_in):
+            self._broker.publish(_message(claim))
+
+    def _hand_back_each(self, claims: Sequence[tuple[Claim, bool]]) -> int:
+        """Gives jobs back, each with whether it is suspect; how many Redis took in time."""
+        until = time.monotonic() + HAND_BACK_FOR_S
+        count, given = 0, []
+        for claim, suspect in claims:
+            taken = self._taken_back(claim, until, suspect=suspect)
+            if taken is None:
+                log.error("not handed back in time: %d", len(claims) - count)
+                break
+            count += 1
+            if taken:
+                given.append(_message(claim))
+        if given:  # at once: a broker that hangs takes its time once, not for each of them
+            self._broker.publish_all(given)
+        return count
+
+    def _taken_back(self, claim: Claim, until: float, *, suspect: bool = False) -> bool | None:
+        """Whether a job went back uncounted; None if Redis did not say so ``until`` (monotonic).
+
+        Only its answer lets go of the claim. A lease that ran out while this process lives would
+        count as a crash.
+        """
+        give = partial(self._ledger.hand_back, claim, suspect=suspect)
+        taken = self._written(give, claim, until)
+        if taken is None:
+            return None
+        if not self._held.remove(claim):  # another thread gave it back meanwhile
+            return False
+        if taken:
+            self._metrics.done(claim.kind, "handed_back", {})
+        return taken
 
     def _finish(
         self,
@@ -408,22 +431,32 @@ class Runner:
 
         The claim stays held meanwhile, so that its lease is renewed as soon as Redis is back.
         """
-        deadline = time.monotonic() + claim.expires_in
+        written = self._written(write, claim, time.monotonic() + claim.expires_in)
+        if written is None:
+            log.error("%s: expired with its outcome not stored", claim.id)
+            return
+        if not written:
+            log.info("%s: its outcome came too late and is dropped", claim.id)
+            outcome, code = "lost", ""
+        self._metrics.done(claim.kind, outcome, watch.took, code)
+
+    def _written(self, write: Callable[[], bool], claim: Claim, until: float) -> bool | None:
+        """What Redis answers to a write that may be repeated; None if nothing ``until`` then."""
         pause = FIRST_PAUSE_S
         while True:
             try:
-                if not write():
-                    log.info("%s: its outcome came too late and is dropped", claim.id)
-                    outcome, code = "lost", ""
-                self._metrics.done(claim.kind, outcome, watch.took, code)
-                return
+                return write()
             except UNHEARD as error:
-                if time.monotonic() > deadline:
-                    log.error("%s: expired with its outcome not stored: %s", claim.id, error)
-                    return
-                log.warning("%s: outcome not stored yet: %s", claim.id, error)
-            time.sleep(pause)
+                log.warning("%s: Redis has not taken what became of it: %s", claim.id, error)
+            left = until - time.monotonic()
+            if left <= 0:
+                return None
+            time.sleep(min(pause, left))
             pause = min(2 * pause, LAST_PAUSE_S)
+
+
+def _message(claim: Claim) -> Message:
+    return Message(claim.kind, claim.id, claim.queue)
 
 
 def _parsed_json(text: str) -> Request:
