@@ -17,7 +17,7 @@ from PIL import Image
 
 from blipq import Client, ErrorCode, Job, JobInfo, Kind, Settings
 from blipq.errors import PermanentError, TransientError
-from blipq.ledger import MAX_RETRIES, Claim, Ledger
+from blipq.ledger import MAX_CRASHES, MAX_RETRIES, Claim, Ledger
 from blipq.refusals import Refusal, S3Unavailable
 from blipq.services import Backend, Services
 from blipq.storage import Storage
@@ -494,11 +494,6 @@ def test_a_prompt_that_is_too_long_is_an_invalid_request(parts: Parts, picture: 
     assert (info.error.code, info.error.message) == ("invalid_request", "the text is too long")
 
 
-def test_a_model_that_is_not_served_fails_at_once(parts: Parts, picture: bytes) -> None:
-    info = parts.fail(parts.client.caption(picture, model="other"))
-    assert info.error.code == "model_unavailable"
-
-
 def test_an_unexpected_failure_of_the_model_is_internal(parts: Parts, picture: bytes) -> None:
     parts.model.before = lambda: 1 / 0
     info = parts.fail(parts.client.caption(picture))
@@ -967,6 +962,23 @@ def test_a_job_sent_whole_is_recorded_and_run(parts: Parts, picture: bytes) -> N
     parts.runner.run(Kind.CAPTION, "job_foreign", {"image": uri}, {"metadata": {"a": "b"}})
     info = parts.client.job("job_foreign").info()
     assert (info.result.text, info.metadata) == ("30 x 20", {"a": "b"})
+
+
+@pytest.mark.parametrize("priority", ["normal", "high"])
+def test_a_job_sent_to_the_queue_of_another_model_waits_in_its_own(
+    parts: Parts, picture: bytes, priority: str
+) -> None:
+    """It failed as ``model_unavailable`` while its own model was scaled to zero."""
+    uri, queue = parts.client.storage.upload(picture).uri, f"blipq.other.{priority}"
+    options = {"model": "other", "priority": priority}
+    for _ in range(MAX_CRASHES + MAX_RETRIES):
+        parts.runner.run(Kind.CAPTION, "job_foreign", {"image": uri}, options)
+        info = parts.client.job("job_foreign").info()
+        assert (info.status, info.model, info.attempts) == ("queued", "other", 0)
+    assert parts.held.claims() == []
+    message = json.loads(parts.ledger.redis.lindex(queue, 0))
+    assert message["headers"]["id"] == "job_foreign"
+    assert parts.ledger.redis.zscore(f"blipq:queued:{queue}", "job_foreign") is not None
 
 
 @pytest.mark.parametrize(

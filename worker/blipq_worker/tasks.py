@@ -183,6 +183,12 @@ class Runner:
             log.info("%s: nothing to do (%s)", id, claim)
             return None
         self._held.add(claim)
+        if claim.model not in self._engine.models:
+            # A foreign client's message, in the queue of another model than its job is for.
+            log.info("%s: not served here, goes to its queue: %s", id, claim.queue)
+            self._hand_back(claim)
+            self._held.remove(claim)
+            return None
         return claim
 
     def _adopt(self, kind: Kind, id: str, request: Any, options: Any) -> None:
