@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,6 +70,15 @@ def test_a_wrong_setting_of_awss_own_is_one_line(
     (line,) = ended.stderr.splitlines()
     assert told in line
     assert "hidden" not in line
+
+
+def test_a_health_port_that_is_taken_is_one_line_before_models_are_loaded() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as other:
+        port = str(other.getsockname()[1])
+        ended = started(health_port=port, models="default=/nowhere")
+    assert ended.returncode == 1, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert line.endswith(f"BLIPQ_HEALTH_PORT: cannot listen on port {port}: Address already in use")
 
 
 def _another_shape(folder: Path) -> None:

@@ -12,6 +12,7 @@ from blipq.requests import checked
 from blipq.settings import Settings
 from blipq.storage import Storage
 from blipq_worker.faults import DeviceLost
+from blipq_worker.health import PortTaken, require_port
 from blipq_worker.leases import EXIT_HUNG
 from blipq_worker.models import ModelError
 from blipq_worker.settings import WorkerSettings
@@ -33,17 +34,24 @@ def main() -> int:
     except DeviceLost as error:
         print(f"blipq worker: {error}", file=sys.stderr)
         return EXIT_HUNG
+    except PortTaken as error:  # whoever has it may end: starting again can help
+        print(f"blipq worker: {error}", file=sys.stderr)
+        return 1
     return worker.run()
 
 
 def _loaded() -> "Worker":
-    """The worker with its models. Raises InvalidRequest for settings, ModelError, DeviceLost."""
+    """The worker with its models.
+
+    Raises InvalidRequest for settings, ModelError, DeviceLost, PortTaken.
+    """
     _set_up_logging(os.environ.get("BLIPQ_LOG_LEVEL", "INFO"))
     # Root is common in containers, and only JSON is accepted.
     warnings.filterwarnings("ignore", message="You're running the worker with superuser")
     settings, options = checked(Settings), checked(WorkerSettings)
     logging.getLogger("blipq_worker").info("using %s", settings.endpoints)
     Storage(settings).check_configuration()
+    require_port(options.health_port)
     # torch and transformers take seconds to import: wrong settings are told before.
     from transformers.utils import logging as transformers_logging
 

@@ -12,20 +12,57 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from blipq.redaction import redacted
+
 #: A broker loop that has not turned for this long is stuck, unless Redis itself is away.
 LONGEST_TURN_S = 60.0
 #: How often the loop says that it turns.
 TURN_S = 2.0
 
 Checks = Mapping[str, Callable[[], str | None]]
+#: Status, content type and body.
+Answer = tuple[int, str, bytes]
 
 
-def _checked(checks: Checks) -> tuple[int, str, bytes]:
-    """Status, content type and body of an answer."""
-    found = {name: check() for name, check in checks.items()}
+class PortTaken(Exception):
+    """The port cannot be listened on, now."""
+
+
+def require_port(port: int | None) -> None:
+    """Raises PortTaken if the port cannot be had: to be told before minutes go into models."""
+    if port is not None:
+        _listening(port, BaseHTTPRequestHandler).server_close()
+
+
+def _listening(port: int, handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
+    try:
+        return ThreadingHTTPServer(("", port), handler)
+    except OSError as error:
+        why = error.strerror or error
+        raise PortTaken(f"BLIPQ_HEALTH_PORT: cannot listen on port {port}: {why}") from error
+
+
+def _checked(checks: Checks) -> Answer:
+    found = {name: _asked(check) for name, check in checks.items()}
     wrong = any(problem is not None for problem in found.values())
-    body = json.dumps({name: problem or "ok" for name, problem in found.items()})
-    return 503 if wrong else 200, "application/json", body.encode()
+    told = {name: "ok" if problem is None else problem for name, problem in found.items()}
+    return 503 if wrong else 200, "application/json", json.dumps(told).encode()
+
+
+def _asked(check: Callable[[], str | None]) -> str | None:
+    try:
+        problem = check()
+    except Exception as error:  # a check that cannot be made is not passed
+        problem = f"{type(error).__name__}: {error}"
+    return None if problem is None else redacted(problem) or "failed"
+
+
+def _page(metrics: Callable[[], bytes]) -> Answer:
+    try:
+        return 200, CONTENT_TYPE_LATEST, metrics()
+    except Exception as error:
+        told = redacted(f"{type(error).__name__}: {error}")
+        return 500, "text/plain; charset=utf-8", told.encode(errors="replace")
 
 
 class BrokerLoop:
@@ -59,7 +96,7 @@ class BrokerLoop:
 
 
 class HealthServer:
-    """Answers 200 with what was checked, or 503 with what is wrong."""
+    """Answers 200 with what was checked, or 503 with what is wrong. Raises PortTaken."""
 
     def __init__(
         self, port: int, live: Checks, ready: Checks, metrics: Callable[[], bytes] = lambda: b""
@@ -71,7 +108,7 @@ class HealthServer:
 
             def do_GET(self) -> None:
                 if self.path == "/metrics":
-                    self._reply(200, CONTENT_TYPE_LATEST, metrics())
+                    self._reply(*_page(metrics))
                 elif self.path in checks:
                     self._reply(*_checked(checks[self.path]))
                 else:
@@ -87,7 +124,7 @@ class HealthServer:
             def log_message(self, format: str, *args: object) -> None:
                 """A probe every few seconds is no news."""
 
-        self._server = ThreadingHTTPServer(("", port), Handler)
+        self._server = _listening(port, Handler)
         self._server.daemon_threads = True
         self.port = self._server.server_port
         self._thread = threading.Thread(
