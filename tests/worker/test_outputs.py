@@ -190,8 +190,9 @@ def test_a_lease_that_a_write_could_outlast_is_renewed_first(
     assert renewals == [0.0, 29.0]
 
 
-@pytest.mark.parametrize("lease_s", [3.0, 30.0, 600.0])
+@pytest.mark.parametrize("lease_s", [2.0, 3.0, 30.0, 600.0])
 def test_a_write_ends_within_a_fresh_lease(settings: Settings, lease_s: float) -> None:
+    """Settings allow no lease that is too short for one."""
     options = WorkerSettings(lease_s=lease_s)
     assert output_storage(settings, options).longest_write_s + outputs._EXPECT_S < lease_s
 

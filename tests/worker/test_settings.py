@@ -64,7 +64,7 @@ def test_twice_a_batch_is_held_unless_said_otherwise() -> None:
         ("DTYPE", "float8"),
         ("MAX_BATCH_SIZE", "0"),
         ("CONCURRENCY", "0"),
-        ("LEASE_S", "0.1"),
+        ("LEASE_S", "1.9"),
         ("JOB_TIMEOUT_S", "soon"),
     ],
 )

@@ -155,7 +155,9 @@ class WorkerSettings(BaseSettings):
     )
 
     lease_s: Seconds = Field(
-        default=30.0, gt=0.5, description="A crashed worker's jobs are claimed again after this."
+        default=30.0,
+        ge=2,  # long enough to write an output in
+        description="A crashed worker's jobs are claimed again after this: at least 2.",
     )
     watchdog_s: Seconds = Field(
         default=120.0,
