@@ -99,6 +99,16 @@ def _with_a_lie(folder: Path) -> None:
     file.write_text(json.dumps(config))
 
 
+def _with_lists_for_objects(folder: Path) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vision_config": [1]}))
+
+
+def _with_a_text_for_a_number(folder: Path) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_query_tokens": "x"}))
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
@@ -108,6 +118,8 @@ def _with_a_lie(folder: Path) -> None:
         ),
         (_with_a_mark, "config.json is unreadable: Unexpected UTF-8 BOM"),
         (_with_a_lie, "model 'default'"),
+        (_with_lists_for_objects, "config.json is unusable: Validation error"),
+        (_with_a_text_for_a_number, "'num_query_tokens' expected int, got str"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_loaded_is_one_line(

@@ -116,5 +116,13 @@ def _plain(checkpoint: str) -> str:
     return checkpoint.replace("\\+", "+")
 
 
+def one_line(text: str) -> str:
+    """A text of another library's as one line, as the last words of a worker are."""
+    return " ".join(line.strip() for line in text.splitlines())
+
+
 class ModelError(BlipqError):
-    """A served model cannot be loaded; the message says what to do."""
+    """A served model cannot be loaded; the message says on one line what to do."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))

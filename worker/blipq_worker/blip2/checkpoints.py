@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import Blip2Config
 
 from blipq.errors import BlipqError
-from blipq_worker.models import COCO_PROMPT, COCO_SIDE, VARIANTS, Family, ModelError
+from blipq_worker.models import COCO_PROMPT, COCO_SIDE, VARIANTS, Family, ModelError, one_line
 from blipq_worker.weights import is_lfs_pointer, stray_weights, told_of_file, weight_files
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,10 @@ _NEEDED = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
 class CheckpointError(BlipqError):
-    """A checkpoint is missing, incomplete or of the wrong kind; the message says what to do."""
+    """A checkpoint is missing, incomplete or of the wrong kind; one line says what to do."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
 
 
 class CheckpointMissing(CheckpointError):

@@ -265,8 +265,4 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder, split_special_tokens=True)
     except Exception as error:  # tokenizers raises many kinds, plain ones among them
-        raise CheckpointError(f"{missing}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        raise CheckpointError(f"{missing}: {error}") from error
