@@ -13,6 +13,7 @@ import redis
 import redis.asyncio
 
 from blipq.notifier import PAUSE_S, Subscribers
+from blipq.redaction import redacted
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class AsyncNotifier:
             try:
                 await self._listen()
             except (redis.RedisError, OSError) as error:
-                log.debug("the subscription is opened again: %s", error)
+                log.debug("the subscription is opened again: %s", redacted(str(error)))
             except Exception:  # whatever it is, who waits must hear of jobs again
                 log.warning("the subscription failed and is opened again", exc_info=True)
             if not self._closed:

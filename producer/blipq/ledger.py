@@ -54,6 +54,8 @@ MAX_RETRIES = 5
 MISTAKES = {"ERR", "WRONGTYPE", "NOSCRIPT", "NOPROTO", "EXECABORT"}
 #: In front, or where a server before Redis 7 puts it when a script met it.
 _CODE = re.compile(r"(?:^|: -)([A-Z]{3,})\b")
+#: The server lacks a command, or cannot read a login. It may repeat the arguments: a password.
+_UNKNOWN = re.compile(r"unknown command|\b(?:hello|auth)\b", re.I)
 #: redis-py has classes for some codes, and takes them off the text.
 REFUSALS = (
     redis.exceptions.ReadOnlyError,
@@ -61,6 +63,11 @@ REFUSALS = (
     redis.exceptions.ClusterDownError,
     redis.exceptions.TryAgainError,
     redis.exceptions.AskError,
+)
+
+NO_REDIS = (
+    "Redis refuses: it lacks a command that blipq needs, such as HELLO with AUTH: redis_url must "
+    "name a Redis 6.2 or later that knows all commands by their own names, not a proxy"
 )
 
 DEAD_LETTERS = "blipq:dead-letters"
@@ -135,7 +142,7 @@ def connect(settings: Settings, *, timeout_s: float | None = None) -> "redis.Red
 
 @contextmanager
 def redis_errors(job_id: str | None = None) -> Iterator[None]:
-    """Redis' exceptions as blipq's."""
+    """Redis' exceptions as blipq's, but for replies that say that a command of ours is wrong."""
     try:
         yield
     except redis.exceptions.OutOfMemoryError as error:
@@ -150,6 +157,8 @@ def redis_errors(job_id: str | None = None) -> Iterator[None]:
             raise QueueFull("Redis has no memory left (maxmemory)") from error
         if isinstance(error, REFUSALS) or (code and code[1] not in MISTAKES):
             raise QueueUnavailable(f"Redis refuses: {error}", job_id) from error
+        if _UNKNOWN.search(str(error)):
+            raise QueueUnavailable(NO_REDIS, job_id) from None
         raise
 
 
@@ -184,7 +193,9 @@ class Scripted:
 
 
 class Ledger(Scripted):
-    """The scripts as methods. Raises QueueUnavailable and QueueFull, never Redis' own errors."""
+    """The scripts as methods. Raises QueueUnavailable and QueueFull; Redis' own errors for faults
+    of the scripts alone.
+    """
 
     def close(self) -> None:
         """Closes the connections."""

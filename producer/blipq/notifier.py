@@ -17,6 +17,8 @@ from typing import Any
 
 import redis
 
+from blipq.redaction import redacted
+
 log = logging.getLogger(__name__)
 
 #: Between two attempts at a subscription, and the longest without a look at what is wanted.
@@ -157,7 +159,7 @@ class Notifier:
             try:
                 self._listen()
             except (redis.RedisError, OSError) as error:
-                log.debug("the subscription is opened again: %s", error)
+                log.debug("the subscription is opened again: %s", redacted(str(error)))
             except Exception:  # whatever it is, who waits must hear of jobs again
                 log.warning("the subscription failed and is opened again", exc_info=True)
             self._closed.wait(PAUSE_S)

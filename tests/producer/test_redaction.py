@@ -1,16 +1,27 @@
 """No password, key or signature is shown, however badly its URL is written."""
 
+import json
 import logging
+import os
 import subprocess
 import sys
+import traceback
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from blipq import Client, InvalidRequest, Settings
 from blipq.errors import QueueUnavailable
+from blipq.local import free_port
 from blipq.redaction import Redacting, place_of, redacted
 from blipq.requests import checked
-from conftest import blipq
+from blocking import BlockingClient
+from conftest import blipq, wait_until
+from refusing_redis import refusing_redis, repeating
 
 RAW = ["Hunter2#secret", "Hunter2/secret", "Hunter2?secret", "Hunter2/se#cr?et", "Hunter2 secret"]
 SCHEMES = ["redis", "rediss", "sentinel", "sentinels", "unix"]
@@ -189,3 +200,86 @@ def test_an_exception_that_ends_a_process_or_a_thread_shows_no_secrets(call: str
     assert "RuntimeError: cannot reach amqp://***@host//" in ran.stderr
     assert "Traceback" in ran.stderr
     assert "hu/sh" not in ran.stderr
+
+
+@pytest.mark.parametrize("opened", [Client, BlockingClient])
+@pytest.mark.parametrize(
+    "parts", ["redis://:hunter2@{}/0", "sentinel://{}/0?sentinel_password=hunter2"]
+)
+def test_a_server_that_repeats_the_login_in_its_error_gives_no_password_away(
+    parts: str, opened: Callable[..., Any]
+) -> None:
+    """Redis repeats the arguments of a command that it does not know, such as HELLO."""
+    with (
+        refusing_redis() as port,
+        opened(redis_url=parts.format(f"127.0.0.1:{port}")) as client,
+        pytest.raises(QueueUnavailable, match="HELLO") as refused,
+    ):
+        client.caption("s3://photos/1.jpg")
+    assert "hunter2" not in "".join(traceback.format_exception(refused.value))
+
+
+@pytest.mark.parametrize(
+    ("reply", "code", "told"),
+    [
+        (repeating, 7, "blipq: Redis refuses"),
+        # No error that is expected: its traceback is shown.
+        (lambda _: "-WRONGTYPE of redis://:hunter2@host/0", 1, "WRONGTYPE of redis://***@host/0"),
+    ],
+)
+def test_no_command_shows_the_password_that_an_error_of_redis_repeats(
+    reply: Callable[[list[str]], str], code: int, told: str
+) -> None:
+    with refusing_redis(reply) as port:
+        ran = subprocess.run(
+            [Path(sys.executable).with_name("blipq"), "caption", "s3://photos/1.jpg"],
+            env={**os.environ, "BLIPQ_REDIS_URL": f"redis://:hunter2@127.0.0.1:{port}/0"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert told in ran.stderr
+    assert ran.returncode == code
+    assert "hunter2" not in ran.stdout + ran.stderr
+
+
+def test_a_worker_shows_no_password_that_redis_repeats_on_its_health_port_or_in_its_log() -> None:
+    port = free_port()
+    with refusing_redis() as redis_port:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "blipq_worker"],
+            env={
+                **os.environ,
+                "BLIPQ_REDIS_URL": f"redis://:hunter2@127.0.0.1:{redis_port}/0",
+                "BLIPQ_HEALTH_PORT": str(port),
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            wait_until(
+                lambda: "not connected" in _ready(port).get("broker loop", ""),
+                "the broker's error",
+                timeout=120,
+            )
+            found = _ready(port)
+        finally:
+            worker.kill()
+            _, log = worker.communicate(timeout=30)
+    assert "args beginning with: ***" in found["redis"]
+    assert found["broker loop"].startswith("not connected")
+    assert "hunter2" not in str(found)
+    assert "the broker is away" in log
+    assert "hunter2" not in log
+
+
+def _ready(port: int) -> dict[str, str]:
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=10).close()
+    except urllib.error.HTTPError as unready:
+        with unready:
+            found: dict[str, str] = json.load(unready)
+            return found
+    except OSError:  # the model is being loaded
+        pass
+    return {}

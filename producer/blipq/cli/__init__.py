@@ -85,4 +85,5 @@ def _options(
 def main() -> None:
     """The entry point."""
     redact_tracebacks()
-    app()
+    # Not app(): Typer's own call sets sys.excepthook anew, and a traceback would show passwords.
+    typer.main.get_command(app)()

@@ -43,7 +43,7 @@ class Event:
 
 
 class Outbox(Scripted):
-    """The scripts as methods. Raises QueueUnavailable and QueueFull, never Redis' own errors."""
+    """The scripts as methods, with the errors of ``Ledger``."""
 
     shared = ("outbox",)
 
