@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import unquote_plus
 
 from blipq.contract import CONTRACT, Priority, queue_name, task_name
 from blipq.ledger import Message
 from blipq.redaction import redacted
-from blipq.redis_url import SCHEMES, TLS_OPTIONS, RedisUrl, Tls, take_apart
+from blipq.redis_url import SCHEMES, TLS_OPTIONS, RedisUrl, tls_of
 from blipq.sentinel import asking
 from blipq.settings import Settings
 
@@ -102,10 +103,10 @@ def broker_address(settings: Settings) -> BrokerAddress:
     scheme = url.partition("://")[0].lower()
     if scheme in SCHEMES:
         return _redis_address(RedisUrl.of(url), settings.timeout_s)
-    if scheme == "amqps":
+    if tls := tls_of(url):
         # Its options for TLS are ours: Celery would pass them on under names that py-amqp lacks.
         bare = ";".join(_without(TLS_OPTIONS, each) for each in url.split(";"))
-        return BrokerAddress(bare, tls=Tls.of(take_apart(url.split(";")[0]).query).for_amqp())
+        return BrokerAddress(bare, tls=tls.for_amqp())
     return BrokerAddress(url, REDIS_TRANSPORT if scheme.startswith("redis+") else {})
 
 
@@ -119,7 +120,8 @@ def _redis_address(url: RedisUrl, timeout_s: float) -> BrokerAddress:
 def _without(options: Sequence[str], url: str) -> str:
     """A URL without these options in its query."""
     bare, _, query = url.partition("?")
-    kept = [each for each in query.split("&") if each and each.partition("=")[0] not in options]
+    given = [each for each in query.split("&") if each]
+    kept = [each for each in given if unquote_plus(each.partition("=")[0]) not in options]
     return f"{bare}?{'&'.join(kept)}" if kept else bare
 
 

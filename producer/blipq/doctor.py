@@ -25,7 +25,7 @@ from blipq.contract import CONTRACT
 from blipq.errors import BlipqError, ResultTimeout
 from blipq.ledger import DEAD_LETTERS, Ledger, connect, waiting_keys
 from blipq.redaction import place_of, redacted
-from blipq.redis_url import Tls, take_apart
+from blipq.redis_url import tls_of
 from blipq.refusals import status_of
 from blipq.sample import red_square
 from blipq.settings import Settings
@@ -121,9 +121,8 @@ def _without_secrets(settings: Settings, finding: Finding) -> Finding:
 def _tls(settings: Settings) -> Findings:
     """Only what the URLs say: a server that cannot be verified does not answer below."""
     for option, url in (("redis_url", settings.redis_url), ("broker_url", settings.broker_url)):
-        parts = take_apart((url or "redis://").split(";")[0])
-        tls = Tls.of(parts.query)
-        if parts.scheme in ("rediss", "sentinels", "amqps") and not tls.names_checked:
+        tls = tls_of(url) if url else None
+        if tls and not tls.names_checked:
             what = "the host's name" if tls.verified else "the server"
             message = f"{option}: {what} is not verified: who is in between can read the password"
             advice = "name its authority with ssl_ca_certs, and leave the other ssl_ options out"

@@ -204,6 +204,34 @@ class RedisUrl:
         )
 
 
+def tls_of(url: str) -> Tls | None:
+    """How the servers of a URL of any broker are verified; None where TLS is not blipq's to set.
+
+    Celery takes a list of URLs with ``;`` between them, and passes what it was told of TLS on from
+    one to the next: so it must be the same for all. Raises ValueError, which repeats none of them.
+    """
+    if url.partition("://")[0].lower() in SCHEMES:
+        return RedisUrl.of(url).tls
+    all_parts = [take_apart(each) for each in url.split(";")]
+    if len({parts.scheme for parts in all_parts}) > 1:
+        raise ValueError("all URLs of a list must have the same scheme")
+    found = {_tls_of(parts) for parts in all_parts}
+    if len(found) > 1:
+        raise ValueError("all URLs of a list must have the same ssl_ options")
+    return found.pop()
+
+
+def _tls_of(parts: Parts) -> Tls | None:
+    """Any other option would have kombu set TLS up itself, without verifying the host's name."""
+    given = {name for name in parts.query if name == "ssl" or name.startswith("ssl_")}
+    if parts.scheme == "amqps" and given <= set(TLS_OPTIONS):
+        return Tls.of(parts.query)
+    if given:
+        known = ", ".join(TLS_OPTIONS)
+        raise ValueError(f"only amqps:// takes ssl options, and of them {known} alone")
+    return None
+
+
 def _check_options(parts: Parts) -> None:
     """What is not passed on to both redis-py and Celery would be half heard."""
     known = ["db", "client_name"]

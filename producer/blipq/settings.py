@@ -24,7 +24,7 @@ from pydantic_settings import (
 from blipq.contract import Name, Seconds
 from blipq.guard import Policy
 from blipq.redaction import place_of
-from blipq.redis_url import SCHEMES, RedisUrl, Tls, take_apart
+from blipq.redis_url import RedisUrl, take_apart, tls_of
 
 #: Options that say where the services are. One of them set by hand switches discovery off.
 CONNECTION_FIELDS = (
@@ -111,14 +111,8 @@ def _checked_redis_url(url: str) -> str:
 
 def _checked_broker_url(url: str | None) -> str | None:
     """Of Redis all is checked; of other brokers that nothing is cut off and who is verified."""
-    if url is None:
-        return None
-    if url.partition("://")[0].lower() in SCHEMES:
-        return _checked_redis_url(url)
-    for each in url.split(";"):  # Celery fails over from one to the next
-        parts = take_apart(each)
-        if parts.scheme == "amqps":
-            Tls.of(parts.query)
+    if url is not None:
+        tls_of(url)
     return url
 
 

@@ -261,4 +261,7 @@ def test_a_server_that_is_not_verified_is_told(url: str, told: list[str]) -> Non
         f"{what} is not verified" for what in told
     ]
     assert all(finding.state == "warn" for finding in found)
-    assert len(list(_tls(Settings(broker_url="amqps://h//?ssl_cert_reqs=none")))) == 1
+    query = "?ssl_cert_reqs=none"
+    for broker_url in (f"amqps://h//{query}", f"amqps://h//{query};amqps://i//{query}"):
+        (finding,) = _tls(Settings(broker_url=broker_url))
+        assert finding.message.startswith("broker_url: the server is not verified")

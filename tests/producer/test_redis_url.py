@@ -107,3 +107,7 @@ def test_options_of_another_broker_are_left_to_its_transport() -> None:
     assert broker_address(settings).url == settings.broker_url
     verified = Settings(broker_url="amqps://rabbit//?heartbeat=10&ssl_ca_certs=ca.pem")
     assert broker_address(verified).url == "amqps://rabbit//?heartbeat=10"
+    query = "?ssl_ca_certs=ca.pem"
+    two = broker_address(Settings(broker_url=f"amqps://a//{query};amqps://b//{query}"))
+    assert two.url == "amqps://a//;amqps://b//"
+    assert two.tls == broker_address(verified).tls

@@ -22,11 +22,12 @@ import redis
 from kombu import Connection
 from redis.sentinel import Sentinel
 
-from blipq import Client, Kind, QueueUnavailable, Settings
+from blipq import Client, InvalidRequest, Kind, QueueUnavailable, Settings
 from blipq.broker import Broker, broker_address
 from blipq.ledger import Claim, Ledger, Message, connect
 from blipq.local import free_port, redis_command
 from blipq.notifier import Notifier
+from blipq.requests import checked
 from blipq.supervisor import Service
 from blocking import BlockingClient
 from conftest import wait_until
@@ -231,6 +232,42 @@ def test_a_rabbitmq_is_verified_by_certificate_and_name(
     assert not says_something(misnamed[1], f"?ssl_ca_certs={certificate_of_another}")
     assert not says_something(misnamed[1], "")
     assert says_something(misnamed[1], "?ssl_cert_reqs=none")
+
+
+@pytest.mark.parametrize(
+    "urls",
+    [
+        "amqp://{down};amqps://{up}",
+        "amqps://{down}?ssl_cert_reqs=none;amqps://{up}",
+        "amqps://{down};amqps://{up}?ssl_cert_reqs=none",
+        "amqps://{down};amqps://{up}?ssl_ca_certs=/etc/other.pem",
+        "amqps://{up}?ssl=1",
+        "amqps://{up}?ssl_certreqs=none",
+        "amqp://{up}?ssl=true",
+        "amqp://{up}?%73sl=true",
+        "amqp://{up}?ssl_cert_reqs=required",
+        "pyamqp://{up}?ssl=1",
+    ],
+)
+def test_nothing_is_said_to_a_rabbitmq_that_only_some_of_the_urls_or_options_would_verify(
+    misnamed: tuple[Settings, Proxy],
+    certificate_of_another: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    urls: str,
+) -> None:
+    settings, proxy = misnamed
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate_of_another))
+    monkeypatch.setattr("blipq.broker.PUBLISH_TIMEOUT_S", 8.0)
+    places = {"down": "user:hush@127.0.0.1:1//", "up": f"user:hush@127.0.0.1:{proxy.port}//"}
+    url = urls.format(**places)
+    with pytest.raises(InvalidRequest, match="broker_url: ") as refused:
+        checked(Settings, broker_url=url)
+    assert "hush" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+    broker = Broker(settings.model_copy(update={"broker_url": url}))  # checked by nobody yet
+    assert not broker.publish(MESSAGE)
+    broker.close()
+    assert proxy.heard == b""
 
 
 @pytest.fixture
