@@ -115,8 +115,8 @@ class Notifier:
         ids, inbox = list(ids), Inbox()
         with self._lock:
             self._subscribers.add(ids, inbox)
-            self._start()
         try:
+            self._start()
             yield inbox
         finally:
             with self._lock:
@@ -150,9 +150,17 @@ class Notifier:
                 self._wake.send(b"!")
 
     def _start(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="blipq-notifier", daemon=True)
-            self._thread.start()
+        """Starts the thread. Where none can be started, who waits looks unasked, as ever."""
+        with self._lock:
+            if self._thread is not None:
+                return
+            thread = threading.Thread(target=self._run, name="blipq-notifier", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # too many threads: the next who waits tries again
+                log.warning("no notifications, jobs are looked at instead: %s", error)
+            else:
+                self._thread = thread
 
     def _run(self) -> None:
         while not self._closed.is_set():

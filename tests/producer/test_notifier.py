@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import redis
 
-from blipq import Settings
+from blipq import Client, Settings
 from blipq.ledger import connect
 from blipq.notifier import Notifier
 from conftest import wait_until
@@ -33,6 +33,37 @@ def test_a_waiter_hears_of_its_jobs(notifier: Notifier, raw_redis: "redis.Redis"
         assert inbox.take(5) == ["job_1"]
         tell(raw_redis, OWN, "job_2")
         assert inbox.take(5) == ["job_2"]
+
+
+def no_thread(self: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_thread_that_cannot_be_started_is_tried_again_by_the_next_who_waits(
+    notifier: Notifier,
+    raw_redis: "redis.Redis",
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with monkeypatch.context() as full, caplog.at_level(logging.WARNING, logger="blipq"):
+        full.setattr(threading.Thread, "start", no_thread)
+        with notifier.watch(["job_1"]) as inbox:
+            assert inbox.take(0) == []
+    assert "can't start new thread" in caplog.text
+    assert len(notifier) == 0
+    with notifier.watch(["job_2"]) as inbox:
+        tell(raw_redis, OWN, "job_2")
+        assert inbox.take(5) == ["job_2"]
+
+
+def test_a_client_without_a_thread_waits_all_the_same_and_closes(
+    apart: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Client(apart) as client:
+        job = client.caption("s3://uploads/cat.jpg")
+        job.cancel()
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
+        assert job.wait(10).status == "cancelled"
 
 
 def test_all_who_wait_for_a_job_hear_of_it(notifier: Notifier, raw_redis: "redis.Redis") -> None:
