@@ -49,6 +49,8 @@ def take_apart(url: str) -> Parts:
     """The parts of a URL that may hold a password. Raises ValueError, which repeats none of it."""
     if re.search(r"[\s\x00-\x1f\x7f]", url):
         raise ValueError("there is white space in it, perhaps at its end")
+    if "://" not in url:
+        raise ValueError(f"it begins with a scheme, such as amqp://; and {ESCAPES}, ';' is %3B")
     match = _URL.fullmatch(url)
     # Nothing behind the authority may hold an @: else the password was cut off by a raw character.
     if match is None or (match["authority"] and "@" in match["path"] + (match["query"] or "")):
@@ -239,10 +241,10 @@ def _check_options(parts: Parts) -> None:
         known += TLS_OPTIONS
     if parts.scheme.startswith("sentinel"):
         known += ["master", "sentinel_password"]
-    wrong = sorted(set(parts.query) - set(known))
-    if wrong:
-        tls = " (rediss:// is Redis over TLS)" if wrong[0] in TLS_OPTIONS else ""
-        raise ValueError(f"its query takes {', '.join(known)}; no {wrong[0]!r}{tls}")
+    if wrong := set(parts.query) - set(known):
+        tls = " (rediss:// is Redis over TLS)" if wrong.intersection(TLS_OPTIONS) else ""
+        # Unnamed: behind a raw & it is a part of a password.
+        raise ValueError(f"its query takes {', '.join(known)} alone{tls}; in a password & is %26")
 
 
 def _hosts(parts: Parts) -> list[str]:

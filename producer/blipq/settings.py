@@ -120,13 +120,15 @@ def checked_endpoint_url(url: str | None) -> str | None:
     """An endpoint of S3 or SQS. Raises ValueError, which repeats no password."""
     if url is None:
         return None
-    scheme = take_apart(url).scheme
+    if url.partition("://")[0].lower() not in ("http", "https"):
+        raise ValueError("it begins with http:// or https://")
+    take_apart(url)
     try:
         parts = urlsplit(url)
         has_place = bool(parts.hostname) and parts.port != 0  # a port that is none raises
     except ValueError:
         has_place = False
-    if scheme not in ("http", "https") or not has_place:
+    if not has_place:
         raise ValueError("an endpoint is http:// or https:// and a host, and a port where need be")
     return url
 

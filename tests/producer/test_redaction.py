@@ -65,6 +65,8 @@ def test_a_raw_password_of_another_broker_is_refused_as_well(url: str) -> None:
         "redis://:Hunter2secret@host/0?bogus=1",
         "redis://:Hunter2secret@host/first",
         "redis://host/0?password=Hunter2secret",
+        "redis://host/0?client_name=a&Hunter2secret",
+        "sentinel://host/0?sentinel_password=first&Hunter2secret",
         "http://:Hunter2secret@host/0",
     ],
 )

@@ -82,8 +82,8 @@ def test_the_name_of_a_client_is_told_by_both_sides() -> None:
     ("url", "told"),
     [
         ("redis://127.0.0.1/abc", "the database is a number"),
-        ("redis://127.0.0.1/0?health_check_interval=10", "no 'health_check_interval'"),
-        ("redis://127.0.0.1/0?protocol=3", "no 'protocol'"),
+        ("redis://127.0.0.1/0?health_check_interval=10", "takes db, client_name alone"),
+        ("sentinel://h/0?protocol=3", "takes db, client_name, master, sentinel_password alone"),
         ("redis://127.0.0.1/0?ssl_ca_certs=ca.pem", "rediss:// is Redis over TLS"),
         ("rediss://127.0.0.1/0?ssl_cert_reqs=maybe", "ssl_cert_reqs is"),
         ("redis://127.0.0.1:99999/0", "HOST:PORT"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from blipq import Client, InvalidRequest, Settings
+from blipq.requests import checked
 from blipq.settings import read_stack_file
 
 STACK_REDIS = "redis://:secret@127.0.0.1:7777/0"
@@ -86,6 +87,18 @@ def test_a_process_that_got_the_pid_of_a_dead_stack_is_no_stack(stack_file: Path
 def test_a_damaged_stack_file_is_ignored(stack_file: Path, text: str) -> None:
     stack_file.write_text(text)
     assert read_stack_file() is None
+
+
+@pytest.mark.parametrize("field", ["s3_endpoint_url", "broker_url"])
+def test_a_url_without_a_scheme_is_told_so(field: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"{field}: it begins with "):
+        checked(Settings, **{field: "minio:9000"})
+
+
+def test_an_endpoint_of_s3_speaks_http() -> None:
+    with pytest.raises(InvalidRequest, match="it begins with http:// or https://"):
+        checked(Settings, s3_endpoint_url="ftp://minio:9000")
+    assert Settings(s3_endpoint_url="HTTPS://minio:9000").s3_endpoint == "HTTPS://minio:9000"
 
 
 @pytest.mark.parametrize("name", ["BLIPQ_S3_REGION", "AWS_REGION", "AWS_DEFAULT_REGION"])
