@@ -134,6 +134,10 @@ def _redis(settings: Settings) -> Findings:
         before = time.time()
         try:
             client.ping()
+        except redis.AuthenticationError as error:
+            advice = "set BLIPQ_REDIS_URL with its password; `blipq env` has a local stack's"
+            yield Finding("bad", "redis", f"it refuses the user or password: {error}", advice)
+            return
         except redis.RedisError as error:
             advice = "start Redis or `blipq up`, or set BLIPQ_REDIS_URL"
             yield Finding("bad", "redis", f"it does not answer: {error}", advice)

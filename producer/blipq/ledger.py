@@ -147,6 +147,8 @@ def redis_errors(job_id: str | None = None) -> Iterator[None]:
         yield
     except redis.exceptions.OutOfMemoryError as error:
         raise QueueFull("Redis has no memory left (maxmemory)") from error
+    except redis.AuthenticationError as error:  # a ConnectionError, but it did answer
+        raise QueueUnavailable(f"Redis refuses the user or password: {error}", job_id) from error
     except (redis.ConnectionError, redis.TimeoutError) as error:
         raise QueueUnavailable(f"Redis does not answer: {error}", job_id) from error
     except redis.exceptions.ResponseError as error:

@@ -14,6 +14,7 @@ from pytest_httpserver import HTTPServer
 
 from blipq import Client, Settings, doctor
 from blipq.doctor import Finding, _tls, examine
+from blipq.errors import QueueUnavailable
 from blipq.ledger import Ledger, connect
 from blipq.local import LocalStack
 from blipq.supervisor import Service
@@ -106,6 +107,18 @@ def test_a_draining_worker_does_not_count(apart: Settings, ledger: Ledger) -> No
     info = json.dumps({"models": ["default"], "active": 1, "draining": True})
     ledger.register("leaving", [], info, ttl_s=30, spare=False)
     assert found(apart)["workers"].state == "warn"
+
+
+def test_a_wrong_password_is_told_as_one_and_not_as_an_absent_redis(own_redis: Settings) -> None:
+    with connect(own_redis) as raw:
+        raw.config_set("requirepass", "right")
+    url = own_redis.redis_url.replace("redis://", "redis://:wr%23ng@")
+    settings = own_redis.model_copy(update={"redis_url": url})
+    finding = found(settings)["redis"]
+    assert finding.state == "bad"
+    assert "refuses the user or password" in finding.message
+    with Client(settings) as client, pytest.raises(QueueUnavailable, match="user or password"):
+        client.caption("s3://uploads/cat.jpg")
 
 
 def test_a_redis_that_evicts_and_forgets_is_told(own_redis: Settings) -> None:

@@ -3,6 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
+from blipq.outputs import LOCAL_BUCKET
+from blipq.settings import Settings
 from blipq_worker.settings import WorkerSettings
 
 
@@ -72,3 +74,11 @@ def test_a_wrong_option_is_named(monkeypatch: pytest.MonkeyPatch, name: str, wro
     monkeypatch.setenv(f"BLIPQ_{name}", wrong)
     with pytest.raises(ValidationError, match=name.lower()):
         WorkerSettings()
+
+
+def test_a_worker_beside_a_local_stack_writes_outputs_where_the_stacks_own_does() -> None:
+    """One started as the README says refused the outputs that the first one wrote."""
+    beside = Settings(redis_url="redis://h/0", endpoint_source="local stack")
+    assert WorkerSettings().beside(beside).allowed_outputs == (LOCAL_BUCKET,)
+    assert WorkerSettings(allowed_outputs=("a",)).beside(beside).allowed_outputs == ("a",)
+    assert WorkerSettings().beside(Settings(redis_url="redis://h/0")).allowed_outputs == ()

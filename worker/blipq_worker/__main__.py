@@ -48,7 +48,8 @@ def _loaded() -> "Worker":
     _set_up_logging(os.environ.get("BLIPQ_LOG_LEVEL", "INFO"))
     # Root is common in containers, and only JSON is accepted.
     warnings.filterwarnings("ignore", message="You're running the worker with superuser")
-    settings, options = checked(Settings), checked(WorkerSettings)
+    settings = checked(Settings)
+    options = checked(WorkerSettings).beside(settings)
     logging.getLogger("blipq_worker").info("using %s", settings.endpoints)
     Storage(settings).check_configuration()
     require_port(options.health_port)

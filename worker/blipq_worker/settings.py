@@ -8,6 +8,8 @@ from pydantic import BeforeValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from blipq.contract import Name, Seconds
+from blipq.outputs import LOCAL_BUCKET
+from blipq.settings import Settings
 
 Quantization = Literal["auto", "none", "int8", "nf4"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -198,6 +200,13 @@ class WorkerSettings(BaseSettings):
     def growing_slots(self) -> int:
         """Most texts in flight where their memory is not reserved ahead."""
         return self.decode_slots or 32
+
+    def beside(self, settings: Settings) -> "WorkerSettings":
+        """The same; on a local stack `output` may go where the stack's own worker writes it."""
+        named = "allowed_outputs" in self.model_fields_set
+        if named or settings.endpoint_source != "local stack":
+            return self
+        return self.model_copy(update={"allowed_outputs": (LOCAL_BUCKET,)})
 
     def filling(self, slots: int) -> "WorkerSettings":
         """The same, holding jobs enough to keep so many slots full where no number is given."""
