@@ -1,10 +1,5 @@
 """Trained models, beside the random ones."""
 
-import os
-
-# For the decode kernel, which has no GPU here. Triton asks for it as it is imported.
-os.environ["TRITON_INTERPRET"] = "1"
-
 from collections.abc import Iterator
 
 import pytest
