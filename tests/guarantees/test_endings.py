@@ -332,6 +332,8 @@ def test_what_is_no_message_in_a_list_of_redis_is_refused(rig: Rig) -> None:
         {"properties": whole["properties"] | {"body_encoding": "rot13"}},
         {"content-type": 5},
         {"content-encoding": "klingon"},
+        {"content-type": "\ud800"},
+        {"headers": whole["headers"] | {"blipq-refused": "\ud800"}},
     )
     for number, parts in enumerate(broken):
         text = json.dumps(whole | {"body": json.dumps([[f"job_{number}"], {}, {}])} | parts)

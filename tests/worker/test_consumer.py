@@ -21,7 +21,8 @@ class Told:
     def __init__(self) -> None:
         self.refused: list[Malformed] = []
         self.ended: list[BaseException] = []
-        self.away: list[QueueUnavailable] = []
+        self.dropped = 0
+        self.away: list[Exception] = []
         self.loop = BrokerLoop()
 
     def refuse(self, message: Malformed) -> None:
@@ -29,9 +30,17 @@ class Told:
             raise self.away.pop()
         self.refused.append(message)
 
+    def drop(self) -> None:
+        self.dropped += 1
+
     def consumer(self) -> Any:
         """A consumer without a connection."""
-        door = Door(refuse=self.refuse, problem=lambda: None, ended=self.ended.append)
+        door = Door(
+            refuse=self.refuse,
+            dropped=self.drop,
+            problem=lambda: None,
+            ended=self.ended.append,
+        )
         cls = consumer_class(door, self.loop)
         consumer = cls.__new__(cls)
         consumer.connection_errors = (OSError, KeyError)  # as kombu's for Redis
@@ -105,6 +114,14 @@ def test_a_malformed_message_goes_back_while_the_ledger_is_away(
     message = Message()
     told.consumer().on_decode_error(message, ValueError("no base64"))
     assert (message.outcome, told.refused) == ("given back", [])
+
+
+def test_a_malformed_message_that_cannot_be_recorded_is_dropped_and_counted(told: Told) -> None:
+    """The error once ended the loop, and the message went on to the next worker."""
+    told.away.append(ValueError("no such key"))
+    message = Message()
+    told.consumer().on_decode_error(message, ValueError("no base64"))
+    assert (message.outcome, told.dropped, told.refused) == ("acknowledged", 1, [])
 
 
 def test_a_loop_that_connects_again_is_alive_and_takes_nothing() -> None:

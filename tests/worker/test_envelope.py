@@ -173,6 +173,8 @@ HEADERS = {
     "stamps that are a text": {"stamps": "x", "stamped_headers": ["x"]},
     "a stamp that is missing": {"stamps": {}, "stamped_headers": ["x"]},
     "a header nested deep": {"x": DEEP},
+    "half a character as the reason to refuse it": {WHY: "\ud800"},
+    "half a character in a header": {"task": "\ud800", "origin": "\ud800"},
 }
 
 
@@ -181,6 +183,7 @@ def test_headers_of_a_wrong_kind_are_refused_under_the_jobs_id(headers: dict[str
     with pytest.raises(Malformed) as refused:
         opened(raw(**headers))
     assert refused.value.id == ID
+    assert refused.value.why.encode()
 
 
 PARTS = {
@@ -196,6 +199,9 @@ PARTS = {
     "a content type that is not known": {"content-type": "application/x-python-serialize"},
     "a content type that is a number": {"content-type": 5},
     "a character set that is not known": {"content-encoding": "klingon"},
+    "half a character as a content type": {"content-type": "\ud800"},
+    "half a character as a character set": {"content-encoding": "\ud800"},
+    "half a character as an encoding": {"properties": properties(body_encoding="\ud800")},
 }
 
 
@@ -206,6 +212,7 @@ def test_a_message_that_kombu_cannot_make_is_refused_under_the_jobs_id(
     with pytest.raises(Malformed) as refused:
         opened(raw() | parts)
     assert refused.value.id == ID
+    assert refused.value.why.encode()
 
 
 def test_a_refused_message_survives_being_handed_back() -> None:

@@ -992,6 +992,9 @@ def test_a_job_sent_to_the_queue_of_another_model_waits_in_its_own(
         ({"image": "s3://uploads/a.png"}, ["urgent"]),
         ({"image": "s3://uploads/a.png"}, {3: 4}),
         ({"image": "s3://uploads/a.png"}, {"idempotency_key": "\ud800"}),
+        ({"image": "s3://uploads/a.png"}, {"\ud800": 1}),
+        ({"image": "s3://uploads/a.png", "\ud800": 1}, None),
+        ({"image": "s3://uploads/a\ud800.png"}, None),
         ({"image": "s3://uploads/a.png"}, {"expires_in": float("nan")}),
     ],
 )

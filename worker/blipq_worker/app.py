@@ -142,7 +142,8 @@ class Worker:
         self._health = (
             self._health_server(ledger, metrics) if options.health_port is not None else None
         )
-        harden(dropped=lambda: metrics.refused("dropped"))
+        self._dropped = lambda: metrics.refused("dropped")
+        harden(dropped=self._dropped)
         follow_revokes(self._runner.cancel, self._runner.cancel_sent)
         give_large_blocks_back()
         self._app = make_app(settings)
@@ -187,6 +188,7 @@ class Worker:
         worker_ready.connect(self._on_ready)
         door = Door(
             refuse=self._runner.refuse,
+            dropped=self._dropped,
             problem=lambda: self._heartbeat.problem,
             ended=self._on_ended,
         )

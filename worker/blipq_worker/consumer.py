@@ -24,11 +24,13 @@ class Door:
     """What the consumer tells the worker.
 
     refuse: records or drops a malformed message. Raises QueueUnavailable and QueueFull.
+    dropped: counts a malformed message that could not be recorded.
     problem: why Redis takes no writes, or None.
     ended: the consumer has ended, by an error or as it was told to.
     """
 
     refuse: Callable[[Malformed], None]
+    dropped: Callable[[], None]
     problem: Callable[[], str | None]
     ended: Callable[[BaseException], None]
 
@@ -83,6 +85,10 @@ class Consumer(celery_consumer.Consumer):
             time.sleep(PAUSE_S)  # or it would be here again at once
             message.reject_log_error(log, self.connection_errors, requeue=True)
             return
+        except Exception:
+            # It would fail the same way on the next worker, and end one after another.
+            self.door.dropped()
+            log.exception("a malformed message was dropped: it cannot be recorded")
         message.ack_log_error(log, self.connection_errors)
 
     # -- the connection --

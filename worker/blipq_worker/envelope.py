@@ -158,7 +158,12 @@ def malformed(error: BaseException, headers: Any, payload: Any = None) -> Malfor
     task = named.get("task")
     kind = KINDS.get(task) if isinstance(task, str) else None
     id = next((id for id in _ids(named, payload) if is_id(id)), None)
-    return Malformed(f"malformed message: {why[:500]}", id, kind)
+    return Malformed(f"malformed message: {encodable(why[:500])}", id, kind)
+
+
+def encodable(text: str) -> str:
+    """The text with each half of a character escaped: JSON can bring one, UTF-8 has none."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _ids(headers: dict[str, Any], payload: Any) -> Iterable[Any]:

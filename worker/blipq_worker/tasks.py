@@ -37,7 +37,7 @@ from blipq_worker.ask import Lost, Stopwatch
 from blipq_worker.ask_index import IndexAsker
 from blipq_worker.blip2 import Blip2, Pixels
 from blipq_worker.engine import Engine
-from blipq_worker.envelope import Malformed
+from blipq_worker.envelope import Malformed, encodable
 from blipq_worker.equal import EqualJobs
 from blipq_worker.faults import is_out_of_memory
 from blipq_worker.gate import Draining, Gate
@@ -480,7 +480,7 @@ def _parsed(value: Any) -> Request:
 
 
 def _error(code: ErrorCode, message: str, *, retryable: bool = False) -> str:
-    error = JobError(code=code, message=message[:2000], retryable=retryable)
+    error = JobError(code=code, message=encodable(message[:2000]), retryable=retryable)
     return error.model_dump_json()
 
 
