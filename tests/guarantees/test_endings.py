@@ -312,6 +312,27 @@ def test_no_malformed_message_ends_or_holds_up_a_worker(rig: Rig) -> None:
     assert worker.exit_code is None
 
 
+AFTERWARDS = ({"chain": [{}]}, {"callbacks": [{}]}, {"errbacks": [{}]}, {"chord": {}})
+
+
+def test_nothing_that_celery_would_do_after_a_job_holds_up_a_worker(rig: Rig) -> None:
+    """It once kept a place of the worker for each such message, until it took no more."""
+    worker = rig.start_worker(max_batch_size=2)  # four places: fewer than there are messages
+    ends = {"fine": Status.SUCCEEDED, "raise": Status.FAILED}
+    sent = [(f"job {i} {end}", end, each) for i, each in enumerate(AFTERWARDS * 2) for end in ends]
+    for id, end, embed in sent:
+        request = {"image": rig.image.uri, "prompt": end}
+        headers = {"task": "blipq.caption", "id": id, "group": "g"}
+        rig.send(headers, json.dumps([[id, request], {}, embed]))
+    for id, end, _ in sent:
+        wait_until(lambda id=id: rig.client.ledger.read(id), "its record", 20)
+        assert rig.client.job(id).wait(20).status is ends[end]
+    rig.all_succeed(rig.submit_all(["fine"] * 8))
+    if BROKER == "redis":
+        wait_until(lambda: not rig.redis(lambda raw: raw.zcard("unacked_index")), "no places lost")
+    assert worker.exit_code is None
+
+
 @pytest.mark.skipif(BROKER != "redis", reason="what lies in a list of Redis")
 def test_what_is_no_message_in_a_list_of_redis_is_refused(rig: Rig) -> None:
     worker = rig.start_worker(max_batch_size=2)

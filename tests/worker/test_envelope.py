@@ -99,10 +99,16 @@ def test_headers_that_a_worker_does_not_need_are_not_passed_on() -> None:
     assert set(message.headers) == {"task", "id", "lang"}
 
 
-def test_what_celery_does_after_a_task_is_kept() -> None:
-    callback = {"task": "other", "args": [], "kwargs": {}}
-    message = opened(raw(json.dumps([[ID, REQUEST], {}, {"callbacks": [callback]}])))
-    assert body_of(message)[2]["callbacks"] == [callback]
+@pytest.mark.parametrize("name", ["callbacks", "errbacks", "chain"])
+def test_celery_is_shown_nothing_to_do_after_a_task(name: str) -> None:
+    """Whatever it could not do left the message in hand for ever."""
+    message = opened(raw(json.dumps([[ID, REQUEST], {}, {name: [{}], "chord": {}}])))
+    assert body_of(message) == [[ID, REQUEST], {}, {}]
+
+
+def test_the_group_and_the_stamps_of_a_task_are_not_passed_on() -> None:
+    message = opened(raw(group="g", stamps={"a": "b"}, stamped_headers=["a"]))
+    assert set(message.headers) == {"task", "id", "lang"}
 
 
 def test_a_message_goes_back_to_the_queue_that_it_came_from() -> None:

@@ -23,6 +23,8 @@ from blipq.requests import explain
 
 KINDS = {task_name(kind): kind for kind in Kind}
 PARAMETERS = ("id", "request", "options")
+#: What Celery would look at after a task. Any error there leaves the message in hand for ever.
+AFTERWARDS = {"group", "stamped_headers", "stamps"}
 MAX_ID = 255
 MAX_DEPTH = 32
 #: Under this header a message that is none says why, once it has been made one (see ``sound``).
@@ -83,7 +85,7 @@ def _time(text: str | None) -> str | None:
 
 
 class _Embed(BaseModel):
-    """What Celery does after a task, if its sender wants that."""
+    """What Celery would do after a task, if its sender wants that: judged, and never done."""
 
     model_config = ConfigDict(strict=True)
 
@@ -116,12 +118,13 @@ class _Body(BaseModel):
 
 
 def rewrite(message: Any) -> None:
-    """Leaves in a message only what is well formed, in Celery's protocol 2. Raises Malformed."""
+    """Leaves in a message only the job and what Celery needs to run it, in its protocol 2.
+
+    Raises Malformed.
+    """
     headers, body = _taken_apart(message)
-    kept = headers.model_dump(exclude_none=True)
-    embed = body.embed.model_dump()
-    message.headers = kept
-    message.body = dumps([body.positional, body.named, embed]).encode()
+    message.headers = headers.model_dump(exclude_none=True, exclude=AFTERWARDS)
+    message.body = dumps([body.positional, body.named, {}]).encode()
     message.content_type, message.content_encoding = "application/json", "utf-8"
 
 
