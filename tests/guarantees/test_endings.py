@@ -190,6 +190,23 @@ def test_a_whole_job_revoked_before_it_came_is_cancelled(rig: Rig) -> None:
     assert rig.client.job("job_sent").wait(10).status is Status.CANCELLED
 
 
+def test_a_message_that_had_expired_ends_no_later_one_of_its_id(rig: Rig) -> None:
+    """Celery revokes an id to drop an expired message: once its next job was cancelled for good."""
+    worker = rig.start_worker()
+
+    def send(id: str, job: str, **headers: str) -> None:
+        arguments = [job, {"image": rig.image.uri, "prompt": "fine"}]
+        named = {"task": "blipq.caption", "id": id} | headers
+        rig.send(named, json.dumps([arguments, {}, {}]))
+        wait_until(lambda: rig.client.ledger.read(job), "its record", 20)
+
+    send("task_1", "job_late", expires="2020-01-01T00:00:00+00:00")
+    assert rig.client.job("job_late").wait(10).status is Status.EXPIRED
+    send("task_1", "job_next")
+    assert rig.client.job("job_next").wait(20).status is Status.SUCCEEDED
+    assert worker.exit_code is None
+
+
 def test_a_clock_that_jumps_an_hour_costs_no_lease(rig: Rig) -> None:
     """Leases and deadlines are counted on Redis' clock."""
     worker = rig.start_worker()

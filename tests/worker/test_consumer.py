@@ -140,7 +140,7 @@ def test_every_way_to_revoke_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads cannot be terminated: Celery's own command failed, and took remote control along."""
     monkeypatch.setattr(control.Panel, "data", dict(control.Panel.data))
     cancelled: list[str] = []
-    follow_revokes(cancelled.append, lambda *_: None)
+    follow_revokes(cancelled.append, lambda *_: None, lambda *_: None)
     state = SimpleNamespace(app=Celery(broker="memory://", set_as_current=False))
     control.Panel.data["revoke"](state, "job_1", terminate=True, signal="KILL")
     control.Panel.data["revoke"](state, ["job_2", 7], terminate=False)

@@ -1056,6 +1056,25 @@ def test_a_revoked_job_is_cancelled_wherever_it_is(parts: Parts, picture: bytes)
     assert parts.client.job("job_foreign").status == "cancelled"
 
 
+def test_a_job_whose_message_had_expired_is_recorded_as_expired(
+    parts: Parts, picture: bytes
+) -> None:
+    request = {"image": "s3://uploads/a.png"}
+    parts.runner.expire_sent(Kind.CAPTION, "job_foreign", request, {"expires_in": "1h"})
+    parts.runner.expire_sent(Kind.CAPTION, "job_odd", request, ["odd"])
+    known = parts.client.caption(picture)
+    parts.runner.expire_sent(Kind.CAPTION, known.id)
+    wait_until(lambda: parts.client.job("job_foreign").status == "expired", "its deadline")
+    assert parts.client.job("job_odd").status == "failed"
+    assert known.status == "queued"
+
+
+def test_an_expired_message_while_redis_is_away_ends_nothing(parts: Parts) -> None:
+    Faults(parts.ledger, "submit", LOST, ran=False)
+    parts.runner.expire_sent(Kind.CAPTION, "job_foreign", {"image": "s3://uploads/a.png"})
+    assert parts.ledger.read("job_foreign") is None
+
+
 def test_a_revoke_while_redis_is_away_ends_nothing(parts: Parts, picture: bytes) -> None:
     job = parts.client.caption(picture)
     Faults(parts.ledger, "cancel", LOST, ran=False)

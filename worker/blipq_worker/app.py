@@ -144,7 +144,7 @@ class Worker:
         )
         self._dropped = lambda: metrics.refused("dropped")
         harden(dropped=self._dropped)
-        follow_revokes(self._runner.cancel, self._runner.cancel_sent)
+        follow_revokes(self._runner.cancel, self._runner.cancel_sent, self._runner.expire_sent)
         give_large_blocks_back()
         self._app = make_app(settings)
         register_tasks(self._app, self._runner)

@@ -9,40 +9,46 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from celery.signals import task_revoked
-from celery.worker import control
+from celery.worker import control, state
 
 from blipq.contract import Kind
-from blipq_worker.envelope import KINDS
+from blipq_worker.envelope import KINDS, PARAMETERS
 
 log = logging.getLogger(__name__)
 
 _celery_revoke = control.revoke  # type: ignore[attr-defined]
 
 
-def follow_revokes(
-    cancel: Callable[[str], None], dropped: Callable[[Kind, str, Any, Any], None]
-) -> None:
+#: Kind, id, request and options of a job, as its message holds them.
+Dropped = Callable[[Kind, str, Any, Any], None]
+
+
+def follow_revokes(cancel: Callable[[str], None], dropped: Dropped, expired: Dropped) -> None:
     """Makes every revoke a cancel.
 
     ``cancel`` is called with each id as it is revoked, ``dropped`` with what a message held that
-    was dropped for it: its job may have another id, or not be recorded yet.
+    was dropped for it: its job may have another id, or not be recorded yet. ``expired`` is called
+    with what a message held that had expired by its own header.
     """
 
-    def revoke(state: Any, task_id: Any, *_: Any, **__: Any) -> Any:
+    def revoke(panel: Any, task_id: Any, *_: Any, **__: Any) -> Any:
         ids = _texts(task_id)
         for id in ids:
             cancel(id)
         # Threads cannot be terminated: a job that runs hears from the ledger that it is cancelled.
-        return _celery_revoke(state, ids)
+        return _celery_revoke(panel, ids)
 
-    def terminate(state: Any, signal: Any, task_id: Any, **__: Any) -> Any:
-        return revoke(state, task_id)
+    def terminate(panel: Any, signal: Any, task_id: Any, **__: Any) -> Any:
+        return revoke(panel, task_id)
 
-    def on_revoked(sender: Any, request: Any, expired: bool, **_: Any) -> None:
-        if not expired:
-            named = dict(zip(("id", "request", "options"), request.args, strict=False))
-            named |= request.kwargs
-            dropped(KINDS[sender.name], named["id"], named.get("request"), named.get("options"))
+    def on_revoked(sender: Any, request: Any, **how: Any) -> None:
+        named = dict(zip(PARAMETERS, request.args, strict=False)) | request.kwargs
+        tell = dropped
+        if how["expired"]:
+            # Celery has revoked it to drop it, and would drop each later message of that id too.
+            state.revoked.discard(request.id)
+            tell = expired
+        tell(KINDS[sender.name], named["id"], named.get("request"), named.get("options"))
 
     control.Panel.data |= {"revoke": revoke, "terminate": terminate}
     task_revoked.connect(on_revoked, weak=False)

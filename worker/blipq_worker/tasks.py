@@ -60,6 +60,8 @@ PUT_OFF_S = 10.0
 #: How often Redis is asked again while it is away.
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 2.0
 HAND_BACK_FOR_S = 10.0
+#: The least time to a deadline that the ledger can count.
+AT_ONCE_S = 0.001
 #: What Redis answers while it is away, full or broken; the answer itself may have been lost.
 UNAVAILABLE = (QueueUnavailable, RedisError)
 UNHEARD = (*UNAVAILABLE, QueueFull)
@@ -235,6 +237,18 @@ class Runner:
         except UNHEARD as error:
             log.warning("%s: revoked, and not recorded: %s", id, error)
         self.cancel(id)
+
+    def expire_sent(self, kind: Kind, id: str, request: Any = None, options: Any = None) -> None:
+        """Records a job whose message had expired when it came, with a deadline that is over."""
+        if request is None:  # the ledger has the job, and its deadline
+            return
+        if isinstance(options or {}, dict):
+            options = {**(options or {}), "expires_in": AT_ONCE_S}
+        try:
+            log.info("%s: its message had expired", id)
+            self._adopt(kind, id, request, options)
+        except UNHEARD as error:
+            log.warning("%s: expired, and not recorded: %s", id, error)
 
     def _heard(
         self, ask: Callable[[], AnswerT], unheard: tuple[type[Exception], ...] = UNHEARD
