@@ -17,8 +17,8 @@ from blipq import (
     Status,
     UnknownModel,
 )
-from blipq.contract import CaptionRequest, Options
-from blipq.ledger import Message
+from blipq.contract import CaptionRequest, JobError, Options
+from blipq.ledger import Claim, Message
 from blipq.requests import new_id
 from blipq_worker.settings import WorkerSettings
 from conftest import wait_until
@@ -188,6 +188,23 @@ def test_a_whole_job_revoked_before_it_came_is_cancelled(rig: Rig) -> None:
     )
     wait_until(lambda: rig.client.ledger.read("job_sent"), "its record")
     assert rig.client.job("job_sent").wait(10).status is Status.CANCELLED
+
+
+def test_a_dead_letter_that_was_revoked_runs_when_it_is_retried(rig: Rig) -> None:
+    """Its worker once remembered the revoke, and cancelled it."""
+    ledger, broker = rig.client.ledger, rig.client.broker
+    job = rig.submit("fine")
+    claim = ledger.claim(job.id, "killed")
+    assert isinstance(claim, Claim)
+    error = JobError(code=ErrorCode.ATTEMPTS_EXHAUSTED, message="died three times")
+    assert ledger.fail(claim, error.model_dump_json(), "{}", dead=True)
+    worker = rig.start_worker()
+    broker.app.control.revoke(job.id)
+    wait_until(lambda: f"{job.id}: revoked" in worker.last_words(100), "the revoke")
+    message = ledger.retry_dead_letter(job.id)
+    assert message is not None
+    broker.publish(message)
+    rig.all_succeed([job])
 
 
 def test_a_message_that_had_expired_ends_no_later_one_of_its_id(rig: Rig) -> None:

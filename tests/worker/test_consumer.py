@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from celery.utils.collections import LimitedSet
 from celery.worker import consumer as celery_consumer
-from celery.worker import control
+from celery.worker import control, state
 
 from blipq.errors import QueueUnavailable
 from blipq_worker.consumer import Door, consumer_class
@@ -139,10 +140,17 @@ def test_a_loop_that_connects_again_is_alive_and_takes_nothing() -> None:
 def test_every_way_to_revoke_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads cannot be terminated: Celery's own command failed, and took remote control along."""
     monkeypatch.setattr(control.Panel, "data", dict(control.Panel.data))
+    monkeypatch.setattr(state, "revoked", LimitedSet())
     cancelled: list[str] = []
-    follow_revokes(cancelled.append, lambda *_: None, lambda *_: None)
-    state = SimpleNamespace(app=Celery(broker="memory://", set_as_current=False))
-    control.Panel.data["revoke"](state, "job_1", terminate=True, signal="KILL")
-    control.Panel.data["revoke"](state, ["job_2", 7], terminate=False)
-    control.Panel.data["terminate"](state, "SIGTERM", ["job_3"])
+
+    def cancel(id: str) -> bool:
+        cancelled.append(id)
+        return id != "job_3"
+
+    follow_revokes(cancel, lambda *_: True, lambda *_: None)
+    panel = SimpleNamespace(app=Celery(broker="memory://", set_as_current=False))
+    control.Panel.data["revoke"](panel, "job_1", terminate=True, signal="KILL")
+    control.Panel.data["revoke"](panel, ["job_2", 7], terminate=False)
+    control.Panel.data["terminate"](panel, "SIGTERM", ["job_3"])
     assert cancelled == ["job_1", "job_2", "job_3"]
+    assert list(state.revoked) == ["job_3"], "what the ledger knows must not be dropped later"

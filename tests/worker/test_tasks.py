@@ -1048,11 +1048,11 @@ def test_a_malformed_message_about_a_known_job_changes_nothing(
 
 def test_a_revoked_job_is_cancelled_wherever_it_is(parts: Parts, picture: bytes) -> None:
     job = parts.client.caption(picture)
-    parts.runner.cancel(job.id)
+    assert parts.runner.cancel(job.id)
     assert job.status == "cancelled"
-    parts.runner.cancel("job_unknown")
+    assert not parts.runner.cancel("job_unknown")
     request = {"image": "s3://uploads/a.png"}
-    parts.runner.cancel_sent(Kind.CAPTION, "job_foreign", request)
+    assert parts.runner.cancel_sent(Kind.CAPTION, "job_foreign", request)
     assert parts.client.job("job_foreign").status == "cancelled"
 
 
@@ -1078,7 +1078,7 @@ def test_an_expired_message_while_redis_is_away_ends_nothing(parts: Parts) -> No
 def test_a_revoke_while_redis_is_away_ends_nothing(parts: Parts, picture: bytes) -> None:
     job = parts.client.caption(picture)
     Faults(parts.ledger, "cancel", LOST, ran=False)
-    parts.runner.cancel(job.id)
+    assert not parts.runner.cancel(job.id)
     assert job.status == "queued"
 
 

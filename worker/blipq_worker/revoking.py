@@ -19,36 +19,41 @@ log = logging.getLogger(__name__)
 _celery_revoke = control.revoke  # type: ignore[attr-defined]
 
 
-#: Kind, id, request and options of a job, as its message holds them.
-Dropped = Callable[[Kind, str, Any, Any], None]
+#: Gets kind, id, request and options of a job, as its message holds them.
+Dropped = Callable[[Kind, str, Any, Any], bool]
+Expired = Callable[[Kind, str, Any, Any], None]
 
 
-def follow_revokes(cancel: Callable[[str], None], dropped: Dropped, expired: Dropped) -> None:
+def follow_revokes(cancel: Callable[[str], bool], dropped: Dropped, expired: Expired) -> None:
     """Makes every revoke a cancel.
 
     ``cancel`` is called with each id as it is revoked, ``dropped`` with what a message held that
-    was dropped for it: its job may have another id, or not be recorded yet. ``expired`` is called
-    with what a message held that had expired by its own header.
+    was dropped for it: its job may have another id, or not be recorded yet. Both answer whether
+    the ledger knew the job: only an id that it did not is left to Celery, which drops each message
+    of that id until it is forgotten, also of a job that was queued again since. ``expired`` is
+    called with what a message held that had expired by its own header.
     """
 
     def revoke(panel: Any, task_id: Any, *_: Any, **__: Any) -> Any:
         ids = _texts(task_id)
-        for id in ids:
-            cancel(id)
+        unknown = [id for id in ids if not cancel(id)]
         # Threads cannot be terminated: a job that runs hears from the ledger that it is cancelled.
-        return _celery_revoke(panel, ids)
+        if unknown:
+            _celery_revoke(panel, unknown)
+        return {"ok": f"tasks {', '.join(ids)} flagged as revoked"}
 
     def terminate(panel: Any, signal: Any, task_id: Any, **__: Any) -> Any:
         return revoke(panel, task_id)
 
     def on_revoked(sender: Any, request: Any, **how: Any) -> None:
         named = dict(zip(PARAMETERS, request.args, strict=False)) | request.kwargs
-        tell = dropped
+        job = KINDS[sender.name], named["id"], named.get("request"), named.get("options")
         if how["expired"]:
             # Celery has revoked it to drop it, and would drop each later message of that id too.
             state.revoked.discard(request.id)
-            tell = expired
-        tell(KINDS[sender.name], named["id"], named.get("request"), named.get("options"))
+            expired(*job)
+        elif dropped(*job):
+            state.revoked.discard(request.id)
 
     control.Panel.data |= {"revoke": revoke, "terminate": terminate}
     task_revoked.connect(on_revoked, weak=False)

@@ -222,21 +222,27 @@ class Runner:
         self._ledger.refuse(message.id, message.kind or Kind.CAPTION, error)
         self._metrics.refused("recorded")
 
-    def cancel(self, id: str) -> None:
-        """Cancels a job that was revoked."""
+    def cancel(self, id: str) -> bool:
+        """Cancels a job that was revoked; False if the ledger does not know it or is away."""
         try:
-            log.info("%s: revoked (%s)", id, self._ledger.cancel(id))
+            answer = self._ledger.cancel(id)
         except UNHEARD as error:
             log.warning("%s: revoked, and not cancelled yet: %s", id, error)
+            return False
+        log.info("%s: revoked (%s)", id, answer)
+        return answer != "unknown"
 
-    def cancel_sent(self, kind: Kind, id: str, request: Any = None, options: Any = None) -> None:
-        """Cancels a revoked job whose message has come: it may not have been recorded yet."""
+    def cancel_sent(self, kind: Kind, id: str, request: Any = None, options: Any = None) -> bool:
+        """Cancels a revoked job whose message has come: it may not have been recorded yet.
+
+        False if the ledger does not know it or is away.
+        """
         try:
             if request is not None:
                 self._adopt(kind, id, request, options)
         except UNHEARD as error:
             log.warning("%s: revoked, and not recorded: %s", id, error)
-        self.cancel(id)
+        return self.cancel(id)
 
     def expire_sent(self, kind: Kind, id: str, request: Any = None, options: Any = None) -> None:
         """Records a job whose message had expired when it came, with a deadline that is over."""
