@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from benchmarks.gpu.engine import Card, median_ms
-from benchmarks.gpu.weights import _T5_FOLDER, made_here, write_folder
+from benchmarks.gpu.weights import T5_FOLDER, made_here, write_folder
 from blipq_worker import canary
 from blipq_worker.blip2 import Blip2, GenerateItem, GenerationParams, MatchItem
 from blipq_worker.blip2.loading import Dtype, Quantization
@@ -41,8 +41,8 @@ def precisions(card: Card) -> dict[str, Any]:
     greedy = KINDS["greedy"]
     pairs = zip(_captions(exact, greedy), _captions(here, greedy), strict=True)
     scores = zip(_matches(exact), _matches(here), strict=True)
-    t5 = [Blip2.load(str(_T5_FOLDER), device="cpu", dtype="float32")]
-    t5.append(Blip2.load(str(_T5_FOLDER), device=card.device))
+    t5 = [Blip2.load(str(T5_FOLDER), device="cpu", dtype="float32")]
+    t5.append(Blip2.load(str(T5_FOLDER), device=card.device))
     t5_pairs = zip(*(_captions(each, greedy) for each in t5), strict=True)
     return {
         "dtype": here.info.dtype,

@@ -29,7 +29,7 @@ from blipq_worker.models import demo_folder
 Name = Literal["opt-2.7b", "flan-t5-xl", "itm"]
 
 ROOT = Path(__file__).parents[2]
-_T5_FOLDER = ROOT / "tests" / "models" / "t5"
+T5_FOLDER = ROOT / "tests" / "models" / "t5"
 #: Sizes for a dry run on a CPU.
 _TINY: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _TINY_VISION = {**_TINY, "intermediate_size": 128, "image_size": 56, "patch_size": 14}
@@ -69,7 +69,7 @@ def made_here() -> Iterator[None]:
 
 
 def _source(name: Name) -> Path:
-    return _T5_FOLDER if name == "flan-t5-xl" else demo_folder() / {"itm": "itm"}.get(name, "opt")
+    return T5_FOLDER if name == "flan-t5-xl" else demo_folder() / {"itm": "itm"}.get(name, "opt")
 
 
 def _config(name: Name, *, tiny: bool) -> Blip2Config:
