@@ -326,6 +326,15 @@ class Ledger(Scripted):
             expires_in=(float(job["deadline"]) - float(job["now"])) / 1000,
         )
 
+    def withdraw(self, asked: Mapping[str, str]) -> list[Message]:
+        """Takes back, uncounted, the claims of ``asked`` (nonce to id), whose answers did not come.
+
+        A claim that reaches Redis only later is refused. Returns messages of those jobs that wait
+        now, for whoever cannot return theirs to the broker.
+        """
+        with redis_errors():
+            return _messages(self._run("withdraw", *flat(asked)))
+
     def begin(self, claim: Claim) -> bool:
         """Says that a claim that is ``solo`` begins now; False if it is no longer held.
 
@@ -390,8 +399,7 @@ class Ledger(Scripted):
         options = limit, ms(grace_s), MAX_CRASHES, ttl, int(judge), int(is_broker)
         with redis_errors():
             more, *found = self._run("reconcile", *options)
-        triples = zip(found[::3], found[1::3], found[2::3], strict=True)
-        return Swept([Message(Kind(kind), id, queue) for kind, id, queue in triples], bool(more))
+        return Swept(_messages(found), bool(more))
 
     def register(
         self, worker: str, models: Sequence[str], info: str, *, ttl_s: float, spare: bool
@@ -420,3 +428,9 @@ class Ledger(Scripted):
             answer: int = self._run("lock", key, owner, ms(ttl_s))
         outcomes: tuple[Literal["taken", "kept", "new"], ...] = ("taken", "kept", "new")
         return outcomes[answer]
+
+
+def _messages(found: Sequence[str]) -> list[Message]:
+    """Kind, id and queue of each, as scripts answer them."""
+    triples = zip(found[::3], found[1::3], found[2::3], strict=True)
+    return [Message(Kind(kind), id, queue) for kind, id, queue in triples]

@@ -8,6 +8,7 @@ reaches one. ``GUARANTEES_RUNS=10000`` runs it longer.
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -114,6 +115,17 @@ class Jobs(RuleBasedStateMachine):
                 self.held[worker].append(claim)
                 self.tokens[claim.id] = claim.token
                 self.begun[claim.id] += not claim.solo
+
+    @rule(worker=WORKERS, pick=PICK, late=st.booleans())
+    def withdraw(self, worker: str, pick: int, late: bool) -> None:
+        """A worker that stops hears of no claim; the question may arrive after its withdrawal."""
+        if self.broker:
+            message, nonce = self.broker[pick % len(self.broker)], new_nonce()
+            claim = partial(self.ledger.claim, message.id, worker, lease_s=LEASE_S, nonce=nonce)
+            if not late:
+                claim()
+            self.ledger.withdraw({nonce: message.id})
+            assert not isinstance(claim(), Claim), "nobody hears of it"
 
     @rule(worker=WORKERS, pick=PICK)
     def begin_alone(self, worker: str, pick: int) -> None:
@@ -277,6 +289,7 @@ def test_no_order_of_events_loses_doubles_or_sticks_a_job(
 
 
 MUTATIONS = {
+    "a withdrawn claim may come late": {"if job.nonce == nonce then return {'busy'} end": ""},
     "a stale token may finish": {"if not job or fence(job) ~= token then": "if not job then"},
     "a recovered job stays running": {
         "redis.call('HSET', job_key(id), 'status', 'queued')": "local unchanged = true"

@@ -270,6 +270,32 @@ def test_a_claim_repeated_with_its_nonce_is_the_same_claim(ledger: Ledger) -> No
     assert ledger.succeed(again, RESULT, "{}")
 
 
+def test_a_claim_that_was_not_heard_of_is_withdrawn_uncounted(ledger: Ledger) -> None:
+    submitted(ledger)
+    assert isinstance(ledger.claim("job_1", "w1", nonce="n1"), Claim)
+    for _ in range(2):  # its answer may be lost, too
+        (message,) = ledger.withdraw({"n1": "job_1", "n2": "job_unknown"})
+        assert message.id == "job_1"
+        assert (read(ledger).status, read(ledger).attempts) == (Status.QUEUED, 0)
+    claim = ledger.claim("job_1", "w2", nonce="n3")
+    assert isinstance(claim, Claim)
+    assert ledger.withdraw({"n1": "job_1"}) == [], "another worker's claim is left alone"
+    assert ledger.succeed(claim, RESULT, "{}")
+    assert ledger.withdraw({"n3": "job_1"}) == []
+
+
+def test_a_claim_that_arrives_after_it_was_withdrawn_is_refused(ledger: Ledger) -> None:
+    """Nobody would hear the answer: its lease would run out, which counts as a crash."""
+    submitted(ledger)
+    assert ledger.withdraw({"n1": "job_1"})
+    assert ledger.claim("job_1", "w1", nonce="n1") == "busy"
+    claim = ledger.claim("job_1", "w1", nonce="n2")
+    assert isinstance(claim, Claim)
+    assert ledger.hand_back(claim)
+    assert ledger.claim("job_1", "w1", nonce="n2") == "busy"
+    assert isinstance(ledger.claim("job_1", "w1", nonce="n3"), Claim)
+
+
 def test_a_token_does_not_come_twice_when_a_failover_forgot_its_claim(
     ledger: Ledger, raw_redis: "redis.Redis"
 ) -> None:

@@ -802,6 +802,53 @@ def test_what_is_held_goes_back_through_lost_answers(
     assert parts.held.claims() == []
 
 
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_claim_that_is_not_heard_of_before_the_worker_stops_is_no_crash(
+    parts: Parts, picture: bytes, ran: bool
+) -> None:
+    """The message went back, and the lease of the claim that nobody knew of ran out."""
+
+    class Closing(redis.TimeoutError):
+        def __str__(self) -> str:
+            parts.gate.close()
+            return "the answer did not come"
+
+    job = parts.client.caption(picture)
+    Faults(parts.ledger, "claim", Closing(), ran=ran)
+    with pytest.raises(HandBack):
+        parts.run(job)
+    assert (job.info().status, job.info().attempts) == ("queued", 0)
+    assert parts.ledger.redis.zcard("blipq:running") == 0
+    assert isinstance(parts.ledger.claim(job.id, "w2"), Claim)
+
+
+@pytest.mark.parametrize("lost_device", [False, True])
+def test_a_process_that_ends_withdraws_the_claims_that_it_asks_for(
+    parts: Parts, picture: bytes, lost_device: bool
+) -> None:
+    """It ends at once, as at a second signal: the answer is on its way to nobody."""
+    job, ran, ended = parts.client.caption(picture), threading.Event(), threading.Event()
+    run = parts.ledger._run
+
+    def slow(name: str, *args: Any) -> Any:
+        answer = run(name, *args)
+        if name == "claim":
+            ran.set()
+            ended.wait(20)
+        return answer
+
+    parts.ledger._run = slow  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as pool:
+        claiming = pool.submit(parts.run, job)
+        assert ran.wait(20)
+        parts.gate.close()
+        parts.runner.hand_back_lost() if lost_device else parts.runner.hand_back_all()
+        assert (job.info().status, job.info().attempts) == ("queued", 0)
+        ended.set()
+        claiming.result(20)  # had it lived on, it would have found its claim gone
+    assert (job.info().status, job.info().attempts) == ("queued", 0)
+
+
 def test_what_redis_has_not_taken_back_in_time_stays_held(
     parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -915,7 +962,10 @@ def test_a_retry_through_an_outage_is_counted_once(parts: Parts) -> None:
     assert parts.ledger.redis.hget(f"blipq:job:{job.id}", "retries") == "1"
 
 
-def test_a_message_goes_back_when_the_worker_stops_while_redis_is_away(parts: Parts) -> None:
+def test_a_message_goes_back_when_the_worker_stops_while_redis_is_away(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blipq_worker.tasks.HAND_BACK_FOR_S", 0.0)
     parts.ledger.redis = Client(redis_url="redis://127.0.0.1:1/0").ledger.redis
     with ThreadPoolExecutor(1) as pool:
         ran = pool.submit(parts.runner.run, Kind.CAPTION, "job_1")

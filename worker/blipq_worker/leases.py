@@ -6,7 +6,8 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from blipq.broker import Broker
 from blipq.errors import BlipqError
@@ -33,7 +34,24 @@ class Held:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._asked: dict[str, str] = {}
         self._claims: dict[str, tuple[Claim, threading.Event, list[Callable[[], object]]]] = {}
+
+    @contextmanager
+    def asking(self, id: str, nonce: str) -> Iterator[None]:
+        """While the ledger is asked for a claim, it may be ours without our knowing it."""
+        with self._lock:
+            self._asked[nonce] = id
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._asked[nonce]
+
+    def asked(self) -> dict[str, str]:
+        """The claims that are asked for now: nonce to id."""
+        with self._lock:
+            return dict(self._asked)
 
     def add(self, claim: Claim) -> None:
         """Holds a claim."""

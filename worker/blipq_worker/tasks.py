@@ -4,7 +4,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -141,7 +141,9 @@ class Runner:
         For HAND_BACK_FOR_S at most: the process may be about to end. What Redis has not taken by
         then stays held. Returns how many it took.
         """
-        return self._hand_back_each([(claim, False) for claim in self._held.claims()])
+        # First what is asked for: an answer that comes in between is among the claims.
+        asked = self._held.asked()
+        return self._hand_back_each([(claim, False) for claim in self._held.claims()], asked)
 
     def hand_back_lost(self) -> None:
         """Gives back what runs on a device that is lost.
@@ -149,34 +151,27 @@ class Runner:
         Uncounted; but who may have broken it runs alone from now on, and who did run alone keeps
         its lease: when that runs out, it is a crash.
         """
-        given = []
+        given, unheard = [], self._held.asked()
         for claim in self._held.claims():
             asked = self._held.has_asked(claim)
             if asked and claim.solo:
                 log.error("%s: the device was lost while it ran alone", claim.id)
             else:
                 given.append((claim, asked))
-        self._hand_back_each(given)
+        self._hand_back_each(given, unheard)
 
     # -- claim --
 
     def _claim(self, kind: Kind, id: str, request: Any, options: Any) -> Claim | None:
         """Takes the job, or None if there is nothing to do."""
-        # An answer that was lost may have been a claim: it is asked for again under its nonce.
-        nonce = new_nonce()
-
-        def claimed() -> Claim | Unclaimed:
-            lease_s = self._settings.lease_s
-            return self._ledger.claim(id, self._worker, lease_s=lease_s, nonce=nonce)
-
-        claim = self._heard(claimed)
+        claim = self._asked(id)
         if claim == "unknown" and request is not None:
             try:
                 self._heard(partial(self._adopt, kind, id, request, options), UNAVAILABLE)
             except QueueFull as error:  # there is room when jobs end, which needs this thread
                 time.sleep(LAST_PAUSE_S)
                 raise HandBack from error
-            claim = self._heard(claimed)
+            claim = self._asked(id)
         if claim == "newer":
             # It stays queued: the reconciler publishes it again, until a newer worker takes it.
             log.warning("%s: its contract is newer than this worker's: left in the queue", id)
@@ -184,13 +179,35 @@ class Runner:
         if not isinstance(claim, Claim):
             log.info("%s: nothing to do (%s)", id, claim)
             return None
-        self._held.add(claim)
         if claim.model not in self._engine.models:
             # A foreign client's message, in the queue of another model than its job is for.
             log.info("%s: not served here, goes to its queue: %s", id, claim.queue)
             self._hand_back(claim)
             self._held.remove(claim)
             return None
+        return claim
+
+    def _asked(self, id: str) -> Claim | Unclaimed:
+        """The ledger's answer to a claim, which is held from then on.
+
+        An answer that was lost may have been a claim: it is asked for again under its nonce. Raises
+        HandBack if the worker stops meanwhile; the claim is withdrawn then.
+        """
+        nonce = new_nonce()
+        ask = partial(
+            self._ledger.claim, id, self._worker, lease_s=self._settings.lease_s, nonce=nonce
+        )
+        with self._held.asking(id, nonce):
+            # Only now: what is asked for before the gate closes is seen by who closes it.
+            if self._gate.closed:
+                raise HandBack
+            try:
+                claim = self._heard(ask)
+            except HandBack:
+                self._withdraw({nonce: id}, time.monotonic() + HAND_BACK_FOR_S)
+                raise
+            if isinstance(claim, Claim):
+                self._held.add(claim)
         return claim
 
     def _adopt(self, kind: Kind, id: str, request: Any, options: Any) -> None:
@@ -413,8 +430,13 @@ class Runner:
         if self._taken_back(claim, time.monotonic() + claim.expires_in):
             self._broker.publish(_message(claim))
 
-    def _hand_back_each(self, claims: Sequence[tuple[Claim, bool]]) -> int:
-        """Gives jobs back, each with whether it is suspect; how many Redis took in time."""
+    def _hand_back_each(
+        self, claims: Sequence[tuple[Claim, bool]], asked: Mapping[str, str]
+    ) -> int:
+        """Gives jobs back, each with whether it is suspect; how many Redis took in time.
+
+        asked: claims whose answers have not come yet (nonce to id); these are not counted.
+        """
         until = time.monotonic() + HAND_BACK_FOR_S
         count, given = 0, []
         for claim, suspect in claims:
@@ -425,6 +447,7 @@ class Runner:
             count += 1
             if taken:
                 given.append(_message(claim))
+        given += self._withdraw(asked, until)
         if given:  # at once: a broker that hangs takes its time once, not for each of them
             self._broker.publish_all(given)
         return count
@@ -436,7 +459,7 @@ class Runner:
         count as a crash.
         """
         give = partial(self._ledger.hand_back, claim, suspect=suspect)
-        taken = self._written(give, claim, until)
+        taken = self._written(give, claim.id, until)
         if taken is None:
             return None
         if not self._held.remove(claim):  # another thread gave it back meanwhile
@@ -457,7 +480,7 @@ class Runner:
 
         The claim stays held meanwhile, so that its lease is renewed as soon as Redis is back.
         """
-        written = self._written(write, claim, time.monotonic() + claim.expires_in)
+        written = self._written(write, claim.id, time.monotonic() + claim.expires_in)
         if written is None:
             log.error("%s: expired with its outcome not stored", claim.id)
             return
@@ -466,14 +489,21 @@ class Runner:
             outcome, code = "lost", ""
         self._metrics.done(claim.kind, outcome, watch.took, code)
 
-    def _written(self, write: Callable[[], bool], claim: Claim, until: float) -> bool | None:
+    def _withdraw(self, asked: Mapping[str, str], until: float) -> list[Message]:
+        """Takes claims back that were asked for and not heard; messages of what waits now."""
+        if not asked:
+            return []
+        withdraw = partial(self._ledger.withdraw, asked)
+        return self._written(withdraw, ", ".join(asked.values()), until) or []
+
+    def _written(self, write: Callable[[], AnswerT], what: str, until: float) -> AnswerT | None:
         """What Redis answers to a write that may be repeated; None if nothing ``until`` then."""
         pause = FIRST_PAUSE_S
         while True:
             try:
                 return write()
             except UNHEARD as error:
-                log.warning("%s: Redis has not taken what became of it: %s", claim.id, error)
+                log.warning("%s: Redis has not taken what became of it: %s", what, error)
             left = until - time.monotonic()
             if left <= 0:
                 return None
