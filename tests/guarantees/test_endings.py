@@ -207,6 +207,36 @@ def test_a_dead_letter_that_was_revoked_runs_when_it_is_retried(rig: Rig) -> Non
     rig.all_succeed([job])
 
 
+def test_remote_control_that_would_change_what_a_worker_runs_is_refused(rig: Rig) -> None:
+    """Celery failed, or said that all was well and left a worker that took no more jobs."""
+    worker = rig.start_worker()
+    running = rig.submit("sleep 2")
+    wait_until(lambda: rig.running() == 1, "the job")
+    control = rig.client.broker.app.control
+    queue, task = "blipq.default.normal", "blipq.caption"
+    stamps = {"headers": {"batch": "b"}, "terminate": True}
+    for command, arguments, told in (
+        ("revoke_by_stamped_headers", stamps, "blipq cancel"),
+        ("rate_limit", {"task_name": task, "rate_limit": "1/h"}, "as fast as"),
+        ("time_limit", {"task_name": task, "hard": 0.1}, "BLIPQ_JOB_TIMEOUT_S"),
+        ("pool_grow", {"n": 4}, "BLIPQ_CONCURRENCY"),
+        ("pool_shrink", {"n": 4}, "BLIPQ_CONCURRENCY"),
+        ("autoscale", {"max": 1, "min": 1}, "BLIPQ_CONCURRENCY"),
+        ("pool_restart", {}, "SIGTERM"),
+        ("add_consumer", {"queue": "blipq.other.normal"}, "BLIPQ_MODELS"),
+        ("cancel_consumer", {"queue": queue}, "BLIPQ_MODELS"),
+        ("report", {}, "blipq doctor"),
+    ):
+        answers = control.broadcast(command, arguments, reply=True, timeout=10, limit=1)
+        (answer,) = answers[0].values()
+        assert told in answer["error"], command
+    (conf,) = control.inspect(timeout=10, limit=1).conf().values()
+    assert conf["task_acks_late"]
+    assert not [name for name in conf if name.startswith("broker_")], "it has its password"
+    rig.all_succeed([running, rig.submit("after")])
+    assert "Traceback" not in worker.last_words(1000)
+
+
 def test_a_message_that_had_expired_ends_no_later_one_of_its_id(rig: Rig) -> None:
     """Celery revokes an id to drop an expired message: once its next job was cancelled for good."""
     worker = rig.start_worker()

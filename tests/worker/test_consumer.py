@@ -11,6 +11,7 @@ from celery.worker import control, state
 
 from blipq.errors import QueueUnavailable
 from blipq_worker.consumer import Door, consumer_class
+from blipq_worker.controls import REFUSED
 from blipq_worker.envelope import Malformed
 from blipq_worker.health import BrokerLoop
 from blipq_worker.revoking import follow_revokes
@@ -135,6 +136,14 @@ def test_a_loop_that_connects_again_is_alive_and_takes_nothing() -> None:
     loop.turned()
     assert loop.turning
     assert loop.away() is None
+
+
+def test_each_command_of_remote_control_is_known_to_be_sound_or_refused() -> None:
+    """A new one of Celery's must be judged before workers obey it."""
+    sound = {"revoke", "terminate", "shutdown"}
+    sound |= {"enable_events", "disable_events", "heartbeat", "election"}
+    commands = {name for name, known in control.Panel.meta.items() if known.type == "control"}
+    assert commands - sound == set(REFUSED) - {"report"}
 
 
 def test_every_way_to_revoke_cancels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from blipq.storage import Storage
 from blipq_worker.blip2.compiling import since_compiling
 from blipq_worker.budget import Budget, give_large_blocks_back
 from blipq_worker.consumer import Door, consumer_class
+from blipq_worker.controls import refuse_controls
 from blipq_worker.engine import Engine
 from blipq_worker.faults import Trust
 from blipq_worker.fetch import Fetcher
@@ -144,6 +145,7 @@ class Worker:
         )
         self._dropped = lambda: metrics.refused("dropped")
         harden(dropped=self._dropped)
+        refuse_controls()
         follow_revokes(self._runner.cancel, self._runner.cancel_sent, self._runner.expire_sent)
         give_large_blocks_back()
         self._app = make_app(settings)
