@@ -187,6 +187,9 @@ class Worker:
             self._health.start()
         # A receiver, so that Celery leaves logging as the process set it up.
         setup_logging.connect(_keep_logging)
+        # Its "succeeded" means that a task returned, also where its job is retried or handed back:
+        # what came of each job is told by the runner.
+        logging.getLogger("celery.app.trace").setLevel(logging.WARNING)
         worker_ready.connect(self._on_ready)
         door = Door(
             refuse=self._runner.refuse,

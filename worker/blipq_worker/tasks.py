@@ -402,7 +402,7 @@ class Runner:
     def _fail(self, claim: Claim, error: WorkError, watch: Stopwatch) -> NoReturn:
         text = _error(error.code, str(error), retryable=error.retryable)
         write = partial(self._ledger.fail, claim, text, watch.receipt())
-        self._finish(write, claim, watch, "failed", error.code)
+        self._finish(write, claim, watch, "failed", error)
         raise JobFailedTask(f"{error.code}: {error}") from error
 
     def _retry(self, claim: Claim, error: TransientError, watch: Stopwatch) -> None:
@@ -413,7 +413,7 @@ class Runner:
         log.warning("%s: %s: again in %.1f s", claim.id, error, pause)
         text = _error(error.code, str(error), retryable=True)
         write = partial(self._ledger.retry, claim, pause, text)
-        self._finish(write, claim, watch, "retried", error.code)
+        self._finish(write, claim, watch, "retried", error)
 
     def _refused_access(self, claim: Claim, error: AccessRefused, watch: Stopwatch) -> None:
         """S3 refuses this worker, so the job is another's, or this one's later: uncounted."""
@@ -465,6 +465,7 @@ class Runner:
         if not self._held.remove(claim):  # another thread gave it back meanwhile
             return False
         if taken:
+            log.info("%s: handed back", claim.id)
             self._metrics.done(claim.kind, "handed_back", {})
         return taken
 
@@ -474,7 +475,7 @@ class Runner:
         claim: Claim,
         watch: Stopwatch,
         outcome: Outcome,
-        code: str = "",
+        error: WorkError | None = None,
     ) -> None:
         """Stores an outcome, through an outage of Redis if need be: until the job's deadline.
 
@@ -486,8 +487,11 @@ class Runner:
             return
         if not written:
             log.info("%s: its outcome came too late and is dropped", claim.id)
-            outcome, code = "lost", ""
-        self._metrics.done(claim.kind, outcome, watch.took, code)
+            outcome, error = "lost", None
+        else:
+            why = f": {error.code}: {error}" if error else ""
+            log.info("%s: %s%s", claim.id, outcome.replace("_", " "), why)
+        self._metrics.done(claim.kind, outcome, watch.took, error.code if error else "")
 
     def _withdraw(self, asked: Mapping[str, str], until: float) -> list[Message]:
         """Takes claims back that were asked for and not heard; messages of what waits now."""
