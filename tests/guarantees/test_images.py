@@ -1,6 +1,7 @@
 """Faults 28 and 29: what S3 answers and what the bytes turn out to be."""
 
 import io
+import re
 import struct
 import time
 import urllib.error
@@ -38,6 +39,24 @@ def test_a_passing_s3_fault_is_retried_until_it_passes(rig: Rig) -> None:
     faults = ("503x4", "cutx2", "dripx2", "500x1")
     jobs = [rig.client.caption(rig.upload(fault)) for fault in faults]
     rig.all_succeed(jobs, timeout=60)
+
+
+def test_the_log_says_what_came_of_each_job(rig: Rig) -> None:
+    """Celery said "succeeded" of a task whose job was to be retried."""
+    worker = rig.start_worker()
+    again = rig.client.caption(rig.upload("503x4"))
+    bad = rig.client.caption(rig.upload("404"))
+    rig.all_succeed([again])
+    assert bad.wait(20).status is Status.FAILED
+    told = [line for line in worker.last_words(1000).splitlines() if "succeeded" in line]
+    assert len(told) == 1
+    assert told[0].endswith(f"{again.id}: succeeded")
+    for line in (
+        f"{again.id}: retried: image_unavailable",
+        f"{bad.id}: failed: image_not_found",
+    ):
+        assert line in worker.last_words(1000)
+    assert re.search(r"ready after \d+\.\d s: ", worker.last_words(1000))
 
 
 def test_an_s3_fault_that_does_not_pass_ends_as_image_unavailable(rig: Rig) -> None:

@@ -16,6 +16,7 @@ from blipq_worker.health import PortTaken, require_port
 from blipq_worker.leases import EXIT_HUNG
 from blipq_worker.models import ModelError
 from blipq_worker.settings import WorkerSettings
+from blipq_worker.starting import START
 
 if TYPE_CHECKING:
     from blipq_worker.app import Worker
@@ -54,10 +55,11 @@ def _loaded() -> "Worker":
     Storage(settings).check_configuration()
     require_port(options.health_port)
     # torch and transformers take seconds to import: wrong settings are told before.
-    from transformers.utils import logging as transformers_logging
+    with START.part("imports"):
+        from transformers.utils import logging as transformers_logging
 
-    from blipq_worker.app import Worker
-    from blipq_worker.load import checker, load_models
+        from blipq_worker.app import Worker
+        from blipq_worker.load import checker, load_models
 
     transformers_logging.disable_progress_bar()
     models = load_models(options)

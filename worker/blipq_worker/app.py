@@ -41,6 +41,7 @@ from blipq_worker.pictures import Pictures
 from blipq_worker.revoking import follow_revokes
 from blipq_worker.s3_access import S3Access
 from blipq_worker.settings import WorkerSettings
+from blipq_worker.starting import START
 from blipq_worker.strays import Strays
 from blipq_worker.tasks import HandBack, JobFailedTask, Runner
 from blipq_worker.transport import harden
@@ -298,6 +299,7 @@ class Worker:
     def _on_ready(self, sender: Any, **_: Any) -> None:
         """Takes the signals over from Celery, whose own handling waits without an end."""
         log.info("%s is ready: %s", self.name, ", ".join(self._models))
+        log.info("ready after %s", START)
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
 

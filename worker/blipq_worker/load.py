@@ -13,6 +13,7 @@ from blipq_worker.budget import give_large_blocks_back
 from blipq_worker.faults import DeviceLost, is_device_fault
 from blipq_worker.models import ModelError, served_model
 from blipq_worker.settings import WorkerSettings
+from blipq_worker.starting import START
 from blipq_worker.weights import how_to_get, weights_of_served
 
 if TYPE_CHECKING:
@@ -45,9 +46,10 @@ def _settle(loaded: "Future[dict[str, Blip2]]", options: WorkerSettings) -> None
 
 
 def _load_all(options: WorkerSettings) -> "dict[str, Blip2]":
-    from blipq_worker import canary
-    from blipq_worker.blip2 import FeatureCache
-    from blipq_worker.goldens import GoldenError, read_goldens
+    with START.part("imports"):
+        from blipq_worker import canary
+        from blipq_worker.blip2 import FeatureCache
+        from blipq_worker.goldens import GoldenError, read_goldens
 
     give_large_blocks_back()  # what is quantized was read in full before
     try:
@@ -60,11 +62,14 @@ def _load_all(options: WorkerSettings) -> "dict[str, Blip2]":
         with _explained(name, options):
             model = _load(name, what, options, cache)
             if options.compile:
-                canary.warm(model)
+                with START.part("warm-up"):
+                    canary.warm(model)
             if options.canary:
-                canary.check(model, goldens.get(what))
+                with START.part("canary"):
+                    canary.check(model, goldens.get(what))
         loaded[name] = model
-    _open_slots(list(loaded.values()), options)
+    with START.part("slots and graphs"):
+        _open_slots(list(loaded.values()), options)
     return loaded
 
 

@@ -31,6 +31,7 @@ from blipq_worker.blip2.preprocessing import Pixels, Preprocessor
 from blipq_worker.blip2.retrieval import Matcher, MatchItem, RerankItem
 from blipq_worker.blip2.sessions import WritingSession
 from blipq_worker.models import Family
+from blipq_worker.starting import START
 
 log = logging.getLogger(__name__)
 
@@ -305,8 +306,10 @@ class _Part:
 
     @classmethod
     def load(cls, name: str, side: Side, setup: Setup) -> "_Part":
-        checkpoint = open_checkpoint(name)
-        model = load_weights(checkpoint, setup)
+        with START.part("digest of weights"):
+            checkpoint = open_checkpoint(name)
+        with START.part("weights to the device"):
+            model = load_weights(checkpoint, setup)
         split_tower(model)
         preprocessor = Preprocessor(checkpoint)
         precision = f"{setup.precision(checkpoint.family)}/{setup.quantizing}/{setup.attention}"
