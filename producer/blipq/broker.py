@@ -56,8 +56,11 @@ def make_app(settings: Settings) -> "Celery":
     """A Celery app for the settings' broker."""
     from celery import Celery
 
+    from blipq.failover import EachByItsName
+
     address = broker_address(settings)
     app = Celery("blipq", broker=address.url, set_as_current=False)
+    app.amqp.Connection = EachByItsName
     app.conf.update(
         task_acks_late=True,
         task_ignore_result=True,

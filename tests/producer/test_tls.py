@@ -20,10 +20,11 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 from kombu import Connection
+from kombu.exceptions import OperationalError
 from redis.sentinel import Sentinel
 
 from blipq import Client, InvalidRequest, Kind, QueueUnavailable, Settings
-from blipq.broker import Broker, broker_address
+from blipq.broker import Broker, broker_address, make_app
 from blipq.ledger import Claim, Ledger, Message, connect
 from blipq.local import free_port, redis_command
 from blipq.notifier import Notifier
@@ -232,6 +233,27 @@ def test_a_rabbitmq_is_verified_by_certificate_and_name(
     assert not says_something(misnamed[1], f"?ssl_ca_certs={certificate_of_another}")
     assert not says_something(misnamed[1], "")
     assert says_something(misnamed[1], "?ssl_cert_reqs=none")
+
+
+def test_each_rabbitmq_of_a_list_is_verified_by_its_own_name(
+    secured: tuple[Settings, Proxy],
+    misnamed: tuple[Settings, Proxy],
+    certificate: Path,
+    certificate_of_another: Path,
+) -> None:
+    """Kombu held every host of the list against the name of the first."""
+
+    def says_something(proxy: Proxy, authority: Path) -> bool:
+        places = "evil.example:1//", f"127.0.0.1:{proxy.port}//"
+        url = ";".join(f"amqps://user:hush@{each}?ssl_ca_certs={authority}" for each in places)
+        app = make_app(secured[0].model_copy(update={"broker_url": url}))
+        for connection in (app.connection_for_write(), app.connection_for_read().clone()):
+            with pytest.raises(OperationalError):  # refused by us, or by what is no RabbitMQ
+                connection.ensure_connection(max_retries=2, interval_start=0, interval_step=0)
+        return proxy.heard != b""
+
+    assert says_something(secured[1], certificate)
+    assert not says_something(misnamed[1], certificate_of_another)
 
 
 @pytest.mark.parametrize(
