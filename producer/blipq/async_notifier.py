@@ -4,18 +4,13 @@ Like ``notifier``, it only wakes those who wait.
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-import redis
 import redis.asyncio
 
-from blipq.notifier import PAUSE_S, Subscribers
-from blipq.redaction import redacted
-
-log = logging.getLogger(__name__)
+from blipq.notifier import PAUSE_S, Outage, Subscribers
 
 CHECK_S = 5.0
 
@@ -60,6 +55,7 @@ class AsyncNotifier:
         self._task: asyncio.Task[None] | None = None
         self._reading: asyncio.Timeout | None = None
         self._leaving = False
+        self._outage = Outage()
 
     def __len__(self) -> int:
         """How many jobs are waited for."""
@@ -108,10 +104,8 @@ class AsyncNotifier:
         while not self._closed:
             try:
                 await self._listen()
-            except (redis.RedisError, OSError) as error:
-                log.debug("the subscription is opened again: %s", redacted(str(error)))
-            except Exception:  # whatever it is, who waits must hear of jobs again
-                log.warning("the subscription failed and is opened again", exc_info=True)
+            except Exception as error:  # whatever it is, who waits must hear of jobs again
+                self._outage.failed(error)
             if not self._closed:
                 await asyncio.sleep(PAUSE_S)
 
@@ -122,8 +116,12 @@ class AsyncNotifier:
                 while not self._closed:
                     await self._follow(pubsub)
                     message = await self._next(pubsub)
-                    if message is not None and message["type"] == "message":
+                    if message is None:
+                        continue
+                    if message["type"] == "message":
                         self.tell(message["data"])
+                    elif message["type"] == "subscribe":
+                        self._outage.over()
             finally:
                 self._leaving = True
 

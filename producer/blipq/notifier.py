@@ -9,6 +9,7 @@ import logging
 import selectors
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 #: Between two attempts at a subscription, and the longest without a look at what is wanted.
 PAUSE_S = 0.5
+#: So many attempts in a row fail before it is an outage; and the least time between two warnings.
+OUTAGE_FAILURES, SILENT_S = 3, 60.0
 
 
 class Inbox:
@@ -89,6 +92,40 @@ class Subscribers:
             inbox.tell(id)
 
 
+class Outage:
+    """Says once that there are no notifications, and once that they are back.
+
+    A connection that is dropped and opened again is no outage.
+    """
+
+    def __init__(self) -> None:
+        self._failures = 0
+        self._told = False
+        self._silent_until = 0.0
+
+    def failed(self, error: Exception) -> None:
+        """A subscription ended, or could not be made."""
+        self._failures += 1
+        expected = isinstance(error, (redis.RedisError, OSError))
+        why = redacted(f"{type(error).__name__}: {error}")
+        if self._told or (expected and self._failures < OUTAGE_FAILURES) or self._is_silent():
+            log.debug("the subscription is opened again: %s", why)
+            return
+        self._told, self._silent_until = True, time.monotonic() + SILENT_S
+        shown = None if expected else error
+        log.warning("no notifications, jobs are looked at instead: %s", why, exc_info=shown)
+
+    def over(self) -> None:
+        """A subscription was confirmed."""
+        self._failures = 0
+        if self._told:
+            self._told = False
+            log.info("notifications are heard again")
+
+    def _is_silent(self) -> bool:
+        return time.monotonic() < self._silent_until
+
+
 class Notifier:
     """A thread that listens on this client's channel, and on those of other clients' jobs.
 
@@ -104,6 +141,7 @@ class Notifier:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._wake: socket.socket | None = None
+        self._outage = Outage()
 
     def __len__(self) -> int:
         """How many jobs are waited for."""
@@ -166,10 +204,8 @@ class Notifier:
         while not self._closed.is_set():
             try:
                 self._listen()
-            except (redis.RedisError, OSError) as error:
-                log.debug("the subscription is opened again: %s", redacted(str(error)))
-            except Exception:  # whatever it is, who waits must hear of jobs again
-                log.warning("the subscription failed and is opened again", exc_info=True)
+            except Exception as error:  # whatever it is, who waits must hear of jobs again
+                self._outage.failed(error)
             self._closed.wait(PAUSE_S)
 
     def _listen(self) -> None:
@@ -208,6 +244,8 @@ class Notifier:
         while (message := pubsub.get_message(timeout=0)) is not None:
             if message["type"] == "message":
                 self.tell(message["data"])
+            elif message["type"] == "subscribe":
+                self._outage.over()
 
 
 def _wait_for(connection: Any, woken: socket.socket) -> None:

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import redis
+import redis.asyncio
 
 from blipq import Settings
 from blipq.async_ledger import connect_async
@@ -90,6 +91,35 @@ def test_it_hears_on_through_dropped_connections_and_channels_that_come_and_go(
     with caplog.at_level(logging.WARNING, logger="blipq"):
         asyncio.run(scenario())
     assert not caplog.records
+
+
+def test_an_outage_is_one_warning_and_one_line_at_its_end(
+    apart: Settings,
+    raw_redis: "redis.Redis",
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("blipq.async_notifier.PAUSE_S", 0.01)
+    attempts, away = [0], [True]
+
+    def connecting() -> "redis.asyncio.Redis":
+        attempts[0] += 1
+        if away[0]:
+            raise redis.ConnectionError("away")
+        return connect_async(apart, reconnects=False)
+
+    async def scenario() -> None:
+        notifier = AsyncNotifier(connecting, OWN)
+        async with notifier.watch(["job_1"]) as inbox:
+            await until(lambda: attempts[0] > 20, "a long outage")
+            away[0] = False
+            await until(lambda: raw_redis.publish(OWN, "job_1"), "the subscription")
+            assert (await inbox.take(5))[0] == "job_1"
+        await notifier.aclose()
+
+    with caplog.at_level(logging.INFO, logger="blipq"):
+        asyncio.run(scenario())
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
 def test_a_notification_that_is_no_text_does_not_end_it(

@@ -9,7 +9,7 @@ import redis
 
 from blipq import Client, Settings
 from blipq.ledger import connect
-from blipq.notifier import Notifier
+from blipq.notifier import Notifier, Outage
 from conftest import wait_until
 
 OWN, FOREIGN = "blipq:ended:own", "blipq:ended:foreign"
@@ -54,6 +54,56 @@ def test_a_thread_that_cannot_be_started_is_tried_again_by_the_next_who_waits(
     with notifier.watch(["job_2"]) as inbox:
         tell(raw_redis, OWN, "job_2")
         assert inbox.take(5) == ["job_2"]
+
+
+class Away:
+    """A Redis that can be away."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.error: Exception | None = None
+        self.attempts = 0
+
+    def connect(self) -> "redis.Redis":
+        self.attempts += 1
+        if self.error is not None:
+            raise self.error
+        return connect(self._settings)
+
+
+@pytest.mark.parametrize("error", [redis.ConnectionError("away"), ValueError("broken")])
+def test_an_outage_is_one_warning_and_one_line_at_its_end(
+    apart: Settings,
+    raw_redis: "redis.Redis",
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    monkeypatch.setattr("blipq.notifier.PAUSE_S", 0.01)
+    away = Away(apart)
+    away.error = error
+    notifier = Notifier(away.connect, OWN)
+    with caplog.at_level(logging.INFO, logger="blipq"), notifier.watch(["job_1"]) as inbox:
+        wait_until(lambda: away.attempts > 20, "a long outage")
+        away.error = None
+        tell(raw_redis, OWN, "job_1")
+        assert inbox.take(5) == ["job_1"]
+    notifier.close()
+    first, last = caplog.records
+    assert (first.levelname, last.levelname) == ("WARNING", "INFO")
+    assert str(error) in first.getMessage()
+    assert "heard again" in last.getMessage()
+
+
+def test_outages_that_follow_each_other_are_told_once_a_minute(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    outage = Outage()
+    with caplog.at_level(logging.INFO, logger="blipq"):
+        for _ in range(20):
+            outage.failed(ValueError("no text"))
+            outage.over()
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
 def test_a_client_without_a_thread_waits_all_the_same_and_closes(
