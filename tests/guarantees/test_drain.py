@@ -1,12 +1,15 @@
 """Faults 5, 6 and 37: a worker is told to stop, or another version comes."""
 
+import hashlib
 import signal
 from typing import Any
 
 import pytest
 
 from blipq import Job, Status, records
+from blipq.ledger import script_text
 from conftest import wait_until
+from guarantees.muted_redis import muted_redis
 from guarantees.rig import Rig
 from stacks import BROKER
 
@@ -61,6 +64,24 @@ def test_a_worker_killed_while_it_drains_leaves_its_jobs_to_the_next(rig: Rig) -
     rig.start_worker()
     info = job.wait(40)
     assert (info.status, info.attempts) == (Status.SUCCEEDED, 2)
+
+
+def test_a_claim_whose_answer_is_lost_while_the_worker_drains_is_no_crash(rig: Rig) -> None:
+    """Its message went back, and the lease that nobody knew of ran out: that counted."""
+    claim = hashlib.sha1(script_text("claim").encode()).hexdigest()
+    with muted_redis(rig.settings.redis_url) as muted:
+        worker = rig.start_worker(redis_url=muted.url, timeout_s=1)
+        rig.all_succeed([rig.submit("before")])
+        muted.lost = claim.encode()
+        job = rig.submit("unheard")
+        wait_until(lambda: rig.running() == 1, "the claim")
+        worker.signal(signal.SIGTERM)
+        rig.wait_for_death(worker, 30)
+    assert worker.exit_code == 0
+    assert (job.info().status, job.info().attempts) == (Status.QUEUED, 0)
+    assert rig.running() == 0
+    rig.start_worker()
+    assert job.wait(30).attempts == 1
 
 
 def test_a_job_with_a_newer_contract_waits_for_a_newer_worker(rig: Rig) -> None:
