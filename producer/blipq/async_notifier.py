@@ -40,6 +40,21 @@ class AsyncInbox:
         return told
 
 
+async def _end(connection: Any) -> None:
+    """Waits until a subscription's connection is closed, which redis-py does not.
+
+    Over TLS the server has to answer: a loop that ended before would leave the socket open.
+    """
+    if connection is None:
+        return
+    writer = connection._writer
+    try:
+        await connection.disconnect()
+    except (redis.RedisError, OSError):  # no answer in time
+        if writer is not None:
+            writer.transport.abort()
+
+
 class AsyncNotifier:
     """A task that listens on this client's channel, and on those of other clients' jobs.
 
@@ -124,6 +139,7 @@ class AsyncNotifier:
                         self._outage.over()
             finally:
                 self._leaving = True
+                await _end(pubsub.connection)
 
     async def _follow(self, pubsub: Any) -> None:
         """Subscribes to what is wanted now, and to nothing else."""

@@ -5,12 +5,16 @@ Whoever stands in between with a certificate of another name, or of nobody known
 The server in the local stack's wheel has no TLS, so a proxy in front of it ends the encryption.
 """
 
+import asyncio
+import gc
 import os
 import shutil
 import socket
 import ssl
 import subprocess
 import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +28,8 @@ from kombu.exceptions import OperationalError
 from redis.sentinel import Sentinel
 
 from blipq import Client, InvalidRequest, Kind, QueueUnavailable, Settings
+from blipq.async_ledger import connect_async
+from blipq.async_notifier import AsyncNotifier
 from blipq.broker import Broker, broker_address, make_app
 from blipq.ledger import Claim, Ledger, Message, connect
 from blipq.local import free_port, redis_command
@@ -71,6 +77,7 @@ class Proxy:
         self.port = self._listening.getsockname()[1]
         self.taken = 0
         self.heard = b""
+        self.lingers_s = 0.0
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
@@ -94,6 +101,7 @@ class Proxy:
             _pump(inside, outside, self._hear)
             outside.shutdown(socket.SHUT_RDWR)
             back.join()
+            time.sleep(self.lingers_s)
 
     def _hear(self, data: bytes) -> None:
         self.heard += data
@@ -164,6 +172,31 @@ def test_a_certificate_of_nobody_known_is_refused(
     ):
         client.caption(IMAGE)
     assert proxy.taken == 0
+
+
+@pytest.mark.parametrize("lingers_s", [0.5, 5.0])
+def test_an_async_notifier_leaves_no_connection_open_over_tls(
+    secured: tuple[Settings, Proxy], apart: Settings, lingers_s: float
+) -> None:
+    """TLS ends with an answer of the server: the loop was closed before that had come."""
+
+    settings = secured[0].model_copy(update={"timeout_s": 2.0})
+
+    async def scenario() -> None:
+        notifier = AsyncNotifier(lambda: connect_async(settings, reconnects=False), "ended:own")
+        with connect(apart) as plain:
+            async with notifier.watch(["job_1"]) as inbox:
+                while not plain.publish("ended:own", "job_1"):
+                    await asyncio.sleep(0.02)
+                assert await inbox.take(5) == ["job_1"]
+        await notifier.aclose()
+
+    secured[1].lingers_s = lingers_s
+    with warnings.catch_warnings(record=True) as left:
+        warnings.simplefilter("always", ResourceWarning)
+        asyncio.run(scenario())
+        gc.collect()
+    assert not [str(each.message) for each in left]
 
 
 @pytest.mark.parametrize("opened", [Client, BlockingClient])
