@@ -18,8 +18,10 @@ class Refusal(StrEnum):
     """Why an answer was no."""
 
     PASSING = "passing"  # the store is busy or down, or two requests met
+    FULL = "full"  # the store or a quota has no room until somebody makes some
     EXPIRED = "expired"  # the asker's token or clock; credential chains renew tokens by themselves
     ACCESS = "access"  # the asker's credentials or region: the request is not at fault
+    ACCOUNT = "account"  # the account is suspended, unpaid, or was never given this service
     MISSING = "missing"
     CHANGED = "changed"  # a condition of the request does not hold
     FORBIDDEN = "forbidden"
@@ -28,38 +30,60 @@ class Refusal(StrEnum):
 
 
 #: Refusals of the asker, whatever it asks for.
-OF_THE_ASKER = frozenset({Refusal.EXPIRED, Refusal.ACCESS})
-#: Refusals that pass without anyone's doing.
-_FOR_NOW = frozenset({Refusal.PASSING, Refusal.EXPIRED})
+OF_THE_ASKER = frozenset({Refusal.EXPIRED, Refusal.ACCESS, Refusal.ACCOUNT})
+#: Refusals after which the same request may succeed: a producer is told to try again.
+FOR_NOW = frozenset({Refusal.PASSING, Refusal.EXPIRED, Refusal.FULL})
 
 _NAMED: Mapping[Refusal, str] = {
     Refusal.PASSING: """
-        SlowDown SlowDownRead SlowDownWrite Busy RequestTimeout RequestTimeoutException
+        SlowDown SlowDownRead SlowDownWrite SlowDownException Busy ServerBusy
+        RequestTimeout RequestTimeoutException
         TooManyRequests TooManyRequestsException RequestLimitExceeded BandwidthLimitExceeded
+        RateLimitExceeded UserRateLimitExceeded QpsOverlimit
         RequestThrottled RequestThrottledException Throttling ThrottlingException ThrottledException
         PriorRequestNotComplete OverLimit OperationAborted ConditionalRequestConflict
-        TemporaryRedirect IncompleteBody BadDigest XAmzContentSHA256Mismatch IDPCommunicationError
-        InternalError InternalFailure ServiceUnavailable KMS.InternalException
-        KMS.KMSInternalException KMS.DependencyTimeoutException KMS.KeyUnavailableException
-        KMS.ThrottlingException""",
+        TemporaryRedirect IncompleteBody BadDigest XAmzContentSHA256Mismatch
+        XAmzContentChecksumMismatch ClientDisconnect IDPCommunicationError
+        InternalError InternalFailure ServiceUnavailable XMinioBackendDown
+        XMinioServerNotInitialized XMinioIAMNotInitialized XMinioBucketMetadataNotInitialized
+        KMS.InternalException KMS.KMSInternalException KMS.DependencyTimeoutException
+        KMS.KeyUnavailableException KMS.ThrottlingException""",
+    Refusal.FULL: """
+        XMinioStorageFull XMinioAdminBucketQuotaExceeded QuotaExceeded BucketQuotaExceeded
+        StorageQuotaExceeded InsufficientStorage InsufficientStorageSpace InsufficientCapacity""",
     Refusal.EXPIRED: """
-        ExpiredToken ExpiredTokenException TokenRefreshRequired RequestExpired RequestTimeTooSkewed
-        RequestInTheFuture""",
+        ExpiredToken ExpiredTokenException TokenRefreshRequired RequestExpired ExpiredRequest
+        RequestTimeTooSkewed RequestInTheFuture""",
     Refusal.ACCESS: """
-        InvalidToken InvalidTokenId InvalidAccessKeyId InvalidClientTokenId
-        UnrecognizedClientException UserSuspended
+        InvalidToken InvalidTokenId InvalidAccessKeyId AccessKeyDisabled InvalidClientTokenId
+        UnrecognizedClientException
         SignatureDoesNotMatch InvalidSignatureException IncompleteSignature
-        AuthorizationHeaderMalformed MissingAuthenticationToken MissingSecurityHeader
-        PermanentRedirect IllegalLocationConstraintException CredentialsNotSupported
-        InvalidSecurity NotSignedUp AccountProblem""",
+        AuthorizationHeaderMalformed AuthorizationParametersError
+        MissingAuthenticationToken MissingSecurityHeader
+        PermanentRedirect IllegalLocationConstraintException InvalidRegion EndpointNotFound
+        XMinioInsecureClientRequest CredentialsNotSupported InvalidSecurity""",
+    # AllAccessDisabled and InvalidPayer: the provider has closed what the account holds.
+    Refusal.ACCOUNT: """
+        AccountProblem UserAccountProblem UserProjectAccountProblem AccountDisabled
+        AccountSuspended InvalidAccountId AllAccessDisabled InvalidPayer
+        NotSignedUp OptInRequired SubscriptionRequiredException PendingVerification
+        NotEntitled UnauthorizedAccess UnauthorizedAccessError
+        UserSuspended UserDisable UserDisabled InArrearOrInsufficientBalance""",
     Refusal.MISSING: "NoSuchKey NoSuchVersion NoSuchBucket NotFound",
     Refusal.CHANGED: "PreconditionFailed",
-    Refusal.FORBIDDEN: "AccessDenied AllAccessDisabled InvalidObjectState",
+    Refusal.FORBIDDEN: "AccessDenied InvalidObjectState",
     # S3 says InvalidRequest where an object needs its own key (SSE-C), which blipq never sends.
-    Refusal.ENCRYPTION: "InvalidRequest",
+    Refusal.ENCRYPTION: "InvalidRequest ResourceIsEncryptedWithCustomerEncryptionKey",
 }
 CODES: Mapping[str, Refusal] = {
     code: refusal for refusal, codes in _NAMED.items() for code in codes.split()
+}
+#: What is in codes that the table does not know, in small letters.
+_PARTS = {
+    "throttl": Refusal.PASSING,
+    "quotaexceeded": Refusal.FULL,
+    "storagefull": Refusal.FULL,
+    "kms": Refusal.ENCRYPTION,
 }
 
 _STATUSES = {
@@ -70,6 +94,7 @@ _STATUSES = {
     308: Refusal.ACCESS,
     400: Refusal.INVALID,
     401: Refusal.ACCESS,  # by definition about who asks
+    402: Refusal.ACCOUNT,  # payment required
     403: Refusal.FORBIDDEN,
     404: Refusal.MISSING,
     405: Refusal.MISSING,  # a delete marker, read by its version id
@@ -78,6 +103,14 @@ _STATUSES = {
     413: Refusal.INVALID,
     414: Refusal.INVALID,
     416: Refusal.INVALID,
+    507: Refusal.FULL,
+}
+#: What somebody must do, told to producers.
+_TODO = {
+    Refusal.FULL: "S3 has no room: delete objects or raise the quota",
+    Refusal.EXPIRED: "S3 refuses for now: renew the credentials, or set the clock",
+    Refusal.ACCESS: "S3 refuses: check keys, region and endpoint (BLIPQ_S3_*, or AWS's own)",
+    Refusal.ACCOUNT: "S3 refuses the account: its owner must settle that with the provider",
 }
 #: Requests of botocore's credential chain. Who is refused there is the asker, whatever S3 would
 #: have said of the object.
@@ -120,9 +153,9 @@ def refusal_of(error: Exception) -> Refusal:
         return error.refusal
     if isinstance(error, botocore.ClientError):
         refusal = _refusal(code_of(error), status_of(error))
-        if error.operation_name.startswith(_CREDENTIALS) and refusal not in _FOR_NOW:
-            return Refusal.ACCESS
-        return refusal
+        if not error.operation_name.startswith(_CREDENTIALS):
+            return refusal
+        return refusal if refusal in OF_THE_ASKER | FOR_NOW else Refusal.ACCESS
     if isinstance(error, botocore.NoCredentialsError | botocore.PartialCredentialsError):
         return Refusal.ACCESS
     if isinstance(
@@ -138,11 +171,8 @@ def refusal_of(error: Exception) -> Refusal:
 def _refusal(code: str, status: int) -> Refusal:
     if (known := CODES.get(code)) is not None:
         return known
-    if "Throttl" in code:
-        return Refusal.PASSING
-    if "KMS" in code:
-        return Refusal.ENCRYPTION
-    return _STATUSES.get(status, Refusal.PASSING)
+    found = (refusal for part, refusal in _PARTS.items() if part in code.lower())
+    return next(found, _STATUSES.get(status, Refusal.PASSING))
 
 
 def refusal_in(text: str) -> Refusal | None:
@@ -171,8 +201,6 @@ def s3_errors() -> Iterator[None]:
 
 def _told(error: Exception) -> S3Refused | S3Unavailable:
     refusal = refusal_of(error)
-    if refusal is Refusal.EXPIRED:
-        return S3Unavailable(f"S3 refuses for now: {error}", refusal)
-    if refusal is Refusal.PASSING:
-        return S3Unavailable(f"S3 does not answer: {error}")
-    return S3Refused(f"S3 refuses: {error}", refusal)
+    usual = "S3 does not answer" if refusal is Refusal.PASSING else "S3 refuses"
+    message = f"{_TODO.get(refusal, usual)}: {error}"
+    return (S3Unavailable if refusal in FOR_NOW else S3Refused)(message, refusal)

@@ -21,6 +21,13 @@ from blipq.watch.objects import Objects
 from blipq.watch.queue import Queue
 from refusing_s3 import RefusingS3, refusing_s3
 
+FULL = [
+    (403, "QuotaExceeded"),  # Ceph
+    (400, "XMinioAdminBucketQuotaExceeded"),
+    (507, "XMinioStorageFull"),
+    (403, "InsufficientStorageSpace"),  # Huawei
+    (403, "ProjectQuotaExceeded"),  # of no store that is known
+]
 #: Refusals that pass, though their status says that the request is wrong.
 PASSING = [
     (400, "RequestTimeout"),
@@ -35,6 +42,22 @@ PASSING = [
     (409, "ConditionalRequestConflict"),
     (429, "TooManyRequests"),
     (503, "SlowDown"),
+    (400, "XMinioBackendDown"),
+    (400, "XAmzContentChecksumMismatch"),
+    *FULL,
+]
+ACCOUNT = [
+    (403, "AccountProblem"),
+    (403, "AccountDisabled"),
+    (403, "AllAccessDisabled"),
+    (403, "InvalidPayer"),
+    (403, "NotSignedUp"),
+    (403, "InvalidAccountId"),
+    (403, "UserProjectAccountProblem"),  # Google
+    (403, "NotEntitled"),  # R2
+    (403, "UserSuspended"),  # Ceph
+    (403, "InArrearOrInsufficientBalance"),  # Huawei
+    (402, "PaymentRequired"),
 ]
 OURS = [
     (400, "InvalidToken"),
@@ -42,8 +65,11 @@ OURS = [
     (403, "InvalidAccessKeyId"),
     (403, "SignatureDoesNotMatch"),
     (403, "InvalidTokenId"),  # MinIO, of a session token
-    (403, "UserSuspended"),  # Ceph
+    (403, "AccessKeyDisabled"),
+    (400, "InvalidRegion"),  # MinIO
+    (400, "XMinioInsecureClientRequest"),
     (401, "Unauthorized"),
+    *ACCOUNT,
 ]
 
 
@@ -86,6 +112,31 @@ def test_an_upload_that_no_later_try_can_save_is_refused(
     error = refusal(lambda: storage.upload(b"a cat"))
     assert isinstance(error, InvalidRequest)
     assert not error.retryable
+
+
+@pytest.mark.parametrize(("status", "code"), FULL)
+def test_a_producer_is_told_to_make_room(
+    s3: RefusingS3, storage: Storage, status: int, code: str
+) -> None:
+    s3.refuse(status, code)
+    error = refusal(lambda: storage.upload(b"a cat"))
+    assert "S3 has no room: delete objects or raise the quota" in str(error)
+
+
+@pytest.mark.parametrize(("status", "code"), ACCOUNT)
+def test_a_producer_is_told_whose_account_it_is(
+    s3: RefusingS3, storage: Storage, status: int, code: str
+) -> None:
+    s3.refuse(status, code)
+    error = refusal(lambda: storage.upload(b"a cat"))
+    assert "its owner must settle that with the provider" in str(error)
+
+
+def test_a_producer_is_told_to_check_its_keys(s3: RefusingS3, storage: Storage) -> None:
+    s3.refuse(403, "InvalidAccessKeyId")
+    assert "check keys, region and endpoint" in str(refusal(lambda: storage.upload(b"a cat")))
+    s3.refuse(400, "ExpiredToken")
+    assert "renew the credentials" in str(refusal(lambda: storage.upload(b"a cat")))
 
 
 @pytest.mark.parametrize(("status", "code"), PASSING[::3])
@@ -172,6 +223,7 @@ def told(code: str, status: int, operation: str = "GetObject") -> ClientError:
         (403, "AccessDenied", Refusal.ACCESS),
         (400, "InvalidIdentityToken", Refusal.ACCESS),
         (403, "RegionDisabledException", Refusal.ACCESS),
+        (403, "OptInRequired", Refusal.ACCOUNT),
         (404, "ResourceNotFoundException", Refusal.ACCESS),
         (400, "InvalidRequest", Refusal.ACCESS),
         (400, "ExpiredTokenException", Refusal.EXPIRED),
@@ -191,7 +243,9 @@ def test_a_refused_credential_chain_is_never_about_the_object(
     ("error", "expected"),
     [
         (told("KMS.NotFoundException", 400), Refusal.ENCRYPTION),
+        (told("CloudKmsDisabledKey", 400), Refusal.ENCRYPTION),
         (told("InvalidRequest", 400), Refusal.ENCRYPTION),
+        (told("507", 507), Refusal.FULL),
         (told("ThrottledByAnotherStore", 400), Refusal.PASSING),
         (told("SomethingNew", 400), Refusal.INVALID),
         (told("SomethingNew", 403), Refusal.FORBIDDEN),
@@ -218,8 +272,9 @@ def test_a_code_is_found_in_what_a_library_says_of_it() -> None:
     assert all(code.strip() == code for code in CODES)
 
 
+@pytest.mark.parametrize("code", ["InvalidAccessKeyId", "AccountDisabled"])
 def test_a_watch_ends_where_its_own_credentials_are_refused(
-    apart: Settings, s3: RefusingS3
+    apart: Settings, s3: RefusingS3, code: str
 ) -> None:
     """The upload is not at fault: it is not refused, and the source tells of it again."""
     from blipq.watch.events import Told
@@ -227,12 +282,12 @@ def test_a_watch_ends_where_its_own_credentials_are_refused(
     from producer.watch.test_watcher import Script, Watched
 
     rule = {"name": "c", "bucket": "photos", "request": {"kind": "caption"}}
-    s3.refuse(403, "InvalidAccessKeyId")
+    s3.refuse(403, code)
     where = s3.settings.s3_endpoint_url
     with Client(apart.model_copy(update={"s3_endpoint_url": where})) as client:
         batch = Script(Told("photos", "cat.jpg"))
         watched = Watched(Rules.model_validate({"name": "w", "rules": [rule]}), client)
-        with pytest.raises(S3Refused, match="InvalidAccessKeyId"):
+        with pytest.raises(S3Refused, match=code):
             watched.take(batch)
     assert batch.refused is None
     assert watched.counts == (0, 0, 0, 0)

@@ -170,6 +170,8 @@ def refusing(s3: RefusingS3) -> Fetcher:
         (409, "OperationAborted"),
         (429, "TooManyRequests"),
         (503, "SlowDown"),
+        (403, "QuotaExceeded"),
+        (507, "XMinioStorageFull"),
     ],
 )
 def test_a_store_that_is_busy_may_serve_later(
@@ -190,6 +192,10 @@ def test_a_store_that_is_busy_may_serve_later(
         (400, "AuthorizationHeaderMalformed"),
         (403, "RequestTimeTooSkewed"),
         (403, "InvalidAccessKeyId"),
+        (403, "AccessKeyDisabled"),
+        (403, "AccountDisabled"),
+        (403, "AllAccessDisabled"),
+        (403, "NotSignedUp"),
     ],
 )
 def test_what_is_wrong_with_the_worker_is_not_the_jobs_fault(

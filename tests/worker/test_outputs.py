@@ -14,6 +14,7 @@ from blipq.storage import Storage
 from blipq_worker import outputs
 from blipq_worker.ask import Lost
 from blipq_worker.outputs import Outputs, output_storage
+from blipq_worker.s3_access import AccessRefused
 from blipq_worker.settings import WorkerSettings
 from refusing_s3 import refusing_s3
 
@@ -233,6 +234,29 @@ def test_an_output_whose_key_is_gone_is_not_the_requests_fault(client: Client, u
         with pytest.raises(PermanentError) as raised:
             writer.write(claimed(client, uri), "mine")
     assert raised.value.code == "internal"
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(403, "QuotaExceeded"), (400, "XMinioAdminBucketQuotaExceeded")]
+)
+def test_an_output_that_finds_no_room_is_tried_again(
+    client: Client, uri: str, status: int, code: str
+) -> None:
+    with refusing_s3() as s3:
+        s3.script = [None, (status, code)]  # the HEAD is answered, the PUT is not taken
+        writer = Outputs(Storage(s3.settings, attempts=1), client.ledger, OPTIONS)
+        with pytest.raises(TransientError, match="delete objects or raise the quota"):
+            writer.write(claimed(client, uri), "mine")
+
+
+def test_an_output_that_a_closed_account_refuses_is_the_workers_affair(
+    client: Client, uri: str
+) -> None:
+    with refusing_s3() as s3:
+        s3.refuse(403, "AccountDisabled")
+        writer = Outputs(Storage(s3.settings, attempts=1), client.ledger, OPTIONS)
+        with pytest.raises(AccessRefused):
+            writer.write(claimed(client, uri), "mine")
 
 
 def test_a_job_without_an_output_asks_nobody(client: Client, storage: Storage) -> None:

@@ -78,6 +78,15 @@ def test_a_worker_whose_endpoint_redirects_everything_is_not_ready(
         )
 
 
+def test_a_worker_whose_account_is_closed_is_not_ready_while_it_is(s3: RefusingS3) -> None:
+    asked = access(s3)
+    s3.refuse(403, "AccountDisabled")
+    assert asked.is_refused("a job met AccountDisabled")
+    assert "AccountDisabled" in str(asked.trouble())
+    s3.refuse(404, "NoSuchKey")
+    assert asked.trouble() is None
+
+
 def test_a_worker_whose_profile_is_gone_is_not_ready_and_its_jobs_are_not_at_fault(
     s3: RefusingS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ ASK_EVERY_S = 5.0
 
 
 class AccessRefused(TransientError):
-    """S3 refuses the worker, not the job: its credentials, its clock or its region are wrong.
+    """S3 refuses the worker, not the job: its credentials, account, clock or region are wrong.
 
     The job goes back to its queue, uncounted.
     """

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from blipq.boto import boto_client
 from blipq.errors import QueueUnavailable
-from blipq.refusals import Refusal, S3Refused, S3Unavailable, refusal_of
+from blipq.refusals import FOR_NOW, S3Refused, S3Unavailable, refusal_of
 from blipq.settings import Settings
 from blipq.watch.events import Told, Unreadable, read
 from blipq.watch.sources import Batch, Found
@@ -143,6 +143,6 @@ def _sqs_errors() -> Iterator[None]:
         yield
     except (ClientError, BotoCoreError) as error:
         refusal = refusal_of(error)
-        if refusal in (Refusal.PASSING, Refusal.EXPIRED):
+        if refusal in FOR_NOW:
             raise S3Unavailable(f"SQS does not answer: {error}", refusal) from error
         raise S3Refused(f"SQS refuses: {error}", refusal) from error

@@ -22,7 +22,7 @@ from blipq.errors import (
 )
 from blipq.overview import Overview
 from blipq.recording import FIRST_PAUSE_S, LAST_PAUSE_S, record_all
-from blipq.refusals import Refusal, S3Refused
+from blipq.refusals import OF_THE_ASKER, S3Refused
 from blipq.requests import Submission
 from blipq.watch.objects import Objects, Upload
 from blipq.watch.rules import Rule, Rules
@@ -131,7 +131,7 @@ class Watcher:
                 lambda: self.objects.head(found.bucket, found.key, version), batch
             )
         except S3Refused as error:
-            if error.refusal is Refusal.ACCESS:
+            if error.refusal in OF_THE_ASKER:
                 raise  # it is not about this upload: the source will tell of it again
             return error
 
