@@ -218,10 +218,92 @@ def test_a_bomb_in_the_metadata_is_not_unpacked(name: bytes) -> None:
     at = data.index(b"IDAT") - 4
     tracemalloc.start()
     try:
-        refused(data[:at] + bomb + data[at:], ErrorCode.IMAGE_INVALID)
+        assert decode(data[:at] + bomb + data[at:]).getpixel((0, 0)) == RED
+        assert decode(data[:-12] + bomb + data[-12:]).getpixel((0, 0)) == RED
         assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
     finally:
         tracemalloc.stop()
+
+
+DAMAGED_CHUNKS = {
+    "a profile whose checksum is wrong": chunk(b"iCCP", b"k\0\0" + zlib.compress(b"x"))[:-1] + b"!",
+    "a profile of an unknown method": chunk(b"iCCP", b"k\0\7garbage"),
+    "a profile without a name": chunk(b"iCCP", b"garbage"),
+    "a text of an unknown method": chunk(b"zTXt", b"k\0\7garbage"),
+    "a text that is not compressed": chunk(b"iTXt", b"k\0\1\0\0\0garbage"),
+    "a text whose checksum is wrong": chunk(b"iTXt", b"k\0\0\0\0\0text")[:-1] + b"!",
+    "short colours": chunk(b"cHRM", b"\0\0"),
+    "a short size": chunk(b"pHYs", b"\0"),
+    "an animation without frames": chunk(b"acTL", b"\0"),
+    "EXIF whose checksum is wrong": chunk(b"eXIf", b"II*\0")[:-1] + b"!",
+    "EXIF that is none": chunk(b"eXIf", b"garbage"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_CHUNKS)
+def test_damaged_metadata_does_not_spoil_a_png(damage: str) -> None:
+    """Before its pixels or behind them, beside an EXIF block that says which side is up."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.new("RGB", (20, 10), RED), exif=None if "EXIF" in damage else exif)
+    for at in (data.index(b"IDAT") - 4, len(data) - 12):
+        image = decode(data[:at] + DAMAGED_CHUNKS[damage] + data[at:])
+        assert image.size == ((20, 10) if "EXIF" in damage else (10, 20))
+        assert image.getpixel((0, 0)) == RED
+
+
+#: The worker's own filter, which tests take away.
+QUIET = pytest.mark.filterwarnings(r"ignore::UserWarning:PIL\.")
+
+
+def segment(code: int, body: bytes) -> bytes:
+    return bytes([0xFF, code]) + struct.pack(">H", 2 + len(body)) + body
+
+
+@QUIET
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        segment(0xE0, b"JFIF\0"),
+        segment(0xE2, b"ICC_PROFILE\0"),
+        segment(0xED, b"Photoshop 3.0\x008BIM\4\4"),
+        segment(0xEE, b"Adobe"),
+        segment(0xE2, b"MPF\0" + bytes(40)),
+        segment(0xE2, b"MPF\0MM\0*\xff\xff\xff\xff"),
+        segment(0xE1, b"Exif\0\0II*\0\xff\xff\xff\xff"),
+        segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0\xff<tiff:Orientation='x'>"),
+    ],
+)
+def test_damaged_metadata_does_not_spoil_a_jpeg(damaged: bytes) -> None:
+    for colours in ("RGB", "CMYK"):
+        data = encoded(Image.effect_noise((20, 10), 60).convert(colours), "JPEG")
+        found = decode(data[:2] + damaged + data[2:])
+        assert found.tobytes() == decode(data).tobytes()
+
+
+def test_a_jpeg_keeps_its_orientation_beside_a_damaged_profile() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.new("RGB", (20, 10)), "JPEG", exif=exif)
+    assert decode(data[:2] + segment(0xE2, b"ICC_PROFILE\0") + data[2:]).size == (10, 20)
+
+
+@QUIET
+@pytest.mark.parametrize("format", ["WEBP", "AVIF"])
+def test_metadata_that_is_garbage_does_not_spoil_a_picture(format: str) -> None:
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + 40 * b"\xff"
+    garbage = {"icc_profile": b"profile" * 40, "exif": exif, "xmp": b"<x:xmp" * 40}
+    data = encoded(Image.new("RGB", (20, 10), RED), format, **garbage)
+    assert decode(data).size == (20, 10)
+
+
+def test_damage_of_what_a_png_shows_is_image_invalid() -> None:
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([*BLUE, *RED])
+    data = encoded(palette, transparency=0)
+    for name in (b"IHDR", b"tRNS"):
+        at = data.index(name) + 4
+        refused(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :], ErrorCode.IMAGE_INVALID)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF"])

@@ -6,16 +6,22 @@ any pixel is decoded, the time is bounded, and whatever a decoder raises on host
 """
 
 import io
+import logging
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
-from blipq_worker.structure import Excessive, check_scans, scans_in
+from blipq_worker.structure import Excessive, check_scans, scans_in, without_metadata
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,8 @@ Image.MAX_IMAGE_PIXELS = DEFAULT_LIMITS.max_pixels
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 Image.init()
+
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 #: The most that decoding held, in bytes per pixel: the decoder's own buffers (WebP's two canvases,
 #: AVIF's planes, a progressive JPEG's coefficients), the picture, and its next form.
@@ -80,17 +88,17 @@ _BOX_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC
 
 
 class _Timed(io.BytesIO):
-    """A file that cannot be read once its thread has worked on it for so many seconds.
+    """A file that cannot be read once its thread has worked on it for so many seconds: ``until``.
 
     Pillow feeds its decoders piece by piece, so that this ends what Python could not: JPEG, PNG and
     GIF, and whatever goes through a header in Python. WebP and AVIF are decoded in one call; there
     the number of pixels is the bound.
     """
 
-    def __init__(self, data: bytes, seconds: float) -> None:
+    def __init__(self, data: bytes, seconds: float, until: float) -> None:
         super().__init__(data)
         self._seconds = seconds
-        self._until = time.thread_time() + seconds
+        self._until = until
 
     def read(self, size: int | None = -1, /) -> bytes:
         """The next bytes. Raises PermanentError (image_invalid) when the time is over."""
@@ -103,7 +111,8 @@ def decode(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """The image in ``data``: RGB, upright, first frame of an animation.
 
     EXIF orientation is applied, transparency is laid on white, 16-bit greyscale is scaled to
-    8 bits, and CMYK, palettes, greyscale and bitmaps are converted. Thread-safe.
+    8 bits, and CMYK, palettes, greyscale and bitmaps are converted. Damaged metadata (colour
+    profiles, texts, EXIF) is passed over. Thread-safe.
 
     Raises PermanentError with ``image_too_large`` before any pixel is decoded, or with
     ``image_invalid`` when the bytes are not a whole image of an accepted format.
@@ -137,7 +146,7 @@ def decoded(image: Image.Image) -> Image.Image:
     """The picture of an opened image, which is closed: of it no pixel is kept, even on an error."""
     found = image.format
     try:
-        image.load()
+        _load(image)
         for change in (_upright, _eight_bits, _on_white, _rgb):
             image = _changed(image, change)
         return image
@@ -157,10 +166,46 @@ def _changed(image: Image.Image, change: Callable[[Image.Image], Image.Image]) -
     return new
 
 
-def _open(data: bytes, limits: ImageLimits) -> Image.Image:
+def _load(image: Image.Image) -> None:
+    """Decodes the pixels. What is behind them in a PNG are texts and the like: damage ends them."""
+    if isinstance(image, PngImageFile):
+        image.load_end = partial(_passed_over, image.load_end)  # type: ignore[method-assign]
+    image.load()
+
+
+def _passed_over(action: Callable[[], None]) -> None:
     try:
-        return Image.open(_Timed(data, limits.decode_s), formats=limits.formats)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        action()
+    except (MemoryError, PermanentError):
+        raise
+    except Exception:
+        log.debug("damaged metadata behind the pixels", exc_info=True)
+
+
+def _open(data: bytes, limits: ImageLimits) -> Image.Image:
+    """The opened image; where it cannot be, then without the metadata that may be the reason."""
+    until = time.thread_time() + limits.decode_s
+    with _open_errors(data, limits):
+        try:
+            return _opened(data, limits, until)
+        except (*_BOMBS, MemoryError, PermanentError):
+            raise
+        except Exception:
+            bare = without_metadata(data)
+            if len(bare) == len(data):
+                raise
+        return _opened(bare, limits, until)
+
+
+def _opened(data: bytes, limits: ImageLimits, until: float) -> Image.Image:
+    return Image.open(_Timed(data, limits.decode_s, until), formats=limits.formats)
+
+
+@contextmanager
+def _open_errors(data: bytes, limits: ImageLimits) -> Iterator[None]:
+    try:
+        yield
+    except _BOMBS as error:
         raise _too_large(
             f"the image has more than {limits.max_pixels:,} pixels ({error})"
         ) from error

@@ -1,10 +1,11 @@
-"""How much work a file's structure asks of a decoder, counted before anything is decoded.
+"""What a file is made of: how much work it asks of a decoder, and which parts are its picture.
 
 A few bytes can ask for a lot: each scan of a progressive JPEG is a walk over the whole picture, and
 a file may have millions of segments. The counts never fall short of what the decoders will meet.
 """
 
 import re
+import zlib
 
 #: Segments, chunks or blocks. A file of 20 MiB in blocks of 1 KiB has a fifth of that.
 MOST_PARTS = 100_000
@@ -17,6 +18,11 @@ MOST_SCANNED_PIXELS = 2_000_000_000
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)
 _START, _END, _SCAN = 0xD8, 0xD9, 0xDA
 _FIRST_WITH_LENGTH = 0xC0
+_FIRST_APP, _LAST_APP, _COMMENT = 0xE0, 0xEF, 0xFE
+#: What JPEG's metadata says about pixels, and the least length to say it in: the colour space, and
+#: which side is up.
+_JPEG_NEEDED = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12), 0xE1: (b"Exif\0\0", 6)}
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 class Excessive(Exception):
@@ -43,6 +49,53 @@ def check_scans(scans: int, pixels: int) -> None:
         raise Excessive(f"it has {scans:,} scans of {pixels:,} pixels")
 
 
+def without_metadata(data: bytes) -> bytes:
+    """A JPEG or a PNG with its picture, its colours and its orientation alone; others as they are.
+
+    Their decoder in Pillow takes damage in a text or a colour profile for damage of the picture.
+    """
+    if data.startswith(b"\xff\xd8"):
+        return _bare_jpeg(data)
+    if data.startswith(_PNG_SIGNATURE):
+        return _bare_png(data)
+    return data
+
+
+def _bare_jpeg(data: bytes) -> bytes:
+    parts, at = [data[:2]], 2
+    while (marker := _JPEG_MARKER.match(data, at)) is not None:
+        code, body = marker[1][0], marker.end() + 2
+        if code == _SCAN or code < _FIRST_WITH_LENGTH:
+            break
+        end = marker.end() + int.from_bytes(data[marker.end() : body])
+        is_metadata = _FIRST_APP <= code <= _LAST_APP or code == _COMMENT
+        name, least = _JPEG_NEEDED.get(code, (b"", 0))
+        is_needed = name and end - body >= least and data.startswith(name, body)
+        if is_needed or not is_metadata:
+            parts.append(data[at:end])
+        at = end
+    parts.append(data[at:])
+    return b"".join(parts)
+
+
+def _bare_png(data: bytes) -> bytes:
+    at = len(_PNG_SIGNATURE)
+    parts = [data[:at]]
+    while at < len(data):
+        name, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4])
+        # A capital begins the name of what no decoder may pass over.
+        is_picture = name[:1].isupper() or name == b"tRNS"
+        if is_picture or (name == b"eXIf" and _is_whole(data[at + 4 : end])):
+            parts.append(data[at:end])
+        at = end
+    return b"".join(parts)
+
+
+def _is_whole(chunk: bytes) -> bool:
+    """Whether a chunk's name and body have the checksum that follows them."""
+    return zlib.crc32(chunk[:-4]) == int.from_bytes(chunk[-4:])
+
+
 def _jpeg_scans(data: bytes) -> int:
     """The scans of the first picture: behind its end decoders do not look."""
     at = parts = scans = 0
@@ -58,7 +111,7 @@ def _jpeg_scans(data: bytes) -> int:
 
 
 def _check_chunks(data: bytes) -> None:
-    at = len(b"\x89PNG\r\n\x1a\n")
+    at = len(_PNG_SIGNATURE)
     parts = 0
     while at < len(data) and data[at + 4 : at + 8] != b"IEND":
         parts = _one_more(parts)
