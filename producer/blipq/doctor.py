@@ -24,6 +24,7 @@ from blipq.client import Client
 from blipq.contract import CONTRACT
 from blipq.errors import BlipqError, ResultTimeout
 from blipq.ledger import DEAD_LETTERS, Ledger, connect, waiting_keys
+from blipq.program import blipq
 from blipq.redaction import place_of, redacted
 from blipq.redis_url import tls_of
 from blipq.refusals import status_of
@@ -135,11 +136,11 @@ def _redis(settings: Settings) -> Findings:
         try:
             client.ping()
         except redis.AuthenticationError as error:
-            advice = "set BLIPQ_REDIS_URL with its password; `blipq env` has a local stack's"
+            advice = f"set BLIPQ_REDIS_URL with its password; `{blipq('env')}` has a local stack's"
             yield Finding("bad", "redis", f"it refuses the user or password: {error}", advice)
             return
         except redis.RedisError as error:
-            advice = "start Redis or `blipq up`, or set BLIPQ_REDIS_URL"
+            advice = f"start Redis or `{blipq('up')}`, or set BLIPQ_REDIS_URL"
             yield Finding("bad", "redis", f"it does not answer: {error}", advice)
             return
         took = time.time() - before
@@ -286,7 +287,7 @@ def _refused_write(bucket: str, error: Any) -> Findings:
     code = error.response.get("Error", {}).get("Code", "")
     yield from _s3_clock(error.response)
     if code == "NoSuchBucket" or status_of(error) == 404:
-        advice = "blipq doctor --create-bucket, or set BLIPQ_INBOX_BUCKET"
+        advice = f"{blipq('doctor --create-bucket')}, or set BLIPQ_INBOX_BUCKET"
         yield Finding("bad", "s3 write", f"there is no bucket {bucket}", advice)
     else:
         advice = f"allow s3:PutObject on {bucket}, and check keys and region"
@@ -332,7 +333,7 @@ def _workers(settings: Settings) -> Findings:
     if len(taking) < len(live):
         yield Finding("ok", "workers", f"{len(live) - len(taking)} draining")
     if "default" not in models:
-        advice = "start one: BLIPQ_MODELS=default=opt-2.7b blipq worker"
+        advice = f"start one: BLIPQ_MODELS=default=opt-2.7b {blipq('worker')}"
         yield Finding("warn", "workers", "no live worker serves the model 'default'", advice)
 
 
@@ -366,7 +367,7 @@ def _queues(settings: Settings) -> Findings:
             if raw.zcount(f"blipq:serving:{model}", seconds * 1000, "+inf"):
                 yield Finding("ok", "queues", message)
             else:
-                advice = f"start a worker: BLIPQ_MODELS={model}=... blipq worker"
+                advice = f"start a worker: BLIPQ_MODELS={model}=... {blipq('worker')}"
                 yield Finding("bad", "queues", f"{message}, and no live worker", advice)
         yield _dead_letters(raw.zcard(DEAD_LETTERS))
 
@@ -377,18 +378,18 @@ def _webhooks(settings: Settings) -> Findings:
         pending, dead, senders = outbox.pending(), outbox.dead(), len(outbox.senders())
     message = f"{pending} events wait, {senders} live senders"
     if pending and not senders:
-        advice = "start one, with BLIPQ_WEBHOOK_SECRETS set: blipq webhooks run"
+        advice = f"start one, with BLIPQ_WEBHOOK_SECRETS set: {blipq('webhooks run')}"
         yield Finding("warn", "webhooks", message, advice)
     else:
         yield Finding("ok", "webhooks", message)
     if dead:
-        yield Finding("warn", "webhooks", f"{dead} were given up", "blipq webhooks list --dead")
+        yield Finding("warn", "webhooks", f"{dead} were given up", blipq("webhooks list --dead"))
 
 
 def _dead_letters(count: int) -> Finding:
     if count:
         message = f"{count} jobs killed their workers again and again"
-        return Finding("warn", "dead letters", message, "blipq dead-letters list")
+        return Finding("warn", "dead letters", message, blipq("dead-letters list"))
     return Finding("ok", "dead letters", "none")
 
 
@@ -481,7 +482,7 @@ def _canary(settings: Settings) -> Findings:
             text = job.result(timeout=CANARY_TIMEOUT_S).text
         except ResultTimeout as error:
             job.cancel()
-            advice = "look at the workers' logs; `blipq status` says where a job is"
+            advice = f"look at the workers' logs; `{blipq('status')}` says where a job is"
             yield Finding("bad", "canary", str(error), advice)
         except BlipqError as error:
             advice = "docs/troubleshooting.md goes through the codes"

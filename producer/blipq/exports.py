@@ -10,6 +10,7 @@ from blipq.broker import broker_address
 from blipq.errors import InvalidRequest
 from blipq.outputs import LOCAL_BUCKET
 from blipq.outputs import VARIABLE as ALLOWED_OUTPUTS
+from blipq.program import blipq
 from blipq.settings import CONNECTION_FIELDS, Settings
 
 #: Variables that go with the keys of another account, or take their place: a session token makes S3
@@ -22,7 +23,7 @@ def exports(settings: Settings) -> dict[str, str]:
     named = set(CONNECTION_FIELDS) & settings.model_fields_set
     if not named:
         raise InvalidRequest(
-            "no service is named: start a local stack with blipq up, or set BLIPQ_REDIS_URL"
+            f"no service is named: start a local stack with {blipq('up')}, or set BLIPQ_REDIS_URL"
         )
     values = {name: getattr(settings, name) for name in CONNECTION_FIELDS}
     secret = settings.s3_secret_access_key

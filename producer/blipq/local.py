@@ -23,6 +23,7 @@ import redis
 from blipq.errors import BlipqError
 from blipq.outputs import LOCAL_BUCKET
 from blipq.outputs import VARIABLE as ALLOWED_OUTPUTS
+from blipq.program import blipq
 from blipq.settings import Settings, born, stack_file
 from blipq.storage import Storage
 from blipq.supervisor import Service
@@ -259,7 +260,7 @@ class LocalStack:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     raise StackError(
-                        f"port {port} is taken: stop what listens there (blipq down?), "
+                        f"port {port} is taken: stop what listens there ({blipq('down')}?), "
                         f"or choose another with --{name.lower()}-port"
                     )
 

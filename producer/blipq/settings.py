@@ -23,6 +23,7 @@ from pydantic_settings import (
 
 from blipq.contract import Name, Seconds
 from blipq.guard import Policy
+from blipq.program import blipq
 from blipq.redaction import place_of
 from blipq.redis_url import RedisUrl, take_apart, tls_of
 
@@ -81,7 +82,7 @@ def _checked_secret(secret: SecretStr) -> SecretStr:
         size = 0
     if prefix != "whsec" or not 24 <= size <= 64:
         raise ValueError(
-            "a secret is whsec_ and 24 to 64 bytes in base64: blipq webhooks secret new"
+            f"a secret is whsec_ and 24 to 64 bytes in base64: {blipq('webhooks secret new')}"
         )
     return secret
 

@@ -16,6 +16,7 @@ from blipq.errors import BlipqError
 from blipq.fleet import EXIT_MODEL
 from blipq.ledger import Ledger, connect
 from blipq.local import REDIS_PORT, S3_PORT, LocalStack, sender_service, worker_service
+from blipq.program import blipq
 from blipq.sample import red_square
 from blipq.settings import cache_folder, read_stack_file
 from blipq.supervisor import Service, supervise
@@ -27,7 +28,7 @@ def run(
     """Runs the stack until SIGINT or SIGTERM; the exit code."""
     running = read_stack_file()
     if running is not None:
-        tell(f"a local stack runs already (pid {running['pid']}); stop it with: blipq down")
+        tell(f"a local stack runs already (pid {running['pid']}); stop it with: {blipq('down')}")
         return 1
     stack = LocalStack(
         folder=folder or cache_folder() / "stack",
@@ -50,7 +51,7 @@ def run(
         for service in started:
             service.start()
         tell("blipq commands and Client() on this machine use it now; Ctrl-C stops it")
-        tell('for redis-cli, boto3, Celery, Flower and others: eval "$(blipq env)"')
+        tell(f'for redis-cli, boto3, Celery, Flower and others: eval "$({blipq("env")})"')
         threading.Thread(target=_greet, args=(stack, stop), daemon=True).start()
         return supervise([*started, *stack.services], stop, tell=tell, give_up_on=(EXIT_MODEL,))
     finally:
@@ -70,9 +71,8 @@ def _greet(stack: LocalStack, stop: threading.Event) -> None:
         while not stop.wait(0.5):
             with suppress(BlipqError, redis.RedisError):
                 if any("default" in worker["models"] for worker in ledger.workers().values()):
-                    tell(
-                        f"ready; try in another terminal:\n\n    blipq caption {_short(picture)}\n"
-                    )
+                    command = blipq(f"caption {_short(picture)}")
+                    tell(f"ready; try in another terminal:\n\n    {command}\n")
                     return
 
 

@@ -24,6 +24,9 @@ class Asked(StrEnum):
     TEN = "ten-questions"
 
 
+_WORKLOADS = f"Only this; may be repeated: {', '.join(Asked)}."
+
+
 def bench(
     model: Annotated[
         str, typer.Option(metavar="WHAT", help="Model to serve, as in BLIPQ_MODELS.")
@@ -36,9 +39,7 @@ def bench(
     processes: Annotated[
         int, typer.Option(min=1, help="Workers, and bare engines, that share the cores.")
     ] = 1,
-    workload: Annotated[
-        list[Asked] | None, typer.Option(help="Only this; may be repeated.")
-    ] = None,
+    workload: Annotated[list[Asked] | None, typer.Option(metavar="NAME", help=_WORKLOADS)] = None,
     latency: Annotated[
         bool, typer.Option("--latency", help="Also at 30, 60 and 90 % load.")
     ] = False,

@@ -21,6 +21,8 @@ class Group(typer.Typer):
 
         def register(function: CommandT) -> CommandT:
             text, examples = split_help(function)
+            # Lines are broken for the terminal's width, not where the docstring has it.
+            text = "\n\n".join(" ".join(each.split()) for each in text.split("\n\n"))
             options["epilog"] = escape("Examples:\n\n" + "\n".join(examples)) if examples else None
             return super(Group, self).command(name, help=text, **options)(function)
 

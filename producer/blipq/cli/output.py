@@ -34,6 +34,7 @@ from blipq.errors import (
     ResultTimeout,
 )
 from blipq.job import Job
+from blipq.program import blipq
 from blipq.requests import checked
 from blipq.settings import Settings
 
@@ -64,8 +65,21 @@ def connected(as_json: bool = False) -> Iterator[Client]:
             logging.getLogger("blipq").addHandler(logging.NullHandler())  # stderr is silent
         else:
             errors.print(f"using {settings.endpoints}", style="dim")
-        with Client(settings) as client:
+        with _hint_at_a_stack(settings), Client(settings) as client:
             yield client
+
+
+@contextmanager
+def _hint_at_a_stack(settings: Settings) -> Iterator[None]:
+    """Whoever named no Redis may have meant to start one."""
+    try:
+        yield
+    except QueueUnavailable as error:
+        unnamed = settings.redis_url == Settings.model_fields["redis_url"].default
+        if not unnamed or not str(error).startswith("Redis does not answer"):
+            raise
+        hint = f"start a local stack with {blipq('up')}, or set BLIPQ_REDIS_URL"
+        raise QueueUnavailable(f"{error}; {hint}", error.job_id) from error
 
 
 @contextmanager
@@ -115,8 +129,8 @@ def follow(job: Job[Any], wait: bool, timeout: float, as_json: bool) -> None:
 def _go_on(job: Job[Any], as_json: bool) -> None:
     if as_json:
         return
-    errors.print(f"go on waiting with: blipq result {job.id}", style="dim")
-    errors.print(f"or end it with:     blipq cancel {job.id}", style="dim")
+    errors.print(f"go on waiting with: {blipq(f'result {job.id}')}", style="dim", markup=False)
+    errors.print(f"or end it with:     {blipq(f'cancel {job.id}')}", style="dim", markup=False)
 
 
 def _wait(job: Job[Any], timeout: float) -> JobInfo:

@@ -28,10 +28,11 @@ _CODES = {
     Status.CANCELLED: EXIT_CODES[JobCancelled],
     Status.EXPIRED: EXIT_CODES[JobExpired],
 }
+_STATUSES = f"Only with this status: {', '.join(Status)}."
 
 
 def list_(
-    status: Annotated[Status | None, typer.Option(help="Only with this status.")] = None,
+    status: Annotated[Status | None, typer.Option(metavar="STATUS", help=_STATUSES)] = None,
     model: Annotated[str | None, typer.Option(help="Only of this served model.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="At most this many.")] = 20,
     as_json: JsonOption = False,
@@ -61,7 +62,7 @@ def wait(
 
     Examples:
         blipq wait job_0197f2a0-5c7e-7d3b-9a51-3c1d6e0f4a2b --timeout 600
-        blipq wait job_0197f2a0-5c7e-7d3b-9a51-3c1d6e0f4a2b job_0197f2a0-5c7f-7bb1-8d02-77a9f1e2c3d4
+        blipq wait $(cat ids.txt) --json
     """
     code = 0
     deadline = time.monotonic() + timeout

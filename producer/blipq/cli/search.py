@@ -45,7 +45,7 @@ def search(
 
     Examples:
         blipq search "a red circle" --name photos
-        blipq search "a dog on a beach" --name photos --filter year=2026 --html hits.html
+        blipq search "a dog" --name photos --filter year=2026 --html hits.html
         blipq search --image photo.jpg --name photos --top-k 20 --json
     """
     if html is not None and not all(map(importlib.util.find_spec, NEEDED)):

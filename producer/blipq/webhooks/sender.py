@@ -21,6 +21,7 @@ from blipq.errors import InvalidRequest, QueueFull, QueueUnavailable
 from blipq.guarded_http import GuardedHttp
 from blipq.ledger import connect
 from blipq.metrics import SenderMetrics, served
+from blipq.program import blipq
 from blipq.redaction import log_to_stderr
 from blipq.settings import Settings
 from blipq.storage import Storage
@@ -49,7 +50,7 @@ class Sender:
         if not settings.webhook_secrets:
             raise InvalidRequest(
                 "no secret to sign with, so events wait: set BLIPQ_WEBHOOK_SECRETS to the answer "
-                "of `blipq webhooks secret new`"
+                f"of `{blipq('webhooks secret new')}`"
             )
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
         self._settings = settings
