@@ -3,9 +3,11 @@
 import os
 import secrets
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -34,16 +36,51 @@ def checked(model: type[ModelT], /, **fields: Any) -> ModelT:
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        raise InvalidRequest(explain(error)) from None
+        raise InvalidRequest(explain(error, model)) from None
 
 
-def explain(error: ValidationError) -> str:
-    """What is wrong, a field at a time, on one line."""
+def explain(error: ValidationError, model: Any = None) -> str:
+    """What is wrong, a field at a time, on one line; ``model``: the type that was expected."""
     wrong = []
     for item in error.errors(include_url=False, include_input=False):
         field = ".".join(str(part) for part in item["loc"]) or "request"
-        wrong.append(f"{field}: {item['msg'].removeprefix('Value error, ')}")
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = _unknown(str(item["loc"][-1]), _fields(model, item["loc"][:-1]))
+        wrong.append(f"{field}: {message}")
     return "; ".join(wrong)
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    accepted = f" (accepted: {', '.join(known)})" if known else ""
+    return f"unknown{hint}{accepted}"
+
+
+def _fields(model: Any, place: Sequence[int | str]) -> list[str]:
+    """The fields of a model's part at a place, as pydantic has it; empty where that is unclear."""
+    found = list(_models(model))
+    for step in place:
+        if tagged := [each for each in found if _tag(each) == step]:
+            found = tagged  # pydantic names a union's member by its tag
+        elif isinstance(step, str):
+            fields = [each.model_fields[step] for each in found if step in each.model_fields]
+            found = [part for field in fields for part in _models(field.annotation)]
+    return list(found[0].model_fields) if len(found) == 1 else []
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models in an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)
+
+
+def _tag(model: type[BaseModel]) -> Any:
+    kind = model.model_fields.get("kind")
+    return kind.default if kind else None
 
 
 def uploadable(image: ImageSource | None, *, local_paths: bool) -> str | bytes | None:

@@ -523,14 +523,14 @@ def _parsed_json(text: str) -> Request:
     try:
         return request_adapter.validate_json(text)
     except ValidationError as error:
-        raise PermanentError(ErrorCode.INVALID_REQUEST, explain(error)) from None
+        raise PermanentError(ErrorCode.INVALID_REQUEST, explain(error, Request)) from None
 
 
 def _parsed(value: Any) -> Request:
     try:
         return request_adapter.validate_python(value)
     except ValidationError as error:
-        raise PermanentError(ErrorCode.INVALID_REQUEST, explain(error)) from None
+        raise PermanentError(ErrorCode.INVALID_REQUEST, explain(error, Request)) from None
 
 
 def _error(code: ErrorCode, message: str, *, retryable: bool = False) -> str:

@@ -8,7 +8,10 @@ import typer
 from blipq.cli.options import TimeoutOption, pairs, verb
 from blipq.cli.output import IdArgument, JsonOption, connected, follow, out, print_json, status_line
 from blipq.client import Client
+from blipq.contract import Generation
+from blipq.errors import InvalidRequest
 from blipq.job import Job
+from blipq.requests import checked
 
 ImageArgument = Annotated[
     str, typer.Argument(help="s3://bucket/key, https://..., or a local file to upload.")
@@ -17,6 +20,16 @@ GenerationOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Generation parameter, e.g. num_beams=1."),
 ]
+
+
+def _generation(texts: list[str] | None) -> dict[str, str] | None:
+    """``--set``'s parameters. Raises InvalidRequest, which names the option."""
+    given = pairs(texts, "--set")
+    try:
+        checked(Generation, **(given or {}))
+    except InvalidRequest as error:
+        raise InvalidRequest(f"--set {error}") from None
+    return given
 
 
 @verb
@@ -35,7 +48,7 @@ def caption(
         blipq caption s3://photos/1.jpg --best-of 3 --set num_beams=1
         blipq caption s3://photos/1.jpg --no-wait --output s3://blipq-outputs/1.json
     """
-    parameters = pairs(generation, "--set")
+    parameters = _generation(generation)
     return client.caption(image, prompt, best_of=best_of, generation=parameters, **options)
 
 
@@ -55,10 +68,10 @@ def vqa(
 
     Examples:
         blipq vqa photo.jpg "how many dogs are there?"
-        blipq vqa s3://photos/1.jpg "what is it?" "what color is it?" --priority high --json
+        blipq vqa s3://photos/1.jpg "what is it?" "is it red?" --priority high
         blipq vqa photo.jpg "what is it?" --choice cat --choice dog
     """
-    parameters = pairs(generation, "--set")
+    parameters = _generation(generation)
     return client.vqa(image, questions, choices=choices, generation=parameters, **options)
 
 
@@ -125,7 +138,7 @@ def describe(
     """Ask for several things about an image, which is looked at once.
 
     Examples:
-        blipq describe photo.jpg --question "what color is it?" --text "a cat" --text "a dog"
+        blipq describe photo.jpg --question "is it red?" --text "a cat"
         blipq describe photo.jpg --no-caption --embed --text "a cat" --json
     """
     return client.describe(
@@ -134,7 +147,7 @@ def describe(
         questions=questions or (),
         texts=texts or (),
         embed=embed,
-        generation=pairs(generation, "--set"),
+        generation=_generation(generation),
         **options,
     )
 

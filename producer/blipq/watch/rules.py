@@ -123,7 +123,7 @@ class Rule(_Table):
         try:
             request = request_adapter.validate_python(asked)
         except ValidationError as error:
-            raise InvalidRequest(f"request.{explain(error)}") from None
+            raise InvalidRequest(f"request.{explain(error, Request)}") from None
         return request, self._options(upload, f"watch:{watch}:{self.name}:{upload.identity}")
 
     def _options(self, upload: Upload, key: str) -> Options:
@@ -201,7 +201,7 @@ def load(path: Path) -> Rules:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{path}: {error}") from None
     except ValidationError as error:
-        raise InvalidRequest(f"{path}: {explain(error)}") from None
+        raise InvalidRequest(f"{path}: {explain(error, Rules)}") from None
 
 
 def templated(options: Mapping[str, Any], upload: Upload) -> dict[str, Any]:
