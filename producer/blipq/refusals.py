@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from blipq.errors import InvalidRequest, QueueUnavailable
+from blipq.program import blipq
 
 
 class Refusal(StrEnum):
@@ -181,8 +182,8 @@ def refusal_in(text: str) -> Refusal | None:
 
 
 @contextmanager
-def s3_errors() -> Iterator[None]:
-    """Botocore's exceptions as S3Refused and S3Unavailable."""
+def s3_errors(place: str = "") -> Iterator[None]:
+    """Botocore's exceptions as S3Refused and S3Unavailable, which name the place: S3 may not."""
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
@@ -190,17 +191,17 @@ def s3_errors() -> Iterator[None]:
         yield
     except NoCredentialsError as error:
         message = (
-            "no S3 credentials: start a local stack with blipq up, or set BLIPQ_S3_ACCESS_KEY_ID "
-            "and BLIPQ_S3_SECRET_ACCESS_KEY or AWS's own variables (one BLIPQ_* service variable "
-            "switches the local stack off)"
+            f"no S3 credentials: start a local stack with {blipq('up')}, or set "
+            "BLIPQ_S3_ACCESS_KEY_ID and BLIPQ_S3_SECRET_ACCESS_KEY or AWS's own variables "
+            "(one BLIPQ_* service variable switches the local stack off)"
         )
         raise S3Refused(message, Refusal.ACCESS) from error
     except (ClientError, BotoCoreError, Boto3Error) as error:
-        raise _told(error) from error
+        raise _told(error, place) from error
 
 
-def _told(error: Exception) -> S3Refused | S3Unavailable:
+def _told(error: Exception, place: str) -> S3Refused | S3Unavailable:
     refusal = refusal_of(error)
     usual = "S3 does not answer" if refusal is Refusal.PASSING else "S3 refuses"
-    message = f"{_TODO.get(refusal, usual)}: {error}"
+    message = ": ".join(filter(None, (_TODO.get(refusal, usual), place, str(error))))
     return (S3Unavailable if refusal in FOR_NOW else S3Refused)(message, refusal)

@@ -102,7 +102,7 @@ class Storage:
         bucket = self.settings.inbox_bucket
         key = f"{hashlib.sha256(data).hexdigest()}{suffix}"
         content_type = mimetypes.types_map.get(suffix, "application/octet-stream")
-        with s3_errors():
+        with s3_errors(f"s3://{bucket}"):
             self._put_once(bucket, key, data, content_type)
         return ImageRef(uri=f"s3://{bucket}/{key}")
 
@@ -135,7 +135,7 @@ class Storage:
     def put(self, uri: str, data: bytes, *, content_type: str) -> None:
         """Writes an object."""
         bucket, key = split_s3_uri(uri)
-        with s3_errors():
+        with s3_errors(uri):
             self.client.put_object(Bucket=bucket, Key=key, Body=data, ContentType=content_type)
 
     def put_over(self, uri: str, data: bytes, there: str | None, *, content_type: str) -> bool:
@@ -146,7 +146,7 @@ class Storage:
         """
         bucket, key = split_s3_uri(uri)
         what: Any = {"Bucket": bucket, "Key": key, "Body": data, "ContentType": content_type}
-        with s3_errors():
+        with s3_errors(uri):
             if there is None:
                 self.client.put_object(**what)
                 return True
@@ -176,7 +176,7 @@ class Storage:
     def presign(self, uri: str, *, expires_in: int = 3600) -> str:
         """An https URL that reads the object for ``expires_in`` seconds."""
         bucket, key = split_s3_uri(uri)
-        with s3_errors():
+        with s3_errors(uri):
             return self.client.generate_presigned_url(
                 "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=expires_in
             )
@@ -189,7 +189,7 @@ class Storage:
 
     def has_bucket(self, bucket: str) -> bool:
         """Whether a bucket exists."""
-        with s3_errors():
+        with s3_errors(f"s3://{bucket}"):
             found = self._found(
                 lambda: self.client.head_bucket(Bucket=bucket),
                 lambda: self.client.list_objects_v2(Bucket=bucket, MaxKeys=1),
@@ -205,7 +205,7 @@ class Storage:
         def read() -> None:
             self.client.get_object(**which, Range="bytes=0-0")["Body"].close()
 
-        with s3_errors():
+        with s3_errors(f"s3://{bucket}/{key}"):
             return self._found(lambda: self.client.head_object(**which), read)
 
     def _found(self, head: Callable[[], Any], why: Callable[[], object]) -> Any | None:

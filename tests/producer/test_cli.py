@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,14 +13,18 @@ from typing import Any
 
 import pytest
 import typer
+from pydantic import ValidationError
 from typer.testing import CliRunner, Result
 
 from blipq import Client, Settings
 from blipq.cli import app
 from blipq.cli.group import split_help
 from blipq.cli.output import spinner_line
-from blipq.contract import Kind, Options
+from blipq.contract import Kind, Options, Request, request_adapter
 from blipq.ledger import Claim, Ledger
+from blipq.local import free_port
+from blipq.program import blipq
+from blipq.requests import explain
 from conftest import wait_until
 
 IMAGE = "s3://uploads/cat.jpg"
@@ -285,6 +290,88 @@ def test_services_that_are_down_exit_7(run: Run, monkeypatch: pytest.MonkeyPatch
     assert "Redis does not answer" in ran.stderr
 
 
+def test_whoever_named_no_redis_is_told_how_to_start_one(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = Settings.model_fields["redis_url"].default
+    hint = "start a local stack with blipq up, or set BLIPQ_REDIS_URL"
+    for url, told in ((f"redis://127.0.0.1:{free_port()}/0", False), (default, True)):
+        monkeypatch.setenv("BLIPQ_REDIS_URL", url)
+        with monkeypatch.context() as nobody:
+            nobody.setattr("redis.connection.Connection._connect", _refused)
+            ran = run("status", "job_1")
+            assert ran.exit_code == 7
+            assert (hint in ran.stderr) is told
+            assert (hint in run("list", "--json").stdout) is told
+
+
+def _refused(_: Any) -> None:
+    raise ConnectionRefusedError
+
+
+def test_a_command_in_a_hint_can_be_typed_as_it_stands(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started = tmp_path / "my tools" / "blipq"
+    started.parent.mkdir()
+    started.write_text("#!/bin/sh\n")
+    started.chmod(0o755)
+    monkeypatch.setattr("sys.argv", [str(started)])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert blipq("up") == f"'{started}' up"
+    monkeypatch.setenv("PATH", str(started.parent))
+    assert blipq("up") == "blipq up"
+    monkeypatch.setattr("sys.argv", ["service.py"])
+    monkeypatch.setenv("PATH", "")
+    assert blipq("up") == "blipq up"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            "num_beam=3",
+            "--set num_beam: unknown; did you mean num_beams? (accepted: max_new",
+        ),
+        (
+            "colour=red",
+            "--set colour: unknown (accepted: max_new_tokens, min_new",
+        ),
+        ("num_beams=99", "--set num_beams: Input should be less than or equal to 16"),
+    ],
+)
+def test_a_wrong_generation_parameter_is_told_with_those_that_there_are(
+    run: Run, given: str, told: str
+) -> None:
+    for verb in (("caption", IMAGE), ("vqa", IMAGE, "why?"), ("describe", IMAGE)):
+        ran = run(*verb, "--set", given)
+        assert ran.exit_code == 2
+        assert told in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"kind": "caption", "promt": "a"}, "caption.promt: unknown; did you mean prompt?"),
+        ({"kind": "match", "text": ["a"]}, "match.text: unknown; did you mean texts?"),
+        (
+            {"kind": "vqa", "questions": ["a"], "history": [{"quest": "a", "answer": "b"}]},
+            "vqa.history.0.quest: unknown; did you mean question? (accepted: question, answer)",
+        ),
+        (
+            {"kind": "caption", "generation": {"num_beam": 1}},
+            "caption.generation.num_beam: unknown; did you mean num_beams?",
+        ),
+    ],
+)
+def test_a_field_that_is_unknown_is_told_with_what_was_meant(
+    asked: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValidationError) as raised:
+        request_adapter.validate_python({"image": IMAGE, **asked})
+    assert told in explain(raised.value, Request)
+
+
 def test_an_s3_that_is_down_exits_7(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -432,6 +519,19 @@ def test_every_command_has_help_with_examples(run: Run, path: tuple[str, ...]) -
     assert text, "say in a docstring what the command does"
     assert examples, "end its docstring with 'Examples:' and a command line or more"
     assert all(f"blipq {' '.join(path)}" in line for line in examples)
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_help_breaks_no_word_and_no_example_on_a_terminal_of_80_columns(
+    run: Run, path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run(*path, "--help").stdout
+    lines = [line.strip(" │") for line in shown.splitlines()]
+    _, examples = split_help(COMMANDS[path].callback)
+    assert set(examples) <= set(lines)
+    assert not re.search(r"<[a-z][^>│\n]*│", shown), "a type or its choices go on in the next line"
+    assert not [line for line in shown.splitlines() if len(line) > 80]
 
 
 def test_every_option_has_help() -> None:

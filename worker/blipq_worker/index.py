@@ -127,7 +127,7 @@ class Indexes:
         with suppress(UnknownIndex):
             return self.open(name, space)
         if self._bucket and not self._is_there():
-            with s3_errors():
+            with s3_errors(f"s3://{self._bucket}"):
                 self._storage.create_bucket(self._bucket)
         table_name = _table_name(name, space.revision)
         with _answering():

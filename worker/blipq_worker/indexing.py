@@ -80,7 +80,7 @@ class Prefix:
 
     def __iter__(self) -> Iterator[Listed]:
         pages = self._client.get_paginator("list_objects_v2")
-        with s3_errors():
+        with s3_errors(self.uri):
             for page in pages.paginate(Bucket=self.bucket, Prefix=self._prefix):
                 for found in page.get("Contents", ()):
                     if _may_be_image(found["Key"]):

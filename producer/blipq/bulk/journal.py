@@ -17,6 +17,7 @@ from typing import Any
 from blipq.bulk.manifest import Entry
 from blipq.contract import JobError, JobInfo, Status
 from blipq.errors import BlipqError, InvalidRequest
+from blipq.program import blipq
 
 _SCHEMA = """
 CREATE TABLE bulk (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -93,7 +94,7 @@ class Journal:
     def open(cls, path: Path) -> "Journal":
         """A file that is there. Raises InvalidRequest."""
         if not path.is_file():
-            raise InvalidRequest(f"there is no bulk {path}: blipq bulk submit makes one")
+            raise InvalidRequest(f"there is no bulk {path}: {blipq('bulk submit')} makes one")
         journal: Journal | None = None
         try:
             journal = cls(path)
@@ -208,6 +209,14 @@ class Journal:
         """How many lines have each status; ``open`` those without one."""
         rows = self._db.execute("SELECT status, count(*) FROM line GROUP BY status")
         return {status or "open": count for status, count in rows}
+
+    def refusals(self, most: int) -> list[tuple[int, str]]:
+        """The first lines that never became a job, and why; at most so many."""
+        rows = self._db.execute(
+            "SELECT number, outcome FROM line WHERE status = ? ORDER BY number LIMIT ?",
+            (REFUSED, most),
+        )
+        return [(number, json.loads(outcome)["error"]["message"]) for number, outcome in rows]
 
     def outcomes(self) -> Iterator[dict[str, Any]]:
         """What became of each line that has ended, in their order."""

@@ -69,7 +69,7 @@ def _work(asked: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     try:
         request = request_adapter.validate_python(asked)
     except ValidationError as error:
-        raise InvalidRequest(explain(error)) from None
+        raise InvalidRequest(explain(error, Request)) from None
     chosen = checked(Options, **options)
     return json.dumps(
         {
@@ -123,7 +123,7 @@ class S3Object:
         """The next block. Raises InvalidRequest if the object has changed."""
         if offset >= self.size:
             return b""
-        with s3_errors():
+        with s3_errors(self.name):
             answer = self._client.get_object(
                 Bucket=self._bucket,
                 Key=self._key,

@@ -38,7 +38,7 @@ def _to_s3(journal: Journal, uri: str, storage: Storage) -> int:
     with tempfile.TemporaryFile() as file:
         lines = _write(journal, file)
         file.seek(0)
-        with s3_errors():
+        with s3_errors(uri):
             storage.client.upload_fileobj(
                 file, bucket, key, ExtraArgs={"ContentType": "application/x-ndjson"}
             )

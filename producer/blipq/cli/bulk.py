@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from blipq.bulk.driver import Driver
-from blipq.bulk.journal import Journal, driving, is_driven
+from blipq.bulk.journal import REFUSED, Journal, driving, is_driven
 from blipq.bulk.manifest import Manifest
 from blipq.bulk.results import write
 from blipq.bulk.start import begin, check_outputs, journal_path, template_from
@@ -18,12 +18,15 @@ from blipq.cli.output import JsonOption, connected, errors, out, reported
 from blipq.client import Client
 from blipq.contract import Priority, Status
 from blipq.errors import InvalidRequest, QueueUnavailable
+from blipq.program import blipq
 
 app = Group("Many requests from a manifest, a bounded number of them at a time.")
 
 JournalArgument = Annotated[
     str, typer.Argument(metavar="JOURNAL", help="The journal, or the manifest it is named after.")
 ]
+#: Refused lines that are told on the terminal, and the most characters of each reason.
+REASONS, REASON_CHARS = 5, 300
 WINDOW_HELP = "Jobs in flight at a time; by default BLIPQ_WINDOW."
 
 
@@ -89,7 +92,13 @@ def _drive(
     client: Client, journal: Journal, manifest: Manifest, window: int, as_json: bool
 ) -> None:
     with Bar(manifest.size, shown=not as_json) as bar:
-        driver = Driver(client, journal, manifest.entries, window=window, tell=bar.show)
+        reasons = Reasons(journal, shown=not as_json)
+
+        def tell(driver: Driver) -> None:
+            reasons.show(driver)
+            bar.show(driver)
+
+        driver = Driver(client, journal, manifest.entries, window=window, tell=tell)
         try:
             driver.run()
         except KeyboardInterrupt:
@@ -99,8 +108,33 @@ def _drive(
     summary = _summary(journal)
     _show(summary, as_json)
     if not as_json:
-        errors.print(f"results: blipq bulk results {journal.path} --output FILE", style="dim")
+        refused = summary["counts"].get(REFUSED, 0)
+        if refused > REASONS:
+            told = f"{refused:,} lines were refused; the results have the reason of each"
+            errors.print(told, style="yellow")
+        command = blipq(f"bulk results {journal.path} --output FILE")
+        errors.print(f"results: {command}", style="dim", markup=False)
     raise typer.Exit(0 if set(summary["counts"]) <= {Status.SUCCEEDED} else 3)
+
+
+class Reasons:
+    """Tells on stderr why the first refused lines are refused, each once and as soon as it is."""
+
+    def __init__(self, journal: Journal, *, shown: bool) -> None:
+        self._journal = journal
+        self._left = REASONS if shown else 0
+        self._told: set[int] = set()
+
+    def show(self, driver: Driver) -> None:
+        """Tells of lines that were not told of."""
+        if not self._left or driver.counts.get(REFUSED, 0) == len(self._told):
+            return
+        for number, why in self._journal.refusals(REASONS):
+            if self._left and number not in self._told:
+                cut = f"{why[:REASON_CHARS]}..." if len(why) > REASON_CHARS else why
+                errors.print(f"line {number} is refused: {cut}", style="yellow", markup=False)
+                self._told.add(number)
+                self._left -= 1
 
 
 @app.command("status")

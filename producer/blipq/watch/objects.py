@@ -84,7 +84,7 @@ class Objects:
         """What is there, from behind the key ``after`` on."""
         more = True
         while more:
-            with s3_errors():
+            with s3_errors(f"s3://{bucket}/{prefix}"):
                 answer = self._storage.client.list_objects_v2(
                     Bucket=bucket, Prefix=prefix, StartAfter=after, MaxKeys=PAGE_KEYS
                 )

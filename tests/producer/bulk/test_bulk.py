@@ -328,6 +328,28 @@ def test_a_line_that_failed_exits_3(run: Run, bulk: Bulk, ledger: Ledger) -> Non
         assert run("submit", "manifest.jsonl").exit_code == 3
 
 
+def test_why_lines_are_refused_is_told_on_the_terminal(
+    run: Run, bulk: Bulk, ledger: Ledger, tmp_path: Path
+) -> None:
+    """The first of them, so that a manifest that is wrong throughout fills no screen."""
+    wrong = line("w", generation={"num_beam": 3})
+    bulk.write(line("a"), wrong, *(["nonsense " + 9_000 * "x"] * 20))
+    with worker(ledger):
+        ran = run("submit", "manifest.jsonl")
+    assert ran.exit_code == 3
+    assert ran.stderr.count("is refused: ") == 5
+    why = "line 2 is refused: caption.generation.num_beam: unknown; did you mean num_beams?"
+    assert why in ran.stderr
+    assert "line 3 is refused: " in ran.stderr
+    assert "21 lines were refused; the results have the reason of each" in ran.stderr
+    assert len(ran.stderr) < 4_000
+    (tmp_path / "few.jsonl").write_text("nonsense\n")
+    few = run("submit", "few.jsonl")
+    assert few.stderr.count("is refused: ") == 1
+    assert "lines were refused" not in few.stderr
+    assert "refused: " not in run("submit", "few.jsonl", "--json").stdout
+
+
 def test_results_go_to_s3(run: Run, bulk: Bulk, ledger: Ledger, client: Client) -> None:
     bulk.write(line("a"))
     client.storage.create_bucket("manifests")
