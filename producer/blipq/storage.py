@@ -271,18 +271,25 @@ def told_at(answer: Any) -> datetime:
 
 def _read(source: str | Path | bytes) -> tuple[bytes, str]:
     if isinstance(source, bytes):
-        data, suffix = source, ""
+        data, name, suffix = source, "the image", ""
     else:
         path = Path(source)
-        try:
-            size = path.stat().st_size
-            data = path.read_bytes() if size <= MAX_UPLOAD_BYTES else b""
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            why = getattr(error, "strerror", None) or error
-            raise InvalidRequest(f"cannot read {path}: {why}") from error
-        if size > MAX_UPLOAD_BYTES:
-            raise InvalidRequest(f"{path} has {size:,} bytes; the most is {MAX_UPLOAD_BYTES:,}")
-        suffix = path.suffix.lower()
+        data, name, suffix = _start_of(path), str(path), path.suffix.lower()
     if not data:
         raise InvalidRequest("the image is empty")
+    if len(data) > MAX_UPLOAD_BYTES:
+        raise InvalidRequest(f"{name} is too large: the most is {MAX_UPLOAD_BYTES:,} bytes")
     return data, suffix
+
+
+def _start_of(path: Path) -> bytes:
+    """A file's bytes, one more than may be uploaded at the most.
+
+    The size that the file system tells is no bound: pipes and devices have none.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_UPLOAD_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        why = getattr(error, "strerror", None) or error
+        raise InvalidRequest(f"cannot read {path}: {why}") from error

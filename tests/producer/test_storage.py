@@ -1,8 +1,10 @@
 """Uploads to a real S3."""
 
 import hashlib
+import os
 import socket
 import time
+import tracemalloc
 import urllib.request
 from collections.abc import Iterator
 from datetime import timedelta
@@ -151,11 +153,38 @@ def test_an_empty_file_is_refused(storage: Storage, tmp_path: Path) -> None:
         storage.upload(tmp_path / "empty.png")
 
 
-def test_a_huge_file_is_refused_unread(storage: Storage, tmp_path: Path) -> None:
+def test_a_huge_file_is_refused(storage: Storage, tmp_path: Path) -> None:
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(MAX_UPLOAD_BYTES + 1)
-    with pytest.raises(InvalidRequest, match="the most is 67,108,864"):
+    with pytest.raises(InvalidRequest, match=r"huge\.png is too large: the most is 67,108,864"):
         storage.upload(tmp_path / "huge.png")
+
+
+def test_bytes_are_refused_beyond_the_size_of_a_file(storage: Storage) -> None:
+    with pytest.raises(InvalidRequest, match="the image is too large: the most is 67,108,864"):
+        storage.upload(bytes(MAX_UPLOAD_BYTES + 1))
+
+
+def test_a_device_without_an_end_is_refused_within_the_same_size(storage: Storage) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest, match="/dev/zero is too large"):
+            storage.upload("/dev/zero")
+        assert tracemalloc.get_traced_memory()[1] < 3 * MAX_UPLOAD_BYTES
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_pipe_is_uploaded(storage: Storage) -> None:
+    """As a shell's ``blipq caption <(curl ...)`` hands one on."""
+    end, start = os.pipe()
+    with os.fdopen(start, "wb") as pipe:
+        pipe.write(b"a piped cat")
+    try:
+        image = storage.upload(f"/dev/fd/{end}")
+    finally:
+        os.close(end)
+    assert image.key == hashlib.sha256(b"a piped cat").hexdigest()
 
 
 def test_a_wrong_secret_key_is_told(apart: Settings) -> None:
