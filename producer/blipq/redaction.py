@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Iterable
 from types import TracebackType
 
+from blipq.printable import printable
+
 HIDDEN = "***"
 
 #: Schemes whose paths may hold an @ (``logo@2x.png``), and which carry no password behind a slash.
@@ -70,11 +72,11 @@ def place_of(url: str) -> str:
 
 
 class Redacting(logging.Formatter):
-    """Lines of a log, tracebacks included, without secrets."""
+    """Lines of a log, tracebacks included, without secrets and controls of a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
-        return redacted(super().format(record))
+        return printable(redacted(super().format(record)))
 
 
 def log_to_stderr(level: str, format: str) -> None:
@@ -92,7 +94,7 @@ def redact_tracebacks() -> None:
         kind: type[BaseException], error: BaseException | None, where: TracebackType | None
     ) -> None:
         lines = traceback.format_exception(kind, error, where)
-        print(redacted("".join(lines)), end="", file=sys.stderr, flush=True)
+        print(printable(redacted("".join(lines))), end="", file=sys.stderr, flush=True)
 
     def show_of_thread(args: threading.ExceptHookArgs) -> None:
         if args.exc_type is not SystemExit:

@@ -1,5 +1,6 @@
 """The command: results on stdout, messages on stderr, stable exit codes."""
 
+import io
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from typer.testing import CliRunner, Result
 from blipq import Client, Settings
 from blipq.cli import app
 from blipq.cli.group import split_help
-from blipq.cli.output import spinner_line
+from blipq.cli.output import Terminal, spinner_line
 from blipq.contract import Kind, Options, Request, request_adapter
 from blipq.ledger import Claim, Ledger
 from blipq.local import free_port
@@ -181,6 +182,37 @@ def test_a_status_says_that_no_worker_lives(run: Run, client: Client) -> None:
     ran = run("status", client.caption(IMAGE, model="nobody").id)
     assert ran.exit_code == 0
     assert "queued, no live worker serves the model 'nobody'" in ran.stdout
+
+
+NASTY = "s3://uploads/\x1b]0;owned\x07\x1b[2J\x9b31m all is well \x08\r.jpg"
+HARMLESS = r"s3://uploads/\x1b]0;owned\x1b[2J\x9b31m all is well .jpg"
+
+
+def test_a_terminal_obeys_nothing_of_what_a_job_says(
+    run: Run, client: Client, ledger: Ledger
+) -> None:
+    """A key of S3 may hold what clears a screen, renames a window or fills a clipboard."""
+    found = {"id": NASTY, "itc": 0.5, "metadata": {"\x1b[5m": "\x1b[6m"}}
+    id = succeeded(client, ledger, {"kind": "search", "hits": [found]})
+    assert rf"{HARMLESS}  \x1b[5m=\x1b[6m" in run("result", id).stdout
+    id = client.caption(IMAGE).id
+    claim = ledger.claim(id, "w1")
+    assert isinstance(claim, Claim)
+    ledger.fail(claim, json.dumps(ERROR | {"message": f"{NASTY}: not found"}), "{}")
+    for ran in (run("status", id), run("result", id)):
+        assert HARMLESS in ran.output
+        assert not re.search("\x1b(?!\\[[0-9;]*m)|[\x07\x08\r\x9b]", ran.output)
+
+
+def test_a_terminal_obeys_nothing_of_what_is_waited_for() -> None:
+    """The line beside a spinner; the console's own controls, which move its cursor, stay."""
+    shown = io.StringIO()
+    terminal = Terminal(file=shown, force_terminal=True, width=120)
+    with terminal.status(NASTY):
+        terminal.print("x")
+    assert HARMLESS in shown.getvalue()
+    assert "\x1b]0;" not in shown.getvalue()
+    assert "\x1b[2K" in shown.getvalue()
 
 
 def test_a_retried_job_says_what_went_wrong(run: Run, client: Client, ledger: Ledger) -> None:

@@ -182,6 +182,13 @@ def test_a_log_has_no_secrets_in_it_tracebacks_included() -> None:
     assert "hush" not in line
 
 
+def test_a_log_has_no_controls_of_a_terminal_in_it() -> None:
+    shown = Redacting("%(message)s").format(
+        logging.makeLogRecord({"msg": "\x1b[2Jone\r\n\ttwo\x9b"})
+    )
+    assert shown == "\\x1b[2Jone\\x0d\n\ttwo\\x9b"
+
+
 def test_a_webhook_with_a_password_is_refused_without_repeating_it() -> None:
     with Client() as client:
         for url in ("https://u:hush@h.example/x", "https://u:hu/sh@h.example/x"):

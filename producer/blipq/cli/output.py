@@ -3,13 +3,14 @@
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.segment import Segment
 
 from blipq.client import Client
 from blipq.contract import (
@@ -34,6 +35,7 @@ from blipq.errors import (
     ResultTimeout,
 )
 from blipq.job import Job
+from blipq.printable import printable
 from blipq.program import blipq
 from blipq.requests import checked
 from blipq.settings import Settings
@@ -49,8 +51,23 @@ EXIT_CODES: dict[type[BlipqError], int] = {
     QueueFull: 7,
 }
 
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
-out = Console(highlight=False, soft_wrap=True)
+
+class Terminal(Console):
+    """A console that obeys its own controls alone, and none in a text that it shows."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """The segments of anything that is printed; those with ``control`` are the console's."""
+        for segment in super().render(renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield segment._replace(text=printable(segment.text))
+
+
+errors = Terminal(stderr=True, highlight=False, soft_wrap=True)
+out = Terminal(highlight=False, soft_wrap=True)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The job's id.")]
