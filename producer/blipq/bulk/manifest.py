@@ -1,5 +1,6 @@
 """Requests to come, one after the other: lines of a file or an object, or the keys of a prefix."""
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -143,8 +144,10 @@ class JsonLines:
 
     def entries(self, number: int, position: str) -> Iterator[Entry]:
         """The entries behind number ``number``, which ended at the offset ``position``."""
-        for end, line in self._lines(int(position or 0)):
+        for end, text in self._lines(int(position or 0)):
             number += 1
+            # Editors and exports set a mark at the start; `cat` puts it between lines.
+            line = text and text.removeprefix(codecs.BOM_UTF8)
             if line is None:
                 error = f"longer than {LONGEST_LINE:,} bytes"
                 yield Entry(number, str(end), None, None, error)
@@ -169,7 +172,7 @@ class JsonLines:
     def _entry(self, number: int, position: str, line: bytes) -> Entry:
         custom_id = None
         try:
-            asked = json.loads(line.decode())
+            asked = _read(line)
             if not isinstance(asked, dict):
                 raise InvalidRequest("a line is an object with custom_id and a request")
             custom_id = _custom_id(asked.pop("custom_id", None))
@@ -180,6 +183,16 @@ class JsonLines:
         except (ValueError, RecursionError) as error:
             return Entry(number, position, custom_id, None, str(error))
         return Entry(number, position, custom_id, work)
+
+
+def _read(line: bytes) -> Any:
+    """A line's JSON. Raises InvalidRequest for what no journal and no S3 key could hold."""
+    asked = json.loads(line.decode())
+    try:
+        json.dumps(asked, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest("half of a surrogate pair (\\ud83d alone) is no text") from None
+    return asked
 
 
 def _custom_id(value: Any) -> str:

@@ -31,7 +31,7 @@ def manifest_of(facts: Mapping[str, Any], storage: Storage) -> Manifest:
 def template_from(path: Path) -> dict[str, Any]:
     """A request without its image, from a file of JSON. Raises InvalidRequest."""
     try:
-        template = json.loads(path.read_text())
+        template = json.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:

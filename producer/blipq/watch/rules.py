@@ -195,7 +195,7 @@ class Rules(_Table):
 def load(path: Path) -> Rules:
     """Reads a file of rules. Raises InvalidRequest, which names the line or the field."""
     try:
-        return Rules.model_validate(tomllib.loads(path.read_text()))
+        return Rules.model_validate(tomllib.loads(path.read_text("utf-8-sig")))
     except OSError as error:
         raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -1,5 +1,6 @@
 """A manifest is read line by line, and a line that is wrong is wrong alone."""
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from blipq import Client, InvalidRequest
 from blipq.bulk import manifest as module
 from blipq.bulk.manifest import Entry, JsonLines, LocalFile, Prefix, S3Object, read_work
+from blipq.bulk.start import template_from
 
 IMAGE = "s3://photos/cat.jpg"
 
@@ -36,6 +38,13 @@ def test_a_line_is_a_request_with_a_custom_id_and_options(tmp_path: Path) -> Non
     assert (chosen.model, chosen.priority, chosen.metadata) == ("m", "high", {"a": "b"})
 
 
+def test_a_mark_of_utf8_before_a_line_is_no_part_of_it(tmp_path: Path) -> None:
+    """As an editor leaves one at the start, and `cat` in the middle."""
+    marked = codecs.BOM_UTF8 + line(custom_id="a").encode() + b"\n"
+    found = entries(tmp_path, marked + marked.replace(b'"a"', b'"b"') + codecs.BOM_UTF8)
+    assert [(entry.custom_id, entry.error) for entry in found] == [("a", None), ("b", None)]
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -53,6 +62,9 @@ def test_a_line_is_a_request_with_a_custom_id_and_options(tmp_path: Path) -> Non
         (line(options={"idempotency_key": "k"}), "the custom_id is it"),
         (line(options=[1]), "options: an object"),
         ("[" * 100_000, "recursion"),
+        (line(custom_id="\ud83d"), "half of a surrogate pair"),
+        (line(kind="\ud83d"), "half of a surrogate pair"),
+        (line(options={"\udc00": "x"}), "half of a surrogate pair"),
     ],
 )
 def test_a_malformed_line_is_an_error_of_that_line(
@@ -136,6 +148,11 @@ def test_a_prefix_makes_a_request_of_each_object(client: Client) -> None:
         "s3://results/in/b.jpg.json",
     )
     assert list(source.entries(found[0].number, found[0].position)) == found[1:]
+
+
+def test_a_template_may_begin_with_a_mark_of_utf8(tmp_path: Path) -> None:
+    (tmp_path / "template.json").write_text('\ufeff{"kind": "caption"}', "utf-8")
+    assert template_from(tmp_path / "template.json") == {"kind": "caption"}
 
 
 @pytest.mark.parametrize(

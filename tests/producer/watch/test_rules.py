@@ -138,14 +138,16 @@ request = { kind = "caption" }
 def loaded(tmp_path: Path) -> Callable[[str], Rules]:
     def loaded(text: str) -> Rules:
         path = tmp_path / "rules.toml"
-        path.write_text(text)
+        path.write_text(text, "utf-8")
         return load(path)
 
     return loaded
 
 
-def test_a_good_file_is_read(loaded: Callable[[str], Rules]) -> None:
-    assert loaded(GOOD).rules[0].name == "captions"
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_good_file_is_read(loaded: Callable[[str], Rules], mark: str) -> None:
+    """Some editors mark UTF-8 at the start of a file."""
+    assert loaded(mark + GOOD).rules[0].name == "captions"
 
 
 @pytest.mark.parametrize(
