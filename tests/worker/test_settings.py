@@ -47,6 +47,29 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     assert options.image_formats == ("PNG",)
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("jpeg,png", ("JPEG", "PNG")), ("JPG, tiff", ("JPEG", "TIFF")), ("BMP", ("BMP",))],
+)
+def test_image_formats_have_the_names_that_pillow_compares_with(
+    monkeypatch: pytest.MonkeyPatch, written: str, read: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("BLIPQ_IMAGE_FORMATS", written)
+    assert WorkerSettings().image_formats == read
+
+
+@pytest.mark.parametrize("wrong", ["", "JPEG PNG", "JPEG;PNG", "image/jpeg", ".png", "PNG,HEICS"])
+def test_a_format_that_is_never_read_is_refused_at_start(
+    monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """Before, the worker started, and every job with another format failed for good."""
+    monkeypatch.setenv("BLIPQ_IMAGE_FORMATS", wrong)
+    with pytest.raises(
+        ValidationError, match=r"image_formats\n.*(no format that Pillow|at least 1)"
+    ):
+        WorkerSettings()
+
+
 def test_durations_have_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLIPQ_LEASE_S", "2m")
     monkeypatch.setenv("BLIPQ_DRAIN_TIMEOUT_S", "45")

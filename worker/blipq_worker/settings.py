@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from blipq.contract import Name, Seconds
@@ -31,6 +31,18 @@ def _names(value: Any) -> Any:
         if isinstance(value, str)
         else value
     )
+
+
+def _formats(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Formats by the names that Pillow compares with. Raises ValueError for one it cannot read."""
+    from PIL import Image
+
+    Image.init()
+    formats = tuple("JPEG" if name.upper() == "JPG" else name.upper() for name in names)
+    for name in formats:
+        if name not in Image.OPEN:
+            raise ValueError(f"{name!r} is no format that Pillow reads, such as JPEG, PNG or TIFF")
+    return formats
 
 
 class WorkerSettings(BaseSettings):
@@ -134,8 +146,11 @@ class WorkerSettings(BaseSettings):
     max_image_pixels: int = Field(
         default=50_000_000, ge=1, description="Largest image decoded, in pixels."
     )
-    image_formats: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = Field(
+    image_formats: Annotated[
+        tuple[str, ...], NoDecode, BeforeValidator(_names), AfterValidator(_formats)
+    ] = Field(
         default=("JPEG", "PNG", "WEBP", "AVIF", "GIF"),
+        min_length=1,
         description="Image formats accepted, by Pillow's names.",
     )
     fetch_timeout_s: Seconds = Field(
