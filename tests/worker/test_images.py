@@ -1,5 +1,7 @@
 """Decoding: correct pixels for every accepted kind of image, one clear error for the rest."""
 
+import base64
+import gzip
 import io
 import struct
 import subprocess
@@ -74,6 +76,14 @@ def test_an_empty_file_is_image_invalid() -> None:
         (b'{"error": "not found"}', "JSON"),
         (b"%PDF-1.7 ...", "PDF"),
         (b"\x00\x00\x00\x18ftypheic....", "HEIC"),
+        (b"\x00\x00\x00\x18ftyphevx....", "HEIC"),
+        (b"\x00\x00\x00\x18ftypmsf1....", "HEIF"),
+        (b"\xff\x0a\x00\x00", "JPEG XL"),
+        (gzip.compress(b"a cat"), "gzip"),
+        (b"data:image/jpeg;base64,/9j/4AAQ", "a data: URL"),
+        (base64.b64encode(b"\xff\xd8\xff\xe0\x00\x10JFIF"), "Base64"),
+        (base64.b64encode(b"\x89PNG\r\n\x1a\n"), "Base64"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "a pointer of Git LFS"),
         (b"\x01\x02\x03", "unknown bytes (01 02 03)"),
     ],
 )

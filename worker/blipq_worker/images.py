@@ -83,8 +83,21 @@ _MAGIC = (
     (b"%PDF", "PDF"),
     (b"%!PS", "EPS"),
     (b"PK\x03\x04", "ZIP"),
+    (b"\x1f\x8b", "gzip"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
+    (b"data:", "a data: URL"),
+    (b"version https://git-lfs.github.com/", "a pointer of Git LFS"),
+    # Base64 of the first bytes of a JPEG, a PNG and a GIF.
+    (b"/9j/", "Base64"),
+    (b"iVBORw0KGgo", "Base64"),
+    (b"R0lGOD", "Base64"),
 )
-_BOX_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}
+_BOX_BRANDS = {
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), "HEIC"),
+    **dict.fromkeys((b"mif1", b"msf1"), "HEIF"),
+}
 
 
 class _Timed(io.BytesIO):
