@@ -36,12 +36,16 @@ _INSIDE_4 = tuple(
         "10.0.0.0/8",  # private
         "100.64.0.0/10",  # shared by a provider's customers
         "127.0.0.0/8",  # this machine
+        "168.63.129.16/32",  # Azure's own services, beside each machine there
         "169.254.0.0/16",  # link-local, and the metadata of clouds
         "172.16.0.0/12",  # private
         "192.0.0.0/24",  # protocol assignments: the nearest NAT, the nearest TURN server
         "192.0.2.0/24",  # documentation
+        "192.31.196.0/24",  # the nearest AS112 name server
+        "192.52.193.0/24",  # the nearest multicast relay
         "192.88.99.0/24",  # the nearest 6to4 relay
         "192.168.0.0/16",  # private
+        "192.175.48.0/24",  # the nearest AS112 name server
         "198.18.0.0/15",  # benchmarks
         "198.51.100.0/24",  # documentation
         "203.0.113.0/24",  # documentation
@@ -56,6 +60,7 @@ _INSIDE_6 = tuple(
     for network in (
         "2001::/23",  # protocol assignments, Teredo among them
         "2001:db8::/32",  # documentation
+        "2620:4f:8000::/48",  # the nearest AS112 name server
         "3fff::/20",  # documentation
     )
 )
