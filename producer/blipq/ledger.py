@@ -110,6 +110,19 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """One worker at a time sweeps: ``owner``, until it has not swept for ``ttl_s``.
+
+    patience_s: from the start of a turn on, leases that ran out are left alone for so long. Where
+    nobody had a turn, Redis may have been away, and then they say nothing about their workers.
+    """
+
+    owner: str
+    ttl_s: float
+    patience_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Swept:
     """What a chunk of a sweep found: messages to publish again, and whether more may be due."""
 
@@ -388,17 +401,19 @@ class Ledger(Scripted):
         with redis_errors(claim.id):
             return bool(self._run("requeue", claim.id, claim.token, delay, why))
 
-    def reconcile(self, *, limit: int = 100, grace_s: float = GRACE_S, judge: bool = True) -> Swept:
+    def reconcile(
+        self, *, limit: int = 100, grace_s: float = GRACE_S, turn: Turn | None = None
+    ) -> Swept:
         """One chunk of a sweep over what is due: at most ``limit`` of each kind.
 
-        Without ``judge`` it leaves leases that ran out alone: after an outage of Redis they say
-        nothing about their workers.
+        With a ``turn`` nothing is done while it is another's.
         """
         ttl = ms(self.settings.dead_letter_ttl)
         is_broker = self.settings.effective_broker_url == self.settings.redis_url
-        options = limit, ms(grace_s), MAX_CRASHES, ttl, int(judge), int(is_broker)
+        options = limit, ms(grace_s), MAX_CRASHES, ttl, int(is_broker)
+        whose = () if turn is None else (turn.owner, ms(turn.ttl_s), ms(turn.patience_s))
         with redis_errors():
-            more, *found = self._run("reconcile", *options)
+            more, *found = self._run("reconcile", *options, *whose)
         return Swept(_messages(found), bool(more))
 
     def register(

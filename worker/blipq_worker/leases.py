@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from blipq.broker import Broker
 from blipq.errors import BlipqError
-from blipq.ledger import Claim, Ledger
+from blipq.ledger import Claim, Ledger, Turn
 
 log = logging.getLogger(__name__)
 
@@ -19,9 +19,8 @@ log = logging.getLogger(__name__)
 #: supervisor starts it again.
 EXIT_HUNG = 70
 
-RECONCILER_LOCK = "blipq:reconciler"
 LONGEST_BEAT_S = 2.0
-LONGEST_LOCK_S = 5.0
+LONGEST_TURN_S = 5.0
 
 
 def beat_s(lease_s: float) -> float:
@@ -237,9 +236,7 @@ class Heartbeat(Periodic):
 class Reconciler(Periodic):
     """Publishes again what a crash, a lost message or a backoff left behind.
 
-    One worker at a time does it, under a lock that a dead one cannot keep. Where nobody held the
-    lock, Redis may have been away, and every lease with it: live workers first get the time to
-    renew theirs.
+    One worker at a time does it; the turn of a dead one ends by itself.
     """
 
     def __init__(
@@ -248,27 +245,20 @@ class Reconciler(Periodic):
         super().__init__("blipq-reconciler", min(1.0, lease_s / 4))
         self._ledger = ledger
         self._broker = broker
-        self._worker = worker
-        self._lock_s = min(LONGEST_LOCK_S, lease_s / 2)
-        self._patience_s = 2 * beat_s(lease_s)
-        self._judge_from = 0.0
+        # An outage that ends no turn is too short to end a lease.
+        ttl_s = min(LONGEST_TURN_S, lease_s / 2)
+        self._turn = Turn(worker, ttl_s=ttl_s, patience_s=2 * beat_s(lease_s))
         self._grace_s = grace_s
 
     def tick(self) -> None:
-        """One sweep, if the lock is ours: a chunk at a time, until nothing is due."""
+        """One sweep, if it is our turn: a chunk at a time, until nothing is due."""
         more = True
         while more and not self._stop.is_set():
             more = self._sweep()
 
     def _sweep(self) -> bool:
-        """One chunk, under the lock renewed for it; whether more may be due."""
-        lock = self._ledger.lock(RECONCILER_LOCK, self._worker, self._lock_s)
-        if lock == "taken":
-            return False
-        if lock == "new":
-            self._judge_from = time.monotonic() + self._patience_s
-        judge = time.monotonic() >= self._judge_from
-        swept = self._ledger.reconcile(grace_s=self._grace_s, judge=judge)
+        """One chunk; whether more may be due."""
+        swept = self._ledger.reconcile(grace_s=self._grace_s, turn=self._turn)
         if swept.messages:
             log.info("published again: %d", len(swept.messages))
             self._broker.publish_all(swept.messages)

@@ -11,6 +11,7 @@ local DEAD = 'blipq:dead-letters'  -- zset: id -> when it was given up
 local RECENT = 'blipq:recent'      -- zset: id -> when it ended, the last thousand
 local OUTBOX = 'blipq:outbox'      -- zset: host -> when its next webhook event is due
 local MODELS = 'blipq:models'      -- zset: model -> when a worker last said that it serves it
+local SWEEPER = 'blipq:reconciler' -- since when which worker sweeps
 local DAY = 86400 * 1000
 local INDEX_TTL = 40 * DAY         -- longer than any job can stay open
 local OUTBOX_TTL = 14 * DAY        -- how long an event waits for a sender, counted from each attempt

@@ -1,11 +1,32 @@
 -- One chunk of a sweep over what is due, the oldest first and at most LIMIT of each: O(1) with any
--- backlog. ARGV: limit, grace ms, max crashes, dead letter ttl ms, whether to judge leases (1 or 0),
--- whether this Redis is the broker, too (1 or 0).
+-- backlog. ARGV: limit, grace ms, max crashes, dead letter ttl ms, whether this Redis is the broker,
+-- too (1 or 0), and then, where workers take turns, whose turn it is, its ttl ms and patience ms.
 -- Returns whether more may be due (1 or 0), then {kind, id, queue, ...} of the jobs to publish again.
 local limit, grace = tonumber(ARGV[1]), tonumber(ARGV[2])
 local max_crashes, dead_letter_ttl = tonumber(ARGV[3]), tonumber(ARGV[4])
-local is_broker = ARGV[6] == '1'
+local is_broker = ARGV[5] == '1'
+local owner, turn_ttl, patience = ARGV[6], ARGV[7], tonumber(ARGV[8])
 local publish = {0}
+
+-- How long it has been the owner's turn without a break; nil while it is another's. All of it is
+-- known here: a caller may not hear of a turn that it got, and this script may reach Redis long
+-- after it was sent.
+local function turn_for()
+  local held = redis.call('GET', SWEEPER)
+  local since, holder = string.match(held or '', '^(%d+) (.*)$')
+  if held and holder ~= owner then return nil end
+  since = since or string.format('%d', now)
+  redis.call('SET', SWEEPER, since .. ' ' .. owner, 'PX', turn_ttl)
+  return now - since
+end
+
+-- A break says that Redis was away, and every lease with it: live workers first renew theirs.
+local judges = true
+if owner then
+  local turn = turn_for()
+  if not turn then return publish end
+  judges = turn >= patience
+end
 
 local function add(id, job)
   publish[#publish + 1] = job.kind
@@ -24,7 +45,7 @@ for _, id in ipairs(due(OPEN)) do
   if job and not ended(job) then end_job(id, job, 'expired', {}) else redis.call('ZREM', OPEN, id) end
 end
 
-for _, id in ipairs(ARGV[5] == '1' and due(RUNNING) or {}) do
+for _, id in ipairs(judges and due(RUNNING) or {}) do
   local job = load(id)
   if not job or job.status ~= 'running' then
     redis.call('ZREM', RUNNING, id)
