@@ -1,6 +1,7 @@
 """One HTTP request to a URL that a stranger chose, through the guard."""
 
 import asyncio
+import math
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -13,6 +14,9 @@ from blipq.guard import Guard, Policy, Resolver, Target, Unresolved
 
 #: One address of several that does not answer must not use up the whole time.
 CONNECT_TIMEOUT_S = 5.0
+
+#: The longest that the resolver of the system takes over a name whose servers do not answer.
+LONGEST_LOOK_UP_S = 30.0
 
 #: What a request may raise beside Forbidden. TimeoutError is an OSError.
 FAILURES = (
@@ -54,6 +58,7 @@ class GuardedHttp:
     """Requests to strangers' URLs: no redirects, no proxies, bounded in time.
 
     A connection is never used twice, so every request is judged by the addresses of its own time.
+    ``at_a_time``: how many requests are under way at the most.
     """
 
     def __init__(
@@ -61,13 +66,16 @@ class GuardedHttp:
         policy: Policy,
         *,
         timeout_s: float,
+        at_a_time: int = 64,
         resolve: Resolver | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self.timeout_s = timeout_s
         self._policy = policy
-        # Threads of its own: names that do not resolve must not hold up anything else.
-        self._threads = ThreadPoolExecutor(32, "blipq-resolve")
+        # Threads of its own, started as needed, and enough of them: a look-up goes on when its
+        # request is given up, and names that do not resolve must not hold up anything else.
+        most = at_a_time * (1 + math.ceil(LONGEST_LOOK_UP_S / timeout_s))
+        self._threads = ThreadPoolExecutor(most, "blipq-resolve")
         self._backend = _Pinned(Guard(policy, resolve or self._look_up))
         self._tls = tls
 

@@ -244,6 +244,33 @@ def test_the_checked_address_is_met_under_the_name_of_the_url(tmp_path: Path) ->
     assert len(receiver.got) == 1
 
 
+def test_names_whose_servers_are_silent_hold_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their look-ups cannot be ended, and go on when their requests are long given up."""
+    over = threading.Event()
+
+    def resolve(host: str, *_: Any, **__: Any) -> list[Any]:
+        if host.endswith("silent.example"):
+            over.wait(60)
+            raise socket.gaierror("timed out")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 443))]
+
+    async def ask(http: GuardedHttp) -> tuple[set[str], str]:
+        def answers(round: int) -> Any:
+            urls = [f"https://{round}-{n}.silent.example/" for n in range(32)]
+            return asyncio.gather(*(webhooks.post(http, url, {}, b"{}") for url in urls))
+
+        silent = {each.outcome for round in range(3) for each in await answers(round)}
+        return silent, (await webhooks.post(http, "https://inside.example/", {}, b"{}")).outcome
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    http = GuardedHttp(Policy(), timeout_s=1, at_a_time=32)
+    try:
+        assert asyncio.run(ask(http)) == ({"timeout"}, "url_forbidden")  # it was looked up
+    finally:
+        over.set()
+        http.close()
+
+
 def test_a_name_without_an_address_is_unresolved_and_a_closed_port_unreachable(
     settings: Settings,
 ) -> None:

@@ -217,7 +217,10 @@ class Worker:
         return int(worker.exitcode or 0)
 
     def _https_fetcher(self, settings: Settings) -> HttpsFetcher:
-        http = GuardedHttp(settings.image_policy, timeout_s=self._options.fetch_timeout_s)
+        options = self._options
+        http = GuardedHttp(
+            settings.image_policy, timeout_s=options.fetch_timeout_s, at_a_time=options.threads
+        )
         return HttpsFetcher(http, max_bytes=self._options.max_image_bytes)
 
     def _stalled_for(self) -> float:

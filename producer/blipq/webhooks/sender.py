@@ -56,7 +56,9 @@ class Sender:
         self._settings = settings
         self._secrets = [secret.get_secret_value() for secret in settings.webhook_secrets]
         self._http = http or GuardedHttp(
-            settings.webhook_policy, timeout_s=settings.webhook_timeout_s
+            settings.webhook_policy,
+            timeout_s=settings.webhook_timeout_s,
+            at_a_time=settings.webhook_concurrency,
         )
         self._storage = Storage(settings)
         self._redis = connect(settings)
