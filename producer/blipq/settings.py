@@ -22,6 +22,7 @@ from pydantic_settings import (
 )
 
 from blipq.contract import Name, Seconds
+from blipq.errors import InvalidRequest
 from blipq.guard import Policy
 from blipq.program import blipq
 from blipq.redaction import place_of
@@ -38,8 +39,10 @@ CONNECTION_FIELDS = (
 
 
 def cache_folder() -> Path:
-    """The user's cache folder for blipq."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """The user's cache folder for blipq. Raises InvalidRequest where the user has no home."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if root.startswith("~"):  # a container's user may be a number without a name and a home
+        raise InvalidRequest("this user has no home folder: set HOME or XDG_CACHE_HOME")
     return Path(root) / "blipq"
 
 

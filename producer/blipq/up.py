@@ -3,6 +3,7 @@
 Where BLIPQ_WEBHOOK_SECRETS is set it also sends webhooks.
 """
 
+import os
 import shlex
 import signal
 import sys
@@ -78,7 +79,7 @@ def _greet(stack: LocalStack, stop: threading.Event) -> None:
 
 def _short(path: Path) -> str:
     """A path as a shell takes it, from the user's home where it is there."""
-    home = Path.home()
+    home = os.path.expanduser("~")
     if path.is_relative_to(home):
         return f"~/{shlex.quote(str(path.relative_to(home)))}"
     return shlex.quote(str(path))

@@ -136,3 +136,38 @@ def test_a_wrong_option_is_an_invalid_request_that_names_it() -> None:
 def test_a_wrong_redis_url_is_an_invalid_request() -> None:
     with pytest.raises(InvalidRequest, match="redis_url"):
         Client(redis_url="queue.example.org")
+
+
+HOMELESS = """
+import os, pathlib
+def nowhere(): raise RuntimeError("Could not determine home directory.")
+pathlib.Path.home = nowhere
+os.path.expanduser = lambda path: path
+from blipq.cli import app
+app()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["env"], "no service is named"),
+        (["caption", "s3://photos/cat.jpg"], "Redis does not answer"),
+        (["up"], "no home folder: set HOME or XDG_CACHE_HOME"),
+        (["models", "list"], "demo"),
+    ],
+)
+def test_a_user_without_a_home_gets_answers(arguments: list[str], told: str) -> None:
+    """A container's user may be a number that no file knows."""
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    if "caption" in arguments:
+        kept["BLIPQ_REDIS_URL"] = "redis://127.0.0.1:1/0"
+    ran = subprocess.run(
+        [sys.executable, "-c", HOMELESS, *arguments],
+        env=kept,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert told in ran.stdout + ran.stderr
+    assert "Traceback" not in ran.stderr

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from blipq_worker.models import KNOWN_MODELS, ModelError, served_model
 from blipq_worker.settings import Dtype, Quantization
-from blipq_worker.weights import hub_cache
+from blipq_worker.weights import expanded, hub_cache
 
 if TYPE_CHECKING:
     from blipq_worker.blip2.loading import Precision, Quantizing
@@ -195,8 +195,8 @@ def config_of(checkpoint: str, *, retrieval: bool = False) -> Any:
     """A checkpoint's configuration: the folder's, a published one's, or the cache's."""
     from transformers import Blip2Config
 
-    if Path(checkpoint).expanduser().is_dir():
-        return _stored_config(Path(checkpoint).expanduser())
+    if expanded(checkpoint).is_dir():
+        return _stored_config(expanded(checkpoint))
     name = checkpoint.partition("@")[0].rpartition("/")[2].removeprefix("blip2-")
     side = {"image_size": 364 if name.endswith("-coco") else 224}
     if checkpoint.startswith("Salesforce/") and name.removesuffix("-coco") in _LANGUAGE:

@@ -47,10 +47,15 @@ class Weights:
         return f"hf download {hub_id}{at} --exclude '*.bin'"
 
 
+def expanded(path: str) -> Path:
+    """A path with its ``~``, which stays, as for the hub's own library, where there is no home."""
+    return Path(os.path.expanduser(path))
+
+
 def hub_cache() -> Path:
     """The folder that the hub's downloads are kept in."""
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    return expanded(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")
 
 
 def free_bytes() -> int:
@@ -63,7 +68,7 @@ def free_bytes() -> int:
 
 def weights_of(checkpoint: str) -> Weights:
     """What is known of a checkpoint's weights."""
-    folder = Path(checkpoint).expanduser()
+    folder = expanded(checkpoint)
     if folder.is_dir():
         size = _complete_size(folder)
         return Weights(checkpoint, size is not None, size)
@@ -91,7 +96,7 @@ def how_to_get(missing: list[Weights]) -> str:
     """One line: what to run, how much it fetches, and the room there is for it."""
     commands = [f"`{each.command}`" for each in missing if each.command]
     if not commands:
-        return "; ".join(_lack(Path(each.checkpoint).expanduser()) for each in missing)
+        return "; ".join(_lack(expanded(each.checkpoint)) for each in missing)
     known = [each.bytes for each in missing if each.bytes is not None]
     size = f"about {gigabytes(sum(known))}" if len(known) == len(missing) else "of unknown size"
     room = f"{gigabytes(free_bytes())} free in {hub_cache()}"

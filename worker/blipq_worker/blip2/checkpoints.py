@@ -14,7 +14,7 @@ from transformers import Blip2Config
 
 from blipq.errors import BlipqError
 from blipq_worker.models import COCO_PROMPT, COCO_SIDE, VARIANTS, Family, ModelError, one_line
-from blipq_worker.weights import is_lfs_pointer, stray_weights, told_of_file, weight_files
+from blipq_worker.weights import expanded, is_lfs_pointer, stray_weights, told_of_file, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def open_checkpoint(name: str) -> Checkpoint:
 
     Raises CheckpointError.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     local = folder.is_dir()
     if not local:
         folder = _download(name)
@@ -89,7 +89,7 @@ def open_checkpoint(name: str) -> Checkpoint:
 
 
 def _download(name: str) -> Path:
-    if Path(name).expanduser().is_file():
+    if expanded(name).is_file():
         raise CheckpointError(told_of_file(Path(name)))
     hub_id, _, revision = name.partition("@")
     if name.startswith((".", "/", "~")) or hub_id.count("/") != 1:
