@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 #: A client refuses larger files before uploading them; the worker's own cap decides.
 MAX_UPLOAD_BYTES = 64 * 2**20
+#: Of what is taken for a path an error repeats so many characters: it may be a whole data: URL.
+LONGEST_SHOWN = 200
 
 #: Nothing is there: what matters is whether S3 lets us ask.
 ACCESS_KEY = "blipq-access"
@@ -292,4 +294,4 @@ def _start_of(path: Path) -> bytes:
             return file.read(MAX_UPLOAD_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         why = getattr(error, "strerror", None) or error
-        raise InvalidRequest(f"cannot read {path}: {why}") from error
+        raise InvalidRequest(f"cannot read {str(path)[:LONGEST_SHOWN]}: {why}") from error

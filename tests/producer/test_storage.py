@@ -141,10 +141,13 @@ def test_a_folder_is_no_image(storage: Storage, tmp_path: Path) -> None:
         storage.upload(tmp_path)
 
 
-@pytest.mark.parametrize("path", ["a\0b.png", "\udcff.png", "x" * 5000])
+@pytest.mark.parametrize(
+    "path", ["a\0b.png", "\udcff.png", "x" * 5000, f"data:image/png;base64,{'iVBOR' * 2000}"]
+)
 def test_a_path_that_cannot_be_is_told(storage: Storage, path: str) -> None:
-    with pytest.raises(InvalidRequest, match="cannot read"):
+    with pytest.raises(InvalidRequest, match="cannot read") as told:
         storage.upload(path)
+    assert len(str(told.value)) < 300
 
 
 def test_an_empty_file_is_refused(storage: Storage, tmp_path: Path) -> None:
