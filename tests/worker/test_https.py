@@ -5,8 +5,9 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from pytest_httpserver import HTTPServer
@@ -193,6 +194,47 @@ def test_a_few_redirects_are_followed(httpserver: HTTPServer) -> None:
     error = refusal(fetcher(), four)
     assert is_forbidden(error)
     assert "more than 3 redirects" in str(error)
+
+
+class Redirecting(BaseHTTPRequestHandler):
+    """Redirects to ``location``, as it stands, and answers what comes from there."""
+
+    location = b""
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        """One request."""
+        if self.path != "/first":
+            self.asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(BYTES)
+            return
+        self.wfile.write(b"HTTP/1.0 302 Found\r\nLocation: " + self.location + b"\r\n\r\n")
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.mark.parametrize(
+    ("location", "asked"),
+    [
+        (b"/my photo.jpg", "/my%20photo.jpg"),
+        ("/\u00e9t\u00e9.jpg".encode(), "/%C3%A9t%C3%A9.jpg"),
+        (b"/\xe9.jpg", "/%E9.jpg"),
+        (b"/a%20b.jpg?x=%2B&y=a+b", "/a%20b.jpg?x=%2B&y=a+b"),
+        (b"/a.jpg#top", "/a.jpg"),
+    ],
+)
+def test_a_redirect_leads_where_a_browser_would_go(location: bytes, asked: str) -> None:
+    """Servers write into Location what does not belong there: spaces, raw bytes, a fragment."""
+    handler = type("Handler", (Redirecting,), {"location": location, "asked": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/first"
+        assert fetcher().fetch(ImageRef(uri=url)) == BYTES
+        server.shutdown()
+    assert handler.asked == [asked]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import asyncio
 import io
 import re
-from urllib.parse import urljoin
+from urllib.parse import quote, urljoin
 
 import httpcore2
 
@@ -22,6 +22,7 @@ HEADERS = {
     "Accept-Encoding": "identity",
     "User-Agent": f"blipq/{__version__}",
 }
+_PRINTABLE = "".join(map(chr, range(0x21, 0x7F)))
 _CODES = {
     401: ErrorCode.IMAGE_FORBIDDEN,
     403: ErrorCode.IMAGE_FORBIDDEN,
@@ -91,7 +92,11 @@ def _shown(url: str) -> str:
 
 
 def _redirect(response: httpcore2.Response) -> str | None:
-    return header(response, b"location") if response.status in REDIRECTS else None
+    """Where a redirect leads. Servers write raw spaces, UTF-8 and fragments there: see RFC 9110."""
+    target = header(response, b"location") if response.status in REDIRECTS else None
+    if target is None:
+        return None
+    return quote(target.partition("#")[0], safe=_PRINTABLE, encoding="latin-1")
 
 
 def _check_status(image: ImageRef, status: int) -> None:
