@@ -84,7 +84,7 @@ format: $(VENV)/installed-dev  ## Format the code.
 
 demo-model: $(VENV)/installed-dev  ## Train the demo model from nothing (more than an hour).
 	$(BIN)/python -m tools.demo_model.train
-	$(BIN)/blipq models record-golden demo --dtype float32 --output worker/blipq_worker/goldens.json
+	$(BIN)/blipq models record-golden demo --dtype float32 --output worker/blipq_worker/serving/goldens.json
 
 constraints: $(VENV)/installed-dev  ## Pin what is installed now.
 	@{ sed -n 1p constraints.txt; \

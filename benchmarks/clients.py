@@ -23,10 +23,10 @@ from pathlib import Path
 import redis
 
 from blipq import AsyncClient, CaptionRequest, Client, Settings
-from blipq.ledger import Claim, Ledger, connect
-from blipq.local import LocalStack, free_port, redis_command
-from blipq.sample import red_square
-from blipq.supervisor import Service
+from blipq.ledger.ledger import Claim, Ledger, connect
+from blipq.local.sample import red_square
+from blipq.local.stack import LocalStack, free_port, redis_command
+from blipq.local.supervisor import Service
 
 ROOT = Path(__file__).parents[1]
 ONE_BY_ONE, MANY = 2_000, 20_000

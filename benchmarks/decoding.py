@@ -33,9 +33,9 @@ from transformers import (
 
 from blipq_worker.blip2 import Blip2, GenerationParams
 from blipq_worker.blip2.decoding import DecodeLoop, Row, row_seed
-from blipq_worker.blip2.generation import _hugging_face, _quiet_about_penalties
+from blipq_worker.blip2.generation.generator import _hugging_face, _quiet_about_penalties
+from blipq_worker.catalog.models import demo_folder
 from blipq_worker.demo.machine import describe_machine
-from blipq_worker.models import demo_folder
 
 QUERIES = 32
 VOCABULARY = 4000

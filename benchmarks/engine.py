@@ -19,7 +19,7 @@ from blipq_worker.blip2 import (
     resolve,
     vqa_prompt,
 )
-from blipq_worker.images import decode
+from blipq_worker.images.decoding import decode
 
 TEXTS = ("a red circle", "a dog on a beach", "a rocket", "a cup of coffee")
 ASKED = QUESTIONS[:4]

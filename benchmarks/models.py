@@ -17,7 +17,7 @@ from transformers import (
     OPTConfig,
 )
 
-from blipq_worker.models import demo_folder
+from blipq_worker.catalog.models import demo_folder
 
 FOLDER = Path(__file__).parent / "models"
 SIDE, QUERIES, WIDTH, TEXT_WIDTH = 224, 32, 384, 512

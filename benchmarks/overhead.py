@@ -11,10 +11,10 @@ from celery import Celery, Task
 
 from blipq import Client
 from blipq.contract import CaptionRequest, Generation, ImageRef, Options
-from blipq.ledger import Claim, Ledger
-from blipq.requests import Submission, new_id
+from blipq.ledger.ledger import Claim, Ledger
+from blipq.local.supervisor import Service
 from blipq.settings import Settings
-from blipq.supervisor import Service
+from blipq.submission import Submission, new_id
 from blipq_worker.bench.stack import Meter, Stack, Through, running
 
 SLEEPING = [sys.executable, "-m", "benchmarks.workers", "sleeping"]

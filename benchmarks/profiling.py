@@ -19,14 +19,14 @@ BATCHER = "blipq-batcher"
 #: Where a thread is: the first part of which any text stands in its stack.
 PARTS: dict[str, tuple[str, ...]] = {
     "waits for a job": ("Batcher._wait (",),
-    "the model: images": ("blip2/features.py",),
+    "the model: images": ("blip2/vision/features.py",),
     "the model: prompts": ("prefill (",),
     "the model: tokens": ("blip2/decoding/",),
     "between them": (BATCHER,),
-    "JPEG, resize, normalise": ("blipq_worker/images.py", "blip2/preprocessing.py"),
-    "S3": ("blipq_worker/fetch.py",),
-    "ledger": ("blipq/ledger.py",),
-    "a job, between them": ("blipq_worker/tasks.py",),
+    "JPEG, resize, normalise": ("blipq_worker/images/decoding.py", "blip2/vision/preprocessing.py"),
+    "S3": ("blipq_worker/images/fetch.py",),
+    "ledger": ("blipq/ledger/",),
+    "a job, between them": ("blipq_worker/jobs/runner.py",),
     "Celery and the rest": ("",),
 }
 #: Samples a second: few, as the worker stands still for each of them.

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.models import full_size, mid_size
 from blipq_worker.blip2 import Blip2, GenerationParams, Pixels
 from blipq_worker.blip2.decoding import DecodeLoop, Row
-from blipq_worker.blip2.loading import Quantization
-from blipq_worker.blip2.packing import pack
+from blipq_worker.blip2.loading.packing import pack
+from blipq_worker.blip2.loading.weights import Quantization
 
 BATCHES = (1, 8, 32, 128) if torch.cuda.is_available() else (1, 8, 32)
 #: A run of so many repeats or more takes the full-size model on a CPU, too.

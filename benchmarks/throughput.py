@@ -11,7 +11,7 @@ from benchmarks.overhead import SLEEPING
 from benchmarks.peers.run import PEERS, PYTHON, Rows, run_peer
 from benchmarks.photos import pictures
 from blipq.contract import ImageRef
-from blipq.fleet import cores
+from blipq.local.fleet import cores
 from blipq_worker.bench.pictures import Pictures
 from blipq_worker.bench.run import Bench
 from blipq_worker.bench.stack import Stack, running

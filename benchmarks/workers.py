@@ -26,9 +26,9 @@ from blipq_worker.blip2 import (
     ModelInfo,
     Pixels,
 )
-from blipq_worker.blip2.checkpoints import open_checkpoint
-from blipq_worker.blip2.preprocessing import Preprocessor
-from blipq_worker.fetch import Fetched, Fetcher
+from blipq_worker.blip2.loading.checkpoints import open_checkpoint
+from blipq_worker.blip2.vision.preprocessing import Preprocessor
+from blipq_worker.images.fetch import Fetched, Fetcher
 from blipq_worker.settings import WorkerSettings
 
 
@@ -94,8 +94,8 @@ def _sleeping(options: WorkerSettings) -> dict[str, Any]:
 
 def _batchwise(options: WorkerSettings) -> dict[str, Any]:
     """A batch is one call of the same decode loop, and its answers come when the call returns."""
-    from blipq_worker import engine
-    from blipq_worker.load import load_models
+    from blipq_worker.inference import engine
+    from blipq_worker.serving.loader import load_models
 
     class Batches(engine.Batcher):  # type: ignore[misc, type-arg]
         def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -106,8 +106,8 @@ def _batchwise(options: WorkerSettings) -> dict[str, Any]:
 
 
 def _closed(options: WorkerSettings) -> dict[str, Any]:
-    from blipq_worker import engine
-    from blipq_worker.load import load_models
+    from blipq_worker.inference import engine
+    from blipq_worker.serving.loader import load_models
 
     class Batch(engine._Writing):
         """A session that is closed once it has begun; the next opens when all have left."""

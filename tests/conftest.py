@@ -15,9 +15,9 @@ import pytest
 import redis
 
 from blipq import Client, Settings
-from blipq.ledger import Ledger, connect
-from blipq.local import LocalStack
-from blipq.supervisor import Service
+from blipq.ledger.ledger import Ledger, connect
+from blipq.local.stack import LocalStack
+from blipq.local.supervisor import Service
 from stacks import local_stack
 
 #: Jobs of tests may wait for these models, which no worker serves.

@@ -11,8 +11,8 @@ from urllib.parse import quote_plus
 
 import boto3
 
-from blipq.local import free_port
-from blipq.supervisor import Service
+from blipq.local.stack import free_port
+from blipq.local.supervisor import Service
 from conftest import wait_until
 
 _NUMBERS = itertools.count()

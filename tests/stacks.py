@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from uuid import uuid4
 
-from blipq.local import LocalStack
+from blipq.local.stack import LocalStack
 
 BROKER = os.environ.get("TEST_BROKER", "redis")
 

@@ -73,7 +73,7 @@ def python(code: str, folder: Path | None = None) -> str:
         "import blipq",
         "import blipq; blipq.Client(redis_url='redis://127.0.0.1:1').close()",
         "import blipq.cli",
-        "import blipq.local",
+        "import blipq.local.stack",
     ],
 )
 def test_a_producer_loads_nothing_heavy(statement: str) -> None:
@@ -89,7 +89,7 @@ def test_celery_and_boto3_are_loaded_when_they_are_used() -> None:
 
 def test_the_producer_works_where_the_workers_dependencies_are_missing() -> None:
     missing = f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r}))"
-    assert python(f"{missing}\nimport blipq.cli, blipq.up, blipq.storage; print('fine')")
+    assert python(f"{missing}\nimport blipq.cli, blipq.local.up, blipq.s3.storage; print('fine')")
 
 
 @pytest.mark.parametrize("path", sorted(PRODUCER.rglob("*.py")), ids=lambda path: path.stem)

@@ -15,12 +15,12 @@ import yaml
 from pydantic import ValidationError
 
 from blipq import Settings
-from blipq.ledger import connect
-from blipq.local import _INNER_PORTS, free_port, redis_command, s3_command
+from blipq.ledger.ledger import connect
+from blipq.local.stack import _INNER_PORTS, free_port, redis_command, s3_command
+from blipq.local.supervisor import Service
+from blipq.s3.storage import Storage
 from blipq.settings import Settings as ProducerSettings
-from blipq.storage import Storage
-from blipq.supervisor import Service
-from blipq_worker.health import HealthServer
+from blipq_worker.process.health import HealthServer
 from blipq_worker.settings import WorkerSettings
 from conftest import ROOT, blipq, wait_until
 

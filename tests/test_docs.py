@@ -17,10 +17,10 @@ from jsonschema import Draft202012Validator
 
 from blipq import ErrorCode, Settings
 from blipq.cli import app as cli
-from blipq.ledger import connect
-from blipq.local import LocalStack
-from blipq.sample import red_square
-from blipq.storage import Storage
+from blipq.ledger.ledger import connect
+from blipq.local.sample import red_square
+from blipq.local.stack import LocalStack
+from blipq.s3.storage import Storage
 from blipq_worker.settings import WorkerSettings
 from conftest import ROOT, start_worker, wait_for_worker, wait_until
 
@@ -202,7 +202,7 @@ def test_settings_that_are_named_exist(page: Path) -> None:
 
 def test_every_script_and_key_of_the_ledger_is_described() -> None:
     text = (DOCS / "architecture.md").read_text()
-    scripts = sorted((ROOT / "producer" / "blipq" / "lua").glob("*.lua"))
+    scripts = sorted((ROOT / "producer" / "blipq" / "ledger" / "scripts").glob("*.lua"))
     keys = {key for path in scripts for key in re.findall(r"'(blipq:[a-z-]+)", path.read_text())}
     names = {path.stem for path in scripts} - {"common"}
     assert not [key for key in keys if f"`{key}" not in text]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from blipq.local import LocalStack
+from blipq.local.stack import LocalStack
 from conftest import ROOT
 
 README = ROOT / "README.md"

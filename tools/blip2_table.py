@@ -29,7 +29,7 @@ from blipq_worker.blip2 import (
     vqa_prompt,
 )
 from blipq_worker.demo import ITM, OPT, world
-from blipq_worker.footprint import loaded_bytes
+from blipq_worker.serving.footprint import loaded_bytes
 
 PAGE = Path("docs/blip2.md")
 #: Quantization and compute type by the name of a row.

@@ -29,8 +29,8 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from blipq_worker.blip2 import Blip2, GenerateItem, resolve, vqa_prompt
-from blipq_worker.budget import give_large_blocks_back
-from blipq_worker.footprint import GIB, config_of
+from blipq_worker.images.memory_budget import give_large_blocks_back
+from blipq_worker.serving.footprint import GIB, config_of
 
 PAGE = Path("docs/blip2.md")
 PUBLISHED = "Salesforce/blip2-opt-2.7b"

@@ -23,9 +23,9 @@ from benchmarks.gpu.pictures import drawn
 from benchmarks.gpu.weights import Name, made_here, write_folder
 from blipq.contract import Priority
 from blipq_worker.blip2 import Blip2, GenerateItem, GenerationParams, Pixels
-from blipq_worker.blip2.loading import Quantization
-from blipq_worker.engine import Engine
-from blipq_worker.footprint import GIB, Load, memory_of
+from blipq_worker.blip2.loading.weights import Quantization
+from blipq_worker.inference.engine import Engine
+from blipq_worker.serving.footprint import GIB, Load, memory_of
 
 TOKENS = 20
 GREEDY = GenerationParams(num_beams=1, max_new_tokens=TOKENS, min_new_tokens=TOKENS)

@@ -16,8 +16,8 @@ from PIL import Image
 
 from blipq.settings import Settings
 from blipq_worker.blip2 import GeneratedText, GenerateItem, ModelInfo, Pixels
-from blipq_worker.blip2.checkpoints import open_checkpoint
-from blipq_worker.blip2.preprocessing import Preprocessor
+from blipq_worker.blip2.loading.checkpoints import open_checkpoint
+from blipq_worker.blip2.vision.preprocessing import Preprocessor
 from blipq_worker.settings import WorkerSettings
 
 How = Literal["captured", "launches"]
@@ -93,7 +93,10 @@ _SPEED = _speed()
 
 
 class Session:
-    """Sequences that take their steps on the device; see ``blipq_worker.batcher.Session``."""
+    """Sequences that take their steps on the device.
+
+    See ``blipq_worker.batching.batcher.Session``.
+    """
 
     def __init__(self, device: Device, slots: int, on_step: Callable[[], None]) -> None:
         self._device, self._slots, self._on_step = device, slots, on_step

@@ -23,8 +23,8 @@ import redis
 from benchmarks.clients import finish_all
 from blipq import CaptionRequest, Client, Job, JobInfo, ResultTimeout, Settings
 from blipq.contract import Generation, ImageRef, Status
-from blipq.local import free_ports, redis_command
-from blipq.supervisor import Service
+from blipq.local.stack import free_ports, redis_command
+from blipq.local.supervisor import Service
 
 ROOT = Path(__file__).parents[2]
 TOKENS = 20

@@ -22,9 +22,9 @@ from transformers import (
     Blip2ForImageTextRetrieval,
 )
 
-from blipq_worker.blip2 import loading
-from blipq_worker.footprint import _LANGUAGE
-from blipq_worker.models import demo_folder
+from blipq_worker.blip2.loading import weights as loading
+from blipq_worker.catalog.models import demo_folder
+from blipq_worker.serving.footprint import _LANGUAGE
 
 Name = Literal["opt-2.7b", "flan-t5-xl", "itm"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blipq.contract import ImageRef
-from blipq.local import free_port
+from blipq.local.stack import free_port
 from blipq_worker.bench.stack import BenchError, Stack
 from blipq_worker.bench.workloads import PROMPT, QUESTIONS, Workload
 from blipq_worker.blip2 import vqa_prompt

@@ -1,7 +1,8 @@
 """blipq: asynchronous BLIP-2 jobs over a message queue. This is the producers' side."""
 
-from blipq.async_client import AsyncClient
-from blipq.client import Client
+from blipq.client.async_client import AsyncClient
+from blipq.client.job import AsyncJob, Job
+from blipq.client.sync_client import Client
 from blipq.contract import (
     Array,
     Caption,
@@ -49,9 +50,8 @@ from blipq.errors import (
     SubmitStopped,
     UnknownModel,
 )
-from blipq.job import AsyncJob, Job
-from blipq.requests import Submission
 from blipq.settings import Settings
+from blipq.submission import Submission
 
 __version__ = "0.1.0"
 

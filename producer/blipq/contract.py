@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from blipq import guard
+from blipq.ssrf import policy as guard
 
 #: Goes up when a worker must know something new to run a job. A worker that meets a newer number
 #: leaves the job in its queue, so workers are deployed before producers.

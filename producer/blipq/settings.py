@@ -23,10 +23,10 @@ from pydantic_settings import (
 
 from blipq.contract import Name, Seconds
 from blipq.errors import InvalidRequest
-from blipq.guard import Policy
 from blipq.program import blipq
 from blipq.redaction import place_of
-from blipq.redis_url import RedisUrl, take_apart, tls_of
+from blipq.redis.url import RedisUrl, take_apart, tls_of
+from blipq.ssrf.policy import Policy
 
 #: Options that say where the services are. One of them set by hand switches discovery off.
 CONNECTION_FIELDS = (

@@ -17,9 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, cast
 
-from blipq.async_ledger import AsyncLedger
-from blipq.async_notifier import AsyncNotifier
-from blipq.broker import Broker
+from blipq.client.backend import AsyncServices, Backend, Services
 from blipq.contract import (
     ErrorCode,
     JobError,
@@ -31,12 +29,14 @@ from blipq.contract import (
     request_adapter,
 )
 from blipq.errors import WorkError
-from blipq.ledger import Claim, Ledger
-from blipq.notifier import Notifier
-from blipq.records import Message, job_info, notify_channel
-from blipq.services import AsyncServices, Backend, Services
+from blipq.ledger.async_ledger import AsyncLedger
+from blipq.ledger.codec import Message, job_info, notify_channel
+from blipq.ledger.ledger import Claim, Ledger
+from blipq.s3.storage import Storage
 from blipq.settings import Settings
-from blipq.storage import Storage
+from blipq.transport.async_notifications import AsyncNotifier
+from blipq.transport.broker import Broker
+from blipq.transport.notifications import Notifier
 
 #: What a job comes to: a result, an error, or a function that returns or raises one.
 Answer = Result | JobError | WorkError | Callable[[Any], Result]

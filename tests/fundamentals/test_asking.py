@@ -7,7 +7,7 @@ import pytest
 from pytest_httpserver import HTTPServer
 
 from blipq import Client, JobFailed, Settings
-from blipq.supervisor import Service
+from blipq.local.supervisor import Service
 from blipq_worker.demo import world
 from fundamentals.pictures import png
 

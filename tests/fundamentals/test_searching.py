@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from blipq import Client, JobFailed
-from blipq.local import LocalStack
-from blipq.supervisor import Service
+from blipq.local.stack import LocalStack
+from blipq.local.supervisor import Service
 from blipq_worker.blip2 import Blip2, EmbedItem
-from blipq_worker.blip2.retrieval import RerankItem
+from blipq_worker.blip2.heads.matching import RerankItem
+from blipq_worker.catalog.models import demo_folder
 from blipq_worker.demo import world
-from blipq_worker.models import demo_folder
 from conftest import blipq
 from renders import distinct_scenes, png, queries, upload
 

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from blipq import Settings
 from blipq.bulk.journal import Journal
-from blipq.ledger import Claim, Ledger, connect
-from blipq.supervisor import Service
+from blipq.ledger.ledger import Claim, Ledger, connect
+from blipq.local.supervisor import Service
 from conftest import wait_until
 from guarantees.rig import Rig
 

@@ -21,10 +21,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from blipq import ErrorCode, JobInfo, QueueFull, QueueUnavailable, Status, supervisor
+from blipq import ErrorCode, JobInfo, QueueFull, QueueUnavailable, Status
 from blipq.contract import CaptionRequest, Options, Priority
-from blipq.requests import new_id
-from blipq.supervisor import Service
+from blipq.local import supervisor
+from blipq.local.supervisor import Service
+from blipq.submission import new_id
 from guarantees.rig import LEASE_S, Rig
 
 WORKERS = 3

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from blipq import ledger
+from blipq.ledger import ledger
 from blipq.settings import Settings
 from blipq_worker.app import Worker
 from blipq_worker.blip2 import GeneratedText, GenerateItem, ModelInfo

@@ -13,7 +13,7 @@ from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from blipq.supervisor import Service
+from blipq.local.supervisor import Service
 
 _fork = multiprocessing.get_context("forkserver")
 _fork.set_forkserver_preload(["blipq_worker.app", "celery.worker.worker", "blipq.cli"])

@@ -17,9 +17,9 @@ from PIL import Image
 
 from blipq import Client, Job, JobInfo, Status, cli
 from blipq.errors import BlipqError
-from blipq.ledger import connect
-from blipq.local import worker_service
-from blipq.supervisor import Service
+from blipq.ledger.ledger import connect
+from blipq.local.stack import worker_service
+from blipq.local.supervisor import Service
 from conftest import wait_until
 from guarantees import faulty_worker
 from guarantees.faulty_s3 import FaultyS3

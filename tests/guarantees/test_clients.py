@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from blipq import AsyncClient, CaptionRequest, Status
-from blipq.submitting import MAX_JOBS
+from blipq.client.submitting import MAX_JOBS
 from guarantees.rig import Rig
 
 COUNT = 3 * MAX_JOBS

@@ -7,8 +7,8 @@ from typing import Any
 import httpx2
 
 from blipq import ErrorCode, Job, Status
-from blipq.local import free_port
-from blipq.supervisor import Service
+from blipq.local.stack import free_port
+from blipq.local.supervisor import Service
 from conftest import wait_until
 from guarantees.rig import Rig
 

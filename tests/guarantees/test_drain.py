@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from blipq import Job, Status, records
-from blipq.ledger import script_text
+from blipq import Job, Status
+from blipq.ledger import codec as records
+from blipq.ledger.ledger import script_text
 from conftest import wait_until
 from guarantees.muted_redis import muted_redis
 from guarantees.rig import Rig

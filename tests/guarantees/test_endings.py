@@ -18,8 +18,8 @@ from blipq import (
     UnknownModel,
 )
 from blipq.contract import CaptionRequest, JobError, Options
-from blipq.ledger import Claim, Message
-from blipq.requests import new_id
+from blipq.ledger.ledger import Claim, Message
+from blipq.submission import new_id
 from blipq_worker.settings import WorkerSettings
 from conftest import wait_until
 from guarantees.rig import LEASE_S, Rig

@@ -10,8 +10,8 @@ import pytest
 import redis
 
 from blipq import AsyncClient, Client, JobNotFound, QueueUnavailable, Settings, Status
-from blipq.local import free_port, redis_command
-from blipq.supervisor import Service
+from blipq.local.stack import free_port, redis_command
+from blipq.local.supervisor import Service
 from conftest import wait_until
 from guarantees.rig import Rig
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from blipq import Status
-from blipq.supervisor import Service
+from blipq.local.supervisor import Service
 from conftest import wait_until
 from guarantees.rig import Rig, named
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from blipq import ErrorCode, ImageRef, JobFailed, Status
-from blipq.local import free_port
+from blipq.local.stack import free_port
 from conftest import wait_until
 from guarantees.rig import Rig, png
 

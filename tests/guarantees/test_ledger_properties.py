@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from blipq import ErrorCode, Settings, Status
-from blipq import ledger as ledger_module
 from blipq.contract import CaptionRequest, Options
-from blipq.ledger import MAX_CRASHES, Claim, Ledger, Message, connect, new_nonce
-from blipq.local import LocalStack
+from blipq.ledger import ledger as ledger_module
+from blipq.ledger.ledger import MAX_CRASHES, Claim, Ledger, Message, connect, new_nonce
+from blipq.local.stack import LocalStack
 
 RUNS = int(os.environ.get("GUARANTEES_RUNS", "150"))
 LEASE_S, GRACE_S, EXPIRES_S = 10.0, 5.0, 10_000.0

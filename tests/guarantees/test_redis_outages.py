@@ -15,7 +15,7 @@ import pytest
 import redis
 
 from blipq import JobNotFound, QueueFull, QueueUnavailable, Status
-from blipq.local import free_port
+from blipq.local.stack import free_port
 from conftest import wait_until
 from guarantees.rig import LEASE_S, Rig
 

@@ -17,9 +17,9 @@ import pytest
 from standardwebhooks import Webhook
 
 from blipq import Job, Status, cli
-from blipq.ledger import Claim, Ledger
+from blipq.ledger.ledger import Claim, Ledger
+from blipq.local.supervisor import Service
 from blipq.settings import Settings
-from blipq.supervisor import Service
 from blipq.webhooks.delivery import webhook_id
 from blipq.webhooks.outbox import Outbox
 from conftest import wait_until

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from blipq import CaptionRequest, ErrorCode, Job, Status
-from blipq.ledger import Message
-from blipq.outputs import LOCAL_BUCKET
+from blipq.ledger.ledger import Message
+from blipq.s3.outputs import LOCAL_BUCKET
 from conftest import wait_until
 from guarantees.faulty_worker import HANGING_SIZE
 from guarantees.rig import LEASE_S, Rig, png

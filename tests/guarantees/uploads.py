@@ -22,8 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from blipq import supervisor
-from blipq.supervisor import Service
+from blipq.local import supervisor
+from blipq.local.supervisor import Service
 from conftest import wait_until
 from guarantees.rig import Rig, png
 from sqs import Sqs, notification

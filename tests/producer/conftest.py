@@ -8,9 +8,9 @@ import pytest
 import redis
 
 from blipq import Client, Settings
-from blipq.ledger import Ledger, connect
-from blipq.local import free_port, redis_command
-from blipq.supervisor import Service
+from blipq.ledger.ledger import Ledger, connect
+from blipq.local.stack import free_port, redis_command
+from blipq.local.supervisor import Service
 from conftest import wait_until
 
 

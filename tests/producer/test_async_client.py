@@ -10,8 +10,8 @@ import redis
 import redis.asyncio
 
 from blipq import AsyncClient, CaptionRequest, JobNotFound, QueueUnavailable, Settings
-from blipq.ledger import Claim, Ledger
-from blipq.records import notify_channel
+from blipq.ledger.codec import notify_channel
+from blipq.ledger.ledger import Claim, Ledger
 from blipq.testing import FakeBlipq
 
 IMAGE = "s3://uploads/cat.jpg"

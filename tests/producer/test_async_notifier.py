@@ -10,8 +10,8 @@ import redis
 import redis.asyncio
 
 from blipq import Settings
-from blipq.async_ledger import connect_async
-from blipq.async_notifier import AsyncNotifier
+from blipq.ledger.async_ledger import connect_async
+from blipq.transport.async_notifications import AsyncNotifier
 
 OWN, FOREIGN = "blipq:ended:own", "blipq:ended:foreign"
 
@@ -99,7 +99,7 @@ def test_an_outage_is_one_warning_and_one_line_at_its_end(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("blipq.async_notifier.PAUSE_S", 0.01)
+    monkeypatch.setattr("blipq.transport.async_notifications.PAUSE_S", 0.01)
     attempts, away = [0], [True]
 
     def connecting() -> "redis.asyncio.Redis":

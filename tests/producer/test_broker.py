@@ -12,9 +12,9 @@ import pytest
 import redis
 
 from blipq import CaptionRequest, Client, Priority, Settings
-from blipq.broker import PUBLISH_TIMEOUT_S, Broker, queues_of
 from blipq.contract import Kind
-from blipq.ledger import Message
+from blipq.ledger.ledger import Message
+from blipq.transport.broker import PUBLISH_TIMEOUT_S, Broker, queues_of
 from blocking import BlockingClient
 
 MESSAGE = Message(Kind.CAPTION, "job_1", "blipq.default.normal")
@@ -101,7 +101,7 @@ def test_no_exception_of_a_publisher_reaches_who_submits(
     with opened(apart) as client, caplog.at_level(logging.WARNING, logger="blipq"):
         for job in (client.caption("s3://uploads/cat.jpg"), *client.submit_many([REQUEST] * 2)):
             assert job.info().status == "queued"
-    told = [each.message for each in caplog.records if each.name == "blipq.broker"]
+    told = [each.message for each in caplog.records if each.name == "blipq.transport.broker"]
     assert [type(error).__name__ in each for each in told] == [True]
     assert "hush" not in caplog.text
 

@@ -19,13 +19,13 @@ from typer.testing import CliRunner, Result
 
 from blipq import Client, Settings
 from blipq.cli import app
-from blipq.cli.group import split_help
-from blipq.cli.output import Terminal, spinner_line
+from blipq.cli.terminal.group import split_help
+from blipq.cli.terminal.output import Terminal, spinner_line
 from blipq.contract import Kind, Options, Request, request_adapter
-from blipq.ledger import Claim, Ledger
-from blipq.local import free_port
+from blipq.ledger.ledger import Claim, Ledger
+from blipq.local.stack import free_port
 from blipq.program import blipq
-from blipq.requests import explain
+from blipq.submission import explain
 from conftest import wait_until
 
 IMAGE = "s3://uploads/cat.jpg"
@@ -462,7 +462,7 @@ def test_a_process_ends_soon_when_the_broker_is_frozen(
     environment: dict[str, str], own_redis: Settings
 ) -> None:
     """The job is recorded; nothing may keep the process, whatever the broker does."""
-    from blipq.ledger import connect
+    from blipq.ledger.ledger import connect
 
     with connect(own_redis) as raw:
         pid = raw.info("server")["process_id"]
@@ -518,7 +518,7 @@ def test_indexing_needs_no_word_for_adding(
     monkeypatch.setattr(os, "execv", lambda program, command: become.append(command))
     assert run("index", *arguments).exit_code == 0
     assert become[0][2:8] == [
-        "blipq_worker.indexing",
+        "blipq_worker.index.ingest",
         *("add", "s3://photos/2026/", "--name", "pets", "--model"),
     ]
 

@@ -26,7 +26,7 @@ from blipq import (
     Settings,
     Turn,
 )
-from blipq.ledger import Claim, Ledger, connect
+from blipq.ledger.ledger import Claim, Ledger, connect
 from blocking import BlockingClient
 from conftest import wait_until
 
@@ -285,7 +285,7 @@ def test_a_wait_without_a_timeout_ends_when_redis_is_gone_for_good(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It went on for ever, without an error or a line in a log."""
-    monkeypatch.setattr("blipq.waiting.GRACE_S", 0.5)
+    monkeypatch.setattr("blipq.client.waiting.GRACE_S", 0.5)
     with opened(own_redis) as client:
         job = client.caption(IMAGE, expires_in=1)
         with connect(own_redis) as raw:

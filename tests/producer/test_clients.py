@@ -38,8 +38,8 @@ from blipq import (
     SubmitStopped,
 )
 from blipq.errors import PermanentError
-from blipq.ledger import Claim, Ledger, connect
-from blipq.storage import Storage
+from blipq.ledger.ledger import Claim, Ledger, connect
+from blipq.s3.storage import Storage
 from blipq.testing import FakeBlipq
 from blocking import BlockingClient
 

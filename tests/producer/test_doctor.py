@@ -12,12 +12,13 @@ import pytest
 import redis
 from pytest_httpserver import HTTPServer
 
-from blipq import Client, Settings, doctor
-from blipq.doctor import Finding, _tls, examine
+from blipq import Client, Settings
 from blipq.errors import QueueUnavailable
-from blipq.ledger import Ledger, connect
-from blipq.local import LocalStack
-from blipq.supervisor import Service
+from blipq.ledger.ledger import Ledger, connect
+from blipq.local.stack import LocalStack
+from blipq.local.supervisor import Service
+from blipq.ops import doctor
+from blipq.ops.doctor import Finding, _tls, examine
 from conftest import blipq, start_worker, wait_for_worker
 
 
@@ -254,7 +255,7 @@ def test_gpus_are_read_as_nvidia_smi_lists_them() -> None:
 
 
 def test_looking_needs_neither_torch_nor_pillow() -> None:
-    code = "import sys, blipq.doctor, blipq_worker.memory; print(*sys.modules)"
+    code = "import sys, blipq.ops.doctor, blipq_worker.serving.memory; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert not {"torch", "PIL", "transformers", "boto3"} & set(ran.stdout.split())
 

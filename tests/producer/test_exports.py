@@ -9,9 +9,9 @@ import pytest
 import redis
 
 from blipq import InvalidRequest, Settings
-from blipq.broker import make_app
-from blipq.exports import as_shell, exports
-from blipq.local import LocalStack
+from blipq.local.exports import as_shell, exports
+from blipq.local.stack import LocalStack
+from blipq.transport.broker import make_app
 from conftest import blipq
 
 OTHERS = """

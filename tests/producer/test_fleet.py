@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from blipq import fleet
 from blipq.errors import InvalidRequest
-from blipq.supervisor import Service
+from blipq.local import fleet
+from blipq.local.supervisor import Service
 from conftest import wait_until
 
 
@@ -106,8 +106,8 @@ time.sleep(seconds)
 """
 FLEET = """
 import sys
-from blipq.fleet import run_supervised
-from blipq.supervisor import Service
+from blipq.local.fleet import run_supervised
+from blipq.local.supervisor import Service
 paths = sys.argv[2:]
 services = [
     Service(path, [sys.executable, "-c", sys.argv[1], path, seconds])

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from blipq import Client, InvalidRequest, Settings, Webhook
-from blipq.guard import Forbidden, Policy, is_public, parse
-from blipq.guarded_http import GuardedHttp
-from blipq.webhooks import answer as webhooks
-from blipq.webhooks.answer import MAX_ANSWER_BYTES, Answer
+from blipq.ssrf.http import GuardedHttp
+from blipq.ssrf.policy import Forbidden, Policy, is_public, parse
+from blipq.webhooks import response as webhooks
+from blipq.webhooks.response import MAX_ANSWER_BYTES, Answer
 from hostile import HOSTILE_TEXTS, INSIDE, Names, self_signed
 from receivers import Receiver, receiving
 

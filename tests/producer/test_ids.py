@@ -3,7 +3,7 @@
 import time
 import uuid
 
-from blipq.requests import new_id
+from blipq.submission import new_id
 
 
 def test_an_id_is_a_uuid_of_version_7() -> None:

@@ -23,8 +23,8 @@ from blipq import (
     Webhook,
 )
 from blipq.contract import CONTRACT, CaptionRequest, Kind, MatchRequest
-from blipq.ledger import MAX_CRASHES, Claim, Ledger, Message, Turn, connect, redis_errors
-from blipq.overview import Overview
+from blipq.ledger.ledger import MAX_CRASHES, Claim, Ledger, Message, Turn, connect, redis_errors
+from blipq.ops.overview import Overview
 from conftest import wait_until
 
 IMAGE = "s3://uploads/cat.jpg"

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 
 from blipq import Client, Settings
-from blipq.ledger import Ledger, connect
-from blipq.local import LocalStack, StackError, free_port
-from blipq.outputs import why_refused
-from blipq.sample import red_square
+from blipq.ledger.ledger import Ledger, connect
+from blipq.local.sample import red_square
+from blipq.local.stack import LocalStack, StackError, free_port
+from blipq.local.supervisor import Service, supervise
+from blipq.s3.outputs import why_refused
+from blipq.s3.storage import Storage
 from blipq.settings import read_stack_file
-from blipq.storage import Storage
-from blipq.supervisor import Service, supervise
 from blipq.webhooks.delivery import new_secret
 from conftest import blipq, wait_until
 
@@ -236,7 +236,7 @@ def supervised(tmp_path: Path) -> Callable[[str], Service]:
 def test_a_service_that_keeps_dying_is_started_again_and_told(
     supervised: Callable[[str], Service], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blipq.supervisor.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("blipq.local.supervisor.FIRST_PAUSE_S", 0.01)
     service, stop, told = supervised("raise SystemExit(3)"), threading.Event(), []
     service._pause = 0.01
     service.start()

@@ -23,8 +23,8 @@ from blipq import (
     SubmitStopped,
     VQARequest,
 )
-from blipq.ledger import Claim, Ledger
-from blipq.submitting import MAX_JOBS
+from blipq.client.submitting import MAX_JOBS
+from blipq.ledger.ledger import Claim, Ledger
 from conftest import wait_until
 
 RESULT = '{"kind": "caption", "captions": [{"text": "a cat"}]}'

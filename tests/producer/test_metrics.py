@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from blipq import Client, InvalidRequest, Settings
-from blipq.ledger import connect
-from blipq.metrics import LedgerCollector, served
+from blipq.ledger.ledger import connect
+from blipq.ops.metrics import LedgerCollector, served
 
 IMAGE = "s3://uploads/cat.jpg"
 Scrape = Callable[[], dict[str, float]]

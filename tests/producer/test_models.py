@@ -20,8 +20,8 @@ from blipq import (
     SubmitStopped,
     UnknownModel,
 )
-from blipq.ledger import Claim, Ledger
-from blipq.requests import Submission
+from blipq.ledger.ledger import Claim, Ledger
+from blipq.submission import Submission
 from blipq.watch.rules import Rules
 from blipq.watch.start import check_models
 from blocking import BlockingClient

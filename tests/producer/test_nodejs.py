@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from blipq import CaptionResult, Client, JobError, Settings
-from blipq.sample import red_square
+from blipq.local.sample import red_square
 from conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("worker")

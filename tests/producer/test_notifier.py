@@ -8,8 +8,8 @@ import pytest
 import redis
 
 from blipq import Client, Settings
-from blipq.ledger import connect
-from blipq.notifier import Notifier, Outage
+from blipq.ledger.ledger import connect
+from blipq.transport.notifications import Notifier, Outage
 from conftest import wait_until
 
 OWN, FOREIGN = "blipq:ended:own", "blipq:ended:foreign"
@@ -79,7 +79,7 @@ def test_an_outage_is_one_warning_and_one_line_at_its_end(
     caplog: pytest.LogCaptureFixture,
     error: Exception,
 ) -> None:
-    monkeypatch.setattr("blipq.notifier.PAUSE_S", 0.01)
+    monkeypatch.setattr("blipq.transport.notifications.PAUSE_S", 0.01)
     away = Away(apart)
     away.error = error
     notifier = Notifier(away.connect, OWN)

@@ -9,8 +9,8 @@ from typer.testing import CliRunner, Result
 
 from blipq import Client, JobInfo, Settings
 from blipq.cli import app
-from blipq.ledger import Claim, Ledger
-from blipq.overview import Overview
+from blipq.ledger.ledger import Claim, Ledger
+from blipq.ops.overview import Overview
 
 IMAGE = "s3://uploads/cat.jpg"
 CAPTION = json.dumps({"kind": "caption", "captions": [{"text": "a cat"}]})

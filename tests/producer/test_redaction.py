@@ -16,9 +16,9 @@ import pytest
 
 from blipq import Client, InvalidRequest, Settings
 from blipq.errors import QueueUnavailable
-from blipq.local import free_port
+from blipq.local.stack import free_port
 from blipq.redaction import Redacting, place_of, redacted
-from blipq.requests import checked
+from blipq.submission import checked
 from blocking import BlockingClient
 from conftest import blipq, wait_until
 from refusing_redis import refusing_redis, repeating

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from blipq import AsyncClient, Client, InvalidRequest, Settings
-from blipq.broker import broker_address, make_app
-from blipq.ledger import connect
-from blipq.local import redis_command
-from blipq.redis_url import RedisUrl
-from blipq.requests import checked
-from blipq.supervisor import Service
+from blipq.ledger.ledger import connect
+from blipq.local.stack import redis_command
+from blipq.local.supervisor import Service
+from blipq.redis.url import RedisUrl
+from blipq.submission import checked
+from blipq.transport.broker import broker_address, make_app
 from conftest import wait_until
 
 IMAGE = "s3://uploads/cat.jpg"

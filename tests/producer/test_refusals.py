@@ -15,8 +15,8 @@ from botocore.exceptions import (
 from blipq import BlipqError, Client, InvalidRequest, QueueUnavailable, Settings
 from blipq.bulk.journal import Journal
 from blipq.bulk.results import write
-from blipq.refusals import CODES, Refusal, S3Refused, S3Unavailable, refusal_in, refusal_of
-from blipq.storage import Storage
+from blipq.s3.refusals import CODES, Refusal, S3Refused, S3Unavailable, refusal_in, refusal_of
+from blipq.s3.storage import Storage
 from blipq.watch.objects import Objects
 from blipq.watch.queue import Queue
 from refusing_s3 import RefusingS3, refusing_s3

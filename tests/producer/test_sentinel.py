@@ -4,13 +4,13 @@ import time
 
 import pytest
 
-from blipq.broker import broker_address
 from blipq.errors import InvalidRequest, QueueUnavailable
-from blipq.ledger import Ledger, connect
-from blipq.local import free_port
-from blipq.redis_url import RedisUrl
-from blipq.requests import checked
+from blipq.ledger.ledger import Ledger, connect
+from blipq.local.stack import free_port
+from blipq.redis.url import RedisUrl
 from blipq.settings import Settings
+from blipq.submission import checked
+from blipq.transport.broker import broker_address
 
 URL = "sentinel://app:p%40ss@one:26380,two/3?master=jobs&sentinel_password=other"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from blipq import Client, InvalidRequest, Settings
-from blipq.requests import checked
 from blipq.settings import read_stack_file
+from blipq.submission import checked
 
 STACK_REDIS = "redis://:secret@127.0.0.1:7777/0"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from blipq import InvalidRequest, QueueUnavailable, Settings
-from blipq.refusals import Refusal, S3Refused
-from blipq.storage import MAX_UPLOAD_BYTES, Storage, told_at
+from blipq.s3.refusals import Refusal, S3Refused
+from blipq.s3.storage import MAX_UPLOAD_BYTES, Storage, told_at
 from refusing_s3 import refusing_s3
 
 
@@ -63,7 +63,7 @@ def test_an_upload_that_is_half_as_old_as_the_inbox_lets_it_be_is_written_anew(
     """Else the lifecycle rule could delete it while the job of the second upload waits."""
     image = storage.upload(b"uploaded now and then")
     passed = timedelta()
-    monkeypatch.setattr("blipq.storage.told_at", lambda answer: told_at(answer) + passed)
+    monkeypatch.setattr("blipq.s3.storage.told_at", lambda answer: told_at(answer) + passed)
     for days, expected in ((6.9, 1), (7.1, 2)):  # of 14; the first write is refused: it is there
         passed = timedelta(days=days)
         writes.clear()

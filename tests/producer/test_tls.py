@@ -28,14 +28,14 @@ from kombu.exceptions import OperationalError
 from redis.sentinel import Sentinel
 
 from blipq import Client, InvalidRequest, Kind, QueueUnavailable, Settings
-from blipq.async_ledger import connect_async
-from blipq.async_notifier import AsyncNotifier
-from blipq.broker import Broker, broker_address, make_app
-from blipq.ledger import Claim, Ledger, Message, connect
-from blipq.local import free_port, redis_command
-from blipq.notifier import Notifier
-from blipq.requests import checked
-from blipq.supervisor import Service
+from blipq.ledger.async_ledger import connect_async
+from blipq.ledger.ledger import Claim, Ledger, Message, connect
+from blipq.local.stack import free_port, redis_command
+from blipq.local.supervisor import Service
+from blipq.submission import checked
+from blipq.transport.async_notifications import AsyncNotifier
+from blipq.transport.broker import Broker, broker_address, make_app
+from blipq.transport.notifications import Notifier
 from blocking import BlockingClient
 from conftest import wait_until
 
@@ -312,7 +312,7 @@ def test_nothing_is_said_to_a_rabbitmq_that_only_some_of_the_urls_or_options_wou
 ) -> None:
     settings, proxy = misnamed
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate_of_another))
-    monkeypatch.setattr("blipq.broker.PUBLISH_TIMEOUT_S", 8.0)
+    monkeypatch.setattr("blipq.transport.broker.PUBLISH_TIMEOUT_S", 8.0)
     places = {"down": "user:hush@127.0.0.1:1//", "up": f"user:hush@127.0.0.1:{proxy.port}//"}
     url = urls.format(**places)
     with pytest.raises(InvalidRequest, match="broker_url: ") as refused:

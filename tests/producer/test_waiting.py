@@ -5,8 +5,8 @@ import time
 import pytest
 
 from blipq import JobInfo, JobNotFound, QueueUnavailable, ResultTimeout
-from blipq.records import Looked
-from blipq.waiting import LOOK_AT, Waiting
+from blipq.client.waiting import LOOK_AT, Waiting
+from blipq.ledger.codec import Looked
 
 
 def ended(*ids: str) -> Looked:

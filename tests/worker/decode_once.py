@@ -5,8 +5,8 @@ import sys
 
 from PIL import Image
 
-from blipq_worker.budget import give_large_blocks_back
-from blipq_worker.images import bytes_to_decode, decoded, opened
+from blipq_worker.images.decoding import bytes_to_decode, decoded, opened
+from blipq_worker.images.memory_budget import give_large_blocks_back
 
 SIDE = 2000
 SMALL_THINGS = 2**22

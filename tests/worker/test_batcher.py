@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from blipq_worker.batcher import Batcher, BatcherClosed, BatcherFull
+from blipq_worker.batching.batcher import Batcher, BatcherClosed, BatcherFull
 from conftest import wait_until
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from blipq_worker.batcher import Batcher, BatcherClosed, BatcherFull, Ticket
+from blipq_worker.batching.batcher import Batcher, BatcherClosed, BatcherFull, Ticket
 from conftest import wait_until
 
 SLOTS = 4

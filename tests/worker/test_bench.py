@@ -14,7 +14,7 @@ from blipq_worker.bench.bare import Tried, ceiling
 from blipq_worker.bench.pictures import SIZE, Pictures, drawn, read
 from blipq_worker.bench.rate import steady_per_s
 from blipq_worker.bench.workloads import DEFAULT, MIXED, TEN
-from blipq_worker.models import ModelError
+from blipq_worker.catalog.models import ModelError
 
 
 def test_a_workload_asks_the_same_every_time() -> None:

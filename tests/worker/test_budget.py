@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from blipq.errors import TransientError
-from blipq_worker.budget import Budget
+from blipq_worker.images.memory_budget import Budget
 from conftest import wait_until
 
 

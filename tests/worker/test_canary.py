@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from blipq import Client, Settings
-from blipq.local import LocalStack
-from blipq_worker import canary, demo, goldens
+from blipq.local.stack import LocalStack
+from blipq_worker import demo
 from blipq_worker.blip2 import Blip2
-from blipq_worker.blip2.checkpoints import open_checkpoint
-from blipq_worker.blip2.loading import load_tokenizer
-from blipq_worker.canary import CanaryError
-from blipq_worker.goldens import Golden, GoldenError, Observation, read_goldens, tolerance
-from blipq_worker.load import load_models
-from blipq_worker.models import ModelError
+from blipq_worker.blip2.loading.checkpoints import open_checkpoint
+from blipq_worker.blip2.loading.weights import load_tokenizer
+from blipq_worker.catalog.models import ModelError
+from blipq_worker.serving import canary, goldens
+from blipq_worker.serving.canary import CanaryError
+from blipq_worker.serving.goldens import Golden, GoldenError, Observation, read_goldens, tolerance
+from blipq_worker.serving.loader import load_models
 from blipq_worker.settings import WorkerSettings
 from conftest import start_worker, wait_until
 

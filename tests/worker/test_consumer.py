@@ -10,11 +10,11 @@ from celery.worker import consumer as celery_consumer
 from celery.worker import control, state
 
 from blipq.errors import QueueUnavailable
-from blipq_worker.consumer import Door, consumer_class
-from blipq_worker.controls import REFUSED
-from blipq_worker.envelope import Malformed
-from blipq_worker.health import BrokerLoop
-from blipq_worker.revoking import follow_revokes
+from blipq_worker.messages.consumer import Door, consumer_class
+from blipq_worker.messages.controls import REFUSED
+from blipq_worker.messages.envelope import Malformed
+from blipq_worker.messages.revokes import follow_revokes
+from blipq_worker.process.health import BrokerLoop
 
 
 class Told:
@@ -111,7 +111,7 @@ def test_a_lost_connection_is_not_the_messages_fault(
 def test_a_malformed_message_goes_back_while_the_ledger_is_away(
     told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blipq_worker.consumer.PAUSE_S", 0.0)
+    monkeypatch.setattr("blipq_worker.messages.consumer.PAUSE_S", 0.0)
     told.away.append(QueueUnavailable("Redis is away"))
     message = Message()
     told.consumer().on_decode_error(message, ValueError("no base64"))

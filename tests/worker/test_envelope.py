@@ -11,7 +11,7 @@ from kombu.transport.redis import Channel
 from kombu.transport.virtual import Message
 
 from blipq import Kind
-from blipq_worker.envelope import MAX_DEPTH, WHY, Malformed, rewrite, sound
+from blipq_worker.messages.envelope import MAX_DEPTH, WHY, Malformed, rewrite, sound
 
 ID = "job_1"
 QUEUE = "blipq.default.normal"

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from blipq.errors import TransientError
-from blipq_worker.ask import Lost
-from blipq_worker.equal import EqualJobs
-from blipq_worker.leases import Held
+from blipq_worker.jobs.asker import Lost
+from blipq_worker.jobs.coalescing import EqualJobs
+from blipq_worker.process.leases import Held
 from conftest import wait_until
 
 

@@ -9,8 +9,14 @@ import torch
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
 from blipq_worker.blip2 import Blip2
-from blipq_worker.faults import IN_A_ROW, DeviceLost, Trust, is_device_fault, is_out_of_memory
-from blipq_worker.load import load_models
+from blipq_worker.inference.faults import (
+    IN_A_ROW,
+    DeviceLost,
+    Trust,
+    is_device_fault,
+    is_out_of_memory,
+)
+from blipq_worker.serving.loader import load_models
 from blipq_worker.settings import WorkerSettings
 
 KEY = ("default", "generate")

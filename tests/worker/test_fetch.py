@@ -9,9 +9,9 @@ import pytest
 
 from blipq import ErrorCode, ImageRef, Settings
 from blipq.errors import PermanentError, TransientError, WorkError
-from blipq.storage import Storage
-from blipq_worker.fetch import Fetcher
-from blipq_worker.s3_access import AccessRefused
+from blipq.s3.storage import Storage
+from blipq_worker.images.fetch import Fetcher
+from blipq_worker.images.s3_access import AccessRefused
 from refusing_s3 import RefusingS3, refusing_s3
 
 BYTES = bytes(range(256)) * 2000

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from blipq_worker.gate import Draining, Gate
+from blipq_worker.jobs.quarantine import Draining, Gate
 from conftest import wait_until
 
 

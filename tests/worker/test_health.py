@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from blipq_worker.health import Checks, HealthServer, PortTaken
+from blipq_worker.process.health import Checks, HealthServer, PortTaken
 
 
 @contextmanager

@@ -15,11 +15,11 @@ from werkzeug import Request, Response
 
 from blipq import Client, ErrorCode, ImageRef, InvalidRequest, Settings
 from blipq.errors import PermanentError, TransientError, WorkError
-from blipq.guard import Policy
-from blipq.guarded_http import GuardedHttp
-from blipq.storage import Storage
-from blipq_worker.fetch import Fetcher
-from blipq_worker.https import HttpsFetcher
+from blipq.s3.storage import Storage
+from blipq.ssrf.http import GuardedHttp
+from blipq.ssrf.policy import Policy
+from blipq_worker.images.fetch import Fetcher
+from blipq_worker.images.https import HttpsFetcher
 from hostile import HOSTILE_TEXTS, INSIDE, Names, self_signed
 
 BYTES = bytes(range(256)) * 300

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from blipq.errors import BlipqError, QueueUnavailable
-from blipq_worker import index_writer as module
-from blipq_worker.index import Entry, Space
-from blipq_worker.index_writer import IndexWriter
+from blipq_worker.index import writer as module
+from blipq_worker.index.store import Entry, Space
+from blipq_worker.index.writer import IndexWriter
 
 SPACE = Space("checkpoint", "1")
 

@@ -16,7 +16,6 @@ from blipq.contract import (
     Turn,
     VQARequest,
 )
-from blipq_worker import kinds
 from blipq_worker.blip2 import (
     EmbedItem,
     GeneratedText,
@@ -26,8 +25,9 @@ from blipq_worker.blip2 import (
     RankItem,
     vqa_prompt,
 )
-from blipq_worker.engine import Embedded, Generated, Matched, Ranked
-from blipq_worker.index import Entry
+from blipq_worker.index.store import Entry
+from blipq_worker.inference.engine import Embedded, Generated, Matched, Ranked
+from blipq_worker.kinds import handlers as kinds
 
 IMAGE = {"uri": "s3://uploads/cat.jpg"}
 PIXELS = Pixels(None)  # type: ignore[arg-type]

@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from blipq_worker import footprint, load, memory, weights
-from blipq_worker.blip2.checkpoints import open_checkpoint
-from blipq_worker.blip2.loading import Quantizing, Setup, choose_precision, load_weights
-from blipq_worker.footprint import (
+from blipq_worker.blip2.loading.checkpoints import open_checkpoint
+from blipq_worker.blip2.loading.weights import Quantizing, Setup, choose_precision, load_weights
+from blipq_worker.catalog import weights
+from blipq_worker.catalog.models import KNOWN_MODELS, PARAMETERS, ModelError
+from blipq_worker.catalog.weights import how_to_get, weights_of
+from blipq_worker.serving import footprint, memory
+from blipq_worker.serving import loader as load
+from blipq_worker.serving.footprint import (
     GIB,
     Load,
     Memory,
@@ -23,11 +27,9 @@ from blipq_worker.footprint import (
     memory_of,
     parts_of,
 )
-from blipq_worker.load import load_models
-from blipq_worker.memory import Gpu
-from blipq_worker.models import KNOWN_MODELS, PARAMETERS, ModelError
+from blipq_worker.serving.loader import load_models
+from blipq_worker.serving.memory import Gpu
 from blipq_worker.settings import WorkerSettings
-from blipq_worker.weights import how_to_get, weights_of
 from conftest import ROOT
 
 PAGE = ROOT / "docs" / "blip2.md"
@@ -36,7 +38,7 @@ LAYERS = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "blipq_worker.memory", *arguments],
+        [sys.executable, "-m", "blipq_worker.serving.memory", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},

@@ -5,8 +5,8 @@ import urllib.request
 from prometheus_client.parser import text_string_to_metric_families
 
 from blipq import Kind
-from blipq_worker.health import HealthServer
-from blipq_worker.metrics import WorkerMetrics
+from blipq_worker.process.health import HealthServer
+from blipq_worker.process.metrics import WorkerMetrics
 
 
 def told(page: bytes) -> dict[str, float]:

@@ -7,8 +7,14 @@ from typing import Any
 import pytest
 
 from blipq_worker.blip2 import Blip2
-from blipq_worker.load import load_models
-from blipq_worker.models import KNOWN_MODELS, VARIANTS, ModelError, demo_folder, served_model
+from blipq_worker.catalog.models import (
+    KNOWN_MODELS,
+    VARIANTS,
+    ModelError,
+    demo_folder,
+    served_model,
+)
+from blipq_worker.serving.loader import load_models
 from blipq_worker.settings import WorkerSettings
 
 

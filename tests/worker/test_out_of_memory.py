@@ -15,7 +15,7 @@ from PIL import Image
 
 from blipq import Priority
 from blipq_worker.blip2 import MatchItem
-from blipq_worker.engine import Engine
+from blipq_worker.inference.engine import Engine
 
 if TYPE_CHECKING:
     from blipq_worker.blip2 import Blip2

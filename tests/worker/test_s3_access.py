@@ -9,9 +9,9 @@ import pytest
 
 from blipq import Settings
 from blipq.contract import ImageRef
-from blipq.storage import Storage
-from blipq_worker.fetch import Fetcher
-from blipq_worker.s3_access import AccessRefused, S3Access
+from blipq.s3.storage import Storage
+from blipq_worker.images.fetch import Fetcher
+from blipq_worker.images.s3_access import AccessRefused, S3Access
 from refusing_s3 import RefusingS3, refusing_s3
 
 

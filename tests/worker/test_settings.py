@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from blipq.outputs import LOCAL_BUCKET
+from blipq.s3.outputs import LOCAL_BUCKET
 from blipq.settings import Settings
 from blipq_worker.settings import WorkerSettings
 

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from blipq_worker.starting import Start
+from blipq_worker.startup import Start
 
 
 def test_parts_of_one_name_add_up_and_the_rest_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,8 +8,8 @@ import redis
 from celery import Celery
 
 from blipq import Client, Settings
-from blipq.ledger import Ledger, connect
-from blipq_worker.strays import Strays
+from blipq.ledger.ledger import Ledger, connect
+from blipq_worker.messages.strays import Strays
 
 
 @pytest.fixture

@@ -16,28 +16,28 @@ import redis
 from PIL import Image
 
 from blipq import Client, ErrorCode, Job, JobInfo, Kind, Settings
+from blipq.client.backend import Backend, Services
 from blipq.errors import PermanentError, TransientError
-from blipq.ledger import MAX_CRASHES, MAX_RETRIES, Claim, Ledger
-from blipq.refusals import Refusal, S3Unavailable
-from blipq.services import Backend, Services
-from blipq.storage import Storage
-from blipq_worker import tasks
+from blipq.ledger.ledger import MAX_CRASHES, MAX_RETRIES, Claim, Ledger
+from blipq.s3.refusals import Refusal, S3Unavailable
+from blipq.s3.storage import Storage
 from blipq_worker.blip2 import EmbedItem, GeneratedText, GenerateItem, MatchItem, Pixels, RerankItem
-from blipq_worker.budget import Budget
-from blipq_worker.engine import Engine
-from blipq_worker.envelope import Malformed
-from blipq_worker.fetch import Fetcher
-from blipq_worker.gate import Gate
-from blipq_worker.images import ImageLimits
-from blipq_worker.index import Indexes
-from blipq_worker.index_writer import IndexWriter
-from blipq_worker.leases import Held
-from blipq_worker.metrics import WorkerMetrics
-from blipq_worker.outputs import Outputs
-from blipq_worker.pictures import Pictures
-from blipq_worker.s3_access import AccessRefused, S3Access
+from blipq_worker.images.decoding import ImageLimits
+from blipq_worker.images.fetch import Fetcher
+from blipq_worker.images.loader import Pictures
+from blipq_worker.images.memory_budget import Budget
+from blipq_worker.images.s3_access import AccessRefused, S3Access
+from blipq_worker.index.store import Indexes
+from blipq_worker.index.writer import IndexWriter
+from blipq_worker.inference.engine import Engine
+from blipq_worker.jobs import runner as tasks
+from blipq_worker.jobs.outputs import Outputs
+from blipq_worker.jobs.quarantine import Gate
+from blipq_worker.jobs.runner import HandBack, JobFailedTask, Runner
+from blipq_worker.messages.envelope import Malformed
+from blipq_worker.process.leases import Held
+from blipq_worker.process.metrics import WorkerMetrics
 from blipq_worker.settings import WorkerSettings
-from blipq_worker.tasks import HandBack, JobFailedTask, Runner
 from conftest import wait_until
 
 TINY = WorkerSettings(
@@ -723,7 +723,7 @@ def test_what_runs_can_be_handed_back(parts: Parts, picture: bytes) -> None:
 def test_handing_back_while_redis_is_away_has_an_end(
     parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blipq_worker.tasks.HAND_BACK_FOR_S", 0.0)
+    monkeypatch.setattr("blipq_worker.jobs.runner.HAND_BACK_FOR_S", 0.0)
     claims = [parts.ledger.claim(parts.client.caption(picture).id, "w1") for _ in range(3)]
     for claim in claims:
         assert isinstance(claim, Claim)
@@ -853,7 +853,7 @@ def test_what_redis_has_not_taken_back_in_time_stays_held(
     parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker whose model failed its check lives on, and tries again."""
-    monkeypatch.setattr("blipq_worker.tasks.HAND_BACK_FOR_S", 0.0)
+    monkeypatch.setattr("blipq_worker.jobs.runner.HAND_BACK_FOR_S", 0.0)
     job = parts.client.caption(picture)
     claim = parts.ledger.claim(job.id, "w1")
     assert isinstance(claim, Claim)
@@ -965,7 +965,7 @@ def test_a_retry_through_an_outage_is_counted_once(parts: Parts) -> None:
 def test_a_message_goes_back_when_the_worker_stops_while_redis_is_away(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blipq_worker.tasks.HAND_BACK_FOR_S", 0.0)
+    monkeypatch.setattr("blipq_worker.jobs.runner.HAND_BACK_FOR_S", 0.0)
     parts.ledger.redis = Client(redis_url="redis://127.0.0.1:1/0").ledger.redis
     with ThreadPoolExecutor(1) as pool:
         ran = pool.submit(parts.runner.run, Kind.CAPTION, "job_1")
@@ -1070,7 +1070,7 @@ def test_a_job_sent_whole_under_the_key_of_another_says_whose_it_is(
 def test_a_job_sent_whole_goes_back_while_too_many_are_open(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blipq_worker.tasks.LAST_PAUSE_S", 0.01)
+    monkeypatch.setattr("blipq_worker.jobs.runner.LAST_PAUSE_S", 0.01)
     parts.ledger.settings = parts.ledger.settings.model_copy(update={"max_open_jobs": 0})
     with pytest.raises(HandBack):
         parts.runner.run(Kind.CAPTION, "job_foreign", {"image": "s3://uploads/a.png"})

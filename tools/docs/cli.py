@@ -11,7 +11,7 @@ from tools.docs import DOCS, write_or_check
 
 import blipq.cli
 from blipq.cli import app
-from blipq.cli.group import split_help
+from blipq.cli.terminal.group import split_help
 
 PAGE = DOCS / "cli.md"
 

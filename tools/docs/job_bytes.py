@@ -11,10 +11,10 @@ from typing import cast
 import redis
 
 from blipq import CaptionRequest, Options, Settings
-from blipq.broker import Broker
-from blipq.ledger import Claim, Ledger, connect
-from blipq.local import free_port, redis_command
-from blipq.requests import new_id
+from blipq.ledger.ledger import Claim, Ledger, connect
+from blipq.local.stack import free_port, redis_command
+from blipq.submission import new_id
+from blipq.transport.broker import Broker
 
 RESULT = json.dumps({"kind": "caption", "captions": [{"text": "a woman on a beach with a dog"}]})
 RECEIPT = json.dumps(

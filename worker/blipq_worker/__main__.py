@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 from blipq.errors import InvalidRequest
 from blipq.redaction import log_to_stderr
-from blipq.requests import checked
+from blipq.s3.storage import Storage
 from blipq.settings import Settings
-from blipq.storage import Storage
-from blipq_worker.faults import DeviceLost
-from blipq_worker.health import PortTaken, require_port
-from blipq_worker.leases import EXIT_HUNG
-from blipq_worker.models import ModelError
+from blipq.submission import checked
+from blipq_worker.catalog.models import ModelError
+from blipq_worker.inference.faults import DeviceLost
+from blipq_worker.process.health import PortTaken, require_port
+from blipq_worker.process.leases import EXIT_HUNG
 from blipq_worker.settings import WorkerSettings
-from blipq_worker.starting import START
+from blipq_worker.startup import START
 
 if TYPE_CHECKING:
     from blipq_worker.app import Worker
@@ -59,7 +59,7 @@ def _loaded() -> "Worker":
         from transformers.utils import logging as transformers_logging
 
         from blipq_worker.app import Worker
-        from blipq_worker.load import checker, load_models
+        from blipq_worker.serving.loader import checker, load_models
 
     transformers_logging.disable_progress_bar()
     models = load_models(options)

@@ -15,36 +15,36 @@ import redis
 from celery.exceptions import Reject
 from celery.signals import setup_logging, worker_ready
 
-from blipq.broker import Broker, make_app, queues_of
 from blipq.contract import Kind, task_name
-from blipq.guarded_http import GuardedHttp
-from blipq.ledger import GRACE_S, Ledger, connect
+from blipq.ledger.ledger import GRACE_S, Ledger, connect
+from blipq.s3.storage import Storage
 from blipq.settings import Settings
-from blipq.storage import Storage
-from blipq_worker.blip2.compiling import since_compiling
-from blipq_worker.budget import Budget, give_large_blocks_back
-from blipq_worker.consumer import Door, consumer_class
-from blipq_worker.controls import refuse_controls
-from blipq_worker.engine import Engine
-from blipq_worker.faults import Trust
-from blipq_worker.fetch import Fetcher
-from blipq_worker.gate import Gate
-from blipq_worker.health import BrokerLoop, HealthServer
-from blipq_worker.https import HttpsFetcher
-from blipq_worker.images import ImageLimits
-from blipq_worker.index import Indexes
-from blipq_worker.index_writer import IndexWriter
-from blipq_worker.leases import EXIT_HUNG, Heartbeat, Held, Reconciler
-from blipq_worker.metrics import WorkerMetrics
-from blipq_worker.outputs import Outputs, output_storage
-from blipq_worker.pictures import Pictures
-from blipq_worker.revoking import follow_revokes
-from blipq_worker.s3_access import S3Access
+from blipq.ssrf.http import GuardedHttp
+from blipq.transport.broker import Broker, make_app, queues_of
+from blipq_worker.blip2.loading.compiling import since_compiling
+from blipq_worker.images.decoding import ImageLimits
+from blipq_worker.images.fetch import Fetcher
+from blipq_worker.images.https import HttpsFetcher
+from blipq_worker.images.loader import Pictures
+from blipq_worker.images.memory_budget import Budget, give_large_blocks_back
+from blipq_worker.images.s3_access import S3Access
+from blipq_worker.index.store import Indexes
+from blipq_worker.index.writer import IndexWriter
+from blipq_worker.inference.engine import Engine
+from blipq_worker.inference.faults import Trust
+from blipq_worker.jobs.outputs import Outputs, output_storage
+from blipq_worker.jobs.quarantine import Gate
+from blipq_worker.jobs.runner import HandBack, JobFailedTask, Runner
+from blipq_worker.messages.consumer import Door, consumer_class
+from blipq_worker.messages.controls import refuse_controls
+from blipq_worker.messages.kombu_patches import harden
+from blipq_worker.messages.revokes import follow_revokes
+from blipq_worker.messages.strays import Strays
+from blipq_worker.process.health import BrokerLoop, HealthServer
+from blipq_worker.process.leases import EXIT_HUNG, Heartbeat, Held, Reconciler
+from blipq_worker.process.metrics import WorkerMetrics
 from blipq_worker.settings import WorkerSettings
-from blipq_worker.starting import START
-from blipq_worker.strays import Strays
-from blipq_worker.tasks import HandBack, JobFailedTask, Runner
-from blipq_worker.transport import harden
+from blipq_worker.startup import START
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from blipq.contract import Name, Seconds
-from blipq.outputs import LOCAL_BUCKET
+from blipq.s3.outputs import LOCAL_BUCKET
 from blipq.settings import Settings
 
 Quantization = Literal["auto", "none", "int8", "nf4"]

@@ -9,11 +9,11 @@ from typing import TypeVar
 
 from blipq.bulk.journal import REFUSED, Journal, OpenLine
 from blipq.bulk.manifest import Entry, read_work
-from blipq.client import Client
+from blipq.client.recording import FIRST_PAUSE_S, LAST_PAUSE_S, record_all
+from blipq.client.sync_client import Client
 from blipq.contract import JobInfo, Status
 from blipq.errors import BlipqError, JobNotFound, QueueFull, QueueUnavailable
-from blipq.recording import FIRST_PAUSE_S, LAST_PAUSE_S, record_all
-from blipq.requests import Submission
+from blipq.submission import Submission
 
 ItemT = TypeVar("ItemT")
 

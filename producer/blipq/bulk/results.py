@@ -9,8 +9,8 @@ from typing import BinaryIO
 from blipq.bulk.journal import Journal
 from blipq.contract import split_s3_uri
 from blipq.errors import InvalidRequest
-from blipq.refusals import s3_errors
-from blipq.storage import Storage
+from blipq.s3.refusals import s3_errors
+from blipq.s3.storage import Storage
 
 
 def write(journal: Journal, target: str, storage: Storage) -> int:

@@ -9,11 +9,11 @@ from typing import Any
 
 from blipq.bulk.journal import Journal
 from blipq.bulk.manifest import JsonLines, LocalFile, Manifest, Prefix, S3Object, read_work
-from blipq.client import Client, checked
+from blipq.client.sync_client import Client, checked
 from blipq.contract import Options
 from blipq.errors import InvalidRequest
-from blipq.outputs import live_workers, why_all_refuse
-from blipq.storage import Storage
+from blipq.s3.outputs import live_workers, why_all_refuse
+from blipq.s3.storage import Storage
 
 #: Lines whose outputs are judged before any is submitted.
 LOOKED_AT = 200

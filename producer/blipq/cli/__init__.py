@@ -26,7 +26,7 @@ from blipq.cli import (
     watch,
     webhooks,
 )
-from blipq.cli.group import Group
+from blipq.cli.terminal.group import Group
 from blipq.redaction import redact_tracebacks
 
 app = Group(

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from blipq.cli.output import reported
+from blipq.cli.terminal.output import reported
 from blipq.errors import BlipqError
 
 NEEDED = ("torch", "transformers", "PIL")

@@ -12,10 +12,10 @@ from blipq.bulk.journal import REFUSED, Journal, driving, is_driven
 from blipq.bulk.manifest import Manifest
 from blipq.bulk.results import write
 from blipq.bulk.start import begin, check_outputs, journal_path, template_from
-from blipq.cli.bar import Bar
-from blipq.cli.group import Group
-from blipq.cli.output import JsonOption, connected, errors, out, reported
-from blipq.client import Client
+from blipq.cli.terminal.bar import Bar
+from blipq.cli.terminal.group import Group
+from blipq.cli.terminal.output import JsonOption, connected, errors, out, reported
+from blipq.client.sync_client import Client
 from blipq.contract import Priority, Status
 from blipq.errors import InvalidRequest, QueueUnavailable
 from blipq.program import blipq

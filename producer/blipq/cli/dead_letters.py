@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from blipq.cli.group import Group
-from blipq.cli.output import IdArgument, JsonOption, connected, out, status_line
+from blipq.cli.terminal.group import Group
+from blipq.cli.terminal.output import IdArgument, JsonOption, connected, out, status_line
 from blipq.errors import JobNotFound
 
 app = Group("Jobs that are out of attempts.")

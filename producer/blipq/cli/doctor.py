@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from blipq.cli.output import JsonOption, out, reported
-from blipq.doctor import Finding, examine
-from blipq.requests import checked
+from blipq.cli.terminal.output import JsonOption, out, reported
+from blipq.ops.doctor import Finding, examine
 from blipq.settings import Settings
+from blipq.submission import checked
 
 _STYLES = {"ok": "green", "warn": "yellow", "bad": "red"}
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from blipq.cli.group import Group
-from blipq.cli.output import JsonOption, reported
+from blipq.cli.terminal.group import Group
+from blipq.cli.terminal.output import JsonOption, reported
 from blipq.errors import BlipqError
 
 NEEDED = ("lancedb", "numpy")
@@ -104,5 +104,5 @@ def _become(*arguments: str, as_json: bool) -> None:
     with reported(as_json):
         if not all(map(importlib.util.find_spec, NEEDED)):
             raise BlipqError("a part is missing for indexes: pip install 'blipq[search]'")
-        command = [sys.executable, "-m", "blipq_worker.indexing", *arguments, *flags]
+        command = [sys.executable, "-m", "blipq_worker.index.ingest", *arguments, *flags]
         os.execv(command[0], command)

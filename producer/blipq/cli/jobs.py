@@ -5,13 +5,21 @@ from typing import Annotated, Any
 
 import typer
 
-from blipq.cli.options import TimeoutOption, pairs, verb
-from blipq.cli.output import IdArgument, JsonOption, connected, follow, out, print_json, status_line
-from blipq.client import Client
+from blipq.cli.terminal.options import TimeoutOption, pairs, verb
+from blipq.cli.terminal.output import (
+    IdArgument,
+    JsonOption,
+    connected,
+    follow,
+    out,
+    print_json,
+    status_line,
+)
+from blipq.client.job import Job
+from blipq.client.sync_client import Client
 from blipq.contract import Generation
 from blipq.errors import InvalidRequest
-from blipq.job import Job
-from blipq.requests import checked
+from blipq.submission import checked
 
 ImageArgument = Annotated[
     str, typer.Argument(help="s3://bucket/key, https://..., or a local file to upload.")

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from blipq.cli.output import errors, reported
-from blipq.client import checked
+from blipq.cli.terminal.output import errors, reported
+from blipq.client.sync_client import checked
 from blipq.settings import Settings
 
 
@@ -23,8 +23,8 @@ def metrics(
     """
     from prometheus_client import CollectorRegistry
 
-    from blipq.ledger import connect
-    from blipq.metrics import LedgerCollector, served
+    from blipq.ledger.ledger import connect
+    from blipq.ops.metrics import LedgerCollector, served
 
     stop = threading.Event()
     with reported():

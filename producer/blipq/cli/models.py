@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from blipq.cli.group import Group
-from blipq.cli.output import JsonOption
+from blipq.cli.terminal.group import Group
+from blipq.cli.terminal.output import JsonOption
 
 app = Group("Models that can be served.")
 

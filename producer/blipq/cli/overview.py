@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from blipq.cli.group import Group
-from blipq.cli.output import (
+from blipq.cli.terminal.group import Group
+from blipq.cli.terminal.output import (
     EXIT_CODES,
     JsonOption,
     connected,
@@ -18,7 +18,7 @@ from blipq.cli.output import (
 )
 from blipq.contract import Status
 from blipq.errors import JobCancelled, JobExpired, JobFailed
-from blipq.overview import Overview, QueueState
+from blipq.ops.overview import Overview, QueueState
 
 app = Group("The queues that jobs wait in.")
 

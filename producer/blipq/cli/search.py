@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from blipq.cli.options import Then, verb
-from blipq.cli.output import errors
-from blipq.client import Client
+from blipq.cli.terminal.options import Then, verb
+from blipq.cli.terminal.output import errors
+from blipq.client.job import Job
+from blipq.client.sync_client import Client
 from blipq.errors import BlipqError, InvalidRequest
-from blipq.job import Job
 
 NEEDED = ("PIL", "jinja2")
 
@@ -78,7 +78,7 @@ def any_of(texts: Sequence[str] | None, option: str) -> Mapping[str, list[str]] 
 
 def _write_page(job: Job[Any], path: Path, title: str) -> None:
     """The worker's package knows of pictures; nothing of it is imported here."""
-    command = [sys.executable, "-m", "blipq_worker.gallery", str(path), "--title", title]
+    command = [sys.executable, "-m", "blipq_worker.index.gallery", str(path), "--title", title]
     told = job.result().model_dump_json()
     if subprocess.run(command, input=told, text=True, timeout=600).returncode:
         raise BlipqError(f"{path} was not written")

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from blipq.cli.output import JsonOption, errors, reported
-from blipq.exports import as_shell, exports
-from blipq.requests import checked
+from blipq.cli.terminal.output import JsonOption, errors, reported
+from blipq.local.exports import as_shell, exports
 from blipq.settings import Settings, read_stack_file
+from blipq.submission import checked
 
 
 def up(
@@ -27,7 +27,7 @@ def up(
         blipq up
         blipq up --no-worker --folder /tmp/stack
     """
-    from blipq import up as stack
+    from blipq.local import up as stack
 
     with reported():
         raise typer.Exit(stack.run(redis_port, s3_port, folder, with_worker=worker))
@@ -104,7 +104,7 @@ def worker(
         BLIPQ_MODELS=default=opt-2.7b blipq worker --gpus all
         blipq worker --processes 4
     """
-    from blipq import fleet
+    from blipq.local import fleet
 
     with reported():
         if gpus is None and processes == 1:

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from blipq.cli.output import JsonOption, connected, errors, out
-from blipq.client import Client
+from blipq.cli.terminal.output import JsonOption, connected, errors, out
+from blipq.client.sync_client import Client
 from blipq.redaction import log_to_stderr
 from blipq.watch.rules import Rules, load
 from blipq.watch.start import (

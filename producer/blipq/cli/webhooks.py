@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blipq.cli.group import Group
-from blipq.cli.output import JsonOption, errors, out, reported
+from blipq.cli.terminal.group import Group
+from blipq.cli.terminal.output import JsonOption, errors, out, reported
 from blipq.errors import InvalidRequest, JobNotFound
-from blipq.ledger import connect
+from blipq.ledger.ledger import connect
 from blipq.redaction import redacted
-from blipq.requests import checked
 from blipq.settings import Settings
+from blipq.submission import checked
 
 if TYPE_CHECKING:
-    from blipq.webhooks.answer import Answer
     from blipq.webhooks.outbox import Outbox
+    from blipq.webhooks.response import Answer
 
 app = Group("Outcomes by signed webhook.")
 secret = Group("Secrets that sign webhooks.")
@@ -64,9 +64,9 @@ def try_(
 
 
 async def _post_test(settings: Settings, url: str) -> "Answer":
-    from blipq.guarded_http import GuardedHttp
-    from blipq.webhooks.answer import post
+    from blipq.ssrf.http import GuardedHttp
     from blipq.webhooks.delivery import signed_headers, trial_body
+    from blipq.webhooks.response import post
 
     if not settings.webhook_secrets:
         raise InvalidRequest("no secret to sign with: set BLIPQ_WEBHOOK_SECRETS")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from blipq.errors import InvalidRequest
-from blipq.ledger import Ledger, redis_errors
+from blipq.ledger.ledger import Ledger, redis_errors
 
 #: A watch that stands still for longer starts from then on.
 KEPT_S = 40 * 86400

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from blipq.client import checked
+from blipq.client.sync_client import checked
 from blipq.contract import ImageRef
-from blipq.refusals import s3_errors
-from blipq.storage import Storage, told_at
+from blipq.s3.refusals import s3_errors
+from blipq.s3.storage import Storage, told_at
 
 PAGE_KEYS = 1000
 

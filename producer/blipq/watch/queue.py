@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from blipq.boto import boto_client
 from blipq.errors import QueueUnavailable
-from blipq.refusals import FOR_NOW, S3Refused, S3Unavailable, refusal_of
+from blipq.s3.boto import boto_client
+from blipq.s3.refusals import FOR_NOW, S3Refused, S3Unavailable, refusal_of
 from blipq.settings import Settings
 from blipq.watch.events import Told, Unreadable, read
 from blipq.watch.sources import Batch, Found

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from blipq.client import checked, explain
+from blipq.client.sync_client import checked, explain
 from blipq.contract import Name, Options, Request, Seconds, request_adapter
 from blipq.errors import InvalidRequest
 from blipq.watch.objects import Upload

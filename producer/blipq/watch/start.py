@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from blipq.client import Client
+from blipq.client.sync_client import Client
 from blipq.errors import InvalidRequest, QueueUnavailable, UnknownModel
-from blipq.guard import Forbidden
-from blipq.ledger import Ledger
-from blipq.outputs import live_workers, why_all_refuse
+from blipq.ledger.ledger import Ledger
+from blipq.s3.outputs import live_workers, why_all_refuse
 from blipq.settings import Settings
+from blipq.ssrf.policy import Forbidden
 from blipq.watch.cursor import Cursor, FileCursor, RedisCursor, Unsaved
 from blipq.watch.listing import Backfill, Listing
 from blipq.watch.objects import Objects

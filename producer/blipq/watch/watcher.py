@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from blipq.client import Client
+from blipq.client.recording import FIRST_PAUSE_S, LAST_PAUSE_S, record_all
+from blipq.client.sync_client import Client
 from blipq.contract import split_s3_uri
 from blipq.errors import (
     BlipqError,
@@ -20,10 +21,9 @@ from blipq.errors import (
     QueueFull,
     QueueUnavailable,
 )
-from blipq.overview import Overview
-from blipq.recording import FIRST_PAUSE_S, LAST_PAUSE_S, record_all
-from blipq.refusals import OF_THE_ASKER, S3Refused
-from blipq.requests import Submission
+from blipq.ops.overview import Overview
+from blipq.s3.refusals import OF_THE_ASKER, S3Refused
+from blipq.submission import Submission
 from blipq.watch.objects import Objects, Upload
 from blipq.watch.rules import Rule, Rules
 from blipq.watch.sources import Batch, Found, Source

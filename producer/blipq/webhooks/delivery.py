@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from blipq.records import job_info
-from blipq.refusals import S3Refused, S3Unavailable
-from blipq.storage import Storage
+from blipq.ledger.codec import job_info
+from blipq.s3.refusals import S3Refused, S3Unavailable
+from blipq.s3.storage import Storage
 
 if TYPE_CHECKING:
-    from blipq.webhooks.answer import Answer
+    from blipq.webhooks.response import Answer
 
 #: Larger bodies carry a pointer to the result instead of the result.
 MAX_BODY_BYTES = 20_000

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from blipq.ledger import Scripted, ms, redis_errors
+from blipq.ledger.ledger import Scripted, ms, redis_errors
 from blipq.webhooks.delivery import Verdict, webhook_id
 
 DEAD_EVENT_TTL_S = 14 * 86400.0

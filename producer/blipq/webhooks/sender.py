@@ -18,16 +18,16 @@ from contextlib import suppress
 from typing import TypeVar
 
 from blipq.errors import InvalidRequest, QueueFull, QueueUnavailable
-from blipq.guarded_http import GuardedHttp
-from blipq.ledger import connect
-from blipq.metrics import SenderMetrics, served
+from blipq.ledger.ledger import connect
+from blipq.ops.metrics import SenderMetrics, served
 from blipq.program import blipq
 from blipq.redaction import log_to_stderr
+from blipq.s3.storage import Storage
 from blipq.settings import Settings
-from blipq.storage import Storage
-from blipq.webhooks.answer import Answer, post
+from blipq.ssrf.http import GuardedHttp
 from blipq.webhooks.delivery import Verdict, body_of, signed_headers, verdict_on
 from blipq.webhooks.outbox import Event, Outbox
+from blipq.webhooks.response import Answer, post
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from blipq.bulk.journal import Journal, driving, is_driven
 from blipq.bulk.manifest import Prefix
 from blipq.bulk.start import begin, journal_path, template_from
 from blipq.cli import app
-from blipq.ledger import Claim, Ledger
-from blipq.storage import Storage
+from blipq.ledger.ledger import Claim, Ledger
+from blipq.s3.storage import Storage
 from conftest import ROOT
 
 IMAGE = "s3://photos/cat.jpg"

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from blipq import Client, QueueUnavailable, Settings
 from blipq.cli import app
-from blipq.refusals import Refusal, S3Refused
+from blipq.s3.refusals import Refusal, S3Refused
 from blipq.watch.events import Told
 from blipq.watch.rules import Rules
 from blipq.watch.sources import Batch, Found

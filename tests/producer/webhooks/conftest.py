@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from blipq import Client, Settings
-from blipq.ledger import Claim, Ledger
+from blipq.ledger.ledger import Claim, Ledger
 from blipq.webhooks.outbox import Outbox
 from blipq.webhooks.sender import Sender
 from receivers import SECRET, Receiver, receiving

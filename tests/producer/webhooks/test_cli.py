@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from blipq import Settings
 from blipq.cli import app
-from blipq.doctor import _webhooks
+from blipq.ops.doctor import _webhooks
 from blipq.webhooks.outbox import Outbox
 from conftest import wait_until
 from producer.webhooks.conftest import End, sending

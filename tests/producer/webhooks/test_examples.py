@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from blipq.local import free_port
-from blipq.supervisor import Service
+from blipq.local.stack import free_port
+from blipq.local.supervisor import Service
 from blipq.webhooks.delivery import new_secret
 from conftest import ROOT, blipq, wait_until
 from receivers import SECRET, receiving

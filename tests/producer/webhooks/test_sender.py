@@ -10,10 +10,10 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from blipq import Client, Settings
 from blipq.errors import InvalidRequest
-from blipq.ledger import Claim, Ledger
-from blipq.webhooks.answer import Answer, _retry_after
+from blipq.ledger.ledger import Claim, Ledger
 from blipq.webhooks.delivery import new_secret, verdict_on, webhook_id
 from blipq.webhooks.outbox import MAX_CRASHES, SUSPECT_AFTER, Outbox
+from blipq.webhooks.response import Answer, _retry_after
 from blipq.webhooks.sender import Sender
 from conftest import wait_until
 from producer.webhooks.conftest import CAPTION, End, sending

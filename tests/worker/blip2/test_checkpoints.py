@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from blipq_worker.blip2 import Blip2, CheckpointError, GenerateItem, resolve
-from blipq_worker.blip2 import checkpoints as module
-from blipq_worker.blip2.checkpoints import open_checkpoint
-from blipq_worker.weights import INDEX, WHOLE
+from blipq_worker.blip2.loading import checkpoints as module
+from blipq_worker.blip2.loading.checkpoints import open_checkpoint
+from blipq_worker.catalog.weights import INDEX, WHOLE
 
 
 def changed_config(folder: Path, **changes: Any) -> None:

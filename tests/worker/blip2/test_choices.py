@@ -11,8 +11,8 @@ from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
 from blipq.errors import PermanentError
 from blipq_worker.blip2 import Blip2, RankItem
-from blipq_worker.blip2 import choices as module
-from blipq_worker.models import demo_folder
+from blipq_worker.blip2.heads import scoring as module
+from blipq_worker.catalog.models import demo_folder
 
 PROMPTS = ("Question: what is above the cat? Short answer:", "a photo of")
 CHOICES = ("a red circle", "dog", "no", "two cats on the left of the square")

@@ -18,9 +18,9 @@ from transformers import (
 
 from blipq_worker.blip2 import Blip2, GenerationParams
 from blipq_worker.blip2.decoding import DecodeLoop, Row, row_seed
-from blipq_worker.blip2.decoding.choosing import ScoresError, choose
 from blipq_worker.blip2.decoding.languages import Opt
 from blipq_worker.blip2.decoding.opt_step import OptStep
+from blipq_worker.blip2.decoding.sampling import ScoresError, choose
 from worker.in_flight import GREEDY, SAMPLED, alone, every_penalty, rows, write
 
 

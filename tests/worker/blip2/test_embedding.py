@@ -16,7 +16,7 @@ from transformers import (
 
 from blipq.errors import PermanentError
 from blipq_worker.blip2 import Blip2, EmbedItem, MatchItem
-from blipq_worker.models import demo_folder
+from blipq_worker.catalog.models import demo_folder
 
 TEXTS = ("a cat", "a dog on the left of the red circle above the square", "no")
 CLOSE = {"atol": 1e-5, "rtol": 0}

@@ -20,10 +20,10 @@ from blipq_worker.blip2 import (
     MatchItem,
     Pixels,
     RankItem,
-    features,
     resolve,
 )
-from blipq_worker.blip2.captured import CapturedPass
+from blipq_worker.blip2.vision import features
+from blipq_worker.blip2.vision.captured import CapturedPass
 from worker.tiny_models import save_itm
 
 TEXTS = ("a cat", "a red circle above the square")

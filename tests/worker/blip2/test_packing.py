@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from blipq_worker.blip2 import Blip2, loading
-from blipq_worker.blip2.packing import PackedLinear, has_kernels, pack
-from blipq_worker.load import load_models
+from blipq_worker.blip2 import Blip2
+from blipq_worker.blip2.loading import weights as loading
+from blipq_worker.blip2.loading.packing import PackedLinear, has_kernels, pack
+from blipq_worker.serving.loader import load_models
 from blipq_worker.settings import WorkerSettings
 
 #: As oneDNN sees an AVX2-only CPU; it reads this once, so a process of its own is needed.
@@ -76,7 +77,9 @@ def test_layers_without_kernels_on_this_cpu_are_left_alone(monkeypatch: pytest.M
 
 def test_bfloat16_is_served_on_a_cpu_without_avx512() -> None:
     """A real process whose kernels are those of AVX2: the demo model's canary passes there."""
-    code = "from blipq_worker.load import load_models\nfrom blipq_worker.settings import *\n"
+    code = (
+        "from blipq_worker.serving.loader import load_models\nfrom blipq_worker.settings import *\n"
+    )
     code += "print(load_models(WorkerSettings(dtype='bfloat16'))['default'].info.dtype)"
     ran = subprocess.run(
         [sys.executable, "-c", code],

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from blipq_worker.blip2 import Blip2
-from blipq_worker.blip2.checkpoints import open_checkpoint
-from blipq_worker.blip2.preprocessing import Preprocessor
+from blipq_worker.blip2.loading.checkpoints import open_checkpoint
+from blipq_worker.blip2.vision.preprocessing import Preprocessor
 from worker.tiny_models import save_itm
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -12,7 +12,7 @@ from transformers import Blip2ForImageTextRetrieval, Blip2Processor
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
 from blipq_worker.blip2 import Blip2, MatchItem
-from blipq_worker.blip2 import retrieval as module
+from blipq_worker.blip2.heads import matching as module
 
 TEXTS = ("a cat", "a dog on the left of the red circle above the square", "no")
 

@@ -17,11 +17,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
-from blipq_worker import load
-from blipq_worker.blip2 import Blip2, GenerationParams, generation
+from blipq_worker.blip2 import Blip2, GenerationParams
 from blipq_worker.blip2.decoding import DecodeLoop, RoutedLoop, Row
 from blipq_worker.blip2.decoding import static as static_package
-from blipq_worker.blip2.decoding.choosing import ScoresError
+from blipq_worker.blip2.decoding.sampling import ScoresError
 from blipq_worker.blip2.decoding.static import StaticLoop, Way, setup, static_loop
 from blipq_worker.blip2.decoding.static.admission import Admission, AdmissionGraphs
 from blipq_worker.blip2.decoding.static.attention import KernelAttention, MaskedAttention
@@ -32,6 +31,8 @@ from blipq_worker.blip2.decoding.static.sampler import Sampler, Variant
 from blipq_worker.blip2.decoding.static.state import SlotState
 from blipq_worker.blip2.decoding.static.step import Shape, StaticStep
 from blipq_worker.blip2.decoding.static.t5 import StaticT5
+from blipq_worker.blip2.generation import generator as generation
+from blipq_worker.serving import loader as load
 from blipq_worker.settings import WorkerSettings
 from worker.in_flight import GREEDY, alone, every_penalty, rows, write
 

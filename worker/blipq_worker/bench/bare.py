@@ -18,9 +18,9 @@ from threading import Barrier, BrokenBarrierError
 from blipq.contract import Generation, Priority
 from blipq_worker.bench.workloads import PROMPT, QUESTIONS, WORKLOADS, Workload
 from blipq_worker.blip2 import Blip2, GenerateItem, resolve, vqa_prompt
-from blipq_worker.engine import Engine
-from blipq_worker.images import decode
-from blipq_worker.load import load_models
+from blipq_worker.images.decoding import decode
+from blipq_worker.inference.engine import Engine
+from blipq_worker.serving.loader import load_models
 from blipq_worker.settings import WorkerSettings
 
 #: Batch sizes that are tried: the best one is the ceiling.

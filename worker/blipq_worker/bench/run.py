@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from blipq.fleet import shares_of_cores
+from blipq.local.fleet import shares_of_cores
 from blipq_worker.bench.pictures import Pictures
 from blipq_worker.bench.stack import BenchError, Stack, running
 from blipq_worker.bench.workloads import Workload

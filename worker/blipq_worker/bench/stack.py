@@ -13,9 +13,9 @@ from typing import Any
 from blipq import Client, Job, JobInfo
 from blipq.contract import ImageRef, Options, Request, Status
 from blipq.errors import BlipqError
-from blipq.fleet import shares_of_cores
-from blipq.local import LocalStack, worker_service
-from blipq.supervisor import Service
+from blipq.local.fleet import shares_of_cores
+from blipq.local.stack import LocalStack, worker_service
+from blipq.local.supervisor import Service
 from blipq_worker.bench import cpu
 from blipq_worker.bench.rate import steady_per_s
 

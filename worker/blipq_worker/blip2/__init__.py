@@ -5,16 +5,21 @@ from), ``features`` (image to queries), then what makes answers of them: ``gener
 ``sessions`` and ``decoding``, ``choices``, ``retrieval`` and ``embedding``.
 """
 
-from blipq_worker.blip2.cache import FeatureCache
-from blipq_worker.blip2.checkpoints import CheckpointError
-from blipq_worker.blip2.choices import RankItem
-from blipq_worker.blip2.embedding import Arrays, EmbedItem
-from blipq_worker.blip2.generation import GeneratedText, GenerateItem, GenerationParams, resolve
+from blipq_worker.blip2.generation.generator import (
+    GeneratedText,
+    GenerateItem,
+    GenerationParams,
+    resolve,
+)
+from blipq_worker.blip2.generation.sessions import WritingSession
+from blipq_worker.blip2.heads.embedding import Arrays, EmbedItem
+from blipq_worker.blip2.heads.matching import MatchItem, RerankItem
+from blipq_worker.blip2.heads.scoring import RankItem
+from blipq_worker.blip2.loading.checkpoints import CheckpointError
 from blipq_worker.blip2.model import Blip2, Feature, Item, ModelInfo
-from blipq_worker.blip2.preprocessing import Pixels
-from blipq_worker.blip2.prompts import caption_prompt, match_text, vqa_prompt
-from blipq_worker.blip2.retrieval import MatchItem, RerankItem
-from blipq_worker.blip2.sessions import WritingSession
+from blipq_worker.blip2.text.prompts import caption_prompt, match_text, vqa_prompt
+from blipq_worker.blip2.vision.cache import FeatureCache
+from blipq_worker.blip2.vision.preprocessing import Pixels
 
 __all__ = [
     "Arrays",

@@ -10,15 +10,16 @@ from PIL import Image
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
-from blipq_worker.blip2.attention import Attention
-from blipq_worker.blip2.cache import FeatureCache
-from blipq_worker.blip2.checkpoints import Checkpoint, open_checkpoint
-from blipq_worker.blip2.choices import Ranker, RankItem
 from blipq_worker.blip2.decoding.static import Way
-from blipq_worker.blip2.embedding import Arrays, Embedder, EmbedItem
-from blipq_worker.blip2.features import Side, Vision, equal_towers, split_tower
-from blipq_worker.blip2.generation import GeneratedText, GenerateItem, Generator
-from blipq_worker.blip2.loading import (
+from blipq_worker.blip2.generation.generator import GeneratedText, GenerateItem, Generator
+from blipq_worker.blip2.generation.sessions import WritingSession
+from blipq_worker.blip2.heads.embedding import Arrays, Embedder, EmbedItem
+from blipq_worker.blip2.heads.matching import Matcher, MatchItem, RerankItem
+from blipq_worker.blip2.heads.scoring import Ranker, RankItem
+from blipq_worker.blip2.loading.attention import Attention
+from blipq_worker.blip2.loading.checkpoints import Checkpoint, open_checkpoint
+from blipq_worker.blip2.loading.packing import pack
+from blipq_worker.blip2.loading.weights import (
     Dtype,
     Quantization,
     Quantizing,
@@ -26,12 +27,11 @@ from blipq_worker.blip2.loading import (
     load_tokenizer,
     load_weights,
 )
-from blipq_worker.blip2.packing import pack
-from blipq_worker.blip2.preprocessing import Pixels, Preprocessor
-from blipq_worker.blip2.retrieval import Matcher, MatchItem, RerankItem
-from blipq_worker.blip2.sessions import WritingSession
-from blipq_worker.models import Family
-from blipq_worker.starting import START
+from blipq_worker.blip2.vision.cache import FeatureCache
+from blipq_worker.blip2.vision.features import Side, Vision, equal_towers, split_tower
+from blipq_worker.blip2.vision.preprocessing import Pixels, Preprocessor
+from blipq_worker.catalog.models import Family
+from blipq_worker.startup import START
 
 log = logging.getLogger(__name__)
 

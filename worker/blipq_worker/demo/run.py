@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from blipq.client import Client
+from blipq.client.job import Job
+from blipq.client.sync_client import Client
 from blipq.contract import ImageRef, JobInfo
 from blipq.errors import BlipqError, ResultTimeout
-from blipq.job import Job
-from blipq.local import LocalStack, worker_service
+from blipq.local.stack import LocalStack, worker_service
+from blipq.local.supervisor import Service
 from blipq.settings import CONNECTION_FIELDS
-from blipq.supervisor import Service
 from blipq_worker.demo.machine import describe_machine
 from blipq_worker.demo.options import Options
 from blipq_worker.demo.output import errors, progress, tell, tell_error, tell_result

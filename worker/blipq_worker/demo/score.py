@@ -6,7 +6,8 @@ from functools import cached_property
 from statistics import median, quantiles
 from typing import Any, Literal, TypeAlias
 
-from blipq.client import Client
+from blipq.client.job import Job
+from blipq.client.sync_client import Client
 from blipq.contract import (
     CaptionResult,
     ImageRef,
@@ -16,7 +17,6 @@ from blipq.contract import (
     Receipt,
     VQAResult,
 )
-from blipq.job import Job
 from blipq_worker.demo.world import Demonstration
 
 #: The share of right answers that a demo must reach.

@@ -8,7 +8,7 @@ cache and reorder it at every step.
 """
 
 from blipq_worker.blip2.decoding.loop import DecodeLoop
-from blipq_worker.blip2.decoding.routing import Loop, RoutedLoop
-from blipq_worker.blip2.decoding.rows import Row, row_seed
+from blipq_worker.blip2.decoding.sequences import Row, row_seed
+from blipq_worker.blip2.generation.routing import Loop, RoutedLoop
 
 __all__ = ["DecodeLoop", "Loop", "RoutedLoop", "Row", "row_seed"]

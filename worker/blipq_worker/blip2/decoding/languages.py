@@ -13,10 +13,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from blipq_worker.blip2.attention import bias_of
+from blipq_worker.blip2.decoding.kv_cache import Slots
 from blipq_worker.blip2.decoding.opt_step import OptStep
-from blipq_worker.blip2.decoding.rows import Row
-from blipq_worker.blip2.decoding.slots import Slots
+from blipq_worker.blip2.decoding.sequences import Row
+from blipq_worker.blip2.loading.attention import bias_of
 
 #: Slots of the rows of a step: all that run, or some of them.
 Where = slice | torch.Tensor

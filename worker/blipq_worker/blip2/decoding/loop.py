@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from blipq_worker.blip2.decoding.choosing import choose
 from blipq_worker.blip2.decoding.languages import T5, Language, Opt
-from blipq_worker.blip2.decoding.rows import Row
+from blipq_worker.blip2.decoding.sampling import choose
+from blipq_worker.blip2.decoding.sequences import Row
 
 #: Columns of keys and values per slot, on average: longer rows run with fewer beside them.
 COLUMNS_PER_SLOT = 256

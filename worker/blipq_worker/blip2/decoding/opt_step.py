@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from blipq_worker.blip2.attention import bias_of, next_token_attention
-from blipq_worker.blip2.decoding.slots import round_up
+from blipq_worker.blip2.decoding.kv_cache import round_up
+from blipq_worker.blip2.loading.attention import bias_of, next_token_attention
 
 #: Columns that a step looks at are a multiple of this: vectors without a rest.
 _COLUMNS = 16

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from blipq_worker.blip2.decoding.rows import Row
-from blipq_worker.blip2.decoding.slots import round_up
+from blipq_worker.blip2.decoding.kv_cache import round_up
+from blipq_worker.blip2.decoding.sequences import Row
 from blipq_worker.blip2.decoding.static.graphs import CaptureError, Run, first_line
 from blipq_worker.blip2.decoding.static.sampler import Variant
 from blipq_worker.blip2.decoding.static.state import PARAMS, packed_params

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from blipq_worker.blip2.attention import bias_of
+from blipq_worker.blip2.loading.attention import bias_of
 
 
 class Attention(Protocol):

@@ -8,8 +8,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from blipq_worker.blip2.decoding.choosing import ScoresError
-from blipq_worker.blip2.decoding.rows import Row
+from blipq_worker.blip2.decoding.sampling import ScoresError
+from blipq_worker.blip2.decoding.sequences import Row
 from blipq_worker.blip2.decoding.static.admission import Admission
 from blipq_worker.blip2.decoding.static.sampler import Variant
 from blipq_worker.blip2.decoding.static.state import LONGEST_NGRAM

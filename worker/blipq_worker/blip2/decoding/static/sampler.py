@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from blipq_worker.blip2.decoding.choosing import nucleus, race
-from blipq_worker.blip2.decoding.rows import RowParams
+from blipq_worker.blip2.decoding.sampling import nucleus, race
+from blipq_worker.blip2.decoding.sequences import RowParams
 from blipq_worker.blip2.decoding.static.state import LONGEST_NGRAM, SlotState
 
 #: Likeliest tokens that a draw looks at, by the largest top_k; what is more sorts the vocabulary.

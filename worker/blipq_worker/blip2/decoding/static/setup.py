@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from blipq_worker.blip2.decoding.languages import T5, Language, Opt
-from blipq_worker.blip2.decoding.rows import Row
+from blipq_worker.blip2.decoding.sequences import Row
 from blipq_worker.blip2.decoding.static.admission import Admission, AdmissionGraphs
 from blipq_worker.blip2.decoding.static.attention import (
     Attention,

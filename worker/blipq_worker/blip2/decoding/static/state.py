@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from blipq_worker.blip2.decoding.rows import Row
+from blipq_worker.blip2.decoding.sequences import Row
 
 #: The longest n-gram that a step can forbid.
 LONGEST_NGRAM = 32

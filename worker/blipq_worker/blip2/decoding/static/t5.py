@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from blipq_worker.blip2.decoding.languages import T5
-from blipq_worker.blip2.decoding.rows import Row
+from blipq_worker.blip2.decoding.sequences import Row
 from blipq_worker.blip2.decoding.static.attention import Attention
 from blipq_worker.blip2.decoding.static.caches import KeysAndValues
 from blipq_worker.blip2.decoding.static.linears import Pass, fused, pass_of

@@ -1,0 +1,249 @@
+"""What every command prints, and how its errors become exit codes."""
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.markup import escape
+from rich.segment import Segment
+
+from blipq.client.job import Job
+from blipq.client.sync_client import Client
+from blipq.contract import (
+    CaptionResult,
+    DescribeResult,
+    EmbedResult,
+    JobInfo,
+    MatchResult,
+    Result,
+    SearchResult,
+    VQAResult,
+)
+from blipq.errors import (
+    BlipqError,
+    InvalidRequest,
+    JobCancelled,
+    JobExpired,
+    JobFailed,
+    JobNotFound,
+    QueueFull,
+    QueueUnavailable,
+    ResultTimeout,
+)
+from blipq.printable import printable
+from blipq.program import blipq
+from blipq.settings import Settings
+from blipq.submission import checked
+
+EXIT_CODES: dict[type[BlipqError], int] = {
+    InvalidRequest: 2,
+    JobFailed: 3,
+    JobNotFound: 4,
+    ResultTimeout: 5,
+    JobCancelled: 6,
+    JobExpired: 6,
+    QueueUnavailable: 7,
+    QueueFull: 7,
+}
+
+
+class Terminal(Console):
+    """A console that obeys its own controls alone, and none in a text that it shows."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """The segments of anything that is printed; those with ``control`` are the console's."""
+        for segment in super().render(renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield segment._replace(text=printable(segment.text))
+
+
+errors = Terminal(stderr=True, highlight=False, soft_wrap=True)
+out = Terminal(highlight=False, soft_wrap=True)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The job's id.")]
+
+
+@contextmanager
+def connected(as_json: bool = False) -> Iterator[Client]:
+    """A client; blipq's errors become one line and an exit code."""
+    with reported(as_json):
+        settings = checked(Settings)
+        if as_json:
+            logging.getLogger("blipq").addHandler(logging.NullHandler())  # stderr is silent
+        else:
+            errors.print(f"using {settings.endpoints}", style="dim")
+        with _hint_at_a_stack(settings), Client(settings) as client:
+            yield client
+
+
+@contextmanager
+def _hint_at_a_stack(settings: Settings) -> Iterator[None]:
+    """Whoever named no Redis may have meant to start one."""
+    try:
+        yield
+    except QueueUnavailable as error:
+        unnamed = settings.redis_url == Settings.model_fields["redis_url"].default
+        if not unnamed or not str(error).startswith("Redis does not answer"):
+            raise
+        hint = f"start a local stack with {blipq('up')}, or set BLIPQ_REDIS_URL"
+        raise QueueUnavailable(f"{error}; {hint}", error.job_id) from error
+
+
+@contextmanager
+def reported(as_json: bool = False) -> Iterator[None]:
+    """Turns an error into one line on stderr (or JSON) and a stable exit code."""
+    try:
+        yield
+    except BlipqError as error:
+        if as_json:
+            described = {"error": type(error).__name__, "message": str(error)}
+            described |= {"code": error.code} if isinstance(error, JobFailed) else {}
+            if (job_id := getattr(error, "job_id", None)) is not None:
+                described["job_id"] = job_id
+            print(json.dumps(described))
+        else:
+            errors.print(f"blipq: {error}", style="red", markup=False)
+        raise typer.Exit(_exit_code(error)) from None
+
+
+def _exit_code(error: BlipqError) -> int:
+    return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
+
+
+def follow(job: Job[Any], wait: bool, timeout: float, as_json: bool) -> None:
+    """Prints the job's result, or its id where nobody waits."""
+    if not wait:
+        print(json.dumps({"id": job.id}) if as_json else job.id)
+        return
+    try:
+        info = _wait(job, timeout)
+        found = job.result(timeout=0)
+    except ResultTimeout:
+        _go_on(job, as_json)
+        raise
+    except KeyboardInterrupt:  # the job goes on: whoever leaves must know its id
+        _go_on(job, as_json)
+        raise typer.Exit(130) from None
+    if as_json:
+        print_json(info)
+        return
+    for line in lines_of(found):
+        out.print(line, markup=False)
+    if info.receipt is not None and info.receipt.note:
+        errors.print(f"note: {info.receipt.note}", style="yellow")
+
+
+def _go_on(job: Job[Any], as_json: bool) -> None:
+    if as_json:
+        return
+    errors.print(f"go on waiting with: {blipq(f'result {job.id}')}", style="dim", markup=False)
+    errors.print(f"or end it with:     {blipq(f'cancel {job.id}')}", style="dim", markup=False)
+
+
+def _wait(job: Job[Any], timeout: float) -> JobInfo:
+    """Waits, and after a second says on a terminal what for."""
+    deadline = time.monotonic() + timeout
+    try:
+        return job.wait(min(1.0, timeout))
+    except ResultTimeout:
+        with errors.status(escape(spinner_line(job.info()))) as spinner:
+            while True:
+                left = deadline - time.monotonic()
+                try:
+                    return job.wait(max(0.0, min(1.0, left)))
+                except ResultTimeout:
+                    if left <= 0:
+                        raise ResultTimeout(_waited(job, timeout), job.id) from None
+                    spinner.update(escape(spinner_line(job.info())))
+
+
+def _waited(job: Job[Any], timeout: float) -> str:
+    return f"not ended after {timeout:g} s: {status_line(job.info())}"
+
+
+def status_line(info: JobInfo) -> str:
+    """A job on one line."""
+    return f"{info.id}: {state_of(info)}"
+
+
+def state_of(info: JobInfo) -> str:
+    """Where a job is, and why it is there."""
+    line: str = info.status
+    if info.error is not None:
+        line += f" ({info.error.code}: {info.error.message})"
+    if info.note is not None:
+        line += f", {info.note}"
+    if info.attempts > 1:
+        line += f", attempt {info.attempts}"
+    if info.last_error is not None:
+        line += f", after {info.last_error.code}: {info.last_error.message}"
+    return line
+
+
+def spinner_line(info: JobInfo) -> str:
+    """A job on one line of a terminal, whose end may be cut off: the reason first, the id last."""
+    return f"{info.note or state_of(info)} ({info.id})"
+
+
+def lines_of(result: Result) -> Iterator[str]:
+    """A result as lines for people."""
+    match result:
+        case CaptionResult():
+            yield from _captions(result)
+        case VQAResult():
+            yield from _lines_of_answers(result)
+        case MatchResult():
+            yield from (f"{scored.score:.3f}  {scored.text}" for scored in result.scores)
+        case EmbedResult():
+            yield from _features(result)
+        case SearchResult():
+            yield from _hits(result)
+        case DescribeResult():
+            for part in (result.caption, result.vqa, result.match, result.embed):
+                yield from lines_of(part) if part is not None else ()
+
+
+def _captions(result: CaptionResult) -> Iterator[str]:
+    for found in result.captions:
+        yield found.text if found.score is None else f"{found.score:.3f}  {found.text}"
+
+
+def _lines_of_answers(result: VQAResult) -> Iterator[str]:
+    for answer in result.answers:
+        question = f"{answer.question}  " if len(result.answers) > 1 else ""
+        if answer.choices is None:
+            yield f"{question}{answer.text}"
+        for choice in answer.choices or ():
+            yield f"{question}{choice.probability:.3f}  {choice.text}"
+
+
+def _features(result: EmbedResult) -> Iterator[str]:
+    if result.indexed is not None:
+        yield f"indexed: {result.indexed}"
+    for name, array in result.arrays.items():
+        yield f"{name}  {array.dtype} {array.shape}"
+
+
+def _hits(result: SearchResult) -> Iterator[str]:
+    yield "  itm    itc  image" if result.hits else "no hits"
+    for hit in result.hits:
+        itm = "    -" if hit.itm is None else f"{hit.itm:.3f}"
+        pairs = "".join(f"  {name}={value}" for name, value in hit.metadata.items())
+        yield f"{itm} {hit.itc:6.3f}  {hit.id}{pairs}"
+    for each in result.skipped:
+        yield f"skipped: {each.id} ({each.code})"
+
+
+def print_json(info: JobInfo) -> None:
+    """The job as one line of JSON."""
+    print(info.model_dump_json(exclude_none=True))

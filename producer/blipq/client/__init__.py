@@ -1,0 +1,1 @@
+"""The clients: they submit jobs, and wait for them."""

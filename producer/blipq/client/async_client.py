@@ -1,0 +1,347 @@
+"""The client for an event loop: the verbs of ``Client``, awaited."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing
+from functools import partial
+from types import TracebackType
+from typing import Any, cast
+
+from blipq.client.backend import Backend
+from blipq.client.coalescing import Looks
+from blipq.client.job import AsyncJob, last_expiry
+from blipq.client.progress import Progress
+from blipq.client.submitting import Submitting
+from blipq.client.unserved import Unserved
+from blipq.client.waiting import Waiting
+from blipq.contract import (
+    Asks,
+    CaptionRequest,
+    CaptionResult,
+    DescribeRequest,
+    DescribeResult,
+    EmbedDtype,
+    EmbedMode,
+    EmbedRequest,
+    EmbedResult,
+    Generation,
+    Head,
+    ImageRef,
+    IndexEntry,
+    JobInfo,
+    MatchRequest,
+    MatchResult,
+    Options,
+    Request,
+    Result,
+    ResultT,
+    SearchRequest,
+    SearchResult,
+    Turn,
+    VQARequest,
+    VQAResult,
+)
+from blipq.errors import QueueFull, QueueUnavailable
+from blipq.ledger.async_ledger import AsyncLedger
+from blipq.ledger.codec import Looked, Message
+from blipq.s3.storage import Storage
+from blipq.settings import Settings
+from blipq.submission import ImageSource, Submission, checked, new_id, turns, uploadable
+from blipq.transport.async_notifications import AsyncNotifier
+from blipq.transport.broker import Broker, patience_s
+
+
+class AsyncClient:
+    """Submits jobs and reads their results, in one event loop. Close it, or use it as a context.
+
+        async with AsyncClient() as client:
+            job = await client.caption("s3://uploads/cat.jpg")
+            print((await job.result(timeout=30)).text)
+
+    Verbs, arguments and errors are those of ``Client``. Nothing blocks the loop: files are read and
+    uploaded on threads, and messages are published by one. A call that is cancelled has either
+    recorded its job or not; an idempotency key makes it safe to repeat.
+    """
+
+    def __init__(
+        self, settings: Settings | None = None, *, backend: Backend | None = None, **overrides: Any
+    ) -> None:
+        self.settings = settings or checked(Settings, **overrides)
+        self._id = secrets.token_hex(8)
+        self._unserved = Unserved()
+        self._services = (backend or Backend()).async_services(self.settings, self._id)
+        self._looks = Looks(self._look)
+
+    async def __aenter__(self) -> "AsyncClient":
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Closes the connections. Jobs go on."""
+        await self._looks.aclose()
+        await self._services.aclose()
+
+    @property
+    def ledger(self) -> AsyncLedger:
+        """The job records."""
+        return self._services.ledger
+
+    @property
+    def broker(self) -> Broker:
+        """Publishes the ids of jobs."""
+        return self._services.broker
+
+    @property
+    def storage(self) -> Storage:
+        """S3; its calls block."""
+        return self._services.storage
+
+    @property
+    def notifier(self) -> AsyncNotifier:
+        """Hears when jobs end."""
+        return self._services.notifier
+
+    # -- verbs --
+
+    async def caption(
+        self,
+        image: ImageSource,
+        prompt: str | None = None,
+        *,
+        generation: Generation | Mapping[str, Any] | None = None,
+        best_of: int | None = None,
+        **options: Any,
+    ) -> AsyncJob[CaptionResult]:
+        """Asks for a caption, like ``Client.caption``."""
+        fields = {"prompt": prompt, "generation": generation, "best_of": best_of}
+        return await self._ask(CaptionRequest, image, fields, options)
+
+    async def vqa(
+        self,
+        image: ImageSource,
+        questions: str | Sequence[str],
+        *,
+        history: Sequence[Turn | tuple[str, str]] | None = None,
+        choices: Sequence[str] | None = None,
+        generation: Generation | Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> AsyncJob[VQAResult]:
+        """Asks one or many questions about an image, like ``Client.vqa``."""
+        fields = {"questions": questions, "history": turns(history), "choices": choices}
+        return await self._ask(VQARequest, image, fields | {"generation": generation}, options)
+
+    async def match(
+        self,
+        image: ImageSource,
+        texts: str | Sequence[str],
+        *,
+        head: Head = "itm",
+        **options: Any,
+    ) -> AsyncJob[MatchResult]:
+        """Asks how well each text matches, like ``Client.match``."""
+        return await self._ask(MatchRequest, image, {"texts": texts, "head": head}, options)
+
+    async def embed(
+        self,
+        image: ImageSource | None = None,
+        text: str | None = None,
+        *,
+        mode: EmbedMode | None = None,
+        dtype: EmbedDtype = "float16",
+        index: str | Mapping[str, Any] | IndexEntry | None = None,
+        **options: Any,
+    ) -> AsyncJob[EmbedResult]:
+        """Asks for features of an image, a text or both, like ``Client.embed``."""
+        if mode is None:
+            mode = "image" if text is None else "text" if image is None else "multimodal"
+        fields = {"text": text, "mode": mode, "dtype": dtype, "index": index}
+        return await self._ask(EmbedRequest, image, fields, options)
+
+    async def describe(
+        self,
+        image: ImageSource,
+        *,
+        caption: bool = True,
+        questions: str | Sequence[str] = (),
+        texts: str | Sequence[str] = (),
+        embed: bool = False,
+        generation: Generation | Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> AsyncJob[DescribeResult]:
+        """Asks for several things about an image, like ``Client.describe``."""
+        fields = {"caption": caption, "questions": questions, "texts": texts, "embed": embed}
+        return await self._ask(DescribeRequest, image, fields | {"generation": generation}, options)
+
+    async def search(
+        self,
+        index: str,
+        text: str | None = None,
+        *,
+        image: ImageSource | None = None,
+        top_k: int = 10,
+        rerank: int = 128,
+        filter: Mapping[str, str | Sequence[str]] | None = None,
+        **options: Any,
+    ) -> AsyncJob[SearchResult]:
+        """Asks for the images of an index that are nearest, like ``Client.search``."""
+        fields = {"index": index, "text": text, "top_k": top_k, "rerank": rerank, "filter": filter}
+        return await self._ask(SearchRequest, image, fields, options)
+
+    # -- any kind --
+
+    async def submit(
+        self, request: Asks[ResultT], options: Options | None = None, *, id: str | None = None
+    ) -> AsyncJob[ResultT]:
+        """Submits a request of any kind, like ``Client.submit``."""
+        submission = Submission(cast(Request, request), options or Options(), id or new_id())
+        recorded = await self.ledger.submit(self.ledger.prepare(submission, notify=self._id))
+        if not isinstance(recorded, Message):
+            return self._job(recorded)
+        await self._publish([recorded])
+        return self._job(recorded.id, submission.options)
+
+    async def submit_many(
+        self,
+        requests: Iterable[Asks[ResultT] | Submission] | AsyncIterable[Asks[ResultT] | Submission],
+        options: Options | None = None,
+        *,
+        timeout: float = 0.0,
+    ) -> list[AsyncJob[ResultT]]:
+        """Submits many requests, a chunk per round trip, like ``Client.submit_many``."""
+        prepare = partial(self.ledger.prepare, notify=self._id)
+        submitting = Submitting(prepare, self._job, options, timeout)
+        async for request in _each(requests):
+            if submitting.add(request):
+                await self._flush(submitting)
+        await self._flush(submitting)
+        return submitting.jobs
+
+    def job(self, id: str) -> AsyncJob[Result]:
+        """A handle from a stored id. Looks nothing up."""
+        return AsyncJob(id, self)
+
+    # -- many jobs --
+
+    async def as_completed(
+        self, jobs: Iterable[AsyncJob[ResultT]], timeout: float | None = None
+    ) -> AsyncIterator[AsyncJob[ResultT]]:
+        """The jobs as they end, however they end, like ``Client.as_completed``."""
+        jobs = list(jobs)
+        asked = self.outcomes([job.id for job in jobs], timeout, expires=last_expiry(jobs))
+        async with aclosing(asked) as outcomes:
+            async for info in outcomes:
+                yield AsyncJob(info.id, self, info)
+
+    async def wait_all(
+        self,
+        jobs: Iterable[AsyncJob[ResultT]],
+        timeout: float | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[AsyncJob[ResultT]]:
+        """Waits until all jobs have ended, like ``Client.wait_all``."""
+        jobs = list(jobs)
+        ids = [job.id for job in jobs]
+        ended = {}
+        with Progress(len(set(ids)), shown=progress) as bar:
+            async for info in self.outcomes(ids, timeout, expires=last_expiry(jobs)):
+                ended[info.id] = info
+                bar.count(info)
+        return [AsyncJob(id, self, ended[id]) for id in ids]
+
+    async def outcomes(
+        self, ids: Iterable[str], timeout: float | None = None, *, expires: float | None = None
+    ) -> AsyncGenerator[JobInfo]:
+        """The jobs of these ids as they end, like ``Client.outcomes``."""
+        within = self.settings.default_expires_in
+        within = within if expires is None else expires - time.monotonic()
+        waiting = Waiting(ids, timeout, expire_within=within)
+        notifier = self.notifier
+        async with notifier.watch(waiting.open) as inbox:
+            while waiting.open:
+                if due := waiting.due(len(notifier)):
+                    found = await self._looks.look(due)
+                    if isinstance(found, Looked) and found.elsewhere:
+                        notifier.listen(inbox, found.elsewhere.values())
+                    for info in waiting.looked(due, found):
+                        yield info
+                if waiting.open:
+                    waiting.tell(await inbox.take(waiting.pause()))
+
+    async def _look(self, ids: list[str]) -> Looked | QueueUnavailable:
+        try:
+            return await self.ledger.look(ids, notify=self._id)
+        except QueueUnavailable as error:
+            return error
+
+    def _job(self, id: str, options: Options | None = None) -> AsyncJob[Any]:
+        """A handle; ``options`` are those of a job that was recorded just now."""
+        return AsyncJob(id, self, expires=None if options is None else self._expiry(options))
+
+    def _expiry(self, options: Options) -> float:
+        return time.monotonic() + (options.expires_in or self.settings.default_expires_in)
+
+    async def _ask(
+        self,
+        request: type[Asks[ResultT]],
+        image: ImageSource | None,
+        fields: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> AsyncJob[ResultT]:
+        """Checks the options, uploads the image unless it is in S3, and submits."""
+        chosen = checked(Options, **options)
+        asked = checked(cast(Any, request), image=await self._reference(image), **fields)
+        return await self.submit(cast("Asks[ResultT]", asked), chosen)
+
+    async def _reference(self, image: ImageSource | None) -> str | ImageRef | None:
+        source = uploadable(image, local_paths=self.settings.local_paths)
+        if source is None:
+            return cast("str | ImageRef | None", image)
+        return await asyncio.to_thread(self.storage.upload, source)
+
+    async def _publish(self, messages: list[Message]) -> None:
+        """What is not taken in time is published by the reconciler: the jobs are recorded."""
+        self._unserved.tell(messages)
+        sent = asyncio.wrap_future(self.broker.send(messages))
+        sent.add_done_callback(self._told)
+        await asyncio.wait([sent], timeout=patience_s(messages))
+
+    def _told(self, sent: "asyncio.Future[None]") -> None:
+        if not sent.cancelled() and (error := sent.exception()) is not None:
+            self.broker.tell(error)
+
+    async def _flush(self, submitting: Submitting) -> None:
+        while submitting.waiting:
+            try:
+                answers = await self.ledger.submit_all(submitting.waiting)
+            except (QueueUnavailable, QueueFull) as error:
+                answers = [error]
+            if messages := submitting.settle(answers):
+                await self._publish(messages)
+            await asyncio.sleep(submitting.pause())
+        submitting.check()
+
+
+async def _each(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    else:
+        for item in items:
+            yield item

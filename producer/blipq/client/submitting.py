@@ -1,0 +1,104 @@
+"""One ``submit_many``: what is recorded, what waits, and whether to go on.
+
+Pure, so that every client shares it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from blipq.contract import Options
+from blipq.errors import BlipqError, InvalidRequest, QueueUnavailable, SubmitStopped
+from blipq.ledger.codec import Message, Prepared, Recorded, message_of
+from blipq.submission import Submission
+
+#: What one round trip records at most: Redis serves nobody else meanwhile.
+MAX_JOBS = 200
+MAX_CHARACTERS = 2**20
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 1.0
+
+
+class Submitting:
+    """Jobs on their way into the ledger, a chunk at a time, in order."""
+
+    def __init__(
+        self,
+        prepare: Callable[[Submission], Prepared],
+        handle: Callable[[str, Options | None], Any],
+        options: Options | None,
+        timeout: float,
+    ) -> None:
+        self.jobs: list[Any] = []
+        #: Taken from the caller, and not known to be recorded.
+        self.waiting: list[Prepared] = []
+        self._prepare = prepare
+        self._handle = handle
+        self._options = options or Options()
+        self._timeout = timeout
+        self._invalid: tuple[Submission, InvalidRequest] | None = None
+        self._start_chunk()
+
+    def _start_chunk(self) -> None:
+        self._size = 0
+        self._unsure = False
+        self._refusal: BlipqError | None = None
+        self._ending: float | None = None
+        self._wait = FIRST_PAUSE_S
+
+    def add(self, request: Any) -> bool:
+        """Takes a request or a submission; whether the chunk is to be sent now."""
+        if not isinstance(request, Submission):
+            request = Submission(request, self._options)
+        try:
+            prepared = self._prepare(request)
+        except InvalidRequest as error:
+            self._invalid = request, error
+            return True
+        self.waiting.append(prepared)
+        self._size += sum(len(str(part)) for part in prepared.arguments)
+        return len(self.waiting) >= MAX_JOBS or self._size >= MAX_CHARACTERS
+
+    def settle(self, answers: Sequence[Recorded | BlipqError]) -> list[Message]:
+        """Takes in what became of the chunk, up to a refusal; the messages to publish."""
+        messages = []
+        for answer in answers:
+            if isinstance(answer, BlipqError):
+                self._refusal = answer
+                self._unsure = self._unsure or isinstance(answer, QueueUnavailable)
+                break
+            messages += self._recorded(answer)
+        if not self.waiting:
+            self._start_chunk()
+        return messages
+
+    def pause(self) -> float:
+        """Seconds to wait before the rest of the chunk is tried. Raises SubmitStopped."""
+        refusal, self._refusal = self._refusal, None
+        if refusal is None:
+            return 0.0
+        now = time.monotonic()
+        self._ending = self._ending or now + self._timeout
+        if not refusal.retryable or now >= self._ending:
+            raise self._stopped(refusal) from refusal
+        wait, self._wait = self._wait, min(2 * self._wait, LAST_PAUSE_S)
+        return min(wait, self._ending - now)
+
+    def check(self) -> None:
+        """After a chunk: raises SubmitStopped if the request behind it is invalid."""
+        if self._invalid is not None:
+            raise self._stopped(self._invalid[1]) from self._invalid[1]
+
+    def _recorded(self, answer: Recorded) -> list[Message]:
+        submission = self.waiting.pop(0).submission
+        id = answer.id if isinstance(answer, Message) else answer
+        self.jobs.append(self._handle(id, submission.options if id == submission.id else None))
+        if isinstance(answer, Message):
+            return [answer]
+        # Recorded by a try that got no answer: nobody has published it. Twice does no harm.
+        return [message_of(submission)] if self._unsure and id == submission.id else []
+
+    def _stopped(self, cause: BlipqError) -> SubmitStopped:
+        pending = [prepared.submission for prepared in self.waiting]
+        if self._invalid is not None:
+            pending.append(self._invalid[0])
+        return SubmitStopped(cause, self.jobs, pending)

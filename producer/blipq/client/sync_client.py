@@ -1,0 +1,368 @@
+"""The client: one verb per kind of job. What it shares with ``AsyncClient`` is in ``requests``."""
+
+import secrets
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, cast
+
+from blipq.client.backend import Backend, PerProcess
+from blipq.client.job import Job, last_expiry
+from blipq.client.progress import Progress
+from blipq.client.submitting import Submitting
+from blipq.client.unserved import Unserved
+from blipq.client.waiting import Waiting
+from blipq.contract import (
+    Asks,
+    CaptionRequest,
+    CaptionResult,
+    DescribeRequest,
+    DescribeResult,
+    EmbedDtype,
+    EmbedMode,
+    EmbedRequest,
+    EmbedResult,
+    Generation,
+    Head,
+    ImageRef,
+    IndexEntry,
+    JobInfo,
+    MatchRequest,
+    MatchResult,
+    Options,
+    Request,
+    Result,
+    ResultT,
+    SearchRequest,
+    SearchResult,
+    Turn,
+    VQARequest,
+    VQAResult,
+)
+from blipq.errors import QueueFull, QueueUnavailable
+from blipq.ledger.codec import Looked, Message
+from blipq.ledger.ledger import Ledger
+from blipq.s3.storage import Storage
+from blipq.settings import Settings
+from blipq.submission import ImageSource, Submission, turns, uploadable
+from blipq.submission import checked as checked
+from blipq.submission import explain as explain
+from blipq.submission import new_id as new_id
+from blipq.transport.broker import Broker
+from blipq.transport.notifications import Notifier
+
+
+class Client:
+    """Submits jobs and reads their results. Close it, or use it as a context.
+
+        with Client() as client:
+            job = client.caption("s3://uploads/cat.jpg")
+            print(job.result(timeout=30).text)
+
+    Without arguments it finds the services by ``BLIPQ_*`` variables, then a running local stack,
+    then the defaults. Every verb takes the options of ``Options`` as keyword arguments. A local
+    path or bytes are uploaded first.
+
+    Threads may share it, and a process that forks may go on with it on both sides. ``backend``
+    replaces the services, such as by ``blipq.testing.FakeBlipq``.
+    """
+
+    def __init__(
+        self, settings: Settings | None = None, *, backend: Backend | None = None, **overrides: Any
+    ) -> None:
+        self.settings = settings or checked(Settings, **overrides)
+        self._id = secrets.token_hex(8)
+        self._unserved = Unserved()
+        backend = backend or Backend()
+        self._services = PerProcess(lambda: backend.services(self.settings, self._id))
+        self._services()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connections. Jobs go on."""
+        if (services := self._services.made) is not None:
+            services.close()
+
+    @property
+    def ledger(self) -> Ledger:
+        """The job records."""
+        return self._services().ledger
+
+    @property
+    def broker(self) -> Broker:
+        """Publishes the ids of jobs."""
+        return self._services().broker
+
+    @property
+    def storage(self) -> Storage:
+        """S3."""
+        return self._services().storage
+
+    @property
+    def notifier(self) -> Notifier:
+        """Hears when jobs end."""
+        return self._services().notifier
+
+    # -- verbs --
+
+    def caption(
+        self,
+        image: ImageSource,
+        prompt: str | None = None,
+        *,
+        generation: Generation | Mapping[str, Any] | None = None,
+        best_of: int | None = None,
+        **options: Any,
+    ) -> Job[CaptionResult]:
+        """Asks for a caption, optionally one that goes on from ``prompt``.
+
+        ``best_of`` n: n captions ranked by image-text matching.
+        """
+        fields = {"prompt": prompt, "generation": generation, "best_of": best_of}
+        return self._ask(CaptionRequest, image, fields, options)
+
+    def vqa(
+        self,
+        image: ImageSource,
+        questions: str | Sequence[str],
+        *,
+        history: Sequence[Turn | tuple[str, str]] | None = None,
+        choices: Sequence[str] | None = None,
+        generation: Generation | Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Job[VQAResult]:
+        """Asks one or many questions about an image.
+
+        ``history`` holds earlier (question, answer) turns, oldest first. ``choices`` are the only
+        answers allowed: they come back ranked, with probabilities.
+        """
+        fields = {"questions": questions, "history": turns(history), "choices": choices}
+        return self._ask(VQARequest, image, fields | {"generation": generation}, options)
+
+    def match(
+        self,
+        image: ImageSource,
+        texts: str | Sequence[str],
+        *,
+        head: Head = "itm",
+        **options: Any,
+    ) -> Job[MatchResult]:
+        """Asks how well each text matches: ``itm`` is a probability, ``itc`` a cosine."""
+        return self._ask(MatchRequest, image, {"texts": texts, "head": head}, options)
+
+    def embed(
+        self,
+        image: ImageSource | None = None,
+        text: str | None = None,
+        *,
+        mode: EmbedMode | None = None,
+        dtype: EmbedDtype = "float16",
+        index: str | Mapping[str, Any] | IndexEntry | None = None,
+        **options: Any,
+    ) -> Job[EmbedResult]:
+        """Asks for features of an image, a text, or both read together (``multimodal``).
+
+        Without ``mode``, what is given decides. With ``index`` the image goes into a search index.
+        """
+        if mode is None:
+            mode = "image" if text is None else "text" if image is None else "multimodal"
+        fields = {"text": text, "mode": mode, "dtype": dtype, "index": index}
+        return self._ask(EmbedRequest, image, fields, options)
+
+    def describe(
+        self,
+        image: ImageSource,
+        *,
+        caption: bool = True,
+        questions: str | Sequence[str] = (),
+        texts: str | Sequence[str] = (),
+        embed: bool = False,
+        generation: Generation | Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Job[DescribeResult]:
+        """Asks for several things about an image, which is looked at once.
+
+        ``texts`` are scored by probability; ``embed`` asks for the image's features.
+        """
+        fields = {"caption": caption, "questions": questions, "texts": texts, "embed": embed}
+        return self._ask(DescribeRequest, image, fields | {"generation": generation}, options)
+
+    def search(
+        self,
+        index: str,
+        text: str | None = None,
+        *,
+        image: ImageSource | None = None,
+        top_k: int = 10,
+        rerank: int = 128,
+        filter: Mapping[str, str | Sequence[str]] | None = None,
+        **options: Any,
+    ) -> Job[SearchResult]:
+        """Asks for the images of an index that are nearest to a text, or to an image.
+
+        With a text the nearest ``rerank`` are looked at again, and ranked by matching. ``filter``
+        names metadata that hits must have.
+        """
+        fields = {"index": index, "text": text, "top_k": top_k, "rerank": rerank, "filter": filter}
+        return self._ask(SearchRequest, image, fields, options)
+
+    # -- any kind --
+
+    def submit(
+        self, request: Asks[ResultT], options: Options | None = None, *, id: str | None = None
+    ) -> Job[ResultT]:
+        """Submits a request of any kind; when this returns, the job will reach an outcome.
+
+        The same ``id`` or idempotency key with the same request is the same job, so a submit that
+        raised QueueUnavailable can be repeated with its ``job_id``. A model that no worker serves
+        now is logged as a warning: its jobs wait. Raises IdempotencyConflict, UnknownModel,
+        QueueFull or QueueUnavailable.
+        """
+        options = options or Options()
+        recorded = self.ledger.submit(
+            id or new_id(), cast(Request, request), options, notify=self._id
+        )
+        if not isinstance(recorded, Message):
+            return self._job(recorded)
+        # A message that is not taken in time is published by the reconciler: the job is recorded.
+        self._publish([recorded])
+        return self._job(recorded.id, options)
+
+    def submit_many(
+        self,
+        requests: Iterable[Asks[ResultT] | Submission],
+        options: Options | None = None,
+        *,
+        timeout: float = 0.0,
+    ) -> list[Job[ResultT]]:
+        """Submits many requests, a chunk per round trip, and returns their jobs in order.
+
+        The requests are taken as they are needed, so a generator of any length will do. A
+        ``Submission`` brings options and an id of its own. For ``timeout`` seconds a chunk is tried
+        again while the queue is full or Redis is away. Raises SubmitStopped, which says what is
+        recorded and what is not.
+        """
+        prepare = partial(self.ledger.prepare, notify=self._id)
+        submitting = Submitting(prepare, self._job, options, timeout)
+        for request in requests:
+            if submitting.add(request):
+                self._flush(submitting)
+        self._flush(submitting)
+        return submitting.jobs
+
+    def job(self, id: str) -> Job[Result]:
+        """A handle from a stored id. Looks nothing up."""
+        return Job(id, self)
+
+    # -- many jobs --
+
+    def as_completed(
+        self, jobs: Iterable[Job[ResultT]], timeout: float | None = None
+    ) -> Iterator[Job[ResultT]]:
+        """The jobs as they end, however they end; what they came to is read already.
+
+        Thousands of jobs need one subscription and a look at a few hundred of them a second.
+        Raises ResultTimeout, JobNotFound and QueueUnavailable like ``Job.wait``.
+        """
+        jobs = list(jobs)
+        ids = [job.id for job in jobs]
+        for info in self.outcomes(ids, timeout, expires=last_expiry(jobs)):
+            yield Job(info.id, self, info)
+
+    def wait_all(
+        self,
+        jobs: Iterable[Job[ResultT]],
+        timeout: float | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[Job[ResultT]]:
+        """Waits until all jobs have ended, and returns them in their order.
+
+        ``progress`` shows a bar on stderr. Raises like ``as_completed``.
+        """
+        jobs = list(jobs)
+        ids = [job.id for job in jobs]
+        ended = {}
+        with Progress(len(set(ids)), shown=progress) as bar:
+            for info in self.outcomes(ids, timeout, expires=last_expiry(jobs)):
+                ended[info.id] = info
+                bar.count(info)
+        return [Job(id, self, ended[id]) for id in ids]
+
+    def outcomes(
+        self, ids: Iterable[str], timeout: float | None = None, *, expires: float | None = None
+    ) -> Iterator[JobInfo]:
+        """The jobs of these ids as they end, as the ledger has them.
+
+        ``expires``: when the last of them does, on the clock of ``monotonic``, if that is known.
+        """
+        within = self.settings.default_expires_in
+        within = within if expires is None else expires - time.monotonic()
+        waiting = Waiting(ids, timeout, expire_within=within)
+        notifier = self.notifier
+        with notifier.watch(waiting.open) as inbox:
+            while waiting.open:
+                if due := waiting.due(len(notifier)):
+                    found = self._look(due)
+                    if isinstance(found, Looked) and found.elsewhere:
+                        notifier.listen(inbox, found.elsewhere.values())
+                    yield from waiting.looked(due, found)
+                if waiting.open:
+                    waiting.tell(inbox.take(waiting.pause()))
+
+    def _look(self, ids: list[str]) -> Looked | QueueUnavailable:
+        try:
+            return self.ledger.look(ids, notify=self._id)
+        except QueueUnavailable as error:
+            return error
+
+    def _job(self, id: str, options: Options | None = None) -> Job[Any]:
+        """A handle; ``options`` are those of a job that was recorded just now."""
+        return Job(id, self, expires=None if options is None else self._expiry(options))
+
+    def _expiry(self, options: Options) -> float:
+        return time.monotonic() + (options.expires_in or self.settings.default_expires_in)
+
+    def _ask(
+        self,
+        request: type[Asks[ResultT]],
+        image: ImageSource | None,
+        fields: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> Job[ResultT]:
+        """Checks the options, uploads the image unless it is in S3, and submits."""
+        chosen = checked(Options, **options)
+        asked = checked(cast(Any, request), image=self._reference(image), **fields)
+        return self.submit(cast("Asks[ResultT]", asked), chosen)
+
+    def _reference(self, image: ImageSource | None) -> str | ImageRef | None:
+        source = uploadable(image, local_paths=self.settings.local_paths)
+        if source is None:
+            return cast("str | ImageRef | None", image)
+        return self.storage.upload(source)
+
+    def _publish(self, messages: list[Message]) -> None:
+        self.broker.publish_all(messages)
+        self._unserved.tell(messages)
+
+    def _flush(self, submitting: Submitting) -> None:
+        while submitting.waiting:
+            try:
+                answers = self.ledger.submit_all(submitting.waiting)
+            except (QueueUnavailable, QueueFull) as error:
+                answers = [error]
+            if messages := submitting.settle(answers):
+                self._publish(messages)
+            time.sleep(submitting.pause())
+        submitting.check()

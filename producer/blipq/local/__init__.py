@@ -1,0 +1,1 @@
+"""A local stack: Redis, S3 and workers as child processes."""

@@ -1,0 +1,128 @@
+"""``blipq worker``: one process, or several supervised ones: per GPU, or on shares of the cores."""
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from blipq.contract import Seconds
+from blipq.errors import InvalidRequest
+from blipq.local.supervisor import Service, supervise
+
+COMMAND = [sys.executable, "-m", "blipq_worker"]
+
+#: Microseconds of CPU in a period, and the period (cgroup v2); "max" where there is no quota.
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+#: A worker's model cannot be loaded, or answers nonsense: starting it again would not help.
+EXIT_MODEL = 78
+
+
+def run_one() -> None:
+    """Becomes a worker process. Does not return."""
+    _require_worker()
+    os.execv(COMMAND[0], COMMAND)
+
+
+def run_many(gpus: str | None, processes: int) -> int:
+    """Runs several workers and starts again what dies; the exit code.
+
+    gpus: ``all``, or indexes such as ``0,2``; None leaves the device to the settings. processes:
+    for each GPU, or in all. SIGTERM and SIGINT drain them all.
+    """
+    _require_worker()
+    if gpus is None:
+        places = [("worker", shares_of_cores(processes))]
+    else:
+        indexes = _all_gpus() if gpus == "all" else _indexes(gpus)
+        places = [(f"worker on GPU {each}", {"CUDA_VISIBLE_DEVICES": each}) for each in indexes]
+    workers = [
+        (f"{name}, {number}" if processes > 1 else name, environment)
+        for name, environment in places
+        for number in range(1, processes + 1)
+    ]
+    services = [
+        Service(name, COMMAND, env={**environment, **_health_port(place)})
+        for place, (name, environment) in enumerate(workers)
+    ]
+    return run_supervised(services, drain_s=_drain_timeout_s())
+
+
+def shares_of_cores(processes: int) -> dict[str, str]:
+    """The environment of each of so many workers that compute on this machine's cores."""
+    if processes == 1 or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, cores() // processes))}
+
+
+def cores() -> int:
+    """Cores that this process may use: by its affinity, and by the quota of its container."""
+    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        quota, period = CPU_QUOTA.read_text().split()
+        allowed = min(allowed, max(1, int(quota) // int(period)))
+    return allowed
+
+
+def run_supervised(services: Sequence[Service], *, drain_s: float) -> int:
+    """Runs services until a signal comes, then drains them side by side."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    for service in services:
+        service.start()
+    try:
+        return supervise(services, stop, tell=_tell, give_up_on=(EXIT_MODEL,))
+    finally:
+        for service in services:
+            service.signal(signal.SIGTERM)
+        # One signal each: a second one tells a worker to hand its jobs back at once.
+        deadline = time.monotonic() + drain_s + 10
+        for service in services:
+            service.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _require_worker() -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise InvalidRequest("no worker here: pip install 'blipq[worker]'")
+
+
+def _health_port(place: int) -> dict[str, str]:
+    """One per process, upwards from that of the settings."""
+    first = os.environ.get("BLIPQ_HEALTH_PORT")
+    return {"BLIPQ_HEALTH_PORT": str(int(first) + place)} if first else {}
+
+
+def _drain_timeout_s() -> float:
+    """The workers' own deadline; a process that outlasts it by more than a little is killed."""
+    return TypeAdapter(Seconds).validate_python(os.environ.get("BLIPQ_DRAIN_TIMEOUT_S", 60.0))
+
+
+def _all_gpus() -> list[str]:
+    if shutil.which("nvidia-smi") is None:
+        raise InvalidRequest("no GPU here: nvidia-smi is not on PATH")
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
+    count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    if count == 0:
+        raise InvalidRequest(f"no GPU here: nvidia-smi says {listed.stderr or listed.stdout!r}")
+    return [str(index) for index in range(count)]
+
+
+def _indexes(gpus: str) -> list[str]:
+    indexes = [part.strip() for part in gpus.split(",")]
+    if not all(index.isdecimal() for index in indexes):
+        raise InvalidRequest(f"--gpus takes 'all' or indexes such as 0,1; not {gpus!r}")
+    return indexes
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,171 @@
+"""Prometheus metrics: what the ledger holds, what a sender does, and how both are served.
+
+What the ledger holds is the same whoever asks, so one exporter (``blipq metrics``) tells it for the
+whole fleet. Workers (``blipq_worker.process.metrics``) and senders tell only what they themselves
+do.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+import redis
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    start_http_server,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from blipq.errors import InvalidRequest
+from blipq.ledger.ledger import DEAD_LETTERS, waiting_keys
+from blipq.webhooks.outbox import COUNTS, DEAD_EVENTS, OUTBOX, SENDER
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+#: From a step on a GPU to a job that waits for minutes.
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+def new_registry() -> CollectorRegistry:
+    """A registry that tells about this process: CPU, memory, open files."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    return registry
+
+
+@contextmanager
+def served(registry: CollectorRegistry, port: int | None) -> Iterator[int | None]:
+    """Answers ``/metrics`` on the port, if there is one; 0 takes a free one. Yields the port.
+
+    Raises InvalidRequest if the port is taken.
+    """
+    if port is None:
+        yield None
+        return
+    try:
+        server, thread = start_http_server(port, registry=registry)
+    except OSError as error:
+        raise InvalidRequest(f"cannot serve metrics on port {port}: {error}") from None
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(timeout=5)
+
+
+class LedgerCollector(Collector):
+    """Counts what the ledger holds at each scrape: a few commands a queue, whatever the backlog."""
+
+    def __init__(self, client: "redis.Redis") -> None:
+        self._redis = client
+
+    def describe(self) -> "Iterable[Metric]":
+        """Nothing: registering must not ask Redis."""
+        return []
+
+    def collect(self) -> "Iterator[Metric]":
+        """All of it, or only ``blipq_ledger_up 0``."""
+        try:
+            families = [*self._jobs(), *self._queues(), *self._webhooks()]
+        except redis.RedisError:
+            yield GaugeMetricFamily("blipq_ledger_up", "Whether Redis answers.", 0)
+            return
+        yield GaugeMetricFamily("blipq_ledger_up", "Whether Redis answers.", 1)
+        yield from families
+
+    def _jobs(self) -> "Iterator[Metric]":
+        counted = (
+            ("blipq_jobs_open", "Jobs that have not ended.", "blipq:open"),
+            ("blipq_jobs_running", "Jobs that a worker holds.", "blipq:running"),
+            ("blipq_jobs_delayed", "Jobs that wait for a retry.", "blipq:delayed"),
+            ("blipq_dead_letters", "Jobs out of attempts, still kept.", DEAD_LETTERS),
+        )
+        with self._redis.pipeline(transaction=False) as pipe:
+            for _, _, key in counted:
+                pipe.zcard(key)
+            sizes = pipe.execute()
+        for (name, text, _), size in zip(counted, sizes, strict=True):
+            yield GaugeMetricFamily(name, text, size)
+
+    def _queues(self) -> "Iterator[Metric]":
+        queues = cast("list[str]", self._redis.zrange("blipq:queues", 0, -1))
+        models = sorted({queue.removeprefix("blipq.").rpartition(".")[0] for queue in queues})
+        with self._redis.pipeline(transaction=False) as pipe:
+            for queue in queues:
+                pipe.zcard(f"blipq:queued:{queue}")
+                for key in waiting_keys(queue):
+                    pipe.zrange(key, 0, 0, withscores=True)
+            seconds, micros = self._redis.time()
+            now = seconds + micros / 1e6
+            for model in models:
+                pipe.zcount(f"blipq:serving:{model}", now * 1000, "+inf")
+            found = pipe.execute()
+        depth = GaugeMetricFamily("blipq_jobs_queued", "Jobs that wait.", labels=["queue"])
+        age = GaugeMetricFamily(
+            "blipq_oldest_queued_seconds", "Since the oldest was published.", labels=["queue"]
+        )
+        for place, queue in enumerate(queues):
+            size, *first = found[3 * place : 3 * place + 3]
+            since = [score for each in first for _, score in each]
+            depth.add_metric([queue], size)
+            age.add_metric([queue], max(0.0, now - min(since) / 1000) if since else 0)
+        workers = GaugeMetricFamily("blipq_workers", "Live workers of a model.", labels=["model"])
+        for model, count in zip(models, found[3 * len(queues) :], strict=True):
+            workers.add_metric([model], count)
+        yield from (depth, age, workers)
+
+    def _webhooks(self) -> "Iterator[Metric]":
+        hosts = cast("list[str]", self._redis.zrange(OUTBOX, 0, -1))
+        with self._redis.pipeline(transaction=False) as pipe:
+            for host in hosts:
+                pipe.zcard(f"{OUTBOX}:{host}")
+            pending = sum(pipe.execute())
+        dead = self._redis.zcard(DEAD_EVENTS)
+        senders = sum(1 for _ in self._redis.scan_iter(f"{SENDER}*", count=1000))
+        counts = cast("dict[str, str]", self._redis.hgetall(COUNTS))
+        yield GaugeMetricFamily("blipq_webhooks_pending", "Events not delivered yet.", pending)
+        yield GaugeMetricFamily("blipq_webhooks_dead", "Events given up, still kept.", dead)
+        yield GaugeMetricFamily("blipq_webhook_senders", "Live senders.", senders)
+        attempts = CounterMetricFamily(
+            "blipq_webhook_attempts", "Attempts of all senders, by outcome.", labels=["outcome"]
+        )
+        for outcome, count in sorted(counts.items()):
+            attempts.add_metric([outcome], int(count))
+        yield attempts
+
+
+class SenderMetrics:
+    """What one sender does."""
+
+    def __init__(self) -> None:
+        self.registry = new_registry()
+        self._attempts = Counter(
+            "blipq_sender_attempts",
+            "Attempts at webhooks, by outcome.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self._seconds = Histogram(
+            "blipq_sender_attempt_seconds",
+            "From the start of an attempt to its answer.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.sending = Gauge(
+            "blipq_sender_sending", "Webhooks being sent now.", registry=self.registry
+        )
+
+    def attempted(self, outcome: str, started: float) -> None:
+        """Counts an attempt. ``started`` is of the monotonic clock."""
+        self._attempts.labels(outcome).inc()
+        self._seconds.observe(time.monotonic() - started)

@@ -1,0 +1,108 @@
+"""Many jobs at a glance, for operators: what is open, what ended lately, what waits where."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from blipq.contract import TERMINAL_STATUSES, JobInfo, Status
+from blipq.ledger.ledger import Ledger, redis_errors, waiting_keys
+
+#: Open jobs that are looked at for a list, the latest deadlines first.
+LOOK_AT = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """A queue. ``oldest_s``: how long ago its oldest waiting job was published."""
+
+    queue: str
+    waiting: int
+    oldest_s: float | None
+    live_workers: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class Overview:
+    """Reads the ledger's indexes. Raises QueueUnavailable."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._redis: Any = ledger.redis
+
+    def open_jobs(self) -> int:
+        """How many jobs have not ended."""
+        with redis_errors():
+            return int(self._redis.zcard("blipq:open"))
+
+    def jobs(
+        self, *, status: Status | None = None, model: str | None = None, limit: int = 100
+    ) -> list[JobInfo]:
+        """Jobs, the newest first: of those that ended, the last thousand are known."""
+        with redis_errors():
+            ids = dict.fromkeys(self._candidates(status))
+        infos = [info for id in ids if (info := self._ledger.read(id)) is not None]
+        chosen = [
+            info for info in infos if status in (None, info.status) and model in (None, info.model)
+        ]
+        return sorted(chosen, key=lambda info: info.created_at, reverse=True)[:limit]
+
+    def _candidates(self, status: Status | None) -> Iterator[str]:
+        if status is Status.RUNNING:
+            yield from self._newest("blipq:running")
+        elif status is Status.QUEUED:
+            for queue in self._queues():
+                yield from self._newest(f"blipq:queued:{queue}")
+            yield from self._newest("blipq:delayed")
+        elif status is None:
+            yield from self._newest("blipq:open")
+        if status is None or status in TERMINAL_STATUSES:
+            yield from self._newest("blipq:recent")
+
+    def _newest(self, key: str) -> list[str]:
+        return cast("list[str]", self._redis.zrevrange(key, 0, LOOK_AT - 1))
+
+    def _queues(self) -> list[str]:
+        return sorted(self._redis.zrange("blipq:queues", 0, -1))
+
+    def queues(self) -> list[QueueState]:
+        """The queues in use."""
+        with redis_errors():
+            seconds, micros = self._redis.time()
+            return [self._queue(queue, seconds + micros / 1e6) for queue in self._queues()]
+
+    def _queue(self, queue: str, now: float) -> QueueState:
+        first = (self._redis.zrange(key, 0, 0, withscores=True) for key in waiting_keys(queue))
+        since = [score for found in first for _, score in found]
+        model = queue.removeprefix("blipq.").rpartition(".")[0]
+        return QueueState(
+            queue=queue,
+            waiting=self._redis.zcard(f"blipq:queued:{queue}"),
+            oldest_s=now - min(since) / 1000 if since else None,
+            live_workers=self._redis.zcount(f"blipq:serving:{model}", now * 1000, "+inf"),
+        )
+
+    def delayed(self) -> int:
+        """How many jobs wait for a retry."""
+        with redis_errors():
+            return int(self._redis.zcard("blipq:delayed"))
+
+    def running(self) -> int:
+        """How many jobs a worker holds."""
+        with redis_errors():
+            return int(self._redis.zcard("blipq:running"))
+
+    def purge(self, queue: str) -> int:
+        """Cancels the jobs that wait in a queue; how many those were.
+
+        One that a worker takes meanwhile goes on.
+        """
+        cancelled = 0
+        while True:
+            with redis_errors():
+                ids = self._redis.zrange(f"blipq:queued:{queue}", 0, LOOK_AT - 1)
+            if not ids:
+                return cancelled
+            cancelled += self._ledger.purge(queue, ids)

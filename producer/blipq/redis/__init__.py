@@ -1,0 +1,1 @@
+"""Redis' address: one server, or those behind sentinels."""

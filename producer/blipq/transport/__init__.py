@@ -1,0 +1,1 @@
+"""What carries job ids to workers, and news of jobs to clients."""

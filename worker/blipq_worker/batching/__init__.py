@@ -1,0 +1,1 @@
+"""Batches, and items that join and leave while others run."""

@@ -1,0 +1,137 @@
+"""From logits to tokens, each row by its own parameters.
+
+The order is that of transformers' ``generate``: penalties, shortest length, temperature, top_k,
+top_p. Penalties see new tokens only (and T5's start token), as in LAVIS.
+
+A draw is a race: every allowed token gets a time from its probability and a hash of (the row's
+seed, its step, the token), and the first one wins. So a draw depends on nothing but these: neither
+on the rows beside it nor on how many tokens were looked at.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+from blipq_worker.blip2.decoding.sequences import Row
+
+#: Tokens looked at first where top_k is off. Sorting a whole vocabulary costs more than a small
+#: model's forward pass, and nearly always the most likely tokens hold top_p of the probability.
+WINDOW = 512
+
+
+class ScoresError(RuntimeError):
+    """The model's scores are not numbers: it overflowed, or its weights are damaged."""
+
+
+def choose(
+    logits: torch.Tensor, rows: Sequence[Row], *, ends: Sequence[int], start: Sequence[int]
+) -> list[int]:
+    """The next token of each row from its logits, (rows, vocabulary).
+
+    ends: end tokens. start: tokens that penalties count as written before all others. Raises
+    ScoresError if the scores of a row are not finite.
+    """
+    scores = logits.to(torch.float32, copy=True)
+    healthy = scores.amax(dim=-1).isfinite()
+    for index, row in enumerate(rows):
+        if _is_penalized(row):
+            scores[index] = _penalized(scores[index], row, start)
+    short = [index for index, row in enumerate(rows) if len(row.tokens) < row.params.min_new_tokens]
+    if short:
+        banned = torch.tensor(ends, dtype=torch.long, device=scores.device)
+        scores[torch.tensor(short, device=scores.device)[:, None], banned] = -math.inf
+    tokens = scores.argmax(dim=-1)
+    drawn = [index for index, row in enumerate(rows) if row.params.do_sample]
+    if drawn:
+        tokens[drawn] = _draw(scores[drawn], [rows[index] for index in drawn])
+    chosen: list[int] = torch.where(healthy, tokens, -1).tolist()  # the step's only wait
+    if -1 in chosen:
+        raise ScoresError("the model's scores are not numbers")
+    return chosen
+
+
+def _is_penalized(row: Row) -> bool:
+    return row.params.repetition_penalty != 1.0 or row.params.no_repeat_ngram_size > 0
+
+
+def _penalized(scores: torch.Tensor, row: Row, start: Sequence[int]) -> torch.Tensor:
+    """One row's scores, (vocabulary,), after penalties."""
+    params = row.params
+    written = torch.tensor([[*start, *row.tokens]], dtype=torch.long, device=scores.device)
+    scores = scores[None]
+    if params.repetition_penalty != 1.0:
+        scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(written, scores)
+    if params.no_repeat_ngram_size > 0:
+        scores = NoRepeatNGramLogitsProcessor(params.no_repeat_ngram_size)(written, scores)
+    return scores[0]
+
+
+def _draw(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """A token for each row by temperature, top_k and top_p."""
+    device = scores.device
+    params = [row.params for row in rows]
+    scores = scores / torch.tensor([[each.temperature] for each in params], device=device)
+    vocabulary = scores.shape[-1]
+    window = max(min(each.top_k or WINDOW, vocabulary) for each in params)
+    values, ids = scores.topk(window, dim=-1)
+    top_k = torch.tensor([[each.top_k or vocabulary] for each in params], device=device)
+    top_p = torch.tensor([[each.top_p] for each in params], device=device)
+    values = values.masked_fill(torch.arange(window, device=device) >= top_k, -math.inf)
+    # With top_k the probabilities are shared among its tokens, without it among all.
+    total = torch.where(top_k < vocabulary, values.logsumexp(-1, True), scores.logsumexp(-1, True))
+    below = (values - total).exp().cumsum(-1)
+    allowed = nucleus(values, below, top_p)
+    tokens = ids.gather(-1, _race(allowed, ids, rows))[:, 0]
+    if window < vocabulary and not all(each.top_k for each in params):
+        # top_p may reach beyond the window where top_k does not end before it.
+        wide = ((below[:, -1:] < top_p) & (top_k == vocabulary))[:, 0].nonzero()[:, 0].tolist()
+        if wide:
+            tokens[wide] = _draw_widely(scores[wide], [rows[index] for index in wide])
+    return tokens
+
+
+def _draw_widely(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """A token for each row by top_p over the whole vocabulary."""
+    top_p = torch.tensor([[row.params.top_p] for row in rows], device=scores.device)
+    values, ids = scores.sort(dim=-1, descending=True)
+    allowed = nucleus(values, values.softmax(-1).cumsum(-1), top_p)
+    return ids.gather(-1, _race(allowed, ids, rows))[:, 0]
+
+
+def nucleus(values: torch.Tensor, below: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Sorted scores without those behind which more likely tokens already hold ``top_p``."""
+    before = torch.nn.functional.pad(below[:, :-1], (1, 0))
+    return values.masked_fill((before >= top_p) & (top_p < 1.0), -math.inf)
+
+
+def _race(scores: torch.Tensor, ids: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    seeds = torch.tensor([[row.seed] for row in rows], device=ids.device)
+    steps = torch.tensor([[len(row.tokens)] for row in rows], device=ids.device)
+    return race(scores, ids, seeds, steps)
+
+
+def race(
+    scores: torch.Tensor, ids: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor
+) -> torch.Tensor:
+    """Where in each row the winner is, (rows, 1): a draw by the softmax of ``scores``.
+
+    scores: of the tokens ``ids``, both (rows, tokens). seeds, steps: (rows, 1), 64-bit integers.
+    The largest score plus Gumbel noise, which is the first of exponential times.
+    """
+    uniform = _uniform(_mixed(_mixed(_mixed(seeds) + steps) + ids))
+    return (scores.double() - (-uniform.log()).log()).argmax(dim=-1, keepdim=True)
+
+
+def _mixed(numbers: torch.Tensor) -> torch.Tensor:
+    """Scrambles 64-bit integers: the finalizer of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    numbers = numbers * -7046029254386353131 + -7046029254386353131  # 2^64 over the golden ratio
+    numbers = (numbers ^ ((numbers >> 30) & (2**34 - 1))) * -4658895280553007687
+    numbers = (numbers ^ ((numbers >> 27) & (2**37 - 1))) * -7723592293110705685
+    return numbers ^ ((numbers >> 31) & (2**33 - 1))
+
+
+def _uniform(numbers: torch.Tensor) -> torch.Tensor:
+    """Integers to float64 between 0 and 1, neither of them reached."""
+    return (((numbers >> 12) & (2**52 - 1)).double() + 0.5) * 2.0**-52

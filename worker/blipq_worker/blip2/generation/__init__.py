@@ -1,0 +1,1 @@
+"""From features and prompts to texts."""

@@ -1,0 +1,496 @@
+"""Captions and answers: one vision pass per image, then one language-model row per prompt.
+
+Greedy and sampled texts are written in flight (``sessions``), beams in batches by ``generate``.
+
+The queries and the prompt enter the language model as embeddings, with no ids: that is what LAVIS
+does (lavis/models/blip2_models/blip2_opt.py and blip2_t5.py), it cannot ignore the image, and
+lengths and penalties count new tokens only. Paper: Li et al., BLIP-2, arXiv 2301.12597.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from blipq.contract import ErrorCode
+from blipq.errors import PermanentError
+from blipq_worker.blip2.decoding import DecodeLoop, Loop, RoutedLoop
+from blipq_worker.blip2.decoding.static import (
+    StaticLoop,
+    Way,
+    free_memory,
+    on_device,
+    static_loop,
+    ways,
+)
+from blipq_worker.blip2.generation.halving import by_halves
+from blipq_worker.blip2.generation.sessions import WritingSession, most_joining
+from blipq_worker.blip2.loading.checkpoints import Checkpoint, CheckpointError
+from blipq_worker.blip2.text.padding import padded
+from blipq_worker.blip2.vision.features import Vision
+from blipq_worker.blip2.vision.preprocessing import Pixels
+from blipq_worker.catalog.models import Family
+
+log = logging.getLogger(__name__)
+
+# T5 counts distances and so has no last position; this bounds its memory as OPT's limit does.
+_T5_POSITIONS = 2048
+
+#: Slots of the loop beside the static ones, for long texts: its memory grows with them, and is
+#: bounded by that of so many ordinary texts.
+_LONG_SLOTS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationParams:
+    """How texts are chosen, under Hugging Face's names; lengths count new tokens.
+
+    The defaults are those of LAVIS's captions; it leaves top_k to transformers, where it is 50.
+    top_k 0 is off. Beams that run together have equal parameters.
+    """
+
+    max_new_tokens: int = 30
+    min_new_tokens: int = 1
+    num_beams: int = 5
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 0.9
+    top_k: int = 50
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    length_penalty: float = 1.0
+    num_return_sequences: int = 1
+    seed: int | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether rows are independent of each other: greedy search and sampling, not beams."""
+        return self.num_beams == 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerateItem:
+    """One image and the prompts to go on from; an empty prompt is allowed."""
+
+    pixels: Pixels
+    prompts: tuple[str, ...]
+    params: GenerationParams
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedText:
+    """A text and how many tokens were generated for it, its end token included."""
+
+    text: str
+    tokens: int
+
+
+class HasFamily(Protocol):
+    """A ``ModelInfo``, as far as parameters depend on it."""
+
+    @property
+    def family(self) -> Family:
+        """The language model's family."""
+
+
+def resolve(
+    kind: Literal["caption", "vqa"], info: HasFamily, overrides: Mapping[str, Any] | None = None
+) -> GenerationParams:
+    """LAVIS's defaults for the kind and language model, with ``overrides`` (None = not given).
+
+    Parameters without effect are set to their defaults, so that equal work has equal parameters.
+    Raises PermanentError ``invalid_request`` for combinations that cannot run.
+    """
+    given = {name: value for name, value in (overrides or {}).items() if value is not None}
+    unknown = given.keys() - {field.name for field in fields(GenerationParams)}
+    if unknown:
+        raise _invalid(f"unknown generation parameters: {', '.join(sorted(unknown))}")
+    for name in ("temperature", "top_p", "repetition_penalty", "length_penalty"):
+        if name in given:
+            given[name] = float(given[name])  # transformers refuses whole numbers here
+    params = replace(_defaults(kind, info.family), **given)
+    _check_combination(params)
+    return _without_idle_parameters(params)
+
+
+def _defaults(kind: Literal["caption", "vqa"], family: Family) -> GenerationParams:
+    # LAVIS's min_length 1 counts T5's start token, so that it forces no new token there.
+    params = GenerationParams(min_new_tokens=0 if family == "t5" else 1)
+    if kind == "vqa":
+        params = replace(params, max_new_tokens=10, length_penalty=-1.0 if family == "t5" else 0.0)
+    return params
+
+
+def _check_combination(params: GenerationParams) -> None:
+    if params.max_new_tokens < 1:
+        raise _invalid("max_new_tokens must be at least 1")
+    if params.min_new_tokens > params.max_new_tokens:
+        raise _invalid("min_new_tokens is greater than max_new_tokens")
+    if params.num_return_sequences > params.num_beams and params.num_beams > 1:
+        raise _invalid(
+            f"num_return_sequences ({params.num_return_sequences}) is greater than num_beams "
+            f"({params.num_beams}): raise num_beams, or sample with num_beams 1"
+        )
+    if params.num_return_sequences > 1 and params.num_beams == 1 and not params.do_sample:
+        raise _invalid("num_return_sequences above 1 needs beams or sampling")
+
+
+def _without_idle_parameters(params: GenerationParams) -> GenerationParams:
+    if not params.do_sample:
+        params = replace(params, temperature=1.0, top_p=0.9, top_k=50, seed=None)
+    if params.num_beams == 1:
+        params = replace(params, length_penalty=1.0)
+    return params
+
+
+class Generator:
+    """Runs a generation checkpoint. Not thread-safe, except for ``check``.
+
+    slots: most rows in flight. max_beams: most beams (prompts x num_beams) in one pass; one prompt
+    may have more. static: on a GPU the first session opens static slots; else ``open_slots`` alone.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: Any,
+        tokenizer: Any,
+        vision: Vision,
+        *,
+        slots: int = 32,
+        max_beams: int = 80,
+        static: bool = True,
+    ) -> None:
+        if checkpoint.family == "retrieval":
+            raise CheckpointError(f"{checkpoint.name!r} is a retrieval checkpoint: it cannot write")
+        self.model = model
+        self.vision = vision
+        self.family = checkpoint.family
+        self._tokenizer = tokenizer
+        self._slots = slots
+        self._static: StaticLoop | None = None
+        self._opens_static = static and model.query_tokens.device.type == "cuda"
+        self._max_beams = max_beams
+        self._num_query_tokens = checkpoint.num_query_tokens
+        text = checkpoint.config.text_config
+        self._pad = text.pad_token_id
+        self._eos = _end_tokens(model.language_model, text, tokenizer)
+        self._positions = text.max_position_embeddings if self.family == "opt" else _T5_POSITIONS
+        #: Called after every decode step: a long batch is not a hung one.
+        self.on_step: Callable[[], None] = lambda: None
+        self._require_marks(checkpoint)
+
+    def _require_marks(self, checkpoint: Checkpoint) -> None:
+        # Without its first token OPT writes noise, without its last one so does T5. Both are the
+        # tokenizer's business, and it has lost them before between versions.
+        text = checkpoint.config.text_config
+        mark = text.bos_token_id if self.family == "opt" else text.eos_token_id
+        at = 0 if self.family == "opt" else -1
+        if self.ids("") != [mark] or self.ids("a photo of")[at] != mark:
+            raise CheckpointError(
+                f"the tokenizer of {checkpoint.name!r} does not put token {mark} "
+                f"{'before' if self.family == 'opt' else 'after'} every text"
+            )
+
+    def ids(self, prompt: str) -> list[int]:
+        """A prompt's token ids, with the mark that the language model wants. Thread-safe."""
+        ids: list[int] = self._tokenizer(prompt, verbose=False)["input_ids"]
+        return ids
+
+    def answer_ids(self, text: str) -> list[int]:
+        """The token ids with which the model would say ``text`` and end. Thread-safe."""
+        if self.family == "t5":
+            return self.ids(text)
+        # After "answer:" OPT goes on with a space, which is part of its next token.
+        spoken = self._tokenizer(f" {text.strip()}", add_special_tokens=False, verbose=False)
+        return [*spoken["input_ids"], self._eos[0]]
+
+    def room(self, new_tokens: int) -> int:
+        """The most tokens a prompt may have, where ``new_tokens`` must follow it."""
+        room = self._positions - self._num_query_tokens
+        if self.family == "opt":
+            room -= new_tokens
+        return max(room, 0)
+
+    def check(self, prompts: Sequence[str], params: GenerationParams) -> None:
+        """Raises PermanentError ``invalid_request`` where ``generate`` would. Thread-safe."""
+        for prompt in prompts:
+            self.checked_ids(prompt, params)
+
+    def checked_ids(self, prompt: str, params: GenerationParams) -> list[int]:
+        """A prompt's token ids. Raises PermanentError ``invalid_request`` if they are too many."""
+        ids = self.ids(prompt)
+        room = self.room(params.max_new_tokens)
+        if len(ids) > room:
+            raise _invalid(
+                f"a prompt has {len(ids):,} tokens, where this model has room for {room:,}"
+            )
+        return ids
+
+    def session(self) -> WritingSession:
+        """Where items without beams are written, each by its own parameters."""
+        if self._opens_static:
+            budget = free_memory(self.model.query_tokens.device)
+            self.open_slots(ways(graphs=True), slots=self._slots, budget=budget)
+        return WritingSession(self, self._loop())
+
+    @property
+    def static_slots(self) -> int:
+        """Slots that are open; 0 where texts in flight grow."""
+        return 0 if self._static is None else self._static.slots
+
+    def _loop(self) -> Loop:
+        # A session that finds another one in the static slots, as the canary of a model in doubt
+        # may, runs beside them: while it runs, nobody takes steps that would free them.
+        static = None if self._static is None or self._static.running else self._static
+        slots = self._slots if static is None else min(self._slots, _LONG_SLOTS)
+        growing = DecodeLoop(self.model.language_model, ends=self._eos, slots=slots)
+        return growing if static is None else RoutedLoop(static, growing)
+
+    def open_slots(self, among: Sequence[Way], *, slots: int | None, budget: int) -> None:
+        """Has greedy and sampled texts written in static slots, if one of these ways works.
+
+        Where ways capture graphs, looks at images are captured, too. slots, budget: see
+        ``static_loop``. Slots of before must be empty; they are let go first. What does not work is
+        left out; raises only what any use of the device raises by now.
+        """
+        self._static, self._opens_static = None, False
+        try:
+            self._static = static_loop(
+                self.model.language_model, ends=self._eos, slots=slots, budget=budget, among=among
+            )
+            self._capture_looks(among)
+        except Exception:
+            log.warning("decoding: static slots or graphs are left out", exc_info=True)
+            self.model.query_tokens.sum().item()
+
+    def _capture_looks(self, among: Sequence[Way]) -> None:
+        captures = [way.capture for way in among if way.capture is not None]
+        if captures and self._static is not None:
+            with on_device(self.model.query_tokens.device):
+                self.vision.capture(captures[0](), most_joining(self.static_slots))
+
+    @torch.inference_mode()
+    def generate(
+        self, items: Sequence[GenerateItem], wanted: Callable[[int], bool] = lambda index: True
+    ) -> list[list[list[GeneratedText]]]:
+        """For each item, for each of its prompts, ``num_return_sequences`` texts, best first.
+
+        With beams all items have equal parameters, else ValueError. A seed decides what an item
+        says, whatever its neighbours; equal results need the same weights, precision and kind of
+        device. Items that are not ``wanted`` any more are given up between two steps: what they
+        say is void. Raises PermanentError ``invalid_request`` for a prompt that is too long.
+        """
+        if not items:
+            return []
+        if all(item.params.in_flight for item in items):
+            return self._generate_in_flight(items, wanted)
+        if len({item.params for item in items}) > 1:
+            raise ValueError("items with beams must have equal generation parameters")
+        seed = items[0].params.seed
+        if seed is None:
+            return self._generate_beams(items, wanted)
+        return [self._generate_seeded(items, index, seed, wanted) for index in range(len(items))]
+
+    def _generate_in_flight(
+        self, items: Sequence[GenerateItem], wanted: Callable[[int], bool]
+    ) -> list[list[list[GeneratedText]]]:
+        session = self.session()
+        try:
+            return self._run(session, items, wanted)
+        finally:
+            session.close()  # static slots outlive it
+
+    def _run(
+        self,
+        session: WritingSession,
+        items: Sequence[GenerateItem],
+        wanted: Callable[[int], bool],
+    ) -> list[list[list[GeneratedText]]]:
+        for index, item in enumerate(items):
+            session.join((0, index), item)
+        answers: list[list[list[GeneratedText]]] = [[] for _ in items]
+        left = set(range(len(items)))
+        while left := {index for index in left if wanted(index)}:
+            for (_, index), texts in session.step([(0, index) for index in sorted(left)]):
+                answers[index] = texts
+                left.remove(index)
+            self.on_step()
+        return answers
+
+    def _generate_seeded(
+        self,
+        items: Sequence[GenerateItem],
+        index: int,
+        seed: int,
+        wanted: Callable[[int], bool],
+    ) -> list[list[GeneratedText]]:
+        """One item alone, with its own state of the random numbers."""
+        device = self.model.query_tokens.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            return self._generate_beams([items[index]], lambda _: wanted(index))[0]
+
+    def _generate_beams(
+        self, items: Sequence[GenerateItem], wanted: Callable[[int], bool]
+    ) -> list[list[list[GeneratedText]]]:
+        params = items[0].params
+        rows = [
+            (index, self.checked_ids(prompt, params))
+            for index, item in enumerate(items)
+            for prompt in item.prompts
+        ]
+        answers: list[list[list[GeneratedText]]] = [[] for _ in items]
+        if not rows:
+            return answers
+        queries = self.project([item.pixels for item in items])
+
+        def write(some: Sequence[tuple[int, list[int]]]) -> list[list[GeneratedText]]:
+            owners = [owner for owner, _ in some]
+            unwanted = _Unwanted(owners, wanted)
+            return self._write(queries[owners], [ids for _, ids in some], params, unwanted)
+
+        at_once = max(1, self._max_beams // params.num_beams)
+        for start in range(0, len(rows), at_once):
+            some = rows[start : start + at_once]
+            for (owner, _), alternatives in zip(some, by_halves(write, some), strict=True):
+                answers[owner].append(alternatives)
+        return answers
+
+    @torch.inference_mode()
+    def project(self, images: Sequence[Pixels]) -> torch.Tensor:
+        """Images as the language model reads them: (B, 32, its hidden size).
+
+        At most one pass of the vision tower over each, whatever number of prompts follows.
+        """
+        queries = self.vision.queries(images)
+        projection = self.model.language_projection
+        embedding = self.model.language_model.get_input_embeddings().weight
+        projected: torch.Tensor = projection(queries.to(projection.weight.dtype))
+        return projected.to(embedding.dtype)
+
+    def _write(
+        self,
+        queries: torch.Tensor,
+        rows: Sequence[list[int]],
+        params: GenerationParams,
+        unwanted: "_Unwanted",
+    ) -> list[list[GeneratedText]]:
+        """Texts for each row: ``queries`` of shape (rows, 32, hidden) followed by its prompt."""
+        language_model = self.model.language_model
+        embeds, mask = self.prefix(queries, rows)
+        with _quiet_about_penalties():
+            written = language_model.generate(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                eos_token_id=self._eos,
+                pad_token_id=self._pad,
+                stopping_criteria=StoppingCriteriaList([_EachStep(self.on_step), unwanted]),
+                **_hugging_face(params),
+            )
+        if self.family == "t5":
+            written = written[:, 1:]  # the decoder's start token
+        texts = [self.text(row) for row in written.tolist()]
+        each = params.num_return_sequences
+        return [texts[start : start + each] for start in range(0, len(texts), each)]
+
+    def prefix(
+        self, queries: torch.Tensor, rows: Sequence[list[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What texts go on from: embeddings of queries and prompts, and their mask.
+
+        OPT's last prompt token must be the last of its row, as its next token follows there; the
+        gap before the prompt costs nothing, since positions count the mask. T5 measures distances,
+        which a gap between queries and prompt would stretch, so its gap is at the end.
+        """
+        ids, mask = padded(rows, self._pad, queries.device, left=self.family == "opt")
+        embedded = self.model.language_model.get_input_embeddings()(ids)
+        seen = mask.new_ones(queries.shape[:2])
+        return torch.cat([queries, embedded], dim=1), torch.cat([seen, mask], dim=1)
+
+    def text(self, row: Sequence[int]) -> GeneratedText:
+        """What new tokens say, up to the first end token."""
+        end = next((at for at, token in enumerate(row) if token in self._eos), None)
+        kept = row if end is None else row[:end]
+        text: str = self._tokenizer.decode(kept, skip_special_tokens=True)
+        if self.family == "opt":
+            text = text.strip()
+        return GeneratedText(text, len(row) if end is None else end + 1)
+
+
+class _EachStep(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
+    """Stops nothing; it is the one hook that ``generate`` calls after each step."""
+
+    def __init__(self, on_step: Callable[[], None]) -> None:
+        self._on_step = on_step
+
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        self._on_step()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class _Unwanted(StoppingCriteria):  # type: ignore[misc]
+    """Ends the rows that nobody waits for; ``owners`` has the item of each prompt."""
+
+    def __init__(self, owners: Sequence[int], wanted: Callable[[int], bool]) -> None:
+        self._owners = owners
+        self._wanted = wanted
+
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        each = len(input_ids) // len(self._owners)  # beams of one prompt
+        wanted = {owner: self._wanted(owner) for owner in set(self._owners)}
+        done = [not wanted[owner] for owner in self._owners for _ in range(each)]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def _end_tokens(language_model: Any, text_config: Any, tokenizer: Any) -> list[int]:
+    configured = language_model.generation_config.eos_token_id
+    if configured is None:
+        configured = text_config.eos_token_id
+    if configured is None:  # the end that LAVIS trains OPT to write
+        configured = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    return [configured] if isinstance(configured, int) else list(configured)
+
+
+def _hugging_face(params: GenerationParams) -> dict[str, Any]:
+    """Arguments of ``generate``; what only sampling reads is left out otherwise, as it warns."""
+    always = {
+        "max_new_tokens": params.max_new_tokens,
+        "min_new_tokens": params.min_new_tokens,
+        "num_beams": params.num_beams,
+        "do_sample": params.do_sample,
+        "repetition_penalty": params.repetition_penalty,
+        "no_repeat_ngram_size": params.no_repeat_ngram_size,
+        "num_return_sequences": params.num_return_sequences,
+    }
+    if params.num_beams > 1:
+        always["length_penalty"] = params.length_penalty
+    if not params.do_sample:
+        return always
+    sampling = {"temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
+    return {**always, **sampling}
+
+
+@contextmanager
+def _quiet_about_penalties() -> Iterator[None]:
+    # That penalties do not see the prompt is LAVIS's behaviour and wanted here.
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore",
+            message=r"Passing `(repetition_penalty|no_repeat_ngram_size)` with `inputs_embeds`",
+            category=UserWarning,
+        )
+        yield
+
+
+def _invalid(message: str) -> PermanentError:
+    return PermanentError(ErrorCode.INVALID_REQUEST, message)

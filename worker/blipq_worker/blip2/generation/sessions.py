@@ -1,0 +1,161 @@
+"""Texts in flight: items join, their rows wait for slots, and when all have ended they leave."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from blipq_worker.blip2.decoding import Loop, Row, row_seed
+from blipq_worker.blip2.generation.halving import by_halves
+
+if TYPE_CHECKING:
+    from blipq_worker.blip2.generation.generator import GeneratedText, GenerateItem, Generator
+
+#: Most rows that join at one step, while the others wait: each costs its image's pass. Where more
+#: than half of the slots are taken, at least half as many join together: reading prompts stops the
+#: others, and a few take nearly as long as one.
+JOINING_ON_A_CPU = 8
+JOINING = 16
+#: The same where there are many slots: half of them, up to a batch in which images cost least.
+MOST_JOINING = 64
+
+
+def most_joining(slots: int) -> int:
+    """Most rows that join at one step on a GPU."""
+    return max(JOINING, min(MOST_JOINING, slots // 2))
+
+
+Ticket = tuple[int, int]
+Texts = list[list["GeneratedText"]]
+
+
+@dataclass(slots=True, eq=False)
+class _Writing:
+    """An item. ``rows`` has those of all prompts, once the image was seen."""
+
+    item: "GenerateItem"
+    ids: list[list[int]]
+    seed: int
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def waiting(self) -> int:
+        """Rows that have had no slot yet."""
+        rows = len(self.ids) * self.item.params.num_return_sequences
+        return rows - sum(row.joined for row in self.rows) if self.rows else rows
+
+    def see(self, queries: torch.Tensor) -> None:
+        """Makes the rows: a prompt's alternatives one after the other. Queries: (32, hidden)."""
+        params = self.item.params
+        seeds = [row_seed(self.seed, index) for index in range(params.num_return_sequences)]
+        self.rows = [Row(queries, ids, params, seed) for ids in self.ids for seed in seeds]
+
+
+class WritingSession:
+    """Greedy and sampled texts of one generation checkpoint: a ``batching.batcher.Session``.
+
+    Tickets stand for items; rows of smaller tickets get their slots first.
+    """
+
+    def __init__(self, generator: "Generator", loop: Loop) -> None:
+        self._generator = generator
+        self._loop = loop
+        self._items: dict[Ticket, _Writing] = {}
+        #: Those of them with rows that have had no slot yet, how many such rows, and the last of
+        #: them in their order.
+        self._new: dict[Ticket, _Writing] = {}
+        self._waiting = 0
+        self._latest: Ticket | None = None
+        device = generator.model.query_tokens.device
+        self._joining = JOINING_ON_A_CPU
+        if device.type != "cpu":
+            self._joining = most_joining(loop.free + len(loop.running))
+
+    def has_room(self, ticket: Ticket) -> bool:
+        """Whether a slot is free that no more urgent row waits for."""
+        # All that wait for a slot ask before each step, most of them behind all that are here.
+        free, behind_all = self._loop.free, self._latest is None or ticket > self._latest
+        if not free or behind_all:
+            return free > self._waiting
+        return free > sum(each.waiting for key, each in self._new.items() if key < ticket)
+
+    def join(self, ticket: Ticket, item: "GenerateItem") -> None:
+        """Takes an item in. Raises PermanentError ``invalid_request`` for a prompt too long."""
+        seed = item.params.seed
+        self._items[ticket] = self._new[ticket] = _Writing(
+            item,
+            [self._generator.checked_ids(prompt, item.params) for prompt in item.prompts],
+            secrets.randbits(63) if seed is None else seed,
+        )
+        self._waiting += self._new[ticket].waiting
+        self._latest = ticket if self._latest is None else max(self._latest, ticket)
+
+    def leave(self, ticket: Ticket) -> None:
+        """Lets an item go, finished or not."""
+        if self._new.pop(ticket, None) is not None:
+            self._count_new()
+        self._loop.leave([row for row in self._items.pop(ticket).rows if row.joined])
+
+    def close(self) -> None:
+        """Lets all items go."""
+        for ticket in list(self._items):
+            self.leave(ticket)
+
+    def step(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, Texts]]:
+        """One more token for each running row of these items, after waiting rows have joined.
+
+        The texts of the items that are done, per prompt and alternative; they have left.
+        """
+        among = [self._items[ticket] for ticket in sorted(tickets)]
+        if self._is_worth_joining():
+            self._see(among)
+            by_halves(self._loop.join, self._next_rows(among))
+        self._count_new()
+        rows = [row for each in among for row in each.rows if row.joined]
+        by_halves(self._loop.step, [row for row in rows if not row.ended])
+        self._loop.leave([row for row in rows if row.ended])
+        return [(ticket, self._texts(ticket)) for ticket in tickets if self._is_done(ticket)]
+
+    def _count_new(self) -> None:
+        self._new = {ticket: each for ticket, each in self._new.items() if each.waiting}
+        self._waiting = sum(each.waiting for each in self._new.values())
+        self._latest = max(self._new, default=None)
+
+    def _is_worth_joining(self) -> bool:
+        free, running = self._loop.free, len(self._loop.running)
+        return running <= free or free >= self._joining // 2
+
+    def _see(self, among: Sequence[_Writing]) -> None:
+        """One pass of the vision tower over the images of the rows that come next."""
+        new: list[_Writing] = []
+        rows = min(self._joining, self._loop.free)
+        for each in among:
+            if rows <= 0:
+                break
+            rows -= each.waiting
+            if each.waiting and not each.rows:
+                new.append(each)
+        if new:
+            images = self._generator.project([each.item.pixels for each in new])
+            for each, queries in zip(new, images, strict=True):
+                each.see(queries)
+
+    def _next_rows(self, among: Sequence[_Writing]) -> list[Row]:
+        """The rows that join now, in the order of their tickets."""
+        rows: list[Row] = []
+        for row in (row for each in among for row in each.rows if not row.joined):
+            if len(rows) == self._joining or not self._loop.fits(row, rows):
+                break
+            rows.append(row)
+        return rows
+
+    def _is_done(self, ticket: Ticket) -> bool:
+        return ticket not in self._new and all(row.ended for row in self._items[ticket].rows)
+
+    def _texts(self, ticket: Ticket) -> Texts:
+        each = self._items.pop(ticket)
+        texts = [self._generator.text(row.tokens) for row in each.rows]
+        number = each.item.params.num_return_sequences
+        return [texts[start : start + number] for start in range(0, len(texts), number)]

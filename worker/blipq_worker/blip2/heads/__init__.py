@@ -1,0 +1,1 @@
+"""What is not generation: matching, embedding, scoring of given texts."""

@@ -1,0 +1,136 @@
+"""How likely the language model finds each of the offered answers.
+
+As LAVIS's ``predict_class`` has it for T5 (lavis/models/blip2_models/blip2_t5_instruct.py): the sum
+of the log-probabilities of an answer's tokens, its end token included. For OPT LAVIS has no such
+method; here it is the same sum, up to the line feed that ends a text in OPT's training.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_outputs import BaseModelOutput
+
+from blipq.contract import ErrorCode
+from blipq.errors import PermanentError
+from blipq_worker.blip2.generation.generator import Generator
+from blipq_worker.blip2.text.padding import padded
+from blipq_worker.blip2.vision.preprocessing import Pixels
+
+# For OPT each pair of a prompt and a choice holds its own copy of the prompt's keys and values
+# (about 15 MB for OPT-2.7b and a short question).
+_PAIRS_AT_ONCE = 32
+_IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RankItem:
+    """One image, the prompts that ask about it, and the answers that each may have."""
+
+    pixels: Pixels
+    prompts: tuple[str, ...]
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """One prompt of an item, and the item's choices, as token ids."""
+
+    item: int
+    ids: list[int]
+    choices: list[list[int]]
+
+
+class Ranker:
+    """Scores answers with a generation checkpoint. Not thread-safe, except for ``check``."""
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+        self._language_model = generator.model.language_model
+        self._score = self._score_opt if generator.family == "opt" else self._score_t5
+        #: Called after each chunk of pairs: a long batch is not a hung one.
+        self.on_step: Callable[[], None] = lambda: None
+
+    def check(self, prompts: Sequence[str], choices: Sequence[str]) -> None:
+        """Raises PermanentError ``invalid_request`` for what does not fit. Thread-safe."""
+        longest = max(len(self._generator.answer_ids(choice)) for choice in choices)
+        room = self._generator.room(longest)
+        count = max(len(self._generator.ids(prompt)) for prompt in prompts)
+        if count > room:
+            message = f"a prompt has {count:,} tokens, where its choices leave room for {room:,}"
+            raise PermanentError(ErrorCode.INVALID_REQUEST, message)
+
+    @torch.inference_mode()
+    def rank(self, items: Sequence[RankItem]) -> list[list[list[float]]]:
+        """For each item, for each of its prompts, the log-likelihood of each choice, in order.
+
+        One pass of the vision tower per image. Neighbours do not change a number beyond rounding.
+        """
+        queries = self._generator.project([item.pixels for item in items])
+        prompts = [
+            prompt for index, item in enumerate(items) for prompt in self._prompts(index, item)
+        ]
+        pairs = [(prompt, choice) for prompt in prompts for choice in prompt.choices]
+        scores: list[float] = []
+        for start in range(0, len(pairs), _PAIRS_AT_ONCE):
+            scores += self._chunk(queries, pairs[start : start + _PAIRS_AT_ONCE])
+            self.on_step()
+        found = iter(scores)
+        return [[[next(found) for _ in item.choices] for _ in item.prompts] for item in items]
+
+    def _prompts(self, index: int, item: RankItem) -> list[_Prompt]:
+        choices = [self._generator.answer_ids(choice) for choice in item.choices]
+        return [_Prompt(index, self._generator.ids(text), choices) for text in item.prompts]
+
+    def _chunk(
+        self, queries: torch.Tensor, pairs: Sequence[tuple[_Prompt, list[int]]]
+    ) -> list[float]:
+        """Log-likelihoods, one per pair. Each prompt is read once."""
+        prompts = list({id(prompt): prompt for prompt, _ in pairs}.values())
+        embeds, mask = self._generator.prefix(
+            queries[[prompt.item for prompt in prompts]], [prompt.ids for prompt in prompts]
+        )
+        numbers = {id(prompt): number for number, prompt in enumerate(prompts)}
+        owners = torch.tensor([numbers[id(prompt)] for prompt, _ in pairs], device=mask.device)
+        answers, said = padded([answer for _, answer in pairs], 0, mask.device)
+        logits = self._score(embeds, mask, owners, answers, said)
+        chances = logits.float().log_softmax(dim=-1).gather(-1, answers[..., None])[..., 0]
+        return (chances * said).sum(dim=-1).tolist()
+
+    def _score_opt(
+        self,
+        embeds: torch.Tensor,
+        mask: torch.Tensor,
+        owners: torch.Tensor,
+        answers: torch.Tensor,
+        said: torch.Tensor,
+    ) -> torch.Tensor:
+        """Logits of each answer's tokens, (pairs, longest answer, vocabulary)."""
+        read = self._language_model(
+            inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1
+        )
+        read.cache.batch_select_indices(owners)
+        followed = self._language_model(
+            input_ids=answers[:, :-1],
+            attention_mask=torch.cat([mask[owners], said[:, :-1]], dim=1),
+            cache=read.cache,
+        )
+        return torch.cat([read.logits[owners], followed.logits], dim=1)
+
+    def _score_t5(
+        self,
+        embeds: torch.Tensor,
+        mask: torch.Tensor,
+        owners: torch.Tensor,
+        answers: torch.Tensor,
+        said: torch.Tensor,
+    ) -> torch.Tensor:
+        """Logits of each answer's tokens, (pairs, longest answer, vocabulary)."""
+        read = self._language_model.encoder(inputs_embeds=embeds, attention_mask=mask)
+        logits: torch.Tensor = self._language_model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=read.last_hidden_state[owners]),
+            attention_mask=mask[owners],
+            decoder_attention_mask=said,
+            labels=answers.masked_fill(said == 0, _IGNORED),
+        ).logits
+        return logits

@@ -1,0 +1,201 @@
+"""Finds a BLIP-2 checkpoint and reads what it is, before any weight is loaded."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import Blip2Config
+
+from blipq.errors import BlipqError
+from blipq_worker.catalog.models import (
+    COCO_PROMPT,
+    COCO_SIDE,
+    VARIANTS,
+    Family,
+    ModelError,
+    one_line,
+)
+from blipq_worker.catalog.weights import (
+    expanded,
+    is_lfs_pointer,
+    stray_weights,
+    told_of_file,
+    weight_files,
+)
+
+log = logging.getLogger(__name__)
+
+#: What transformers reads beside the weights: each is JSON where it is there.
+_JSON = (
+    *("config.json", "generation_config.json", "processor_config.json"),
+    *("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json"),
+)
+_NEEDED = ["*.json", "*.txt", "*.model", "*.safetensors"]
+
+
+class CheckpointError(BlipqError):
+    """A checkpoint is missing, incomplete or of the wrong kind; one line says what to do."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
+
+
+class CheckpointMissing(CheckpointError):
+    """A checkpoint is neither here nor to be had from the hub; ``what`` says so without advice."""
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"{what}. {advice}")
+        self.what = what
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint in a local folder.
+
+    name: as it was asked for. revision: the hub's commit, or the SHA-256 of the weights (of a
+    single file: that file's own; of several: of their digests in the order of their names).
+    default_prompt: what LAVIS puts before a caption. weights: the files that hold them, and which
+    tensors of each (None: all of them).
+    """
+
+    name: str
+    folder: Path
+    revision: str
+    config: Any
+    family: Family
+    image_size: int
+    num_query_tokens: int
+    default_prompt: str
+    weights: dict[Path, set[str] | None]
+
+
+def open_checkpoint(name: str) -> Checkpoint:
+    """The checkpoint in the local folder ``name``, or with the hub id ``name`` (``id@revision``).
+
+    Raises CheckpointError.
+    """
+    folder = expanded(name)
+    local = folder.is_dir()
+    if not local:
+        folder = _download(name)
+    weights = _weights(name, folder)
+    config = _read_config(name, folder)
+    family, image_size = _family(name, config), _side(config.vision_config.image_size)
+    return Checkpoint(
+        name=name,
+        folder=folder,
+        revision=_digest(weights) if local else folder.name,
+        config=config,
+        family=family,
+        image_size=image_size,
+        num_query_tokens=config.num_query_tokens,
+        default_prompt=_default_prompt(name, image_size),
+        weights=weights,
+    )
+
+
+def _download(name: str) -> Path:
+    if expanded(name).is_file():
+        raise CheckpointError(told_of_file(Path(name)))
+    hub_id, _, revision = name.partition("@")
+    if name.startswith((".", "/", "~")) or hub_id.count("/") != 1:
+        raise CheckpointError(
+            f"{name!r} is neither a folder here nor a hub id (owner/name); in BLIPQ_MODELS a plus "
+            "or a comma of a folder's name is written \\+ or \\,"
+        )
+    try:
+        return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=_NEEDED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointMissing(
+            f"checkpoint {name!r} is neither a folder here nor in the local cache, and the hub "
+            f"did not give it ({type(error).__name__})",
+            f"Fetch it where there is a network with `hf download {hub_id}`, or name a folder "
+            "that holds it",
+        ) from error
+
+
+def _read_config(name: str, folder: Path) -> Any:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"checkpoint {name!r} has no config.json in {folder}")
+    for file in _JSON:
+        _require_json(name, folder / file)
+    try:
+        config = Blip2Config.from_pretrained(folder)
+    except Exception as error:  # transformers raises many kinds on a malformed configuration
+        raise CheckpointError(f"checkpoint {name!r}: config.json is unusable: {error}") from error
+    if config.model_type != "blip-2":
+        raise CheckpointError(f"checkpoint {name!r} is {config.model_type!r}, not BLIP-2")
+    return config
+
+
+def _require_json(name: str, file: Path) -> None:
+    """Says what is wrong with a file, where transformers' own words would not."""
+    try:
+        found = json.loads(file.read_bytes().decode())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {name!r}: {file} is unreadable: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"checkpoint {name!r}: {file} holds no JSON object")
+
+
+def _weights(name: str, folder: Path) -> dict[Path, set[str] | None]:
+    try:
+        files = weight_files(folder)
+        strays = stray_weights(folder)
+    except ModelError as error:
+        raise CheckpointError(f"checkpoint {name!r}: {error}") from error
+    if pointers := [file.name for file in files if is_lfs_pointer(file)]:
+        raise CheckpointError(
+            f"checkpoint {name!r}: {_are(pointers)} in Git LFS and not here: run `git lfs pull`"
+        )
+    if strays:
+        read = ", ".join(file.name for file in files)
+        log.warning("checkpoint %r: %s not read, but %s", name, _are(strays), read)
+    return files
+
+
+def _are(names: list[str]) -> str:
+    return f"{', '.join(names[:5])} {'is' if len(names) == 1 else 'are'}"
+
+
+def _digest(files: Iterable[Path]) -> str:
+    digests = []
+    for file in files:
+        with file.open("rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256"))
+    if len(digests) == 1:
+        return digests[0].hexdigest()
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+
+
+def _family(name: str, config: Any) -> Family:
+    if "Blip2ForImageTextRetrieval" in (config.architectures or ()):
+        return "retrieval"
+    match config.text_config.model_type:
+        case "opt":
+            return "opt"
+        case "t5":
+            return "t5"
+        case other:
+            raise CheckpointError(f"checkpoint {name!r} has the unsupported language model {other}")
+
+
+def _side(image_size: int | list[int] | tuple[int, ...]) -> int:
+    return image_size if isinstance(image_size, int) else image_size[0]
+
+
+def _default_prompt(name: str, image_size: int) -> str:
+    """A known checkpoint's; of others, name or image size say that they come from COCO's."""
+    name = name.rstrip("/").partition("@")[0]
+    if name in VARIANTS:
+        return VARIANTS[name].default_prompt
+    return COCO_PROMPT if name.endswith("-coco") or image_size == COCO_SIDE else ""

@@ -1,0 +1,268 @@
+"""Loads a checkpoint's weights: precision part by part, quantization, device.
+
+LAVIS computes the vision tower in fp16, OPT in fp16, T5 in bf16, and the Q-Former, the query tokens
+and the matching heads in fp32. Transformers alone keeps the Q-Former in fp32 for fp16 only, and an
+ordinary cast after loading would undo even that, so the types are decided while loading.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+)
+
+from blipq_worker.blip2.loading.attention import Attention, choose_attention
+from blipq_worker.blip2.loading.checkpoints import Checkpoint, CheckpointError
+from blipq_worker.blip2.loading.compiling import compile_parts
+from blipq_worker.blip2.loading.packing import has_kernels
+from blipq_worker.catalog.models import Family
+
+log = logging.getLogger(__name__)
+
+Quantization = Literal["none", "int8", "nf4"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+# By itself bitsandbytes would quantize the vision tower, the projection and the heads, too, and a
+# matching head that is quantized fails on its first use. A list replaces bitsandbytes' own default,
+# which is why lm_head must be in it. T5's `wo` is kept by transformers, whatever the list says.
+_NEVER_QUANTIZED = ("qformer", "language_projection", "lm_head")
+_HEADS = ("itm_head", "vision_projection", "text_projection")
+_VISION = "vision_model"
+
+
+@dataclass(frozen=True, slots=True)
+class Quantizing:
+    """How weights are quantized. vision: the tower of every checkpoint, too.
+
+    The tower is what every answer rests on, so it is left alone unless memory is short.
+    """
+
+    method: Quantization = "none"
+    vision: bool = False
+
+    def applies_to(self, family: Family) -> bool:
+        """Whether anything of such a checkpoint is quantized: a retrieval one has only a tower."""
+        return self.method != "none" and (family != "retrieval" or self.vision)
+
+    @property
+    def skipped(self) -> list[str]:
+        """The modules that bitsandbytes must leave alone."""
+        kept = [*_NEVER_QUANTIZED, *_HEADS]
+        return kept if self.vision else [_VISION, *kept]
+
+    def __str__(self) -> str:
+        return f"{self.method}+vision" if self.vision and self.method != "none" else self.method
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Compute types of the vision tower and of the language model; all else is fp32."""
+
+    vision: torch.dtype
+    language: torch.dtype
+
+    def __str__(self) -> str:
+        names = [str(part).removeprefix("torch.") for part in (self.vision, self.language)]
+        return "/".join(dict.fromkeys(names))
+
+
+def choose_precision(dtype: Dtype, device: torch.device, family: Family) -> Precision:
+    """The types for ``dtype``; ``auto`` is LAVIS's mix on a GPU and bf16 on CPUs that have it.
+
+    With float16, T5 itself still gets bf16: its activations overflow fp16. Raises ValueError for
+    fp16 on a CPU, which is slower there than fp32 by an order of magnitude.
+    """
+    if device.type == "cpu":
+        if dtype == "float16":
+            raise ValueError("float16 is not for CPUs: choose bfloat16, float32 or auto")
+        if dtype == "auto":
+            dtype = "bfloat16" if cpu_has_bfloat16() else "float32"
+    vision: torch.dtype = torch.float16 if dtype == "auto" else getattr(torch, dtype)
+    language = torch.bfloat16 if family == "t5" and vision == torch.float16 else vision
+    return Precision(vision, language)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether bf16 is faster than fp32 on this CPU: it has the instructions, and kernels for them.
+
+    A CPU without them computes in bf16, too, several times slower.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    instructions = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return instructions and has_kernels(torch.bfloat16)
+
+
+class _ByParts:
+    """Gives each part its own type while transformers loads it."""
+
+    precision: Precision
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        # Keys are regular expressions over parameter names; what none matches gets `dtype`.
+        fp32 = ("^query_tokens", "^qformer", "^embeddings", "^itm_head")
+        plan = dict.fromkeys((*fp32, "^vision_projection", "^text_projection"), torch.float32)
+        return {**plan, "^language_model": self.precision.language}
+
+
+class _Generation(_ByParts, Blip2ForConditionalGeneration):  # type: ignore[misc]
+    pass
+
+
+class _Retrieval(_ByParts, Blip2ForImageTextRetrieval):  # type: ignore[misc]
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How a served model's checkpoints are loaded and run. compiled: by ``torch.compile``."""
+
+    device: torch.device
+    dtype: Dtype = "auto"
+    quantizing: Quantizing = Quantizing()
+    attention: Attention = "auto"
+    compiled: bool = False
+
+    def precision(self, family: Family) -> Precision:
+        """The types for a checkpoint of this family."""
+        return choose_precision(self.dtype, self.device, family)
+
+
+def load_weights(checkpoint: Checkpoint, setup: Setup) -> Any:
+    """The model of the checkpoint: frozen and in evaluation mode.
+
+    Raises CheckpointError where weights are missing, rather than run on random ones, and ValueError
+    for a type or an attention that cannot run on the device.
+    """
+    base = _Retrieval if checkpoint.family == "retrieval" else _Generation
+    precision = setup.precision(checkpoint.family)
+    model_class: Any = type(base.__name__, (base,), {"precision": precision})
+    attention = choose_attention(setup.attention, checkpoint.family, precision, setup.device)
+    quantizing = _bitsandbytes(checkpoint.family, precision, setup.quantizing)
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_report)
+    try:
+        with _stored_weights(checkpoint) as weights:
+            model, report = model_class.from_pretrained(
+                None,
+                config=checkpoint.config,
+                state_dict=weights,
+                dtype=precision.vision,
+                attn_implementation=attention,
+                quantization_config=quantizing,
+                device_map={"": setup.device},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by their names
+            )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the weights of checkpoint {checkpoint.name!r} cannot be loaded: {error}"
+        ) from error
+    _check_loaded(checkpoint, model, report)
+    model.requires_grad_(False).eval()
+    if hasattr(model, "language_model"):
+        model.language_model.lm_head.register_forward_pre_hook(_contiguous)
+    if setup.compiled:
+        compile_parts(model)
+    return model
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    """Leaves out a table of many lines: what it says is told by ``_check_loaded``."""
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def _check_loaded(checkpoint: Checkpoint, model: Any, report: Mapping[str, Any]) -> None:
+    """Refuses a model that would partly be random; says what is stored and not used."""
+    unexpected = _some(report["unexpected_keys"])
+    if wrong := sorted({*report["mismatched_keys"], *_misshapen(model)}):
+        name, stored, expected = wrong[0]
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name!r}: {name} has the shape {tuple(stored)}, and "
+            f"config.json says {tuple(expected)}{more}"
+        )
+    if missing := _some(report["missing_keys"]):
+        has = f"; it has others, such as {unexpected}" if unexpected else ""
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name!r} lacks weights, such as {missing}{has}"
+        )
+    if unexpected:
+        log.warning(
+            "checkpoint %r has %d weights that no part of the model takes, such as %s",
+            checkpoint.name,
+            len(report["unexpected_keys"]),
+            unexpected,
+        )
+
+
+def _misshapen(model: Any) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Quantized weights, which transformers does not compare: name, shape, shape of the layer."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and not layer.weight.is_floating_point():
+            shape = tuple(getattr(layer.weight, "quant_state", layer.weight).shape)
+            expected = layer.out_features, layer.in_features
+            if shape != expected:
+                yield f"{name}.weight", shape, expected
+
+
+def _some(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)[:3])
+
+
+def _contiguous(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What an output layer is given, in one piece.
+
+    A prompt's last states are a slice of all of them, and for a slice of several rows torch copies
+    the layer's weights once for each on a CPU: 1.2 GiB for five beams of OPT-2.7b.
+    """
+    return args[0].contiguous(), *args[1:]
+
+
+@contextmanager
+def _stored_weights(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+    """The checkpoint's tensors by name, each read when it is asked for and not kept.
+
+    Transformers itself maps the files into memory, and what it has read of them stays resident
+    until all is loaded: for nf4 that is four times what the model takes.
+    """
+    with ExitStack() as files:
+        weights: dict[str, Any] = {}
+        for path, names in checkpoint.weights.items():
+            file = files.enter_context(safe_open(path, framework="pt", backend="pread"))
+            weights |= {name: file.get_slice(name) for name in names or file.keys()}
+        yield weights
+
+
+def _bitsandbytes(family: Family, precision: Precision, quantizing: Quantizing) -> Any:
+    if not quantizing.applies_to(family):
+        return None
+    # On every multiplication int8 logs that it casts its input.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if quantizing.method == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=quantizing.skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=precision.language,
+        llm_int8_skip_modules=quantizing.skipped,
+    )
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer; special tokens spelled out in a caller's text are plain text."""
+    missing = f"checkpoint {checkpoint.name!r} has no usable tokenizer in {checkpoint.folder}"
+    if not any(checkpoint.folder.glob("tokenizer*")):  # transformers would make up an empty one
+        raise CheckpointError(missing)
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, split_special_tokens=True)
+    except Exception as error:  # tokenizers raises many kinds, plain ones among them
+        raise CheckpointError(f"{missing}: {error}") from error

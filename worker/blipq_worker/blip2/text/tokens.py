@@ -1,0 +1,41 @@
+"""Texts as a retrieval checkpoint reads them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from blipq_worker.blip2.loading.checkpoints import Checkpoint, CheckpointError
+from blipq_worker.blip2.text.padding import padded
+from blipq_worker.blip2.text.prompts import match_text
+
+
+class Texts:
+    """Tokenizes texts for a retrieval checkpoint. Thread-safe.
+
+    longest: tokens after which a text is cut, its end token kept; None cuts nothing.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Any, *, longest: int | None) -> None:
+        if len(tokenizer("")["input_ids"]) != 2:
+            raise CheckpointError(
+                f"the tokenizer of {checkpoint.name!r} does not put [CLS] and [SEP] around texts"
+            )
+        self._tokenizer = tokenizer
+        self._longest = longest
+        self._pad: int = tokenizer.pad_token_id
+
+    def ids(self, text: str) -> list[int]:
+        """A text's token ids, from [CLS] to [SEP]."""
+        # Padding and truncation are not the tokenizer's here: it would keep them between calls,
+        # and calls come from several threads.
+        ids: list[int] = self._tokenizer(match_text(text), verbose=False)["input_ids"]
+        if self._longest is not None and len(ids) > self._longest:
+            return [*ids[: self._longest - 1], ids[-1]]
+        return ids
+
+    def padded(
+        self, texts: Sequence[str], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask, (texts, longest), padded on the right: BERT's positions are absolute."""
+        return padded([self.ids(text) for text in texts], self._pad, device)

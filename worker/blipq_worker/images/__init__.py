@@ -1,0 +1,1 @@
+"""Images: fetched, checked and decoded under limits."""

@@ -1,0 +1,1 @@
+"""The resident models, and the one thread that runs them."""

@@ -1,0 +1,1 @@
+"""One job on a worker, from its claim to its outcome."""

@@ -1,0 +1,209 @@
+"""How one job asks the model, and what it took."""
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+from blipq.contract import ErrorCode, Priority, Receipt
+from blipq.errors import PermanentError, TransientError
+from blipq.ledger.ledger import Claim
+from blipq_worker.blip2 import EmbedItem, GenerateItem, Item, MatchItem, ModelInfo, Pixels, RankItem
+from blipq_worker.inference.engine import Embedded, Engine, Generated, ItemAnswer, Matched, Ranked
+from blipq_worker.process.leases import Held
+
+DEMO = "demo"
+DEMO_LARGEST_PX = 256
+DEMO_NOTE = (
+    "the demo model only knows coloured shapes on a plain background; "
+    "serve a real model for photos (BLIPQ_MODELS=default=opt-2.7b)"
+)
+
+
+#: Where the time of a pass is told in the receipt.
+_STAGES: Mapping[type, str] = {
+    GenerateItem: "generate_ms",
+    RankItem: "generate_ms",
+    MatchItem: "match_ms",
+    EmbedItem: "embed_ms",
+}
+
+
+AnswerT = TypeVar("AnswerT")
+
+
+class Lost(Exception):
+    """The claim is gone: cancelled, expired or taken over. Nobody wants the answer."""
+
+
+class Stopwatch:
+    """Collects a job's receipt."""
+
+    def __init__(self, *, queue_ms: float, worker: str) -> None:
+        self._fields: dict[str, float | int | str] = {"queue_ms": queue_ms, "worker": worker}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times a stage."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(f"{name}_ms", (time.monotonic() - started) * 1000)
+
+    def add(self, name: str, amount: float) -> None:
+        """Adds to a number."""
+        self._fields[name] = cast("float", self._fields.get(name, 0)) + amount
+
+    def say(self, **facts: float | int | str) -> None:
+        """Sets facts."""
+        self._fields.update(facts)
+
+    def note(self, text: str) -> None:
+        """Adds to what a person should know about the answer."""
+        known = self._fields.get("note")
+        self.say(note=text if known is None else f"{known}; {text}")
+
+    def note_size(self, checkpoint: str, size: tuple[int, int]) -> None:
+        """Warns who sent a photo to the demo model: its own pictures are small."""
+        if checkpoint == DEMO and max(size) > DEMO_LARGEST_PX:
+            self.note(DEMO_NOTE)
+
+    @property
+    def took(self) -> Mapping[str, float | int | str]:
+        """What the receipt has so far."""
+        return self._fields
+
+    def receipt(self) -> str:
+        """The receipt as JSON."""
+        rounded = {
+            name: round(value, 1) if isinstance(value, float) else value
+            for name, value in self._fields.items()
+        }
+        return Receipt.model_validate(rounded).model_dump_json(exclude_none=True)
+
+
+def answer_of(future: "Future[AnswerT]", deadline: float, otherwise: str) -> AnswerT:
+    """What a Future holds; TransientError (``otherwise``) if nothing until the deadline."""
+    try:
+        return future.result(timeout=max(0.0, deadline - time.monotonic()))
+    except TimeoutError as error:
+        if future.done():  # that is its answer
+            raise
+        raise TransientError(ErrorCode.INTERNAL, otherwise) from error
+
+
+class Asker:
+    """Sends a job's items to the engine and waits for the answers."""
+
+    def __init__(
+        self, engine: Engine, claim: Claim, held: Held, watch: Stopwatch, timeout_s: float
+    ) -> None:
+        self._engine = engine
+        self._claim = claim
+        self._held = held
+        self._watch = watch
+        self._timeout_s = timeout_s
+        self._within = f"within {timeout_s:g} s"
+        self.notes: list[str] = []
+        self._images: dict[int, Pixels] = {}
+        self._expires_at = time.monotonic() + claim.expires_in
+        self._priority = Priority(claim.queue.rsplit(".", 1)[-1])
+        info = self.info
+        watch.say(
+            checkpoint=info.checkpoint,
+            revision=info.revision,
+            dtype=info.dtype,
+            quantization=info.quantization,
+        )
+
+    @property
+    def info(self) -> ModelInfo:
+        """The served model."""
+        return self._engine.model(self._claim.model).info
+
+    def generate(self, item: GenerateItem) -> Generated:
+        """Texts per prompt."""
+        return cast(Generated, self.all([item])[0])
+
+    def rank(self, item: RankItem) -> Ranked:
+        """A log-likelihood per choice and prompt."""
+        return cast(Ranked, self.all([item])[0])
+
+    def match(self, item: MatchItem) -> Matched:
+        """A score per text."""
+        return cast(Matched, self.all([item])[0])
+
+    def embed(self, item: EmbedItem) -> Embedded:
+        """Features by name."""
+        return cast(Embedded, self.all([item])[0])
+
+    def all(self, items: Sequence[Item]) -> list[Any]:
+        """The answers to several items, which may run together.
+
+        Raises PermanentError: invalid_request for a text that is too long, model_unavailable for
+        what the served model has no checkpoint for. TransientError if it does not answer in time.
+        """
+        model = self._engine.model(self._claim.model)
+        for item in items:
+            model.check(item)  # on this thread, so that it spoils no batch
+        started = time.monotonic()
+        answers = self._answers(items)
+        passes = sum(answer.pass_ms for answer in answers)
+        waited = (time.monotonic() - started) * 1000 - passes
+        self._watch.add("wait_ms", max(0.0, waited))
+        for item, answer in zip(items, answers, strict=True):
+            self._record(item, answer)
+        self._record_looks(items)
+        return answers
+
+    def fits(self, item: Item) -> bool:
+        """Whether the item's texts are short enough."""
+        try:
+            self._engine.model(self._claim.model).check(item)
+        except PermanentError:
+            return False
+        return True
+
+    def note(self, text: str) -> None:
+        """Tells the caller something about the answer."""
+        self.notes.append(text)
+
+    def _record(self, item: Item, answer: ItemAnswer) -> None:
+        self._watch.add(_STAGES[type(item)], answer.pass_ms)
+        self._watch.say(batch_size=answer.batch_size)
+        if isinstance(answer, Generated):
+            self._watch.add("tokens", sum(text.tokens for texts in answer.texts for text in texts))
+
+    def _record_looks(self, items: Sequence[Item]) -> None:
+        """What looking at images took; nothing where all that was asked of them was known."""
+        looked_at = [item.pixels for item in items if item.pixels is not None]
+        self._images.update((id(image), image) for image in looked_at)
+        if self._images:
+            took = sum(image.vision_ms for image in self._images.values())
+            self._watch.say(vision_ms=took, cache_hit=took == 0)
+
+    def _answers(self, items: Sequence[Item]) -> list[ItemAnswer]:
+        """Waits for answers; a claim that is lost meanwhile, or expires, ends the work on them."""
+        lost: threading.Event = self._held.event(self._claim)
+        deadline = time.monotonic() + self._timeout_s
+        futures: list[Future[ItemAnswer]] = []
+        try:
+            for item in items:
+                future = self._engine.submit(
+                    self._claim.model, item, self._priority, deadline=self._expires_at
+                )
+                futures.append(future)
+                self._held.on_lost(self._claim, future.cancel)
+            answers = [
+                answer_of(future, deadline, f"the model did not answer {self._within}")
+                for future in futures
+            ]
+        finally:
+            for future in futures:
+                future.cancel()
+        if lost.is_set():
+            raise Lost
+        return answers

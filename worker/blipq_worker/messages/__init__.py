@@ -1,0 +1,1 @@
+"""Celery's messages: checked, consumed, revoked, and found again."""

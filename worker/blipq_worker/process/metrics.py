@@ -1,0 +1,83 @@
+"""What one worker process does, for Prometheus; what the ledger holds: ``blipq.ops.metrics``."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from prometheus_client import Counter, Gauge, Histogram, generate_latest
+
+from blipq.contract import Kind, Receipt
+from blipq.ops.metrics import SECONDS, new_registry
+
+#: Stages of a job, and the fields of its receipt that say their milliseconds.
+STAGES = {name.removesuffix("_ms"): name for name in Receipt.model_fields if name.endswith("_ms")}
+
+Outcome = Literal[
+    "succeeded",
+    "failed",
+    "retried",  # it will be tried again later
+    "handed_back",  # this worker stops
+    "lost",  # cancelled, expired or taken over
+]
+
+
+class WorkerMetrics:
+    """Counts jobs by their outcome here, and what their receipts say."""
+
+    def __init__(self) -> None:
+        self._registry = new_registry()
+        self._jobs = Counter(
+            "blipq_worker_jobs",
+            "Jobs by what came of them here; code says why they failed or are retried.",
+            ["kind", "outcome", "code"],
+            registry=self._registry,
+        )
+        self._refused = Counter(
+            "blipq_worker_messages_refused",
+            "Malformed messages: recorded as a failed job, or dropped.",
+            ["outcome"],
+            registry=self._registry,
+        )
+        self._stages = Histogram(
+            "blipq_worker_stage_seconds",
+            "Time of a job in each stage, as its receipt says.",
+            ["stage"],
+            buckets=SECONDS,
+            registry=self._registry,
+        )
+        self._batch = Histogram(
+            "blipq_worker_batch_size",
+            "Jobs in the pass that a job ran in.",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+            registry=self._registry,
+        )
+        self._tokens = Counter("blipq_worker_tokens", "Tokens generated.", registry=self._registry)
+        self._cache = Counter(
+            "blipq_worker_feature_cache",
+            "Jobs whose image's features were kept (hit) or not (miss).",
+            ["found"],
+            registry=self._registry,
+        )
+
+    def refused(self, outcome: Literal["recorded", "dropped"]) -> None:
+        """Counts a message that no Celery client should have sent."""
+        self._refused.labels(outcome).inc()
+
+    def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """A number that is asked for at each scrape."""
+        Gauge(f"blipq_worker_{name}", text, registry=self._registry).set_function(value)
+
+    def done(self, kind: Kind, outcome: Outcome, took: Mapping[str, Any], code: str = "") -> None:
+        """Counts a job that this worker is done with. ``took`` is what its receipt has so far."""
+        self._jobs.labels(kind, outcome, code).inc()
+        for stage, name in STAGES.items():
+            if name in took:
+                self._stages.labels(stage).observe(took[name] / 1000)
+        if "batch_size" in took:
+            self._batch.observe(took["batch_size"])
+        if "cache_hit" in took:
+            self._cache.labels("hit" if took["cache_hit"] else "miss").inc()
+        self._tokens.inc(took.get("tokens", 0))
+
+    def page(self) -> bytes:
+        """The text that Prometheus reads."""
+        return generate_latest(self._registry)

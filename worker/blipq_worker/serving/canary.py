@@ -1,0 +1,190 @@
+"""Checks that a model sees and speaks before its worker takes jobs.
+
+Quantization, a wrong library version or a damaged checkpoint can leave a model that loads and
+answers nonsense; such a worker must refuse work. Two plain pictures are shown to the model. Where a
+golden is known, it must say about them what it said then; in any case what it says must be numbers
+and words, and depend on the picture.
+
+``python -m blipq_worker.serving.canary``: what ``blipq models record-golden`` runs.
+"""
+
+import argparse
+import logging
+import math
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import torch
+from PIL import Image, ImageDraw
+
+from blipq.errors import BlipqError
+from blipq.submission import checked
+from blipq_worker.blip2 import (
+    Blip2,
+    GenerateItem,
+    MatchItem,
+    ModelInfo,
+    RankItem,
+    resolve,
+    vqa_prompt,
+)
+from blipq_worker.serving.goldens import Golden, Observation, difference, tolerance, write_golden
+from blipq_worker.settings import Dtype, Quantization, WorkerSettings
+
+log = logging.getLogger(__name__)
+
+QUESTIONS = ("what color is the circle?", "what color is the square?")
+TEXTS = ("a red circle", "a blue square")
+TOKENS = 12
+
+#: Log-likelihoods that differ by less are the same: rounding may differ between rows of a batch.
+_SAME = 0.05
+#: Four times the same word, or nothing but four times the same few characters.
+_REPEATS = re.compile(r"(?:.*\s)?(\S+)(?:\s+\1){3,}(?:\s.*)?|(.{1,20}?)(?:\s*\2){3,}", re.DOTALL)
+
+
+class CanaryError(BlipqError):
+    """The model answers nonsense; the message says what it got wrong."""
+
+
+def check(model: Blip2, golden: Golden | None = None) -> Observation:
+    """What the model says about two pictures. Raises CanaryError unless that makes sense."""
+    said = observe(model)
+    log.info("canary: %s", "; ".join(said.captions + said.answers))
+    _require_sense(said)
+    if golden is not None:
+        _require_the_same(model.info, golden, said)
+    return said
+
+
+def observe(model: Blip2) -> Observation:
+    """What the model makes of the pictures. Raises CanaryError where it cannot tell them apart."""
+    pixels = [model.preprocess(picture) for picture in _pictures()]
+    with torch.inference_mode():
+        queries = model.generator.project(pixels)
+    if not bool(torch.isfinite(queries).all()):
+        raise CanaryError("its features of a picture are not finite numbers")
+    if torch.equal(queries[0], queries[1]):
+        raise CanaryError("two different pictures look the same to it")
+    prompt = model.info.default_prompt
+    ranked = model.rank([RankItem(each, (prompt,), TEXTS) for each in pixels])
+    likelihoods = tuple(_rounded(item[0]) for item in ranked)
+    params = resolve("caption", model.info, {"num_beams": 1, "max_new_tokens": TOKENS})
+    prompts = [(prompt, vqa_prompt(question)) for question in QUESTIONS]
+    said = model.generate(
+        [GenerateItem(*both, params) for both in zip(pixels, prompts, strict=True)]
+    )
+    matches = None
+    if model.info.has_retrieval:
+        items = [MatchItem(each, TEXTS, "itm") for each in pixels]
+        matches = tuple(_rounded(scores) for scores in model.match(items))
+    return Observation(
+        captions=tuple(texts[0].text for texts, _ in said),
+        answers=tuple(texts[0].text for _, texts in said),
+        likelihoods=likelihoods,
+        matches=matches,
+    )
+
+
+def warm(model: Blip2) -> None:
+    """Has everything compiled that ordinary jobs need, beside what the check itself runs."""
+    pixels = [model.preprocess(picture) for picture in _pictures()]
+    for kind, prompt in (("caption", model.info.default_prompt), ("vqa", vqa_prompt(QUESTIONS[0]))):
+        params = resolve(kind, model.info)  # type: ignore[arg-type]
+        items = [GenerateItem(each, (prompt,), params) for each in pixels]
+        for some in (items[:1], items):
+            model.generate(some)
+    if model.info.has_retrieval:
+        model.match([MatchItem(pixels[0], TEXTS[:1], head) for head in ("itm", "itc")])
+
+
+def golden_of(model: Blip2) -> Golden:
+    """What the model says now, to be held against it later. Raises CanaryError for nonsense."""
+    said, info = check(model), model.info
+    revisions = tuple(each for each in (info.revision, info.retrieval_revision) if each)
+    return Golden(dtype=info.dtype, quantization=info.quantization, revisions=revisions, said=said)
+
+
+def _require_sense(said: Observation) -> None:
+    numbers = [value for row in said.likelihoods for value in row]
+    if not all(map(math.isfinite, numbers)):
+        raise CanaryError(f"its log-likelihoods are {said.likelihoods}")
+    if all(abs(a - b) < _SAME for a, b in zip(*said.likelihoods, strict=True)):
+        raise CanaryError("two different pictures make no difference to what it would say")
+    for text in said.captions:
+        if not text.strip():
+            raise CanaryError("it writes nothing about a picture")
+        if _REPEATS.fullmatch(text.strip()):
+            raise CanaryError(f"it repeats itself: {text!r}")
+    for row in said.matches or ():
+        if not all(0.0 <= probability <= 1.0 for probability in row):
+            raise CanaryError(f"its matching probabilities are {said.matches}")
+
+
+def _require_the_same(info: ModelInfo, golden: Golden, said: Observation) -> None:
+    allowed = tolerance((golden.dtype, golden.quantization), (info.dtype, info.quantization))
+    found = difference(golden.said, said, allowed)
+    if found is None:
+        return
+    now = {each for each in (info.revision, info.retrieval_revision) if each}
+    if now <= set(golden.revisions):
+        raise CanaryError(found)
+    raise CanaryError(
+        f"{found}. Its weights are others than those recorded: after a change on purpose, "
+        f"`blipq models record-golden {info.checkpoint}`"
+    )
+
+
+def _rounded(numbers: list[float]) -> tuple[float, ...]:
+    return tuple(round(number, 4) for number in numbers)
+
+
+def _pictures() -> list[Image.Image]:
+    """A red circle and a blue square."""
+    pictures = []
+    for shape, color in (("ellipse", (220, 30, 30)), ("rectangle", (40, 60, 210))):
+        picture = Image.new("RGB", (128, 128), (255, 255, 255))
+        getattr(ImageDraw.Draw(picture), shape)((44, 44, 84, 84), fill=color)
+        pictures.append(picture)
+    return pictures
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Records a golden; the exit code."""
+    from transformers.utils import logging as transformers_logging
+
+    from blipq_worker.serving.loader import load_models
+
+    transformers_logging.disable_progress_bar()
+    parser = argparse.ArgumentParser(prog="blipq models record-golden")
+    parser.add_argument("model")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--quantization", choices=get_args(Quantization), default="none")
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="auto")
+    arguments = parser.parse_args(argv)
+    try:
+        options = checked(
+            WorkerSettings,
+            models={"default": arguments.model},
+            quantization=arguments.quantization,
+            dtype=arguments.dtype,
+            canary=False,
+        )
+        golden = golden_of(load_models(options)["default"])
+        write_golden(arguments.output, arguments.model, golden)
+    except BlipqError as error:
+        print(f"blipq models: {error}", file=sys.stderr)
+        return 2
+    print(golden.said.model_dump_json(indent=2))
+    print(f"recorded in {arguments.output}: BLIPQ_GOLDENS={arguments.output}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,342 @@
+"""What a served model takes of a device's memory, counted without loading a weight.
+
+Parts are counted on torch's meta device, from config.json or, for the published models, from the
+numbers below. Weights are exact up to the quantizer's rounding, keys and values are exact for what
+runs at once; the activations are an estimate. Torch is imported where it is needed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blipq_worker.catalog.models import KNOWN_MODELS, ModelError, served_model
+from blipq_worker.catalog.weights import expanded, hub_cache
+from blipq_worker.settings import Dtype, Quantization
+
+if TYPE_CHECKING:
+    from blipq_worker.blip2.loading.weights import Precision, Quantizing
+
+GIB = 2**30
+
+#: Bytes per weight of nf4: 4 bits, an 8-bit scale per 64, and an fp32 scale per 256 of those.
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+#: The driver's own share and kernels that are loaded; on a CPU, Python, torch and transformers.
+_CONTEXT = GIB // 2
+#: What the allocator cannot use between blocks.
+_FRAGMENTATION = 1.1
+
+_OPT = {"model_type": "opt", "vocab_size": 50304, "num_hidden_layers": 32}
+_T5 = {"model_type": "t5", "vocab_size": 32128, "num_layers": 24, "d_kv": 64}
+_T5 |= {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+_OPT_27 = {"hidden_size": 2560, "word_embed_proj_dim": 2560, "ffn_dim": 10240}
+_OPT_67 = {"hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384}
+
+#: The language models of the published checkpoints; all else is transformers' default for BLIP-2.
+_LANGUAGE: dict[str, dict[str, Any]] = {
+    "opt-2.7b": {**_OPT, **_OPT_27, "num_attention_heads": 32},
+    "opt-6.7b": {**_OPT, **_OPT_67, "num_attention_heads": 32},
+    "flan-t5-xl": {**_T5, "d_model": 2048, "d_ff": 5120, "num_heads": 32},
+    "flan-t5-xxl": {**_T5, "d_model": 4096, "d_ff": 10240, "num_heads": 64},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Weights of one precision in one part of a checkpoint."""
+
+    name: str
+    precision: str
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What runs at once, at the most.
+
+    batch_size images with beams texts each, in one pass of the model; beside them, texts in flight
+    in slots of slot_tokens keys and values. tokens: of the prompt (beside the queries) and of the
+    answer. feature_cache: bytes of host memory for what was seen of images.
+    """
+
+    batch_size: int = 16
+    beams: int = 5
+    prompt_tokens: int = 32
+    new_tokens: int = 30
+    slots: int = 32
+    slot_tokens: int = 256
+    feature_cache: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the language model in a pass."""
+        return self.batch_size * self.beams
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a served model takes, in bytes. ``kv_token`` is one token of one row.
+
+    shared: of the retrieval checkpoint's tower, which is not loaded where it equals the other.
+    context: of the driver, or of the process on a CPU.
+    """
+
+    model: str
+    device: str
+    quantization: str
+    load: Load
+    parts: tuple[Part, ...]
+    kv_token: int
+    kv_row: int
+    vision: int
+    language: int
+    context: int = _CONTEXT
+
+    @property
+    def weights(self) -> int:
+        """All weights."""
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def shared(self) -> int:
+        """Weights of a second vision tower."""
+        return sum(part.bytes for part in self.parts if part.name == "retrieval vision tower")
+
+    @property
+    def kv_batch(self) -> int:
+        """Keys and values of a whole pass with beams."""
+        return self.kv_row * self.load.rows
+
+    @property
+    def kv_slots(self) -> int:
+        """Keys and values of the texts in flight."""
+        return self.kv_token * self.load.slots * self.load.slot_tokens
+
+    @property
+    def activations(self) -> int:
+        """Of the larger of the passes: they run one after the other."""
+        return max(self.vision, self.language)
+
+    @property
+    def host_cache(self) -> int:
+        """The feature cache, where it is in the same memory."""
+        return self.load.feature_cache if self.device == "cpu" else 0
+
+    @property
+    def total(self) -> int:
+        """Everything, with what the allocator loses."""
+        moving = (self.kv_batch + self.kv_slots + self.activations) * _FRAGMENTATION
+        return self.weights + round(moving) + self.host_cache + self.context
+
+
+def memory_of(
+    what: str,
+    *,
+    quantization: Quantization = "auto",
+    quantize_vision: bool = False,
+    dtype: Dtype = "auto",
+    load: Load | None = None,
+    device: str = "cuda",
+) -> Memory:
+    """What serving ``what`` takes (a known model, or ``generation[+retrieval]``).
+
+    Raises ModelError where its configuration is not on this machine.
+    """
+    import torch
+
+    from blipq_worker.blip2.loading.weights import Quantizing, choose_precision
+
+    load = load or Load()
+    on = torch.device(device)
+    by_device: Any = "nf4" if on.type == "cuda" else "none"
+    quantizing = Quantizing(by_device if quantization == "auto" else quantization, quantize_vision)
+    served = served_model("default", what)
+    config = config_of(served.generation)
+    precision = choose_precision(dtype, on, config.text_config.model_type)
+    parts = list(parts_of(config, precision, quantizing))
+    if served.retrieval is not None:
+        retrieval = config_of(served.retrieval, retrieval=True)
+        matching = choose_precision(dtype, on, "retrieval")
+        parts += parts_of(retrieval, matching, quantizing, retrieval=True)
+    kv_token = _kv_token(config, precision)
+    tokens = config.num_query_tokens + load.prompt_tokens + load.new_tokens
+    return Memory(
+        model=what,
+        device=on.type,
+        quantization=str(quantizing),
+        load=load,
+        parts=tuple(parts),
+        kv_token=kv_token,
+        kv_row=kv_token * tokens,
+        vision=_vision(config, precision, load),
+        language=_language(config, precision, quantizing, load),
+    )
+
+
+def loaded_bytes(model: Any) -> int:
+    """What the weights of a loaded model take, quantized ones with their scales."""
+    weights = {id(weight): weight for weight in (*model.parameters(), *model.buffers())}
+    scales = {id(each): each for weight in weights.values() for each in _scales(weight)}
+    return sum(each.nbytes for each in (*weights.values(), *scales.values()))
+
+
+def _scales(weight: Any) -> Iterator[Any]:
+    """The tensors beside a weight that bitsandbytes needs to use it."""
+    if (scale := getattr(weight, "SCB", None)) is not None:  # int8
+        yield scale
+    state = getattr(weight, "quant_state", None)
+    while state is not None:  # nf4: the scales have scales, until a CPU unpacks them at first use
+        yield state.absmax
+        state = getattr(state, "state2", None)
+
+
+def config_of(checkpoint: str, *, retrieval: bool = False) -> Any:
+    """A checkpoint's configuration: the folder's, a published one's, or the cache's."""
+    from transformers import Blip2Config
+
+    if expanded(checkpoint).is_dir():
+        return _stored_config(expanded(checkpoint))
+    name = checkpoint.partition("@")[0].rpartition("/")[2].removeprefix("blip2-")
+    side = {"image_size": 364 if name.endswith("-coco") else 224}
+    if checkpoint.startswith("Salesforce/") and name.removesuffix("-coco") in _LANGUAGE:
+        text = _LANGUAGE[name.removesuffix("-coco")]
+        return Blip2Config(vision_config=side, text_config=text)
+    if retrieval and checkpoint.startswith("Salesforce/blip2-itm-vit-g"):
+        text_input = {"use_qformer_text_input": True, "vocab_size": 30523}
+        return Blip2Config(vision_config=side, qformer_config=text_input)
+    for snapshot in hub_cache().glob(f"models--{checkpoint.replace('/', '--')}/snapshots/*"):
+        return _stored_config(snapshot)
+    raise ModelError(
+        f"the configuration of {checkpoint!r} is not here: name a known model "
+        f"({', '.join(KNOWN_MODELS)}) or a folder, or run `hf download {checkpoint} config.json`"
+    )
+
+
+def _stored_config(folder: Path) -> Any:
+    from transformers import Blip2Config
+
+    try:
+        return Blip2Config.from_pretrained(folder)
+    except Exception as error:  # transformers raises many kinds on a malformed configuration
+        told = " ".join(str(error).split())
+        raise ModelError(f"{folder / 'config.json'} is unusable: {told}") from error
+
+
+def parts_of(
+    config: Any, precision: "Precision", quantizing: "Quantizing", *, retrieval: bool = False
+) -> Iterator[Part]:
+    """The weights of a checkpoint as loading.py loads them, part by part."""
+    import torch
+
+    with torch.device("meta"):
+        model = _model_class(retrieval=retrieval)(config)
+    quantized = _quantized_weights(model, config, quantizing)
+    counts: dict[tuple[str, str], list[float]] = {}
+    for name, weight in _stored(model, config):
+        part, kept = _place(name, precision)
+        if name in quantized:
+            label, size = str(quantizing.method), _quantized_bytes(weight, quantizing.method)
+        else:
+            label, size = str(kept).removeprefix("torch."), weight.numel() * kept.itemsize
+        key = (f"retrieval {part}" if retrieval else part, label)
+        count = counts.setdefault(key, [0, 0])
+        count[0] += weight.numel()
+        count[1] += size
+    for (part, label), (parameters, size) in counts.items():
+        yield Part(part, label, int(parameters), round(size))
+
+
+def _model_class(*, retrieval: bool) -> Any:
+    import transformers
+
+    if retrieval:
+        return transformers.Blip2ForImageTextRetrieval
+    return transformers.Blip2ForConditionalGeneration
+
+
+def _stored(model: Any, config: Any) -> Iterator[tuple[str, Any]]:
+    """Every weight once, and the output layer where it is not the input's."""
+    yield from model.named_parameters()
+    # Transformers calls every T5 tied, and remembers by this that Flan's output layer is its own.
+    if not getattr(config.text_config, "scale_decoder_outputs", True):
+        head = getattr(getattr(model, "language_model", None), "lm_head", None)
+        if head is not None:
+            yield "language_model.lm_head.weight", head.weight
+
+
+_PARTS = {
+    "vision_model": "vision tower",
+    "language_projection": "projection",
+    "language_model": "language model",
+    "itm_head": "heads",
+    "vision_projection": "heads",
+    "text_projection": "heads",
+}
+
+
+def _place(name: str, precision: "Precision") -> tuple[str, Any]:
+    """The part that a weight belongs to, and the type it is kept in."""
+    import torch
+
+    part = _PARTS.get(name.partition(".")[0], "q-former")
+    if part == "language model":
+        return part, precision.language
+    return part, precision.vision if part in ("vision tower", "projection") else torch.float32
+
+
+def _quantized_weights(model: Any, config: Any, quantizing: "Quantizing") -> set[str]:
+    """The linear layers that loading.py has quantized: all but those it skips, and T5's ``wo``."""
+    import torch
+
+    if quantizing.method == "none":
+        return set()
+    kept = {"lm_head"} | ({"wo"} if config.text_config.model_type == "t5" else set())
+    parts = ["language_model", *(["vision_model"] if quantizing.vision else [])]
+    return {
+        f"{part}.{name}.weight"
+        for part in parts
+        if hasattr(model, part)
+        for name, module in getattr(model, part).named_modules()
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] not in kept
+    }
+
+
+def _quantized_bytes(weight: Any, quantization: str) -> float:
+    if quantization == "nf4":
+        return float(weight.numel() * _NF4_BYTES)
+    return float(weight.numel() + 4 * weight.shape[0])  # int8, and an fp32 scale per output
+
+
+def _kv_token(config: Any, precision: "Precision") -> int:
+    """Keys and values of one token: for T5, of the encoder's output or of what was written."""
+    text = config.text_config
+    if text.model_type == "t5":
+        layers, width = text.num_decoder_layers, text.num_heads * text.d_kv
+    else:
+        layers, width = text.num_hidden_layers, text.hidden_size
+    return int(2 * layers * width * precision.language.itemsize)
+
+
+def _vision(config: Any, precision: "Precision", load: Load) -> int:
+    """One layer's states of the vision tower for a batch; its attention keeps no matrix.
+
+    In bf16 a CPU's attention keeps one, of the few images that it takes at once: it is not counted.
+    """
+    vision = config.vision_config
+    tokens = (vision.image_size // vision.patch_size) ** 2 + 1
+    per_token = 3 * vision.hidden_size + 2 * vision.intermediate_size
+    return int(load.batch_size * tokens * per_token * precision.vision.itemsize)
+
+
+def _language(config: Any, precision: "Precision", quantizing: "Quantizing", load: Load) -> int:
+    """One layer's states of all prompts, the logits, and a layer that is dequantized."""
+    text = config.text_config
+    hidden, inner = (
+        (text.d_model, text.d_ff) if text.model_type == "t5" else (text.hidden_size, text.ffn_dim)
+    )
+    prompt = config.num_query_tokens + load.prompt_tokens
+    reading = load.rows * prompt * (3 * hidden + 2 * inner) * precision.language.itemsize
+    logits = load.rows * text.vocab_size * 4 * 4  # fp32, and the copies that beam search makes
+    layer = 0 if quantizing.method == "none" else hidden * inner * precision.language.itemsize
+    return int(reading + logits + layer)

@@ -1,0 +1,189 @@
+"""Loads what a worker serves, and says what to do where that fails."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Literal
+
+from blipq_worker.catalog.models import ModelError, served_model
+from blipq_worker.catalog.weights import how_to_get, weights_of_served
+from blipq_worker.images.memory_budget import give_large_blocks_back
+from blipq_worker.inference.faults import DeviceLost, is_device_fault
+from blipq_worker.settings import WorkerSettings
+from blipq_worker.startup import START
+
+if TYPE_CHECKING:
+    from blipq_worker.blip2 import Blip2, FeatureCache
+
+log = logging.getLogger(__name__)
+
+
+def load_models(options: WorkerSettings) -> "dict[str, Blip2]":
+    """Loads every served model, once, and checks that it makes sense.
+
+    Raises ModelError, and DeviceLost where another try may succeed.
+
+    CUDA is first touched here: the process has no children to share it with. The thread that loads
+    ends with it, and so do OpenMP's helpers of that thread. Where these and the ones of the thread
+    that runs the models are more than there are cores, all of them sleep between two operations
+    instead of spinning: a decode step took twice as long.
+    """
+    loaded: Future[dict[str, Blip2]] = Future()
+    # A daemon: an interrupted worker ends at once.
+    Thread(target=_settle, args=(loaded, options), name="blipq-load", daemon=True).start()
+    return loaded.result()
+
+
+def _settle(loaded: "Future[dict[str, Blip2]]", options: WorkerSettings) -> None:
+    try:
+        loaded.set_result(_load_all(options))
+    except BaseException as error:
+        loaded.set_exception(error)
+
+
+def _load_all(options: WorkerSettings) -> "dict[str, Blip2]":
+    with START.part("imports"):
+        from blipq_worker.blip2 import FeatureCache
+        from blipq_worker.serving import canary
+        from blipq_worker.serving.goldens import GoldenError, read_goldens
+
+    give_large_blocks_back()  # what is quantized was read in full before
+    try:
+        goldens = read_goldens(options.goldens) if options.canary else {}
+    except GoldenError as error:
+        raise ModelError(str(error)) from error
+    cache = FeatureCache(options.feature_cache_bytes)
+    loaded = {}
+    for name, what in options.models.items():
+        with _explained(name, options):
+            model = _load(name, what, options, cache)
+            if options.compile:
+                with START.part("warm-up"):
+                    canary.warm(model)
+            if options.canary:
+                with START.part("canary"):
+                    canary.check(model, goldens.get(what))
+        loaded[name] = model
+    with START.part("slots and graphs"):
+        _open_slots(list(loaded.values()), options)
+    return loaded
+
+
+def _open_slots(models: "Sequence[Blip2]", options: WorkerSettings) -> None:
+    """Reserves slots for texts in flight on GPUs, once all weights are there.
+
+    Of what these leave, models get equal parts.
+    """
+    import torch
+
+    from blipq_worker.blip2.decoding.static import free_memory, ways
+
+    for index, model in enumerate(models):
+        device = torch.device(model.info.device)
+        if device.type == "cuda" and not options.compile:
+            budget = free_memory(device) // (len(models) - index)
+            among = ways(graphs=options.graphs)
+            model.open_slots(among, slots=options.decode_slots, budget=budget)
+
+
+def _load(name: str, what: str, options: WorkerSettings, cache: "FeatureCache") -> "Blip2":
+    from blipq_worker.blip2 import Blip2
+    from blipq_worker.blip2.loading.weights import cpu_has_bfloat16
+    from blipq_worker.serving.memory import shortage
+
+    served = served_model(name, what)
+    device, quantization = where_and_how(options)
+    if (told := shortage(options, what, device, quantization)) is not None:
+        log.warning("%s", told)
+    if device == "cpu" and options.dtype == "bfloat16" and not cpu_has_bfloat16():
+        log.warning("this CPU has no instructions for bfloat16: BLIPQ_DTYPE=float32 is faster here")
+    model = Blip2.load(
+        served.generation,
+        served.retrieval,
+        quantization=quantization,
+        quantize_vision=options.quantize_vision,
+        dtype=options.dtype,
+        attention=options.attention,
+        compiled=options.compile,
+        device=device,
+        slots=options.growing_slots,
+        static=False,  # not before the weights of all models are there
+        max_beams=options.beams,
+        cache=cache,
+    )
+    # Receipts and indexes name a model as it was asked for, not by its folder here.
+    local = served.retrieval is not None and Path(served.retrieval).is_dir()
+    retrieval = what if local else served.retrieval
+    model.info = replace(model.info, checkpoint=what, retrieval_checkpoint=retrieval)
+    return model
+
+
+def where_and_how(options: WorkerSettings) -> 'tuple[str, Literal["none", "int8", "nf4"]]':
+    """The device, and the quantization on it, that the settings come to."""
+    import torch
+
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.quantization == "auto":
+        return device, "nf4" if device.startswith("cuda") else "none"
+    return device, options.quantization
+
+
+def checker(
+    options: WorkerSettings, models: "Mapping[str, Blip2]"
+) -> "Callable[[str], None] | None":
+    """What checks a served model again, by its name; None where BLIPQ_CANARY is off.
+
+    Raises CanaryError, and whatever the model raises.
+    """
+    from blipq_worker.serving import canary
+    from blipq_worker.serving.goldens import read_goldens
+
+    if not options.canary:
+        return None
+    goldens = read_goldens(options.goldens)
+
+    def check(name: str) -> None:
+        canary.check(models[name], goldens.get(options.models[name]))
+
+    return check
+
+
+@contextmanager
+def _explained(name: str, options: WorkerSettings) -> Iterator[None]:
+    """Whatever keeps a model from being served becomes a ModelError that says what to do.
+
+    A device that is lost becomes DeviceLost.
+    """
+    import torch
+
+    from blipq_worker.blip2 import CheckpointError
+    from blipq_worker.blip2.loading.checkpoints import CheckpointMissing
+    from blipq_worker.serving.canary import CanaryError
+
+    try:
+        yield
+    except CanaryError as error:
+        advice = "it is damaged or does not suit these settings (BLIPQ_CANARY=0 serves it)"
+        raise ModelError(f"model {name!r} failed its check: {error}; {advice}") from error
+    except CheckpointMissing as error:
+        missing = [each for each in weights_of_served(options.models) if not each.present]
+        raise ModelError(f"model {name!r}: {error.what}; {how_to_get(missing)}") from error
+    except (CheckpointError, ModelError, ValueError) as error:
+        raise ModelError(f"model {name!r}: {error}") from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        told = (str(error) or "out of memory").splitlines()[0]
+        advice = f"`blipq models memory {options.models[name]}` counts what it takes"
+        raise ModelError(f"model {name!r} does not fit: {told}; {advice}") from error
+    except Exception as error:  # of libraries that read files, and of a configuration that lies
+        log.debug("model %r", name, exc_info=error)
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        if is_device_fault(error):
+            raise DeviceLost(f"model {name!r}: the device is lost: {told}") from error
+        advice = "BLIPQ_LOG_LEVEL=DEBUG shows where"
+        raise ModelError(f"model {name!r} cannot be loaded: {told}; {advice}") from error
