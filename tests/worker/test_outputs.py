@@ -11,9 +11,9 @@ from blipq.errors import PermanentError, QueueUnavailable, TransientError
 from blipq.ledger.ledger import Claim, Ledger
 from blipq.s3.outputs import why_all_refuse, why_refused
 from blipq.s3.storage import Storage
+from blipq_worker.claims import Lost
 from blipq_worker.images.s3_access import AccessRefused
 from blipq_worker.jobs import outputs
-from blipq_worker.jobs.asker import Lost
 from blipq_worker.jobs.outputs import Outputs, output_storage
 from blipq_worker.settings import WorkerSettings
 from refusing_s3 import refusing_s3

@@ -13,12 +13,13 @@ from blipq import ErrorCode, ImageRef, Settings
 from blipq.errors import PermanentError
 from blipq.s3.storage import Storage
 from blipq_worker.blip2 import Pixels
+from blipq_worker.claims import Lost
 from blipq_worker.images.decoding import ImageLimits
 from blipq_worker.images.fetch import Fetched, Fetcher
 from blipq_worker.images.loader import Pictures, Recent
 from blipq_worker.images.memory_budget import Budget
 from blipq_worker.images.s3_access import AccessRefused
-from blipq_worker.jobs.asker import DEMO_NOTE, Lost, Stopwatch
+from blipq_worker.receipt import DEMO_NOTE, Stopwatch
 
 PLACE = "s3://blipq-inbox/pictures/a.png"
 

@@ -11,10 +11,11 @@ from PIL.Image import Image
 
 from blipq.contract import ImageRef
 from blipq_worker.blip2 import Blip2, Feature, Pixels
+from blipq_worker.claims import Lost
 from blipq_worker.images.decoding import ImageLimits, bytes_to_decode, decoded, opened
 from blipq_worker.images.fetch import Fetcher
 from blipq_worker.images.memory_budget import Budget
-from blipq_worker.jobs.asker import Lost, Stopwatch
+from blipq_worker.receipt import Stopwatch
 
 #: Places and images remembered: some hundred bytes each.
 REMEMBERED = 16_384

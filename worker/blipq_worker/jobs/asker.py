@@ -2,25 +2,18 @@
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
-from blipq.contract import ErrorCode, Priority, Receipt
+from blipq.contract import ErrorCode, Priority
 from blipq.errors import PermanentError, TransientError
 from blipq.ledger.ledger import Claim
 from blipq_worker.blip2 import EmbedItem, GenerateItem, Item, MatchItem, ModelInfo, Pixels, RankItem
+from blipq_worker.claims import Lost
 from blipq_worker.inference.engine import Embedded, Engine, Generated, ItemAnswer, Matched, Ranked
 from blipq_worker.process.leases import Held
-
-DEMO = "demo"
-DEMO_LARGEST_PX = 256
-DEMO_NOTE = (
-    "the demo model only knows coloured shapes on a plain background; "
-    "serve a real model for photos (BLIPQ_MODELS=default=opt-2.7b)"
-)
-
+from blipq_worker.receipt import Stopwatch
 
 #: Where the time of a pass is told in the receipt.
 _STAGES: Mapping[type, str] = {
@@ -32,57 +25,6 @@ _STAGES: Mapping[type, str] = {
 
 
 AnswerT = TypeVar("AnswerT")
-
-
-class Lost(Exception):
-    """The claim is gone: cancelled, expired or taken over. Nobody wants the answer."""
-
-
-class Stopwatch:
-    """Collects a job's receipt."""
-
-    def __init__(self, *, queue_ms: float, worker: str) -> None:
-        self._fields: dict[str, float | int | str] = {"queue_ms": queue_ms, "worker": worker}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Times a stage."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.add(f"{name}_ms", (time.monotonic() - started) * 1000)
-
-    def add(self, name: str, amount: float) -> None:
-        """Adds to a number."""
-        self._fields[name] = cast("float", self._fields.get(name, 0)) + amount
-
-    def say(self, **facts: float | int | str) -> None:
-        """Sets facts."""
-        self._fields.update(facts)
-
-    def note(self, text: str) -> None:
-        """Adds to what a person should know about the answer."""
-        known = self._fields.get("note")
-        self.say(note=text if known is None else f"{known}; {text}")
-
-    def note_size(self, checkpoint: str, size: tuple[int, int]) -> None:
-        """Warns who sent a photo to the demo model: its own pictures are small."""
-        if checkpoint == DEMO and max(size) > DEMO_LARGEST_PX:
-            self.note(DEMO_NOTE)
-
-    @property
-    def took(self) -> Mapping[str, float | int | str]:
-        """What the receipt has so far."""
-        return self._fields
-
-    def receipt(self) -> str:
-        """The receipt as JSON."""
-        rounded = {
-            name: round(value, 1) if isinstance(value, float) else value
-            for name, value in self._fields.items()
-        }
-        return Receipt.model_validate(rounded).model_dump_json(exclude_none=True)
 
 
 def answer_of(future: "Future[AnswerT]", deadline: float, otherwise: str) -> AnswerT:

@@ -16,7 +16,7 @@ from blipq.s3.outputs import why_refused
 from blipq.s3.refusals import Refusal, S3Refused
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
-from blipq_worker.jobs.asker import Lost
+from blipq_worker.claims import Lost
 from blipq_worker.jobs.index_asker import work_errors
 from blipq_worker.settings import WorkerSettings
 

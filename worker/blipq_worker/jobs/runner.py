@@ -33,13 +33,13 @@ from blipq.ledger.ledger import MAX_RETRIES, Claim, Ledger, Message, Unclaimed, 
 from blipq.submission import checked, explain
 from blipq.transport.broker import Broker
 from blipq_worker.blip2 import Blip2, Pixels
+from blipq_worker.claims import Lost
 from blipq_worker.images.loader import Pictures
 from blipq_worker.images.s3_access import AccessRefused, S3Access
 from blipq_worker.index.store import Indexes
 from blipq_worker.index.writer import IndexWriter
 from blipq_worker.inference.engine import Engine
 from blipq_worker.inference.faults import is_out_of_memory
-from blipq_worker.jobs.asker import Lost, Stopwatch
 from blipq_worker.jobs.coalescing import EqualJobs
 from blipq_worker.jobs.index_asker import IndexAsker
 from blipq_worker.jobs.outputs import Outputs
@@ -48,6 +48,7 @@ from blipq_worker.kinds import handlers as kinds
 from blipq_worker.messages.envelope import Malformed, encodable
 from blipq_worker.process.leases import Held
 from blipq_worker.process.metrics import Outcome, WorkerMetrics
+from blipq_worker.receipt import Stopwatch
 from blipq_worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,62 @@
+"""What a job took: collected while it runs, and told with its result."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import cast
+
+from blipq.contract import Receipt
+
+DEMO = "demo"
+DEMO_LARGEST_PX = 256
+DEMO_NOTE = (
+    "the demo model only knows coloured shapes on a plain background; "
+    "serve a real model for photos (BLIPQ_MODELS=default=opt-2.7b)"
+)
+
+
+class Stopwatch:
+    """Collects a job's receipt."""
+
+    def __init__(self, *, queue_ms: float, worker: str) -> None:
+        self._fields: dict[str, float | int | str] = {"queue_ms": queue_ms, "worker": worker}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times a stage."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(f"{name}_ms", (time.monotonic() - started) * 1000)
+
+    def add(self, name: str, amount: float) -> None:
+        """Adds to a number."""
+        self._fields[name] = cast("float", self._fields.get(name, 0)) + amount
+
+    def say(self, **facts: float | int | str) -> None:
+        """Sets facts."""
+        self._fields.update(facts)
+
+    def note(self, text: str) -> None:
+        """Adds to what a person should know about the answer."""
+        known = self._fields.get("note")
+        self.say(note=text if known is None else f"{known}; {text}")
+
+    def note_size(self, checkpoint: str, size: tuple[int, int]) -> None:
+        """Warns who sent a photo to the demo model: its own pictures are small."""
+        if checkpoint == DEMO and max(size) > DEMO_LARGEST_PX:
+            self.note(DEMO_NOTE)
+
+    @property
+    def took(self) -> Mapping[str, float | int | str]:
+        """What the receipt has so far."""
+        return self._fields
+
+    def receipt(self) -> str:
+        """The receipt as JSON."""
+        rounded = {
+            name: round(value, 1) if isinstance(value, float) else value
+            for name, value in self._fields.items()
+        }
+        return Receipt.model_validate(rounded).model_dump_json(exclude_none=True)
