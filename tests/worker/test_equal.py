@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from blipq.errors import TransientError
-from blipq_worker.claims import Lost
+from blipq_worker.claims import Held, Lost
 from blipq_worker.jobs.coalescing import EqualJobs
-from blipq_worker.process.leases import Held
 from conftest import wait_until
 
 

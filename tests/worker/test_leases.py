@@ -12,7 +12,9 @@ import redis
 from blipq import Client, Options, QueueUnavailable, Settings
 from blipq.contract import CaptionRequest
 from blipq.ledger.ledger import Claim, Ledger, Turn, connect
-from blipq_worker.process.leases import EXIT_HUNG, Heartbeat, Held, Reconciler
+from blipq_worker.claims import Held
+from blipq_worker.process.heartbeat import EXIT_HUNG, Heartbeat
+from blipq_worker.process.reconciler import Reconciler
 from conftest import wait_until
 
 IMAGE = "s3://uploads/cat.jpg"
@@ -189,7 +191,7 @@ def test_a_heart_outlives_an_outage_of_redis(apart: Settings, ledger: Ledger) ->
 
 def test_a_worker_whose_model_hangs_ends() -> None:
     code = (
-        "from blipq_worker.process.leases import Heartbeat, Held\n"
+        "from blipq_worker.process.heartbeat import Heartbeat, Held\n"
         "Heartbeat(None, Held(), 'w1', [], threads=1, lease_s=30, grace_s=1, watchdog_s=1,"
         " stalled_for=lambda: 2.0, taking=bool, draining=bool).tick()"
     )

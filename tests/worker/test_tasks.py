@@ -22,6 +22,7 @@ from blipq.ledger.ledger import MAX_CRASHES, MAX_RETRIES, Claim, Ledger
 from blipq.s3.refusals import Refusal, S3Unavailable
 from blipq.s3.storage import Storage
 from blipq_worker.blip2 import EmbedItem, GeneratedText, GenerateItem, MatchItem, Pixels, RerankItem
+from blipq_worker.claims import Held
 from blipq_worker.images.decoding import ImageLimits
 from blipq_worker.images.fetch import Fetcher
 from blipq_worker.images.loader import Pictures
@@ -35,7 +36,6 @@ from blipq_worker.jobs.outputs import Outputs
 from blipq_worker.jobs.quarantine import Gate
 from blipq_worker.jobs.runner import HandBack, JobFailedTask, Runner
 from blipq_worker.messages.envelope import Malformed
-from blipq_worker.process.leases import Held
 from blipq_worker.process.metrics import WorkerMetrics
 from blipq_worker.settings import WorkerSettings
 from conftest import wait_until

@@ -22,6 +22,7 @@ from blipq.settings import Settings
 from blipq.ssrf.http import GuardedHttp
 from blipq.transport.broker import Broker, make_app, queues_of
 from blipq_worker.blip2.loading.compiling import since_compiling
+from blipq_worker.claims import Held
 from blipq_worker.images.decoding import ImageLimits
 from blipq_worker.images.fetch import Fetcher
 from blipq_worker.images.https import HttpsFetcher
@@ -41,8 +42,9 @@ from blipq_worker.messages.kombu_patches import harden
 from blipq_worker.messages.revokes import follow_revokes
 from blipq_worker.messages.strays import Strays
 from blipq_worker.process.health import BrokerLoop, HealthServer
-from blipq_worker.process.leases import EXIT_HUNG, Heartbeat, Held, Reconciler
+from blipq_worker.process.heartbeat import EXIT_HUNG, Heartbeat
 from blipq_worker.process.metrics import WorkerMetrics
+from blipq_worker.process.reconciler import Reconciler
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.startup import START
 

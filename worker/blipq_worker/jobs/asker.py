@@ -10,9 +10,8 @@ from blipq.contract import ErrorCode, Priority
 from blipq.errors import PermanentError, TransientError
 from blipq.ledger.ledger import Claim
 from blipq_worker.blip2 import EmbedItem, GenerateItem, Item, MatchItem, ModelInfo, Pixels, RankItem
-from blipq_worker.claims import Lost
+from blipq_worker.claims import Held, Lost
 from blipq_worker.inference.engine import Embedded, Engine, Generated, ItemAnswer, Matched, Ranked
-from blipq_worker.process.leases import Held
 from blipq_worker.receipt import Stopwatch
 
 #: Where the time of a pass is told in the receipt.

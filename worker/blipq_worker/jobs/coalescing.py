@@ -8,8 +8,7 @@ from typing import Generic, Literal, TypeVar
 from blipq.contract import ErrorCode
 from blipq.errors import TransientError
 from blipq.ledger.ledger import Claim
-from blipq_worker.claims import Lost
-from blipq_worker.process.leases import Held
+from blipq_worker.claims import Held, Lost
 
 Answer = TypeVar("Answer")
 

@@ -18,13 +18,12 @@ from blipq.errors import (
 from blipq.ledger.ledger import Claim
 from blipq.s3.refusals import OF_THE_ASKER, Refusal, S3Refused, S3Unavailable
 from blipq_worker.blip2 import Pixels, RerankItem
-from blipq_worker.claims import Lost
+from blipq_worker.claims import Held, Lost
 from blipq_worker.images.s3_access import AccessRefused
 from blipq_worker.index.store import Entry, Filter, Found, Indexes, Space, Vectors
 from blipq_worker.index.writer import IndexWriter
 from blipq_worker.inference.engine import Engine, Reranked
 from blipq_worker.jobs.asker import Asker, answer_of
-from blipq_worker.process.leases import Held
 from blipq_worker.receipt import Stopwatch
 
 #: Images that one search fetches and looks at side by side: they are what it takes in memory.

@@ -33,7 +33,7 @@ from blipq.ledger.ledger import MAX_RETRIES, Claim, Ledger, Message, Unclaimed, 
 from blipq.submission import checked, explain
 from blipq.transport.broker import Broker
 from blipq_worker.blip2 import Blip2, Pixels
-from blipq_worker.claims import Lost
+from blipq_worker.claims import Held, Lost
 from blipq_worker.images.loader import Pictures
 from blipq_worker.images.s3_access import AccessRefused, S3Access
 from blipq_worker.index.store import Indexes
@@ -46,7 +46,6 @@ from blipq_worker.jobs.outputs import Outputs
 from blipq_worker.jobs.quarantine import Draining, Gate
 from blipq_worker.kinds import handlers as kinds
 from blipq_worker.messages.envelope import Malformed, encodable
-from blipq_worker.process.leases import Held
 from blipq_worker.process.metrics import Outcome, WorkerMetrics
 from blipq_worker.receipt import Stopwatch
 from blipq_worker.settings import WorkerSettings

@@ -17,7 +17,7 @@ from blipq.ledger.ledger import Ledger, connect, redis_errors
 from blipq.redis.url import SCHEMES
 from blipq.settings import Settings
 from blipq_worker.messages.envelope import is_id
-from blipq_worker.process.leases import Periodic
+from blipq_worker.process.periodic import Periodic
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,119 @@
+"""Renews leases, says that the worker lives, and ends a process that hangs."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+
+from blipq.ledger.ledger import Ledger
+from blipq_worker.claims import Held
+from blipq_worker.process.periodic import Periodic
+
+log = logging.getLogger(__name__)
+
+#: A worker whose model or decoder hangs, or whose device is lost, ends with this code: its
+#: supervisor starts it again.
+EXIT_HUNG = 70
+
+LONGEST_BEAT_S = 2.0
+
+
+def beat_s(lease_s: float) -> float:
+    """How often leases are renewed."""
+    return min(LONGEST_BEAT_S, lease_s / 5)
+
+
+class Heartbeat(Periodic):
+    """Renews the leases, says that the worker lives, and ends a process that hangs.
+
+    The three belong together: a lease must not be renewed where nothing makes progress.
+    ``taking``: whether a message that comes now would be run at once.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        held: Held,
+        worker: str,
+        models: Sequence[str],
+        *,
+        outputs: Sequence[str] = (),
+        threads: int,
+        lease_s: float,
+        grace_s: float,
+        watchdog_s: float,
+        stalled_for: Callable[[], float],
+        taking: Callable[[], bool],
+        draining: Callable[[], bool],
+    ) -> None:
+        super().__init__("blipq-heartbeat", beat_s(lease_s))
+        self._ledger = ledger
+        self._held = held
+        self._worker = worker
+        self._models = list(models)
+        self._outputs = list(outputs)
+        self._threads = threads
+        self._lease_s = lease_s
+        self._grace_s = grace_s
+        self._watchdog_s = watchdog_s
+        self._stalled_for = stalled_for
+        self._taking = taking
+        self._draining = draining
+        self._started = time.time()
+        self._room_since: float | None = None
+        self._problem: str | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """Why the last beat did not reach the ledger, or None."""
+        return self._problem
+
+    def tick(self) -> None:
+        """One beat. Raises what the ledger raises."""
+        self._watch()
+        try:
+            self._beat()
+        except Exception as error:
+            self._problem = str(error)
+            raise
+        self._problem = None
+
+    def _beat(self) -> None:
+        claims = self._held.claims()
+        if claims:
+            tokens = {claim.id: claim.token for claim in claims}
+            self._held.lose(self._ledger.renew(tokens, lease_s=self._lease_s))
+        self._register(len(claims))
+
+    def _watch(self) -> None:
+        stalled = self._stalled_for()
+        if stalled > self._watchdog_s:
+            log.critical("the model or a decoder has made no progress for %.0f s: ending", stalled)
+            logging.shutdown()
+            os._exit(EXIT_HUNG)
+
+    def _register(self, active: int) -> None:
+        info = {
+            "pid": os.getpid(),
+            "models": self._models,
+            "outputs": self._outputs,
+            "threads": self._threads,
+            "active": active,
+            "draining": self._draining(),
+            "started_at": self._started,
+        }
+        spare = self._had_room(active)
+        models = [] if self._draining() else self._models
+        # Two missed beats and the worker no longer counts as live.
+        ttl_s = 2.5 * self._interval_s
+        self._ledger.register(self._worker, models, json.dumps(info), ttl_s=ttl_s, spare=spare)
+
+    def _had_room(self, active: int) -> bool:
+        """Whether it had room at each beat of a whole grace: what waits then, it was not sent."""
+        if active >= self._threads or not self._taking():
+            self._room_since = None
+            return False
+        now = time.monotonic()
+        self._room_since = self._room_since or now
+        return now - self._room_since >= self._grace_s
