@@ -9,7 +9,7 @@ from benchmarks.models import mid_size
 from benchmarks.photos import pictures
 from blipq_worker.blip2 import Blip2, GenerateItem, Pixels, resolve
 from blipq_worker.images.decoding import decode
-from blipq_worker.images.memory_budget import give_large_blocks_back
+from blipq_worker.process.malloc import give_large_blocks_back
 
 IMAGES = 16
 LENGTH = {"num_beams": 1, "min_new_tokens": 20, "max_new_tokens": 20}

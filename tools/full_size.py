@@ -29,7 +29,7 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from blipq_worker.blip2 import Blip2, GenerateItem, resolve, vqa_prompt
-from blipq_worker.images.memory_budget import give_large_blocks_back
+from blipq_worker.process.malloc import give_large_blocks_back
 from blipq_worker.serving.footprint import GIB, config_of
 
 PAGE = Path("docs/blip2.md")

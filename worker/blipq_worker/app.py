@@ -27,7 +27,7 @@ from blipq_worker.images.decoding import ImageLimits
 from blipq_worker.images.fetch import Fetcher
 from blipq_worker.images.https import HttpsFetcher
 from blipq_worker.images.loader import Pictures
-from blipq_worker.images.memory_budget import Budget, give_large_blocks_back
+from blipq_worker.images.memory_budget import Budget
 from blipq_worker.images.s3_access import S3Access
 from blipq_worker.index.store import Indexes
 from blipq_worker.index.writer import IndexWriter
@@ -43,6 +43,7 @@ from blipq_worker.messages.revokes import follow_revokes
 from blipq_worker.messages.strays import Strays
 from blipq_worker.process.health import BrokerLoop, HealthServer
 from blipq_worker.process.heartbeat import EXIT_HUNG, Heartbeat
+from blipq_worker.process.malloc import give_large_blocks_back
 from blipq_worker.process.metrics import WorkerMetrics
 from blipq_worker.process.reconciler import Reconciler
 from blipq_worker.settings import WorkerSettings
