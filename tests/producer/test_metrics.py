@@ -11,8 +11,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from blipq import Client, InvalidRequest, Settings
+from blipq.exporter import served
 from blipq.ledger.ledger import connect
-from blipq.ops.metrics import LedgerCollector, served
+from blipq.ops.metrics import LedgerCollector
 
 IMAGE = "s3://uploads/cat.jpg"
 Scrape = Callable[[], dict[str, float]]

@@ -23,8 +23,9 @@ def metrics(
     """
     from prometheus_client import CollectorRegistry
 
+    from blipq.exporter import served
     from blipq.ledger.ledger import connect
-    from blipq.ops.metrics import LedgerCollector, served
+    from blipq.ops.metrics import LedgerCollector
 
     stop = threading.Event()
     with reported():

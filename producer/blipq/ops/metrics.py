@@ -5,62 +5,18 @@ whole fleet. Workers (``blipq_worker.process.metrics``) and senders tell only wh
 do.
 """
 
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import redis
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    PlatformCollector,
-    ProcessCollector,
-    start_http_server,
-)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from blipq.errors import InvalidRequest
 from blipq.ledger.ledger import DEAD_LETTERS, waiting_keys
 from blipq.webhooks.outbox import COUNTS, DEAD_EVENTS, OUTBOX, SENDER
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
-
-#: From a step on a GPU to a job that waits for minutes.
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-
-
-def new_registry() -> CollectorRegistry:
-    """A registry that tells about this process: CPU, memory, open files."""
-    registry = CollectorRegistry()
-    ProcessCollector(registry=registry)
-    PlatformCollector(registry=registry)
-    return registry
-
-
-@contextmanager
-def served(registry: CollectorRegistry, port: int | None) -> Iterator[int | None]:
-    """Answers ``/metrics`` on the port, if there is one; 0 takes a free one. Yields the port.
-
-    Raises InvalidRequest if the port is taken.
-    """
-    if port is None:
-        yield None
-        return
-    try:
-        server, thread = start_http_server(port, registry=registry)
-    except OSError as error:
-        raise InvalidRequest(f"cannot serve metrics on port {port}: {error}") from None
-    try:
-        yield server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=5)
 
 
 class LedgerCollector(Collector):
@@ -142,30 +98,3 @@ class LedgerCollector(Collector):
         for outcome, count in sorted(counts.items()):
             attempts.add_metric([outcome], int(count))
         yield attempts
-
-
-class SenderMetrics:
-    """What one sender does."""
-
-    def __init__(self) -> None:
-        self.registry = new_registry()
-        self._attempts = Counter(
-            "blipq_sender_attempts",
-            "Attempts at webhooks, by outcome.",
-            ["outcome"],
-            registry=self.registry,
-        )
-        self._seconds = Histogram(
-            "blipq_sender_attempt_seconds",
-            "From the start of an attempt to its answer.",
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self.sending = Gauge(
-            "blipq_sender_sending", "Webhooks being sent now.", registry=self.registry
-        )
-
-    def attempted(self, outcome: str, started: float) -> None:
-        """Counts an attempt. ``started`` is of the monotonic clock."""
-        self._attempts.labels(outcome).inc()
-        self._seconds.observe(time.monotonic() - started)

@@ -18,14 +18,15 @@ from contextlib import suppress
 from typing import TypeVar
 
 from blipq.errors import InvalidRequest, QueueFull, QueueUnavailable
+from blipq.exporter import served
 from blipq.ledger.ledger import connect
-from blipq.ops.metrics import SenderMetrics, served
 from blipq.program import blipq
 from blipq.redaction import log_to_stderr
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
 from blipq.ssrf.http import GuardedHttp
 from blipq.webhooks.delivery import Verdict, body_of, signed_headers, verdict_on
+from blipq.webhooks.metrics import SenderMetrics
 from blipq.webhooks.outbox import Event, Outbox
 from blipq.webhooks.response import Answer, post
 

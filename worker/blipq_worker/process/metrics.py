@@ -6,7 +6,7 @@ from typing import Any, Literal
 from prometheus_client import Counter, Gauge, Histogram, generate_latest
 
 from blipq.contract import Kind, Receipt
-from blipq.ops.metrics import SECONDS, new_registry
+from blipq.exporter import SECONDS, new_registry
 
 #: Stages of a job, and the fields of its receipt that say their milliseconds.
 STAGES = {name.removesuffix("_ms"): name for name in Receipt.model_fields if name.endswith("_ms")}
