@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 
 from blipq_worker.blip2 import Blip2, GenerationParams, Pixels
-from blipq_worker.blip2.decoding import Loop, Row, row_seed
+from blipq_worker.blip2.decoding import Row, row_seed
 from blipq_worker.blip2.generation.generator import _hugging_face, _quiet_about_penalties
+from blipq_worker.blip2.generation.routing import Loop
 from conftest import ROOT
 
 GREEDY = GenerationParams(num_beams=1, max_new_tokens=12, min_new_tokens=0)

@@ -22,8 +22,8 @@ from blipq_worker.blip2 import (
     RankItem,
     resolve,
 )
+from blipq_worker.blip2.cuda.batches import CapturedPass
 from blipq_worker.blip2.vision import features
-from blipq_worker.blip2.vision.captured import CapturedPass
 from worker.tiny_models import save_itm
 
 TEXTS = ("a cat", "a red circle above the square")

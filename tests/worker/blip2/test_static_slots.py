@@ -18,13 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
 from blipq_worker.blip2 import Blip2, GenerationParams
+from blipq_worker.blip2.cuda.capture import Run
 from blipq_worker.blip2.decoding import DecodeLoop, RoutedLoop, Row
 from blipq_worker.blip2.decoding import static as static_package
 from blipq_worker.blip2.decoding.sampling import ScoresError
 from blipq_worker.blip2.decoding.static import StaticLoop, Way, setup, static_loop
 from blipq_worker.blip2.decoding.static.admission import Admission, AdmissionGraphs
 from blipq_worker.blip2.decoding.static.attention import KernelAttention, MaskedAttention
-from blipq_worker.blip2.decoding.static.graphs import Graphs, Run
+from blipq_worker.blip2.decoding.static.graphs import Graphs
 from blipq_worker.blip2.decoding.static.linears import EightBits, fused
 from blipq_worker.blip2.decoding.static.opt import StaticOpt
 from blipq_worker.blip2.decoding.static.sampler import Sampler, Variant

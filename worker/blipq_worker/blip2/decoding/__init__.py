@@ -1,14 +1,13 @@
 """Greedy search and sampling, row by row: rows join, end and leave between two steps.
 
-Read in this order: ``rows`` (what is to be written), ``loop`` (who runs and what follows),
-``languages`` (OPT's and T5's forward passes), ``opt_step`` (OPT's for a token), ``slots`` (their
-keys and values), ``choosing`` (from logits to tokens). On a GPU ``static`` takes the place of all
-of these but for long sequences, which ``routing`` tells apart. Beams do without: they share one
-cache and reorder it at every step.
+Read in this order: ``sequences`` (what is to be written), ``loop`` (who runs and what follows),
+``languages`` (OPT's and T5's forward passes), ``opt_step`` (OPT's for a token), ``kv_cache`` (their
+keys and values), ``sampling`` (from logits to tokens). On a GPU ``static`` takes the place of all
+of these but for long sequences, which ``generation.routing`` tells apart. Beams do without: they
+share one cache and reorder it at every step.
 """
 
 from blipq_worker.blip2.decoding.loop import DecodeLoop
 from blipq_worker.blip2.decoding.sequences import Row, row_seed
-from blipq_worker.blip2.generation.routing import Loop, RoutedLoop
 
-__all__ = ["DecodeLoop", "Loop", "RoutedLoop", "Row", "row_seed"]
+__all__ = ["DecodeLoop", "Row", "row_seed"]

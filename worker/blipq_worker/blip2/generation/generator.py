@@ -19,7 +19,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
-from blipq_worker.blip2.decoding import DecodeLoop, Loop, RoutedLoop
+from blipq_worker.blip2.decoding import DecodeLoop
 from blipq_worker.blip2.decoding.static import (
     StaticLoop,
     Way,
@@ -29,6 +29,7 @@ from blipq_worker.blip2.decoding.static import (
     ways,
 )
 from blipq_worker.blip2.generation.halving import by_halves
+from blipq_worker.blip2.generation.routing import Loop, RoutedLoop
 from blipq_worker.blip2.generation.sessions import WritingSession, most_joining
 from blipq_worker.blip2.loading.checkpoints import Checkpoint, CheckpointError
 from blipq_worker.blip2.text.padding import padded

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from blipq_worker.blip2.decoding import Loop, Row, row_seed
+from blipq_worker.blip2.decoding import Row, row_seed
 from blipq_worker.blip2.generation.halving import by_halves
+from blipq_worker.blip2.generation.routing import Loop
 
 if TYPE_CHECKING:
     from blipq_worker.blip2.generation.generator import GeneratedText, GenerateItem, Generator

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import torch
 
-from blipq_worker.blip2.decoding.static.graphs import Run
+from blipq_worker.blip2.cuda.batches import CapturedPass
+from blipq_worker.blip2.cuda.capture import Run
 from blipq_worker.blip2.vision.cache import FeatureCache
-from blipq_worker.blip2.vision.captured import CapturedPass
 from blipq_worker.blip2.vision.preprocessing import Pixels
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from blipq_worker.blip2.cuda.capture import CaptureError, Run, first_line
 from blipq_worker.blip2.decoding.kv_cache import round_up
 from blipq_worker.blip2.decoding.sequences import Row
-from blipq_worker.blip2.decoding.static.graphs import CaptureError, Run, first_line
 from blipq_worker.blip2.decoding.static.sampler import Variant
 from blipq_worker.blip2.decoding.static.state import PARAMS, packed_params
 from blipq_worker.blip2.decoding.static.step import StaticStep

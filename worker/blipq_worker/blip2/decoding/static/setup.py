@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from blipq_worker.blip2.cuda.capture import CudaCapture, Run
 from blipq_worker.blip2.decoding.languages import T5, Language, Opt
 from blipq_worker.blip2.decoding.sequences import Row
 from blipq_worker.blip2.decoding.static.admission import Admission, AdmissionGraphs
@@ -20,7 +21,7 @@ from blipq_worker.blip2.decoding.static.attention import (
     KernelAttention,
     MaskedAttention,
 )
-from blipq_worker.blip2.decoding.static.graphs import CudaCapture, Graphs, Run
+from blipq_worker.blip2.decoding.static.graphs import Graphs
 from blipq_worker.blip2.decoding.static.linears import is_eight_bits
 from blipq_worker.blip2.decoding.static.loop import StaticLoop
 from blipq_worker.blip2.decoding.static.opt import StaticOpt

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from blipq_worker.blip2.decoding.static.graphs import Run, first_line
+from blipq_worker.blip2.cuda.capture import Run, first_line
 
 log = logging.getLogger(__name__)
 
