@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
-from blipq_worker.blip2.loading.weights import Quantizing, Setup, choose_precision, load_weights
+from blipq_worker.blip2.loading.precision import choose_precision
+from blipq_worker.blip2.loading.weights import Quantizing, Setup, load_weights
 from blipq_worker.catalog import weights
 from blipq_worker.catalog.models import KNOWN_MODELS, PARAMETERS, ModelError
 from blipq_worker.catalog.weights import how_to_get, weights_of

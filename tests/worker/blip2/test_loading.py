@@ -17,7 +17,7 @@ from blipq_worker.blip2 import Blip2, CheckpointError, GenerateItem, MatchItem, 
 from blipq_worker.blip2.loading import compiling
 from blipq_worker.blip2.loading import weights as loading
 from blipq_worker.blip2.loading.compiling import LONGEST_S, compile_parts, since_compiling
-from blipq_worker.blip2.loading.weights import choose_precision
+from blipq_worker.blip2.loading.precision import choose_precision
 from worker.tiny_models import save_t5
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -19,8 +19,8 @@ from blipq_worker.blip2.heads.scoring import Ranker, RankItem
 from blipq_worker.blip2.loading.attention import Attention
 from blipq_worker.blip2.loading.checkpoints import Checkpoint, open_checkpoint
 from blipq_worker.blip2.loading.packing import pack
+from blipq_worker.blip2.loading.precision import Dtype
 from blipq_worker.blip2.loading.weights import (
-    Dtype,
     Quantization,
     Quantizing,
     Setup,

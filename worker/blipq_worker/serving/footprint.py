@@ -15,7 +15,8 @@ from blipq_worker.catalog.weights import expanded, hub_cache
 from blipq_worker.settings import Dtype, Quantization
 
 if TYPE_CHECKING:
-    from blipq_worker.blip2.loading.weights import Precision, Quantizing
+    from blipq_worker.blip2.loading.precision import Precision
+    from blipq_worker.blip2.loading.weights import Quantizing
 
 GIB = 2**30
 
@@ -145,7 +146,8 @@ def memory_of(
     """
     import torch
 
-    from blipq_worker.blip2.loading.weights import Quantizing, choose_precision
+    from blipq_worker.blip2.loading.precision import choose_precision
+    from blipq_worker.blip2.loading.weights import Quantizing
 
     load = load or Load()
     on = torch.device(device)

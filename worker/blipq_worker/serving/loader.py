@@ -92,7 +92,7 @@ def _open_slots(models: "Sequence[Blip2]", options: WorkerSettings) -> None:
 
 def _load(name: str, what: str, options: WorkerSettings, cache: "FeatureCache") -> "Blip2":
     from blipq_worker.blip2 import Blip2
-    from blipq_worker.blip2.loading.weights import cpu_has_bfloat16
+    from blipq_worker.blip2.loading.precision import cpu_has_bfloat16
     from blipq_worker.serving.memory import shortage
 
     served = served_model(name, what)

@@ -11,7 +11,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from blipq_worker.catalog.models import Family
 
 if TYPE_CHECKING:
-    from blipq_worker.blip2.loading.weights import Precision
+    from blipq_worker.blip2.loading.precision import Precision
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 

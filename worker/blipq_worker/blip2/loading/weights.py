@@ -23,13 +23,12 @@ from transformers import (
 from blipq_worker.blip2.loading.attention import Attention, choose_attention
 from blipq_worker.blip2.loading.checkpoints import Checkpoint, CheckpointError
 from blipq_worker.blip2.loading.compiling import compile_parts
-from blipq_worker.blip2.loading.packing import has_kernels
+from blipq_worker.blip2.loading.precision import Dtype, Precision, choose_precision
 from blipq_worker.catalog.models import Family
 
 log = logging.getLogger(__name__)
 
 Quantization = Literal["none", "int8", "nf4"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 # By itself bitsandbytes would quantize the vision tower, the projection and the heads, too, and a
 # matching head that is quantized fails on its first use. A list replaces bitsandbytes' own default,
@@ -61,44 +60,6 @@ class Quantizing:
 
     def __str__(self) -> str:
         return f"{self.method}+vision" if self.vision and self.method != "none" else self.method
-
-
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """Compute types of the vision tower and of the language model; all else is fp32."""
-
-    vision: torch.dtype
-    language: torch.dtype
-
-    def __str__(self) -> str:
-        names = [str(part).removeprefix("torch.") for part in (self.vision, self.language)]
-        return "/".join(dict.fromkeys(names))
-
-
-def choose_precision(dtype: Dtype, device: torch.device, family: Family) -> Precision:
-    """The types for ``dtype``; ``auto`` is LAVIS's mix on a GPU and bf16 on CPUs that have it.
-
-    With float16, T5 itself still gets bf16: its activations overflow fp16. Raises ValueError for
-    fp16 on a CPU, which is slower there than fp32 by an order of magnitude.
-    """
-    if device.type == "cpu":
-        if dtype == "float16":
-            raise ValueError("float16 is not for CPUs: choose bfloat16, float32 or auto")
-        if dtype == "auto":
-            dtype = "bfloat16" if cpu_has_bfloat16() else "float32"
-    vision: torch.dtype = torch.float16 if dtype == "auto" else getattr(torch, dtype)
-    language = torch.bfloat16 if family == "t5" and vision == torch.float16 else vision
-    return Precision(vision, language)
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether bf16 is faster than fp32 on this CPU: it has the instructions, and kernels for them.
-
-    A CPU without them computes in bf16, too, several times slower.
-    """
-    capabilities = torch.cpu.get_capabilities()
-    instructions = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return instructions and has_kernels(torch.bfloat16)
 
 
 class _ByParts:
