@@ -5,12 +5,8 @@ from), ``features`` (image to queries), then what makes answers of them: ``gener
 ``sessions`` and ``decoding``, ``choices``, ``retrieval`` and ``embedding``.
 """
 
-from blipq_worker.blip2.generation.generator import (
-    GeneratedText,
-    GenerateItem,
-    GenerationParams,
-    resolve,
-)
+from blipq_worker.blip2.generation.items import GeneratedText, GenerateItem
+from blipq_worker.blip2.generation.params import GenerationParams, resolve
 from blipq_worker.blip2.generation.sessions import WritingSession
 from blipq_worker.blip2.heads.embedding import Arrays, EmbedItem
 from blipq_worker.blip2.heads.matching import MatchItem, RerankItem

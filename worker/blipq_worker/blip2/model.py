@@ -11,7 +11,8 @@ from PIL import Image
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
 from blipq_worker.blip2.decoding.static import Way
-from blipq_worker.blip2.generation.generator import GeneratedText, GenerateItem, Generator
+from blipq_worker.blip2.generation.generator import Generator
+from blipq_worker.blip2.generation.items import GeneratedText, GenerateItem
 from blipq_worker.blip2.generation.sessions import WritingSession
 from blipq_worker.blip2.heads.embedding import Arrays, Embedder, EmbedItem
 from blipq_worker.blip2.heads.matching import Matcher, MatchItem, RerankItem

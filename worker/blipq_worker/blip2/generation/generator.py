@@ -9,16 +9,13 @@ lengths and penalties count new tokens only. Paper: Li et al., BLIP-2, arXiv 230
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from blipq.contract import ErrorCode
-from blipq.errors import PermanentError
 from blipq_worker.blip2.decoding import DecodeLoop
 from blipq_worker.blip2.decoding.static import (
     StaticLoop,
@@ -29,13 +26,14 @@ from blipq_worker.blip2.decoding.static import (
     ways,
 )
 from blipq_worker.blip2.generation.halving import by_halves
+from blipq_worker.blip2.generation.items import GeneratedText, GenerateItem
+from blipq_worker.blip2.generation.params import GenerationParams, invalid
 from blipq_worker.blip2.generation.routing import Loop, RoutedLoop
 from blipq_worker.blip2.generation.sessions import WritingSession, most_joining
 from blipq_worker.blip2.loading.checkpoints import Checkpoint, CheckpointError
 from blipq_worker.blip2.text.padding import padded
 from blipq_worker.blip2.vision.features import Vision
 from blipq_worker.blip2.vision.preprocessing import Pixels
-from blipq_worker.catalog.models import Family
 
 log = logging.getLogger(__name__)
 
@@ -45,108 +43,6 @@ _T5_POSITIONS = 2048
 #: Slots of the loop beside the static ones, for long texts: its memory grows with them, and is
 #: bounded by that of so many ordinary texts.
 _LONG_SLOTS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationParams:
-    """How texts are chosen, under Hugging Face's names; lengths count new tokens.
-
-    The defaults are those of LAVIS's captions; it leaves top_k to transformers, where it is 50.
-    top_k 0 is off. Beams that run together have equal parameters.
-    """
-
-    max_new_tokens: int = 30
-    min_new_tokens: int = 1
-    num_beams: int = 5
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 0.9
-    top_k: int = 50
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    length_penalty: float = 1.0
-    num_return_sequences: int = 1
-    seed: int | None = None
-
-    @property
-    def in_flight(self) -> bool:
-        """Whether rows are independent of each other: greedy search and sampling, not beams."""
-        return self.num_beams == 1
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GenerateItem:
-    """One image and the prompts to go on from; an empty prompt is allowed."""
-
-    pixels: Pixels
-    prompts: tuple[str, ...]
-    params: GenerationParams
-
-
-@dataclass(frozen=True, slots=True)
-class GeneratedText:
-    """A text and how many tokens were generated for it, its end token included."""
-
-    text: str
-    tokens: int
-
-
-class HasFamily(Protocol):
-    """A ``ModelInfo``, as far as parameters depend on it."""
-
-    @property
-    def family(self) -> Family:
-        """The language model's family."""
-
-
-def resolve(
-    kind: Literal["caption", "vqa"], info: HasFamily, overrides: Mapping[str, Any] | None = None
-) -> GenerationParams:
-    """LAVIS's defaults for the kind and language model, with ``overrides`` (None = not given).
-
-    Parameters without effect are set to their defaults, so that equal work has equal parameters.
-    Raises PermanentError ``invalid_request`` for combinations that cannot run.
-    """
-    given = {name: value for name, value in (overrides or {}).items() if value is not None}
-    unknown = given.keys() - {field.name for field in fields(GenerationParams)}
-    if unknown:
-        raise _invalid(f"unknown generation parameters: {', '.join(sorted(unknown))}")
-    for name in ("temperature", "top_p", "repetition_penalty", "length_penalty"):
-        if name in given:
-            given[name] = float(given[name])  # transformers refuses whole numbers here
-    params = replace(_defaults(kind, info.family), **given)
-    _check_combination(params)
-    return _without_idle_parameters(params)
-
-
-def _defaults(kind: Literal["caption", "vqa"], family: Family) -> GenerationParams:
-    # LAVIS's min_length 1 counts T5's start token, so that it forces no new token there.
-    params = GenerationParams(min_new_tokens=0 if family == "t5" else 1)
-    if kind == "vqa":
-        params = replace(params, max_new_tokens=10, length_penalty=-1.0 if family == "t5" else 0.0)
-    return params
-
-
-def _check_combination(params: GenerationParams) -> None:
-    if params.max_new_tokens < 1:
-        raise _invalid("max_new_tokens must be at least 1")
-    if params.min_new_tokens > params.max_new_tokens:
-        raise _invalid("min_new_tokens is greater than max_new_tokens")
-    if params.num_return_sequences > params.num_beams and params.num_beams > 1:
-        raise _invalid(
-            f"num_return_sequences ({params.num_return_sequences}) is greater than num_beams "
-            f"({params.num_beams}): raise num_beams, or sample with num_beams 1"
-        )
-    if params.num_return_sequences > 1 and params.num_beams == 1 and not params.do_sample:
-        raise _invalid("num_return_sequences above 1 needs beams or sampling")
-
-
-def _without_idle_parameters(params: GenerationParams) -> GenerationParams:
-    if not params.do_sample:
-        params = replace(params, temperature=1.0, top_p=0.9, top_k=50, seed=None)
-    if params.num_beams == 1:
-        params = replace(params, length_penalty=1.0)
-    return params
 
 
 class Generator:
@@ -228,7 +124,7 @@ class Generator:
         ids = self.ids(prompt)
         room = self.room(params.max_new_tokens)
         if len(ids) > room:
-            raise _invalid(
+            raise invalid(
                 f"a prompt has {len(ids):,} tokens, where this model has room for {room:,}"
             )
         return ids
@@ -491,7 +387,3 @@ def _quiet_about_penalties() -> Iterator[None]:
             category=UserWarning,
         )
         yield
-
-
-def _invalid(message: str) -> PermanentError:
-    return PermanentError(ErrorCode.INVALID_REQUEST, message)

@@ -3,16 +3,16 @@
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 
 from blipq_worker.blip2.decoding import Row, row_seed
 from blipq_worker.blip2.generation.halving import by_halves
+from blipq_worker.blip2.generation.items import GeneratedText, GenerateItem
+from blipq_worker.blip2.generation.params import GenerationParams
 from blipq_worker.blip2.generation.routing import Loop
-
-if TYPE_CHECKING:
-    from blipq_worker.blip2.generation.generator import GeneratedText, GenerateItem, Generator
+from blipq_worker.blip2.vision.preprocessing import Pixels
 
 #: Most rows that join at one step, while the others wait: each costs its image's pass. Where more
 #: than half of the slots are taken, at least half as many join together: reading prompts stops the
@@ -29,14 +29,14 @@ def most_joining(slots: int) -> int:
 
 
 Ticket = tuple[int, int]
-Texts = list[list["GeneratedText"]]
+Texts = list[list[GeneratedText]]
 
 
 @dataclass(slots=True, eq=False)
 class _Writing:
     """An item. ``rows`` has those of all prompts, once the image was seen."""
 
-    item: "GenerateItem"
+    item: GenerateItem
     ids: list[list[int]]
     seed: int
     rows: list[Row] = field(default_factory=list)
@@ -54,13 +54,28 @@ class _Writing:
         self.rows = [Row(queries, ids, params, seed) for ids in self.ids for seed in seeds]
 
 
+class Writer(Protocol):
+    """What a session needs of a ``Generator``."""
+
+    model: Any
+
+    def checked_ids(self, prompt: str, params: GenerationParams) -> list[int]:
+        """A prompt's token ids. Raises PermanentError ``invalid_request`` if they are too many."""
+
+    def project(self, images: Sequence[Pixels]) -> torch.Tensor:
+        """Images as the language model reads them: (B, 32, its hidden size)."""
+
+    def text(self, row: Sequence[int]) -> GeneratedText:
+        """What new tokens say, up to the first end token."""
+
+
 class WritingSession:
     """Greedy and sampled texts of one generation checkpoint: a ``batching.batcher.Session``.
 
     Tickets stand for items; rows of smaller tickets get their slots first.
     """
 
-    def __init__(self, generator: "Generator", loop: Loop) -> None:
+    def __init__(self, generator: Writer, loop: Loop) -> None:
         self._generator = generator
         self._loop = loop
         self._items: dict[Ticket, _Writing] = {}
@@ -82,7 +97,7 @@ class WritingSession:
             return free > self._waiting
         return free > sum(each.waiting for key, each in self._new.items() if key < ticket)
 
-    def join(self, ticket: Ticket, item: "GenerateItem") -> None:
+    def join(self, ticket: Ticket, item: GenerateItem) -> None:
         """Takes an item in. Raises PermanentError ``invalid_request`` for a prompt too long."""
         seed = item.params.seed
         self._items[ticket] = self._new[ticket] = _Writing(
