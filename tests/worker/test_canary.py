@@ -17,7 +17,7 @@ from blipq_worker.blip2 import Blip2
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
 from blipq_worker.blip2.loading.weights import load_tokenizer
 from blipq_worker.catalog.models import ModelError
-from blipq_worker.serving import canary, goldens
+from blipq_worker.serving import canary, goldens, record_golden
 from blipq_worker.serving.canary import CanaryError
 from blipq_worker.serving.goldens import Golden, GoldenError, Observation, read_goldens, tolerance
 from blipq_worker.serving.loader import load_models
@@ -167,7 +167,7 @@ def test_a_recorded_golden_refuses_a_copy_that_was_damaged(
     folder.mkdir()
     for each in demo.OPT.iterdir():
         (folder / each.name).write_bytes(each.read_bytes())
-    assert canary.main([str(folder), "--output", str(file), "--dtype", "float32"]) == 0
+    assert record_golden.main([str(folder), "--output", str(file), "--dtype", "float32"]) == 0
     assert "a red circle in the center" in capsys.readouterr().out
     recorded = Golden.model_validate(json.loads(file.read_text())[str(folder)])
     assert recorded.said.matches is None

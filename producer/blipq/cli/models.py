@@ -80,7 +80,7 @@ def record_golden(
         blipq models record-golden opt-2.7b --output goldens.json
     """
     options = ("--output", output, "--quantization", quantization, "--dtype", dtype)
-    _become("canary", model, *options)
+    _become("record_golden", model, *options)
 
 
 def _json(as_json: bool) -> list[str]:
@@ -89,5 +89,5 @@ def _json(as_json: bool) -> list[str]:
 
 def _become(module: str, *arguments: str) -> None:
     """Runs a command of the worker's package in this process' place. Does not return."""
-    command = [sys.executable, "-m", f"blipq_worker.{module}", *arguments]
+    command = [sys.executable, "-m", f"blipq_worker.serving.{module}", *arguments]
     os.execv(command[0], command)

@@ -1,16 +1,44 @@
 """A job's handle: an id and how to look it up."""
 
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Generic, cast
+from typing import Generic, Protocol, cast
 
 from blipq.client.waiting import not_found
 from blipq.contract import JobInfo, ResultT, Status
 from blipq.errors import JobCancelled, JobExpired, JobFailed, ResultTimeout
 
-if TYPE_CHECKING:
-    from blipq.client.async_client import AsyncClient
-    from blipq.client.sync_client import Client
+
+class _Ledger(Protocol):
+    def read(self, id: str) -> JobInfo | None: ...
+    def cancel(self, id: str) -> str: ...
+
+
+class _AsyncLedger(Protocol):
+    async def read(self, id: str) -> JobInfo | None: ...
+    async def cancel(self, id: str) -> str: ...
+
+
+class _Client(Protocol):
+    """What a handle needs of a ``Client``."""
+
+    @property
+    def ledger(self) -> _Ledger: ...
+
+    def outcomes(
+        self, ids: Iterable[str], timeout: float | None = None, *, expires: float | None = None
+    ) -> Iterator[JobInfo]: ...
+
+
+class _AsyncClient(Protocol):
+    """What a handle needs of an ``AsyncClient``."""
+
+    @property
+    def ledger(self) -> _AsyncLedger: ...
+
+    def outcomes(
+        self, ids: Iterable[str], timeout: float | None = None, *, expires: float | None = None
+    ) -> AsyncGenerator[JobInfo]: ...
 
 
 class _Handle:
@@ -44,7 +72,7 @@ class Job(_Handle, Generic[ResultT]):
     def __init__(
         self,
         id: str,
-        client: "Client",
+        client: _Client,
         ended: JobInfo | None = None,
         expires: float | None = None,
     ) -> None:
@@ -106,7 +134,7 @@ class AsyncJob(_Handle, Generic[ResultT]):
     def __init__(
         self,
         id: str,
-        client: "AsyncClient",
+        client: _AsyncClient,
         ended: JobInfo | None = None,
         expires: float | None = None,
     ) -> None:

@@ -19,7 +19,7 @@ from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGe
 
 from blipq_worker.blip2 import Blip2, GenerationParams
 from blipq_worker.blip2.cuda.capture import Run
-from blipq_worker.blip2.decoding import DecodeLoop, RoutedLoop, Row
+from blipq_worker.blip2.decoding import DecodeLoop, Row
 from blipq_worker.blip2.decoding import static as static_package
 from blipq_worker.blip2.decoding.sampling import ScoresError
 from blipq_worker.blip2.decoding.static import StaticLoop, Way, setup, static_loop
@@ -33,6 +33,7 @@ from blipq_worker.blip2.decoding.static.state import SlotState
 from blipq_worker.blip2.decoding.static.step import Shape, StaticStep
 from blipq_worker.blip2.decoding.static.t5 import StaticT5
 from blipq_worker.blip2.generation import generator as generation
+from blipq_worker.blip2.generation.routing import RoutedLoop
 from blipq_worker.serving import loader as load
 from blipq_worker.settings import WorkerSettings
 from worker.in_flight import GREEDY, alone, every_penalty, rows, write

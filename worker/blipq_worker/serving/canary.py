@@ -4,24 +4,16 @@ Quantization, a wrong library version or a damaged checkpoint can leave a model 
 answers nonsense; such a worker must refuse work. Two plain pictures are shown to the model. Where a
 golden is known, it must say about them what it said then; in any case what it says must be numbers
 and words, and depend on the picture.
-
-``python -m blipq_worker.serving.canary``: what ``blipq models record-golden`` runs.
 """
 
-import argparse
 import logging
 import math
 import re
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import get_args
 
 import torch
 from PIL import Image, ImageDraw
 
 from blipq.errors import BlipqError
-from blipq.submission import checked
 from blipq_worker.blip2 import (
     Blip2,
     GenerateItem,
@@ -31,8 +23,7 @@ from blipq_worker.blip2 import (
     resolve,
     vqa_prompt,
 )
-from blipq_worker.serving.goldens import Golden, Observation, difference, tolerance, write_golden
-from blipq_worker.settings import Dtype, Quantization, WorkerSettings
+from blipq_worker.serving.goldens import Golden, Observation, difference, tolerance
 
 log = logging.getLogger(__name__)
 
@@ -150,41 +141,3 @@ def _pictures() -> list[Image.Image]:
         getattr(ImageDraw.Draw(picture), shape)((44, 44, 84, 84), fill=color)
         pictures.append(picture)
     return pictures
-
-
-# --- the command ----------------------------------------------------------------------------------
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Records a golden; the exit code."""
-    from transformers.utils import logging as transformers_logging
-
-    from blipq_worker.serving.loader import load_models
-
-    transformers_logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(prog="blipq models record-golden")
-    parser.add_argument("model")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--quantization", choices=get_args(Quantization), default="none")
-    parser.add_argument("--dtype", choices=get_args(Dtype), default="auto")
-    arguments = parser.parse_args(argv)
-    try:
-        options = checked(
-            WorkerSettings,
-            models={"default": arguments.model},
-            quantization=arguments.quantization,
-            dtype=arguments.dtype,
-            canary=False,
-        )
-        golden = golden_of(load_models(options)["default"])
-        write_golden(arguments.output, arguments.model, golden)
-    except BlipqError as error:
-        print(f"blipq models: {error}", file=sys.stderr)
-        return 2
-    print(golden.said.model_dump_json(indent=2))
-    print(f"recorded in {arguments.output}: BLIPQ_GOLDENS={arguments.output}", file=sys.stderr)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
