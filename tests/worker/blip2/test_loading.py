@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from blipq_worker.blip2 import Blip2, CheckpointError, GenerateItem, MatchItem, resolve
-from blipq_worker.blip2.loading import compiling
+from blipq_worker.blip2.loading import compiling, precision
 from blipq_worker.blip2.loading import weights as loading
 from blipq_worker.blip2.loading.compiling import LONGEST_S, compile_parts, since_compiling
 from blipq_worker.blip2.loading.precision import choose_precision
@@ -68,7 +68,7 @@ def test_auto_is_bfloat16_on_cpus_that_have_it(
     monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], kernels: bool, dtype: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    monkeypatch.setattr(loading, "has_kernels", lambda dtype: kernels)
+    monkeypatch.setattr(precision, "has_kernels", lambda dtype: kernels)
     assert str(choose_precision("auto", CPU, "opt")) == dtype
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from blipq_worker.blip2 import Blip2
+from blipq_worker.blip2.loading import precision
 from blipq_worker.blip2.loading import weights as loading
 from blipq_worker.blip2.loading.packing import PackedLinear, has_kernels, pack
 from blipq_worker.serving.loader import load_models
@@ -94,7 +95,7 @@ def test_bfloat16_is_served_on_a_cpu_without_avx512() -> None:
 def test_a_cpu_without_bfloat16_is_told_once_at_start(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(loading, "has_kernels", lambda dtype: False)
+    monkeypatch.setattr(precision, "has_kernels", lambda dtype: False)
     with caplog.at_level(logging.WARNING):
         load_models(WorkerSettings(dtype="bfloat16", canary=False))
     assert "BLIPQ_DTYPE=float32 is faster here" in caplog.text
