@@ -27,7 +27,8 @@ test: $(VENV)/installed-dev  ## Run the tests.
 test-avx2: $(VENV)/installed-dev  ## Run the model's tests on the kernels of an AVX2-only CPU.
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \
 	  $(BIN)/pytest --numprocesses 2 --reruns $(RERUNS) -rR \
-	  tests/worker/blip2 tests/worker/test_canary.py tests/worker/test_out_of_memory.py
+	  tests/worker/blip2 tests/worker/serving/test_canary.py \
+	  tests/worker/inference/test_out_of_memory.py
 
 # What differs between Pythons: warnings, the standard library, and the compiled packages.
 test-newest-python: $(VENV)/installed-dev  ## Run the producer's and some other tests on the newest Python here.
@@ -42,8 +43,9 @@ test-newest-python: $(VENV)/installed-dev  ## Run the producer's and some other 
 test-python: $(VENV)/installed-dev
 	$(BIN)/python --version
 	$(BIN)/pytest -m 'not guarantee' --numprocesses 2 --reruns $(RERUNS) -rR \
-	  tests/producer tests/worker/blip2 tests/worker/test_canary.py tests/worker/test_batching.py \
-	  tests/worker/test_images.py tests/worker/test_tasks.py tests/fundamentals
+	  tests/producer tests/worker/blip2 tests/worker/serving/test_canary.py \
+	  tests/worker/inference/test_batching.py tests/worker/images/test_images.py \
+	  tests/worker/jobs/test_tasks.py tests/fundamentals
 
 guarantees: $(VENV)/installed-dev  ## Break things on the real stack, and see each promise kept.
 	$(BIN)/pytest -m guarantee --numprocesses 2 --reruns $(RERUNS) -rR tests/guarantees

@@ -173,6 +173,14 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "Makefile"], ids=lambda page: page.name)
+def test_tests_that_are_named_exist(page: Path) -> None:
+    """A file without a folder is one of tests/guarantees."""
+    for folder, name in re.findall(r"(tests/[\w/]*|\b)(test_\w+\.py)", page.read_text()):
+        path = ROOT / (folder or "tests/guarantees") / name
+        assert path.is_file(), path.relative_to(ROOT)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_options_that_are_named_exist(page: Path) -> None:
     group = typer.main.get_command(cli)

@@ -41,7 +41,7 @@ COCO_SIDE, COCO_PROMPT = 364, "a photo of"
 
 @dataclass(frozen=True)
 class Variant:
-    """A published checkpoint. parameters: tests/worker/test_memory.py counts them.
+    """A published checkpoint. parameters: tests/worker/serving/test_memory.py counts them.
 
     coco: fine-tuned on COCO at 364 pixels, vision tower included. The others see 224 pixels through
     one frozen tower, which they can share.
