@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from blipq import ErrorCode, JobInfo, QueueFull, QueueUnavailable, Status
+from blipq.backoff import Backoff
 from blipq.contract import CaptionRequest, Options, Priority
 from blipq.local import supervisor
 from blipq.local.supervisor import Service
@@ -82,7 +83,7 @@ class Chaos:
             self.rig.launch_worker(max_batch_size=16, fetch_timeout_s=2) for _ in range(WORKERS)
         ]
         calm, quiet, stop = threading.Event(), threading.Event(), threading.Event()
-        supervisor.LAST_PAUSE_S = 1.0  # a day's trouble in minutes
+        supervisor.RESTARTS = Backoff(1.0, 1.0)  # a day's trouble in minutes
         keep = threading.Thread(
             target=supervisor.supervise, args=(workers, stop), kwargs={"tell": self._say}
         )

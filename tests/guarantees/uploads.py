@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from blipq.backoff import Backoff
 from blipq.local import supervisor
 from blipq.local.supervisor import Service
 from conftest import wait_until
@@ -71,7 +72,7 @@ options = {{ output = "s3://{BUCKET}/results/{{key}}.json" }}
     @contextmanager
     def running(self) -> Iterator[None]:
         """The watch and the workers, each started again when it dies."""
-        supervisor.LAST_PAUSE_S = 1.0
+        supervisor.RESTARTS = Backoff(1.0, 1.0)
         self.watch = self.rig.command("watch", str(self.rules), "--json")
         self.watch.start()
         stop = threading.Event()

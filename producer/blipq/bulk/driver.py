@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
+from blipq.backoff import Backoff
 from blipq.bulk.journal import REFUSED, Journal, OpenLine
 from blipq.bulk.manifest import Entry, read_work
-from blipq.client.recording import FIRST_PAUSE_S, LAST_PAUSE_S, record_all
+from blipq.client.recording import AWAY, record_all
 from blipq.client.sync_client import Client
 from blipq.contract import JobInfo, Status
 from blipq.errors import BlipqError, JobNotFound, QueueFull, QueueUnavailable
@@ -19,7 +20,7 @@ ItemT = TypeVar("ItemT")
 
 #: Lines noted, submitted and collected in one go.
 CHUNK = 200
-FIRST_POLL_S, LAST_POLL_S = 0.05, 1.0
+POLLS = Backoff(0.05, 1.0, factor=1.5)
 #: How often all jobs in flight are looked at.
 WHOLE_EVERY_S = 2.0
 
@@ -76,14 +77,14 @@ class Driver:
     def run(self) -> None:
         """Until every line has ended, or none is open after a cancel."""
         self._resume(self._journal.open_lines())
-        pause = FIRST_POLL_S
+        idle = 0
         while self._fill() or self._in_flight or self._lost:
-            pause = FIRST_POLL_S if self._collect() else min(1.5 * pause, LAST_POLL_S)
+            idle = 0 if self._collect() else idle + 1
             self._submit_again()
             self._cancel_if_asked()
             self._tell(self)
             if self._in_flight:
-                time.sleep(pause)
+                time.sleep(POLLS.pause_s(idle))
         self._journal.note(exhausted=self.exhausted)
         self._tell(self)
 
@@ -122,7 +123,7 @@ class Driver:
                 entries = list(itertools.islice(self._entries, count))
             except QueueUnavailable as error:
                 self._entries = None
-                self._wait(error, LAST_PAUSE_S)
+                self._wait(error, AWAY.last_s)
                 continue
             self.exhausted = len(entries) < count
             return entries
@@ -218,8 +219,7 @@ class Driver:
             self._cancel(id)
 
     def _cancel(self, id: str) -> None:
-        pause = FIRST_PAUSE_S
-        while True:
+        for tries in itertools.count():
             try:
                 self._client.job(id).cancel()
                 return
@@ -230,8 +230,7 @@ class Driver:
             except (QueueUnavailable, QueueFull) as error:
                 self.trouble = error
                 self._tell(self)
-                time.sleep(pause)
-                pause = min(2 * pause, LAST_PAUSE_S)
+                time.sleep(AWAY.pause_s(tries))
 
 
 def _chunks(items: Sequence[ItemT]) -> Iterator[Sequence[ItemT]]:

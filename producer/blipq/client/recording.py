@@ -3,12 +3,14 @@
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+from blipq.backoff import Backoff
 from blipq.client.job import Job
 from blipq.client.sync_client import Client
 from blipq.errors import BlipqError, SubmitStopped
 from blipq.submission import Submission
 
-FIRST_PAUSE_S, LAST_PAUSE_S = 0.2, 5.0
+#: Pauses while the queue is full or away.
+AWAY = Backoff(0.2, 5.0)
 
 
 def record_all(
@@ -22,7 +24,7 @@ def record_all(
     for as long as it returns.
     """
     answers: list[str | BlipqError] = []
-    pause = FIRST_PAUSE_S
+    tries = 0
     while len(answers) < len(submissions):
         try:
             jobs: list[Job[Any]] = client.submit_many(submissions[len(answers) :])
@@ -33,6 +35,6 @@ def record_all(
             if not cause.retryable:
                 answers.append(cause)
                 continue
-            pause = FIRST_PAUSE_S if stopped.jobs else min(2 * pause, LAST_PAUSE_S)
-            wait(cause, pause)
+            tries = 0 if stopped.jobs else tries + 1
+            wait(cause, AWAY.pause_s(tries))
     return answers

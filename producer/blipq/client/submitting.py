@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from blipq.backoff import Backoff
 from blipq.contract import Options
 from blipq.errors import BlipqError, InvalidRequest, QueueUnavailable, SubmitStopped
 from blipq.ledger.codec import Message, Prepared, Recorded, message_of
@@ -15,7 +16,8 @@ from blipq.submission import Submission
 #: What one round trip records at most: Redis serves nobody else meanwhile.
 MAX_JOBS = 200
 MAX_CHARACTERS = 2**20
-FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 1.0
+#: Pauses after a refusal that may pass.
+REFUSED = Backoff(0.05, 1.0)
 
 
 class Submitting:
@@ -43,7 +45,7 @@ class Submitting:
         self._unsure = False
         self._refusal: BlipqError | None = None
         self._ending: float | None = None
-        self._wait = FIRST_PAUSE_S
+        self._tries = 0
 
     def add(self, request: Any) -> bool:
         """Takes a request or a submission; whether the chunk is to be sent now."""
@@ -80,8 +82,9 @@ class Submitting:
         self._ending = self._ending or now + self._timeout
         if not refusal.retryable or now >= self._ending:
             raise self._stopped(refusal) from refusal
-        wait, self._wait = self._wait, min(2 * self._wait, LAST_PAUSE_S)
-        return min(wait, self._ending - now)
+        pause = REFUSED.pause_s(self._tries)
+        self._tries += 1
+        return min(pause, self._ending - now)
 
     def check(self) -> None:
         """After a chunk: raises SubmitStopped if the request behind it is invalid."""

@@ -9,11 +9,13 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 
+from blipq.backoff import Backoff
 from blipq.contract import JobInfo
 from blipq.errors import JobNotFound, QueueUnavailable, ResultTimeout
 from blipq.ledger.codec import Looked
 
-FIRST_POLL_S, LAST_POLL_S, STEP_S = 0.05, 1.0, 0.25
+POLLS = Backoff(0.05, 1.0, factor=1.5)
+STEP_S = 0.25
 #: The most jobs that one round trip asks about.
 LOOK_AT = 500
 #: Redis is waited for so much longer than a deadline: it settles what has expired when it is back.
@@ -39,7 +41,7 @@ class Waiting:
         self._timeout = timeout
         self._ending = None if timeout is None else time.monotonic() + timeout
         self._last_deadline = time.monotonic() + expire_within
-        self._pause = FIRST_POLL_S
+        self._polls = 0
         self._poll_at = time.monotonic()
         self._down: QueueUnavailable | None = None
 
@@ -56,16 +58,17 @@ class Waiting:
         if unseen or time.monotonic() >= self._poll_at:
             chosen.update(dict.fromkeys(_first(unseen or self.open)))
             self._poll_at = self._next_poll(watched)
-            self._pause = min(self._pause * 1.5, LAST_POLL_S)
+            self._polls += 1
         return list(chosen)
 
     def _next_poll(self, watched: int) -> float:
         now, count = time.monotonic(), len(self.open)
+        pause = POLLS.pause_s(self._polls)
         turn = max(watched, count) / LOOK_AT  # seconds until each job of the client was looked at
         if turn <= 1:
-            return now + self._pause
+            return now + pause
         # In step with other waits of the client, so that they share round trips.
-        pause = max(self._pause, turn * min(count, LOOK_AT) / count)
+        pause = max(pause, turn * min(count, LOOK_AT) / count)
         return math.ceil((now + pause) / STEP_S) * STEP_S
 
     def looked(self, ids: Sequence[str], found: Looked | QueueUnavailable) -> list[JobInfo]:
@@ -73,7 +76,7 @@ class Waiting:
         if isinstance(found, QueueUnavailable):
             self._down = found
             self.tell(ids)
-            self._poll_at = max(self._poll_at, time.monotonic() + FIRST_POLL_S)
+            self._poll_at = max(self._poll_at, time.monotonic() + POLLS.first_s)
             return []
         self._down = None
         last_deadline = time.monotonic() + found.left

@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from blipq.backoff import Backoff
+
 #: A process that lived this long starts again at once; one that dies sooner waits longer each time.
 STEADY_S = 30.0
-FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 30.0
+RESTARTS = Backoff(1.0, 30.0)
 
 _PR_SET_PDEATHSIG = 1
 
@@ -42,7 +44,7 @@ class Service:
         self.env = {**os.environ, **(env or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
-        self._pause = FIRST_PAUSE_S
+        self._restarts = 0
         self._seen_dead: float | None = None
 
     @property
@@ -102,10 +104,10 @@ class Service:
         if self._seen_dead is None:
             self._seen_dead = now
             if now - self._started >= STEADY_S:
-                self._pause = FIRST_PAUSE_S
-        if now - self._started < self._pause:
+                self._restarts = 0
+        if now - self._started < RESTARTS.pause_s(self._restarts):
             return False
-        self._pause = min(2 * self._pause, LAST_PAUSE_S)
+        self._restarts += 1
         self.start()
         return True
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from blipq.client.recording import FIRST_PAUSE_S, LAST_PAUSE_S, record_all
+from blipq.client.recording import AWAY, record_all
 from blipq.client.sync_client import Client
 from blipq.contract import split_s3_uri
 from blipq.errors import (
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 #: How many objects S3 is asked about at the same time.
 LOOKS = 10
+#: How often a full window is looked at.
+ROOM_EVERY_S = 1.0
 #: Refused uploads that are remembered, so that each is told once.
 REFUSED_KEPT = 10_000
 
@@ -166,7 +168,7 @@ class Watcher:
 
     def _wait_for_room(self, window: int) -> None:
         while not self.dry_run and self._patiently(self._overview.open_jobs) >= window:
-            if self.stop.wait(LAST_PAUSE_S / 5):
+            if self.stop.wait(ROOM_EVERY_S):
                 raise Stopped
 
     # -- jobs --
@@ -210,13 +212,13 @@ class Watcher:
 
     def _patiently(self, action: Callable[[], AnswerT], batch: Batch | None = None) -> AnswerT:
         """Does it, however long Redis, S3 or the queue are away. Raises Stopped."""
-        pause = FIRST_PAUSE_S
+        tries = 0
         while True:
             try:
                 return action()
             except (QueueUnavailable, QueueFull) as error:
-                self._wait(error, pause, batch)
-            pause = min(2 * pause, LAST_PAUSE_S)
+                self._wait(error, AWAY.pause_s(tries), batch)
+            tries += 1
 
     def _wait(self, why: BlipqError, seconds: float, batch: Batch | None) -> None:
         log.warning("%s; again in %.1f s", why, seconds)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from blipq import Client, Settings
+from blipq.backoff import Backoff
 from blipq.ledger.ledger import Ledger, connect
 from blipq.local.sample import red_square
 from blipq.local.stack import LocalStack, StackError, free_port
@@ -236,9 +237,8 @@ def supervised(tmp_path: Path) -> Callable[[str], Service]:
 def test_a_service_that_keeps_dying_is_started_again_and_told(
     supervised: Callable[[str], Service], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blipq.local.supervisor.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("blipq.local.supervisor.RESTARTS", Backoff(0.01, 30.0))
     service, stop, told = supervised("raise SystemExit(3)"), threading.Event(), []
-    service._pause = 0.01
     service.start()
 
     def tell(text: str) -> None:
