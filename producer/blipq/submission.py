@@ -3,6 +3,7 @@
 import os
 import secrets
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -21,13 +22,17 @@ ImageSource = str | Path | bytes | ImageRef
 
 
 def new_id() -> str:
-    """A job id: ``job_`` and a UUIDv7 (RFC 9562), so ids sort by the time they were made."""
+    """A job id with a UUIDv7, so ids sort by the time they were made."""
     milliseconds = time.time_ns() // 1_000_000
-    value = (milliseconds << 80) | secrets.randbits(80)
-    value = (value & ~(0xF << 76)) | (7 << 76)
-    value = (value & ~(0x3 << 62)) | (2 << 62)
-    text = f"{value:032x}"
-    return "job_" + "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+    return id_of((milliseconds << 80) | secrets.randbits(80), version=7)
+
+
+def id_of(bits: int, *, version: int) -> str:
+    """A job id: ``job_`` and the UUID (RFC 9562) of 128 bits, six of which its version replaces."""
+    # uuid.UUID() takes versions above 5 from Python 3.14 on.
+    bits = (bits & ~(0xF << 76)) | (version << 76)
+    bits = (bits & ~(0x3 << 62)) | (0x2 << 62)
+    return f"job_{uuid.UUID(int=bits)}"
 
 
 def checked(model: type[ModelT], /, **fields: Any) -> ModelT:

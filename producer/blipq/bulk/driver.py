@@ -14,7 +14,7 @@ from blipq.client.recording import AWAY, record_all
 from blipq.client.sync_client import Client
 from blipq.contract import JobInfo, Status
 from blipq.errors import BlipqError, JobNotFound, QueueFull, QueueUnavailable
-from blipq.submission import Submission
+from blipq.submission import Submission, id_of
 
 ItemT = TypeVar("ItemT")
 
@@ -26,13 +26,10 @@ WHOLE_EVERY_S = 2.0
 
 
 def job_id_of(bulk: str, entry: Entry) -> str:
-    """A line's job: the same however often the line is submitted (a UUIDv8 of RFC 9562)."""
+    """A line's job: the same however often the line is submitted (a UUIDv8)."""
     text = f"{bulk}\n{entry.number}\n{entry.custom_id}"
-    value = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
-    value = (value & ~(0xF << 76)) | (8 << 76)
-    value = (value & ~(0x3 << 62)) | (2 << 62)
-    digits = f"{value:032x}"
-    return "job_" + "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+    digest = hashlib.sha256(text.encode()).digest()
+    return id_of(int.from_bytes(digest[:16], "big"), version=8)
 
 
 class Driver:

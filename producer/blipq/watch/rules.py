@@ -14,6 +14,7 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
+    ByteSize,
     ConfigDict,
     Field,
     ValidationError,
@@ -25,18 +26,14 @@ from blipq.contract import Name, Options, Request, Seconds, request_adapter
 from blipq.errors import InvalidRequest
 from blipq.watch.objects import Upload
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|kB|MB|GB|KiB|MiB|GiB)?")
-_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
-_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_SIZE = re.compile(r"\s*\d+(\.\d+)?\s*([kMGT]?i?B)?\s*", re.IGNORECASE)
 
 
-def _bytes(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    found = _SIZE.fullmatch(value.strip())
-    if found is None:
+def _one_size(value: Any) -> Any:
+    """ByteSize would read "20 MB or so" as 20 MB, and "1.2.3 MB" as one byte."""
+    if isinstance(value, str) and not _SIZE.fullmatch(value):
         raise ValueError(f"{value!r} is not a size such as 20000, '500 kB' or '20 MiB'")
-    return int(float(found[1]) * _UNITS[found[2] or "B"])
+    return value
 
 
 def _one_or_many(value: Any) -> Any:
@@ -47,7 +44,7 @@ def _lower(value: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(each.lower() for each in value)
 
 
-ByteCount = Annotated[int, BeforeValidator(_bytes), Field(ge=0)]
+ByteCount = Annotated[ByteSize, BeforeValidator(_one_size)]
 #: One or many texts whose case does not matter.
 Endings = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), AfterValidator(_lower)]
 
@@ -67,7 +64,7 @@ class Rule(_Table):
     prefix: str = ""
     suffix: Endings = ()
     content_type: Endings = ()
-    min_size: ByteCount = 1
+    min_size: ByteCount = ByteSize(1)
     max_size: ByteCount | None = None
     request: dict[str, Any]
     options: dict[str, Any] = Field(default_factory=dict)

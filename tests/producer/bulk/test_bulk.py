@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from blipq import Client, InvalidRequest, QueueFull, QueueUnavailable, Settings
 from blipq.bulk.driver import Driver, job_id_of
 from blipq.bulk.journal import Journal, driving, is_driven
-from blipq.bulk.manifest import Prefix
+from blipq.bulk.manifest import Entry, Prefix
 from blipq.bulk.start import begin, journal_path, template_from
 from blipq.cli import app
 from blipq.ledger.ledger import Claim, Ledger
@@ -233,6 +233,12 @@ def test_an_id_belongs_to_a_line_of_a_bulk(bulk: Bulk) -> None:
     ids = {job_id_of("x", one), job_id_of("x", two), job_id_of("y", one), job_id_of("x", one)}
     assert len(ids) == 3
     assert all(len(id) == 40 and id[18] == "8" for id in ids)
+
+
+def test_the_id_of_a_line_is_the_same_in_every_version() -> None:
+    """A bulk that goes on after an upgrade finds the jobs that were recorded before it."""
+    entry = Entry(number=7, position="", custom_id="a", work=None)
+    assert job_id_of("bulk_1", entry) == "job_b17e6dca-8bfb-85e3-bc5a-bb6d879aa11e"
 
 
 def test_a_bulk_is_not_confused_with_another(bulk: Bulk) -> None:
