@@ -75,7 +75,6 @@ class Redacting(logging.Formatter):
     """Lines of a log, tracebacks included, without secrets and controls of a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
         return printable(redacted(super().format(record)))
 
 

@@ -106,7 +106,6 @@ class Journal:
         return journal
 
     def close(self) -> None:
-        """Closes the file."""
         self._db.close()
 
     # -- the bulk --

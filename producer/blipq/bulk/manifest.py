@@ -42,8 +42,7 @@ class Manifest(Protocol):
     """A source of entries."""
 
     @property
-    def name(self) -> str:
-        """What it is called."""
+    def name(self) -> str: ...
 
     @property
     def version(self) -> str:
@@ -98,7 +97,6 @@ class LocalFile:
             raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None
 
     def read(self, offset: int) -> bytes:
-        """The next block."""
         with self._path.open("rb") as file:
             file.seek(offset)
             return file.read(BLOCK_BYTES)

@@ -182,7 +182,6 @@ class LocalStack:
         return {ALLOWED_OUTPUTS: os.environ.get(ALLOWED_OUTPUTS, LOCAL_BUCKET), **found}
 
     def settings(self) -> Settings:
-        """How to reach the stack."""
         return Settings.model_validate(self.settings_fields())
 
     # -- how clients find it --

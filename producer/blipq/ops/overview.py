@@ -21,7 +21,6 @@ class QueueState:
     live_workers: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         return asdict(self)
 
 
@@ -68,7 +67,6 @@ class Overview:
         return sorted(self._redis.zrange("blipq:queues", 0, -1))
 
     def queues(self) -> list[QueueState]:
-        """The queues in use."""
         with redis_errors():
             seconds, micros = self._redis.time()
             return [self._queue(queue, seconds + micros / 1e6) for queue in self._queues()]

@@ -135,7 +135,6 @@ class Storage:
         return age > timedelta(seconds=self.settings.inbox_ttl / 2) or _differs(found, data)
 
     def put(self, uri: str, data: bytes, *, content_type: str) -> None:
-        """Writes an object."""
         bucket, key = split_s3_uri(uri)
         with s3_errors(uri):
             self.client.put_object(Bucket=bucket, Key=key, Body=data, ContentType=content_type)
@@ -190,7 +189,6 @@ class Storage:
             self.client.create_bucket(Bucket=bucket)
 
     def has_bucket(self, bucket: str) -> bool:
-        """Whether a bucket exists."""
         with s3_errors(f"s3://{bucket}"):
             found = self._found(
                 lambda: self.client.head_bucket(Bucket=bucket),

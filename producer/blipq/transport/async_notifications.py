@@ -99,7 +99,6 @@ class AsyncNotifier:
         self._subscribers.tell(id)
 
     async def aclose(self) -> None:
-        """Stops listening."""
         self._closed = True
         while self._task is not None and not self._task.done():
             if not self._leaving:  # else it would be kept from closing its connection

@@ -60,12 +60,10 @@ class Subscribers:
         return len(self._waiting)
 
     def add(self, ids: Iterable[str], inbox: Any) -> None:
-        """Remembers one who waits."""
         for id in ids:
             self._waiting.setdefault(id, []).append(inbox)
 
     def remove(self, ids: Iterable[str], inbox: Any) -> None:
-        """Forgets one who waits."""
         for id in ids:
             self._waiting[id].remove(inbox)
             if not self._waiting[id]:
@@ -174,7 +172,6 @@ class Notifier:
             self._subscribers.tell(id)
 
     def close(self) -> None:
-        """Stops listening."""
         self._closed.set()
         with self._lock:
             self._wake_up()

@@ -30,7 +30,6 @@ class Unsaved:
         self._state = cursor.load()
 
     def load(self) -> dict[str, Any]:
-        """What was saved last."""
         return self._state
 
     def save(self, state: dict[str, Any]) -> None:
@@ -46,13 +45,11 @@ class RedisCursor:
         self._redis = ledger.redis
 
     def load(self) -> dict[str, Any]:
-        """What was saved last, or nothing."""
         with redis_errors():
             text = self._redis.get(self._key)
         return json.loads(text) if text else {}
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replaces it."""
         with redis_errors():
             self._redis.set(self._key, json.dumps(state), ex=KEPT_S)
 
@@ -76,7 +73,6 @@ class FileCursor:
         raise InvalidRequest(f"source.state: {self._path} holds something else")
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replaces it."""
         scratch = self._path.with_name(f"{self._path.name}.{os.getpid()}")
         try:
             with scratch.open("w") as file:

@@ -32,7 +32,6 @@ def source_of(rules: Rules, client: Client, cursor: Cursor, *, once: bool) -> So
 
 
 def backfill_of(rules: Rules, client: Client, cursor: Cursor) -> Backfill:
-    """What is there already."""
     return Backfill(Objects(client.storage), rules.places, cursor)
 
 

@@ -12,8 +12,6 @@ from blipq.exporter import SECONDS, new_registry
 
 
 class SenderMetrics:
-    """What one sender does."""
-
     def __init__(self) -> None:
         self.registry = new_registry()
         self._attempts = Counter(

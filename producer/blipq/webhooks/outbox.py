@@ -171,7 +171,6 @@ class Outbox(Scripted):
             self.redis.set(f"{SENDER}{sender}", "", px=ms(ttl_s))
 
     def senders(self) -> Sequence[str]:
-        """The live senders."""
         with redis_errors():
             keys = self.redis.scan_iter(f"{SENDER}*", count=1000)
             return sorted(key.removeprefix(SENDER) for key in keys)

@@ -57,8 +57,6 @@ class Session(Protocol[ItemIn, AnswerOut]):
 
 
 class Run(Protocol[ItemIn, AnswerOut]):
-    """Runs a batch."""
-
     def __call__(
         self, key: Hashable, items: Sequence[ItemIn], wanted: Callable[[int], bool]
     ) -> Sequence[AnswerOut]:
@@ -84,18 +82,14 @@ class Judge(Protocol):
 class Trusting:
     """A judge without doubts."""
 
-    def failed(self, key: Hashable, item: Any, error: Exception) -> None:
-        """It was the item's fault."""
+    def failed(self, key: Hashable, item: Any, error: Exception) -> None: ...
 
-    def answered(self, key: Hashable) -> None:
-        """As expected."""
+    def answered(self, key: Hashable) -> None: ...
 
     def doubts(self) -> bool:
-        """Never."""
         return False
 
     def trusts(self) -> bool:
-        """Always."""
         return True
 
 

@@ -132,10 +132,8 @@ class HealthServer:
         )
 
     def start(self) -> None:
-        """Starts answering."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stops answering."""
         self._server.shutdown()
         self._server.server_close()

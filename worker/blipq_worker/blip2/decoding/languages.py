@@ -68,8 +68,7 @@ class Language(ABC):
 
     @property
     @abstractmethod
-    def slots(self) -> tuple[Slots, ...]:
-        """All slots."""
+    def slots(self) -> tuple[Slots, ...]: ...
 
 
 class Opt(Language):
@@ -81,10 +80,10 @@ class Opt(Language):
         self._own = OptStep(model) if OptStep.suits(model) else None
 
     @property
-    def slots(self) -> tuple[Slots, ...]:  # noqa: D102
+    def slots(self) -> tuple[Slots, ...]:
         return (self._slots,)
 
-    def columns(self, row: Row) -> int:  # noqa: D102
+    def columns(self, row: Row) -> int:
         return row.prompt_length + row.params.max_new_tokens - 1
 
     def _read(self, embeds: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -95,11 +94,11 @@ class Opt(Language):
         last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
         return self._model.lm_head(last), cache
 
-    def put(self, running: Sequence[Row], rows: Sequence[Row], filled: Any) -> None:  # noqa: D102
+    def put(self, running: Sequence[Row], rows: Sequence[Row], filled: Any) -> None:
         columns = max(self.columns(row) for row in [*running, *rows])
         self._slots.put(len(running), filled, columns)
 
-    def step(self, rows: Sequence[Row], where: Where) -> torch.Tensor:  # noqa: D102
+    def step(self, rows: Sequence[Row], where: Where) -> torch.Tensor:
         device = rows[0].queries.device
         at = [row.prompt_length + len(row.tokens) - 1 for row in rows]
         tokens, longest = _last_tokens(rows), max(at) + 1
@@ -138,10 +137,10 @@ class T5(Language):
         self.start = (model.config.decoder_start_token_id if start is None else start,)
 
     @property
-    def slots(self) -> tuple[Slots, ...]:  # noqa: D102
+    def slots(self) -> tuple[Slots, ...]:
         return self._own, self._cross
 
-    def columns(self, row: Row) -> int:  # noqa: D102
+    def columns(self, row: Row) -> int:
         return row.prompt_length + row.params.max_new_tokens
 
     def _read(self, embeds: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -155,14 +154,14 @@ class T5(Language):
         tokens = torch.full_like(lengths, self.start[0])
         return self._decode(tokens, first, 1, encoded, seen, caches), caches
 
-    def put(self, running: Sequence[Row], rows: Sequence[Row], filled: Any) -> None:  # noqa: D102
+    def put(self, running: Sequence[Row], rows: Sequence[Row], filled: Any) -> None:
         everyone = [*running, *rows]
         longest = max(row.params.max_new_tokens for row in everyone)
         self._own.put(len(running), filled.self_attention_cache, longest)
         widest = max(row.prompt_length for row in everyone)
         self._cross.put(len(running), filled.cross_attention_cache, widest)
 
-    def step(self, rows: Sequence[Row], where: Where) -> torch.Tensor:  # noqa: D102
+    def step(self, rows: Sequence[Row], where: Where) -> torch.Tensor:
         device = rows[0].queries.device
         at = [len(row.tokens) for row in rows]
         positions = torch.tensor(at, device=device)

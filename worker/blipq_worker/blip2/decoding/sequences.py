@@ -1,4 +1,4 @@
-"""One text in the making."""
+"""A sequence: an image, a prompt and the tokens written so far."""
 
 import hashlib
 from collections.abc import Collection
@@ -12,21 +12,21 @@ class RowParams(Protocol):
     """How a row's tokens are chosen, under Hugging Face's names; lengths count new tokens."""
 
     @property
-    def max_new_tokens(self) -> int: ...  # noqa: D102
+    def max_new_tokens(self) -> int: ...
     @property
-    def min_new_tokens(self) -> int: ...  # noqa: D102
+    def min_new_tokens(self) -> int: ...
     @property
-    def do_sample(self) -> bool: ...  # noqa: D102
+    def do_sample(self) -> bool: ...
     @property
-    def temperature(self) -> float: ...  # noqa: D102
+    def temperature(self) -> float: ...
     @property
-    def top_p(self) -> float: ...  # noqa: D102
+    def top_p(self) -> float: ...
     @property
-    def top_k(self) -> int: ...  # noqa: D102
+    def top_k(self) -> int: ...
     @property
-    def repetition_penalty(self) -> float: ...  # noqa: D102
+    def repetition_penalty(self) -> float: ...
     @property
-    def no_repeat_ngram_size(self) -> int: ...  # noqa: D102
+    def no_repeat_ngram_size(self) -> int: ...
 
 
 @dataclass(slots=True, eq=False)

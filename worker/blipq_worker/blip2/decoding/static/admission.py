@@ -120,7 +120,6 @@ class AdmissionGraphs:
                 self([row] * bucket, [0] * bucket, Variant())
 
     def __call__(self, rows: Sequence[Row], slots: Sequence[int], variant: Variant) -> torch.Tensor:
-        """See ``Admission``."""
         bucket = next((size for size in BUCKETS if size >= len(rows)), None)
         if bucket is None:
             return self._admission(rows, slots, variant)

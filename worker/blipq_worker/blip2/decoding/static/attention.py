@@ -69,7 +69,6 @@ class MaskedAttention:
         prepared: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         scale: float,
     ) -> torch.Tensor:
-        """See ``Attention``."""
         slots, positions, added = prepared
         queries, keys, values = new.unbind(1)
         cache[0][slots, :, positions] = keys
@@ -93,7 +92,6 @@ class MaskedAttention:
     def cross(
         self, queries: torch.Tensor, cache: torch.Tensor, prepared: torch.Tensor
     ) -> torch.Tensor:
-        """See ``Attention``."""
         keys, values = cache[:, : len(queries)]
         attended = torch.nn.functional.scaled_dot_product_attention(
             queries[:, :, None], keys, values, attn_mask=prepared, scale=1.0
@@ -125,18 +123,15 @@ class KernelAttention:
         prepared: tuple[torch.Tensor, torch.Tensor | None],
         scale: float,
     ) -> torch.Tensor:
-        """See ``Attention``."""
         positions, bias = prepared
         return self._kernel.attend_own(new, cache, positions, bias, scale)
 
     def prepare_cross(
         self, lengths: torch.Tensor, columns: int, dtype: torch.dtype
     ) -> torch.Tensor:
-        """The lengths."""
         return lengths
 
     def cross(
         self, queries: torch.Tensor, cache: torch.Tensor, prepared: torch.Tensor
     ) -> torch.Tensor:
-        """See ``Attention``."""
         return self._kernel.attend_cross(queries, cache, prepared)

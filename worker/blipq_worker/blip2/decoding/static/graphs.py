@@ -32,7 +32,6 @@ class Graphs:
         self._left = rare
 
     def __call__(self, shape: Shape) -> None:
-        """Takes a step."""
         if shape not in self._replays and self._left > 0:
             self._left -= 1
             self.attempt(shape)

@@ -80,7 +80,6 @@ class StaticLoop:
         self._ends = frozenset(step.sampler.ends.tolist())
 
     def __contains__(self, row: Row) -> bool:
-        """Whether it is in a slot."""
         return row in self._seats
 
     @property
@@ -90,7 +89,6 @@ class StaticLoop:
 
     @property
     def slots(self) -> int:
-        """All slots."""
         return len(self._step.state.tokens)
 
     @property

@@ -157,7 +157,6 @@ class _Layer:
             self.down_type = None
 
     def feed(self, states: torch.Tensor) -> torch.Tensor:
-        """The feed-forward part."""
         raised = self.up(self.last_norm(states))
         if self.gated:
             opened, linear = raised.chunk(2, dim=-1)
