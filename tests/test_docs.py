@@ -25,7 +25,7 @@ from blipq_worker.settings import WorkerSettings
 from conftest import ROOT, start_worker, wait_for_worker, wait_until
 
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 #: Read from the environment elsewhere than in the settings.
 OTHER_VARIABLES = {"BLIPQ_STACK_FILE", "BLIPQ_LOG_LEVEL", "BLIPQ_REDIS_PASSWORD", "BLIPQ_S3_"}
 
@@ -87,7 +87,7 @@ def message(id: str, *arguments: Any) -> dict[str, Any]:
     return told
 
 
-@pytest.mark.parametrize("generator", ["configuration", "schemas", "cli"])
+@pytest.mark.parametrize("generator", ["configuration", "schemas", "cli", "layout"])
 def test_generated_pages_are_fresh(generator: str) -> None:
     command = [sys.executable, "-m", f"tools.docs.{generator}", "--check"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -1,5 +1,6 @@
 """What writes the generated pages of docs/. Each takes ``--check``: exit 1 if a page is stale."""
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,3 +19,13 @@ def write_or_check(pages: Mapping[Path, str], command: str) -> int:
     for path in stale:
         print(f"{path} is stale: python -m {command}", file=sys.stderr)
     return 1 if stale else 0
+
+
+def with_section(page: str, name: str, text: str) -> str:
+    """The page with the text between its marks of that name."""
+    begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+    section = f"(?s){re.escape(begin)}.*?{re.escape(end)}"
+    new, count = re.subn(section, lambda _: f"{begin}\n{text}\n{end}", page)
+    if count != 1:
+        raise ValueError(f"{count} sections {name!r}, not one")
+    return new

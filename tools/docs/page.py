@@ -1,22 +1,15 @@
 """Sections of pages that a command writes."""
 
 import os
-import re
 from pathlib import Path
 
 import torch
+from tools.docs import with_section
 
 
 def replace_section(page: Path, name: str, text: str) -> None:
     """Puts the text between the page's marks of that name."""
-    begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
-    old = page.read_text()
-    new, count = re.subn(
-        f"(?s){re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{text}\n{end}", old
-    )
-    if count != 1:
-        raise ValueError(f"{page} has {count} sections {name!r}")
-    page.write_text(new)
+    page.write_text(with_section(page.read_text(), name, text))
 
 
 def machine() -> str:

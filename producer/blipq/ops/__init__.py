@@ -1,1 +1,1 @@
-"""What operators ask: is it well, what is waiting, what are the numbers."""
+"""For operators: the doctor's checks, jobs and queues at a glance, the ledger's metrics."""

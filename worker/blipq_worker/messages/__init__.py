@@ -1,1 +1,1 @@
-"""Celery's messages: checked, consumed, revoked, and found again."""
+"""Celery's messages: checked before Celery parses them, refused where malformed, revoked."""

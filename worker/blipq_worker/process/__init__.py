@@ -1,1 +1,1 @@
-"""A worker as a process: leases, health, metrics."""
+"""A worker as a process: lease renewal, reconciliation, health, metrics, memory."""
