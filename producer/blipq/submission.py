@@ -1,4 +1,4 @@
-"""What a caller asks, made and checked: pure, so that every client shares it."""
+"""A caller's requests and options, made and checked: pure, so that every client shares it."""
 
 import os
 import secrets
