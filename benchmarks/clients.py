@@ -167,7 +167,7 @@ def idle() -> None:
         stack = LocalStack(Path(folder))
         stack.start()
         environment = {**stack.environment(), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(ROOT / "tests" / "guarantees" / "faulty_worker.py")]
+        command = [sys.executable, str(ROOT / "tests/guarantees/stand_ins/faulty_worker.py")]
         worker = Service("worker", command, env=environment, log=Path(folder) / "worker.log")
         worker.start()
         try:

@@ -21,9 +21,9 @@ from blipq.ledger.ledger import connect
 from blipq.local.stack import worker_service
 from blipq.local.supervisor import Service
 from conftest import wait_until
-from guarantees import faulty_worker
-from guarantees.faulty_s3 import FaultyS3
-from guarantees.forked import Forked
+from guarantees.stand_ins import faulty_worker
+from guarantees.stand_ins.faulty_s3 import FaultyS3
+from guarantees.stand_ins.forked import Forked
 from stacks import BROKER, local_stack
 
 #: Leases are scaled down, so that a crash costs seconds. The real settings run on demand.

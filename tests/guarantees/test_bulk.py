@@ -1,7 +1,7 @@
 """A bulk that is killed and goes on."""
 
-from guarantees.bulk import Bulk, StandIn
 from guarantees.rig import Rig
+from guarantees.soak.bulk import Bulk, StandIn
 
 
 def test_a_bulk_that_is_killed_three_times_has_each_line_once(rig: Rig) -> None:

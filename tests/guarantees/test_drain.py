@@ -10,8 +10,8 @@ from blipq import Job, Status
 from blipq.ledger import codec as records
 from blipq.ledger.ledger import script_text
 from conftest import wait_until
-from guarantees.muted_redis import muted_redis
 from guarantees.rig import Rig
+from guarantees.stand_ins.muted_redis import muted_redis
 from stacks import BROKER
 
 

@@ -1,9 +1,9 @@
-"""Faults of an index: `tests/guarantees/indexing.py` does the same with thousands of images."""
+"""Faults of an index: `tests/guarantees/soak/indexing.py` does so with thousands of images."""
 
 from pathlib import Path
 
 from conftest import wait_until
-from guarantees.indexing import Searcher, Siege
+from guarantees.soak.indexing import Searcher, Siege
 
 IMAGES = 60
 

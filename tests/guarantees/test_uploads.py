@@ -10,7 +10,7 @@ import pytest
 from blipq.contract import CaptionRequest
 from conftest import wait_until
 from guarantees.rig import Rig
-from guarantees.uploads import Uploads
+from guarantees.soak.uploads import Uploads
 from sqs import Sqs
 
 #: Scaled down; GUARANTEES_OUTAGE_S=20 shows the real one.

@@ -23,8 +23,8 @@ from blipq.settings import Settings
 from blipq.webhooks.delivery import webhook_id
 from blipq.webhooks.outbox import Outbox
 from conftest import wait_until
-from guarantees.forked import Forked
 from guarantees.rig import Rig
+from guarantees.stand_ins.forked import Forked
 from receivers import SECRET, Got, Receiver, receiving
 
 TIMEOUT_S = 1.0

@@ -12,8 +12,8 @@ from blipq import CaptionRequest, ErrorCode, Job, Status
 from blipq.ledger.ledger import Message
 from blipq.s3.outputs import LOCAL_BUCKET
 from conftest import wait_until
-from guarantees.faulty_worker import HANGING_SIZE
 from guarantees.rig import LEASE_S, Rig, png
+from guarantees.stand_ins.faulty_worker import HANGING_SIZE
 from stacks import BROKER
 
 

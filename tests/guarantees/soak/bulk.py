@@ -1,4 +1,4 @@
-"""``python tests/guarantees/bulk.py --lines 100000``: a bulk that is killed, and an audit.
+"""``python tests/guarantees/soak/bulk.py --lines 100000``: a bulk that is killed, and an audit.
 
 ``blipq bulk submit`` is killed with SIGKILL again and again while it works on a manifest, and
 started again. Meanwhile Redis' memory and the jobs in flight are watched. In the end each line must
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from blipq import Settings
 from blipq.bulk.journal import Journal

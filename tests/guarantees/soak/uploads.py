@@ -1,4 +1,4 @@
-"""``python tests/guarantees/uploads.py --objects 10000``: uploads under kills, and an audit.
+"""``python tests/guarantees/soak/uploads.py --objects 10000``: uploads under kills, and an audit.
 
 Objects are put into a bucket while ``blipq watch`` and the workers are killed with SIGKILL and
 started again. Their notifications come twice, late and out of order, among others that mean
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from blipq.backoff import Backoff
 from blipq.local import supervisor

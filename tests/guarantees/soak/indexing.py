@@ -1,4 +1,4 @@
-"""``python tests/guarantees/indexing.py``: an index is filled while what fills it is killed.
+"""``python tests/guarantees/soak/indexing.py``: an index is filled while what fills it is killed.
 
 Images are indexed by ``blipq index`` and two workers. All three are killed with ``kill -9`` again
 and again, and started anew, while somebody searches. At the end every image must be in the index
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from blipq import Client
 from blipq.local.supervisor import Service

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from blipq import ErrorCode, JobInfo, QueueFull, QueueUnavailable, Status
 from blipq.backoff import Backoff
