@@ -28,7 +28,6 @@ class Card:
 
     @property
     def tally(self) -> Tally:
-        """Its answers counted."""
         return Tally(self.answers)
 
     @property

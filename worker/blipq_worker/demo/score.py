@@ -40,7 +40,6 @@ class Asked:
     expected: str
 
     def submit(self, client: Client, image: ImageRef) -> "Job[Answer]":
-        """Sends the job."""
         match self.kind:
             case Kind.VQA:
                 return client.vqa(image, self.text)
@@ -106,7 +105,6 @@ class Tally:
 
     @property
     def asked(self) -> int:
-        """All jobs."""
         return len(self.answers)
 
     @property
@@ -116,12 +114,10 @@ class Tally:
 
     @cached_property
     def right(self) -> int:
-        """Right answers."""
         return self._count("right")
 
     @cached_property
     def wrong(self) -> int:
-        """Wrong answers."""
         return self._count("wrong")
 
     @cached_property
@@ -202,7 +198,6 @@ class Run:
 
     @cached_property
     def tally(self) -> Tally:
-        """All answers counted."""
         return Tally(self.answers)
 
     @cached_property

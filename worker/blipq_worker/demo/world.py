@@ -93,7 +93,6 @@ class Empty:
 
     @property
     def text(self) -> str:
-        """The statement in words."""
         return f"an empty {self.background} background"
 
     def holds(self, scene: "Scene") -> bool:
@@ -115,7 +114,6 @@ class Mention:
 
     @property
     def text(self) -> str:
-        """The statement in words."""
         named = with_article(f"{self.color} {self.kind}")
         return f"{named} in the {self.place}" if self.place else named
 
@@ -149,7 +147,6 @@ class Related:
 
     @property
     def text(self) -> str:
-        """The statement in words."""
         return f"{self.first.text} {self.relation} {self.second.text}"
 
     def holds(self, scene: "Scene") -> bool:
@@ -234,7 +231,6 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The one right caption."""
         return self.statement.text
 
     def questions(self) -> list[QuestionAnswer]:
@@ -382,7 +378,6 @@ def _random_mention(rng: random.Random) -> Mention:
 
 
 def scene(seed: int) -> Scene:
-    """The scene of a seed."""
     return _random_scene(random.Random(f"scene {seed}"), seed)
 
 

@@ -133,7 +133,6 @@ class Consumer(celery_consumer.Consumer):
             self.broker_loop.failed(problem)
 
     def on_ready(self) -> None:
-        """It takes messages now."""
         super().on_ready()
         # After an error Celery has cleared its timer.
         if self._turns is not None:
