@@ -8,6 +8,7 @@ from benchmarks.models import mid_size
 from benchmarks.photos import pictures
 from benchmarks.throughput import environment
 from blipq.contract import CaptionRequest, EmbedRequest, ImageRef, MatchRequest, Request, VQARequest
+from blipq.images.decoding import decode
 from blipq_worker.bench.stack import running
 from blipq_worker.bench.workloads import QUESTIONS
 from blipq_worker.blip2 import (
@@ -19,7 +20,6 @@ from blipq_worker.blip2 import (
     resolve,
     vqa_prompt,
 )
-from blipq_worker.images.decoding import decode
 
 TEXTS = ("a red circle", "a dog on a beach", "a rocket", "a cup of coffee")
 ASKED = QUESTIONS[:4]

@@ -24,11 +24,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from blipq import Client, Settings
+from blipq.index.store import Entry, Index, Indexes, Space
 from blipq.local.stack import LocalStack
 from blipq_worker.blip2 import Blip2, EmbedItem, RerankItem
 from blipq_worker.catalog.models import demo_folder
 from blipq_worker.demo import world
-from blipq_worker.index.store import Entry, Index, Indexes, Space
 from conftest import start_worker, wait_for_worker
 from renders import distinct_scenes, queries, upload
 
@@ -120,7 +120,7 @@ def scale(images: int, asked: int) -> None:
         code = (
             "import time, blipq_worker.app, blipq_worker.blip2\n"
             "from blipq import Settings\n"
-            "from blipq_worker.index.store import Indexes, Space\n"
+            "from blipq.index.store import Indexes, Space\n"
             "started = time.monotonic()\n"
             f"index = Indexes(Settings()).open('scale', {SPACE!r})\n"
             "print(f'a fresh worker opens it in {time.monotonic() - started:.2f} s')"

@@ -16,6 +16,8 @@ from celery.exceptions import Reject
 from celery.signals import setup_logging, worker_ready
 
 from blipq.contract import Kind, task_name
+from blipq.images.decoding import ImageLimits
+from blipq.index.store import Indexes
 from blipq.ledger.ledger import GRACE_S, Ledger, connect
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
@@ -23,13 +25,11 @@ from blipq.ssrf.http import GuardedHttp
 from blipq.transport.broker import Broker, make_app, queues_of
 from blipq_worker.blip2.loading.compiling import since_compiling
 from blipq_worker.claims import Held
-from blipq_worker.images.decoding import ImageLimits
 from blipq_worker.images.fetch import Fetcher
 from blipq_worker.images.https import HttpsFetcher
 from blipq_worker.images.loader import Pictures
 from blipq_worker.images.memory_budget import Budget
 from blipq_worker.images.s3_access import S3Access
-from blipq_worker.index.store import Indexes
 from blipq_worker.index.writer import IndexWriter
 from blipq_worker.inference.engine import Engine
 from blipq_worker.inference.faults import Trust

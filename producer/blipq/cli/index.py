@@ -1,19 +1,32 @@
 """``blipq index``: images into a search index, and what indexes there are.
 
-The worker's package knows; it runs in this process' place, so that nothing of it is imported here.
+LanceDB and numpy are imported only when a command runs: few clients have them.
 """
 
 import importlib.util
-import os
-import sys
-from typing import Annotated, Any
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from typer.core import TyperGroup
 
 from blipq.cli.terminal.group import Group
-from blipq.cli.terminal.output import JsonOption, reported
+from blipq.cli.terminal.options import pairs
+from blipq.cli.terminal.output import JsonOption, connected, errors, out, reported
+from blipq.client.sync_client import Client
+from blipq.contract import IndexEntry, Options
 from blipq.errors import BlipqError
+from blipq.settings import Settings
+from blipq.submission import checked
+
+if TYPE_CHECKING:
+    from blipq.index.ingest import Tally
+    from blipq.index.store import Indexes, IndexInfo
 
 NEEDED = ("lancedb", "numpy")
 DEFAULT = "add"
@@ -55,9 +68,12 @@ def add(
         blipq index add s3://photos/2026/ --name photos
         blipq index add s3://photos/2026/ --name photos --metadata year=2026
     """
-    pairs = [part for pair in metadata or () for part in ("--metadata", pair)]
-    options = ["--name", name, "--model", model, "--priority", priority, "--window", str(window)]
-    _become("add", source, *options, *pairs, as_json=as_json)
+    with _parts(as_json), connected(as_json) as client:
+        entry = {"name": name, "metadata": pairs(metadata, "--metadata") or {}}
+        options = checked(Options, model=model, priority=priority)
+        tally = _fill(client, source, entry, options, window=window, shown=not as_json)
+        _show_tally(tally, as_json)
+    raise typer.Exit(3 if tally.failed else 0)
 
 
 @app.command("list")
@@ -67,7 +83,12 @@ def list_(as_json: JsonOption = False) -> None:
     Examples:
         blipq index list
     """
-    _become("list", as_json=as_json)
+    with _parts(as_json):
+        infos = _indexes().infos()
+        if as_json:
+            print(json.dumps([_described(info) for info in infos]))
+            return
+        out.print(_table(infos) if infos else "no indexes")
 
 
 @app.command()
@@ -77,7 +98,14 @@ def show(name: NameArgument, as_json: JsonOption = False) -> None:
     Examples:
         blipq index show photos
     """
-    _become("show", name, as_json=as_json)
+    with _parts(as_json):
+        described = [_described(info) for info in _named(_indexes(), name)]
+    if as_json:
+        print(json.dumps(described))
+        return
+    for each in described:
+        for key, value in each.items():
+            out.print(f"{key:12}{value}", markup=False)
 
 
 @app.command()
@@ -95,14 +123,118 @@ def delete(
         blipq index delete photos --id s3://photos/2026/1.jpg
         blipq index delete photos
     """
-    _become("delete", name, *[part for id in ids or () for part in ("--id", id)], as_json=as_json)
+    with _parts(as_json):
+        images = _delete(name, ids)
+    if as_json:
+        print(json.dumps({"index": name, "deleted": images}))
+    else:
+        out.print(f"deleted: {images:,} images")
 
 
-def _become(*arguments: str, as_json: bool) -> None:
-    """Runs the worker's command in this process' place. Does not return."""
-    flags = ["--json"] if as_json else []
+@contextmanager
+def _parts(as_json: bool) -> Iterator[None]:
+    """Errors become one line and an exit code, that of a missing part among them."""
     with reported(as_json):
         if not all(map(importlib.util.find_spec, NEEDED)):
             raise BlipqError("a part is missing for indexes: pip install 'blipq[search]'")
-        command = [sys.executable, "-m", "blipq_worker.index.ingest", *arguments, *flags]
-        os.execv(command[0], command)
+        yield
+
+
+def _indexes() -> "Indexes":
+    from blipq.index.store import Indexes
+
+    return Indexes(checked(Settings))
+
+
+def _fill(
+    client: Client,
+    source: str,
+    entry: dict[str, Any],
+    options: Options,
+    *,
+    window: int,
+    shown: bool,
+) -> "Tally":
+    """Indexes what is under a prefix, with a bar."""
+    from blipq.index.ingest import Indexer, Prefix, known_index
+    from blipq.index.store import Indexes
+
+    indexes, prefix = Indexes(client.settings), Prefix(client, source)
+    total = prefix.count()
+    name, model = entry["name"], options.model
+    known = known_index(client, indexes, name, model)
+    described = checked(IndexEntry, **entry).model_dump(exclude_none=True)
+    indexer = Indexer(client, known, described, options, window=window)
+    with _bar(shown=shown) as bar:
+        task = bar.add_task("", total=total)
+        for tally in indexer.run(prefix):
+            bar.update(task, completed=tally.done, description=_summary(tally))
+    if indexer.tally.indexed:
+        index = known or known_index(client, indexes, name, model)
+        if index is not None:
+            index.compact()
+    return indexer.tally
+
+
+def _bar(*, shown: bool) -> Progress:
+    return Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+        console=errors,
+        disable=not (shown and errors.is_terminal),
+    )
+
+
+def _summary(tally: "Tally") -> str:
+    counts = {"indexed": tally.indexed, "skipped": tally.skipped, "failed": tally.failed}
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+
+
+def _show_tally(tally: "Tally", as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(tally)))
+        return
+    for uri, why in tally.failures:
+        errors.print(f"{uri}: {why}", style="red", markup=False)
+    if tally.failed > len(tally.failures):
+        errors.print(f"and {tally.failed - len(tally.failures):,} more", style="red")
+    out.print(_summary(tally) or "no images there", markup=False)
+
+
+def _delete(name: str, ids: list[str] | None) -> int:
+    """Deletes an index, or images from it; how many images went."""
+    from blipq.index.store import Space
+
+    indexes = _indexes()
+    images = 0
+    for info in _named(indexes, name):
+        if ids:
+            images += indexes.open(info.name, Space(info.checkpoint, info.revision)).delete(ids)
+        else:
+            images += info.images
+            indexes.delete(info)
+    return images
+
+
+def _table(infos: "list[IndexInfo]") -> Table:
+    table = Table("index", "images", "size", "checkpoint", "changed", box=None)
+    for info in infos:
+        size = f"{info.bytes / 2**20:,.1f} MiB"
+        changed = f"{info.changed_at:%Y-%m-%d %H:%M} UTC"
+        table.add_row(info.name, f"{info.images:,}", size, info.checkpoint, changed)
+    return table
+
+
+def _named(indexes: "Indexes", name: str) -> "list[IndexInfo]":
+    from blipq.index.store import UnknownIndex
+
+    if not (infos := indexes.infos(name)):
+        raise UnknownIndex(f"there is no index {name!r}")
+    return infos
+
+
+def _described(info: "IndexInfo") -> dict[str, Any]:
+    dates = {"created_at": info.created_at.isoformat(), "changed_at": info.changed_at.isoformat()}
+    return asdict(info) | dates

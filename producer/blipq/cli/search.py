@@ -1,8 +1,6 @@
 """``blipq search``."""
 
 import importlib.util
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +11,9 @@ from blipq.cli.terminal.options import Then, verb
 from blipq.cli.terminal.output import errors
 from blipq.client.job import Job
 from blipq.client.sync_client import Client
+from blipq.contract import SearchResult
 from blipq.errors import BlipqError, InvalidRequest
+from blipq.s3.storage import Storage
 
 NEEDED = ("PIL", "jinja2")
 
@@ -62,7 +62,7 @@ def search(
     if html is None:
         return job, None
     title = f"{index}: {text or Path(image or '').name}"
-    return job, lambda ended: _write_page(ended, html, title)
+    return job, lambda ended: _write_page(ended.result(timeout=0), html, title, client.storage)
 
 
 def any_of(texts: Sequence[str] | None, option: str) -> Mapping[str, list[str]] | None:
@@ -76,10 +76,9 @@ def any_of(texts: Sequence[str] | None, option: str) -> Mapping[str, list[str]] 
     return values or None
 
 
-def _write_page(job: Job[Any], path: Path, title: str) -> None:
-    """The worker's package knows of pictures; nothing of it is imported here."""
-    command = [sys.executable, "-m", "blipq_worker.index.gallery", str(path), "--title", title]
-    told = job.result().model_dump_json()
-    if subprocess.run(command, input=told, text=True, timeout=600).returncode:
-        raise BlipqError(f"{path} was not written")
+def _write_page(result: SearchResult, path: Path, title: str, storage: Storage) -> None:
+    """Pillow and Jinja are imported only here: few clients have them."""
+    from blipq.index.gallery import write_page
+
+    write_page(result, title, path, storage)
     errors.print(f"written: {path}", markup=False)

@@ -22,9 +22,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from blipq import Client
+from blipq.index.store import Index, Indexes, Space
 from blipq.local.supervisor import Service
 from blipq_worker.demo import world
-from blipq_worker.index.store import Index, Indexes, Space
 from conftest import start_worker, wait_for_worker, wait_until
 from renders import upload
 from stacks import local_stack

@@ -5,7 +5,7 @@ import sys
 
 from PIL import Image
 
-from blipq_worker.images.decoding import bytes_to_decode, decoded, opened
+from blipq.images.decoding import bytes_to_decode, decoded, opened
 from blipq_worker.process.malloc import give_large_blocks_back
 
 SIDE = 2000

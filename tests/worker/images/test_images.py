@@ -17,8 +17,8 @@ from PIL import Image
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
-from blipq_worker.images.decoding import ImageLimits, decode, decoded, opened
-from blipq_worker.images.structure import check_scans, scans_in
+from blipq.images.decoding import ImageLimits, decode, decoded, opened
+from blipq.images.structure import check_scans, scans_in
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
 
@@ -329,7 +329,7 @@ def test_a_picture_is_given_up_in_the_middle_of_its_pixels(
 ) -> None:
     image = opened(encoded(Image.effect_noise((900, 900), 60).convert("RGB"), format))
     now = time.thread_time()
-    monkeypatch.setattr("blipq_worker.images.decoding.time.thread_time", lambda: now + 3600)
+    monkeypatch.setattr("blipq.images.decoding.time.thread_time", lambda: now + 3600)
     with pytest.raises(PermanentError, match="takes more than 20 s") as caught:
         decoded(image)
     assert caught.value.code == ErrorCode.IMAGE_INVALID

@@ -11,10 +11,10 @@ from PIL import Image
 
 from blipq import ErrorCode, ImageRef, Settings
 from blipq.errors import PermanentError
+from blipq.images.decoding import ImageLimits
 from blipq.s3.storage import Storage
 from blipq_worker.blip2 import Pixels
 from blipq_worker.claims import Lost
-from blipq_worker.images.decoding import ImageLimits
 from blipq_worker.images.fetch import Fetched, Fetcher
 from blipq_worker.images.loader import Pictures, Recent
 from blipq_worker.images.memory_budget import Budget

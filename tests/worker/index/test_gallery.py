@@ -8,7 +8,7 @@ from PIL import Image
 
 from blipq.contract import ErrorCode, Hit, ImageRef, SearchResult, Skipped
 from blipq.errors import PermanentError
-from blipq_worker.index.gallery import page
+from blipq.index.gallery import page
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>&amp;{{ 7 * 7 }}"
 

@@ -11,10 +11,10 @@ import pytest
 
 from blipq import Settings
 from blipq.errors import QueueUnavailable
+from blipq.index import store as module
+from blipq.index.store import Entry, Index, Indexes, Space, UnknownIndex
 from blipq.local.stack import LocalStack, free_port
 from blipq.s3.refusals import Refusal, S3Unavailable
-from blipq_worker.index import store as module
-from blipq_worker.index.store import Entry, Index, Indexes, Space, UnknownIndex
 from refusing_s3 import refusing_s3
 
 SPACE = Space("checkpoint", "0123456789abcdef")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from blipq.errors import BlipqError, QueueUnavailable
+from blipq.index.store import Entry, Space
 from blipq_worker.index import writer as module
-from blipq_worker.index.store import Entry, Space
 from blipq_worker.index.writer import IndexWriter
 
 SPACE = Space("checkpoint", "1")

@@ -18,17 +18,17 @@ from PIL import Image
 from blipq import Client, ErrorCode, Job, JobInfo, Kind, Settings
 from blipq.client.backend import Backend, Services
 from blipq.errors import PermanentError, TransientError
+from blipq.images.decoding import ImageLimits
+from blipq.index.store import Indexes
 from blipq.ledger.ledger import MAX_CRASHES, MAX_RETRIES, Claim, Ledger
 from blipq.s3.refusals import Refusal, S3Unavailable
 from blipq.s3.storage import Storage
 from blipq_worker.blip2 import EmbedItem, GeneratedText, GenerateItem, MatchItem, Pixels, RerankItem
 from blipq_worker.claims import Held
-from blipq_worker.images.decoding import ImageLimits
 from blipq_worker.images.fetch import Fetcher
 from blipq_worker.images.loader import Pictures
 from blipq_worker.images.memory_budget import Budget
 from blipq_worker.images.s3_access import AccessRefused, S3Access
-from blipq_worker.index.store import Indexes
 from blipq_worker.index.writer import IndexWriter
 from blipq_worker.inference.engine import Engine
 from blipq_worker.jobs import runner as tasks

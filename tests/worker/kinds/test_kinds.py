@@ -16,6 +16,7 @@ from blipq.contract import (
     Turn,
     VQARequest,
 )
+from blipq.index.store import Entry
 from blipq_worker.blip2 import (
     EmbedItem,
     GeneratedText,
@@ -25,7 +26,6 @@ from blipq_worker.blip2 import (
     RankItem,
     vqa_prompt,
 )
-from blipq_worker.index.store import Entry
 from blipq_worker.inference.engine import Embedded, Generated, Matched, Ranked
 from blipq_worker.kinds import handlers as kinds
 

@@ -1,1 +1,1 @@
-"""Images: fetched, checked and decoded under limits."""
+"""Images: fetched under limits, and kept in memory within a budget."""

@@ -10,9 +10,9 @@ from typing import Generic, TypeVar
 from PIL.Image import Image
 
 from blipq.contract import ImageRef
+from blipq.images.decoding import ImageLimits, bytes_to_decode, decoded, opened
 from blipq_worker.blip2 import Blip2, Feature, Pixels
 from blipq_worker.claims import Lost
-from blipq_worker.images.decoding import ImageLimits, bytes_to_decode, decoded, opened
 from blipq_worker.images.fetch import Fetcher
 from blipq_worker.images.memory_budget import Budget
 from blipq_worker.receipt import Stopwatch

@@ -1,1 +1,1 @@
-"""Search indexes: read, written and filled."""
+"""What the worker's jobs write into search indexes."""

@@ -7,8 +7,8 @@ from concurrent.futures import Future
 from typing import TypeAlias
 
 from blipq.errors import BlipqError
+from blipq.index.store import Entry, Indexes, Space
 from blipq_worker.batching.batcher import Batcher
-from blipq_worker.index.store import Entry, Indexes, Space
 
 log = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ from blipq.errors import (
     TransientError,
     WorkError,
 )
+from blipq.index.store import Entry, Filter, Found, Indexes, Space, Vectors
 from blipq.ledger.ledger import Claim
 from blipq.s3.refusals import OF_THE_ASKER, Refusal, S3Refused, S3Unavailable
 from blipq_worker.blip2 import Pixels, RerankItem
 from blipq_worker.claims import Held, Lost
 from blipq_worker.images.s3_access import AccessRefused
-from blipq_worker.index.store import Entry, Filter, Found, Indexes, Space, Vectors
 from blipq_worker.index.writer import IndexWriter
 from blipq_worker.inference.engine import Engine, Reranked
 from blipq_worker.jobs.asker import Asker, answer_of

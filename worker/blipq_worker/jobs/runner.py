@@ -29,6 +29,7 @@ from blipq.errors import (
     TransientError,
     WorkError,
 )
+from blipq.index.store import Indexes
 from blipq.ledger.ledger import MAX_RETRIES, Claim, Ledger, Message, Unclaimed, new_nonce
 from blipq.submission import checked, explain
 from blipq.transport.broker import Broker
@@ -36,7 +37,6 @@ from blipq_worker.blip2 import Blip2, Pixels
 from blipq_worker.claims import Held, Lost
 from blipq_worker.images.loader import Pictures
 from blipq_worker.images.s3_access import AccessRefused, S3Access
-from blipq_worker.index.store import Indexes
 from blipq_worker.index.writer import IndexWriter
 from blipq_worker.inference.engine import Engine
 from blipq_worker.inference.faults import is_out_of_memory

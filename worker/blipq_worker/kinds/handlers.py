@@ -37,6 +37,7 @@ from blipq.contract import (
     VQARequest,
     VQAResult,
 )
+from blipq.index.store import Entry, Vectors
 from blipq_worker.blip2 import (
     EmbedItem,
     Feature,
@@ -51,7 +52,6 @@ from blipq_worker.blip2 import (
     resolve,
     vqa_prompt,
 )
-from blipq_worker.index.store import Entry, Vectors
 from blipq_worker.inference.engine import Embedded, Generated, Matched, Ranked
 from blipq_worker.kinds import search
 

@@ -8,8 +8,8 @@ from typing import Protocol
 
 from blipq.contract import Hit, ImageRef, SearchRequest, SearchResult, Skipped
 from blipq.errors import PermanentError
+from blipq.index.store import Filter, Found, Vectors
 from blipq_worker.blip2 import EmbedItem, ModelInfo, Pixels
-from blipq_worker.index.store import Filter, Found, Vectors
 from blipq_worker.inference.engine import Embedded, Reranked
 
 

@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
-from blipq_worker.images.structure import Excessive, check_scans, scans_in, without_metadata
+from blipq.images.structure import Excessive, check_scans, scans_in, without_metadata
 
 log = logging.getLogger(__name__)
 

@@ -1,30 +1,30 @@
-"""A page of hits: ``python -m blipq_worker.index.gallery FILE`` with a search's result on stdin.
+"""A page of hits: ``python -m blipq.index.gallery FILE`` with a search's result on stdin.
 
 One HTML file that needs nothing else, not even a network or JavaScript. What it shows came from
 strangers, so every text is escaped and every picture is drawn anew.
 """
 
-import argparse
 import base64
 import io
-import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from blipq.contract import Hit, ImageRef, SearchResult
-from blipq.errors import WorkError
+from blipq.errors import BlipqError, InvalidRequest
+from blipq.images.decoding import decode
+from blipq.s3.refusals import s3_errors
 from blipq.s3.storage import Storage
-from blipq.settings import Settings
-from blipq.submission import checked
-from blipq_worker.images.decoding import decode
 
 _SIDE_PX = 360
 _MAX_BYTES = 64 * 2**20
 _TIMEOUT_S = 30.0
+_CHUNK_BYTES = 256 * 1024
 _AT_ONCE = 8
 
 
@@ -52,13 +52,13 @@ def page(result: SearchResult, title: str, fetch: Callable[[ImageRef], bytes]) -
         try:
             data = fetch(ImageRef(uri=hit.uri or hit.id))
             return Card(hit, thumbnail(data))
-        except (WorkError, ValueError):
+        except (BlipqError, ValueError):
             return Card(hit, None)
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         cards = list(pool.map(card, result.hits))
     environment = Environment(
-        loader=PackageLoader("blipq_worker.index", "page"),
+        loader=PackageLoader("blipq.index", "page"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -67,27 +67,33 @@ def page(result: SearchResult, title: str, fetch: Callable[[ImageRef], bytes]) -
     return environment.get_template("gallery.html").render(title=title, cards=cards, result=result)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Writes the page; the exit code."""
-    from blipq_worker.images.fetch import Fetcher
-
-    parser = argparse.ArgumentParser(prog="blipq search --html")
-    parser.add_argument("path", type=Path)
-    parser.add_argument("--title", default="hits")
-    arguments = parser.parse_args(argv)
-    result = SearchResult.model_validate_json(sys.stdin.read())
-    fetcher = Fetcher(Storage(checked(Settings)), max_bytes=_MAX_BYTES, timeout_s=_TIMEOUT_S)
+def write_page(result: SearchResult, title: str, path: Path, storage: Storage) -> None:
+    """Writes the page of a search's result. Raises BlipqError where the file cannot be written."""
 
     def fetch(image: ImageRef) -> bytes:
-        return fetcher.fetch(image).data
+        return _fetched(storage, image)
 
+    html = page(result, title, fetch)
     try:
-        arguments.path.write_text(page(result, arguments.title, fetch), encoding="utf-8")
+        path.write_text(html, encoding="utf-8")
     except OSError as error:
-        print(f"blipq: cannot write {arguments.path}: {error.strerror}", file=sys.stderr)
-        return 2
-    return 0
+        raise BlipqError(f"cannot write {path}: {error.strerror}") from error
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _fetched(storage: Storage, image: ImageRef) -> bytes:
+    """An object of S3. Raises BlipqError where it cannot be read, is too large or takes too long.
+
+    A hit whose image lies elsewhere is shown without it.
+    """
+    if not image.in_s3:
+        raise InvalidRequest(f"{image.uri} is not in S3")
+    deadline = time.monotonic() + _TIMEOUT_S
+    data = io.BytesIO()
+    with s3_errors(image.uri):
+        body = storage.client.get_object(Bucket=image.bucket, Key=image.key)["Body"]
+        with closing(body):
+            for piece in body.iter_chunks(_CHUNK_BYTES):
+                data.write(piece)
+                if data.tell() > _MAX_BYTES or time.monotonic() > deadline:
+                    raise InvalidRequest(f"{image.uri} is too large, or takes too long")
+    return data.getvalue()

@@ -1,0 +1,1 @@
+"""Images: checked and decoded under limits. Needs Pillow."""

@@ -1,0 +1,1 @@
+"""Search indexes: read, written and filled. Needs what ``blipq[search]`` installs."""
