@@ -17,6 +17,7 @@ from jsonschema import Draft202012Validator
 
 from blipq import ErrorCode, Settings
 from blipq.cli import app as cli
+from blipq.cli.plugins import loaded
 from blipq.ledger.ledger import connect
 from blipq.local.sample import red_square
 from blipq.local.stack import LocalStack
@@ -192,7 +193,7 @@ def test_commands_and_options_that_are_named_exist(page: Path) -> None:
         while words and hasattr(command, "commands"):
             name = words.pop(0)
             assert name in command.commands, f"blipq {line}"
-            command = command.commands[name]
+            command = loaded(command.commands[name])
         options = {
             option for each in command.params for option in (*each.opts, *each.secondary_opts)
         }

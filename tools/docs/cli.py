@@ -11,6 +11,7 @@ from tools.docs import DOCS, write_or_check
 
 import blipq.cli
 from blipq.cli import app
+from blipq.cli.plugins import loaded
 from blipq.cli.terminal.group import split_help
 
 PAGE = DOCS / "cli.md"
@@ -40,10 +41,10 @@ def page() -> str:
 def commands(group: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Every command with its full name."""
     for name in sorted(group.commands):
-        command = group.commands[name]
+        command = loaded(group.commands[name])
         if hasattr(command, "commands"):
             yield from commands(command, f"{path} {name}")
-        else:
+        elif not command.hidden:
             yield f"{path} {name}", command
 
 

@@ -11,16 +11,14 @@ import typer
 
 from blipq import __version__
 from blipq.cli import (
-    bench,
     bulk,
     dead_letters,
-    demo,
     doctor,
     index,
     jobs,
     metrics,
-    models,
     overview,
+    plugins,
     search,
     services,
     watch,
@@ -48,22 +46,20 @@ for command in (
     jobs.cancel,
     overview.wait,
     watch.watch,
-    demo.demo,
-    bench.bench,
-    doctor.doctor,
-    services.up,
-    services.down,
-    services.env,
-    services.worker,
-    metrics.metrics,
 ):
     app.command()(command)
+plugins.add_command(app, "demo")
+plugins.add_command(app, "bench")
+for command in (doctor.doctor, services.up, services.down, services.env):
+    app.command()(command)
+plugins.add_command(app, "worker")
+app.command()(metrics.metrics)
 app.command("list")(overview.list_)
 app.add_typer(overview.app, name="queue")
 app.add_typer(bulk.app, name="bulk")
 app.add_typer(dead_letters.app, name="dead-letters")
 app.add_typer(index.app, name="index")
-app.add_typer(models.app, name="models")
+plugins.add_group(app, "models")
 app.add_typer(webhooks.app, name="webhooks")
 
 

@@ -82,32 +82,3 @@ def _alive(pid: int) -> bool:
     except OSError:  # no /proc here
         return True
     return state != "Z"
-
-
-def worker(
-    gpus: Annotated[
-        str | None, typer.Option(help="One process per GPU: 'all', or indexes such as 0,1.")
-    ] = None,
-    processes: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Processes with a model each: for each of --gpus, or sharing the cores."
-        ),
-    ] = 1,
-) -> None:
-    """Run a worker for the services that the settings name. SIGTERM drains it.
-
-    On a CPU, several processes with few cores each may do more than one with all of them.
-
-    Examples:
-        blipq worker
-        BLIPQ_MODELS=default=opt-2.7b blipq worker --gpus all
-        blipq worker --processes 4
-    """
-    from blipq.local import fleet
-
-    with reported():
-        if gpus is None and processes == 1:
-            fleet.run_one()
-        else:
-            raise typer.Exit(fleet.run_many(gpus, processes))

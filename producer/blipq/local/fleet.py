@@ -1,6 +1,5 @@
 """``blipq worker``: one process, or several supervised ones: per GPU, or on shares of the cores."""
 
-import importlib.util
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from pydantic import TypeAdapter
 from blipq.contract import Seconds
 from blipq.errors import InvalidRequest
 from blipq.local.supervisor import Service, supervise
+from blipq.local.worker import NO_WORKER, has_worker
 
 COMMAND = [sys.executable, "-m", "blipq_worker"]
 
@@ -92,8 +92,8 @@ def run_supervised(services: Sequence[Service], *, drain_s: float) -> int:
 
 
 def _require_worker() -> None:
-    if importlib.util.find_spec("torch") is None:
-        raise InvalidRequest("no worker here: pip install 'blipq[worker]'")
+    if not has_worker():
+        raise InvalidRequest(NO_WORKER)
 
 
 def _health_port(place: int) -> dict[str, str]:

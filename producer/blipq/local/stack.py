@@ -22,6 +22,7 @@ import redis
 
 from blipq.errors import BlipqError
 from blipq.local.supervisor import Service
+from blipq.local.worker import NO_WORKER, has_worker
 from blipq.program import blipq
 from blipq.s3.outputs import LOCAL_BUCKET
 from blipq.s3.outputs import VARIABLE as ALLOWED_OUTPUTS
@@ -297,6 +298,6 @@ def worker_service(
     environment: dict[str, str], log: Path | None, *, name: str = "worker"
 ) -> Service:
     """A worker process for this machine."""
-    if not importlib.util.find_spec("torch"):
-        raise StackError("no worker here: pip install 'blipq[worker]'")
+    if not has_worker():
+        raise StackError(NO_WORKER)
     return Service(name, [sys.executable, "-m", "blipq_worker"], env=environment, log=log)

@@ -1,7 +1,7 @@
 """``blipq doctor``: looks at everything a job needs, from where this process stands.
 
 Each finding is ok, or says what to do. Light like the rest of the producer's side: what only a
-worker can know is asked of the worker's package in a process of its own.
+worker can know, a command of the worker's says in a process of its own.
 """
 
 import importlib.metadata
@@ -24,6 +24,7 @@ from blipq.contract import CONTRACT
 from blipq.errors import BlipqError, ResultTimeout
 from blipq.ledger.ledger import DEAD_LETTERS, Ledger, connect, waiting_keys
 from blipq.local.sample import red_square
+from blipq.local.worker import has_worker
 from blipq.program import blipq
 from blipq.redaction import place_of, redacted
 from blipq.redis.url import tls_of
@@ -397,8 +398,8 @@ def _dead_letters(count: int) -> Finding:
 
 
 def _machine(ask_torch: bool) -> Findings:
-    if importlib.util.find_spec("torch") is None:
-        yield Finding("ok", "this machine", "a producer: blipq[worker] is not installed here")
+    if not has_worker():
+        yield Finding("ok", "this machine", "a producer: no worker is installed here")
         return
     yield from _weights()
     gpus = _gpus()
@@ -421,7 +422,7 @@ def _machine(ask_torch: bool) -> Findings:
 
 def _weights() -> Findings:
     """The weights of BLIPQ_MODELS, and room for those that are not here yet."""
-    command = [sys.executable, "-m", "blipq_worker.serving.memory", "weights"]
+    command = [sys.executable, "-m", "blipq", "models", "weights"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if answer.returncode:
         told = (answer.stderr.strip() or "no answer").splitlines()[-1]

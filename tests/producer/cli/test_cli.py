@@ -19,6 +19,8 @@ from typer.testing import CliRunner, Result
 
 from blipq import Client, Settings
 from blipq.cli import app
+from blipq.cli.plugins import COMMANDS as OF_THE_WORKER
+from blipq.cli.plugins import loaded
 from blipq.cli.terminal.group import split_help
 from blipq.cli.terminal.output import Terminal, spinner_line
 from blipq.contract import Kind, Options, Request, request_adapter
@@ -511,9 +513,7 @@ def test_a_filter_gives_each_name_its_values(run: Run, client: Client) -> None:
 @pytest.mark.parametrize(
     "arguments", [("s3://photos/2026/", "--name", "pets"), ("--name", "pets", "s3://photos/2026/")]
 )
-def test_indexing_needs_no_word_for_adding(
-    run: Run, arguments: tuple[str, ...]
-) -> None:
+def test_indexing_needs_no_word_for_adding(run: Run, arguments: tuple[str, ...]) -> None:
     ran = run("index", *arguments)
     assert (ran.exit_code, "NoSuchBucket" in ran.stderr) == (2, True), ran.stderr
 
@@ -526,8 +526,42 @@ def test_without_its_parts_indexing_says_what_to_install(
         assert "pip install 'blipq[search]'" in run(*arguments).stderr
 
 
+def test_help_shows_the_workers_commands_and_imports_none_of_it() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from blipq.cli import app\n"
+        "shown = CliRunner().invoke(app, ['--help'], env={'COLUMNS': '200'}).stdout\n"
+        "print(shown, [name for name in sys.modules if name.startswith('blipq_worker')])"
+    )
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert ran.stdout.endswith(" []\n")
+    assert all(text in ran.stdout for text in OF_THE_WORKER.values())
+
+
+@pytest.mark.parametrize("name", OF_THE_WORKER)
+def test_help_says_of_the_workers_commands_what_they_say_themselves(name: str) -> None:
+    group: Any = typer.main.get_command(app)
+    stand_in = group.commands[name]
+    command = loaded(stand_in)
+    assert command is not stand_in
+    assert command.help.partition("\n")[0] == OF_THE_WORKER[name]
+
+
+@pytest.mark.parametrize("arguments", [("demo", "--json"), ("models", "list"), ("worker",)])
+def test_without_a_worker_its_commands_say_what_to_install(
+    run: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: [])
+    ran = run(*arguments)
+    assert ran.exit_code == 1
+    assert "install blipq-worker" in (
+        json.loads(ran.stdout)["message"] if "--json" in arguments else ran.stderr
+    )
+
+
 def every_command(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, command in group.commands.items():
+    for name, each in group.commands.items():
+        command = loaded(each)
         if hasattr(command, "commands"):
             yield from every_command(command, (*path, name))
         else:

@@ -255,7 +255,7 @@ def test_gpus_are_read_as_nvidia_smi_lists_them() -> None:
 
 
 def test_looking_needs_neither_torch_nor_pillow() -> None:
-    code = "import sys, blipq.ops.doctor, blipq_worker.serving.memory; print(*sys.modules)"
+    code = "import sys, blipq.ops.doctor, blipq_worker.cli.models; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert not {"torch", "PIL", "transformers", "boto3"} & set(ran.stdout.split())
 

@@ -9,12 +9,13 @@ from PIL import Image
 
 from blipq import ImageRef
 from blipq_worker.bench import bare
-from blipq_worker.bench.__main__ import main, table
 from blipq_worker.bench.bare import Tried, ceiling
+from blipq_worker.bench.figures import table
 from blipq_worker.bench.pictures import SIZE, Pictures, drawn, read
 from blipq_worker.bench.rate import steady_per_s
 from blipq_worker.bench.workloads import DEFAULT, MIXED, TEN
 from blipq_worker.catalog.models import ModelError
+from blipq_worker.cli.bench import Asked, bench
 
 
 def test_a_workload_asks_the_same_every_time() -> None:
@@ -82,8 +83,7 @@ def test_a_run_compares_the_service_with_the_bare_engine(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     figures = tmp_path / "bench.json"
-    options = ["--jobs", "4", "--processes", "2", "--workload", "greedy-20"]
-    assert main([*options, "--json", str(figures)]) == 0
+    bench(jobs=4, processes=2, workload=[Asked.GREEDY], json=figures)
     found = json.loads(figures.read_text())
     assert found["bare"]["greedy-20"]["images_per_s"] > 0
     assert found["service"]["greedy-20"]["images_per_s"] > 0

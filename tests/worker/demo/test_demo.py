@@ -32,6 +32,7 @@ from blipq.contract import (
     TextScore,
     VQAResult,
 )
+from blipq_worker.cli import demo as demo_command
 from blipq_worker.demo.plots import round_up, stage_plot, throughput_plot
 from blipq_worker.demo.report import milliseconds, percent, render_report
 from blipq_worker.demo.run import choose
@@ -393,10 +394,10 @@ def test_a_report_that_cannot_be_written_is_told_at_once() -> None:
 
 
 def test_a_missing_part_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.demo, "NEEDED", ("json", "no_such_part"))
+    monkeypatch.setattr(demo_command, "NEEDED", ("json", "no_such_part"))
     outcome = CliRunner().invoke(cli.app, ["demo"])
     assert outcome.exit_code == 1
-    assert "pip install 'blipq[worker,local]'" in outcome.stderr
+    assert "pip install '.[worker,local]'" in outcome.stderr
 
 
 def test_demo_shows_its_options() -> None:

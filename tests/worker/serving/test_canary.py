@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from blipq import Client, Settings
+from blipq import Client, Settings, cli
 from blipq.local.stack import LocalStack
 from blipq_worker import demo
 from blipq_worker.blip2 import Blip2
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
 from blipq_worker.blip2.loading.weights import load_tokenizer
 from blipq_worker.catalog.models import ModelError
-from blipq_worker.serving import canary, goldens, record_golden
+from blipq_worker.serving import canary, goldens
 from blipq_worker.serving.canary import CanaryError
 from blipq_worker.serving.goldens import Golden, GoldenError, Observation, read_goldens, tolerance
 from blipq_worker.serving.loader import load_models
@@ -160,26 +161,26 @@ def test_a_file_that_holds_no_goldens_is_told(tmp_path: Path) -> None:
         load_models(WorkerSettings(goldens=tmp_path / "absent.json"))
 
 
-def test_a_recorded_golden_refuses_a_copy_that_was_damaged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_recorded_golden_refuses_a_copy_that_was_damaged(tmp_path: Path) -> None:
     folder, file = tmp_path / "mine", tmp_path / "goldens.json"
     folder.mkdir()
     for each in demo.OPT.iterdir():
         (folder / each.name).write_bytes(each.read_bytes())
-    assert record_golden.main([str(folder), "--output", str(file), "--dtype", "float32"]) == 0
-    assert "a red circle in the center" in capsys.readouterr().out
+    options = ["--output", str(file), "--dtype", "float32"]
+    recording = CliRunner().invoke(cli.app, ["models", "record-golden", str(folder), *options])
+    assert recording.exit_code == 0, recording.stderr
+    assert "a red circle in the center" in recording.stdout
     recorded = Golden.model_validate(json.loads(file.read_text())[str(folder)])
     assert recorded.said.matches is None
-    options = WorkerSettings(models={"default": str(folder)}, goldens=file, dtype="bfloat16")
-    assert load_models(options)["default"].info.checkpoint == str(folder)
+    settings = WorkerSettings(models={"default": str(folder)}, goldens=file, dtype="bfloat16")
+    assert load_models(settings)["default"].info.checkpoint == str(folder)
 
     weights = load_file(folder / "model.safetensors")
     (name,) = [name for name in weights if name.endswith("embed_tokens.weight")]
     weights[name] = shuffled(weights[name])
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"failed its check: it should say 'a red circle .*BLIPQ_"):
-        load_models(options)
+        load_models(settings)
 
 
 def test_a_model_that_does_not_fit_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ LAYERS = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "blipq_worker.serving.memory", *arguments],
+        [sys.executable, "-m", "blipq", "models", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},

@@ -102,7 +102,7 @@ def how_to_get(missing: list[Weights]) -> str:
     room = f"{gigabytes(free_bytes())} free in {hub_cache()}"
     text = f"fetch them where there is a network with {' and '.join(commands)} ({size}; {room})"
     if importlib.util.find_spec("huggingface_hub") is None:
-        text += "; hf comes with pip install 'blipq[worker]'"
+        text += "; hf comes with blipq-worker"
     return text
 
 

@@ -2,15 +2,18 @@
 
 import importlib.util
 import os
-import sys
 from enum import StrEnum
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from blipq.cli.terminal.output import reported
+from blipq.cli.terminal.output import errors, reported
 from blipq.errors import BlipqError
+from blipq.local.worker import NO_WORKER
+from blipq.settings import CONNECTION_FIELDS
 
 NEEDED = ("torch", "transformers", "PIL")
 
@@ -59,14 +62,19 @@ def bench(
         blipq bench --workload greedy-5-50 --latency
         blipq bench --processes 4
     """
-    arguments = ["--model", model, "--jobs", str(jobs)]
-    arguments += ["--processes", str(processes)]
-    arguments += ["--images", str(images)] if images else []
-    arguments += ["--latency"] if latency else []
-    arguments += ["--json", str(json)] if json else []
-    for each in workload or []:
-        arguments += ["--workload", each]
     with reported():
         if not all(map(importlib.util.find_spec, NEEDED)):
-            raise BlipqError("a part is missing: pip install 'blipq[worker,local]'")
-        os.execv(sys.executable, [sys.executable, "-m", "blipq_worker.bench", *arguments])
+            raise BlipqError(f"a part is missing: {NO_WORKER}")
+    # Servers and worker are its own, whatever the settings say.
+    for name in (*CONNECTION_FIELDS, "health_port", "allowed_buckets"):
+        os.environ.pop(f"BLIPQ_{name.upper()}", None)
+    from blipq_worker.bench.figures import Options, measured, table
+
+    try:
+        found = measured(Options(model, images, jobs, processes, latency, workload or ()))
+    except (BlipqError, ValueError) as error:
+        errors.print(f"blipq bench: {error}", markup=False)
+        raise typer.Exit(1) from None
+    Console(highlight=False).print(table(found))
+    if json:
+        json.write_text(dumps(found, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """``blipq demo``."""
 
 import importlib.util
-import os
+import secrets
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +11,9 @@ import typer
 
 from blipq.cli.terminal.output import JsonOption, reported
 from blipq.errors import BlipqError
+from blipq.local.worker import NO_WORKER
+from blipq_worker.demo.options import Options
+from blipq_worker.demo.signals import Interrupted, Signals
 
 NEEDED = ("torch", "transformers", "PIL", "jinja2")
 
@@ -49,12 +52,22 @@ def demo(
         blipq demo
         blipq demo --images 8 --seed 7 --report report.html
     """
-    arguments = ["--images", images, "--quantization", quantization, "--report", report]
-    arguments += ["--model", model]
-    arguments += [] if seed is None else ["--seed", seed]
-    arguments += ["--json"] if as_json else []
     with reported(as_json):
         if not all(map(importlib.util.find_spec, NEEDED)):
-            raise BlipqError("a part is missing for the demo: pip install 'blipq[worker,local]'")
-        command = [sys.executable, "-m", "blipq_worker.demo", *map(str, arguments)]
-        os.execv(command[0], command)
+            raise BlipqError(f"a part is missing for the demo: {NO_WORKER}")
+    drawn = secrets.randbelow(1_000_000) if seed is None else seed
+    raise typer.Exit(_give(Options(images, drawn, quantization, report, model, as_json)))
+
+
+def _give(options: Options) -> int:
+    """Gives the demo; the exit code."""
+    signals = Signals()
+    try:
+        signals.watch()
+        # Only now, because it takes a second in which Ctrl-C may come.
+        from blipq_worker.demo.run import give
+
+        return give(options, signals)
+    except Interrupted as interruption:
+        print("stopped", file=sys.stderr)
+        return 128 + interruption.number

@@ -1,53 +1,44 @@
-"""``python -m blipq_worker.bench``: what ``blipq bench`` runs."""
+"""Figures of a bench: everything measured, and the table that shows it."""
 
-import argparse
-import json
-import os
-import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from blipq.errors import BlipqError
-from blipq.settings import CONNECTION_FIELDS
 from blipq_worker.bench.pictures import Pictures, drawn, read
 from blipq_worker.bench.run import Bench, about_this_run
-from blipq_worker.bench.workloads import LOADS, MIXED, WORKLOADS, Workload
+from blipq_worker.bench.workloads import LOADS, MIXED, WORKLOADS
 
 errors = Console(stderr=True, highlight=False)
-out = Console(highlight=False)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures, prints a table, and writes the figures where they are asked for."""
-    options = _parsed(arguments)
-    # Servers and worker are its own, whatever the settings say.
-    for name in (*CONNECTION_FIELDS, "health_port", "allowed_buckets"):
-        os.environ.pop(f"BLIPQ_{name.upper()}", None)
-    chosen = [each for each in WORKLOADS if each.name in options.workloads or not options.workloads]
-    try:
-        found = measured(options, chosen)
-    except (BlipqError, ValueError) as error:
-        errors.print(f"blipq bench: {error}", markup=False)
-        return 1
-    out.print(table(found))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-    return 0
+@dataclass(frozen=True)
+class Options:
+    """What is measured. images: a folder of photos, or None for drawn ones."""
+
+    model: str = "demo"
+    images: Path | None = None
+    jobs: int = 256
+    processes: int = 1
+    latency: bool = False
+    workloads: Sequence[str] = ()
 
 
-def measured(options: argparse.Namespace, workloads: Sequence[Workload]) -> dict[str, Any]:
-    """Everything that was asked for."""
+def measured(options: Options) -> dict[str, Any]:
+    """Everything that the options name. Raises BlipqError, ValueError."""
+    workloads = [
+        each for each in WORKLOADS if each.name in options.workloads or not options.workloads
+    ]
     photos = read(options.images) if options.images else drawn()
     environment = {"BLIPQ_MODELS": f"default={options.model}"}
     if options.processes > options.jobs:
         raise ValueError(f"{options.processes} processes are more than {options.jobs} jobs")
     bench = Bench(environment, Pictures(photos), options.jobs, processes=options.processes)
-    asked = {name: getattr(options, name) for name in ("model", "jobs", "processes")}
-    found = {**about_this_run(), **asked}
+    given = {name: getattr(options, name) for name in ("model", "jobs", "processes")}
+    found = {**about_this_run(), **given}
     errors.print(f"{found['machine']}; other work now: load average {found['load_average']:.1f}")
     errors.print("the bare engine ...")
     found["bare"] = bench.ceilings(workloads)
@@ -79,19 +70,3 @@ def table(found: Mapping[str, Any]) -> Table:
         waits = f"p50 {one['p50_s']:.2f} s, p99 {one['p99_s']:.2f} s"
         shown.add_row(f"{MIXED.about}, at {name} load", "", waits, "")
     return shown
-
-
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("blipq bench", add_help=False)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--images", type=Path)
-    parser.add_argument("--jobs", type=int, default=256)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--latency", action="store_true")
-    parser.add_argument("--workload", dest="workloads", action="append", default=[])
-    parser.add_argument("--json", type=Path)
-    return parser.parse_args(arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

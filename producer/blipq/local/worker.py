@@ -1,0 +1,13 @@
+"""Whether a worker can run here. It is a distribution of its own, ``blipq-worker``."""
+
+import importlib.util
+
+NO_WORKER = (
+    "no worker here: install blipq-worker beside blipq, or run pip install '.[worker,local]' in a "
+    "clone of blipq"
+)
+
+
+def has_worker() -> bool:
+    """Whether the worker and torch are there: a clone's root installs its code without torch."""
+    return all(importlib.util.find_spec(name) for name in ("blipq_worker", "torch"))

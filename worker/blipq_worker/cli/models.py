@@ -1,0 +1,215 @@
+"""``blipq models``: what can be served, and what it takes."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+
+from blipq.cli.terminal.group import Group
+from blipq.cli.terminal.output import JsonOption
+from blipq.errors import BlipqError, InvalidRequest
+from blipq.local.worker import NO_WORKER
+from blipq.submission import checked
+from blipq_worker.catalog.models import KNOWN_MODELS, ModelError
+from blipq_worker.catalog.weights import (
+    Weights,
+    free_bytes,
+    gigabytes,
+    how_to_get,
+    hub_cache,
+    weights_of,
+    weights_of_served,
+)
+from blipq_worker.settings import Dtype, Quantization, WorkerSettings
+
+if TYPE_CHECKING:
+    from blipq_worker.serving.footprint import Memory
+
+app = Group("Models that can be served.")
+
+_SUMS = ("weights", "shared", "kv_batch", "kv_slots", "activations", "host_cache", "total")
+
+
+@app.command("list")
+def list_(as_json: JsonOption = False) -> None:
+    """List the known models, and whether their weights are on this machine.
+
+    Examples:
+        blipq models list
+    """
+    known = {
+        name: [weights_of(each) for each in (model.generation, model.retrieval) if each]
+        for name, model in KNOWN_MODELS.items()
+    }
+    if as_json:
+        rows = [
+            {"model": name, "about": KNOWN_MODELS[name].about, "checkpoints": _described(found)}
+            for name, found in known.items()
+        ]
+        print(json.dumps({"models": rows, "cache": str(hub_cache()), "free": free_bytes()}))
+        return
+    for name, found in known.items():
+        print(f"{name:16} {KNOWN_MODELS[name].about}")
+        for each in found:
+            print(f"{'':16} {_weights_line(each)}")
+    print(f"{'demo':16} coloured shapes on a plain background; comes with blipq")
+    print(f"\n{gigabytes(free_bytes())} free in {hub_cache()}")
+    print("A worker fetches what it serves; by hand: hf download ID --exclude '*.bin'")
+
+
+@app.command("memory")
+def memory(
+    model: Annotated[str, typer.Argument(help="A known model, or generation[+retrieval].")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Jobs in one batch.")] = 16,
+    quantization: Annotated[str, typer.Option(help="auto, none, int8 or nf4.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float16, bfloat16 or float32.")] = "auto",
+    beams: Annotated[int, typer.Option(min=1, help="Beams per prompt.")] = 5,
+    prompt_tokens: Annotated[int, typer.Option(min=0, help="Longest prompt.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 30,
+    slots: Annotated[int, typer.Option(min=0, help="BLIPQ_DECODE_SLOTS.")] = 32,
+    feature_cache: Annotated[
+        int, typer.Option(min=0, help="Bytes of host memory for features of images.")
+    ] = 0,
+    quantize_vision: Annotated[
+        bool, typer.Option("--quantize-vision", help="Quantize the vision tower, too.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    as_json: JsonOption = False,
+) -> None:
+    """Count the memory that a model takes on a GPU or a CPU, without loading it.
+
+    Examples:
+        blipq models memory opt-2.7b --quantization nf4 --batch-size 16
+    """
+    with _refused():
+        _one_of("--quantization", quantization, get_args(Quantization))
+        _one_of("--dtype", dtype, get_args(Dtype))
+        _one_of("--device", device, ("cuda", "cpu"))
+        if importlib.util.find_spec("torch") is None:
+            raise ModelError(f"counting needs torch; {NO_WORKER}")
+        from blipq_worker.serving.footprint import Load, memory_of
+        from blipq_worker.serving.memory import gpus, verdict, verdict_on_the_cpu
+
+        counted = memory_of(
+            model,
+            quantization=quantization,
+            quantize_vision=quantize_vision,
+            dtype=dtype,
+            load=Load(
+                batch_size=batch_size,
+                beams=beams,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                slots=slots,
+                feature_cache=feature_cache,
+            ),
+            device=device,
+        )
+        fits = verdict(counted, gpus()) if device == "cuda" else verdict_on_the_cpu(counted)
+    if as_json:
+        sums = {name: getattr(counted, name) for name in _SUMS}
+        print(json.dumps({**asdict(counted), **sums, "verdict": fits}))
+        return
+    for line in _memory_lines(counted):
+        print(line)
+    print(fits)
+
+
+@app.command("record-golden")
+def record_golden(
+    model: Annotated[str, typer.Argument(help="As in BLIPQ_MODELS: a known model, or folders.")],
+    output: Annotated[str, typer.Option(help="File to write to, or to add to.")] = "goldens.json",
+    quantization: Annotated[str, typer.Option(help="none, int8, nf4 or auto.")] = "none",
+    dtype: Annotated[str, typer.Option(help="auto, float16, bfloat16 or float32.")] = "auto",
+) -> None:
+    """Record what a model says at its check, for workers to be held against (BLIPQ_GOLDENS).
+
+    Do it where the model is known to be well: quantized and damaged copies are measured by it.
+
+    Examples:
+        blipq models record-golden opt-2.7b --output goldens.json
+    """
+    with _refused():
+        _one_of("--quantization", quantization, get_args(Quantization))
+        _one_of("--dtype", dtype, get_args(Dtype))
+        if importlib.util.find_spec("torch") is None:
+            raise ModelError(f"recording needs torch; {NO_WORKER}")
+        from blipq_worker.serving.record_golden import record
+
+        print(record(model, Path(output), quantization, dtype))
+    print(f"recorded in {output}: BLIPQ_GOLDENS={output}", file=sys.stderr)
+
+
+@app.command("weights", hidden=True)
+def weights() -> None:
+    """For `blipq doctor`: the weights of BLIPQ_MODELS, as JSON.
+
+    Examples:
+        blipq models weights
+    """
+    with _refused():
+        found = weights_of_served(checked(WorkerSettings).models)
+        missing = [each for each in found if not each.present]
+        described = {
+            "weights": _described(found),
+            "cache": str(hub_cache()),
+            "free": free_bytes(),
+            "advice": how_to_get(missing) if missing else None,
+        }
+    print(json.dumps(described))
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Any error is one line on stderr and the exit code 2."""
+    try:
+        yield
+    except BlipqError as error:
+        print(f"blipq models: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def _one_of(option: str, given: str, known: Sequence[str]) -> None:
+    if given not in known:
+        raise InvalidRequest(f"{option}: {given!r} is none of {', '.join(known)}")
+
+
+def _weights_line(each: Weights) -> str:
+    size = "unknown size" if each.bytes is None else gigabytes(each.bytes)
+    return f"{each.checkpoint:36} {size:>8}  {'here' if each.present else 'not here'}"
+
+
+def _described(found: Sequence[Weights]) -> list[dict[str, Any]]:
+    return [{**asdict(each), "command": each.command} for each in found]
+
+
+def _memory_lines(memory: "Memory") -> Iterator[str]:
+    from blipq_worker.serving.footprint import GIB
+
+    load = memory.load
+    yield f"{memory.model}, {memory.quantization}, on {memory.device}"
+    for part in memory.parts:
+        millions = f"{part.parameters / 1e6:,.1f} M"
+        yield f"  {part.name:24} {part.precision:9} {millions:>11}  {part.bytes / GIB:7.2f} GiB"
+    row = f"{load.batch_size} x {load.beams} beams x {memory.kv_row / 2**20:.1f} MiB"
+    slot = memory.kv_token * load.slot_tokens / 2**20
+    less = f"{memory.shared / GIB:.2f} less if towers are equal" if memory.shared else ""
+    looks = f"vision {memory.vision / GIB:.2f}, language {memory.language / GIB:.2f}"
+    for name, note, count in (
+        ("weights", less, memory.weights),
+        ("KV of a pass", row, memory.kv_batch),
+        ("KV in flight", f"{load.slots} slots x {slot:.1f} MiB", memory.kv_slots),
+        ("activations", f"estimate: {looks}", memory.activations),
+        ("context", "estimate", memory.context),
+        ("total", "", memory.total),
+    ):
+        yield f"  {name:14} {note:39}  {count / GIB:7.2f} GiB"
+    if load.feature_cache:
+        where = "host memory" if memory.device == "cuda" else "in the total"
+        yield f"  {'feature cache':14} {where:39}  {load.feature_cache / GIB:7.2f} GiB"
