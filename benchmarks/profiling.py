@@ -23,7 +23,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "the model: prompts": ("prefill (",),
     "the model: tokens": ("blip2/decoding/",),
     "between them": (BATCHER,),
-    "JPEG, resize, normalise": ("blipq_worker/images/decoding.py", "blip2/vision/preprocessing.py"),
+    "JPEG, resize, normalise": ("blipq/images/decoding.py", "blip2/vision/preprocessing.py"),
     "S3": ("blipq_worker/images/fetch.py",),
     "ledger": ("blipq/ledger/",),
     "a job, between them": ("blipq_worker/jobs/runner.py",),

@@ -101,7 +101,7 @@ class Bench:
 
     folder: Path
     environment: Mapping[str, str]
-    command: Sequence[str] = (sys.executable, "-m", "blipq", "worker")
+    command: Sequence[str] = (sys.executable, "-m", "blipq_worker")
     work: Mapping[str, Work] = field(default_factory=lambda: WORK)
     warm: int = WARM
 

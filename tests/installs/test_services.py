@@ -1,0 +1,149 @@
+"""A service has a Celery of its own; the client goes beside it, and submits for real."""
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blipq.local.stack import LocalStack
+from blipq.local.supervisor import Service
+from blipq.s3.storage import Storage
+from conftest import ROOT
+from installs.conftest import Environment, run
+
+pytestmark = [pytest.mark.installs, pytest.mark.timeout(300)]
+
+#: What is the service's, not blipq's, to choose.
+OWN = ("celery", "kombu", "redis")
+
+#: What services pin: both ends of each range, and what pip takes for a Celery alone.
+SERVICES = {
+    "the oldest": ("celery[redis]==5.4.0", "kombu==5.4.0", "redis==5.0.3"),
+    "Celery 5.4": ("celery[redis]==5.4.*",),
+    "Celery 5.5": ("celery[redis]==5.5.*",),
+    "the oldest Celery 5.6": ("celery[redis]==5.6.0", "kombu==5.6.0", "redis==5.2.1"),
+    "Celery 5.6": ("celery[redis]==5.6.*",),
+    "Celery 5.7": ("celery[redis]==5.7.*",),
+}
+
+SUBMIT = """
+import asyncio, json, sys
+from celery import Celery
+from blipq import AsyncClient, CaptionRequest, Client, Settings
+
+async def ask(image):
+    async with AsyncClient() as client:
+        job = await client.vqa(image, "what color is the circle?")
+        return (await job.result(timeout=60)).answers[0].text
+
+app = Celery("service", broker=Settings().redis_url)
+app.send_task("tasks.own", queue="own")
+with Client() as client:
+    image = client.storage.upload("docs/scene.png")
+    many = client.submit_many([CaptionRequest(image=image) for _ in range(5)])
+    texts = [job.result(timeout=60).text for job in many]
+    texts.append(client.caption(image).result(timeout=60).text)
+    cancelled = client.caption(image, model="nobody")
+    cancelled.cancel()
+    ended = cancelled.wait(timeout=10).status
+answer = asyncio.run(ask(image))
+print(json.dumps({"texts": texts, "answer": answer, "cancelled": ended}))
+"""
+
+
+@pytest.fixture(scope="session")
+def constraints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The versions of everything that is not the service's: nothing is resolved anew."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    others = [line for line in lines if line.partition("==")[0].lower() not in OWN]
+    path = tmp_path_factory.mktemp("constraints") / "constraints.txt"
+    path.write_text("\n".join(others) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_service_submits_beside_its_own_celery(
+    service: str,
+    new_environment: Callable[[], Environment],
+    wheels: dict[str, Path],
+    constraints: Path,
+    stack: LocalStack,
+    worker: Service,
+) -> None:
+    environment = new_environment()
+    pinned = ("--quiet", "-c", str(constraints))
+    environment.pip("install", *pinned, *SERVICES[service])
+    before = environment.versions(*OWN)
+    environment.pip("install", *pinned, str(wheels["producer"]))
+    assert environment.versions(*OWN) == before
+    environment.pip("check")
+    known = {"BLIPQ_KNOWN_MODELS": "nobody"}
+    python = [str(environment.python), "-W", "error::ImportWarning", "-c", SUBMIT]
+    told: dict[str, Any] = json.loads(run(python, **stack.environment(), **known))
+    assert len(told["texts"]) == 6
+    assert all("circle" in text for text in told["texts"]), told
+    assert (told["answer"], told["cancelled"]) == ("red", "cancelled")
+
+
+def test_the_client_is_small_and_has_no_weights(wheels: dict[str, Path]) -> None:
+    assert wheels["producer"].stat().st_size <= 400_000
+    names = zipfile.ZipFile(wheels["producer"]).namelist()
+    assert not [name for name in names if "blipq_worker" in name or name.endswith("safetensors")]
+
+
+def test_both_wheels_say_the_version_of_the_code_and_go_together(wheels: dict[str, Path]) -> None:
+    import blipq
+
+    for wheel in wheels.values():
+        assert wheel.name.split("-")[1] == blipq.__version__
+    metadata = zipfile.ZipFile(wheels["worker"]).read(
+        f"blipq_worker-{blipq.__version__}.dist-info/METADATA"
+    )
+    assert f"Requires-Dist: blipq[search]=={blipq.__version__}" in metadata.decode().splitlines()
+
+
+def test_without_the_worker_the_client_says_what_to_install(
+    new_environment: Callable[[], Environment], wheels: dict[str, Path], constraints: Path
+) -> None:
+    environment = new_environment()
+    environment.pip("install", "--quiet", "-c", str(constraints), str(wheels["producer"]))
+    for arguments in (["demo"], ["bench"], ["models", "list"], ["worker"]):
+        with pytest.raises(AssertionError, match="install blipq-worker"):
+            run([str(environment.python), "-m", "blipq", *arguments])
+
+
+def test_indexes_are_filled_and_read_without_the_worker(
+    new_environment: Callable[[], Environment],
+    wheels: dict[str, Path],
+    constraints: Path,
+    stack: LocalStack,
+    worker: Service,
+    tmp_path: Path,
+) -> None:
+    environment = new_environment()
+    search = f"blipq[search] @ {wheels['producer'].as_uri()}"
+    environment.pip("install", "--quiet", "-c", str(constraints), search)
+    folder = f"s3://{stack.settings().inbox_bucket}/installs/"
+    stored = Storage(stack.settings())
+    stored.put(
+        f"{folder}scene.png", (ROOT / "docs/scene.png").read_bytes(), content_type="image/png"
+    )
+
+    def blipq(*arguments: str) -> str:
+        command = [str(environment.python), "-m", "blipq", *arguments]
+        return run(command, **stack.environment())
+
+    assert "indexed" in blipq("index", folder, "--name", "installs")
+    assert "installs" in blipq("index", "list")
+    page = tmp_path / "hits.html"
+    found = blipq("search", "a red circle", "--name", "installs", "--html", str(page))
+    assert "scene.png" in found
+    assert "data:image/jpeg;base64," in page.read_text()
+    blipq("index", "delete", "installs")
+    names = environment.pip("list", "--format", "freeze").lower().splitlines()
+    assert not [
+        name for name in names if name.startswith(("torch", "transformers", "blipq-worker"))
+    ]
