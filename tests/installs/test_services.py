@@ -22,7 +22,7 @@ OWN = ("celery", "kombu", "redis")
 #: What services pin: both ends of each range, and what pip takes for a Celery alone.
 SERVICES = {
     "the oldest": ("celery[redis]==5.4.0", "kombu==5.4.0", "redis==5.0.3"),
-    "Celery 5.4": ("celery[redis]==5.4.*",),
+    "Celery 5.4": ("celery[redis]==5.4.*", "kombu<5.7"),  # 5.7 refuses redis-py below 6.1
     "Celery 5.5": ("celery[redis]==5.5.*",),
     "the oldest Celery 5.6": ("celery[redis]==5.6.0", "kombu==5.6.0", "redis==5.2.1"),
     "Celery 5.6": ("celery[redis]==5.6.*",),
@@ -80,6 +80,25 @@ def test_a_service_submits_beside_its_own_celery(
     environment.pip("install", *pinned, str(wheels["producer"]))
     assert environment.versions(*OWN) == before
     environment.pip("check")
+    submits(environment, stack)
+
+
+def test_pip_finds_what_goes_with_celery_5_4(
+    new_environment: Callable[[], Environment],
+    wheels: dict[str, Path],
+    constraints: Path,
+    stack: LocalStack,
+    worker: Service,
+) -> None:
+    """For that Celery alone pip takes a kombu that refuses its redis-py: nothing is published."""
+    environment = new_environment()
+    requirements = ("celery[redis]==5.4.*", str(wheels["producer"]))
+    environment.pip("install", "--quiet", "-c", str(constraints), *requirements)
+    submits(environment, stack)
+
+
+def submits(environment: Environment, stack: LocalStack) -> None:
+    """A service here submits jobs, and a worker with its own Celery runs them."""
     known = {"BLIPQ_KNOWN_MODELS": "nobody"}
     python = [str(environment.python), "-W", "error::ImportWarning", "-c", SUBMIT]
     told: dict[str, Any] = json.loads(run(python, **stack.environment(), **known))

@@ -74,12 +74,12 @@ def _context_of(stand_in: Any, name: Any, args: Sequence[str], parent: Any, extr
 class _Command(TyperCommand):
     """Shown in the help of ``blipq``; becomes the worker's command when it is called."""
 
-    def make_context(self, name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
-        return _context_of(self, name, args, parent, extra)
+    def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
+        return _context_of(self, info_name, args, parent, extra)
 
 
 class _Group(TyperGroup):
     """The same for a group of commands."""
 
-    def make_context(self, name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
-        return _context_of(self, name, args, parent, extra)
+    def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
+        return _context_of(self, info_name, args, parent, extra)

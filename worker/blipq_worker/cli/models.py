@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from blipq_worker.serving.footprint import Memory
 
 app = Group("Models that can be served.")
+
+Device = Literal["cuda", "cpu"]
 
 _SUMS = ("weights", "shared", "kv_batch", "kv_slots", "activations", "host_cache", "total")
 
@@ -88,9 +90,9 @@ def memory(
         blipq models memory opt-2.7b --quantization nf4 --batch-size 16
     """
     with _refused():
-        _one_of("--quantization", quantization, get_args(Quantization))
-        _one_of("--dtype", dtype, get_args(Dtype))
-        _one_of("--device", device, ("cuda", "cpu"))
+        known_quantization: Quantization = _one_of("--quantization", quantization, Quantization)
+        known_dtype: Dtype = _one_of("--dtype", dtype, Dtype)
+        _one_of("--device", device, Device)
         if importlib.util.find_spec("torch") is None:
             raise ModelError(f"counting needs torch; {NO_WORKER}")
         from blipq_worker.serving.footprint import Load, memory_of
@@ -98,9 +100,9 @@ def memory(
 
         counted = memory_of(
             model,
-            quantization=quantization,
+            quantization=known_quantization,
             quantize_vision=quantize_vision,
-            dtype=dtype,
+            dtype=known_dtype,
             load=Load(
                 batch_size=batch_size,
                 beams=beams,
@@ -136,8 +138,8 @@ def record_golden(
         blipq models record-golden opt-2.7b --output goldens.json
     """
     with _refused():
-        _one_of("--quantization", quantization, get_args(Quantization))
-        _one_of("--dtype", dtype, get_args(Dtype))
+        _one_of("--quantization", quantization, Quantization)
+        _one_of("--dtype", dtype, Dtype)
         if importlib.util.find_spec("torch") is None:
             raise ModelError(f"recording needs torch; {NO_WORKER}")
         from blipq_worker.serving.record_golden import record
@@ -175,9 +177,12 @@ def _refused() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def _one_of(option: str, given: str, known: Sequence[str]) -> None:
+def _one_of(option: str, given: str, literal: Any) -> Any:
+    """What was given, if the type ``Literal[...]`` has it. Raises InvalidRequest."""
+    known = get_args(literal)
     if given not in known:
         raise InvalidRequest(f"{option}: {given!r} is none of {', '.join(known)}")
+    return given
 
 
 def _weights_line(each: Weights) -> str:
