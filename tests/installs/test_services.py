@@ -130,7 +130,7 @@ def test_without_the_worker_the_client_says_what_to_install(
     environment = new_environment()
     environment.pip("install", "--quiet", "-c", str(constraints), str(wheels["producer"]))
     for arguments in (["demo"], ["bench"], ["models", "list"], ["worker"]):
-        with pytest.raises(AssertionError, match="install blipq-worker"):
+        with pytest.raises(AssertionError, match="wheel of blipq-worker"):
             run([str(environment.python), "-m", "blipq", *arguments])
 
 

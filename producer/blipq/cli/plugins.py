@@ -56,7 +56,6 @@ def loaded(command: Any) -> Any:
     if not found:
         raise BlipqError(NO_WORKER)
     app = Group(COMMANDS[name])
-    app.callback()(_stand_in)  # a group, even with one command
     if isinstance(found[0], typer.Typer):
         app.add_typer(found[0], name=name)
     else:

@@ -3,8 +3,8 @@
 import importlib.util
 
 NO_WORKER = (
-    "no worker here: install blipq-worker beside blipq, or run pip install '.[worker,local]' in a "
-    "clone of blipq"
+    "no worker here: install the wheel of blipq-worker, which is on no package index, or run pip "
+    "install '.[worker,local]' in a clone of blipq"
 )
 
 

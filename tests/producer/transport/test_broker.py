@@ -55,6 +55,18 @@ def test_many_messages_need_few_round_trips(apart: Settings, raw_redis: "redis.R
     broker.close()
 
 
+def test_a_kombu_without_batches_publishes_one_by_one(
+    apart: Settings, raw_redis: "redis.Redis", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kombu before 5.7, which a service may have: its import failed, and nothing was published."""
+    monkeypatch.delattr("kombu.messaging.Producer.batch")
+    monkeypatch.delattr("kombu.exceptions.BatchPublishError")
+    broker = Broker(apart)
+    assert broker.publish_all([MESSAGE] * 5)
+    assert raw_redis.llen("blipq.default.normal") == 5
+    broker.close()
+
+
 def test_a_dropped_connection_loses_no_message(apart: Settings, raw_redis: "redis.Redis") -> None:
     broker = Broker(apart)
     assert broker.publish(MESSAGE)

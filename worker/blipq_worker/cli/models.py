@@ -113,7 +113,7 @@ def memory(
             ),
             device=device,
         )
-        fits = verdict(counted, gpus()) if device == "cuda" else verdict_on_the_cpu(counted)
+        fits = verdict(counted, gpus()) if counted.device == "cuda" else verdict_on_the_cpu(counted)
     if as_json:
         sums = {name: getattr(counted, name) for name in _SUMS}
         print(json.dumps({**asdict(counted), **sums, "verdict": fits}))
