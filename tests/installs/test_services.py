@@ -97,6 +97,28 @@ def test_pip_finds_what_goes_with_celery_5_4(
     submits(environment, stack)
 
 
+#: The client's tests of what differs between versions of redis-py: connections and their errors.
+OF_CONNECTIONS = (
+    *("test_redis_url", "test_sentinel", "test_tls", "test_ledger"),
+    *("test_notifier", "test_async_notifier", "test_async_client"),
+)
+
+
+def test_the_clients_own_tests_pass_with_the_oldest_versions(
+    new_environment: Callable[[], Environment], wheels: dict[str, Path], constraints: Path
+) -> None:
+    """redis-py 5.0.1 lost a connection of asyncio's pool with every connect that failed."""
+    environment = new_environment()
+    client = f"blipq[local] @ {wheels['producer'].as_uri()}"
+    requirements = (*SERVICES["the oldest"], client, "pytest", "pytest-timeout")
+    environment.pip("install", "--quiet", "-c", str(constraints), *requirements)
+    files = [str(next((ROOT / "tests").rglob(f"{name}.py"))) for name in OF_CONNECTIONS]
+    options = ("-q", "-p", "no:cacheprovider")
+    ran = run([str(environment.python), "-m", "pytest", *options, *files])
+    assert "passed" in ran
+    assert "skipped" not in ran
+
+
 def submits(environment: Environment, stack: LocalStack) -> None:
     """A service here submits jobs, and a worker with its own Celery runs them."""
     known = {"BLIPQ_KNOWN_MODELS": "nobody"}

@@ -554,7 +554,7 @@ def test_without_a_worker_its_commands_say_what_to_install(
     monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: [])
     ran = run(*arguments)
     assert ran.exit_code == 1
-    assert "install blipq-worker" in (
+    assert "wheel of blipq-worker" in (
         json.loads(ran.stdout)["message"] if "--json" in arguments else ran.stderr
     )
 
