@@ -683,18 +683,3 @@ class JobInfo(_Told):
     def ended(self) -> bool:
         """Whether the status is terminal: it will never change again."""
         return self.status in TERMINAL_STATUSES
-
-
-def queue_name(model: str, priority: Priority) -> str:
-    """The Celery queue of a served model at a priority."""
-    return f"blipq.{model}.{priority}"
-
-
-def model_of(queue: str) -> str:
-    """The served model that a queue is of."""
-    return queue.removeprefix("blipq.").rpartition(".")[0]
-
-
-def task_name(kind: Kind) -> str:
-    """The Celery task of a kind, so that monitors show what runs."""
-    return f"blipq.{kind}"

@@ -30,7 +30,8 @@ from blipq.contract import (
 )
 from blipq.errors import WorkError
 from blipq.ledger.async_ledger import AsyncLedger
-from blipq.ledger.codec import Message, job_info, notify_channel
+from blipq.ledger.codec import Message, job_info
+from blipq.ledger.keys import ended_channel
 from blipq.ledger.ledger import Claim, Ledger
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
@@ -85,7 +86,7 @@ class FakeBlipq(Backend):
 
     def services(self, settings: Settings, client: str) -> Services:
         """The services of a client."""
-        notifier = InMemoryNotifier(lambda: cast(Any, None), notify_channel(client))
+        notifier = InMemoryNotifier(lambda: cast(Any, None), ended_channel(client))
         self._notifiers.append(notifier)
         return Services(
             InMemoryLedger(self.records, settings),
@@ -96,7 +97,7 @@ class FakeBlipq(Backend):
 
     def async_services(self, settings: Settings, client: str) -> AsyncServices:
         """The services of an asynchronous client."""
-        notifier = InMemoryAsyncNotifier(lambda: cast(Any, None), notify_channel(client))
+        notifier = InMemoryAsyncNotifier(lambda: cast(Any, None), ended_channel(client))
         self._notifiers.append(notifier)
         return AsyncServices(
             InMemoryAsyncLedger(self.records, settings),

@@ -15,14 +15,15 @@ import redis
 from celery.exceptions import Reject
 from celery.signals import setup_logging, worker_ready
 
-from blipq.contract import Kind, task_name
+from blipq.contract import Kind
 from blipq.images.decoding import ImageLimits
 from blipq.index.store import Indexes
+from blipq.ledger.keys import queues_of, task_name
 from blipq.ledger.ledger import GRACE_S, Ledger, connect
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
 from blipq.ssrf.http import GuardedHttp
-from blipq.transport.broker import Broker, make_app, queues_of
+from blipq.transport.broker import Broker, make_app
 from blipq_worker.blip2.loading.compiling import since_compiling
 from blipq_worker.claims import Held
 from blipq_worker.images.fetch import Fetcher

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from blipq.ledger.async_ledger import AsyncLedger, connect_async
-from blipq.ledger.codec import notify_channel
+from blipq.ledger.keys import ended_channel
 from blipq.ledger.ledger import Ledger, connect
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
@@ -62,7 +62,7 @@ class Backend:
             Ledger(connect(settings), settings),
             Broker(settings),
             Storage(settings),
-            Notifier(lambda: connect(settings), notify_channel(client)),
+            Notifier(lambda: connect(settings), ended_channel(client)),
         )
 
     def async_services(self, settings: Settings, client: str) -> AsyncServices:
@@ -71,9 +71,7 @@ class Backend:
             AsyncLedger(connect_async(settings), settings),
             Broker(settings),
             Storage(settings),
-            AsyncNotifier(
-                lambda: connect_async(settings, reconnects=False), notify_channel(client)
-            ),
+            AsyncNotifier(lambda: connect_async(settings, reconnects=False), ended_channel(client)),
         )
 
 

@@ -10,13 +10,13 @@ from redis.backoff import NoBackoff
 
 from blipq.contract import JobInfo
 from blipq.errors import BlipqError
+from blipq.ledger import keys
 from blipq.ledger.codec import (
     Looked,
     Prepared,
     Recorded,
     job_of,
     looked,
-    notify_channel,
     prepare,
     submit_arguments,
     submitted,
@@ -81,7 +81,7 @@ class AsyncLedger:
     async def look(self, ids: Sequence[str], *, notify: str) -> Looked:
         """Which of these jobs have ended, after settling what is due."""
         with redis_errors(ids[0] if len(ids) == 1 else None):
-            return looked(await self._run("look", notify_channel(notify), *ids))
+            return looked(await self._run("look", keys.ended_channel(notify), *ids))
 
     async def cancel(self, id: str) -> Literal["cancelled", "ended", "unknown"]:
         """Cancels a job at once, wherever it is."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from blipq.contract import CONTRACT, JobInfo, Kind, Options, Request, model_of, queue_name
+from blipq.contract import CONTRACT, JobInfo, Kind, Options, Request
 from blipq.errors import (
     BlipqError,
     IdempotencyConflict,
@@ -17,6 +17,7 @@ from blipq.errors import (
     QueueFull,
     UnknownModel,
 )
+from blipq.ledger.keys import ended_channel, model_of, queue_name
 from blipq.settings import Settings
 from blipq.ssrf.policy import Forbidden
 from blipq.submission import Submission
@@ -86,11 +87,6 @@ def digest(request: str, options: Options) -> str:
     return hashlib.sha256(f"{request}\n{rest}".encode()).hexdigest()[:32]
 
 
-def notify_channel(client: str) -> str:
-    """The one channel on which a client process hears that its jobs have ended."""
-    return f"blipq:ended:{client}"
-
-
 def prepare(submission: Submission, settings: Settings, *, notify: str) -> Prepared:
     """Makes a job ready to be recorded. Raises InvalidRequest for a forbidden URL."""
     options = submission.options
@@ -102,7 +98,7 @@ def prepare(submission: Submission, settings: Settings, *, notify: str) -> Prepa
         "model": options.model,
         "queue": queue_name(options.model, options.priority),
         "request": text,
-        "notify": notify_channel(notify),
+        "notify": ended_channel(notify),
         "result_ttl": ms(settings.result_ttl),
         "failed_ttl": ms(settings.failed_ttl),
         **_optional_fields(options),

@@ -21,6 +21,7 @@ from redis.retry import Retry
 
 from blipq.contract import CONTRACT, JobInfo, Kind, Options, Request, Status
 from blipq.errors import BlipqError, InvalidRequest, QueueFull, QueueUnavailable
+from blipq.ledger import keys
 from blipq.ledger.codec import Looked as Looked
 from blipq.ledger.codec import Message as Message
 from blipq.ledger.codec import (
@@ -37,7 +38,6 @@ from blipq.ledger.codec import (
     unknown_model,
 )
 from blipq.ledger.codec import ms as ms
-from blipq.ledger.codec import notify_channel as notify_channel
 from blipq.redis.sentinel import master_pool
 from blipq.redis.url import RedisUrl
 from blipq.settings import Settings
@@ -70,8 +70,6 @@ NO_REDIS = (
     "name a Redis 6.2 or later that knows all commands by their own names, not a proxy"
 )
 
-DEAD_LETTERS = "blipq:dead-letters"
-
 #: Threads that use one client at the same time, at most; redis-py's own limit is 100.
 MAX_CONNECTIONS = 4096
 
@@ -80,9 +78,10 @@ Unclaimed = Literal["unknown", "ended", "busy", "newer"]
 
 @functools.cache
 def script_text(*names: str) -> str:
-    """A script with the shared functions in front of it."""
+    """A script, behind the names of keys and the shared functions."""
     folder = resources.files("blipq.ledger") / "scripts"
-    return "".join((folder / f"{name}.lua").read_text() for name in ("common", *names))
+    texts = ((folder / f"{name}.lua").read_text() for name in ("common", *names))
+    return keys.lua_header() + "".join(texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +176,6 @@ def redis_errors(job_id: str | None = None) -> Iterator[None]:
         raise
 
 
-def waiting_keys(queue: str) -> tuple[str, str]:
-    """Two zsets of jobs by when they were published, in ms: the last time, and the first time for
-    those that were published again. The lowest score says since when the oldest job waits.
-    """
-    return f"blipq:queued:{queue}", f"blipq:again:{queue}"
-
-
 def new_nonce() -> str:
     """The random part of a claim's token."""
     return secrets.token_hex(8)
@@ -260,7 +252,7 @@ class Ledger(Scripted):
     def look(self, ids: Sequence[str], *, notify: str) -> Looked:
         """Which of these jobs have ended, after settling what is due; in one round trip."""
         with redis_errors(ids[0] if len(ids) == 1 else None):
-            return looked(self._run("look", notify_channel(notify), *ids))
+            return looked(self._run("look", keys.ended_channel(notify), *ids))
 
     def cancel(self, id: str) -> Literal["cancelled", "ended", "unknown"]:
         """Cancels a job at once, wherever it is."""
@@ -272,7 +264,7 @@ class Ledger(Scripted):
     def dead_letters(self, limit: int = 100) -> list[JobInfo]:
         """The newest dead letters."""
         with redis_errors():
-            ids = cast("list[str]", self.redis.zrevrange(DEAD_LETTERS, 0, limit - 1))
+            ids = cast("list[str]", self.redis.zrevrange(keys.DEAD_LETTERS, 0, limit - 1))
         found = (self.read(id) for id in ids)
         return [info for info in found if info is not None]
 
@@ -283,15 +275,15 @@ class Ledger(Scripted):
         with redis_errors(id):
             if not self._run("revive", id, ms(settings.default_expires_in), retention):
                 return None
-            kind, queue = cast("list[str]", self.redis.hmget(f"blipq:job:{id}", "kind", "queue"))
+            kind, queue = cast("list[str]", self.redis.hmget(keys.job(id), "kind", "queue"))
         return Message(Kind(kind), id, queue)
 
     def drop_dead_letter(self, id: str) -> bool:
         """Forgets a dead letter and its job."""
         with redis_errors(id):
-            if not self.redis.zrem(DEAD_LETTERS, id):
+            if not self.redis.zrem(keys.DEAD_LETTERS, id):
                 return False
-            self.redis.delete(f"blipq:job:{id}")
+            self.redis.delete(keys.job(id))
         return True
 
     # -- many jobs --
@@ -426,11 +418,11 @@ class Ledger(Scripted):
     def workers(self) -> dict[str, dict[str, Any]]:
         """The live workers by name, and what they say of themselves."""
         with redis_errors():
-            keys = list(self.redis.scan_iter("blipq:worker:*", count=1000))
-            texts = cast("list[str | None]", self.redis.mget(keys)) if keys else []
+            found = list(self.redis.scan_iter(keys.worker("*"), count=1000))
+            texts = cast("list[str | None]", self.redis.mget(found)) if found else []
         return {
-            key.removeprefix("blipq:worker:"): json.loads(text)
-            for key, text in zip(keys, texts, strict=True)
+            key.removeprefix(keys.worker("")): json.loads(text)
+            for key, text in zip(found, texts, strict=True)
             if text is not None
         }
 

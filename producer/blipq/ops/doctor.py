@@ -22,7 +22,8 @@ import redis
 from blipq.client.sync_client import Client
 from blipq.contract import CONTRACT
 from blipq.errors import BlipqError, ResultTimeout
-from blipq.ledger.ledger import DEAD_LETTERS, Ledger, connect, waiting_keys
+from blipq.ledger import keys
+from blipq.ledger.ledger import Ledger, connect
 from blipq.local.sample import red_square
 from blipq.local.worker import has_worker
 from blipq.program import blipq
@@ -356,21 +357,21 @@ def _outputs(model: str, serving: list[dict[str, Any]]) -> Finding:
 def _queues(settings: Settings) -> Findings:
     with connect(settings) as raw:
         seconds, _ = raw.time()
-        for queue in cast("list[str]", raw.zrange("blipq:queues", 0, -1)):
-            model = queue.removeprefix("blipq.").rpartition(".")[0]
-            keys = waiting_keys(queue)
-            first = [cast("Any", raw.zrange(key, 0, 0, withscores=True)) for key in keys]
-            since = [score for found in first for _, score in found]
+        for queue in cast("list[str]", raw.zrange(keys.QUEUES, 0, -1)):
+            model = keys.model_of(queue)
+            first = (raw.zrange(key, 0, 0, withscores=True) for key in keys.waiting(queue))
+            since = [score for found in first for _, score in cast("Any", found)]
             if not since:
                 continue
             age = seconds - min(since) / 1000
-            message = f"{queue}: {raw.zcard(keys[0])} waiting, the oldest for {age:.0f} s"
-            if raw.zcount(f"blipq:serving:{model}", seconds * 1000, "+inf"):
+            count = raw.zcard(keys.queued(queue))
+            message = f"{queue}: {count} waiting, the oldest for {age:.0f} s"
+            if raw.zcount(keys.serving(model), seconds * 1000, "+inf"):
                 yield Finding("ok", "queues", message)
             else:
                 advice = f"start a worker: BLIPQ_MODELS={model}=... {blipq('worker')}"
                 yield Finding("bad", "queues", f"{message}, and no live worker", advice)
-        yield _dead_letters(raw.zcard(DEAD_LETTERS))
+        yield _dead_letters(raw.zcard(keys.DEAD_LETTERS))
 
 
 def _webhooks(settings: Settings) -> Findings:

@@ -12,8 +12,7 @@ import redis
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from blipq.ledger.ledger import DEAD_LETTERS, waiting_keys
-from blipq.webhooks.outbox import COUNTS, DEAD_EVENTS, OUTBOX, SENDER
+from blipq.ledger import keys
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -41,10 +40,10 @@ class LedgerCollector(Collector):
 
     def _jobs(self) -> "Iterator[Metric]":
         counted = (
-            ("blipq_jobs_open", "Jobs that have not ended.", "blipq:open"),
-            ("blipq_jobs_running", "Jobs that a worker holds.", "blipq:running"),
-            ("blipq_jobs_delayed", "Jobs that wait for a retry.", "blipq:delayed"),
-            ("blipq_dead_letters", "Jobs out of attempts, still kept.", DEAD_LETTERS),
+            ("blipq_jobs_open", "Jobs that have not ended.", keys.OPEN),
+            ("blipq_jobs_running", "Jobs that a worker holds.", keys.RUNNING),
+            ("blipq_jobs_delayed", "Jobs that wait for a retry.", keys.DELAYED),
+            ("blipq_dead_letters", "Jobs out of attempts, still kept.", keys.DEAD_LETTERS),
         )
         with self._redis.pipeline(transaction=False) as pipe:
             for _, _, key in counted:
@@ -54,17 +53,17 @@ class LedgerCollector(Collector):
             yield GaugeMetricFamily(name, text, size)
 
     def _queues(self) -> "Iterator[Metric]":
-        queues = cast("list[str]", self._redis.zrange("blipq:queues", 0, -1))
-        models = sorted({queue.removeprefix("blipq.").rpartition(".")[0] for queue in queues})
+        queues = cast("list[str]", self._redis.zrange(keys.QUEUES, 0, -1))
+        models = sorted({keys.model_of(queue) for queue in queues})
         with self._redis.pipeline(transaction=False) as pipe:
             for queue in queues:
-                pipe.zcard(f"blipq:queued:{queue}")
-                for key in waiting_keys(queue):
+                pipe.zcard(keys.queued(queue))
+                for key in keys.waiting(queue):
                     pipe.zrange(key, 0, 0, withscores=True)
             seconds, micros = self._redis.time()
             now = seconds + micros / 1e6
             for model in models:
-                pipe.zcount(f"blipq:serving:{model}", now * 1000, "+inf")
+                pipe.zcount(keys.serving(model), now * 1000, "+inf")
             found = pipe.execute()
         depth = GaugeMetricFamily("blipq_jobs_queued", "Jobs that wait.", labels=["queue"])
         age = GaugeMetricFamily(
@@ -81,14 +80,14 @@ class LedgerCollector(Collector):
         yield from (depth, age, workers)
 
     def _webhooks(self) -> "Iterator[Metric]":
-        hosts = cast("list[str]", self._redis.zrange(OUTBOX, 0, -1))
+        hosts = cast("list[str]", self._redis.zrange(keys.OUTBOX, 0, -1))
         with self._redis.pipeline(transaction=False) as pipe:
             for host in hosts:
-                pipe.zcard(f"{OUTBOX}:{host}")
+                pipe.zcard(keys.outbox(host))
             pending = sum(pipe.execute())
-        dead = self._redis.zcard(DEAD_EVENTS)
-        senders = sum(1 for _ in self._redis.scan_iter(f"{SENDER}*", count=1000))
-        counts = cast("dict[str, str]", self._redis.hgetall(COUNTS))
+        dead = self._redis.zcard(keys.DEAD_EVENTS)
+        senders = sum(1 for _ in self._redis.scan_iter(keys.sender("*"), count=1000))
+        counts = cast("dict[str, str]", self._redis.hgetall(keys.EVENT_COUNTS))
         yield GaugeMetricFamily("blipq_webhooks_pending", "Events not delivered yet.", pending)
         yield GaugeMetricFamily("blipq_webhooks_dead", "Events given up, still kept.", dead)
         yield GaugeMetricFamily("blipq_webhook_senders", "Live senders.", senders)

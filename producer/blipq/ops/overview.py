@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from blipq.contract import TERMINAL_STATUSES, JobInfo, Status
-from blipq.ledger.ledger import Ledger, redis_errors, waiting_keys
+from blipq.ledger import keys
+from blipq.ledger.ledger import Ledger, redis_errors
 
 #: Open jobs that are looked at for a list, the latest deadlines first.
 LOOK_AT = 1000
@@ -34,7 +35,7 @@ class Overview:
     def open_jobs(self) -> int:
         """How many jobs have not ended."""
         with redis_errors():
-            return int(self._redis.zcard("blipq:open"))
+            return int(self._redis.zcard(keys.OPEN))
 
     def jobs(
         self, *, status: Status | None = None, model: str | None = None, limit: int = 100
@@ -50,21 +51,21 @@ class Overview:
 
     def _candidates(self, status: Status | None) -> Iterator[str]:
         if status is Status.RUNNING:
-            yield from self._newest("blipq:running")
+            yield from self._newest(keys.RUNNING)
         elif status is Status.QUEUED:
             for queue in self._queues():
-                yield from self._newest(f"blipq:queued:{queue}")
-            yield from self._newest("blipq:delayed")
+                yield from self._newest(keys.queued(queue))
+            yield from self._newest(keys.DELAYED)
         elif status is None:
-            yield from self._newest("blipq:open")
+            yield from self._newest(keys.OPEN)
         if status is None or status in TERMINAL_STATUSES:
-            yield from self._newest("blipq:recent")
+            yield from self._newest(keys.RECENT)
 
     def _newest(self, key: str) -> list[str]:
         return cast("list[str]", self._redis.zrevrange(key, 0, LOOK_AT - 1))
 
     def _queues(self) -> list[str]:
-        return sorted(self._redis.zrange("blipq:queues", 0, -1))
+        return sorted(self._redis.zrange(keys.QUEUES, 0, -1))
 
     def queues(self) -> list[QueueState]:
         with redis_errors():
@@ -72,25 +73,24 @@ class Overview:
             return [self._queue(queue, seconds + micros / 1e6) for queue in self._queues()]
 
     def _queue(self, queue: str, now: float) -> QueueState:
-        first = (self._redis.zrange(key, 0, 0, withscores=True) for key in waiting_keys(queue))
+        first = (self._redis.zrange(key, 0, 0, withscores=True) for key in keys.waiting(queue))
         since = [score for found in first for _, score in found]
-        model = queue.removeprefix("blipq.").rpartition(".")[0]
         return QueueState(
             queue=queue,
-            waiting=self._redis.zcard(f"blipq:queued:{queue}"),
+            waiting=self._redis.zcard(keys.queued(queue)),
             oldest_s=now - min(since) / 1000 if since else None,
-            live_workers=self._redis.zcount(f"blipq:serving:{model}", now * 1000, "+inf"),
+            live_workers=self._redis.zcount(keys.serving(keys.model_of(queue)), now * 1000, "+inf"),
         )
 
     def delayed(self) -> int:
         """How many jobs wait for a retry."""
         with redis_errors():
-            return int(self._redis.zcard("blipq:delayed"))
+            return int(self._redis.zcard(keys.DELAYED))
 
     def running(self) -> int:
         """How many jobs a worker holds."""
         with redis_errors():
-            return int(self._redis.zcard("blipq:running"))
+            return int(self._redis.zcard(keys.RUNNING))
 
     def purge(self, queue: str) -> int:
         """Cancels the jobs that wait in a queue; how many those were.
@@ -100,7 +100,7 @@ class Overview:
         cancelled = 0
         while True:
             with redis_errors():
-                ids = self._redis.zrange(f"blipq:queued:{queue}", 0, LOOK_AT - 1)
+                ids = self._redis.zrange(keys.queued(queue), 0, LOOK_AT - 1)
             if not ids:
                 return cancelled
             cancelled += self._ledger.purge(queue, ids)

@@ -18,7 +18,8 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote_plus
 
-from blipq.contract import CONTRACT, Priority, queue_name, task_name
+from blipq.contract import CONTRACT
+from blipq.ledger.keys import task_name
 from blipq.ledger.ledger import Message
 from blipq.redaction import redacted
 from blipq.redis.sentinel import asking
@@ -127,11 +128,6 @@ def _without(options: Sequence[str], url: str) -> str:
     given = [each for each in query.split("&") if each]
     kept = [each for each in given if unquote_plus(each.partition("=")[0]) not in options]
     return f"{bare}?{'&'.join(kept)}" if kept else bare
-
-
-def queues_of(model: str) -> list[str]:
-    """The queues of a served model, high priority first."""
-    return [queue_name(model, priority) for priority in Priority]
 
 
 def _batch_of(producer: Any) -> AbstractContextManager[Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from blipq.errors import InvalidRequest
+from blipq.ledger import keys
 from blipq.ledger.ledger import Ledger, redis_errors
 
 #: A watch that stands still for longer starts from then on.
@@ -41,7 +42,7 @@ class RedisCursor:
     """In Redis, so that it survives the host."""
 
     def __init__(self, name: str, ledger: Ledger) -> None:
-        self._key = f"blipq:watch:{name}"
+        self._key = keys.watch(name)
         self._redis = ledger.redis
 
     def load(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from blipq.ledger import keys
 from blipq.ledger.ledger import Scripted, ms, redis_errors
 from blipq.webhooks.delivery import Verdict, webhook_id
 
@@ -15,9 +16,6 @@ MOST_AT_ONCE = 64
 #: Senders that died or hung with an event before it is tried apart from other such events, and
 #: before it is given up.
 SUSPECT_AFTER, MAX_CRASHES = 2, 5
-
-OUTBOX, DEAD_EVENTS, COUNTS = "blipq:outbox", "blipq:dead-events", "blipq:event-counts"
-SENDER = "blipq:sender:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +104,17 @@ class Outbox(Scripted):
 
     def _last_of(self, id: str) -> Iterator[str]:
         """The event of a job's end, delivered before."""
-        fields = self.redis.hmget(f"blipq:job:{id}", ["status", "revivals"])
+        fields = self.redis.hmget(keys.job(id), ["status", "revivals"])
         status, revivals = cast("list[str | None]", fields)
         if status is not None:
             yield f"{id}/job.{status}" + (f"/{revivals}" if revivals else "")
 
     def _dead_names(self, limit: int = 0) -> list[str]:
-        return cast("list[str]", self.redis.zrevrange(DEAD_EVENTS, 0, limit - 1))
+        return cast("list[str]", self.redis.zrevrange(keys.DEAD_EVENTS, 0, limit - 1))
 
     def _waiting_names(self, limit: int = 0) -> Iterator[str]:
-        for host in cast("list[str]", self.redis.zrange(OUTBOX, 0, -1)):
-            yield from cast("list[str]", self.redis.zrange(f"{OUTBOX}:{host}", 0, limit - 1))
+        for host in cast("list[str]", self.redis.zrange(keys.OUTBOX, 0, -1)):
+            yield from cast("list[str]", self.redis.zrange(keys.outbox(host), 0, limit - 1))
 
     # -- what there is to see --
 
@@ -129,7 +127,7 @@ class Outbox(Scripted):
 
     def _described(self, name: str) -> dict[str, Any] | None:
         fields = ("id", "type", "url", "attempts", "outcome", "detail", "at", "dead_at")
-        values = cast("list[str | None]", self.redis.hmget(f"blipq:event:{name}", fields))
+        values = cast("list[str | None]", self.redis.hmget(keys.event(name), fields))
         record = dict(zip(fields, values, strict=True))
         if record["id"] is None:
             return None
@@ -137,40 +135,40 @@ class Outbox(Scripted):
         described |= {key: value for key, value in record.items() if value is not None}
         described["job_id"] = described.pop("id")
         described["attempts"] = int(record["attempts"] or 0)
-        due = self.redis.zscore(f"{OUTBOX}:{self._host(name)}", name)
+        due = self.redis.zscore(keys.outbox(self._host(name)), name)
         for key, at in (("at", record["at"]), ("dead_at", record["dead_at"]), ("due_at", due)):
             if at is not None:
                 described[key] = float(at) / 1000
         return described
 
     def _host(self, name: str) -> str:
-        return cast("str", self.redis.hget(f"blipq:event:{name}", "host"))
+        return cast("str", self.redis.hget(keys.event(name), "host"))
 
     def counts(self) -> dict[str, int]:
         """What came of all attempts so far, by outcome."""
         with redis_errors():
-            found = cast("dict[str, str]", self.redis.hgetall(COUNTS))
+            found = cast("dict[str, str]", self.redis.hgetall(keys.EVENT_COUNTS))
         return {outcome: int(number) for outcome, number in sorted(found.items())}
 
     def pending(self) -> int:
         """How many events are not delivered yet."""
         with redis_errors():
-            hosts = cast("list[str]", self.redis.zrange(OUTBOX, 0, -1))
-            return sum(self.redis.zcard(f"{OUTBOX}:{host}") for host in hosts)
+            hosts = cast("list[str]", self.redis.zrange(keys.OUTBOX, 0, -1))
+            return sum(self.redis.zcard(keys.outbox(host)) for host in hosts)
 
     def dead(self) -> int:
         """How many events were given up."""
         with redis_errors():
-            return int(self.redis.zcard(DEAD_EVENTS))
+            return int(self.redis.zcard(keys.DEAD_EVENTS))
 
     # -- senders --
 
     def register(self, sender: str, ttl_s: float) -> None:
         """Says that a sender lives."""
         with redis_errors():
-            self.redis.set(f"{SENDER}{sender}", "", px=ms(ttl_s))
+            self.redis.set(keys.sender(sender), "", px=ms(ttl_s))
 
     def senders(self) -> Sequence[str]:
         with redis_errors():
-            keys = self.redis.scan_iter(f"{SENDER}*", count=1000)
-            return sorted(key.removeprefix(SENDER) for key in keys)
+            found = self.redis.scan_iter(keys.sender("*"), count=1000)
+            return sorted(key.removeprefix(keys.sender("")) for key in found)

@@ -10,7 +10,7 @@ import redis
 import redis.asyncio
 
 from blipq import AsyncClient, CaptionRequest, JobNotFound, QueueUnavailable, Settings
-from blipq.ledger.codec import notify_channel
+from blipq.ledger.keys import ended_channel
 from blipq.ledger.ledger import Claim, Ledger
 from blipq.testing import FakeBlipq
 
@@ -82,7 +82,7 @@ def test_a_connection_that_takes_its_time_to_close_is_closed(
 
     async def main() -> None:
         async with AsyncClient(apart) as client:
-            channel = notify_channel(client._id)
+            channel = ended_channel(client._id)
             job = await client.submit(asked(1))
             wait = asyncio.create_task(job.result(timeout=60))
             await until(lambda: raw_redis.pubsub_numsub(channel)[0][1], "the subscription")

@@ -38,7 +38,6 @@ from blipq.contract import (
     VQARequest,
     VQAResult,
     Webhook,
-    queue_name,
     request_adapter,
     result_adapter,
     split_s3_uri,
@@ -303,10 +302,6 @@ def test_metadata_is_at_most_16_short_pairs_of_text(wrong: dict[str, object]) ->
 def test_a_model_name_fits_into_queue_names_and_keys(wrong: str) -> None:
     with pytest.raises(ValidationError, match="model"):
         Options(model=wrong)
-
-
-def test_each_model_and_priority_has_a_queue() -> None:
-    assert queue_name("opt-2.7b", Priority.HIGH) == "blipq.opt-2.7b.high"
 
 
 def test_embedding_a_text_and_an_image_needs_both() -> None:

@@ -13,8 +13,9 @@ import redis
 
 from blipq import CaptionRequest, Client, Priority, Settings
 from blipq.contract import Kind
+from blipq.ledger.keys import queues_of
 from blipq.ledger.ledger import Message
-from blipq.transport.broker import PUBLISH_TIMEOUT_S, Broker, queues_of
+from blipq.transport.broker import PUBLISH_TIMEOUT_S, Broker
 from blocking import BlockingClient
 
 MESSAGE = Message(Kind.CAPTION, "job_1", "blipq.default.normal")

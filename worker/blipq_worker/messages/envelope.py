@@ -18,7 +18,8 @@ from kombu.serialization import loads
 from kombu.utils.json import dumps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from blipq.contract import Kind, task_name
+from blipq.contract import Kind
+from blipq.ledger.keys import task_name
 from blipq.submission import explain
 
 KINDS = {task_name(kind): kind for kind in Kind}

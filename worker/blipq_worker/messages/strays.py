@@ -8,11 +8,11 @@ failed. A list of a known model is left alone: its jobs wait for a worker.
 
 import json
 import logging
-import re
 from typing import Any, cast
 
-from blipq.contract import ErrorCode, JobError, Kind, task_name
+from blipq.contract import ErrorCode, JobError, Kind
 from blipq.errors import UnknownModel
+from blipq.ledger import keys
 from blipq.ledger.ledger import Ledger, connect, redis_errors
 from blipq.redis.url import SCHEMES
 from blipq.settings import Settings
@@ -21,18 +21,13 @@ from blipq_worker.process.periodic import Periodic
 
 log = logging.getLogger(__name__)
 
-LOCK = "blipq:strays"
 BEAT_S = 1.0
 #: Keys that one beat looks at: about a millisecond of Redis' time.
 SLICE = 2000
 #: Messages that one beat takes out of a list.
 MESSAGES = 100
 
-#: A queue's list, one of those that kombu makes for priorities of messages, or the queue's binding.
-_QUEUE = re.compile(
-    r"(?P<binding>_kombu\.binding\.)?blipq\.(?P<model>.+)\.(?:high|normal|low)(?:\x06\x16[0-9])?"
-)
-_KINDS = {task_name(kind): kind for kind in Kind}
+_KINDS = {keys.task_name(kind): kind for kind in Kind}
 
 
 class Strays(Periodic):
@@ -52,14 +47,18 @@ class Strays(Periodic):
 
     def tick(self) -> None:
         """Looks at the next keys, if the lock is ours."""
-        if self._broker is None or self._ledger.lock(LOCK, self._worker, 5 * BEAT_S) == "taken":
+        if self._broker is None or not self._is_ours():
             return
         with redis_errors():
-            self._cursor, keys = self._broker.scan(self._cursor, match="*blipq.*", count=SLICE)
-        for key in keys:
-            found = _QUEUE.fullmatch(key)
-            if found is not None and (unknown := self._unknown(found["model"])) is not None:
-                self._clear(key, bool(found["binding"]), unknown)
+            found = self._broker.scan(self._cursor, match=keys.BROKER_KEYS, count=SLICE)
+        self._cursor, names = found
+        for name in names:
+            key = keys.broker_key(name)
+            if key is not None and (unknown := self._unknown(key.model)) is not None:
+                self._clear(name, key.is_binding, unknown)
+
+    def _is_ours(self) -> bool:
+        return self._ledger.lock(keys.STRAYS_LOCK, self._worker, 5 * BEAT_S) != "taken"
 
     def _unknown(self, model: str) -> UnknownModel | None:
         try:

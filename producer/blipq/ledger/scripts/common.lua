@@ -1,33 +1,14 @@
--- Shared by every script; the ledger puts this text in front of each of them.
+-- Shared by every script, in front of it. The names of keys stand in front of this: see keys.py.
 -- All time is Redis' own clock in milliseconds, so no host's clock can break a lease.
 -- Keys are made here, from ids: the ledger lives on one Redis (Sentinel or managed), as Celery's
 -- Redis transport does, never on a Redis Cluster.
 
-local OPEN = 'blipq:open'          -- zset: id -> deadline, every job that has not ended
-local RUNNING = 'blipq:running'    -- zset: id -> end of lease
-local DELAYED = 'blipq:delayed'    -- zset: id -> when a retry is due
-local QUEUES = 'blipq:queues'      -- zset: queue -> last use; negative while no job waits in it
-local DEAD = 'blipq:dead-letters'  -- zset: id -> when it was given up
-local RECENT = 'blipq:recent'      -- zset: id -> when it ended, the last thousand
-local OUTBOX = 'blipq:outbox'      -- zset: host -> when its next webhook event is due
-local MODELS = 'blipq:models'      -- zset: model -> when a worker last said that it serves it
-local SWEEPER = 'blipq:reconciler' -- since when which worker sweeps
 local DAY = 86400 * 1000
 local INDEX_TTL = 40 * DAY         -- longer than any job can stay open
 local OUTBOX_TTL = 14 * DAY        -- how long an event waits for a sender, counted from each attempt
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-
-local function job_key(id) return 'blipq:job:' .. id end
-local function queued_key(queue) return 'blipq:queued:' .. queue end       -- zset: id -> published at, the last time
-local function again_key(queue) return 'blipq:again:' .. queue end         -- zset: id -> published at, the first time
-local function claimed_key(queue) return 'blipq:claimed:' .. queue end     -- published at, of the newest claim
-local function taken_key(queue) return 'blipq:taken:' .. queue end         -- when a job of it was claimed last
-local function serving_key(model) return 'blipq:serving:' .. model end     -- zset: worker -> alive until
-local function spare_key(model) return 'blipq:spare:' .. model end         -- exists while a worker has had room for a grace
-local function outbox_key(host) return 'blipq:outbox:' .. host end         -- zset: event id -> when to send it
-local function event_key(event) return 'blipq:event:' .. event end
 
 local function index(key, score, member)
   redis.call('ZADD', key, score, member)
@@ -121,8 +102,8 @@ local function end_job(id, job, status, fields)
 end
 
 local function bury(id, ttl)
-  redis.call('ZREMRANGEBYSCORE', DEAD, '-inf', now - ttl)
-  index(DEAD, now, id)
+  redis.call('ZREMRANGEBYSCORE', DEAD_LETTERS, '-inf', now - ttl)
+  index(DEAD_LETTERS, now, id)
   local key = job_key(id)
   if redis.call('HEXISTS', key, 'keep_until') == 1 then
     redis.call('HSET', key, 'keep_until', now + ttl)

@@ -1,13 +1,8 @@
 -- Shared by the scripts of webhook events, behind common.lua.
 
-local DEAD_EVENTS = 'blipq:dead-events'      -- zset: event id -> when it was given up
-local COUNTS = 'blipq:event-counts'          -- hash: outcome of an attempt -> how often
-
-local function stopped_key(url) return 'blipq:stopped:' .. redis.sha1hex(url) end -- answered 410
-
 local function count(outcome)
-  redis.call('HINCRBY', COUNTS, outcome, 1)
-  redis.call('PEXPIRE', COUNTS, INDEX_TTL)
+  redis.call('HINCRBY', EVENT_COUNTS, outcome, 1)
+  redis.call('PEXPIRE', EVENT_COUNTS, INDEX_TTL)
 end
 
 -- A job that has ended is kept no longer for the sake of its last event, but a day after it:

@@ -68,7 +68,7 @@ end
 -- in, first out), or if a worker had room for a whole grace in which nobody took anything from the
 -- queue: any other waiting job waits its turn.
 local function horizon(queue)
-  local model = string.match(queue, '^blipq%.(.+)%.%a+$')
+  local model = model_of(queue)
   local taken = tonumber(redis.call('GET', taken_key(queue)) or 0)
   if redis.call('EXISTS', spare_key(model)) == 1 and taken <= now - grace then return now - grace end
   return math.min(now, tonumber(redis.call('GET', claimed_key(queue)) or 0)) - grace
@@ -80,7 +80,7 @@ local function missing(queue, waiting)
   if not is_broker then return waiting end
   local listed = redis.call('LLEN', queue)
   for _, priority in ipairs({3, 6, 9}) do
-    listed = listed + redis.call('LLEN', queue .. '\6\22' .. priority)
+    listed = listed + redis.call('LLEN', queue .. KOMBU_SEPARATOR .. priority)
   end
   return waiting - listed
 end

@@ -3,7 +3,7 @@
 local released = 0
 for _, id in ipairs(ARGV) do
   local found = redis.call('HMGET', job_key(id), 'status', 'keep_until')
-  if ended({status = found[1]}) and not found[2] and not redis.call('ZSCORE', DEAD, id) then
+  if ended({status = found[1]}) and not found[2] and not redis.call('ZSCORE', DEAD_LETTERS, id) then
     released = released + redis.call('UNLINK', job_key(id))
   end
 end

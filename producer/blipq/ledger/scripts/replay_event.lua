@@ -12,7 +12,7 @@ if not record then
   return 1
 end
 -- A person decided: a URL that wanted no more is asked again.
-redis.call('DEL', stopped_key(record.url))
+redis.call('DEL', stopped_key(redis.sha1hex(record.url)))
 redis.call('ZREM', DEAD_EVENTS, event)
 redis.call('HDEL', event_key(event), 'attempts', 'unsettled', 'dead_at')
 redis.call('PEXPIRE', event_key(event), OUTBOX_TTL)

@@ -19,7 +19,7 @@ elseif verdict == 'retry' then
   keep_job(record.id, delay + OUTBOX_TTL)
   schedule(record.host, event, now + delay)
 else
-  if verdict == 'stop' then redis.call('SET', stopped_key(record.url), event, 'PX', dead_ttl) end
+  if verdict == 'stop' then redis.call('SET', stopped_key(redis.sha1hex(record.url)), event, 'PX', dead_ttl) end
   bury_event(event, record, dead_ttl, outcome, detail)
 end
 return 1

@@ -17,8 +17,8 @@ local function known(existing, digest)
   return same == digest and 'exists' or 'conflict'
 end
 
-local function record(id, digest, idempotency_key, expires_in, fields)
-  local idempotency_record = idempotency_key ~= '' and 'blipq:idempotency:' .. idempotency_key
+local function record(id, digest, given_key, expires_in, fields)
+  local idempotency_record = given_key ~= '' and idempotency_key(given_key)
   if idempotency_record then
     local existing = redis.call('GET', idempotency_record)
     local answer = existing and known(existing, digest)

@@ -31,7 +31,7 @@ local function take(host, event)
     count('lost')
     return
   end
-  if redis.call('EXISTS', stopped_key(record.url)) == 1 then
+  if redis.call('EXISTS', stopped_key(redis.sha1hex(record.url))) == 1 then
     count('stopped')
     bury_event(event, record, dead_ttl, 'stopped', 'the URL answered 410 before')
     return

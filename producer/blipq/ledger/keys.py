@@ -1,0 +1,186 @@
+"""Every name of blipq's in Redis and in the broker, spelled here alone.
+
+A change of one of them breaks running clients and workers of other versions. The scripts get the
+same names from ``lua_header``. ``docs/architecture.md`` has a table of the keys. Times are
+milliseconds on Redis' clock.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from blipq.contract import Kind, Priority
+
+OPEN = "blipq:open"  # zset: id -> deadline, of each job that has not ended
+RUNNING = "blipq:running"  # zset: id -> end of the lease
+DELAYED = "blipq:delayed"  # zset: id -> when the retry is due
+QUEUES = "blipq:queues"  # zset: queue -> last use; negative while no job waits in it
+DEAD_LETTERS = "blipq:dead-letters"  # zset: id -> when it was given up
+RECENT = "blipq:recent"  # zset: id -> when it ended, of the last thousand
+MODELS = "blipq:models"  # zset: model -> when a worker last registered it
+OUTBOX = "blipq:outbox"  # zset: host -> when its next webhook event is due
+DEAD_EVENTS = "blipq:dead-events"  # zset: event id -> when it was given up
+EVENT_COUNTS = "blipq:event-counts"  # hash: outcome of an attempt -> count
+SWEEPER = "blipq:reconciler"  # string: since when which worker sweeps
+STRAYS_LOCK = "blipq:strays"  # string: the worker that scans for stray queues
+
+
+def job(id: str) -> str:
+    """Hash: the job's record."""
+    return f"blipq:job:{id}"
+
+
+def idempotency(key: str) -> str:
+    """String: the id of the job with an idempotency key."""
+    return f"blipq:idempotency:{key}"
+
+
+def queued(queue: str) -> str:
+    """Zset: id -> when its message was published last, of the jobs that wait in a queue."""
+    return f"blipq:queued:{queue}"
+
+
+def again(queue: str) -> str:
+    """Zset: id -> when its message was published first, of those that were published again."""
+    return f"blipq:again:{queue}"
+
+
+def claimed(queue: str) -> str:
+    """String: when the newest job that was claimed from a queue was published."""
+    return f"blipq:claimed:{queue}"
+
+
+def taken(queue: str) -> str:
+    """String: when a job was last claimed from a queue."""
+    return f"blipq:taken:{queue}"
+
+
+def worker(name: str) -> str:
+    """String: what a live worker reports of itself, as JSON."""
+    return f"blipq:worker:{name}"
+
+
+def serving(model: str) -> str:
+    """Zset: worker -> until when it counts as live, of the workers that serve a model."""
+    return f"blipq:serving:{model}"
+
+
+def spare(model: str) -> str:
+    """String: exists while a worker of the model has had room for a whole grace period."""
+    return f"blipq:spare:{model}"
+
+
+def outbox(host: str) -> str:
+    """Zset: event id -> when it is due, of the webhook events for a host."""
+    return f"{OUTBOX}:{host}"
+
+
+def event(event: str) -> str:
+    """Hash: a webhook event."""
+    return f"blipq:event:{event}"
+
+
+def stopped(digest: str) -> str:
+    """String: exists for the SHA-1 digest of a webhook URL that answered 410."""
+    return f"blipq:stopped:{digest}"
+
+
+def sender(name: str) -> str:
+    """String: exists while a sender of webhooks is alive."""
+    return f"blipq:sender:{name}"
+
+
+def watch(name: str) -> str:
+    """String: how far a watch has listed, as JSON."""
+    return f"blipq:watch:{name}"
+
+
+def ended_channel(client: str) -> str:
+    """The channel on which a client process receives the ids of its jobs as they end."""
+    return f"blipq:ended:{client}"
+
+
+def waiting(queue: str) -> tuple[str, str]:
+    """Both zsets of the jobs that wait in a queue; the lowest score is the age of the oldest."""
+    return queued(queue), again(queue)
+
+
+# --- Celery's queues and tasks --------------------------------------------------------------------
+
+
+def queue_name(model: str, priority: Priority) -> str:
+    """The Celery queue of a served model at a priority."""
+    return f"blipq.{model}.{priority}"
+
+
+def queues_of(model: str) -> list[str]:
+    """The queues of a served model, high priority first."""
+    return [queue_name(model, priority) for priority in Priority]
+
+
+def model_of(queue: str) -> str:
+    """The served model of a queue."""
+    return queue.removeprefix("blipq.").rpartition(".")[0]
+
+
+def task_name(kind: Kind) -> str:
+    """The Celery task of a kind, so that monitors show what runs."""
+    return f"blipq.{kind}"
+
+
+#: Between a queue and a message priority in the names of kombu's lists.
+_KOMBU_SEPARATOR = "\x06\x16"
+_BROKER_KEY = re.compile(
+    r"(?P<binding>_kombu\.binding\.)?blipq\.(?P<model>.+)\.(?:high|normal|low)"
+    rf"(?:{_KOMBU_SEPARATOR}[0-9])?"
+)
+#: Matches every key of ``broker_key``, and some others.
+BROKER_KEYS = "*blipq.*"
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerKey:
+    """A key that kombu keeps for a queue in a Redis broker: a list of messages, or its binding."""
+
+    model: str
+    is_binding: bool
+
+
+def broker_key(key: str) -> BrokerKey | None:
+    """What a key of a Redis broker is for; None if it is not a key of our queues."""
+    match = _BROKER_KEY.fullmatch(key)
+    return match and BrokerKey(match["model"], bool(match["binding"]))
+
+
+# --- the same names for the scripts ---------------------------------------------------------------
+
+_CONSTANTS = {
+    "OPEN": OPEN,
+    "RUNNING": RUNNING,
+    "DELAYED": DELAYED,
+    "QUEUES": QUEUES,
+    "DEAD_LETTERS": DEAD_LETTERS,
+    "RECENT": RECENT,
+    "MODELS": MODELS,
+    "OUTBOX": OUTBOX,
+    "SWEEPER": SWEEPER,
+    "DEAD_EVENTS": DEAD_EVENTS,
+    "EVENT_COUNTS": EVENT_COUNTS,
+    "KOMBU_SEPARATOR": _KOMBU_SEPARATOR,
+}
+_FUNCTIONS: tuple[Callable[[str], str], ...] = (
+    *(job, idempotency, queued, again, claimed, taken),
+    *(worker, serving, spare, outbox, event, stopped),
+)
+#: ``model_of``. A pattern, as a model's name may have dots.
+_MODEL_OF = r"local function model_of(queue) return string.match(queue, '^blipq%.(.+)%.%a+$') end"
+
+
+def lua_header() -> str:
+    """The names as Lua locals: constants as here, functions as ``job_key(id)`` and so on."""
+    constants = [f"local {name} = '{key}'" for name, key in _CONSTANTS.items()]
+    functions = [
+        f"local function {key.__name__}_key(name) return '{key('')}' .. name end"
+        for key in _FUNCTIONS
+    ]
+    return "\n".join([*constants, *functions, _MODEL_OF, ""])
