@@ -23,7 +23,8 @@ from pathlib import Path
 import redis
 
 from blipq import AsyncClient, CaptionRequest, Client, Settings
-from blipq.ledger.ledger import Claim, Ledger, connect
+from blipq.ledger.connection import connect
+from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.local.sample import red_square
 from blipq.local.stack import LocalStack, free_port, redis_command
 from blipq.local.supervisor import Service
@@ -144,7 +145,7 @@ def _report_end(raw: "redis.Redis") -> None:
 def finish_all(settings: Settings, ids: list[str]) -> None:
     """Ends jobs as a worker would."""
     with connect(settings) as raw:
-        ledger = Ledger(raw, settings)
+        ledger = WorkerLedger(raw, settings)
         for id in ids:
             claim = ledger.claim(id, "benchmark")
             assert isinstance(claim, Claim)
@@ -173,7 +174,7 @@ def idle() -> None:
         try:
             with Client(stack.settings()) as client:
                 image = client.storage.upload(red_square()).uri
-                while not client.ledger.workers():
+                while not client.operator.workers():
                     time.sleep(0.1)
                 took = sorted(_one(client, image) for _ in range(300))
         finally:

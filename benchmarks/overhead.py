@@ -9,9 +9,9 @@ from typing import Any
 
 from celery import Celery, Task
 
-from blipq import Client
 from blipq.contract import CaptionRequest, Generation, ImageRef, Options
-from blipq.ledger.ledger import Claim, Ledger
+from blipq.ledger.connection import connect
+from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.local.supervisor import Service
 from blipq.settings import Settings
 from blipq.submission import Submission, new_id
@@ -39,8 +39,9 @@ def recorded(id: str) -> None:
 
 
 @cache
-def _ledger() -> Ledger:
-    return Client(Settings()).ledger
+def _ledger() -> WorkerLedger:
+    settings = Settings()
+    return WorkerLedger(connect(settings), settings)
 
 
 def overhead(jobs: int) -> dict[str, Any]:

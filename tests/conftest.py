@@ -15,7 +15,8 @@ import pytest
 import redis
 
 from blipq import Client, Settings
-from blipq.ledger.ledger import Ledger, connect
+from blipq.ledger.connection import connect
+from blipq.ledger.worker import WorkerLedger
 from blipq.local.stack import LocalStack
 from blipq.local.supervisor import Service
 from stacks import local_stack
@@ -85,8 +86,13 @@ def raw_redis(settings: Settings) -> Iterator["redis.Redis"]:
 
 
 @pytest.fixture
-def ledger(raw_redis: "redis.Redis", settings: Settings) -> Ledger:
-    return Ledger(raw_redis, settings)
+def ledger(raw_redis: "redis.Redis", settings: Settings) -> WorkerLedger:
+    return WorkerLedger(raw_redis, settings)
+
+
+def ledger_of(client: Client) -> WorkerLedger:
+    """The worker's side of a client's ledger."""
+    return WorkerLedger(client.operator.redis, client.settings)
 
 
 @pytest.fixture

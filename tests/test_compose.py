@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from blipq import Settings
-from blipq.ledger.ledger import connect
+from blipq.ledger.connection import connect
 from blipq.local.stack import _INNER_PORTS, free_port, redis_command, s3_command
 from blipq.local.supervisor import Service
 from blipq.s3.storage import Storage

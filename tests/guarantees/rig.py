@@ -17,7 +17,7 @@ from PIL import Image
 
 from blipq import Client, Job, JobInfo, Status, cli
 from blipq.errors import BlipqError
-from blipq.ledger.ledger import connect
+from blipq.ledger.connection import connect
 from blipq.local.stack import worker_service
 from blipq.local.supervisor import Service
 from conftest import wait_until
@@ -104,7 +104,7 @@ class Rig:
     def _alive(self, worker: Service, name: str) -> bool:
         assert worker.exit_code is None, worker.last_words(40)
         with suppress(BlipqError):
-            return any(name in known for known in self.client.ledger.workers())
+            return any(name in known for known in self.client.operator.workers())
         return False
 
     def wait_for_death(self, worker: Service, timeout: float = 60.0) -> None:

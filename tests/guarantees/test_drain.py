@@ -8,7 +8,7 @@ import pytest
 
 from blipq import Job, Status
 from blipq.ledger import codec as records
-from blipq.ledger.ledger import script_text
+from blipq.ledger.script_runner import script_text
 from conftest import wait_until
 from guarantees.rig import Rig
 from guarantees.stand_ins.muted_redis import muted_redis

@@ -18,10 +18,11 @@ from blipq import (
     UnknownModel,
 )
 from blipq.contract import CaptionRequest, JobError, Options
-from blipq.ledger.ledger import Claim, Message
-from blipq.submission import new_id
+from blipq.ledger.codec import Message
+from blipq.ledger.worker import Claim
+from blipq.submission import Submission, new_id
 from blipq_worker.settings import WorkerSettings
-from conftest import wait_until
+from conftest import ledger_of, wait_until
 from guarantees.rig import LEASE_S, Rig
 from stacks import BROKER
 
@@ -30,7 +31,7 @@ def test_a_job_whose_message_was_never_published_runs_all_the_same(rig: Rig) -> 
     """The client died between recording the job and publishing it."""
     request = CaptionRequest(image=rig.image, prompt="lost")
     id = new_id()
-    assert isinstance(rig.client.ledger.submit(id, request, Options(), notify="x"), Message)
+    assert isinstance(rig.client.ledger.submit(Submission(request, id=id), notify="x"), Message)
     rig.start_worker()
     assert rig.client.job(id).wait(30).status is Status.SUCCEEDED
 
@@ -192,7 +193,8 @@ def test_a_whole_job_revoked_before_it_came_is_cancelled(rig: Rig) -> None:
 
 def test_a_dead_letter_that_was_revoked_runs_when_it_is_retried(rig: Rig) -> None:
     """Its worker once remembered the revoke, and cancelled it."""
-    ledger, broker = rig.client.ledger, rig.client.broker
+    ledger = ledger_of(rig.client)
+    broker = rig.client.broker
     job = rig.submit("fine")
     claim = ledger.claim(job.id, "killed")
     assert isinstance(claim, Claim)
@@ -201,7 +203,7 @@ def test_a_dead_letter_that_was_revoked_runs_when_it_is_retried(rig: Rig) -> Non
     worker = rig.start_worker()
     broker.app.control.revoke(job.id)
     wait_until(lambda: f"{job.id}: revoked" in worker.last_words(100), "the revoke")
-    message = ledger.retry_dead_letter(job.id)
+    message = rig.client.operator.retry_dead_letter(job.id)
     assert message is not None
     broker.publish(message)
     rig.all_succeed([job])
@@ -288,7 +290,7 @@ def test_the_next_worker_reconciles_when_the_one_that_did_is_killed(rig: Rig) ->
     second = rig.start_worker()
     rig.kill(first)
     request = CaptionRequest(image=rig.image, prompt="lost")
-    rig.client.ledger.submit("job_lost", request, Options(), notify="x")
+    rig.client.ledger.submit(Submission(request, id="job_lost"), notify="x")
     assert rig.client.job("job_lost").wait(30).status is Status.SUCCEEDED
     assert second.exit_code is None
 

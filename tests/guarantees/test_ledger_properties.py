@@ -17,10 +17,12 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from blipq import ErrorCode, Settings, Status
+from blipq import ErrorCode, Settings, Status, Submission
 from blipq.contract import CaptionRequest, Options
-from blipq.ledger import ledger as ledger_module
-from blipq.ledger.ledger import MAX_CRASHES, Claim, Ledger, Message, connect, new_nonce
+from blipq.ledger import script_runner
+from blipq.ledger.codec import Message
+from blipq.ledger.connection import connect
+from blipq.ledger.worker import MAX_CRASHES, Claim, WorkerLedger, new_nonce
 from blipq.local.stack import LocalStack
 
 RUNS = int(os.environ.get("GUARANTEES_RUNS", "150"))
@@ -30,7 +32,7 @@ WORKERS = st.sampled_from(("a", "b"))
 PICK = st.integers(min_value=0, max_value=1000)
 RESULT = '{"kind": "caption", "captions": [{"text": "a red circle"}]}'
 
-REAL_SCRIPT_TEXT = ledger_module.script_text
+REAL_SCRIPT_TEXT = script_runner.script_text
 OWN_CLOCK = "local time = {math.floor(redis.call('GET', 'clock') / 1000), 0}"
 
 
@@ -52,7 +54,7 @@ class Jobs(RuleBasedStateMachine):
         self.raw.flushall()
         self.now = 1_000_000_000_000
         self.raw.set("clock", self.now)
-        self.ledger = Ledger(self.raw, self.settings)
+        self.ledger = WorkerLedger(self.raw, self.settings)
         self.broker: list[Message] = []
         self.held: dict[str, list[Claim]] = {"a": [], "b": []}
         self.ids: list[str] = []
@@ -69,7 +71,7 @@ class Jobs(RuleBasedStateMachine):
         id = f"job_{len(self.ids)}"
         request = CaptionRequest(image="s3://bucket/key")
         options = Options(expires_in=EXPIRES_S)
-        message = self.ledger.submit(id, request, options, notify="x")
+        message = self.ledger.submit(Submission(request, options, id), notify="x")
         assert isinstance(message, Message)
         self.ids.append(id)
         if published:
@@ -80,7 +82,8 @@ class Jobs(RuleBasedStateMachine):
         if self.ids:
             id = self.ids[pick % len(self.ids)]
             request = CaptionRequest(image="s3://bucket/key")
-            assert self.ledger.submit(id, request, Options(expires_in=EXPIRES_S), notify="x") == id
+            again = Submission(request, Options(expires_in=EXPIRES_S), id)
+            assert self.ledger.submit(again, notify="x") == id
 
     @rule(pick=PICK)
     def cancel(self, pick: int) -> None:
@@ -259,7 +262,7 @@ def machine(
                 script = script.replace(sound, broken)
             return script
 
-        monkeypatch.setattr(ledger_module, "script_text", text)
+        monkeypatch.setattr(script_runner, "script_text", text)
         return cast("type[Jobs]", type("Jobs", (Jobs,), {"raw": raw, "settings": own}))
 
     yield made

@@ -17,7 +17,7 @@ import pytest
 from standardwebhooks import Webhook
 
 from blipq import Job, Status, cli
-from blipq.ledger.ledger import Claim, Ledger
+from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.local.supervisor import Service
 from blipq.settings import Settings
 from blipq.webhooks.delivery import webhook_id
@@ -45,8 +45,8 @@ class Hooks:
         fields = {**rig.settings.model_dump(), "webhook_allow": "127.0.0.1"}
         self.settings = Settings.model_validate(fields)
         rig.client.ledger.settings = self.settings
-        self.outbox = Outbox(rig.client.ledger.redis, self.settings)
-        self.ledger = Ledger(rig.client.ledger.redis, self.settings)
+        self.outbox = Outbox(rig.client.operator.redis, self.settings)
+        self.ledger = WorkerLedger(rig.client.operator.redis, self.settings)
         self.senders: list[Service] = []
 
     def start_sender(self, **options: Any) -> Service:

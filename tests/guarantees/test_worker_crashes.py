@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from blipq import CaptionRequest, ErrorCode, Job, Status
-from blipq.ledger.ledger import Message
+from blipq.ledger.codec import Message
 from blipq.s3.outputs import LOCAL_BUCKET
 from conftest import wait_until
 from guarantees.rig import LEASE_S, Rig, png
@@ -117,7 +117,7 @@ def test_a_job_that_keeps_killing_workers_becomes_a_dead_letter_and_harms_no_oth
     assert info.error is not None
     assert (info.status, info.error.code) == (Status.FAILED, ErrorCode.ATTEMPTS_EXHAUSTED)
     assert deaths <= 3
-    assert [letter.id for letter in rig.client.ledger.dead_letters()] == [poison.id]
+    assert [letter.id for letter in rig.client.operator.dead_letters()] == [poison.id]
     rig.start_worker()
     rig.all_succeed(others, timeout=60)
 

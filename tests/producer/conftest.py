@@ -8,7 +8,8 @@ import pytest
 import redis
 
 from blipq import Client, Settings
-from blipq.ledger.ledger import Ledger, connect
+from blipq.ledger.connection import connect
+from blipq.ledger.worker import WorkerLedger
 from blipq.local.stack import free_port, redis_command
 from blipq.local.supervisor import Service
 from conftest import wait_until
@@ -27,8 +28,8 @@ def raw_redis(apart: Settings) -> Iterator["redis.Redis"]:
 
 
 @pytest.fixture
-def ledger(raw_redis: "redis.Redis", apart: Settings) -> Ledger:
-    return Ledger(raw_redis, apart)
+def ledger(raw_redis: "redis.Redis", apart: Settings) -> WorkerLedger:
+    return WorkerLedger(raw_redis, apart)
 
 
 @pytest.fixture

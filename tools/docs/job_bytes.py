@@ -10,10 +10,11 @@ from typing import cast
 
 import redis
 
-from blipq import CaptionRequest, Options, Settings
-from blipq.ledger.ledger import Claim, Ledger, connect
+from blipq import CaptionRequest, Settings
+from blipq.ledger.connection import connect
+from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.local.stack import free_port, redis_command
-from blipq.submission import new_id
+from blipq.submission import Submission, new_id
 from blipq.transport.broker import Broker
 
 RESULT = json.dumps({"kind": "caption", "captions": [{"text": "a woman on a beach with a dog"}]})
@@ -45,12 +46,12 @@ def _measure(raw: "redis.Redis", settings: Settings, count: int) -> None:
         with suppress(redis.ConnectionError):
             raw.ping()
             break
-    ledger, broker = Ledger(raw, settings), Broker(settings)
+    ledger, broker = WorkerLedger(raw, settings), Broker(settings)
 
     def submit() -> str:
         key = f"2026/11/25/{new_id()}.jpg"  # as long as keys tend to be
         request = CaptionRequest.model_validate({"image": f"s3://photos-of-the-shop/{key}"})
-        message = ledger.submit(new_id(), request, Options(), notify="0" * 16)
+        message = ledger.submit(Submission(request), notify="0" * 16)
         assert not isinstance(message, str)
         assert broker.publish(message)
         return message.id

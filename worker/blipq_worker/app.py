@@ -18,8 +18,9 @@ from celery.signals import setup_logging, worker_ready
 from blipq.contract import Kind
 from blipq.images.decoding import ImageLimits
 from blipq.index.store import Indexes
+from blipq.ledger.connection import connect
 from blipq.ledger.keys import queues_of, task_name
-from blipq.ledger.ledger import GRACE_S, Ledger, connect
+from blipq.ledger.worker import GRACE_S, WorkerLedger
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
 from blipq.ssrf.http import GuardedHttp
@@ -94,7 +95,7 @@ class Worker:
             most=options.decode_threads,
             use="to decode an image (BLIPQ_DECODE_MEMORY_BYTES, BLIPQ_DECODE_THREADS)",
         )
-        ledger = Ledger(connect(settings), settings)
+        ledger = WorkerLedger(connect(settings), settings)
         # One attempt within the job's deadline: the job itself is retried, with longer pauses.
         storage = Storage(
             settings,
@@ -240,7 +241,7 @@ class Worker:
         metrics.gauge("stalled_seconds", "Since the model last progressed.", self._stalled_for)
         return metrics
 
-    def _health_server(self, ledger: Ledger, metrics: WorkerMetrics) -> HealthServer:
+    def _health_server(self, ledger: WorkerLedger, metrics: WorkerMetrics) -> HealthServer:
         def redis_away() -> str | None:
             try:
                 ledger.redis.ping()

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from blipq.ledger.ledger import Claim
+from blipq.ledger.worker import Claim
 
 
 class Lost(Exception):

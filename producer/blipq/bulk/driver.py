@@ -176,7 +176,7 @@ class Driver:
             self._whole_at = time.monotonic() + WHOLE_EVERY_S
         for ids in _chunks(list(self._in_flight)):
             try:
-                found = self._client.ledger.look(ids, notify=self._bulk)
+                found = self._client.ledger.poll(ids, notify=self._bulk)
             except (QueueUnavailable, QueueFull) as error:
                 self.trouble = error
                 return collected

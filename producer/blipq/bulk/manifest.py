@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from blipq.client.sync_client import checked, explain
 from blipq.contract import Options, Request, request_adapter, split_s3_uri
 from blipq.errors import InvalidRequest
 from blipq.s3.refusals import s3_errors
 from blipq.s3.storage import Storage
+from blipq.submission import checked, explain
 from blipq.watch.objects import Objects, Upload
 from blipq.watch.rules import templated
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from blipq.bulk.journal import Journal
 from blipq.bulk.manifest import JsonLines, LocalFile, Manifest, Prefix, S3Object, read_work
-from blipq.client.sync_client import Client, checked
+from blipq.client.sync_client import Client
 from blipq.contract import Options
 from blipq.errors import InvalidRequest
 from blipq.s3.outputs import live_workers, why_all_refuse
 from blipq.s3.storage import Storage
+from blipq.submission import checked
 
 #: Lines whose outputs are judged before any is submitted.
 LOOKED_AT = 200
@@ -82,7 +83,7 @@ def check_outputs(manifest: Manifest, journal: Journal, client: Client) -> None:
 
     A single one is an error of its line alone.
     """
-    workers = live_workers(client.ledger)
+    workers = live_workers(client.operator)
     refusals = []
     entries = manifest.entries(journal.fact("lines"), journal.fact("position"))
     for entry in itertools.islice(entries, LOOKED_AT):

@@ -22,7 +22,7 @@ def list_(
         blipq dead-letters list --limit 20
     """
     with connected(as_json) as client:
-        for info in client.ledger.dead_letters(limit):
+        for info in client.operator.dead_letters(limit):
             if as_json:
                 print(info.model_dump_json(exclude_none=True))
             else:
@@ -53,7 +53,7 @@ def retry(
     """
     with connected() as client:
         for id in ids:
-            message = client.ledger.retry_dead_letter(id)
+            message = client.operator.retry_dead_letter(id)
             if message is None:
                 raise JobNotFound(f"no dead letter {id}")
             client.broker.publish(message)
@@ -71,6 +71,6 @@ def drop(
     """
     with connected() as client:
         for id in ids:
-            if not client.ledger.drop_dead_letter(id):
+            if not client.operator.drop_dead_letter(id):
                 raise JobNotFound(f"no dead letter {id}")
             out.print(f"{id}: dropped")

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from blipq.cli.terminal.output import errors, reported
-from blipq.client.sync_client import checked
 from blipq.settings import Settings
+from blipq.submission import checked
 
 
 def metrics(
@@ -24,7 +24,7 @@ def metrics(
     from prometheus_client import CollectorRegistry
 
     from blipq.exporter import served
-    from blipq.ledger.ledger import connect
+    from blipq.ledger.connection import connect
     from blipq.ops.metrics import LedgerCollector
 
     stop = threading.Event()

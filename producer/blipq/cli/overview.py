@@ -45,7 +45,7 @@ def list_(
         blipq list --status running --model default --json
     """
     with connected(as_json) as client:
-        for info in Overview(client.ledger).jobs(status=status, model=model, limit=limit):
+        for info in Overview(client.operator).jobs(status=status, model=model, limit=limit):
             if as_json:
                 print_json(info)
             else:
@@ -86,7 +86,7 @@ def stats(as_json: JsonOption = False) -> None:
         blipq queue stats --json
     """
     with connected(as_json) as client:
-        overview = Overview(client.ledger)
+        overview = Overview(client.operator)
         queues = overview.queues()
         totals = {
             "open": overview.open_jobs(),
@@ -122,7 +122,7 @@ def purge(
         blipq queue purge blipq.default.low --yes --json
     """
     with connected(as_json) as client:
-        overview = Overview(client.ledger)
+        overview = Overview(client.operator)
         known = {state.queue: state.waiting for state in overview.queues()}
         if not yes:
             question = f"Cancel {known.get(queue, 0):,} jobs that wait in {queue}?"

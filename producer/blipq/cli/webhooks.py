@@ -13,7 +13,7 @@ import typer
 from blipq.cli.terminal.group import Group
 from blipq.cli.terminal.output import JsonOption, errors, out, reported
 from blipq.errors import InvalidRequest, JobNotFound
-from blipq.ledger.ledger import connect
+from blipq.ledger.connection import connect
 from blipq.redaction import redacted
 from blipq.settings import Settings
 from blipq.submission import checked

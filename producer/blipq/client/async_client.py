@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, cast
 
 from blipq.client.backend import Backend
-from blipq.client.coalescing import Looks
+from blipq.client.coalescing import CoalescedPolls
 from blipq.client.job import AsyncJob, last_expiry
 from blipq.client.progress import Progress
 from blipq.client.submitting import Submitting
@@ -51,8 +51,8 @@ from blipq.contract import (
     VQAResult,
 )
 from blipq.errors import QueueFull, QueueUnavailable
-from blipq.ledger.async_ledger import AsyncLedger
-from blipq.ledger.codec import Looked, Message
+from blipq.ledger.codec import Message, Polled
+from blipq.ledger.protocols import AsyncProducer
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
 from blipq.submission import ImageSource, Submission, checked, new_id, turns, uploadable
@@ -79,7 +79,7 @@ class AsyncClient:
         self._id = secrets.token_hex(8)
         self._unserved = Unserved()
         self._services = (backend or Backend()).async_services(self.settings, self._id)
-        self._looks = Looks(self._look)
+        self._polls = CoalescedPolls(self._poll)
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -94,11 +94,11 @@ class AsyncClient:
 
     async def aclose(self) -> None:
         """Closes the connections. Jobs go on."""
-        await self._looks.aclose()
+        await self._polls.aclose()
         await self._services.aclose()
 
     @property
-    def ledger(self) -> AsyncLedger:
+    def ledger(self) -> AsyncProducer:
         """The job records."""
         return self._services.ledger
 
@@ -210,7 +210,7 @@ class AsyncClient:
     ) -> AsyncJob[ResultT]:
         """Submits a request of any kind, like ``Client.submit``."""
         submission = Submission(cast(Request, request), options or Options(), id or new_id())
-        recorded = await self.ledger.submit(self.ledger.prepare(submission, notify=self._id))
+        recorded = await self.ledger.submit(submission, notify=self._id)
         if not isinstance(recorded, Message):
             return self._job(recorded)
         await self._publish([recorded])
@@ -276,17 +276,17 @@ class AsyncClient:
         async with notifier.watch(waiting.open) as inbox:
             while waiting.open:
                 if due := waiting.due(len(notifier)):
-                    found = await self._looks.look(due)
-                    if isinstance(found, Looked) and found.elsewhere:
+                    found = await self._polls.poll(due)
+                    if isinstance(found, Polled) and found.elsewhere:
                         notifier.listen(inbox, found.elsewhere.values())
-                    for info in waiting.looked(due, found):
+                    for info in waiting.polled(due, found):
                         yield info
                 if waiting.open:
-                    waiting.tell(await inbox.take(waiting.pause()))
+                    waiting.notify(await inbox.take(waiting.pause()))
 
-    async def _look(self, ids: list[str]) -> Looked | QueueUnavailable:
+    async def _poll(self, ids: list[str]) -> Polled | QueueUnavailable:
         try:
-            return await self.ledger.look(ids, notify=self._id)
+            return await self.ledger.poll(ids, notify=self._id)
         except QueueUnavailable as error:
             return error
 

@@ -5,9 +5,12 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from blipq.ledger.async_ledger import AsyncLedger, connect_async
+from blipq.ledger.async_producer import AsyncProducerLedger
+from blipq.ledger.connection import connect, connect_async
 from blipq.ledger.keys import ended_channel
-from blipq.ledger.ledger import Ledger, connect
+from blipq.ledger.operator import OperatorLedger
+from blipq.ledger.producer import ProducerLedger
+from blipq.ledger.protocols import AsyncProducer, Producer
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
 from blipq.transport.async_notifications import AsyncNotifier
@@ -18,15 +21,21 @@ T = TypeVar("T")
 
 
 class Services:
-    """The services of one client in one process."""
+    """The services of one client in one process. A fake may have no ``operator``."""
 
     def __init__(
-        self, ledger: Ledger, broker: Broker, storage: Storage, notifier: Notifier
+        self,
+        ledger: Producer,
+        broker: Broker,
+        storage: Storage,
+        notifier: Notifier,
+        operator: OperatorLedger | None = None,
     ) -> None:
         self.ledger = ledger
         self.broker = broker
         self.storage = storage
         self.notifier = notifier
+        self.operator = operator
 
     def close(self) -> None:
         """Closes the connections."""
@@ -39,7 +48,7 @@ class AsyncServices:
     """The services of one client in one event loop."""
 
     def __init__(
-        self, ledger: AsyncLedger, broker: Broker, storage: Storage, notifier: AsyncNotifier
+        self, ledger: AsyncProducer, broker: Broker, storage: Storage, notifier: AsyncNotifier
     ) -> None:
         self.ledger = ledger
         self.broker = broker
@@ -58,17 +67,19 @@ class Backend:
 
     def services(self, settings: Settings, client: str) -> Services:
         """The services of a client. Connects to nothing yet."""
+        redis = connect(settings)
         return Services(
-            Ledger(connect(settings), settings),
+            ProducerLedger(redis, settings),
             Broker(settings),
             Storage(settings),
             Notifier(lambda: connect(settings), ended_channel(client)),
+            OperatorLedger(redis, settings),
         )
 
     def async_services(self, settings: Settings, client: str) -> AsyncServices:
         """The services of an asynchronous client. Connects to nothing yet."""
         return AsyncServices(
-            AsyncLedger(connect_async(settings), settings),
+            AsyncProducerLedger(connect_async(settings), settings),
             Broker(settings),
             Storage(settings),
             AsyncNotifier(lambda: connect_async(settings, reconnects=False), ended_channel(client)),

@@ -1,57 +1,57 @@
-"""Many small questions in few round trips: while one is under way, the next gathers."""
+"""Coalesces polls: while one round trip is under way, the ids of the next gather."""
 
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 
-from blipq.client.waiting import LOOK_AT
+from blipq.client.waiting import MAX_POLLED
 from blipq.errors import QueueUnavailable
-from blipq.ledger.codec import Looked
+from blipq.ledger.codec import Polled
 
-Found = Looked | QueueUnavailable
-_Asked = tuple[list[str], "asyncio.Future[Found]"]
+Found = Polled | QueueUnavailable
+_Request = tuple[list[str], "asyncio.Future[Found]"]
 
 
-class Looks:
-    """Looks at jobs on behalf of all who wait in an event loop, one round trip at a time."""
+class CoalescedPolls:
+    """Polls jobs for all that wait in an event loop, one round trip at a time."""
 
-    def __init__(self, look: Callable[[list[str]], Awaitable[Found]]) -> None:
-        self._look = look
-        self._asked: deque[_Asked] = deque()
+    def __init__(self, poll: Callable[[list[str]], Awaitable[Found]]) -> None:
+        self._poll = poll
+        self._requests: deque[_Request] = deque()
         self._task: asyncio.Task[None] | None = None
 
-    async def look(self, ids: list[str]) -> Found:
-        """What a look at these jobs finds."""
-        answer: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
-        self._asked.append((ids, answer))
+    async def poll(self, ids: list[str]) -> Found:
+        """Polls these jobs, in a round trip that others may share."""
+        found: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
+        self._requests.append((ids, found))
         if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._answer_all(), name="blipq-looks")
-        return await answer
+            self._task = asyncio.create_task(self._serve(), name="blipq-polls")
+        return await found
 
     async def aclose(self) -> None:
-        """Lets what was asked be answered."""
+        """Waits for the polls that are under way or gathered."""
         if self._task is not None:
             await self._task
 
-    async def _answer_all(self) -> None:
-        while asked := self._next():
-            look = self._look([id for ids, _ in asked for id in ids])
-            (found,) = await asyncio.gather(look, return_exceptions=True)
-            for ids, answer in asked:
-                if answer.done():  # whoever asked was cancelled meanwhile
+    async def _serve(self) -> None:
+        while batch := self._next():
+            poll = self._poll([id for ids, _ in batch for id in ids])
+            (found,) = await asyncio.gather(poll, return_exceptions=True)
+            for ids, future in batch:
+                if future.done():  # its caller was cancelled meanwhile
                     continue
                 if isinstance(found, BaseException) and not isinstance(found, QueueUnavailable):
-                    answer.set_exception(found)
+                    future.set_exception(found)
                 else:
-                    answer.set_result(found.about(ids) if isinstance(found, Looked) else found)
+                    future.set_result(found.about(ids) if isinstance(found, Polled) else found)
 
-    def _next(self) -> list[_Asked]:
-        """Questions of those who have not left, as many as go into one round trip."""
-        asked: list[_Asked] = []
+    def _next(self) -> list[_Request]:
+        """Requests whose callers still wait, as many as go into one round trip."""
+        batch: list[_Request] = []
         count = 0
-        while self._asked and count < LOOK_AT:
-            ids, answer = self._asked.popleft()
-            if not answer.done():
-                asked.append((ids, answer))
+        while self._requests and count < MAX_POLLED:
+            ids, future = self._requests.popleft()
+            if not future.done():
+                batch.append((ids, future))
                 count += len(ids)
-        return asked
+        return batch

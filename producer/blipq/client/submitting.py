@@ -57,7 +57,7 @@ class Submitting:
             self._invalid = request, error
             return True
         self.waiting.append(prepared)
-        self._size += sum(len(str(part)) for part in prepared.arguments)
+        self._size += prepared.size
         return len(self.waiting) >= MAX_JOBS or self._size >= MAX_CHARACTERS
 
     def settle(self, answers: Sequence[Recorded | BlipqError]) -> list[Message]:

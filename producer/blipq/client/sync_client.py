@@ -41,14 +41,12 @@ from blipq.contract import (
     VQAResult,
 )
 from blipq.errors import QueueFull, QueueUnavailable
-from blipq.ledger.codec import Looked, Message
-from blipq.ledger.ledger import Ledger
+from blipq.ledger.codec import Message, Polled
+from blipq.ledger.operator import OperatorLedger
+from blipq.ledger.protocols import Producer
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
-from blipq.submission import ImageSource, Submission, turns, uploadable
-from blipq.submission import checked as checked
-from blipq.submission import explain as explain
-from blipq.submission import new_id as new_id
+from blipq.submission import ImageSource, Submission, checked, new_id, turns, uploadable
 from blipq.transport.broker import Broker
 from blipq.transport.notifications import Notifier
 
@@ -95,9 +93,17 @@ class Client:
             services.close()
 
     @property
-    def ledger(self) -> Ledger:
+    def ledger(self) -> Producer:
         """The job records."""
         return self._services().ledger
+
+    @property
+    def operator(self) -> OperatorLedger:
+        """Dead letters, queues and workers. Raises NotImplementedError where a fake has none."""
+        operator = self._services().operator
+        if operator is None:
+            raise NotImplementedError("this backend has no dead letters, queues and workers")
+        return operator
 
     @property
     def broker(self) -> Broker:
@@ -229,15 +235,13 @@ class Client:
         now is logged as a warning: its jobs wait. Raises IdempotencyConflict, UnknownModel,
         QueueFull or QueueUnavailable.
         """
-        options = options or Options()
-        recorded = self.ledger.submit(
-            id or new_id(), cast(Request, request), options, notify=self._id
-        )
+        submission = Submission(cast(Request, request), options or Options(), id or new_id())
+        recorded = self.ledger.submit(submission, notify=self._id)
         if not isinstance(recorded, Message):
             return self._job(recorded)
         # A message that is not taken in time is published by the reconciler: the job is recorded.
         self._publish([recorded])
-        return self._job(recorded.id, options)
+        return self._job(recorded.id, submission.options)
 
     def submit_many(
         self,
@@ -272,7 +276,7 @@ class Client:
     ) -> Iterator[Job[ResultT]]:
         """The jobs as they end, however they end; what they came to is read already.
 
-        Thousands of jobs need one subscription and a look at a few hundred of them a second.
+        Thousands of jobs need one subscription and a poll of a few hundred of them a second.
         Raises ResultTimeout, JobNotFound and QueueUnavailable like ``Job.wait``.
         """
         jobs = list(jobs)
@@ -314,16 +318,16 @@ class Client:
         with notifier.watch(waiting.open) as inbox:
             while waiting.open:
                 if due := waiting.due(len(notifier)):
-                    found = self._look(due)
-                    if isinstance(found, Looked) and found.elsewhere:
+                    found = self._poll(due)
+                    if isinstance(found, Polled) and found.elsewhere:
                         notifier.listen(inbox, found.elsewhere.values())
-                    yield from waiting.looked(due, found)
+                    yield from waiting.polled(due, found)
                 if waiting.open:
-                    waiting.tell(inbox.take(waiting.pause()))
+                    waiting.notify(inbox.take(waiting.pause()))
 
-    def _look(self, ids: list[str]) -> Looked | QueueUnavailable:
+    def _poll(self, ids: list[str]) -> Polled | QueueUnavailable:
         try:
-            return self.ledger.look(ids, notify=self._id)
+            return self.ledger.poll(ids, notify=self._id)
         except QueueUnavailable as error:
             return error
 

@@ -1,13 +1,13 @@
-"""Jobs on their way into the ledger and out of it: what scripts are told and what they answer.
+"""Arguments of the ledger's scripts, and what their replies mean.
 
-Pure, so that the synchronous and the asynchronous ledger share it.
+Pure, so that the synchronous and the asynchronous clients share it.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, cast
 
 from blipq.contract import CONTRACT, JobInfo, Kind, Options, Request
 from blipq.errors import (
@@ -30,7 +30,7 @@ def ms(seconds: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What must be published so that a worker looks at a job."""
+    """What is published of a recorded job: a worker that takes it claims the job."""
 
     kind: Kind
     id: str
@@ -47,20 +47,34 @@ class Message:
 #: A job was recorded, and its message is to be published; or it was known, under this id.
 Recorded = Message | str
 
+#: What became of a request to cancel a job. ``ended``: it had ended before.
+Cancelled = Literal["cancelled", "ended", "unknown"]
+
+
+#: What became of a submission. ``waits``: created, and no live worker serves its model.
+Outcome = Literal["created", "waits", "exists", "conflict", "full", "unknown"]
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A submission and what the submit script is told of it."""
+    """A submission, and what the ledger stores of it: ``fields`` become those of its hash."""
 
     submission: Submission
-    arguments: tuple[str | int, ...]
+    digest: str
+    expires_in_ms: int
+    fields: Mapping[str, str | int]
+
+    @property
+    def size(self) -> int:
+        """How many characters the fields take."""
+        return sum(len(name) + len(str(value)) for name, value in self.fields.items())
 
 
 @dataclass(frozen=True, slots=True)
-class Looked:
-    """What a look at jobs found; those that are merely open are in none of the fields.
+class Polled:
+    """What a poll found. Jobs that are open, and notify this client, are in none of the fields.
 
-    ``elsewhere`` holds jobs whose end is told on another client's channel, with that channel.
+    ``elsewhere`` holds jobs that notify on another client's channel, with that channel.
     ``left`` is how many seconds the open ones have until the last of their deadlines.
     """
 
@@ -69,10 +83,10 @@ class Looked:
     elsewhere: dict[str, str]
     left: float = 0.0
 
-    def about(self, ids: Iterable[str]) -> "Looked":
+    def about(self, ids: Iterable[str]) -> "Polled":
         """The part that is about these jobs."""
         ids = list(ids)
-        return Looked(
+        return Polled(
             {id: self.ended[id] for id in ids if id in self.ended},
             self.unknown.intersection(ids),
             {id: self.elsewhere[id] for id in ids if id in self.elsewhere},
@@ -92,7 +106,7 @@ def prepare(submission: Submission, settings: Settings, *, notify: str) -> Prepa
     options = submission.options
     _check_urls(submission.request, options, settings)
     text = _request_text(submission.request)
-    fields: dict[str, str | int] = {  # the script knows the place of the model
+    fields: dict[str, str | int] = {  # the submit script reads the model by its place
         "contract": CONTRACT,
         "kind": submission.request.kind,
         "model": options.model,
@@ -103,20 +117,30 @@ def prepare(submission: Submission, settings: Settings, *, notify: str) -> Prepa
         "failed_ttl": ms(settings.failed_ttl),
         **_optional_fields(options),
     }
-    pairs = flat(fields)
-    expires_in = ms(options.expires_in or settings.default_expires_in)
-    key = options.idempotency_key or ""
-    arguments = [submission.id, digest(text, options), key, expires_in, len(pairs), *pairs]
-    return Prepared(submission, tuple(arguments))
+    expires_in_ms = ms(options.expires_in or settings.default_expires_in)
+    return Prepared(submission, digest(text, options), expires_in_ms, fields)
+
+
+def only(ids: Iterable[str]) -> str | None:
+    """The id that an error of a call is about, if the call is about one job."""
+    first, *more = ids
+    return None if more else first
+
+
+def retention_ms(settings: Settings) -> int:
+    """How long a record is kept after its job's deadline, at the least."""
+    return ms(max(settings.result_ttl, settings.failed_ttl))
 
 
 def submit_arguments(jobs: Iterable[Prepared], settings: Settings) -> Iterator[str | int]:
-    """What the submit script is told."""
-    yield ms(max(settings.result_ttl, settings.failed_ttl))
+    """The submit script's arguments."""
+    yield retention_ms(settings)
     yield settings.max_open_jobs
     yield declared_models(settings)
     for job in jobs:
-        yield from job.arguments
+        pairs = flat(job.fields)
+        key = job.submission.options.idempotency_key or ""
+        yield from (job.submission.id, job.digest, key, job.expires_in_ms, len(pairs), *pairs)
 
 
 def declared_models(settings: Settings) -> str:
@@ -125,30 +149,44 @@ def declared_models(settings: Settings) -> str:
 
 
 def submitted(jobs: Sequence[Prepared], answer: Sequence[str]) -> list[Recorded | BlipqError]:
-    """What the submit script's answer means."""
-    answers = zip(jobs, answer[::2], answer[1::2], strict=False)  # a refusal ends it early
-    return [_submitted(job.submission, outcome, id) for job, outcome, id in answers]
+    """The submit script's reply, job by job."""
+    outcomes = zip(jobs, answer[::2], answer[1::2], strict=False)  # a refusal ends it early
+    return [recorded(job.submission, cast(Outcome, each), id) for job, each, id in outcomes]
 
 
-def _submitted(submission: Submission, outcome: str, id: str) -> Recorded | BlipqError:
+def recorded(submission: Submission, outcome: Outcome, id: str) -> Recorded | BlipqError:
+    """What became of one submission. ``id``: of the job, or for ``unknown`` the served models."""
     if outcome == "conflict":
         return IdempotencyConflict(f"job {id} was submitted with another request or options")
     if outcome == "full":
         return QueueFull("too many jobs are open (BLIPQ_MAX_OPEN_JOBS)")
     if outcome == "unknown":
-        return unknown_model(submission.options.model, id)
+        return _unknown_model(submission.options.model, id)
     if outcome == "exists":
         return id
     return replace(message_of(submission), served=outcome == "created")
 
 
-def unknown_model(model: str, served: str) -> UnknownModel:
+def check_arguments(models: Iterable[str], settings: Settings) -> Iterator[str]:
+    """The unknown_models script's arguments."""
+    yield declared_models(settings)
+    yield from sorted(set(models))
+
+
+def check(answer: Sequence[str]) -> None:
+    """Raises UnknownModel if the unknown_models script named one."""
+    served, *unknown = answer
+    if unknown:
+        raise _unknown_model(unknown[0], served)
+
+
+def _unknown_model(model: str, served: str) -> UnknownModel:
     """Why a job for this model is refused. ``served``: 'name=live workers', with spaces between."""
     named = [pair.rpartition("=") for pair in served.split()]
     known = [f"{name!r} ({_workers(int(live))})" for name, _, live in named]
-    told = f"served: {', '.join(known)}" if known else "none is served yet"
+    listed = f"served: {', '.join(known)}" if known else "none is served yet"
     return UnknownModel(
-        f"model: no worker has served {model!r} in the last 40 days; {told}. "
+        f"model: no worker has served {model!r} in the last 40 days; {listed}. "
         "BLIPQ_KNOWN_MODELS names others that jobs may wait for",
         model,
     )
@@ -165,15 +203,21 @@ def message_of(submission: Submission) -> Message:
     return Message(Kind(submission.request.kind), submission.id, queue)
 
 
-def looked(answer: Sequence[Any]) -> Looked:
-    """What the look script's answer means."""
+def poll_arguments(ids: Iterable[str], notify: str) -> Iterator[str]:
+    """The poll script's arguments."""
+    yield ended_channel(notify)
+    yield from ids
+
+
+def polled(answer: Sequence[Any]) -> Polled:
+    """The poll script's reply."""
     ended, unknown, elsewhere, left = answer
     infos = {id: job_info(id, paired(pairs)) for id, pairs in ended}
-    return Looked(infos, set(unknown), dict(elsewhere), left / 1000)
+    return Polled(infos, set(unknown), dict(elsewhere), left / 1000)
 
 
 def job_of(id: str, answer: Sequence[Any]) -> JobInfo | None:
-    """What the read script's answer means: the job, or None for an unknown id."""
+    """The read script's reply: the job, or None for an unknown id."""
     if not answer:
         return None
     live, *pairs = answer
@@ -199,7 +243,7 @@ def _optional_fields(options: Options) -> dict[str, str]:
 
 
 def _check_urls(request: Request, options: Options, settings: Settings) -> None:
-    """Says at once what the text of a URL says; its addresses are judged when it is met."""
+    """Refuses what the text of a URL shows; its addresses are checked when it is used."""
     field = "webhook.url"
     try:
         if options.webhook:
@@ -212,12 +256,12 @@ def _check_urls(request: Request, options: Options, settings: Settings) -> None:
 
 
 def flat(fields: Mapping[str, Any]) -> list[Any]:
-    """Pairs one behind the other, as scripts take them."""
+    """Names and values in turn, as scripts take them."""
     return [part for pair in fields.items() for part in pair]
 
 
 def paired(flat: Sequence[str]) -> dict[str, str]:
-    """What stood one behind the other as pairs."""
+    """A dictionary of names and values in turn."""
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import redis
 
 from blipq.errors import BlipqError
-from blipq.ledger.ledger import Ledger, connect
+from blipq.ledger.connection import connect
+from blipq.ledger.operator import OperatorLedger
 from blipq.local.fleet import EXIT_MODEL
 from blipq.local.sample import red_square
 from blipq.local.stack import REDIS_PORT, S3_PORT, LocalStack, sender_service, worker_service
@@ -68,10 +69,10 @@ def _greet(stack: LocalStack, stop: threading.Event) -> None:
     picture = stack.folder / "red-square.png"
     picture.write_bytes(red_square())
     with connect(stack.settings()) as raw:
-        ledger = Ledger(raw, stack.settings())
+        operator = OperatorLedger(raw, stack.settings())
         while not stop.wait(0.5):
             with suppress(BlipqError, redis.RedisError):
-                if any("default" in worker["models"] for worker in ledger.workers().values()):
+                if any("default" in worker["models"] for worker in operator.workers().values()):
                     command = blipq(f"caption {_short(picture)}")
                     tell(f"ready; try in another terminal:\n\n    {command}\n")
                     return

@@ -23,7 +23,8 @@ from blipq.client.sync_client import Client
 from blipq.contract import CONTRACT
 from blipq.errors import BlipqError, ResultTimeout
 from blipq.ledger import keys
-from blipq.ledger.ledger import Ledger, connect
+from blipq.ledger.connection import connect
+from blipq.ledger.operator import OperatorLedger
 from blipq.local.sample import red_square
 from blipq.local.worker import has_worker
 from blipq.program import blipq
@@ -323,7 +324,7 @@ def _conditional_write(storage: Storage, probe: Any, body: bytes) -> Finding:
 
 def _workers(settings: Settings) -> Findings:
     with connect(settings) as raw:
-        live = Ledger(raw, settings).workers().values()
+        live = OperatorLedger(raw, settings).workers().values()
     taking = [worker for worker in live if not worker.get("draining")]
     models = sorted({model for worker in taking for model in worker["models"]})
     for model in models:

@@ -6,7 +6,8 @@ from typing import Any, cast
 
 from blipq.contract import TERMINAL_STATUSES, JobInfo, Status
 from blipq.ledger import keys
-from blipq.ledger.ledger import Ledger, redis_errors
+from blipq.ledger.connection import redis_errors
+from blipq.ledger.operator import OperatorLedger
 
 #: Open jobs that are looked at for a list, the latest deadlines first.
 LOOK_AT = 1000
@@ -28,7 +29,7 @@ class QueueState:
 class Overview:
     """Reads the ledger's indexes. Raises QueueUnavailable."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: OperatorLedger) -> None:
         self._ledger = ledger
         self._redis: Any = ledger.redis
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from blipq.contract import ImageRef, split_s3_uri
 from blipq.errors import QueueUnavailable
-from blipq.ledger.ledger import Ledger
+from blipq.ledger.operator import OperatorLedger
 from blipq.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -64,10 +64,10 @@ def _is_in(place: str, folders: Sequence[str]) -> bool:
     return any(place.startswith(each.rstrip("/") + "/") for each in folders)
 
 
-def live_workers(ledger: Ledger) -> dict[str, dict[str, Any]]:
+def live_workers(operator: OperatorLedger) -> dict[str, dict[str, Any]]:
     """The live workers by name; none while Redis does not answer."""
     try:
-        return ledger.workers()
+        return operator.workers()
     except QueueUnavailable as error:
         log.warning("outputs are not judged beforehand: %s", error)
         return {}

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote_plus
 
 from blipq.contract import CONTRACT
+from blipq.ledger.codec import Message
 from blipq.ledger.keys import task_name
-from blipq.ledger.ledger import Message
 from blipq.redaction import redacted
 from blipq.redis.sentinel import asking
 from blipq.redis.url import SCHEMES, TLS_OPTIONS, RedisUrl, tls_of

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from blipq.client.sync_client import checked
 from blipq.contract import ImageRef
 from blipq.s3.refusals import s3_errors
 from blipq.s3.storage import Storage, told_at
+from blipq.submission import checked
 
 PAGE_KEYS = 1000
 

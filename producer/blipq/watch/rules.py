@@ -21,9 +21,9 @@ from pydantic import (
     model_validator,
 )
 
-from blipq.client.sync_client import checked, explain
 from blipq.contract import Name, Options, Request, Seconds, request_adapter
 from blipq.errors import InvalidRequest
+from blipq.submission import checked, explain
 from blipq.watch.objects import Upload
 
 _SIZE = re.compile(r"\s*\d+(\.\d+)?\s*([kMGT]?i?B)?\s*", re.IGNORECASE)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from blipq.client.sync_client import Client
 from blipq.errors import InvalidRequest, QueueUnavailable, UnknownModel
-from blipq.ledger.ledger import Ledger
+from blipq.ledger.protocols import Producer
 from blipq.s3.outputs import live_workers, why_all_refuse
 from blipq.settings import Settings
 from blipq.ssrf.policy import Forbidden
@@ -38,9 +38,11 @@ def backfill_of(rules: Rules, client: Client, cursor: Cursor) -> Backfill:
 def cursor_of(rules: Rules, client: Client, *, dry_run: bool) -> Cursor:
     """Where the rules say that the cursor is kept."""
     state = rules.source.state
-    cursor = (
-        FileCursor(state) if isinstance(state, Path) else RedisCursor(rules.name, client.ledger)
-    )
+    cursor: Cursor
+    if isinstance(state, Path):
+        cursor = FileCursor(state)
+    else:
+        cursor = RedisCursor(rules.name, client.operator.redis)
     return Unsaved(cursor) if dry_run else cursor
 
 
@@ -56,7 +58,7 @@ def check_webhooks(rules: Rules, settings: Settings) -> None:
             raise InvalidRequest(f"rule {rule.name}: options.webhook: {error}") from None
 
 
-def check_models(rules: Rules, ledger: Ledger) -> None:
+def check_models(rules: Rules, ledger: Producer) -> None:
     """Raises InvalidRequest if jobs of a rule would be refused for their model."""
     for rule in rules.rules:
         try:
@@ -69,7 +71,7 @@ def check_models(rules: Rules, ledger: Ledger) -> None:
 
 def check_outputs(rules: Rules, client: Client) -> None:
     """Raises InvalidRequest if every live worker of a rule's model would refuse its ``output``."""
-    workers = live_workers(client.ledger)
+    workers = live_workers(client.operator)
     for rule in rules.rules:
         _, options = rule.job(rule.sample, watch="sample")
         if options.output is None:

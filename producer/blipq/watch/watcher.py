@@ -82,7 +82,7 @@ class Watcher:
 
     def __post_init__(self) -> None:
         self.objects = Objects(self.client.storage)
-        self._overview = Overview(self.client.ledger)
+        self._overview = Overview(self.client.operator)
         self._refused: dict[Found, None] = {}
         self._pool = ThreadPoolExecutor(LOOKS, thread_name_prefix="blipq-watch")
 

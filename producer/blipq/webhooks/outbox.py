@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from blipq.ledger import keys
-from blipq.ledger.ledger import Scripted, ms, redis_errors
+from blipq.ledger.codec import ms
+from blipq.ledger.connection import redis_errors
+from blipq.ledger.script_runner import ScriptRunner
 from blipq.webhooks.delivery import Verdict, webhook_id
 
 DEAD_EVENT_TTL_S = 14 * 86400.0
@@ -40,8 +42,8 @@ class Event:
         return webhook_id(self.name)
 
 
-class Outbox(Scripted):
-    """The scripts as methods, with the errors of ``Ledger``."""
+class Outbox(ScriptRunner):
+    """The scripts as methods, with the errors of the ledger's clients."""
 
     shared = ("outbox",)
 

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from blipq.errors import InvalidRequest, QueueFull, QueueUnavailable
 from blipq.exporter import served
-from blipq.ledger.ledger import connect
+from blipq.ledger.connection import connect
 from blipq.program import blipq
 from blipq.redaction import log_to_stderr
 from blipq.s3.storage import Storage

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from blipq import Settings
 from blipq.bulk.journal import Journal
-from blipq.ledger.ledger import Claim, Ledger, connect
+from blipq.ledger.connection import connect
+from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.local.supervisor import Service
 from conftest import wait_until
 from guarantees.rig import Rig
@@ -54,20 +55,20 @@ class StandIn:
     def _run(self) -> None:
         with connect(self._settings) as raw:
             redis: Any = raw
-            ledger = Ledger(raw, self._settings)
+            ledger = WorkerLedger(raw, self._settings)
             while not self._stop.is_set():
                 messages = redis.rpop(QUEUE, 100)
                 ids = [json.loads(message)["headers"]["id"] for message in messages or ()]
                 for id in ids or self._found_again(ledger):
                     self._end(ledger, id)
 
-    def _found_again(self, ledger: Ledger) -> list[str]:
+    def _found_again(self, ledger: WorkerLedger) -> list[str]:
         """Jobs whose submitter was killed before it published them, as workers find them."""
         time.sleep(0.05)
         ledger.register("stand-in", ["default"], "{}", ttl_s=10, spare=True)
         return [message.id for message in ledger.reconcile(grace_s=1).messages]
 
-    def _end(self, ledger: Ledger, id: str) -> None:
+    def _end(self, ledger: WorkerLedger, id: str) -> None:
         claim = ledger.claim(id, "stand-in")
         if isinstance(claim, Claim):
             prompt = json.loads(claim.request)["prompt"]

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from blipq.ledger import ledger
+from blipq.ledger import worker
 from blipq.settings import Settings
 from blipq_worker.app import Worker
 from blipq_worker.blip2 import GeneratedText, GenerateItem, ModelInfo
@@ -130,7 +130,7 @@ def _set_clock_on(seconds: float) -> None:
 def main() -> int:
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if "FAULTY_CONTRACT" in os.environ:
-        ledger.CONTRACT = int(os.environ["FAULTY_CONTRACT"])
+        worker.CONTRACT = int(os.environ["FAULTY_CONTRACT"])
     options = WorkerSettings()
     models: Any = {name: FaultyModel() for name in options.models}
     return Worker(Settings(), options, models, check=_check).run()

@@ -18,9 +18,10 @@ from blipq.bulk.journal import Journal, driving, is_driven
 from blipq.bulk.manifest import Entry, Prefix
 from blipq.bulk.start import begin, journal_path, template_from
 from blipq.cli import app
-from blipq.ledger.ledger import Claim, Ledger
+from blipq.ledger.producer import ProducerLedger
+from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.s3.storage import Storage
-from conftest import ROOT
+from conftest import ROOT, ledger_of
 
 IMAGE = "s3://photos/cat.jpg"
 
@@ -70,7 +71,7 @@ def bulk(client: Client, tmp_path: Path) -> Iterator[Bulk]:
 
 
 @contextmanager
-def worker(ledger: Ledger, *, after: threading.Event | None = None) -> Iterator[None]:
+def worker(ledger: WorkerLedger, *, after: threading.Event | None = None) -> Iterator[None]:
     """Ends whatever is queued: the caption is the prompt; ``fail`` fails."""
     stop = threading.Event()
 
@@ -103,7 +104,7 @@ def worker(ledger: Ledger, *, after: threading.Event | None = None) -> Iterator[
 
 
 def test_every_line_has_one_outcome_in_the_order_of_the_manifest(
-    bulk: Bulk, ledger: Ledger
+    bulk: Bulk, ledger: WorkerLedger
 ) -> None:
     bulk.write(
         line("a", prompt="one"),
@@ -132,7 +133,7 @@ def test_every_line_has_one_outcome_in_the_order_of_the_manifest(
 
 
 def test_never_more_than_the_window_is_in_flight_and_nothing_stays_in_redis(
-    bulk: Bulk, ledger: Ledger
+    bulk: Bulk, ledger: WorkerLedger
 ) -> None:
     bulk.write(*(line(str(n)) for n in range(60)))
     most = 0
@@ -154,15 +155,15 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("step", range(12))
 def test_a_bulk_that_is_killed_anywhere_goes_on(
-    bulk: Bulk, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, step: int
+    bulk: Bulk, ledger: WorkerLedger, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """Before and after each change of the journal and of the ledger."""
     bulk.write(*(line(str(n), prompt=str(n)) for n in range(9)), line("3"))
     places = (
         (Journal, "add"),
-        (Ledger, "submit_all"),
+        (ProducerLedger, "submit_all"),
         (Journal, "end"),
-        (Ledger, "release"),
+        (ProducerLedger, "release"),
     )
     owner, name = places[step % 4]
     real = getattr(owner, name)
@@ -187,7 +188,7 @@ def test_a_bulk_that_is_killed_anywhere_goes_on(
     assert list(ledger.redis.scan_iter("blipq:job:*")) == []
 
 
-def test_jobs_that_redis_lost_are_submitted_again(bulk: Bulk, ledger: Ledger) -> None:
+def test_jobs_that_redis_lost_are_submitted_again(bulk: Bulk, ledger: WorkerLedger) -> None:
     bulk.write(*(line(str(n)) for n in range(5)))
     lost = threading.Event()
 
@@ -203,7 +204,7 @@ def test_jobs_that_redis_lost_are_submitted_again(bulk: Bulk, ledger: Ledger) ->
 
 @pytest.mark.parametrize("error", [QueueFull, QueueUnavailable])
 def test_a_full_queue_or_an_outage_slows_a_bulk_down(
-    bulk: Bulk, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+    bulk: Bulk, ledger: WorkerLedger, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     bulk.write(*(line(str(n)) for n in range(5)))
     troubles = []
@@ -211,14 +212,14 @@ def test_a_full_queue_or_an_outage_slows_a_bulk_down(
     def tell(driver: Driver) -> None:
         troubles.append(driver.trouble)
 
-    real, failures = Ledger.submit_all, iter([1, 1])
+    real, failures = ProducerLedger.submit_all, iter([1, 1])
 
-    def flaky(self: Ledger, jobs: Any) -> Any:
+    def flaky(self: ProducerLedger, jobs: Any) -> Any:
         if next(failures, None):
             raise error("not now")
         return real(self, jobs)
 
-    monkeypatch.setattr(Ledger, "submit_all", flaky)
+    monkeypatch.setattr(ProducerLedger, "submit_all", flaky)
     with worker(ledger):
         bulk.driver(tell=tell).run()
     assert [each["status"] for each in bulk.outcomes()] == ["succeeded"] * 5
@@ -301,7 +302,7 @@ def run(apart: Settings, bulk: Bulk, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_bulk_is_submitted_looked_at_and_written_out(
-    run: Run, bulk: Bulk, ledger: Ledger, tmp_path: Path
+    run: Run, bulk: Bulk, ledger: WorkerLedger, tmp_path: Path
 ) -> None:
     bulk.write(*(line(str(n), prompt=f"ü{n}") for n in range(3)))
     with worker(ledger):
@@ -320,7 +321,9 @@ def test_a_bulk_is_submitted_looked_at_and_written_out(
     ]
 
 
-def test_a_finished_bulk_submitted_again_runs_nothing(run: Run, bulk: Bulk, ledger: Ledger) -> None:
+def test_a_finished_bulk_submitted_again_runs_nothing(
+    run: Run, bulk: Bulk, ledger: WorkerLedger
+) -> None:
     bulk.write(line("a"))
     with worker(ledger):
         run("submit", "manifest.jsonl")
@@ -328,14 +331,14 @@ def test_a_finished_bulk_submitted_again_runs_nothing(run: Run, bulk: Bulk, ledg
     assert json.loads(ran.stdout)["counts"] == {"succeeded": 1}
 
 
-def test_a_line_that_failed_exits_3(run: Run, bulk: Bulk, ledger: Ledger) -> None:
+def test_a_line_that_failed_exits_3(run: Run, bulk: Bulk, ledger: WorkerLedger) -> None:
     bulk.write(line("a"), "nonsense")
     with worker(ledger):
         assert run("submit", "manifest.jsonl").exit_code == 3
 
 
 def test_why_lines_are_refused_is_told_on_the_terminal(
-    run: Run, bulk: Bulk, ledger: Ledger, tmp_path: Path
+    run: Run, bulk: Bulk, ledger: WorkerLedger, tmp_path: Path
 ) -> None:
     """The first of them, so that a manifest that is wrong throughout fills no screen."""
     wrong = line("w", generation={"num_beam": 3})
@@ -356,7 +359,7 @@ def test_why_lines_are_refused_is_told_on_the_terminal(
     assert "refused: " not in run("submit", "few.jsonl", "--json").stdout
 
 
-def test_results_go_to_s3(run: Run, bulk: Bulk, ledger: Ledger, client: Client) -> None:
+def test_results_go_to_s3(run: Run, bulk: Bulk, ledger: WorkerLedger, client: Client) -> None:
     bulk.write(line("a"))
     client.storage.create_bucket("manifests")
     with worker(ledger):
@@ -370,7 +373,7 @@ def test_results_go_to_s3(run: Run, bulk: Bulk, ledger: Ledger, client: Client) 
 
 
 def test_objects_under_a_prefix_are_submitted_by_a_template(
-    run: Run, ledger: Ledger, client: Client, tmp_path: Path
+    run: Run, ledger: WorkerLedger, client: Client, tmp_path: Path
 ) -> None:
     client.storage.create_bucket("manifests")
     for key in ("in/a.jpg", "in/b.jpg"):
@@ -386,7 +389,7 @@ def test_objects_under_a_prefix_are_submitted_by_a_template(
 
 
 def test_the_example_is_the_one_in_the_docs_and_runs(
-    run: Run, ledger: Ledger, tmp_path: Path
+    run: Run, ledger: WorkerLedger, tmp_path: Path
 ) -> None:
     folder = ROOT / "examples" / "bulk"
     text = (folder / "manifest.jsonl").read_text()
@@ -416,7 +419,7 @@ def test_wrong_usage_exits_2(run: Run, bulk: Bulk, arguments: tuple[str, ...]) -
     assert run(*arguments).exit_code == 2
 
 
-def test_other_options_do_not_go_on_with_a_bulk(run: Run, bulk: Bulk, ledger: Ledger) -> None:
+def test_other_options_do_not_go_on_with_a_bulk(run: Run, bulk: Bulk, ledger: WorkerLedger) -> None:
     bulk.write(line("a"))
     with worker(ledger):
         run("submit", "manifest.jsonl")
@@ -425,7 +428,7 @@ def test_other_options_do_not_go_on_with_a_bulk(run: Run, bulk: Bulk, ledger: Le
     assert "begun with other options: defaults" in ran.stderr
 
 
-def test_a_cancelled_bulk_keeps_what_has_ended(run: Run, bulk: Bulk, ledger: Ledger) -> None:
+def test_a_cancelled_bulk_keeps_what_has_ended(run: Run, bulk: Bulk, ledger: WorkerLedger) -> None:
     bulk.write(*(line(str(n)) for n in range(50)))
     driver = bulk.driver(window=5)
     with worker(ledger):
@@ -445,7 +448,7 @@ def test_a_cancelled_bulk_keeps_what_has_ended(run: Run, bulk: Bulk, ledger: Led
     assert run("submit", "manifest.jsonl").exit_code == 2
 
 
-def test_a_cancel_ends_what_redis_has_lost(run: Run, bulk: Bulk, ledger: Ledger) -> None:
+def test_a_cancel_ends_what_redis_has_lost(run: Run, bulk: Bulk, ledger: WorkerLedger) -> None:
     bulk.write(line("a"), line("b"))
     bulk.driver()._fill()
     bulk.close()
@@ -455,11 +458,11 @@ def test_a_cancel_ends_what_redis_has_lost(run: Run, bulk: Bulk, ledger: Ledger)
 
 
 def test_an_output_that_no_worker_may_write_is_told_before_a_line_is_submitted(
-    run: Run, bulk: Bulk, ledger: Ledger, client: Client
+    run: Run, bulk: Bulk, ledger: WorkerLedger, client: Client
 ) -> None:
     def serve(*outputs: str) -> None:
         info = json.dumps({"models": ["default"], "outputs": outputs})
-        client.ledger.register("w1", ["default"], info, ttl_s=60, spare=False)
+        ledger_of(client).register("w1", ["default"], info, ttl_s=60, spare=False)
 
     answer = {"options": {"output": "s3://answers/1.json"}}
     bulk.write(line("1"), line("2", **answer), line("3", **answer))
@@ -474,10 +477,10 @@ def test_an_output_that_no_worker_may_write_is_told_before_a_line_is_submitted(
 
 
 def test_one_output_that_is_refused_stops_no_other_line(
-    run: Run, bulk: Bulk, ledger: Ledger, client: Client
+    run: Run, bulk: Bulk, ledger: WorkerLedger, client: Client
 ) -> None:
     info = json.dumps({"models": ["default"], "outputs": ["answers"]})
-    client.ledger.register("w1", ["default"], info, ttl_s=60, spare=False)
+    ledger_of(client).register("w1", ["default"], info, ttl_s=60, spare=False)
     places = ("s3://other/1.json", "s3://answers/2.json")
     lines = [line(uri, options={"output": uri}) for uri in places]
     bulk.write(*lines)

@@ -24,7 +24,7 @@ from blipq.cli.plugins import loaded
 from blipq.cli.terminal.group import split_help
 from blipq.cli.terminal.output import Terminal, spinner_line
 from blipq.contract import Kind, Options, Request, request_adapter
-from blipq.ledger.ledger import Claim, Ledger
+from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.local.stack import free_port
 from blipq.program import blipq
 from blipq.submission import explain
@@ -76,7 +76,7 @@ def run(environment: dict[str, str]) -> Run:
     return lambda *arguments: CliRunner().invoke(app, list(arguments))
 
 
-def succeeded(client: Client, ledger: Ledger, result: dict[str, Any]) -> str:
+def succeeded(client: Client, ledger: WorkerLedger, result: dict[str, Any]) -> str:
     """The id of a job with this result."""
     job = client.caption(IMAGE)
     claim = ledger.claim(job.id, "w1")
@@ -85,7 +85,7 @@ def succeeded(client: Client, ledger: Ledger, result: dict[str, Any]) -> str:
     return job.id
 
 
-def failed(client: Client, ledger: Ledger) -> str:
+def failed(client: Client, ledger: WorkerLedger) -> str:
     job = client.caption(IMAGE)
     claim = ledger.claim(job.id, "w1")
     assert isinstance(claim, Claim)
@@ -108,14 +108,14 @@ def failed(client: Client, ledger: Ledger) -> str:
     ],
 )
 def test_a_result_is_printed_for_people(
-    run: Run, client: Client, ledger: Ledger, result: dict[str, Any], lines: str
+    run: Run, client: Client, ledger: WorkerLedger, result: dict[str, Any], lines: str
 ) -> None:
     ran = run("result", succeeded(client, ledger, result))
     assert (ran.exit_code, ran.stdout) == (0, lines)
 
 
 def test_which_services_are_used_and_what_to_know_is_told_on_stderr(
-    run: Run, client: Client, ledger: Ledger, apart: Settings
+    run: Run, client: Client, ledger: WorkerLedger, apart: Settings
 ) -> None:
     ran = run("result", succeeded(client, ledger, CAPTION))
     assert f"using {apart.endpoints}" in ran.stderr
@@ -123,7 +123,7 @@ def test_which_services_are_used_and_what_to_know_is_told_on_stderr(
 
 
 def test_json_is_one_object_on_stdout_and_silence_on_stderr(
-    run: Run, client: Client, ledger: Ledger
+    run: Run, client: Client, ledger: WorkerLedger
 ) -> None:
     ran = run("result", succeeded(client, ledger, CAPTION), "--json")
     info = json.loads(ran.stdout)
@@ -191,7 +191,7 @@ HARMLESS = r"s3://uploads/\x1b]0;owned\x1b[2J\x9b31m all is well .jpg"
 
 
 def test_a_terminal_obeys_nothing_of_what_a_job_says(
-    run: Run, client: Client, ledger: Ledger
+    run: Run, client: Client, ledger: WorkerLedger
 ) -> None:
     """A key of S3 may hold what clears a screen, renames a window or fills a clipboard."""
     found = {"id": NASTY, "itc": 0.5, "metadata": {"\x1b[5m": "\x1b[6m"}}
@@ -217,7 +217,7 @@ def test_a_terminal_obeys_nothing_of_what_is_waited_for() -> None:
     assert "\x1b[2K" in shown.getvalue()
 
 
-def test_a_retried_job_says_what_went_wrong(run: Run, client: Client, ledger: Ledger) -> None:
+def test_a_retried_job_says_what_went_wrong(run: Run, client: Client, ledger: WorkerLedger) -> None:
     id = client.caption(IMAGE).id
     claim = ledger.claim(id, "w1")
     assert isinstance(claim, Claim)
@@ -239,7 +239,7 @@ def test_the_spinner_shows_the_reason_before_the_id(client: Client) -> None:
 
 @pytest.mark.parametrize("as_json", [(), ("--json",)])
 def test_the_status_of_a_failed_job_is_a_success(
-    run: Run, client: Client, ledger: Ledger, as_json: tuple[str, ...]
+    run: Run, client: Client, ledger: WorkerLedger, as_json: tuple[str, ...]
 ) -> None:
     ran = run("status", failed(client, ledger), *as_json)
     assert ran.exit_code == 0
@@ -279,7 +279,7 @@ def test_a_wrong_request_exits_2(run: Run, arguments: tuple[str, ...]) -> None:
     assert ran.stderr
 
 
-def test_a_failed_job_exits_3(run: Run, client: Client, ledger: Ledger) -> None:
+def test_a_failed_job_exits_3(run: Run, client: Client, ledger: WorkerLedger) -> None:
     id = failed(client, ledger)
     ran = run("result", id)
     assert (ran.exit_code, ran.stdout) == (3, "")
@@ -453,7 +453,7 @@ def process(*arguments: str, environment: dict[str, str]) -> subprocess.Complete
 
 
 def test_a_pipeline_gets_the_result_alone(
-    environment: dict[str, str], client: Client, ledger: Ledger
+    environment: dict[str, str], client: Client, ledger: WorkerLedger
 ) -> None:
     id = succeeded(client, ledger, CAPTION)
     ran = process("result", id, environment=environment)
@@ -464,7 +464,7 @@ def test_a_process_ends_soon_when_the_broker_is_frozen(
     environment: dict[str, str], own_redis: Settings
 ) -> None:
     """The job is recorded; nothing may keep the process, whatever the broker does."""
-    from blipq.ledger.ledger import connect
+    from blipq.ledger.connection import connect
 
     with connect(own_redis) as raw:
         pid = raw.info("server")["process_id"]

@@ -11,14 +11,14 @@ import redis.asyncio
 
 from blipq import AsyncClient, CaptionRequest, JobNotFound, QueueUnavailable, Settings
 from blipq.ledger.keys import ended_channel
-from blipq.ledger.ledger import Claim, Ledger
+from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.testing import FakeBlipq
 
 IMAGE = "s3://uploads/cat.jpg"
 RESULT = '{"kind": "caption", "captions": [{"text": "a cat"}]}'
 
 
-def finish(ledger: Ledger, id: str) -> None:
+def finish(ledger: WorkerLedger, id: str) -> None:
     claim = ledger.claim(id, "w1")
     assert isinstance(claim, Claim)
     assert ledger.succeed(claim, RESULT, "{}")
@@ -36,7 +36,7 @@ async def until(condition: Any, what: str, timeout: float = 30.0) -> None:
 
 
 def test_a_thousand_waits_share_one_subscription_and_few_looks(
-    apart: Settings, ledger: Ledger, raw_redis: "redis.Redis"
+    apart: Settings, ledger: WorkerLedger, raw_redis: "redis.Redis"
 ) -> None:
     async def main() -> list[str]:
         async with AsyncClient(apart) as client:
@@ -96,7 +96,7 @@ def test_a_connection_that_takes_its_time_to_close_is_closed(
 
 
 def test_a_cancelled_wait_leaves_nothing_behind_and_disturbs_nobody(
-    apart: Settings, ledger: Ledger
+    apart: Settings, ledger: WorkerLedger
 ) -> None:
     async def main() -> None:
         async with AsyncClient(apart) as client:
@@ -144,7 +144,7 @@ def test_requests_may_come_from_an_asynchronous_generator(apart: Settings) -> No
 
 
 def test_a_dropped_connection_only_delays(
-    apart: Settings, ledger: Ledger, raw_redis: "redis.Redis"
+    apart: Settings, ledger: WorkerLedger, raw_redis: "redis.Redis"
 ) -> None:
     async def main() -> str:
         async with AsyncClient(apart) as client:

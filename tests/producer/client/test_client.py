@@ -26,7 +26,8 @@ from blipq import (
     Settings,
     Turn,
 )
-from blipq.ledger.ledger import Claim, Ledger, connect
+from blipq.ledger.connection import connect
+from blipq.ledger.worker import Claim, WorkerLedger
 from blocking import BlockingClient
 from conftest import wait_until
 
@@ -38,7 +39,7 @@ def request_of(client: Client, job: Job[Any]) -> dict[str, Any]:
     return json.loads(client.ledger.redis.hget(f"blipq:job:{job.id}", "request"))
 
 
-def claimed(ledger: Ledger, job: Job[Any]) -> Claim:
+def claimed(ledger: WorkerLedger, job: Job[Any]) -> Claim:
     claim = ledger.claim(job.id, "w1")
     assert isinstance(claim, Claim)
     return claim
@@ -161,7 +162,7 @@ def test_wrong_options_are_told_before_anything_is_uploaded(client: Client, tmp_
 # --- handles --------------------------------------------------------------------------------------
 
 
-def test_a_result_is_awaited(client: Client, ledger: Ledger) -> None:
+def test_a_result_is_awaited(client: Client, ledger: WorkerLedger) -> None:
     job = client.caption(IMAGE)
     claim = claimed(ledger, job)
     later = threading.Timer(0.1, ledger.succeed, (claim, RESULT, "{}"))
@@ -176,7 +177,7 @@ def test_an_outcome_is_awaited_without_an_exception(client: Client) -> None:
     assert job.outcome(timeout=5).status == "cancelled"
 
 
-def test_a_result_that_is_there_needs_no_time(client: Client, ledger: Ledger) -> None:
+def test_a_result_that_is_there_needs_no_time(client: Client, ledger: WorkerLedger) -> None:
     job = client.caption(IMAGE)
     ledger.succeed(claimed(ledger, job), RESULT, "{}")
     assert job.result(timeout=0).text == "a cat"
@@ -189,7 +190,7 @@ def test_a_timeout_says_that_the_job_goes_on(client: Client) -> None:
     assert job.status == "queued"
 
 
-def test_a_failure_is_raised_with_its_code(client: Client, ledger: Ledger) -> None:
+def test_a_failure_is_raised_with_its_code(client: Client, ledger: WorkerLedger) -> None:
     job = client.caption(IMAGE)
     error = {"code": "image_unavailable", "message": "503", "retryable": True}
     ledger.fail(claimed(ledger, job), json.dumps(error), "{}")
@@ -232,7 +233,7 @@ def test_handles_of_one_job_are_equal(client: Client) -> None:
     assert repr(client.job("job_1")) == "<blipq.Job job_1>"
 
 
-def test_a_client_may_be_shared_by_threads(client: Client, ledger: Ledger) -> None:
+def test_a_client_may_be_shared_by_threads(client: Client, ledger: WorkerLedger) -> None:
     jobs = [client.caption(f"s3://uploads/{number}.jpg") for number in range(8)]
     told: list[str] = []
     waiting = [
@@ -368,7 +369,7 @@ def _cancelled(client: Client, job: Job[Any]) -> bool:
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_child_goes_on_with_the_client_at_full_speed(
-    client: Client, ledger: Ledger, tmp_path: Path
+    client: Client, ledger: WorkerLedger, tmp_path: Path
 ) -> None:
     """The child once had a dead notifier: its waits were told nothing, and each took polls."""
     before = client.caption(b"a cat")

@@ -37,8 +37,10 @@ from blipq import (
     Submission,
     SubmitStopped,
 )
+from blipq.contract import request_adapter
 from blipq.errors import PermanentError
-from blipq.ledger.ledger import Claim, Ledger, connect
+from blipq.ledger.connection import connect
+from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.s3.storage import Storage
 from blipq.testing import FakeBlipq
 from blocking import BlockingClient
@@ -55,7 +57,7 @@ class RealWorld(FakeBlipq):
         super().__init__()
         self.settings = settings
         self._redis = connect(settings, timeout_s=10)
-        self._ledger = Ledger(self._redis, settings)
+        self._ledger = WorkerLedger(self._redis, settings)
         self._storage = Storage(settings)
         self._may_run = threading.Event()
         self._may_run.set()
@@ -87,11 +89,11 @@ class RealWorld(FakeBlipq):
         claim = self._ledger.claim(id, "played")
         if not isinstance(claim, Claim):
             return
-        found = self._found(claim)
-        if isinstance(found, JobError):
-            self._ledger.fail(claim, found.model_dump_json(), "{}")
+        outcome = self._outcome(request_adapter.validate_json(claim.request))
+        if isinstance(outcome, JobError):
+            self._ledger.fail(claim, outcome.model_dump_json(), "{}")
         else:
-            self._ledger.succeed(claim, found.model_dump_json(exclude_none=True), "{}")
+            self._ledger.succeed(claim, outcome.model_dump_json(exclude_none=True), "{}")
 
 
 @pytest.fixture(params=["real", "fake"])

@@ -24,7 +24,7 @@ from blipq import (
     VQARequest,
 )
 from blipq.client.submitting import MAX_JOBS
-from blipq.ledger.ledger import Claim, Ledger
+from blipq.ledger.worker import Claim, WorkerLedger
 from conftest import wait_until
 
 RESULT = '{"kind": "caption", "captions": [{"text": "a cat"}]}'
@@ -38,7 +38,7 @@ def image_of(raw: "redis.Redis", id: str) -> str:
     return str(raw.hget(f"blipq:job:{id}", "request"))
 
 
-def finish(ledger: Ledger, id: str) -> None:
+def finish(ledger: WorkerLedger, id: str) -> None:
     claim = ledger.claim(id, "w1")
     assert isinstance(claim, Claim)
     assert ledger.succeed(claim, RESULT, "{}")
@@ -197,7 +197,7 @@ def test_jobs_whose_recording_was_not_answered_are_published(
 # --- as_completed, wait_all -----------------------------------------------------------------------
 
 
-def test_jobs_are_given_as_they_end(client: Client, ledger: Ledger) -> None:
+def test_jobs_are_given_as_they_end(client: Client, ledger: WorkerLedger) -> None:
     jobs = client.submit_many(map(asked, range(3)))
     ending = client.as_completed(jobs, timeout=20)
     for job in reversed(jobs):
@@ -207,7 +207,7 @@ def test_jobs_are_given_as_they_end(client: Client, ledger: Ledger) -> None:
 
 
 def test_what_a_job_came_to_is_read_already(
-    client: Client, ledger: Ledger, raw_redis: "redis.Redis"
+    client: Client, ledger: WorkerLedger, raw_redis: "redis.Redis"
 ) -> None:
     jobs = client.submit_many(map(asked, range(2)))
     finish(ledger, jobs[0].id)
@@ -219,7 +219,7 @@ def test_what_a_job_came_to_is_read_already(
 
 
 def test_jobs_of_another_client_are_waited_for(
-    client: Client, ledger: Ledger, apart: Settings
+    client: Client, ledger: WorkerLedger, apart: Settings
 ) -> None:
     with Client(apart) as other:
         jobs = client.submit_many(map(asked, range(2)))
@@ -231,7 +231,7 @@ def test_jobs_of_another_client_are_waited_for(
             timer.join()
 
 
-def test_time_is_up_for_those_that_have_not_ended(client: Client, ledger: Ledger) -> None:
+def test_time_is_up_for_those_that_have_not_ended(client: Client, ledger: WorkerLedger) -> None:
     jobs = client.submit_many(map(asked, range(3)))
     finish(ledger, jobs[1].id)
     ending = client.as_completed(jobs, timeout=0.1)
@@ -246,7 +246,7 @@ def test_an_unknown_job_among_them_is_not_found(client: Client) -> None:
         list(client.as_completed(jobs, timeout=20))
 
 
-def test_all_are_waited_for_and_keep_their_order(client: Client, ledger: Ledger) -> None:
+def test_all_are_waited_for_and_keep_their_order(client: Client, ledger: WorkerLedger) -> None:
     jobs = client.submit_many(map(asked, range(3)))
     for job in reversed(jobs):
         finish(ledger, job.id)
@@ -256,7 +256,7 @@ def test_all_are_waited_for_and_keep_their_order(client: Client, ledger: Ledger)
 
 
 def test_a_bar_shows_how_many_have_ended(
-    client: Client, ledger: Ledger, capsys: pytest.CaptureFixture[str]
+    client: Client, ledger: WorkerLedger, capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobs = client.submit_many(map(asked, range(2)))
     finish(ledger, jobs[0].id)
@@ -268,7 +268,7 @@ def test_a_bar_shows_how_many_have_ended(
     assert shown.out == ""
 
 
-def test_a_wait_for_many_leaves_nothing_behind(client: Client, ledger: Ledger) -> None:
+def test_a_wait_for_many_leaves_nothing_behind(client: Client, ledger: WorkerLedger) -> None:
     jobs = client.submit_many(map(asked, range(3)))
     ending = client.as_completed(jobs, timeout=20)
     finish(ledger, jobs[0].id)
@@ -279,7 +279,7 @@ def test_a_wait_for_many_leaves_nothing_behind(client: Client, ledger: Ledger) -
 
 
 def test_one_subscription_and_few_looks_serve_a_thousand_jobs(
-    client: Client, ledger: Ledger, raw_redis: "redis.Redis"
+    client: Client, ledger: WorkerLedger, raw_redis: "redis.Redis"
 ) -> None:
     jobs = client.submit_many(map(asked, range(1000)))
     ended: list[str] = []

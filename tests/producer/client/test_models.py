@@ -20,7 +20,7 @@ from blipq import (
     SubmitStopped,
     UnknownModel,
 )
-from blipq.ledger.ledger import Claim, Ledger
+from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.submission import Submission
 from blipq.watch.rules import Rules
 from blipq.watch.start import check_models
@@ -31,17 +31,17 @@ IMAGE = "s3://uploads/cat.jpg"
 DAY = 86400
 
 
-def serve(ledger: Ledger, *models: str, ttl_s: float = 60) -> None:
+def serve(ledger: WorkerLedger, *models: str, ttl_s: float = 60) -> None:
     ledger.register("w1", models, "{}", ttl_s=ttl_s, spare=False)
 
 
-def without_worker(ledger: Ledger, model: str) -> None:
+def without_worker(ledger: WorkerLedger, model: str) -> None:
     """Its last worker has left."""
     serve(ledger, model, ttl_s=0.05)
     wait_until(lambda: not _live(ledger, model), "the end of the worker")
 
 
-def _live(ledger: Ledger, model: str) -> int:
+def _live(ledger: WorkerLedger, model: str) -> int:
     seconds, micros = ledger.redis.time()
     return int(
         ledger.redis.zcount(f"blipq:serving:{model}", seconds * 1000 + micros / 1000, "+inf")
@@ -50,7 +50,7 @@ def _live(ledger: Ledger, model: str) -> int:
 
 @pytest.mark.parametrize("opened", [Client, BlockingClient])
 def test_an_unknown_model_is_refused_at_submit_and_told_who_serves_what(
-    apart: Settings, ledger: Ledger, opened: Callable[..., Any]
+    apart: Settings, ledger: WorkerLedger, opened: Callable[..., Any]
 ) -> None:
     """It waited for a minute, and left a job for a week and a queue for ever."""
     serve(ledger, "default", "opt")
@@ -77,7 +77,10 @@ def test_refused_names_leave_nothing_behind(client: Client, raw_redis: "redis.Re
 
 @pytest.mark.parametrize("opened", [Client, BlockingClient])
 def test_a_known_model_without_a_worker_is_taken_with_a_warning(
-    apart: Settings, ledger: Ledger, opened: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    apart: Settings,
+    ledger: WorkerLedger,
+    opened: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     without_worker(ledger, "opt")
     with opened(apart) as client, caplog.at_level(logging.WARNING, logger="blipq"):
@@ -90,7 +93,7 @@ def test_a_known_model_without_a_worker_is_taken_with_a_warning(
 
 
 def test_a_served_model_has_no_warning_and_no_note(
-    client: Client, ledger: Ledger, caplog: pytest.LogCaptureFixture
+    client: Client, ledger: WorkerLedger, caplog: pytest.LogCaptureFixture
 ) -> None:
     serve(ledger, "opt")
     with caplog.at_level(logging.WARNING, logger="blipq"):
@@ -108,7 +111,7 @@ def test_default_and_what_a_setting_names_are_always_known(client: Client) -> No
 
 
 def test_a_model_is_known_for_forty_days_after_its_last_worker(
-    client: Client, ledger: Ledger, raw_redis: "redis.Redis"
+    client: Client, ledger: WorkerLedger, raw_redis: "redis.Redis"
 ) -> None:
     without_worker(ledger, "opt")
     key = "blipq:serving:opt"
@@ -144,7 +147,9 @@ def environment(apart: Settings) -> dict[str, str]:
     }
 
 
-def test_the_command_refuses_an_unknown_model_at_once(apart: Settings, ledger: Ledger) -> None:
+def test_the_command_refuses_an_unknown_model_at_once(
+    apart: Settings, ledger: WorkerLedger
+) -> None:
     serve(ledger, "default")
     ran = blipq("caption", IMAGE, "--model", "ghost", **environment(apart))
     assert ran.returncode == 2, ran
@@ -161,7 +166,7 @@ def test_the_command_warns_where_it_does_not_wait(apart: Settings) -> None:
 
 
 def test_a_bulk_for_an_unknown_model_is_refused_before_it_begins(
-    apart: Settings, ledger: Ledger, tmp_path: Path
+    apart: Settings, ledger: WorkerLedger, tmp_path: Path
 ) -> None:
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text(json.dumps({"custom_id": "1", "image": IMAGE, "kind": "caption"}))
@@ -173,7 +178,7 @@ def test_a_bulk_for_an_unknown_model_is_refused_before_it_begins(
     assert not Path(journal).exists()
 
 
-def test_rules_for_an_unknown_model_are_refused_at_the_start(ledger: Ledger) -> None:
+def test_rules_for_an_unknown_model_are_refused_at_the_start(ledger: WorkerLedger) -> None:
     def rules(model: str) -> Rules:
         rule = {"name": "r", "bucket": "photos", "request": {"kind": "caption"}}
         return Rules.model_validate({"name": "w", "rules": [rule | {"options": {"model": model}}]})
@@ -184,7 +189,7 @@ def test_rules_for_an_unknown_model_are_refused_at_the_start(ledger: Ledger) -> 
 
 
 def test_the_last_error_of_a_retried_job_is_told_until_it_ends(
-    client: Client, ledger: Ledger
+    client: Client, ledger: WorkerLedger
 ) -> None:
     job = client.caption(IMAGE)
     error = json.dumps({"code": "image_unavailable", "message": "HTTP 503", "retryable": True})
@@ -211,7 +216,7 @@ def test_the_last_error_of_a_retried_job_is_told_until_it_ends(
 _held: dict[str, Claim] = {}
 
 
-def _claimed(ledger: Ledger, id: str) -> bool:
+def _claimed(ledger: WorkerLedger, id: str) -> bool:
     ledger.reconcile()
     claim = ledger.claim(id, "w1")
     if isinstance(claim, Claim):

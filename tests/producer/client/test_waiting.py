@@ -1,19 +1,19 @@
-"""Which jobs are looked at, and when: no clock and no Redis needed."""
+"""Which jobs are polled, and when: no clock and no Redis needed."""
 
 import time
 
 import pytest
 
 from blipq import JobInfo, JobNotFound, QueueUnavailable, ResultTimeout
-from blipq.client.waiting import LOOK_AT, Waiting
-from blipq.ledger.codec import Looked
+from blipq.client.waiting import MAX_POLLED, Waiting
+from blipq.ledger.codec import Polled
 
 
-def ended(*ids: str) -> Looked:
+def ended(*ids: str) -> Polled:
     fields = {"kind": "caption", "model": "default", "status": "cancelled"}
     fields |= {"created_at": 0, "expires_at": 1, "completed_at": 0}
     infos = {id: JobInfo.model_validate({"id": id, **fields}) for id in ids}
-    return Looked(infos, set(), {})
+    return Polled(infos, set(), {})
 
 
 OPEN = ended()
@@ -23,41 +23,41 @@ def ids(count: int) -> list[str]:
     return [f"job_{number}" for number in range(count)]
 
 
-def test_every_job_is_looked_at_once_without_a_pause() -> None:
-    waiting = Waiting(ids(3 * LOOK_AT), timeout=60)
+def test_every_job_is_polled_once_without_a_pause() -> None:
+    waiting = Waiting(ids(3 * MAX_POLLED), timeout=60)
     seen: list[str] = []
     while waiting.pause() == 0:
         due = waiting.due()
-        assert 0 < len(due) <= LOOK_AT
+        assert 0 < len(due) <= MAX_POLLED
         seen += due
-        waiting.looked(due, OPEN)
-    assert seen == ids(3 * LOOK_AT)
+        waiting.polled(due, OPEN)
+    assert seen == ids(3 * MAX_POLLED)
 
 
-def test_what_was_told_of_is_looked_at_next() -> None:
+def test_a_job_with_a_notification_is_polled_next() -> None:
     waiting = Waiting(ids(10), timeout=60)
-    waiting.looked(waiting.due(), OPEN)
-    waiting.tell(["job_7", "job_of_another_wait"])
+    waiting.polled(waiting.due(), OPEN)
+    waiting.notify(["job_7", "job_of_another_wait"])
     assert waiting.pause() == 0
     assert waiting.due() == ["job_7"]
-    (info,) = waiting.looked(["job_7"], ended("job_7"))
+    (info,) = waiting.polled(["job_7"], ended("job_7"))
     assert info.id == "job_7"
     assert "job_7" not in waiting.open
 
 
 def test_thousands_are_polled_in_turn_the_longest_unseen_first() -> None:
-    waiting = Waiting(ids(2 * LOOK_AT), timeout=60)
+    waiting = Waiting(ids(2 * MAX_POLLED), timeout=60)
     for _ in range(2):
-        waiting.looked(waiting.due(), OPEN)
+        waiting.polled(waiting.due(), OPEN)
     assert 0.5 < waiting.pause() <= 1.25, "each half within about a second"
     waiting._poll_at = 0.0
-    assert waiting.due() == ids(LOOK_AT)
+    assert waiting.due() == ids(MAX_POLLED)
 
 
 def test_single_waits_of_thousands_are_polled_as_rarely_and_in_step() -> None:
     waits = [Waiting([id], timeout=600) for id in ids(3)]
     for waiting in waits:
-        waiting.looked(waiting.due(watched=20 * LOOK_AT), OPEN)
+        waiting.polled(waiting.due(watched=20 * MAX_POLLED), OPEN)
         assert 19 < waiting.pause() <= 20.25
     assert len({waiting._poll_at for waiting in waits}) <= 2
 
@@ -65,38 +65,38 @@ def test_single_waits_of_thousands_are_polled_as_rarely_and_in_step() -> None:
 def test_the_same_job_twice_is_waited_for_once() -> None:
     waiting = Waiting(["job_1", "job_1"], timeout=60)
     assert waiting.due() == ["job_1"]
-    waiting.looked(["job_1"], ended("job_1"))
+    waiting.polled(["job_1"], ended("job_1"))
     assert not waiting.open
 
 
 def test_the_time_is_up_only_after_a_look() -> None:
     waiting = Waiting(ids(2), timeout=0)
     assert waiting.pause() == 0
-    waiting.looked(waiting.due(), OPEN)
+    waiting.polled(waiting.due(), OPEN)
     with pytest.raises(ResultTimeout, match="2 of 2 jobs have not ended after 0 s"):
         waiting.pause()
 
 
 def test_an_outage_is_waited_out_and_told_when_the_time_is_up() -> None:
     waiting = Waiting(ids(2), timeout=60)
-    waiting.looked(waiting.due(), QueueUnavailable("away"))
+    waiting.polled(waiting.due(), QueueUnavailable("away"))
     assert waiting.pause() > 0
     waiting._ending = 0.0
     with pytest.raises(QueueUnavailable, match="away"):
         waiting.pause()
 
 
-def test_after_an_outage_every_job_is_still_looked_at() -> None:
+def test_after_an_outage_every_job_is_still_polled() -> None:
     waiting = Waiting(ids(2), timeout=60)
     due = waiting.due()
-    waiting.looked(due, QueueUnavailable("away"))
+    waiting.polled(due, QueueUnavailable("away"))
     assert waiting.due() == due
 
 
 def test_an_unknown_job_is_not_found() -> None:
     waiting = Waiting(ids(2), timeout=60)
     with pytest.raises(JobNotFound, match="job_1"):
-        waiting.looked(waiting.due(), Looked({}, {"job_1"}, {}))
+        waiting.polled(waiting.due(), Polled({}, {"job_1"}, {}))
 
 
 def test_without_a_timeout_nobody_waits_for_redis_beyond_the_deadlines(
@@ -106,14 +106,14 @@ def test_without_a_timeout_nobody_waits_for_redis_beyond_the_deadlines(
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     away = QueueUnavailable("Redis is away")
     waiting = Waiting(ids(2), None, expire_within=60)
-    waiting.looked(waiting.due(), Looked({}, set(), {}, left=10.0))  # told better by the ledger
+    waiting.polled(waiting.due(), Polled({}, set(), {}, left=10.0))  # told better by the ledger
     now[0] += 9
-    waiting.looked(waiting.due(), away)
+    waiting.polled(waiting.due(), away)
     assert waiting.pause() >= 0
     now[0] += 10
     with pytest.raises(QueueUnavailable, match="away"):
         waiting.pause()
-    waiting.looked(waiting.due(), Looked({}, set(), {}, left=0.0))
+    waiting.polled(waiting.due(), Polled({}, set(), {}, left=0.0))
     assert waiting.pause() >= 0, "while Redis answers, it says what has ended"
 
 
@@ -123,7 +123,7 @@ def test_before_the_first_look_the_caller_knows_the_deadline(
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     waiting = Waiting(ids(1), None, expire_within=2)
-    waiting.looked(waiting.due(), QueueUnavailable("Redis is away"))
+    waiting.polled(waiting.due(), QueueUnavailable("Redis is away"))
     assert waiting.pause() >= 0
     now[0] += 10
     with pytest.raises(QueueUnavailable, match="away"):
@@ -131,6 +131,6 @@ def test_before_the_first_look_the_caller_knows_the_deadline(
 
 
 def test_a_look_at_some_of_the_jobs_does_not_shorten_the_wait_for_the_others() -> None:
-    waiting = Waiting(ids(LOOK_AT + 1), None, expire_within=600)
-    waiting.looked(waiting.due(), Looked({}, set(), {}, left=1.0))
+    waiting = Waiting(ids(MAX_POLLED + 1), None, expire_within=600)
+    waiting.polled(waiting.due(), Polled({}, set(), {}, left=1.0))
     assert waiting._last_deadline > time.monotonic() + 500

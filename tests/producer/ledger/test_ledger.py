@@ -20,10 +20,14 @@ from blipq import (
     QueueUnavailable,
     Settings,
     Status,
+    Submission,
     Webhook,
 )
 from blipq.contract import CONTRACT, CaptionRequest, Kind, MatchRequest
-from blipq.ledger.ledger import MAX_CRASHES, Claim, Ledger, Message, Turn, connect, redis_errors
+from blipq.ledger.codec import Message
+from blipq.ledger.connection import connect, redis_errors
+from blipq.ledger.operator import OperatorLedger
+from blipq.ledger.worker import MAX_CRASHES, Claim, Turn, WorkerLedger
 from blipq.ops.overview import Overview
 from conftest import wait_until
 
@@ -40,35 +44,39 @@ while redis.call('TIME')[1] - from < 2 do end
 """
 
 
-def submitted(ledger: Ledger, id: str = "job_1", **options: Any) -> Message | str:
-    return ledger.submit(id, REQUEST, Options(**options), notify="test")
+def submitted(ledger: WorkerLedger, id: str = "job_1", **options: Any) -> Message | str:
+    return ledger.submit(Submission(REQUEST, Options(**options), id), notify="test")
 
 
-def claimed(ledger: Ledger, id: str = "job_1", worker: str = "w1", lease_s: float = 30.0) -> Claim:
+def claimed(
+    ledger: WorkerLedger, id: str = "job_1", worker: str = "w1", lease_s: float = 30.0
+) -> Claim:
     claim = ledger.claim(id, worker, lease_s=lease_s)
     assert isinstance(claim, Claim), claim
     return claim
 
 
-def running(ledger: Ledger, id: str = "job_1", lease_s: float = 30.0, **options: Any) -> Claim:
+def running(
+    ledger: WorkerLedger, id: str = "job_1", lease_s: float = 30.0, **options: Any
+) -> Claim:
     submitted(ledger, id, **options)
     return claimed(ledger, id, lease_s=lease_s)
 
 
-def read(ledger: Ledger, id: str = "job_1") -> JobInfo:
+def read(ledger: WorkerLedger, id: str = "job_1") -> JobInfo:
     info = ledger.read(id)
     assert info is not None
     return info
 
 
-def published_again(ledger: Ledger, grace_s: float = 60.0) -> list[str]:
+def published_again(ledger: WorkerLedger, grace_s: float = 60.0) -> list[str]:
     """Sweeps until something is due; the ids to publish."""
     swept: list[Message] = []
     wait_until(lambda: swept or swept.extend(ledger.reconcile(grace_s=grace_s).messages), "a sweep")
     return [message.id for message in swept]
 
 
-def crash(ledger: Ledger, id: str = "job_1") -> None:
+def crash(ledger: WorkerLedger, id: str = "job_1") -> None:
     """A worker claims the job and is never heard of again; the reconciler notices."""
     claim = claimed(ledger, id, lease_s=SOON_S)
     if claim.solo:
@@ -85,7 +93,7 @@ def crash(ledger: Ledger, id: str = "job_1") -> None:
 # --- submit ---------------------------------------------------------------------------------------
 
 
-def test_a_submitted_job_is_queued_and_has_a_message(ledger: Ledger) -> None:
+def test_a_submitted_job_is_queued_and_has_a_message(ledger: WorkerLedger) -> None:
     assert submitted(ledger, metadata={"order": "42"}) == Message(Kind.CAPTION, "job_1", QUEUE)
     info = read(ledger)
     assert (info.status, info.kind, info.model) == ("queued", "caption", "default")
@@ -93,42 +101,42 @@ def test_a_submitted_job_is_queued_and_has_a_message(ledger: Ledger) -> None:
     assert info.attempts == 0
 
 
-def test_the_same_job_is_recorded_once(ledger: Ledger) -> None:
+def test_the_same_job_is_recorded_once(ledger: WorkerLedger) -> None:
     submitted(ledger)
     assert submitted(ledger) == "job_1"
 
 
-def test_the_same_id_with_another_request_conflicts(ledger: Ledger) -> None:
+def test_the_same_id_with_another_request_conflicts(ledger: WorkerLedger) -> None:
     submitted(ledger)
     with pytest.raises(IdempotencyConflict, match="job_1"):
-        ledger.submit("job_1", OTHER, Options(), notify="test")
+        ledger.submit(Submission(OTHER, id="job_1"), notify="test")
 
 
-def test_the_same_key_gives_the_first_job(ledger: Ledger) -> None:
+def test_the_same_key_gives_the_first_job(ledger: WorkerLedger) -> None:
     submitted(ledger, "job_1", idempotency_key="order-42")
     assert submitted(ledger, "job_2", idempotency_key="order-42") == "job_1"
     assert ledger.read("job_2") is None
 
 
-def test_the_same_key_with_other_options_conflicts(ledger: Ledger) -> None:
+def test_the_same_key_with_other_options_conflicts(ledger: WorkerLedger) -> None:
     submitted(ledger, "job_1", idempotency_key="order-42")
     with pytest.raises(IdempotencyConflict):
         submitted(ledger, "job_2", idempotency_key="order-42", priority="high")
 
 
-def test_metadata_in_another_order_is_the_same_request(ledger: Ledger) -> None:
+def test_metadata_in_another_order_is_the_same_request(ledger: WorkerLedger) -> None:
     submitted(ledger, "job_1", idempotency_key="k", metadata={"a": "1", "b": "2"})
     again = submitted(ledger, "job_2", idempotency_key="k", metadata={"b": "2", "a": "1"})
     assert again == "job_1"
 
 
-def test_a_key_still_finds_a_job_that_has_ended(ledger: Ledger) -> None:
+def test_a_key_still_finds_a_job_that_has_ended(ledger: WorkerLedger) -> None:
     ledger.succeed(running(ledger, idempotency_key="order-42"), RESULT, "{}")
     assert submitted(ledger, "job_2", idempotency_key="order-42") == "job_1"
 
 
 def test_more_open_jobs_than_allowed_are_refused(raw_redis: "redis.Redis", apart: Settings) -> None:
-    ledger = Ledger(raw_redis, apart.model_copy(update={"max_open_jobs": 1}))
+    ledger = WorkerLedger(raw_redis, apart.model_copy(update={"max_open_jobs": 1}))
     submitted(ledger, "job_1")
     with pytest.raises(QueueFull, match="BLIPQ_MAX_OPEN_JOBS"):
         submitted(ledger, "job_2")
@@ -141,10 +149,10 @@ def test_a_redis_without_memory_is_a_full_queue(own_redis: Settings) -> None:
     with connect(own_redis) as raw:
         raw.config_set("maxmemory", "1")
         with pytest.raises(QueueFull, match="maxmemory"):
-            submitted(Ledger(raw, own_redis))
+            submitted(WorkerLedger(raw, own_redis))
 
 
-def test_a_job_takes_at_most_two_kilobytes(ledger: Ledger, raw_redis: "redis.Redis") -> None:
+def test_a_job_takes_at_most_two_kilobytes(ledger: WorkerLedger, raw_redis: "redis.Redis") -> None:
     submitted(ledger, "job_0")
     before = raw_redis.info("memory")["used_memory_dataset"]
     for number in range(200):
@@ -156,7 +164,7 @@ def test_a_job_takes_at_most_two_kilobytes(ledger: Ledger, raw_redis: "redis.Red
 # --- claim ----------------------------------------------------------------------------------------
 
 
-def test_a_claim_carries_the_request(ledger: Ledger) -> None:
+def test_a_claim_carries_the_request(ledger: WorkerLedger) -> None:
     claim = running(ledger, output="s3://results/1.json", expires_in=60)
     assert CaptionRequest.model_validate_json(claim.request) == REQUEST
     assert (claim.output, claim.queue, claim.solo) == ("s3://results/1.json", QUEUE, False)
@@ -165,30 +173,32 @@ def test_a_claim_carries_the_request(ledger: Ledger) -> None:
     assert read(ledger).status is Status.RUNNING
 
 
-def test_an_unknown_job_cannot_be_claimed(ledger: Ledger) -> None:
+def test_an_unknown_job_cannot_be_claimed(ledger: WorkerLedger) -> None:
     assert ledger.claim("job_9", "w1") == "unknown"
 
 
-def test_a_running_job_is_busy(ledger: Ledger) -> None:
+def test_a_running_job_is_busy(ledger: WorkerLedger) -> None:
     running(ledger)
     assert ledger.claim("job_1", "w2") == "busy"
 
 
 @pytest.mark.parametrize("ending", ["succeeded", "failed", "cancelled"])
-def test_an_ended_job_is_not_claimed_again(ledger: Ledger, ending: str) -> None:
+def test_an_ended_job_is_not_claimed_again(ledger: WorkerLedger, ending: str) -> None:
     end(ledger, running(ledger), ending)
     assert ledger.claim("job_1", "w2") == "ended"
     assert read(ledger).status == ending
 
 
-def test_a_job_of_a_newer_contract_is_left_alone(ledger: Ledger, raw_redis: "redis.Redis") -> None:
+def test_a_job_of_a_newer_contract_is_left_alone(
+    ledger: WorkerLedger, raw_redis: "redis.Redis"
+) -> None:
     submitted(ledger)
     raw_redis.hset("blipq:job:job_1", "contract", CONTRACT + 1)
     assert ledger.claim("job_1", "w1") == "newer"
     assert (read(ledger).status, read(ledger).attempts) == ("queued", 0)
 
 
-def test_a_job_whose_deadline_passed_is_not_claimed(ledger: Ledger) -> None:
+def test_a_job_whose_deadline_passed_is_not_claimed(ledger: WorkerLedger) -> None:
     submitted(ledger, expires_in=SOON_S)
     wait_until(lambda: read(ledger).status == "expired", "the deadline")
     assert ledger.claim("job_1", "w1") == "ended"
@@ -197,7 +207,7 @@ def test_a_job_whose_deadline_passed_is_not_claimed(ledger: Ledger) -> None:
 # --- finish ---------------------------------------------------------------------------------------
 
 
-def end(ledger: Ledger, claim: Claim, ending: str) -> object:
+def end(ledger: WorkerLedger, claim: Claim, ending: str) -> object:
     match ending:
         case "succeeded":
             return ledger.succeed(claim, RESULT, "{}")
@@ -207,7 +217,7 @@ def end(ledger: Ledger, claim: Claim, ending: str) -> object:
             return ledger.cancel(claim.id)
 
 
-def test_a_result_and_its_receipt_are_kept(ledger: Ledger) -> None:
+def test_a_result_and_its_receipt_are_kept(ledger: WorkerLedger) -> None:
     claim = running(ledger)
     assert ledger.succeed(claim, RESULT, json.dumps({"tokens": 3}))
     info = read(ledger)
@@ -216,13 +226,13 @@ def test_a_result_and_its_receipt_are_kept(ledger: Ledger) -> None:
     assert info.live_workers is None
 
 
-def test_a_failure_keeps_its_error(ledger: Ledger) -> None:
+def test_a_failure_keeps_its_error(ledger: WorkerLedger) -> None:
     assert ledger.fail(running(ledger), ERROR, "{}")
     info = read(ledger)
     assert (info.status, info.error.code, info.result) == ("failed", "image_invalid", None)
 
 
-def test_a_job_ends_once(ledger: Ledger) -> None:
+def test_a_job_ends_once(ledger: WorkerLedger) -> None:
     claim = running(ledger)
     assert ledger.succeed(claim, RESULT, "{}")
     assert not ledger.fail(claim, ERROR, "{}")
@@ -230,7 +240,7 @@ def test_a_job_ends_once(ledger: Ledger) -> None:
     assert read(ledger).result.text == "a cat"
 
 
-def test_an_outcome_told_again_is_the_one_that_is_stored(ledger: Ledger) -> None:
+def test_an_outcome_told_again_is_the_one_that_is_stored(ledger: WorkerLedger) -> None:
     """Its first answer was lost on the way."""
     claim = running(ledger)
     assert ledger.succeed(claim, RESULT, "{}")
@@ -239,14 +249,14 @@ def test_an_outcome_told_again_is_the_one_that_is_stored(ledger: Ledger) -> None
     assert read(ledger) == ended
 
 
-def test_a_job_given_back_twice_is_given_back_once(ledger: Ledger) -> None:
+def test_a_job_given_back_twice_is_given_back_once(ledger: WorkerLedger) -> None:
     claim = running(ledger)
     assert ledger.retry(claim, 60)
     assert ledger.retry(claim, 60)
     assert ledger.redis.hget("blipq:job:job_1", "retries") == "1"
 
 
-def test_a_stale_worker_cannot_finish_a_job(ledger: Ledger) -> None:
+def test_a_stale_worker_cannot_finish_a_job(ledger: WorkerLedger) -> None:
     submitted(ledger)
     stale = claimed(ledger, lease_s=SOON_S)
     published_again(ledger)
@@ -259,7 +269,7 @@ def test_a_stale_worker_cannot_finish_a_job(ledger: Ledger) -> None:
     assert read(ledger).status is Status.RUNNING
 
 
-def test_a_claim_repeated_with_its_nonce_is_the_same_claim(ledger: Ledger) -> None:
+def test_a_claim_repeated_with_its_nonce_is_the_same_claim(ledger: WorkerLedger) -> None:
     """Its first answer was lost on the way."""
     submitted(ledger)
     first = ledger.claim("job_1", "w1", nonce="n1")
@@ -271,7 +281,7 @@ def test_a_claim_repeated_with_its_nonce_is_the_same_claim(ledger: Ledger) -> No
     assert ledger.succeed(again, RESULT, "{}")
 
 
-def test_a_claim_that_was_not_heard_of_is_withdrawn_uncounted(ledger: Ledger) -> None:
+def test_a_claim_that_was_not_heard_of_is_withdrawn_uncounted(ledger: WorkerLedger) -> None:
     submitted(ledger)
     assert isinstance(ledger.claim("job_1", "w1", nonce="n1"), Claim)
     for _ in range(2):  # its answer may be lost, too
@@ -285,7 +295,7 @@ def test_a_claim_that_was_not_heard_of_is_withdrawn_uncounted(ledger: Ledger) ->
     assert ledger.withdraw({"n3": "job_1"}) == []
 
 
-def test_a_claim_that_arrives_after_it_was_withdrawn_is_refused(ledger: Ledger) -> None:
+def test_a_claim_that_arrives_after_it_was_withdrawn_is_refused(ledger: WorkerLedger) -> None:
     """Nobody would hear the answer: its lease would run out, which counts as a crash."""
     submitted(ledger)
     assert ledger.withdraw({"n1": "job_1"})
@@ -298,7 +308,7 @@ def test_a_claim_that_arrives_after_it_was_withdrawn_is_refused(ledger: Ledger) 
 
 
 def test_a_token_does_not_come_twice_when_a_failover_forgot_its_claim(
-    ledger: Ledger, raw_redis: "redis.Redis"
+    ledger: WorkerLedger, raw_redis: "redis.Redis"
 ) -> None:
     """A replica that lacked the claim became the master: the count starts where it was before."""
     submitted(ledger)
@@ -311,7 +321,7 @@ def test_a_token_does_not_come_twice_when_a_failover_forgot_its_claim(
     assert ledger.succeed(newer, RESULT, "{}")
 
 
-def test_a_suspect_is_handed_back_uncounted_and_runs_alone(ledger: Ledger) -> None:
+def test_a_suspect_is_handed_back_uncounted_and_runs_alone(ledger: WorkerLedger) -> None:
     assert ledger.hand_back(running(ledger), suspect=True)
     assert read(ledger).attempts == 0
     again = claimed(ledger)
@@ -319,7 +329,7 @@ def test_a_suspect_is_handed_back_uncounted_and_runs_alone(ledger: Ledger) -> No
     assert ledger.begin(again)
 
 
-def test_an_outcome_after_the_deadline_is_dropped(ledger: Ledger) -> None:
+def test_an_outcome_after_the_deadline_is_dropped(ledger: WorkerLedger) -> None:
     claim = running(ledger, expires_in=SOON_S)
     assert claim.expires_in <= SOON_S
     deadline = float(ledger.redis.hget("blipq:job:job_1", "deadline"))
@@ -329,7 +339,7 @@ def test_an_outcome_after_the_deadline_is_dropped(ledger: Ledger) -> None:
 
 
 def test_the_end_of_a_job_is_told_on_its_clients_channel(
-    ledger: Ledger, raw_redis: "redis.Redis"
+    ledger: WorkerLedger, raw_redis: "redis.Redis"
 ) -> None:
     channel = "blipq:ended:test"
     with raw_redis.pubsub(ignore_subscribe_messages=True) as pubsub:
@@ -343,7 +353,7 @@ def test_the_end_of_a_job_is_told_on_its_clients_channel(
 # --- leases ---------------------------------------------------------------------------------------
 
 
-def test_a_renewed_lease_lives_on(ledger: Ledger, raw_redis: "redis.Redis") -> None:
+def test_a_renewed_lease_lives_on(ledger: WorkerLedger, raw_redis: "redis.Redis") -> None:
     claim = running(ledger, lease_s=5)
     before = raw_redis.zscore("blipq:running", "job_1")
     assert ledger.renew({"job_1": claim.token}, lease_s=30) == []
@@ -351,47 +361,47 @@ def test_a_renewed_lease_lives_on(ledger: Ledger, raw_redis: "redis.Redis") -> N
 
 
 @pytest.mark.parametrize("ending", ["succeeded", "failed", "cancelled"])
-def test_a_worker_hears_that_a_job_is_no_longer_its_own(ledger: Ledger, ending: str) -> None:
+def test_a_worker_hears_that_a_job_is_no_longer_its_own(ledger: WorkerLedger, ending: str) -> None:
     claim = running(ledger)
     end(ledger, claim, ending)
     assert ledger.renew({"job_1": claim.token}) == ["job_1"]
 
 
-def test_a_worker_hears_that_another_took_its_job(ledger: Ledger) -> None:
+def test_a_worker_hears_that_another_took_its_job(ledger: WorkerLedger) -> None:
     claim = running(ledger)
     ledger.hand_back(claim)
     claimed(ledger, worker="w2")
     assert ledger.renew({"job_1": claim.token}) == ["job_1"]
 
 
-def test_renewing_a_lease_past_the_deadline_ends_the_job(ledger: Ledger) -> None:
+def test_renewing_a_lease_past_the_deadline_ends_the_job(ledger: WorkerLedger) -> None:
     claim = running(ledger, expires_in=SOON_S)
     wait_until(lambda: ledger.renew({"job_1": claim.token}) == ["job_1"], "the deadline")
     assert read(ledger).status is Status.EXPIRED
 
 
-def test_renewing_nothing_is_fine(ledger: Ledger) -> None:
+def test_renewing_nothing_is_fine(ledger: WorkerLedger) -> None:
     assert ledger.renew({}) == []
 
 
 # --- crashes --------------------------------------------------------------------------------------
 
 
-def test_a_crashed_workers_job_is_published_again_and_then_runs_alone(ledger: Ledger) -> None:
+def test_a_crashed_workers_job_is_published_again_and_then_runs_alone(ledger: WorkerLedger) -> None:
     running(ledger, lease_s=SOON_S)
     assert published_again(ledger) == ["job_1"]
     assert read(ledger).status is Status.QUEUED
     assert claimed(ledger).solo
 
 
-def test_only_the_reconciler_judges_a_lease_that_ran_out(ledger: Ledger) -> None:
+def test_only_the_reconciler_judges_a_lease_that_ran_out(ledger: WorkerLedger) -> None:
     running(ledger, lease_s=0.001)
     assert ledger.claim("job_1", "w2") == "busy"
     assert read(ledger).status is Status.RUNNING
     assert published_again(ledger) == ["job_1"]
 
 
-def test_no_lease_is_judged_by_who_has_just_got_the_turn(ledger: Ledger) -> None:
+def test_no_lease_is_judged_by_who_has_just_got_the_turn(ledger: WorkerLedger) -> None:
     """After an outage of Redis every lease has run out, and the workers are well.
 
     Whether the owner heard that it got the turn does not matter: Redis may carry a sweep out that
@@ -410,7 +420,7 @@ def test_no_lease_is_judged_by_who_has_just_got_the_turn(ledger: Ledger) -> None
     wait_until(lambda: sweep() == ["job_1"], "the end of patience")
 
 
-def test_a_turn_is_one_workers_until_it_sweeps_no_more(ledger: Ledger) -> None:
+def test_a_turn_is_one_workers_until_it_sweeps_no_more(ledger: WorkerLedger) -> None:
     running(ledger, lease_s=0.001)
     ledger.reconcile(turn=Turn("w1", ttl_s=0.2, patience_s=60))
     other = Turn("w2", ttl_s=60, patience_s=0)
@@ -418,7 +428,7 @@ def test_a_turn_is_one_workers_until_it_sweeps_no_more(ledger: Ledger) -> None:
     wait_until(lambda: ledger.reconcile(turn=other).messages, "the end of the other's turn")
 
 
-def test_a_crash_while_a_job_waits_to_run_alone_is_not_its_own(ledger: Ledger) -> None:
+def test_a_crash_while_a_job_waits_to_run_alone_is_not_its_own(ledger: WorkerLedger) -> None:
     submitted(ledger)
     crash(ledger)
     for _ in range(MAX_CRASHES):
@@ -427,7 +437,7 @@ def test_a_crash_while_a_job_waits_to_run_alone_is_not_its_own(ledger: Ledger) -
     assert (read(ledger).status, read(ledger).attempts) == (Status.QUEUED, 1)
 
 
-def test_a_job_that_was_taken_over_does_not_begin(ledger: Ledger) -> None:
+def test_a_job_that_was_taken_over_does_not_begin(ledger: WorkerLedger) -> None:
     submitted(ledger)
     crash(ledger)
     stale = claimed(ledger, lease_s=SOON_S)
@@ -438,7 +448,7 @@ def test_a_job_that_was_taken_over_does_not_begin(ledger: Ledger) -> None:
 
 
 def test_a_job_that_kills_its_workers_becomes_a_dead_letter(
-    ledger: Ledger, raw_redis: "redis.Redis"
+    ledger: WorkerLedger, raw_redis: "redis.Redis"
 ) -> None:
     submitted(ledger)
     for _ in range(MAX_CRASHES):
@@ -451,7 +461,7 @@ def test_a_job_that_kills_its_workers_becomes_a_dead_letter(
 
 
 def test_a_job_that_is_out_of_retries_becomes_a_dead_letter(
-    ledger: Ledger, raw_redis: "redis.Redis"
+    ledger: WorkerLedger, raw_redis: "redis.Redis"
 ) -> None:
     ledger.fail(running(ledger), ERROR, "{}", dead=True)
     assert raw_redis.zscore("blipq:dead-letters", "job_1")
@@ -460,21 +470,21 @@ def test_a_job_that_is_out_of_retries_becomes_a_dead_letter(
 # --- retry and hand-back --------------------------------------------------------------------------
 
 
-def test_a_retry_waits_for_its_time(ledger: Ledger) -> None:
+def test_a_retry_waits_for_its_time(ledger: WorkerLedger) -> None:
     ledger.retry(running(ledger), 60)
     assert read(ledger).status is Status.QUEUED
     assert ledger.claim("job_1", "w2") == "busy"
     assert ledger.reconcile().messages == []
 
 
-def test_a_due_retry_is_published_and_counted(ledger: Ledger) -> None:
+def test_a_due_retry_is_published_and_counted(ledger: WorkerLedger) -> None:
     ledger.retry(running(ledger), SOON_S)
     assert published_again(ledger) == ["job_1"]
     again = claimed(ledger)
     assert (again.retries, again.attempts, again.solo) == (1, 2, False)
 
 
-def test_a_job_handed_back_has_lost_no_attempt(ledger: Ledger) -> None:
+def test_a_job_handed_back_has_lost_no_attempt(ledger: WorkerLedger) -> None:
     assert ledger.hand_back(running(ledger))
     assert (read(ledger).status, read(ledger).attempts) == ("queued", 0)
     again = claimed(ledger)
@@ -484,59 +494,59 @@ def test_a_job_handed_back_has_lost_no_attempt(ledger: Ledger) -> None:
 # --- cancel ---------------------------------------------------------------------------------------
 
 
-def test_a_queued_job_is_cancelled(ledger: Ledger) -> None:
+def test_a_queued_job_is_cancelled(ledger: WorkerLedger) -> None:
     submitted(ledger)
     assert ledger.cancel("job_1") == "cancelled"
     assert read(ledger).status is Status.CANCELLED
 
 
-def test_a_running_job_is_cancelled_and_its_result_dropped(ledger: Ledger) -> None:
+def test_a_running_job_is_cancelled_and_its_result_dropped(ledger: WorkerLedger) -> None:
     claim = running(ledger)
     assert ledger.cancel("job_1") == "cancelled"
     assert not ledger.succeed(claim, RESULT, "{}")
     assert read(ledger).result is None
 
 
-def test_a_job_waiting_for_a_retry_is_cancelled(ledger: Ledger) -> None:
+def test_a_job_waiting_for_a_retry_is_cancelled(ledger: WorkerLedger) -> None:
     ledger.retry(running(ledger), SOON_S)
     assert ledger.cancel("job_1") == "cancelled"
     assert ledger.reconcile().messages == []
 
 
 @pytest.mark.parametrize("ending", ["succeeded", "failed", "cancelled"])
-def test_an_ended_job_cannot_be_cancelled(ledger: Ledger, ending: str) -> None:
+def test_an_ended_job_cannot_be_cancelled(ledger: WorkerLedger, ending: str) -> None:
     end(ledger, running(ledger), ending)
     assert ledger.cancel("job_1") == "ended"
     assert read(ledger).status == ending
 
 
-def test_an_unknown_job_cannot_be_cancelled(ledger: Ledger) -> None:
+def test_an_unknown_job_cannot_be_cancelled(ledger: WorkerLedger) -> None:
     assert ledger.cancel("job_9") == "unknown"
 
 
 # --- reconcile ------------------------------------------------------------------------------------
 
 
-def test_a_waiting_job_is_not_published_again_while_workers_are_busy(ledger: Ledger) -> None:
+def test_a_waiting_job_is_not_published_again_while_workers_are_busy(ledger: WorkerLedger) -> None:
     submitted(ledger)
     ledger.register("w1", ["default"], "{}", ttl_s=5, spare=False)
     assert ledger.reconcile(grace_s=0.001).messages == []
 
 
-def test_a_lost_message_is_published_again_when_a_worker_idles(ledger: Ledger) -> None:
+def test_a_lost_message_is_published_again_when_a_worker_idles(ledger: WorkerLedger) -> None:
     submitted(ledger)
     ledger.register("w1", ["default"], "{}", ttl_s=5, spare=True)
     assert ledger.reconcile(grace_s=60).messages == [], "within its grace it may be on its way"
     assert published_again(ledger, grace_s=SOON_S) == ["job_1"]
 
 
-def test_an_idle_worker_of_another_model_proves_nothing(ledger: Ledger) -> None:
+def test_an_idle_worker_of_another_model_proves_nothing(ledger: WorkerLedger) -> None:
     submitted(ledger)
     ledger.register("w1", ["other"], "{}", ttl_s=5, spare=True)
     assert ledger.reconcile(grace_s=0.001).messages == []
 
 
-def test_a_job_overtaken_in_its_queue_has_lost_its_message(ledger: Ledger) -> None:
+def test_a_job_overtaken_in_its_queue_has_lost_its_message(ledger: WorkerLedger) -> None:
     submitted(ledger, "job_1")
     first = ledger.redis.zscore(f"blipq:queued:{QUEUE}", "job_1")
     wait_until(lambda: now_ms(ledger) > first + 1000 * SOON_S, "a later moment")
@@ -545,14 +555,14 @@ def test_a_job_overtaken_in_its_queue_has_lost_its_message(ledger: Ledger) -> No
     assert published_again(ledger, grace_s=SOON_S / 2) == ["job_1"]
 
 
-def test_a_job_is_published_again_once_per_grace(ledger: Ledger) -> None:
+def test_a_job_is_published_again_once_per_grace(ledger: WorkerLedger) -> None:
     submitted(ledger)
     ledger.register("w1", ["default"], "{}", ttl_s=60, spare=True)
     published_again(ledger, grace_s=SOON_S)
     assert ledger.reconcile(grace_s=60).messages == []
 
 
-def test_a_queue_that_somebody_takes_from_is_not_idle(ledger: Ledger) -> None:
+def test_a_queue_that_somebody_takes_from_is_not_idle(ledger: WorkerLedger) -> None:
     """A free thread now and then is no proof: what waits in it is a backlog."""
     submitted(ledger, "job_1")
     claimed(ledger, "job_1")
@@ -567,7 +577,7 @@ def test_a_queue_that_somebody_takes_from_is_not_idle(ledger: Ledger) -> None:
     assert published_again(ledger, grace_s=0.001) == ["job_2"]
 
 
-def test_no_more_is_published_again_than_the_brokers_list_lacks(ledger: Ledger) -> None:
+def test_no_more_is_published_again_than_the_brokers_list_lacks(ledger: WorkerLedger) -> None:
     for number in range(5):
         submitted(ledger, f"job_{number}")
     ledger.redis.lpush(QUEUE, "a message", "another")
@@ -577,7 +587,7 @@ def test_no_more_is_published_again_than_the_brokers_list_lacks(ledger: Ledger) 
     ledger.redis.delete(QUEUE, f"{QUEUE}\x06\x163")
 
 
-def test_a_job_that_was_published_again_makes_no_other_look_overtaken(ledger: Ledger) -> None:
+def test_a_job_that_was_published_again_makes_no_other_look_overtaken(ledger: WorkerLedger) -> None:
     """Its first message may be the one that came: it says nothing about later ones."""
     submitted(ledger, "job_1")
     ledger.register("w1", ["default"], "{}", ttl_s=60, spare=True)
@@ -591,28 +601,30 @@ def test_a_job_that_was_published_again_makes_no_other_look_overtaken(ledger: Le
     assert ledger.reconcile(grace_s=SOON_S).messages == []
 
 
-def test_the_age_of_a_job_counts_from_its_first_message(ledger: Ledger) -> None:
+def test_the_age_of_a_job_counts_from_its_first_message(ledger: WorkerLedger) -> None:
     submitted(ledger)
     first = ledger.redis.zscore(f"blipq:queued:{QUEUE}", "job_1")
     ledger.register("w1", ["default"], "{}", ttl_s=60, spare=True)
     published_again(ledger, grace_s=SOON_S)
-    (queue,) = Overview(ledger).queues()
+    (queue,) = Overview(OperatorLedger(ledger.redis, ledger.settings)).queues()
     assert queue.oldest_s == pytest.approx((now_ms(ledger) - float(first)) / 1000, abs=0.5)
     assert queue.oldest_s >= SOON_S
     claimed(ledger)
-    assert Overview(ledger).queues()[0].oldest_s is None
+    assert Overview(OperatorLedger(ledger.redis, ledger.settings)).queues()[0].oldest_s is None
 
 
-def test_a_queue_without_jobs_is_passed_over_until_it_has_one(ledger: Ledger) -> None:
+def test_a_queue_without_jobs_is_passed_over_until_it_has_one(ledger: WorkerLedger) -> None:
     claim = running(ledger)
     ledger.reconcile()
     assert ledger.redis.zscore("blipq:queues", QUEUE) < 0
-    assert [queue.queue for queue in Overview(ledger).queues()] == [QUEUE]
+    assert [
+        queue.queue for queue in Overview(OperatorLedger(ledger.redis, ledger.settings)).queues()
+    ] == [QUEUE]
     ledger.hand_back(claim)
     assert ledger.redis.zscore("blipq:queues", QUEUE) > 0
 
 
-def test_a_sweep_is_bounded(ledger: Ledger) -> None:
+def test_a_sweep_is_bounded(ledger: WorkerLedger) -> None:
     for number in range(5):
         ledger.retry(running(ledger, f"job_{number}"), 0.001)
     due = now_ms(ledger) + 1
@@ -622,13 +634,15 @@ def test_a_sweep_is_bounded(ledger: Ledger) -> None:
     assert (len(rest.messages), rest.more) == (2, False)
 
 
-def test_a_passed_deadline_is_settled_by_reading(ledger: Ledger) -> None:
+def test_a_passed_deadline_is_settled_by_reading(ledger: WorkerLedger) -> None:
     submitted(ledger, expires_in=SOON_S)
     wait_until(lambda: read(ledger).status == "expired", "the deadline")
     assert ledger.redis.zscore("blipq:open", "job_1") is None
 
 
-def test_a_passed_deadline_is_settled_by_a_sweep(ledger: Ledger, raw_redis: "redis.Redis") -> None:
+def test_a_passed_deadline_is_settled_by_a_sweep(
+    ledger: WorkerLedger, raw_redis: "redis.Redis"
+) -> None:
     submitted(ledger, expires_in=SOON_S)
     wait_until(
         lambda: (
@@ -638,7 +652,7 @@ def test_a_passed_deadline_is_settled_by_a_sweep(ledger: Ledger, raw_redis: "red
     )
 
 
-def now_ms(ledger: Ledger) -> float:
+def now_ms(ledger: WorkerLedger) -> float:
     seconds, micros = ledger.redis.time()
     return seconds * 1000 + micros / 1000
 
@@ -646,7 +660,7 @@ def now_ms(ledger: Ledger) -> float:
 # --- workers --------------------------------------------------------------------------------------
 
 
-def test_an_open_job_says_how_many_live_workers_serve_its_model(ledger: Ledger) -> None:
+def test_an_open_job_says_how_many_live_workers_serve_its_model(ledger: WorkerLedger) -> None:
     submitted(ledger)
     assert read(ledger).live_workers == 0
     ledger.register("w1", ["default", "other"], "{}", ttl_s=60, spare=True)
@@ -654,13 +668,13 @@ def test_an_open_job_says_how_many_live_workers_serve_its_model(ledger: Ledger) 
     assert read(ledger).live_workers == 2
 
 
-def test_a_worker_that_is_not_heard_of_is_not_live(ledger: Ledger) -> None:
+def test_a_worker_that_is_not_heard_of_is_not_live(ledger: WorkerLedger) -> None:
     submitted(ledger)
     ledger.register("w1", ["default"], "{}", ttl_s=SOON_S, spare=True)
     wait_until(lambda: read(ledger).live_workers == 0, "the worker to be missed")
 
 
-def test_one_owner_holds_a_lock_until_it_runs_out(ledger: Ledger) -> None:
+def test_one_owner_holds_a_lock_until_it_runs_out(ledger: WorkerLedger) -> None:
     assert ledger.lock("blipq:lock", "w1", 60) == "new"
     assert ledger.lock("blipq:lock", "w2", 60) == "taken"
     assert ledger.lock("blipq:lock", "w1", 0.02) == "kept"
@@ -670,13 +684,13 @@ def test_one_owner_holds_a_lock_until_it_runs_out(ledger: Ledger) -> None:
 # --- foreign messages -----------------------------------------------------------------------------
 
 
-def test_a_refused_message_leaves_a_failed_job(ledger: Ledger) -> None:
+def test_a_refused_message_leaves_a_failed_job(ledger: WorkerLedger) -> None:
     assert ledger.refuse("job_1", Kind.CAPTION, ERROR)
     assert (read(ledger).status, read(ledger).error.code) == ("failed", "image_invalid")
     assert ledger.claim("job_1", "w1") == "ended"
 
 
-def test_a_known_job_cannot_be_refused(ledger: Ledger) -> None:
+def test_a_known_job_cannot_be_refused(ledger: WorkerLedger) -> None:
     submitted(ledger)
     assert not ledger.refuse("job_1", Kind.CAPTION, ERROR)
     assert read(ledger).status is Status.QUEUED
@@ -685,7 +699,7 @@ def test_a_known_job_cannot_be_refused(ledger: Ledger) -> None:
 # --- Redis ----------------------------------------------------------------------------------------
 
 
-def test_every_key_expires(ledger: Ledger, raw_redis: "redis.Redis") -> None:
+def test_every_key_expires(ledger: WorkerLedger, raw_redis: "redis.Redis") -> None:
     hook = Webhook(url="https://example.org/hook")
     ledger.fail(running(ledger, "job_1", idempotency_key="a", webhook=hook), ERROR, "{}", dead=True)
     ledger.retry(running(ledger, "job_2"), 60)
@@ -699,21 +713,21 @@ def test_every_key_expires(ledger: Ledger, raw_redis: "redis.Redis") -> None:
     assert [key for key in keys if raw_redis.ttl(key) < 0] == []
 
 
-def test_an_open_job_outlives_its_deadline(ledger: Ledger, raw_redis: "redis.Redis") -> None:
+def test_an_open_job_outlives_its_deadline(ledger: WorkerLedger, raw_redis: "redis.Redis") -> None:
     submitted(ledger, expires_in="30d")
     assert raw_redis.ttl("blipq:job:job_1") > 30 * 86400
 
 
 @pytest.mark.parametrize(("ending", "days"), [("succeeded", 1), ("failed", 7), ("cancelled", 1)])
 def test_an_ended_job_is_kept_for_its_retention(
-    ledger: Ledger, raw_redis: "redis.Redis", ending: str, days: int
+    ledger: WorkerLedger, raw_redis: "redis.Redis", ending: str, days: int
 ) -> None:
     end(ledger, running(ledger), ending)
     assert days * 86400 - 60 < raw_redis.ttl("blipq:job:job_1") <= days * 86400
 
 
 def test_scripts_that_redis_forgot_are_loaded_again(
-    ledger: Ledger, raw_redis: "redis.Redis"
+    ledger: WorkerLedger, raw_redis: "redis.Redis"
 ) -> None:
     submitted(ledger)
     raw_redis.script_flush()
@@ -723,7 +737,7 @@ def test_scripts_that_redis_forgot_are_loaded_again(
 def test_a_redis_that_is_down_is_an_unavailable_queue(apart: Settings) -> None:
     nowhere = apart.model_copy(update={"redis_url": "redis://127.0.0.1:1/0"})
     with connect(nowhere) as raw, pytest.raises(QueueUnavailable, match="Redis") as raised:
-        submitted(Ledger(raw, nowhere), "job_7")
+        submitted(WorkerLedger(raw, nowhere), "job_7")
     assert raised.value.job_id == "job_7"
 
 
@@ -761,7 +775,7 @@ def test_a_mistake_of_ours_is_no_outage(reply: str) -> None:
 def test_a_redis_that_runs_a_long_script_is_unavailable(own_redis: Settings) -> None:
     with connect(own_redis) as raw, connect(own_redis, timeout_s=20) as hog:
         raw.config_set("busy-reply-threshold", 100)
-        ledger = Ledger(raw, own_redis)
+        ledger = WorkerLedger(raw, own_redis)
         submitted(ledger)
         busy = threading.Thread(target=hog.eval, args=(LONG_SCRIPT, 0))
         busy.start()
@@ -775,4 +789,4 @@ def test_a_wrong_password_is_told(apart: Settings) -> None:
     host = apart.redis_url.rsplit("@", 1)[1]
     locked = apart.model_copy(update={"redis_url": f"redis://:wrong@{host}"})
     with connect(locked) as raw, pytest.raises(QueueUnavailable, match="password"):
-        Ledger(raw, locked).read("job_1")
+        WorkerLedger(raw, locked).read("job_1")

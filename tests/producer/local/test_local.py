@@ -17,7 +17,8 @@ import pytest
 
 from blipq import Client, Settings
 from blipq.backoff import Backoff
-from blipq.ledger.ledger import Ledger, connect
+from blipq.ledger.connection import connect
+from blipq.ledger.worker import WorkerLedger
 from blipq.local.sample import red_square
 from blipq.local.stack import LocalStack, StackError, free_port
 from blipq.local.supervisor import Service, supervise
@@ -170,7 +171,7 @@ def test_up_says_how_to_reach_it_and_ends_its_start_with_a_line_to_try(
         settings = Settings(redis_url=json.loads(told.stdout)["BLIPQ_REDIS_URL"])
         with connect(settings) as raw:  # a worker that has loaded its model
             info = json.dumps({"models": ["default"]})
-            Ledger(raw, settings).register("w1", ["default"], info, ttl_s=60, spare=False)
+            WorkerLedger(raw, settings).register("w1", ["default"], info, ttl_s=60, spare=False)
         assert running.stderr is not None
         said = "".join(iter(running.stderr.readline, "\n"))  # up to the empty line
         said += running.stderr.readline()

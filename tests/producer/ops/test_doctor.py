@@ -14,12 +14,13 @@ from pytest_httpserver import HTTPServer
 
 from blipq import Client, Settings
 from blipq.errors import QueueUnavailable
-from blipq.ledger.ledger import Ledger, connect
+from blipq.ledger.connection import connect
+from blipq.ledger.worker import WorkerLedger
 from blipq.local.stack import LocalStack
 from blipq.local.supervisor import Service
 from blipq.ops import doctor
 from blipq.ops.doctor import Finding, _tls, examine
-from conftest import blipq, start_worker, wait_for_worker
+from conftest import blipq, ledger_of, start_worker, wait_for_worker
 
 
 def found(settings: Settings, *, canary: bool = False) -> dict[str, Finding]:
@@ -104,7 +105,7 @@ def test_jobs_that_nobody_will_run_are_bad(apart: Settings, client: Client) -> N
     assert "BLIPQ_MODELS=forgotten=" in (finding.advice or "")
 
 
-def test_a_draining_worker_does_not_count(apart: Settings, ledger: Ledger) -> None:
+def test_a_draining_worker_does_not_count(apart: Settings, ledger: WorkerLedger) -> None:
     info = json.dumps({"models": ["default"], "active": 1, "draining": True})
     ledger.register("leaving", [], info, ttl_s=30, spare=False)
     assert found(apart)["workers"].state == "warn"
@@ -184,7 +185,7 @@ def test_it_says_where_outputs_may_go(
             info: dict[str, Any] = {"models": ["default"], "active": 0}
             info |= {} if allowed is None else {"outputs": allowed}
             name = f"w{number}"
-            client.ledger.register(name, ["default"], json.dumps(info), ttl_s=60, spare=True)
+            ledger_of(client).register(name, ["default"], json.dumps(info), ttl_s=60, spare=True)
         finding = found(apart)["outputs"]
     assert (finding.state, said in finding.message) == (state, True)
 

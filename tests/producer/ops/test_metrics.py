@@ -12,8 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from blipq import Client, InvalidRequest, Settings
 from blipq.exporter import served
-from blipq.ledger.ledger import connect
+from blipq.ledger.connection import connect
 from blipq.ops.metrics import LedgerCollector
+from conftest import ledger_of
 
 IMAGE = "s3://uploads/cat.jpg"
 Scrape = Callable[[], dict[str, float]]
@@ -45,8 +46,8 @@ def test_the_exporter_counts_what_the_ledger_holds(apart: Settings, scrape: Scra
         first = client.caption(IMAGE, webhook=webhook)
         client.caption(IMAGE, priority="high")
         client.caption(IMAGE, model="other")
-        client.ledger.claim(first.id, "w1")
-        client.ledger.register("w1", ["default"], ttl_s=30, spare=True, info="{}")
+        ledger_of(client).claim(first.id, "w1")
+        ledger_of(client).register("w1", ["default"], ttl_s=30, spare=True, info="{}")
         told = scrape()
         assert told["blipq_ledger_up"] == 1
         assert (told["blipq_jobs_open"], told["blipq_jobs_running"]) == (3, 1)

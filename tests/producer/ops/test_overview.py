@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from blipq import Client, JobInfo, Settings
 from blipq.cli import app
-from blipq.ledger.ledger import Claim, Ledger
+from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.ops.overview import Overview
 
 IMAGE = "s3://uploads/cat.jpg"
@@ -25,14 +25,14 @@ def run(apart: Settings, monkeypatch: pytest.MonkeyPatch) -> Run:
     return lambda *arguments, **options: CliRunner().invoke(app, list(arguments), **options)
 
 
-def claimed(ledger: Ledger, id: str) -> Claim:
+def claimed(ledger: WorkerLedger, id: str) -> Claim:
     claim = ledger.claim(id, "w1")
     assert isinstance(claim, Claim)
     return claim
 
 
 @pytest.fixture
-def jobs(client: Client, ledger: Ledger) -> dict[str, str]:
+def jobs(client: Client, ledger: WorkerLedger) -> dict[str, str]:
     """A job of each status, in this order."""
     ids = {
         name: client.caption(IMAGE, model="m").id
@@ -84,7 +84,7 @@ def test_only_the_last_thousand_that_ended_are_indexed(
     client.job(id).cancel()
     assert raw_redis.zcard("blipq:recent") == 1000
     assert raw_redis.zrevrange("blipq:recent", 0, 0) == [id]
-    assert [info.id for info in Overview(client.ledger).jobs()] == [id]
+    assert [info.id for info in Overview(client.operator).jobs()] == [id]
 
 
 @pytest.mark.parametrize(
@@ -136,26 +136,26 @@ def test_a_purge_cancels_what_waits_and_nothing_else(
 def test_a_purge_ends_beside_stale_entries(client: Client, raw_redis: "redis.Redis") -> None:
     """An entry without a job must not be found again and again."""
     raw_redis.zadd("blipq:queued:q", {"job_gone": 1})
-    assert Overview(client.ledger).purge("q") == 0
+    assert Overview(client.operator).purge("q") == 0
     assert not raw_redis.exists("blipq:queued:q")
 
 
 def test_a_collected_job_is_forgotten_but_not_an_open_one(
-    client: Client, ledger: Ledger, jobs: dict[str, str]
+    client: Client, ledger: WorkerLedger, jobs: dict[str, str]
 ) -> None:
     assert ledger.release(list(jobs.values())) == 3
     assert ledger.read(jobs["succeeded"]) is None
     assert ledger.read(jobs["queued"]) is not None
 
 
-def test_a_released_job_stays_while_its_webhook_waits(client: Client, ledger: Ledger) -> None:
+def test_a_released_job_stays_while_its_webhook_waits(client: Client, ledger: WorkerLedger) -> None:
     job = client.caption(IMAGE, webhook={"url": "https://example.org/hook"})
     job.cancel()
     assert ledger.release([job.id]) == 0
     assert job.status == "cancelled"
 
 
-def test_a_dead_letter_is_not_released(client: Client, ledger: Ledger) -> None:
+def test_a_dead_letter_is_not_released(client: Client, ledger: WorkerLedger) -> None:
     id = client.caption(IMAGE).id
     ledger.fail(claimed(ledger, id), ERROR, "{}", dead=True)
     assert ledger.release([id]) == 0

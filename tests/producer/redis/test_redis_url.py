@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from blipq import AsyncClient, Client, InvalidRequest, Settings
-from blipq.ledger.ledger import connect
+from blipq.ledger.connection import connect
 from blipq.local.stack import redis_command
 from blipq.local.supervisor import Service
 from blipq.redis.url import RedisUrl

@@ -5,7 +5,8 @@ import time
 import pytest
 
 from blipq.errors import InvalidRequest, QueueUnavailable
-from blipq.ledger.ledger import Ledger, connect
+from blipq.ledger.connection import connect
+from blipq.ledger.worker import WorkerLedger
 from blipq.local.stack import free_port
 from blipq.redis.url import RedisUrl
 from blipq.settings import Settings
@@ -52,5 +53,5 @@ def test_sentinels_that_do_not_answer_cost_no_longer_than_the_timeout() -> None:
     settings = Settings(redis_url=url, timeout_s=1)
     started = time.monotonic()
     with connect(settings) as client, pytest.raises(QueueUnavailable, match="No master"):
-        Ledger(client, settings).read("job_x")
+        WorkerLedger(client, settings).read("job_x")
     assert time.monotonic() - started < 10

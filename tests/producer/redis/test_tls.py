@@ -28,8 +28,9 @@ from kombu.exceptions import OperationalError
 from redis.sentinel import Sentinel
 
 from blipq import Client, InvalidRequest, Kind, QueueUnavailable, Settings
-from blipq.ledger.async_ledger import connect_async
-from blipq.ledger.ledger import Claim, Ledger, Message, connect
+from blipq.ledger.codec import Message
+from blipq.ledger.connection import connect, connect_async
+from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.local.stack import free_port, redis_command
 from blipq.local.supervisor import Service
 from blipq.submission import checked
@@ -147,7 +148,7 @@ def test_a_job_goes_through_an_encrypted_redis(
     with opened(settings) as client, connect(apart) as plain:
         job = client.caption(IMAGE)
         assert plain.llen("blipq.default.normal") == 1, "the message went through, too"
-        ledger = Ledger(plain, apart)
+        ledger = WorkerLedger(plain, apart)
         claim = ledger.claim(job.id, "w1")
         assert isinstance(claim, Claim)
         ending = threading.Timer(0.3, ledger.succeed, (claim, RESULT, "{}"))

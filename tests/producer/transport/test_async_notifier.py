@@ -10,7 +10,7 @@ import redis
 import redis.asyncio
 
 from blipq import Settings
-from blipq.ledger.async_ledger import connect_async
+from blipq.ledger.connection import connect_async
 from blipq.transport.async_notifications import AsyncNotifier
 
 OWN, FOREIGN = "blipq:ended:own", "blipq:ended:foreign"

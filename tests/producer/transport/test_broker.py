@@ -13,8 +13,8 @@ import redis
 
 from blipq import CaptionRequest, Client, Priority, Settings
 from blipq.contract import Kind
+from blipq.ledger.codec import Message
 from blipq.ledger.keys import queues_of
-from blipq.ledger.ledger import Message
 from blipq.transport.broker import PUBLISH_TIMEOUT_S, Broker
 from blocking import BlockingClient
 

@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from blipq import Client, Settings
-from blipq.ledger.ledger import connect
+from blipq.ledger.connection import connect
 from blipq.transport.notifications import Notifier, Outage
 from conftest import wait_until
 

@@ -210,10 +210,10 @@ def test_what_comes_during_a_backfill_is_found_by_the_first_listing(
 
 
 def test_a_cursor_in_redis_expires_long_after_it_was_used(client: Client) -> None:
-    cursor = RedisCursor("uploads", client.ledger)
+    cursor = RedisCursor("uploads", client.operator.redis)
     assert cursor.load() == {}
     cursor.save({"listed_at": "now"})
-    assert RedisCursor("uploads", client.ledger).load() == {"listed_at": "now"}
+    assert RedisCursor("uploads", client.operator.redis).load() == {"listed_at": "now"}
     assert 30 * 86400 < int(client.ledger.redis.ttl("blipq:watch:uploads")) <= 40 * 86400  # type: ignore[arg-type]
 
 

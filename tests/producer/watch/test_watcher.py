@@ -21,7 +21,7 @@ from blipq.watch.events import Told
 from blipq.watch.rules import Rules
 from blipq.watch.sources import Batch, Found
 from blipq.watch.watcher import Wanted, Watcher
-from conftest import wait_until
+from conftest import ledger_of, wait_until
 
 Put = Callable[..., None]
 MakeRules = Callable[..., Rules]
@@ -385,7 +385,7 @@ def test_an_output_that_no_worker_may_write_is_told_before_anything_is_watched(
 def register(client: Client, **info: Any) -> None:
     """As a live worker does."""
     told = json.dumps({"models": ["default"], "active": 0, **info})
-    client.ledger.register("w1", ["default"], told, ttl_s=60, spare=True)
+    ledger_of(client).register("w1", ["default"], told, ttl_s=60, spare=True)
 
 
 def test_sigterm_ends_the_command_in_peace(command: Callable[..., Any], tmp_path: Path) -> None:

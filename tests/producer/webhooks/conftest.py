@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from blipq import Client, Settings
-from blipq.ledger.ledger import Claim, Ledger
+from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.webhooks.outbox import Outbox
 from blipq.webhooks.sender import Sender
 from receivers import SECRET, Receiver, receiving
@@ -69,7 +69,7 @@ End = Callable[..., str]
 
 
 @pytest.fixture
-def end(client: Client, ledger: Ledger) -> End:
+def end(client: Client, ledger: WorkerLedger) -> End:
     """Submits a job and ends it; its id."""
 
     def end(url: str, result: dict[str, Any] = CAPTION, events: Any = None, **options: Any) -> str:

@@ -10,7 +10,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from blipq import Client, Settings
 from blipq.errors import InvalidRequest
-from blipq.ledger.ledger import Claim, Ledger
+from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.webhooks.delivery import new_secret, verdict_on, webhook_id
 from blipq.webhooks.outbox import MAX_CRASHES, SUSPECT_AFTER, Outbox
 from blipq.webhooks.response import Answer, _retry_after
@@ -342,7 +342,7 @@ def test_a_dead_event_is_kept_for_two_weeks(
 
 
 def test_a_dead_letter_that_is_tried_again_has_an_event_of_its_own(
-    client: Client, ledger: Ledger, outbox: Outbox
+    client: Client, ledger: WorkerLedger, outbox: Outbox
 ) -> None:
     job = client.caption("s3://uploads/cat.jpg", webhook={"url": "https://example.org/"})
     error = json.dumps({"code": "attempts_exhausted", "message": "died", "retryable": False})

@@ -8,7 +8,7 @@ import pytest
 
 from blipq import Client, ImageRef, Settings
 from blipq.errors import PermanentError, QueueUnavailable, TransientError
-from blipq.ledger.ledger import Claim, Ledger
+from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.s3.outputs import why_all_refuse, why_refused
 from blipq.s3.storage import Storage
 from blipq_worker.claims import Lost
@@ -16,6 +16,7 @@ from blipq_worker.images.s3_access import AccessRefused
 from blipq_worker.jobs import outputs
 from blipq_worker.jobs.outputs import Outputs, output_storage
 from blipq_worker.settings import WorkerSettings
+from conftest import ledger_of
 from refusing_s3 import refusing_s3
 
 IMAGE = "s3://photos/cat.jpg"
@@ -44,12 +45,12 @@ def uri(request: pytest.FixtureRequest, storage: Storage) -> str:
 
 def claimed(client: Client, uri: str) -> Claim:
     job = client.caption(IMAGE, output=uri)
-    claim = client.ledger.claim(job.id, "w1")
+    claim = ledger_of(client).claim(job.id, "w1")
     assert isinstance(claim, Claim)
     return claim
 
 
-def taken_over(ledger: Ledger, claim: Claim) -> Claim:
+def taken_over(ledger: WorkerLedger, claim: Claim) -> Claim:
     """The claim of another worker, after the lease of the first has run out."""
     assert ledger.hand_back(claim)
     other = ledger.claim(claim.id, "w2")
@@ -81,7 +82,7 @@ class Freezing(Storage):
 
 
 def test_the_holder_writes_over_what_is_there(client: Client, storage: Storage, uri: str) -> None:
-    writer = Outputs(storage, client.ledger, OPTIONS)
+    writer = Outputs(storage, ledger_of(client), OPTIONS)
     writer.write(claimed(client, uri), "first")
     writer.write(claimed(client, uri), "second")
     assert stored(storage, uri) == "second"
@@ -96,13 +97,13 @@ def test_a_worker_frozen_before_its_write_leaves_a_newer_answer_alone(
     claim = claimed(client, uri)
 
     def meanwhile() -> None:
-        other = taken_over(client.ledger, claim)
-        Outputs(storage, client.ledger, OPTIONS).write(other, "newer")
-        client.ledger.succeed(other, json.dumps({"kind": "caption", "captions": []}), "{}")
+        other = taken_over(ledger_of(client), claim)
+        Outputs(storage, ledger_of(client), OPTIONS).write(other, "newer")
+        ledger_of(client).succeed(other, json.dumps({"kind": "caption", "captions": []}), "{}")
 
     frozen = Freezing(settings, meanwhile)
     with pytest.raises(Lost):
-        Outputs(frozen, client.ledger, OPTIONS).write(claim, "older")
+        Outputs(frozen, ledger_of(client), OPTIONS).write(claim, "older")
     assert stored(storage, uri) == "newer"
 
 
@@ -114,9 +115,9 @@ def test_a_job_that_is_no_longer_held_writes_nothing(
     if how == "cancelled":
         client.job(claim.id).cancel()
     else:
-        taken_over(client.ledger, claim)
+        taken_over(ledger_of(client), claim)
     with pytest.raises(Lost):
-        Outputs(storage, client.ledger, OPTIONS).write(claim, "late")
+        Outputs(storage, ledger_of(client), OPTIONS).write(claim, "late")
     assert stored(storage, uri) is None
 
 
@@ -127,7 +128,7 @@ def test_a_write_that_another_jobs_write_overtook_is_made_again(
     frozen = Freezing(
         settings, lambda: storage.put(uri, b"another job's", content_type="text/plain")
     )
-    Outputs(frozen, client.ledger, OPTIONS).write(claimed(client, uri), "mine")
+    Outputs(frozen, ledger_of(client), OPTIONS).write(claimed(client, uri), "mine")
     assert stored(storage, uri) == "mine"
 
 
@@ -136,13 +137,13 @@ def test_a_place_that_is_written_all_the_time_is_given_up_for_now(
 ) -> None:
     monkeypatch.setattr(storage, "put_over", lambda *_, **__: False)
     with pytest.raises(TransientError, match="others keep writing"):
-        Outputs(storage, client.ledger, OPTIONS).write(claimed(client, uri), "mine")
+        Outputs(storage, ledger_of(client), OPTIONS).write(claimed(client, uri), "mine")
 
 
 def test_a_write_waits_until_redis_confirms_the_claim(
     client: Client, storage: Storage, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    claim, renew, failures = claimed(client, uri), client.ledger.renew, [1, 2]
+    claim, renew, failures = claimed(client, uri), WorkerLedger.renew, [1, 2]
 
     def away(*args: Any, **kwargs: Any) -> list[str]:
         if failures:
@@ -151,9 +152,9 @@ def test_a_write_waits_until_redis_confirms_the_claim(
             raise QueueUnavailable("Redis does not answer")
         return renew(*args, **kwargs)
 
-    monkeypatch.setattr(client.ledger, "renew", away)
+    monkeypatch.setattr(WorkerLedger, "renew", away)
     monkeypatch.setattr(outputs, "PAUSE_S", 0.01)
-    Outputs(storage, client.ledger, OPTIONS).write(claim, "after all")
+    Outputs(storage, ledger_of(client), OPTIONS).write(claim, "after all")
     assert stored(storage, uri) == "after all"
 
 
@@ -164,11 +165,11 @@ def test_a_write_that_redis_never_confirms_is_not_made(
         raise QueueUnavailable("Redis does not answer")
 
     claim = claimed(client, uri)
-    monkeypatch.setattr(client.ledger, "renew", away)
+    monkeypatch.setattr(WorkerLedger, "renew", away)
     monkeypatch.setattr(outputs, "PAUSE_S", 0.01)
     monkeypatch.setattr(outputs, "CONFIRM_FOR_S", 0.05)
     with pytest.raises(TransientError, match="Redis does not answer"):
-        Outputs(storage, client.ledger, OPTIONS).write(claim, "unsure")
+        Outputs(storage, ledger_of(client), OPTIONS).write(claim, "unsure")
     assert stored(storage, uri) is None
 
 
@@ -177,17 +178,17 @@ def test_a_lease_that_a_write_could_outlast_is_renewed_first(
 ) -> None:
     """The answer to a renewal came so late that little of the lease is left."""
     now, renewals = [0.0], []
-    renew = client.ledger.renew
+    renew = WorkerLedger.renew
 
     def late(*args: Any, **kwargs: Any) -> list[str]:
         renewals.append(now[0])
         now[0] += 29.0 if len(renewals) == 1 else 0.1
         return renew(*args, **kwargs)
 
-    monkeypatch.setattr(client.ledger, "renew", late)
+    monkeypatch.setattr(WorkerLedger, "renew", late)
     monkeypatch.setattr(outputs.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(outputs.time, "sleep", lambda _: None)
-    Outputs(storage, client.ledger, OPTIONS).write(claimed(client, uri), "mine")
+    Outputs(storage, ledger_of(client), OPTIONS).write(claimed(client, uri), "mine")
     assert renewals == [0.0, 29.0]
 
 
@@ -221,7 +222,7 @@ def test_a_worker_that_may_only_write_writes(client: Client, uri: str) -> None:
     """Its HEAD is refused, and the GET that asks why."""
     with refusing_s3() as s3:
         s3.refuse(403, "AccessDenied", times=2)
-        Outputs(Storage(s3.settings, attempts=1), client.ledger, OPTIONS).write(
+        Outputs(Storage(s3.settings, attempts=1), ledger_of(client), OPTIONS).write(
             claimed(client, uri), "mine"
         )
         assert s3.requests == ["HEAD", "GET", "PUT"]
@@ -230,7 +231,7 @@ def test_a_worker_that_may_only_write_writes(client: Client, uri: str) -> None:
 def test_an_output_whose_key_is_gone_is_not_the_requests_fault(client: Client, uri: str) -> None:
     with refusing_s3() as s3:
         s3.refuse(400, "KMS.DisabledException")
-        writer = Outputs(Storage(s3.settings, attempts=1), client.ledger, OPTIONS)
+        writer = Outputs(Storage(s3.settings, attempts=1), ledger_of(client), OPTIONS)
         with pytest.raises(PermanentError) as raised:
             writer.write(claimed(client, uri), "mine")
     assert raised.value.code == "internal"
@@ -244,7 +245,7 @@ def test_an_output_that_finds_no_room_is_tried_again(
 ) -> None:
     with refusing_s3() as s3:
         s3.script = [None, (status, code)]  # the HEAD is answered, the PUT is not taken
-        writer = Outputs(Storage(s3.settings, attempts=1), client.ledger, OPTIONS)
+        writer = Outputs(Storage(s3.settings, attempts=1), ledger_of(client), OPTIONS)
         with pytest.raises(TransientError, match="delete objects or raise the quota"):
             writer.write(claimed(client, uri), "mine")
 
@@ -254,17 +255,17 @@ def test_an_output_that_a_closed_account_refuses_is_the_workers_affair(
 ) -> None:
     with refusing_s3() as s3:
         s3.refuse(403, "AccountDisabled")
-        writer = Outputs(Storage(s3.settings, attempts=1), client.ledger, OPTIONS)
+        writer = Outputs(Storage(s3.settings, attempts=1), ledger_of(client), OPTIONS)
         with pytest.raises(AccessRefused):
             writer.write(claimed(client, uri), "mine")
 
 
 def test_a_job_without_an_output_asks_nobody(client: Client, storage: Storage) -> None:
-    claim = client.ledger.claim(client.caption(IMAGE).id, "w1")
+    claim = ledger_of(client).claim(client.caption(IMAGE).id, "w1")
     assert isinstance(claim, Claim)
-    writer = Outputs(storage, client.ledger, WorkerSettings())
+    writer = Outputs(storage, ledger_of(client), WorkerSettings())
     writer.check(claim, ImageRef(uri=IMAGE))
-    client.ledger.cancel(claim.id)
+    ledger_of(client).cancel(claim.id)
     writer.write(claim, "nowhere")
 
 
@@ -315,7 +316,7 @@ def test_a_bucket_of_indexes_is_theirs_alone() -> None:
 def test_what_may_be_read_may_not_be_written(client: Client, storage: Storage, uri: str) -> None:
     options = WorkerSettings(allowed_buckets=(BUCKET,))
     with pytest.raises(PermanentError, match="BLIPQ_ALLOWED_OUTPUTS") as raised:
-        Outputs(storage, client.ledger, options).check(claimed(client, uri), None)
+        Outputs(storage, ledger_of(client), options).check(claimed(client, uri), None)
     assert raised.value.code == "invalid_request"
 
 

@@ -20,7 +20,8 @@ from blipq.client.backend import Backend, Services
 from blipq.errors import PermanentError, TransientError
 from blipq.images.decoding import ImageLimits
 from blipq.index.store import Indexes
-from blipq.ledger.ledger import MAX_CRASHES, MAX_RETRIES, Claim, Ledger
+from blipq.ledger.connection import connect
+from blipq.ledger.worker import MAX_CRASHES, MAX_RETRIES, Claim, WorkerLedger
 from blipq.s3.refusals import Refusal, S3Unavailable
 from blipq.s3.storage import Storage
 from blipq_worker.blip2 import EmbedItem, GeneratedText, GenerateItem, MatchItem, Pixels, RerankItem
@@ -38,7 +39,7 @@ from blipq_worker.jobs.runner import HandBack, JobFailedTask, Runner
 from blipq_worker.messages.envelope import Malformed
 from blipq_worker.process.metrics import WorkerMetrics
 from blipq_worker.settings import WorkerSettings
-from conftest import wait_until
+from conftest import ledger_of, wait_until
 
 TINY = WorkerSettings(
     retry_backoff_s=0.001,
@@ -121,7 +122,7 @@ class Parts(SimpleNamespace):
     """A runner and what it is made of."""
 
     client: Client
-    ledger: Ledger
+    ledger: WorkerLedger
     model: Model
     held: Held
     gate: Gate
@@ -162,6 +163,7 @@ class Sharing(Backend):
 @pytest.fixture
 def parts(apart: Settings, storage: Storage, tmp_path: Path) -> Iterator[Parts]:
     with Client(apart, backend=Sharing(storage)) as client:
+        ledger = ledger_of(client)
         model, held, gate, metrics = Model(), Held(), Gate(), WorkerMetrics()
         engine = Engine(
             {"default": model},  # type: ignore[dict-item]
@@ -174,9 +176,9 @@ def parts(apart: Settings, storage: Storage, tmp_path: Path) -> Iterator[Parts]:
         writer = IndexWriter(indexes, max_waiting=8)
         writer.start()
         runner = Runner(
-            ledger=client.ledger,
+            ledger=ledger,
             broker=client.broker,
-            outputs=Outputs(client.storage, client.ledger, TINY),
+            outputs=Outputs(client.storage, ledger, TINY),
             access=S3Access(client.storage),
             pictures=Pictures(
                 Fetcher(client.storage, max_bytes=2**20, timeout_s=10),
@@ -196,7 +198,7 @@ def parts(apart: Settings, storage: Storage, tmp_path: Path) -> Iterator[Parts]:
         )
         yield Parts(
             client=client,
-            ledger=client.ledger,
+            ledger=ledger,
             model=model,
             held=held,
             gate=gate,
@@ -875,7 +877,7 @@ def test_a_newer_contract_stays_in_its_queue(parts: Parts, picture: bytes) -> No
 class Faults:
     """Stands in front of a script: of its first calls, some fail before it runs, some after."""
 
-    def __init__(self, ledger: Ledger, script: str, *errors: Exception, ran: bool) -> None:
+    def __init__(self, ledger: WorkerLedger, script: str, *errors: Exception, ran: bool) -> None:
         self.left = list(errors)
         self.calls = 0
         run = ledger._run
@@ -966,7 +968,7 @@ def test_a_message_goes_back_when_the_worker_stops_while_redis_is_away(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("blipq_worker.jobs.runner.HAND_BACK_FOR_S", 0.0)
-    parts.ledger.redis = Client(redis_url="redis://127.0.0.1:1/0").ledger.redis
+    parts.ledger.redis = connect(Settings(redis_url="redis://127.0.0.1:1/0"))
     with ThreadPoolExecutor(1) as pool:
         ran = pool.submit(parts.runner.run, Kind.CAPTION, "job_1")
         wait_until(lambda: parts.gate._inside, "the job to come in")

@@ -8,7 +8,8 @@ import redis
 from celery import Celery
 
 from blipq import Client, Settings
-from blipq.ledger.ledger import Ledger, connect
+from blipq.ledger.connection import connect
+from blipq.ledger.worker import WorkerLedger
 from blipq_worker.messages.strays import Strays
 
 
@@ -19,12 +20,12 @@ def raw(apart: Settings) -> Any:
 
 
 @pytest.fixture
-def undeclared(apart: Settings, raw: "redis.Redis") -> Ledger:
+def undeclared(apart: Settings, raw: "redis.Redis") -> WorkerLedger:
     """A worker's ledger: its settings name no models."""
-    return Ledger(raw, apart.model_copy(update={"known_models": ()}))
+    return WorkerLedger(raw, apart.model_copy(update={"known_models": ()}))
 
 
-def sweep(ledger: Ledger) -> None:
+def sweep(ledger: WorkerLedger) -> None:
     strays = Strays(ledger, ledger.settings, "w1")
     strays.tick()
     while strays._cursor:
@@ -37,7 +38,7 @@ def message(id: str, task: str = "blipq.caption") -> str:
 
 
 def test_a_message_for_an_unknown_model_ends_in_a_failed_record(
-    undeclared: Ledger, raw: "redis.Redis"
+    undeclared: WorkerLedger, raw: "redis.Redis"
 ) -> None:
     undeclared.register("w1", ["default"], "{}", ttl_s=60, spare=False)
     lists = ("blipq.ghost.normal", "blipq.gh.ost.high", "blipq.ghost.low\x06\x169")
@@ -55,7 +56,7 @@ def test_a_message_for_an_unknown_model_ends_in_a_failed_record(
 
 
 def test_a_celery_of_ones_own_leaves_no_binding_behind(
-    undeclared: Ledger, raw: "redis.Redis", apart: Settings
+    undeclared: WorkerLedger, raw: "redis.Redis", apart: Settings
 ) -> None:
     with Celery(broker=apart.redis_url, set_as_current=False) as app:
         app.send_task("blipq.vqa", args=["job_1", {}], task_id="job_1", queue="blipq.ghost.normal")
@@ -68,7 +69,7 @@ def test_a_celery_of_ones_own_leaves_no_binding_behind(
 
 
 def test_messages_of_known_models_wait_for_their_workers(
-    undeclared: Ledger, raw: "redis.Redis"
+    undeclared: WorkerLedger, raw: "redis.Redis"
 ) -> None:
     undeclared.register("w1", ["opt"], "{}", ttl_s=0.01, spare=False)
     for name in ("blipq.default.normal", "blipq.opt.low"):
@@ -80,7 +81,7 @@ def test_messages_of_known_models_wait_for_their_workers(
 
 
 def test_a_job_that_a_client_recorded_keeps_its_message_until_it_ends(
-    undeclared: Ledger, raw: "redis.Redis", apart: Settings
+    undeclared: WorkerLedger, raw: "redis.Redis", apart: Settings
 ) -> None:
     """The producers' settings name a model that those of this worker do not."""
     with Client(apart) as client:
@@ -108,20 +109,20 @@ def test_a_job_that_a_client_recorded_keeps_its_message_until_it_ends(
     ],
 )
 def test_what_is_no_message_of_ours_is_dropped(
-    undeclared: Ledger, raw: "redis.Redis", text: str
+    undeclared: WorkerLedger, raw: "redis.Redis", text: str
 ) -> None:
     raw.lpush("blipq.ghost.normal", text)
     sweep(undeclared)
     assert not raw.exists("blipq.ghost.normal")
 
 
-def test_one_worker_at_a_time_sweeps(undeclared: Ledger, raw: "redis.Redis") -> None:
+def test_one_worker_at_a_time_sweeps(undeclared: WorkerLedger, raw: "redis.Redis") -> None:
     sweep(undeclared)
     raw.lpush("blipq.ghost.normal", message("job_1"))
     Strays(undeclared, undeclared.settings, "w2").tick()
     assert raw.llen("blipq.ghost.normal") == 1
 
 
-def test_a_broker_that_cannot_be_listed_is_left_alone(undeclared: Ledger) -> None:
+def test_a_broker_that_cannot_be_listed_is_left_alone(undeclared: WorkerLedger) -> None:
     settings = undeclared.settings.model_copy(update={"broker_url": "amqp://127.0.0.1:1//"})
     Strays(undeclared, settings, "w1").tick()

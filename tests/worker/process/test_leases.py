@@ -11,11 +11,12 @@ import redis
 
 from blipq import Client, Options, QueueUnavailable, Settings
 from blipq.contract import CaptionRequest
-from blipq.ledger.ledger import Claim, Ledger, Turn, connect
+from blipq.ledger.connection import connect
+from blipq.ledger.worker import Claim, Turn, WorkerLedger
 from blipq_worker.claims import Held
 from blipq_worker.process.heartbeat import EXIT_HUNG, Heartbeat
 from blipq_worker.process.reconciler import Reconciler
-from conftest import wait_until
+from conftest import ledger_of, wait_until
 
 IMAGE = "s3://uploads/cat.jpg"
 QUEUE = "blipq.default.normal"
@@ -28,8 +29,8 @@ def client(apart: Settings) -> Any:
 
 
 @pytest.fixture
-def ledger(client: Client) -> Ledger:
-    return client.ledger
+def ledger(client: Client) -> WorkerLedger:
+    return ledger_of(client)
 
 
 @pytest.fixture
@@ -38,20 +39,21 @@ def claim(client: Client) -> Claim:
 
 
 def claimed(client: Client, *, lease_s: float = 30.0, **options: Any) -> Claim:
-    claim = client.ledger.claim(client.caption(IMAGE, **options).id, "w1", lease_s=lease_s)
+    ledger = ledger_of(client)
+    claim = ledger.claim(client.caption(IMAGE, **options).id, "w1", lease_s=lease_s)
     assert isinstance(claim, Claim)
     return claim
 
 
-def heartbeat(ledger: Ledger, held: Held, **changes: Any) -> Heartbeat:
+def heartbeat(ledger: WorkerLedger, held: Held, **changes: Any) -> Heartbeat:
     options = {"threads": 2, "lease_s": 30.0, "grace_s": 0.0, "watchdog_s": 60.0}
     options |= {"stalled_for": lambda: 0.0, "taking": lambda: True, "draining": lambda: False}
     return Heartbeat(ledger, held, "w1", ["default"], **(options | changes))  # type: ignore[arg-type]
 
 
-def test_a_worker_says_where_its_jobs_may_write(ledger: Ledger) -> None:
+def test_a_worker_says_where_its_jobs_may_write(client: Client, ledger: WorkerLedger) -> None:
     heartbeat(ledger, Held(), outputs=("answers",)).tick()
-    assert ledger.workers()["w1"]["outputs"] == ["answers"]
+    assert client.operator.workers()["w1"]["outputs"] == ["answers"]
 
 
 # --- held -----------------------------------------------------------------------------------------
@@ -86,7 +88,7 @@ def test_who_asks_after_the_loss_is_told_at_once(claim: Claim) -> None:
 
 
 def test_an_older_claim_of_a_job_does_not_let_a_newer_one_go(
-    client: Client, claim: Claim, ledger: Ledger
+    client: Client, claim: Claim, ledger: WorkerLedger
 ) -> None:
     held = Held()
     ledger.hand_back(claim)
@@ -102,7 +104,7 @@ def test_an_older_claim_of_a_job_does_not_let_a_newer_one_go(
 # --- heartbeat ------------------------------------------------------------------------------------
 
 
-def test_a_beat_renews_leases(client: Client, ledger: Ledger) -> None:
+def test_a_beat_renews_leases(client: Client, ledger: WorkerLedger) -> None:
     held, claim = Held(), claimed(client, lease_s=1)
     held.add(claim)
     before = ledger.redis.zscore("blipq:running", claim.id)
@@ -110,7 +112,7 @@ def test_a_beat_renews_leases(client: Client, ledger: Ledger) -> None:
     assert ledger.redis.zscore("blipq:running", claim.id) > before
 
 
-def test_a_beat_finds_out_that_a_job_was_cancelled(ledger: Ledger, claim: Claim) -> None:
+def test_a_beat_finds_out_that_a_job_was_cancelled(ledger: WorkerLedger, claim: Claim) -> None:
     held = Held()
     held.add(claim)
     ledger.cancel(claim.id)
@@ -118,19 +120,19 @@ def test_a_beat_finds_out_that_a_job_was_cancelled(ledger: Ledger, claim: Claim)
     assert held.event(claim).is_set()
 
 
-def test_a_beat_says_that_the_worker_lives(client: Client, ledger: Ledger) -> None:
+def test_a_beat_says_that_the_worker_lives(client: Client, ledger: WorkerLedger) -> None:
     heartbeat(ledger, Held()).tick()
     assert client.caption(IMAGE).info().live_workers == 1
     info = json.loads(ledger.redis.get("blipq:worker:w1"))
     assert (info["models"], info["threads"], info["active"]) == (["default"], 2, 0)
 
 
-def test_a_worker_with_room_says_so(ledger: Ledger) -> None:
+def test_a_worker_with_room_says_so(ledger: WorkerLedger) -> None:
     heartbeat(ledger, Held()).tick()
     assert ledger.redis.exists("blipq:spare:default")
 
 
-def test_room_must_have_lasted_for_a_grace(ledger: Ledger) -> None:
+def test_room_must_have_lasted_for_a_grace(ledger: WorkerLedger) -> None:
     """A free thread now and then is no sign that messages were lost."""
     taking = True
     beating = heartbeat(ledger, Held(), grace_s=0.2, taking=lambda: taking)
@@ -144,7 +146,7 @@ def test_room_must_have_lasted_for_a_grace(ledger: Ledger) -> None:
     assert time.monotonic() - since >= 0.2
 
 
-def test_a_beat_that_redis_refuses_is_a_problem_until_the_next(ledger: Ledger) -> None:
+def test_a_beat_that_redis_refuses_is_a_problem_until_the_next(ledger: WorkerLedger) -> None:
     beating, run = heartbeat(ledger, Held()), ledger._run
     ledger._run = refused  # type: ignore[method-assign]
     with pytest.raises(QueueUnavailable):
@@ -159,7 +161,7 @@ def refused(*_: Any) -> Any:
     raise redis.ResponseError("NOREPLICAS Not enough good replicas to write.")
 
 
-def test_a_full_worker_has_no_room(client: Client, ledger: Ledger) -> None:
+def test_a_full_worker_has_no_room(client: Client, ledger: WorkerLedger) -> None:
     held = Held()
     for number in range(2):
         held.add(claimed(client, metadata={"number": str(number)}))
@@ -167,12 +169,12 @@ def test_a_full_worker_has_no_room(client: Client, ledger: Ledger) -> None:
     assert not ledger.redis.exists("blipq:spare:default")
 
 
-def test_a_draining_worker_serves_no_model(client: Client, ledger: Ledger) -> None:
+def test_a_draining_worker_serves_no_model(client: Client, ledger: WorkerLedger) -> None:
     heartbeat(ledger, Held(), draining=lambda: True).tick()
     assert client.caption(IMAGE).info().live_workers == 0
 
 
-def test_a_heart_beats_until_it_is_stopped(ledger: Ledger) -> None:
+def test_a_heart_beats_until_it_is_stopped(ledger: WorkerLedger) -> None:
     beating = heartbeat(ledger, Held(), lease_s=0.05)
     beating.start()
     wait_until(lambda: ledger.redis.exists("blipq:worker:w1"), "a beat")
@@ -180,9 +182,9 @@ def test_a_heart_beats_until_it_is_stopped(ledger: Ledger) -> None:
     assert not beating._thread.is_alive()
 
 
-def test_a_heart_outlives_an_outage_of_redis(apart: Settings, ledger: Ledger) -> None:
+def test_a_heart_outlives_an_outage_of_redis(apart: Settings, ledger: WorkerLedger) -> None:
     nowhere = apart.model_copy(update={"redis_url": "redis://127.0.0.1:1/0"})
-    beating = heartbeat(Ledger(connect(nowhere), nowhere), Held(), lease_s=0.05)
+    beating = heartbeat(WorkerLedger(connect(nowhere), nowhere), Held(), lease_s=0.05)
     beating.start()
     beating._ledger = ledger
     wait_until(lambda: ledger.redis.exists("blipq:worker:w1"), "a beat after the outage")
@@ -203,10 +205,11 @@ def test_a_worker_whose_model_hangs_ends() -> None:
 
 
 def reconciler(client: Client, worker: str = "w1") -> Reconciler:
-    return Reconciler(client.ledger, client.broker, worker, lease_s=0.1, grace_s=0.01)
+    ledger = ledger_of(client)
+    return Reconciler(ledger, client.broker, worker, lease_s=0.1, grace_s=0.01)
 
 
-def test_a_dead_workers_job_is_published_again(client: Client, ledger: Ledger) -> None:
+def test_a_dead_workers_job_is_published_again(client: Client, ledger: WorkerLedger) -> None:
     claim = claimed(client, lease_s=0.01)
     ledger.redis.delete("blipq.default.normal")
     sweeping = reconciler(client)
@@ -217,7 +220,7 @@ def test_a_dead_workers_job_is_published_again(client: Client, ledger: Ledger) -
     assert message["headers"]["id"] == claim.id
 
 
-def test_a_sweep_goes_on_until_nothing_is_due(client: Client, ledger: Ledger) -> None:
+def test_a_sweep_goes_on_until_nothing_is_due(client: Client, ledger: WorkerLedger) -> None:
     """It once settled a hundred of each kind a second."""
     requests = [CaptionRequest(image=f"{IMAGE}?{number}") for number in range(250)]
     for job in client.submit_many(requests):
@@ -234,7 +237,7 @@ def test_a_sweep_goes_on_until_nothing_is_due(client: Client, ledger: Ledger) ->
     assert {job.status for job in dying[:3]} == {"expired"}
 
 
-def test_one_worker_at_a_time_sweeps(client: Client, ledger: Ledger) -> None:
+def test_one_worker_at_a_time_sweeps(client: Client, ledger: WorkerLedger) -> None:
     claimed(client, lease_s=0.01)
     ledger.reconcile(turn=Turn("w2", ttl_s=60, patience_s=0))
     wait_until(lambda: _due(ledger.redis), "the lease to run out")

@@ -112,7 +112,7 @@ class Stack:
         processes: int = 1,
     ) -> None:
         """Starts workers that share the cores, or what stands in for them, and waits for them."""
-        before = set(self.client.ledger.workers())
+        before = set(self.client.operator.workers())
         for _ in range(processes):
             worker = worker_service(
                 {**shares_of_cores(processes), **self.local.environment(), **environment},
@@ -123,7 +123,7 @@ class Stack:
             worker.start()
             self.workers.append(worker)
         deadline = time.monotonic() + START_TIMEOUT_S
-        while len(set(self.client.ledger.workers()) - before) < processes:
+        while len(set(self.client.operator.workers()) - before) < processes:
             for worker in self.workers:
                 if worker.exit_code is not None or time.monotonic() > deadline:
                     raise BenchError(f"the worker does not serve:\n{worker.last_words()}")

@@ -157,7 +157,7 @@ def wait_for_worker(parts: Parts) -> None:
     """Waits until the worker serves the model."""
     deadline = time.monotonic() + START_TIMEOUT_S
     with errors.status("the worker loads the model"):
-        while not parts.client.ledger.workers():
+        while not parts.client.operator.workers():
             parts.check()
             if time.monotonic() > deadline:
                 raise DemoError(f"the worker is not ready after {START_TIMEOUT_S:g} s")

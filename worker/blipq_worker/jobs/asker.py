@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 from blipq.contract import ErrorCode, Priority
 from blipq.errors import PermanentError, TransientError
-from blipq.ledger.ledger import Claim
+from blipq.ledger.worker import Claim
 from blipq_worker.blip2 import EmbedItem, GenerateItem, Item, MatchItem, ModelInfo, Pixels, RankItem
 from blipq_worker.claims import Held, Lost
 from blipq_worker.inference.engine import Embedded, Engine, Generated, ItemAnswer, Matched, Ranked

@@ -7,7 +7,7 @@ from typing import Generic, Literal, TypeVar
 
 from blipq.contract import ErrorCode
 from blipq.errors import TransientError
-from blipq.ledger.ledger import Claim
+from blipq.ledger.worker import Claim
 from blipq_worker.claims import Held, Lost
 
 Answer = TypeVar("Answer")

@@ -16,7 +16,7 @@ from blipq.errors import (
     WorkError,
 )
 from blipq.index.store import Entry, Filter, Found, Indexes, Space, Vectors
-from blipq.ledger.ledger import Claim
+from blipq.ledger.worker import Claim
 from blipq.s3.refusals import OF_THE_ASKER, Refusal, S3Refused, S3Unavailable
 from blipq_worker.blip2 import Pixels, RerankItem
 from blipq_worker.claims import Held, Lost

@@ -11,7 +11,7 @@ from typing import Any
 
 from blipq.contract import ErrorCode, ImageRef, split_s3_uri
 from blipq.errors import PermanentError, QueueFull, QueueUnavailable, TransientError
-from blipq.ledger.ledger import Claim, Ledger
+from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.s3.outputs import why_refused
 from blipq.s3.refusals import Refusal, S3Refused
 from blipq.s3.storage import Storage
@@ -46,7 +46,7 @@ def output_storage(settings: Settings, options: WorkerSettings) -> Storage:
 class Outputs:
     """Writes results. ``storage``: as ``output_storage`` makes it."""
 
-    def __init__(self, storage: Storage, ledger: Ledger, options: WorkerSettings) -> None:
+    def __init__(self, storage: Storage, ledger: WorkerLedger, options: WorkerSettings) -> None:
         self._storage = storage
         self._ledger = ledger
         self._allowed = options.allowed_outputs

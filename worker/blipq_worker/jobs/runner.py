@@ -30,8 +30,9 @@ from blipq.errors import (
     WorkError,
 )
 from blipq.index.store import Indexes
-from blipq.ledger.ledger import MAX_RETRIES, Claim, Ledger, Message, Unclaimed, new_nonce
-from blipq.submission import checked, explain
+from blipq.ledger.codec import Message
+from blipq.ledger.worker import MAX_RETRIES, Claim, Unclaimed, WorkerLedger, new_nonce
+from blipq.submission import Submission, checked, explain
 from blipq.transport.broker import Broker
 from blipq_worker.blip2 import Blip2, Pixels
 from blipq_worker.claims import Held, Lost
@@ -87,7 +88,7 @@ class Runner:
     def __init__(
         self,
         *,
-        ledger: Ledger,
+        ledger: WorkerLedger,
         broker: Broker,
         outputs: Outputs,
         access: S3Access,
@@ -217,7 +218,7 @@ class Runner:
             if not isinstance(options or {}, dict):
                 raise InvalidRequest("options: must be an object")
             given = checked(Options, **(options or {}))
-            recorded = self._ledger.submit(id, parsed, given, notify="foreign")
+            recorded = self._ledger.submit(Submission(parsed, given, id), notify="foreign")
             if isinstance(recorded, str) and recorded != id:
                 raise InvalidRequest(f"idempotency_key: it is that of the job {recorded}")
         except UNHEARD:

@@ -13,7 +13,8 @@ from typing import Any, cast
 from blipq.contract import ErrorCode, JobError, Kind
 from blipq.errors import UnknownModel
 from blipq.ledger import keys
-from blipq.ledger.ledger import Ledger, connect, redis_errors
+from blipq.ledger.connection import connect, redis_errors
+from blipq.ledger.worker import WorkerLedger
 from blipq.redis.url import SCHEMES
 from blipq.settings import Settings
 from blipq_worker.messages.envelope import is_id
@@ -33,7 +34,7 @@ _KINDS = {keys.task_name(kind): kind for kind in Kind}
 class Strays(Periodic):
     """Looks for lists of unknown models, where the broker is a Redis."""
 
-    def __init__(self, ledger: Ledger, settings: Settings, worker: str) -> None:
+    def __init__(self, ledger: WorkerLedger, settings: Settings, worker: str) -> None:
         super().__init__("blipq-strays", BEAT_S)
         self._ledger = ledger
         self._worker = worker

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-from blipq.ledger.ledger import Ledger
+from blipq.ledger.worker import WorkerLedger
 from blipq_worker.claims import Held
 from blipq_worker.process.periodic import Periodic
 
@@ -33,7 +33,7 @@ class Heartbeat(Periodic):
 
     def __init__(
         self,
-        ledger: Ledger,
+        ledger: WorkerLedger,
         held: Held,
         worker: str,
         models: Sequence[str],

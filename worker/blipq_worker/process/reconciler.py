@@ -2,7 +2,7 @@
 
 import logging
 
-from blipq.ledger.ledger import Ledger, Turn
+from blipq.ledger.worker import Turn, WorkerLedger
 from blipq.transport.broker import Broker
 from blipq_worker.process.heartbeat import beat_s
 from blipq_worker.process.periodic import Periodic
@@ -20,7 +20,7 @@ class Reconciler(Periodic):
     """
 
     def __init__(
-        self, ledger: Ledger, broker: Broker, worker: str, *, lease_s: float, grace_s: float
+        self, ledger: WorkerLedger, broker: Broker, worker: str, *, lease_s: float, grace_s: float
     ) -> None:
         super().__init__("blipq-reconciler", min(1.0, lease_s / 4))
         self._ledger = ledger

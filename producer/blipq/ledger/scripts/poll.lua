@@ -1,7 +1,7 @@
--- Which of these jobs have ended? Settles what is due. ARGV: the asker's own channel, then ids.
+-- Which of these jobs have ended? Settles what is due. ARGV: the caller's own channel, then ids.
 -- Returns three lists: {id, {field, value, ...}} of those that have ended, the ids that are
--- unknown, and {id, channel} of those whose end will be told on another channel; and the
--- milliseconds until the last deadline of those that are open.
+-- unknown, and {id, channel} of those that notify on another channel; and the milliseconds until
+-- the last deadline of those that are open.
 local channel = ARGV[1]
 local done, unknown, elsewhere, left = {}, {}, {}, 0
 for i = 2, #ARGV do

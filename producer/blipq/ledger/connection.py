@@ -1,0 +1,107 @@
+"""Connections to the ledger's Redis, and its errors as blipq's."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from blipq.errors import InvalidRequest, QueueFull, QueueUnavailable
+from blipq.redis.sentinel import async_master_pool, master_pool
+from blipq.redis.url import RedisUrl
+from blipq.settings import Settings
+
+#: Threads that use one client at the same time, at most; redis-py's own limit is 100.
+MAX_CONNECTIONS = 4096
+#: In an event loop, more calls at the same time wait for one of these, up to the timeout.
+MAX_ASYNC_CONNECTIONS = 32
+
+#: An error reply begins with a code. These mean that the command is wrong, and any other that the
+#: server cannot serve it now: READONLY, NOREPLICAS, MISCONF, BUSY, UNBLOCKED, TRYAGAIN and so on.
+MISTAKES = {"ERR", "WRONGTYPE", "NOSCRIPT", "NOPROTO", "EXECABORT"}
+#: In front, or where a server before Redis 7 puts it when a script met it.
+_CODE = re.compile(r"(?:^|: -)([A-Z]{3,})\b")
+#: The server lacks a command, or cannot read a login. It may repeat the arguments: a password.
+_UNKNOWN = re.compile(r"unknown command|\b(?:hello|auth)\b", re.I)
+#: redis-py has classes for some codes, and takes them off the text.
+REFUSALS = (
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.NoPermissionError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.TryAgainError,
+    redis.exceptions.AskError,
+)
+
+NO_REDIS = (
+    "Redis refuses: it lacks a command that blipq needs, such as HELLO with AUTH: redis_url must "
+    "name a Redis 6.2 or later that knows all commands by their own names, not a proxy"
+)
+
+
+def connection_options(timeout_s: float) -> dict[str, Any]:
+    """Options of every connection: it answers or raises in time, and retries nothing silently."""
+    return {
+        "decode_responses": True,
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "socket_keepalive": True,
+        "health_check_interval": 30,
+    }
+
+
+def connect(settings: Settings, *, timeout_s: float | None = None) -> "redis.Redis":
+    """A Redis client that answers or raises within its timeout."""
+    options = connection_options(timeout_s or settings.timeout_s) | {
+        "max_connections": MAX_CONNECTIONS,
+        # A dropped connection is opened again once; a timeout is final, or it would double.
+        "retry": Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+    }
+    url = RedisUrl.of(settings.redis_url)
+    pool = master_pool(url, **options) if url.has_sentinels else url.pool(**options)
+    return redis.Redis.from_pool(pool)
+
+
+def connect_async(settings: Settings, *, reconnects: bool = True) -> "redis.asyncio.Redis":
+    """The same for an event loop.
+
+    ``reconnects``: a command that meets a dropped connection opens it again, once.
+    """
+    dropped = (redis.ConnectionError,) if reconnects else ()
+    options = connection_options(settings.timeout_s) | {
+        "max_connections": MAX_ASYNC_CONNECTIONS,
+        "timeout": settings.timeout_s,
+        "retry": AsyncRetry(NoBackoff(), 1, supported_errors=dropped),
+    }
+    url = RedisUrl.of(settings.redis_url)
+    if url.has_sentinels:
+        return redis.asyncio.Redis.from_pool(async_master_pool(url, **options))
+    return redis.asyncio.Redis.from_pool(url.async_pool(**options))
+
+
+@contextmanager
+def redis_errors(job_id: str | None = None) -> Iterator[None]:
+    """Raises Redis' exceptions as blipq's, but for replies that a command of ours is wrong."""
+    try:
+        yield
+    except redis.exceptions.OutOfMemoryError as error:
+        raise QueueFull("Redis has no memory left (maxmemory)") from error
+    except redis.AuthenticationError as error:  # a ConnectionError, but it did answer
+        raise QueueUnavailable(f"Redis refuses the user or password: {error}", job_id) from error
+    except (redis.ConnectionError, redis.TimeoutError) as error:
+        raise QueueUnavailable(f"Redis does not answer: {error}", job_id) from error
+    except redis.exceptions.ResponseError as error:
+        if "DB index" in str(error):
+            raise InvalidRequest(f"redis_url: {error}") from None
+        code = _CODE.search(str(error))
+        if code and code[1] == "OOM":
+            raise QueueFull("Redis has no memory left (maxmemory)") from error
+        if isinstance(error, REFUSALS) or (code and code[1] not in MISTAKES):
+            raise QueueUnavailable(f"Redis refuses: {error}", job_id) from error
+        if _UNKNOWN.search(str(error)):
+            raise QueueUnavailable(NO_REDIS, job_id) from None
+        raise

@@ -1,0 +1,60 @@
+"""A producer's client of the ledger: it records jobs, reads them and cancels them."""
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+from blipq.contract import JobInfo
+from blipq.errors import BlipqError
+from blipq.ledger import codec
+from blipq.ledger.codec import Cancelled, Polled, Prepared, Recorded
+from blipq.ledger.connection import redis_errors
+from blipq.ledger.script_runner import ScriptRunner
+from blipq.submission import Submission
+
+
+class ProducerLedger(ScriptRunner):
+    """What ``Producer`` promises, on Redis."""
+
+    def prepare(self, submission: Submission, *, notify: str) -> Prepared:
+        """Makes a job ready to be recorded."""
+        return codec.prepare(submission, self.settings, notify=notify)
+
+    def submit(self, submission: Submission, *, notify: str) -> Recorded:
+        """Records a job once."""
+        (answer,) = self.submit_all([self.prepare(submission, notify=notify)])
+        if isinstance(answer, BlipqError):
+            raise answer
+        return answer
+
+    def submit_all(self, jobs: Sequence[Prepared]) -> list[Recorded | BlipqError]:
+        """Records jobs, each once and in order."""
+        with redis_errors(codec.only(job.submission.id for job in jobs)):
+            answer = self._run("submit", *codec.submit_arguments(jobs, self.settings))
+        return codec.submitted(jobs, answer)
+
+    def check_models(self, models: Iterable[str]) -> None:
+        """Raises UnknownModel if a job for one of these models would be refused."""
+        arguments = codec.check_arguments(models, self.settings)
+        with redis_errors():
+            answer = self._run("unknown_models", *arguments)
+        codec.check(answer)
+
+    def read(self, id: str) -> JobInfo | None:
+        """A job as it is now; None for an unknown id."""
+        with redis_errors(id):
+            return codec.job_of(id, self._run("read", id))
+
+    def poll(self, ids: Sequence[str], *, notify: str) -> Polled:
+        """Which of these jobs have ended."""
+        with redis_errors(codec.only(ids)):
+            return codec.polled(self._run("poll", *codec.poll_arguments(ids, notify)))
+
+    def cancel(self, id: str) -> Cancelled:
+        """Cancels a job."""
+        with redis_errors(id):
+            return cast(Cancelled, self._run("cancel", id))
+
+    def release(self, ids: Sequence[str]) -> int:
+        """Deletes the records of jobs that have ended."""
+        with redis_errors():
+            return int(self._run("release", *ids))

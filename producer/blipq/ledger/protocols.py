@@ -1,0 +1,85 @@
+"""What clients need of a ledger. ``blipq.testing`` has implementations without Redis."""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from blipq.contract import JobInfo
+from blipq.errors import BlipqError
+from blipq.ledger.codec import Cancelled, Polled, Prepared, Recorded
+from blipq.submission import Submission
+
+
+class Producer(Protocol):
+    """A producer's ledger. Whatever needs Redis raises QueueUnavailable and QueueFull.
+
+    ``notify`` is the id of the client process that is notified when a job ends.
+    """
+
+    def prepare(self, submission: Submission, *, notify: str) -> Prepared:
+        """Makes a job ready to be recorded. Raises InvalidRequest for a forbidden URL."""
+
+    def submit(self, submission: Submission, *, notify: str) -> Recorded:
+        """Records a job once: the message to publish, or the id of the job that exists already.
+
+        The same id or idempotency key with the same request is the same job; with another one it
+        raises IdempotencyConflict. Raises UnknownModel, too.
+        """
+
+    def submit_all(self, jobs: Sequence[Prepared]) -> list[Recorded | BlipqError]:
+        """Records jobs, each once and in order, in one round trip.
+
+        Answers like ``submit`` for each job, up to the first that is refused: its answer is the
+        error (IdempotencyConflict, UnknownModel or QueueFull), and later jobs are not recorded.
+        """
+
+    def check_models(self, models: Iterable[str]) -> None:
+        """Raises UnknownModel if a job for one of these models would be refused."""
+
+    def read(self, id: str) -> JobInfo | None:
+        """A job as it is now, expired if its deadline has passed; None for an unknown id."""
+
+    def poll(self, ids: Sequence[str], *, notify: str) -> Polled:
+        """Which of these jobs have ended, in one round trip; expires those past their deadline."""
+
+    def cancel(self, id: str) -> Cancelled:
+        """Cancels a job at once, whether it waits or runs."""
+
+    def release(self, ids: Sequence[str]) -> int:
+        """Deletes the records of ended jobs whose outcome the caller keeps; returns how many.
+
+        Dead letters stay, and jobs with a webhook event that is not delivered yet.
+        """
+
+    def close(self) -> None:
+        """Closes the connections."""
+
+
+class AsyncProducer(Protocol):
+    """``Producer`` for an event loop."""
+
+    def prepare(self, submission: Submission, *, notify: str) -> Prepared:
+        """As ``Producer.prepare``: it needs no Redis."""
+
+    async def submit(self, submission: Submission, *, notify: str) -> Recorded:
+        """As ``Producer.submit``."""
+
+    async def submit_all(self, jobs: Sequence[Prepared]) -> list[Recorded | BlipqError]:
+        """As ``Producer.submit_all``."""
+
+    async def check_models(self, models: Iterable[str]) -> None:
+        """As ``Producer.check_models``."""
+
+    async def read(self, id: str) -> JobInfo | None:
+        """As ``Producer.read``."""
+
+    async def poll(self, ids: Sequence[str], *, notify: str) -> Polled:
+        """As ``Producer.poll``."""
+
+    async def cancel(self, id: str) -> Cancelled:
+        """As ``Producer.cancel``."""
+
+    async def release(self, ids: Sequence[str]) -> int:
+        """As ``Producer.release``."""
+
+    async def aclose(self) -> None:
+        """Closes the connections."""

@@ -1,0 +1,213 @@
+"""A worker's client of the ledger: it claims jobs under leases, and records their outcomes.
+
+Every change of a job is one Lua script (``scripts/``) on Redis' own clock, so no crash can leave
+half of it. A job is a hash that outlives its message; the zsets beside it say what is due. Every
+key has a time to live.
+"""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from blipq.contract import CONTRACT, Kind, Status
+from blipq.ledger.codec import Message, flat, ms, paired
+from blipq.ledger.connection import redis_errors
+from blipq.ledger.producer import ProducerLedger
+
+LEASE_S = 30.0
+#: A queued job whose message must have been lost is published again after this long.
+GRACE_S = 10.0
+MAX_CRASHES = 3
+MAX_RETRIES = 5
+
+Unclaimed = Literal["unknown", "ended", "busy", "newer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A job taken under a lease. ``token`` fences: a later claim makes this one stale.
+
+    It is a count and a random part: a count alone could come twice, after a failover to a replica
+    that lacks the last claims.
+
+    ``queue_ms`` is how long the job waited, ``expires_in`` the seconds left to its deadline.
+    """
+
+    id: str
+    kind: Kind
+    model: str
+    queue: str
+    request: str
+    output: str
+    token: str
+    attempts: int
+    retries: int
+    solo: bool
+    queue_ms: float
+    expires_in: float
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The turn of a worker to sweep: ``owner``, until it has not swept for ``ttl_s``.
+
+    patience_s: from the start of a turn on, leases that ran out are left alone for so long. Where
+    nobody had a turn, Redis may have been away, and the leases do not show that a worker died.
+    """
+
+    owner: str
+    ttl_s: float
+    patience_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a chunk of a sweep found: messages to publish again, and whether more may be due."""
+
+    messages: list[Message]
+    more: bool
+
+
+def new_nonce() -> str:
+    """The random part of a claim's token."""
+    return secrets.token_hex(8)
+
+
+class WorkerLedger(ProducerLedger):
+    """A worker's calls. It is a producer, too: it records jobs that foreign clients sent whole.
+
+    A call that returns False came too late: the claim is no longer this worker's. All raise
+    QueueUnavailable and QueueFull, and can then be repeated.
+    """
+
+    def claim(
+        self, id: str, worker: str, *, lease_s: float = LEASE_S, nonce: str | None = None
+    ) -> Claim | Unclaimed:
+        """Takes a job under a lease, or returns why it cannot be taken.
+
+        A call that is repeated with the same ``nonce``, after its answer was lost, is one claim.
+        """
+        nonce = nonce or new_nonce()
+        with redis_errors(id):
+            outcome, *pairs = self._run("claim", id, worker, ms(lease_s), CONTRACT, nonce)
+        if outcome != "claimed":
+            return cast("Unclaimed", outcome)
+        job = paired(pairs)
+        return Claim(
+            id=id,
+            kind=Kind(job["kind"]),
+            model=job["model"],
+            queue=job["queue"],
+            request=job["request"],
+            output=job["output"],
+            token=job["token"],
+            attempts=int(job["attempts"]),
+            retries=int(job["retries"]),
+            solo=job["solo"] == "1",
+            queue_ms=float(job["now"]) - float(job["created_at"]),
+            expires_in=(float(job["deadline"]) - float(job["now"])) / 1000,
+        )
+
+    def withdraw(self, unanswered: Mapping[str, str]) -> list[Message]:
+        """Takes back, uncounted, claims (nonce to id) whose replies did not arrive.
+
+        A claim that reaches Redis only later is refused. Returns messages of those jobs that wait
+        now, for callers that cannot return theirs to the broker.
+        """
+        with redis_errors():
+            return _messages(self._run("withdraw", *flat(unanswered)))
+
+    def begin(self, claim: Claim) -> bool:
+        """Marks the begin of a claim that is ``solo``; False if it is no longer held.
+
+        Until then a crash of its worker is not counted: it waited for its turn to run alone.
+        """
+        with redis_errors(claim.id):
+            return bool(self._run("begin", claim.id, claim.token))
+
+    def refuse(self, id: str, kind: Kind, error: str, *, model: str = "default") -> bool:
+        """Records an unknown job as failed, with an error (JSON): its message cannot be run.
+
+        False if the id is known.
+        """
+        fields = {"kind": kind, "model": model, "error": error}
+        with redis_errors(id):
+            return bool(self._run("refuse", id, ms(self.settings.failed_ttl), *flat(fields)))
+
+    def renew(self, held: Mapping[str, str], *, lease_s: float = LEASE_S) -> list[str]:
+        """Extends the leases of ``held`` (id to token); the ids that are no longer held."""
+        with redis_errors():
+            lost = self._run("renew", ms(lease_s), *flat(held))
+        return cast("list[str]", lost)
+
+    def succeed(self, claim: Claim, result: str, receipt: str) -> bool:
+        """Ends a job with its result (JSON); False if it is no longer this worker's to end."""
+        return self._finish(claim, Status.SUCCEEDED, {"result": result, "receipt": receipt})
+
+    def fail(self, claim: Claim, error: str, receipt: str, *, dead: bool = False) -> bool:
+        """Ends a job with an error (JSON), as a dead letter if it is out of attempts."""
+        fields = {"error": error, "receipt": receipt}
+        return self._finish(claim, Status.FAILED, fields, dead=dead)
+
+    def _finish(
+        self, claim: Claim, status: Status, fields: Mapping[str, str], *, dead: bool = False
+    ) -> bool:
+        ttl = ms(self.settings.dead_letter_ttl) if dead else 0
+        with redis_errors(claim.id):
+            return bool(self._run("finish", claim.id, claim.token, status, ttl, *flat(fields)))
+
+    def retry(self, claim: Claim, delay_s: float, error: str = "") -> bool:
+        """Puts a job back for a later, counted retry; the reconciler publishes it when due.
+
+        ``error`` (JSON) is the job's ``last_error`` while it is open.
+        """
+        with redis_errors(claim.id):
+            return bool(self._run("requeue", claim.id, claim.token, ms(delay_s), "retry", error))
+
+    def hand_back(self, claim: Claim, delay_s: float = 0.0, *, suspect: bool = False) -> bool:
+        """Puts a job back, uncounted. The caller publishes it, or the reconciler when it is due.
+
+        suspect: it may have broken its worker's device, and runs alone from now on.
+        """
+        delay, why = ms(delay_s) if delay_s else 0, "suspect" if suspect else "hand-back"
+        with redis_errors(claim.id):
+            return bool(self._run("requeue", claim.id, claim.token, delay, why))
+
+    def reconcile(
+        self, *, limit: int = 100, grace_s: float = GRACE_S, turn: Turn | None = None
+    ) -> Swept:
+        """One chunk of a sweep over what is due: at most ``limit`` of each kind.
+
+        With a ``turn`` nothing is done while it is another's.
+        """
+        ttl = ms(self.settings.dead_letter_ttl)
+        is_broker = self.settings.effective_broker_url == self.settings.redis_url
+        options = limit, ms(grace_s), MAX_CRASHES, ttl, int(is_broker)
+        owned = () if turn is None else (turn.owner, ms(turn.ttl_s), ms(turn.patience_s))
+        with redis_errors():
+            more, *found = self._run("reconcile", *options, *owned)
+        return Swept(_messages(found), bool(more))
+
+    def register(
+        self, worker: str, models: Sequence[str], info: str, *, ttl_s: float, spare: bool
+    ) -> None:
+        """Registers a live worker for ``ttl_s``. ``spare``: whether it could take more jobs now."""
+        with redis_errors():
+            self._run("register", worker, ms(ttl_s), int(spare), info, *models)
+
+    def lock(self, key: str, owner: str, ttl_s: float) -> Literal["taken", "kept", "new"]:
+        """Takes or renews a lock that its owner's death cannot keep.
+
+        ``taken`` by another owner, ``kept`` from before, or ``new``: nobody held it until now.
+        """
+        with redis_errors():
+            answer: int = self._run("lock", key, owner, ms(ttl_s))
+        outcomes: tuple[Literal["taken", "kept", "new"], ...] = ("taken", "kept", "new")
+        return outcomes[answer]
+
+
+def _messages(found: Sequence[str]) -> list[Message]:
+    """Messages from kind, id and queue in turn, as scripts return them."""
+    triples = zip(found[::3], found[1::3], found[2::3], strict=True)
+    return [Message(Kind(kind), id, queue) for kind, id, queue in triples]

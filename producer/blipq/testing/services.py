@@ -1,0 +1,66 @@
+"""Broker, storage and notifications without services."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from blipq.ledger.codec import Message
+from blipq.s3.storage import Storage
+from blipq.settings import Settings
+from blipq.transport.async_notifications import AsyncNotifier
+from blipq.transport.broker import Broker
+from blipq.transport.notifications import Notifier
+
+
+class InMemoryBroker(Broker):
+    """Delivers each message as it is published."""
+
+    def __init__(self, deliver: Callable[[list[Message]], None], settings: Settings) -> None:
+        super().__init__(settings)
+        self._deliver = deliver
+
+    def send(self, messages: list[Message]) -> "Future[None]":
+        """Delivers messages before it returns."""
+        self._deliver(messages)
+        sent: Future[None] = Future()
+        sent.set_result(None)
+        return sent
+
+    def publish_all(self, messages: list[Message]) -> bool:
+        """Delivers messages."""
+        self._deliver(messages)
+        return True
+
+
+class InMemoryStorage(Storage):
+    """S3 as a dictionary."""
+
+    def __init__(self, objects: dict[str, bytes], settings: Settings) -> None:
+        super().__init__(settings)
+        self._objects = objects
+
+    def put(self, uri: str, data: bytes, *, content_type: str) -> None:
+        """Writes an object."""
+        self._objects[uri] = data
+
+    def _put_once(self, bucket: str, key: str, data: bytes, content_type: str) -> None:
+        self._objects.setdefault(f"s3://{bucket}/{key}", data)
+
+
+class InMemoryNotifier(Notifier):
+    """Notified by the fake, not by a subscription."""
+
+    def _start(self) -> None:
+        pass
+
+
+class InMemoryAsyncNotifier(AsyncNotifier):
+    """Notified by the fake, from any thread."""
+
+    def _start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+
+    def tell(self, id: str) -> None:
+        """Notifies of a job that has ended."""
+        if len(self):
+            self._loop.call_soon_threadsafe(super().tell, id)
