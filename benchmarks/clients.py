@@ -24,6 +24,7 @@ import redis
 
 from blipq import AsyncClient, CaptionRequest, Client, Settings
 from blipq.ledger.connection import connect
+from blipq.ledger.operator import OperatorLedger
 from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.local.sample import red_square
 from blipq.local.stack import LocalStack, free_port, redis_command
@@ -174,7 +175,7 @@ def idle() -> None:
         try:
             with Client(stack.settings()) as client:
                 image = client.storage.upload(red_square()).uri
-                while not client.operator.workers():
+                while not OperatorLedger.beside(client.ledger).workers():
                     time.sleep(0.1)
                 took = sorted(_one(client, image) for _ in range(300))
         finally:

@@ -11,8 +11,6 @@ from typing import Any
 
 from blipq import AsyncClient, AsyncJob
 
-PROPERTIES = {"status"}
-
 
 class Loop:
     """An event loop on a thread."""
@@ -64,8 +62,6 @@ class Blocking:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._what, name)
-        if name in PROPERTIES:
-            return self._loop.run(value())
         if not callable(value):
             return value
 

@@ -92,7 +92,7 @@ def ledger(raw_redis: "redis.Redis", settings: Settings) -> WorkerLedger:
 
 def ledger_of(client: Client) -> WorkerLedger:
     """The worker's side of a client's ledger."""
-    return WorkerLedger(client.operator.redis, client.settings)
+    return WorkerLedger.beside(client.ledger)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("worker")
 def test_submit_a_caption_and_get_it(client: Client, picture: bytes, scene: world.Scene) -> None:
     job = client.caption(picture)
     assert job.result(timeout=60).text == scene.caption
-    assert job.status == "succeeded"
+    assert job.status() == "succeeded"
 
 
 def test_a_caption_can_go_on_from_a_prompt(client: Client, picture: bytes) -> None:
@@ -121,7 +121,7 @@ def test_a_job_that_fails_says_why_and_whether_to_try_again(client: Client) -> N
         job.result(timeout=60)
     assert raised.value.code == "image_not_found"
     assert not raised.value.retryable
-    assert job.status == "failed"
+    assert job.status() == "failed"
 
 
 def test_what_is_no_image_fails(client: Client) -> None:

@@ -54,7 +54,7 @@ def test_a_timeout_leaves_the_job_alone(client: Client, picture: bytes) -> None:
     job = client.caption(picture, model=NOBODY)
     with pytest.raises(ResultTimeout, match="still queued"):
         job.result(timeout=0.1)
-    assert job.status == "queued"
+    assert job.status() == "queued"
     job.cancel()
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from blipq import Client, Job, JobInfo, Status, cli
 from blipq.errors import BlipqError
 from blipq.ledger.connection import connect
+from blipq.ledger.operator import OperatorLedger
 from blipq.local.stack import worker_service
 from blipq.local.supervisor import Service
 from conftest import wait_until
@@ -40,6 +41,7 @@ class Rig:
         self.stack.start()
         self.settings = self.stack.settings()
         self.client = Client(self.settings)
+        self.operator = OperatorLedger.beside(self.client.ledger)
         self.image = self.client.storage.upload(png())
         self.s3 = FaultyS3(str(self.settings.s3_endpoint_url))
         self.workers: list[Service] = []
@@ -104,7 +106,7 @@ class Rig:
     def _alive(self, worker: Service, name: str) -> bool:
         assert worker.exit_code is None, worker.last_words(40)
         with suppress(BlipqError):
-            return any(name in known for known in self.client.operator.workers())
+            return any(name in known for known in self.operator.workers())
         return False
 
     def wait_for_death(self, worker: Service, timeout: float = 60.0) -> None:

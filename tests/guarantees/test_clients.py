@@ -36,7 +36,7 @@ def test_many_are_submitted_once_each_through_an_outage_of_redis(rig: Rig) -> No
     rig.start_worker()
     jobs = rig.client.submit_many(with_an_outage(rig), timeout=60)
     ended = rig.client.wait_all(jobs, timeout=120)
-    assert {job.status for job in ended} == {Status.SUCCEEDED}
+    assert {job.status() for job in ended} == {Status.SUCCEEDED}
     texts = [job.result().text for job in ended]
     assert texts == [f"did job {number}" for number in range(COUNT)]
     assert recorded(rig) == COUNT

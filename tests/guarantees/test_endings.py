@@ -123,7 +123,7 @@ def test_a_cancelled_job_never_runs_even_after_its_worker_was_killed(rig: Rig) -
     queued = rig.submit("sleep 0", priority="low")
     assert running.cancel()
     assert queued.cancel() or queued.info().ended
-    assert running.status is Status.CANCELLED
+    assert running.status() is Status.CANCELLED
     assert not running.cancel()
     rig.kill(worker)
     rig.start_worker()
@@ -142,12 +142,12 @@ def test_a_cancel_takes_effect_at_once_at_every_stage(rig: Rig) -> None:
     queued = rig.submit_all(["queued"] * 20)[-1]
     for job in (fetching, waiting, running, queued):
         assert job.cancel()
-        assert job.status is Status.CANCELLED
+        assert job.status() is Status.CANCELLED
     ended = rig.submit("last")
     rig.all_succeed([ended])
     assert not ended.cancel()
-    assert ended.status is Status.SUCCEEDED
-    assert all(job.status is Status.CANCELLED for job in (fetching, waiting, running, queued))
+    assert ended.status() is Status.SUCCEEDED
+    assert all(job.status() is Status.CANCELLED for job in (fetching, waiting, running, queued))
     log = worker.last_words(1000)
     assert "'sleep 3'" in log
     assert "'waiting'" not in log
@@ -164,7 +164,7 @@ def test_a_job_revoked_by_celery_is_cancelled_for_good(rig: Rig, terminate: bool
     control = rig.client.broker.app.control
     control.revoke([running[0].id, queued.id, "no_job"], terminate=terminate)
     wait_until(lambda: queued.info().ended and running[0].info().ended, "the revoke", 10)
-    assert (queued.status, running[0].status) == (Status.CANCELLED, Status.CANCELLED)
+    assert (queued.status(), running[0].status()) == (Status.CANCELLED, Status.CANCELLED)
     rig.all_succeed([running[1], rig.submit("next")])
     assert worker.exit_code is None
     rig.kill(worker)
@@ -203,7 +203,7 @@ def test_a_dead_letter_that_was_revoked_runs_when_it_is_retried(rig: Rig) -> Non
     worker = rig.start_worker()
     broker.app.control.revoke(job.id)
     wait_until(lambda: f"{job.id}: revoked" in worker.last_words(100), "the revoke")
-    message = rig.client.operator.retry_dead_letter(job.id)
+    message = rig.operator.retry_dead_letter(job.id)
     assert message is not None
     broker.publish(message)
     rig.all_succeed([job])
@@ -271,7 +271,7 @@ def test_an_expired_job_is_settled_with_no_worker_and_never_downloaded(rig: Rig)
     missing = "s3://blipq-inbox/nothing-is-here"
     job = rig.client.caption(missing, expires_in=0.3)
     wait_until(lambda: job.info().ended, "the deadline")
-    assert job.status is Status.EXPIRED
+    assert job.status() is Status.EXPIRED
     rig.start_worker()
     rig.all_succeed([rig.submit("after")])
     info = job.info()

@@ -20,7 +20,7 @@ def test_processes_share_the_cores_and_a_killed_one_is_started_again(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     fleet = _fleet(rig, "--processes", "2")
     try:
-        wait_until(lambda: len(rig.client.operator.workers()) == 2, "two workers", timeout=90)
+        wait_until(lambda: len(rig.operator.workers()) == 2, "two workers", timeout=90)
         first, second = _workers(fleet)
         cores = len(os.sched_getaffinity(0))
         assert {each.environ()["OMP_NUM_THREADS"] for each in (first, second)} == {
@@ -42,7 +42,7 @@ def test_processes_share_the_cores_and_a_killed_one_is_started_again(
 def test_sigterm_drains_every_process_of_a_fleet(rig: Rig) -> None:
     fleet = _fleet(rig, "--processes", "2")
     try:
-        wait_until(lambda: len(rig.client.operator.workers()) == 2, "two workers", timeout=90)
+        wait_until(lambda: len(rig.operator.workers()) == 2, "two workers", timeout=90)
         long = {"num_beams": 1, "min_new_tokens": 200, "max_new_tokens": 200}
         jobs = [rig.submit(f"a photo of number {number}", generation=long) for number in range(32)]
         wait_until(lambda: rig.running() == 32, "all jobs to run")

@@ -42,7 +42,7 @@ def test_an_outage_of_redis_loses_nothing_and_hangs_nobody(rig: Rig, sqs: Sqs) -
     uploads = Uploads(rig, 10, sqs)
     submitted, results = [], []
     with uploads.running():
-        wait_until(lambda: rig.client.operator.workers(), "the worker", timeout=60)
+        wait_until(lambda: rig.operator.workers(), "the worker", timeout=60)
         request = CaptionRequest.model_validate({"image": rig.image, "prompt": "fine"})
 
         def slowly() -> Iterator[CaptionRequest]:

@@ -45,8 +45,8 @@ class Hooks:
         fields = {**rig.settings.model_dump(), "webhook_allow": "127.0.0.1"}
         self.settings = Settings.model_validate(fields)
         rig.client.ledger.settings = self.settings
-        self.outbox = Outbox(rig.client.operator.redis, self.settings)
-        self.ledger = WorkerLedger(rig.client.operator.redis, self.settings)
+        self.outbox = Outbox(rig.client.ledger.redis, self.settings)
+        self.ledger = WorkerLedger(rig.client.ledger.redis, self.settings)
         self.senders: list[Service] = []
 
     def start_sender(self, **options: Any) -> Service:

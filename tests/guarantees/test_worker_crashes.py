@@ -117,7 +117,7 @@ def test_a_job_that_keeps_killing_workers_becomes_a_dead_letter_and_harms_no_oth
     assert info.error is not None
     assert (info.status, info.error.code) == (Status.FAILED, ErrorCode.ATTEMPTS_EXHAUSTED)
     assert deaths <= 3
-    assert [letter.id for letter in rig.client.operator.dead_letters()] == [poison.id]
+    assert [letter.id for letter in rig.operator.dead_letters()] == [poison.id]
     rig.start_worker()
     rig.all_succeed(others, timeout=60)
 

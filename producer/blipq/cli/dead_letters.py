@@ -7,6 +7,7 @@ import typer
 from blipq.cli.terminal.group import Group
 from blipq.cli.terminal.output import IdArgument, JsonOption, connected, out, status_line
 from blipq.errors import JobNotFound
+from blipq.ledger.operator import OperatorLedger
 
 app = Group("Jobs that are out of attempts.")
 
@@ -22,7 +23,8 @@ def list_(
         blipq dead-letters list --limit 20
     """
     with connected(as_json) as client:
-        for info in client.operator.dead_letters(limit):
+        operator = OperatorLedger.beside(client.ledger)
+        for info in operator.dead_letters(limit):
             if as_json:
                 print(info.model_dump_json(exclude_none=True))
             else:
@@ -52,8 +54,9 @@ def retry(
         blipq dead-letters retry job_0197f2a0-5c7e-7d3b-9a51-3c1d6e0f4a2b
     """
     with connected() as client:
+        operator = OperatorLedger.beside(client.ledger)
         for id in ids:
-            message = client.operator.retry_dead_letter(id)
+            message = operator.retry_dead_letter(id)
             if message is None:
                 raise JobNotFound(f"no dead letter {id}")
             client.broker.publish(message)
@@ -70,7 +73,8 @@ def drop(
         blipq dead-letters drop job_0197f2a0-5c7e-7d3b-9a51-3c1d6e0f4a2b
     """
     with connected() as client:
+        operator = OperatorLedger.beside(client.ledger)
         for id in ids:
-            if not client.operator.drop_dead_letter(id):
+            if not operator.drop_dead_letter(id):
                 raise JobNotFound(f"no dead letter {id}")
             out.print(f"{id}: dropped")

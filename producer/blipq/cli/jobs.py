@@ -194,6 +194,6 @@ def cancel(id: IdArgument, as_json: JsonOption = False) -> None:
         job = client.job(id)
         cancelled = job.cancel()
         if as_json:
-            print(json.dumps({"id": id, "cancelled": cancelled, "status": job.status}))
+            print(json.dumps({"id": id, "cancelled": cancelled, "status": job.status()}))
         else:
-            out.print("cancelled" if cancelled else f"it had ended: {job.status}")
+            out.print("cancelled" if cancelled else f"it had ended: {job.status()}")

@@ -18,6 +18,7 @@ from blipq.cli.terminal.output import (
 )
 from blipq.contract import Status
 from blipq.errors import JobCancelled, JobExpired, JobFailed
+from blipq.ledger.operator import OperatorLedger
 from blipq.ops.overview import Overview, QueueState
 
 app = Group("The queues that jobs wait in.")
@@ -45,7 +46,8 @@ def list_(
         blipq list --status running --model default --json
     """
     with connected(as_json) as client:
-        for info in Overview(client.operator).jobs(status=status, model=model, limit=limit):
+        overview = Overview(OperatorLedger.beside(client.ledger))
+        for info in overview.jobs(status=status, model=model, limit=limit):
             if as_json:
                 print_json(info)
             else:
@@ -86,7 +88,7 @@ def stats(as_json: JsonOption = False) -> None:
         blipq queue stats --json
     """
     with connected(as_json) as client:
-        overview = Overview(client.operator)
+        overview = Overview(OperatorLedger.beside(client.ledger))
         queues = overview.queues()
         totals = {
             "open": overview.open_jobs(),
@@ -122,7 +124,7 @@ def purge(
         blipq queue purge blipq.default.low --yes --json
     """
     with connected(as_json) as client:
-        overview = Overview(client.operator)
+        overview = Overview(OperatorLedger.beside(client.ledger))
         known = {state.queue: state.waiting for state in overview.queues()}
         if not yes:
             question = f"Cancel {known.get(queue, 0):,} jobs that wait in {queue}?"

@@ -8,7 +8,6 @@ from typing import Generic, TypeVar
 from blipq.ledger.async_producer import AsyncProducerLedger
 from blipq.ledger.connection import connect, connect_async
 from blipq.ledger.keys import ended_channel
-from blipq.ledger.operator import OperatorLedger
 from blipq.ledger.producer import ProducerLedger
 from blipq.ledger.protocols import AsyncProducer, Producer
 from blipq.s3.storage import Storage
@@ -21,21 +20,15 @@ T = TypeVar("T")
 
 
 class Services:
-    """The services of one client in one process. A fake may have no ``operator``."""
+    """The services of one client in one process."""
 
     def __init__(
-        self,
-        ledger: Producer,
-        broker: Broker,
-        storage: Storage,
-        notifier: Notifier,
-        operator: OperatorLedger | None = None,
+        self, ledger: Producer, broker: Broker, storage: Storage, notifier: Notifier
     ) -> None:
         self.ledger = ledger
         self.broker = broker
         self.storage = storage
         self.notifier = notifier
-        self.operator = operator
 
     def close(self) -> None:
         """Closes the connections."""
@@ -67,13 +60,11 @@ class Backend:
 
     def services(self, settings: Settings, client: str) -> Services:
         """The services of a client. Connects to nothing yet."""
-        redis = connect(settings)
         return Services(
-            ProducerLedger(redis, settings),
+            ProducerLedger(connect(settings), settings),
             Broker(settings),
             Storage(settings),
             Notifier(lambda: connect(settings), ended_channel(client)),
-            OperatorLedger(redis, settings),
         )
 
     def async_services(self, settings: Settings, client: str) -> AsyncServices:

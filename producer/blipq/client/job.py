@@ -86,9 +86,8 @@ class Job(_Handle, Generic[ResultT]):
             raise not_found(self.id)
         return info
 
-    @property
     def status(self) -> Status:
-        """Where the job is now. Raises JobNotFound."""
+        """The job's status now. Raises JobNotFound."""
         return self.info().status
 
     def wait(self, timeout: float | None = None) -> JobInfo:
@@ -149,7 +148,7 @@ class AsyncJob(_Handle, Generic[ResultT]):
         return info
 
     async def status(self) -> Status:
-        """Where the job is now. Raises JobNotFound."""
+        """The job's status now. Raises JobNotFound."""
         return (await self.info()).status
 
     async def wait(self, timeout: float | None = None) -> JobInfo:

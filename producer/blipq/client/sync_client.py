@@ -42,7 +42,6 @@ from blipq.contract import (
 )
 from blipq.errors import QueueFull, QueueUnavailable
 from blipq.ledger.codec import Message, Polled
-from blipq.ledger.operator import OperatorLedger
 from blipq.ledger.protocols import Producer
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
@@ -96,14 +95,6 @@ class Client:
     def ledger(self) -> Producer:
         """The job records."""
         return self._services().ledger
-
-    @property
-    def operator(self) -> OperatorLedger:
-        """Dead letters, queues and workers. Raises NotImplementedError where a fake has none."""
-        operator = self._services().operator
-        if operator is None:
-            raise NotImplementedError("this backend has no dead letters, queues and workers")
-        return operator
 
     @property
     def broker(self) -> Broker:

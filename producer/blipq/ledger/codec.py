@@ -50,7 +50,6 @@ Recorded = Message | str
 #: What became of a request to cancel a job. ``ended``: it had ended before.
 Cancelled = Literal["cancelled", "ended", "unknown"]
 
-
 #: What became of a submission. ``waits``: created, and no live worker serves its model.
 Outcome = Literal["created", "waits", "exists", "conflict", "full", "unknown"]
 
@@ -123,8 +122,8 @@ def prepare(submission: Submission, settings: Settings, *, notify: str) -> Prepa
 
 def only(ids: Iterable[str]) -> str | None:
     """The id that an error of a call is about, if the call is about one job."""
-    first, *more = ids
-    return None if more else first
+    all_ids = list(ids)
+    return all_ids[0] if len(all_ids) == 1 else None
 
 
 def retention_ms(settings: Settings) -> int:

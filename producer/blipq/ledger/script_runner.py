@@ -2,7 +2,7 @@
 
 import functools
 from importlib import resources
-from typing import Any
+from typing import Any, Self
 
 import redis
 import redis.asyncio
@@ -28,6 +28,13 @@ class ScriptRunner:
         self.redis = client
         self.settings = settings
         self._scripts: dict[str, Any] = {}
+
+    @classmethod
+    def beside(cls, ledger: object) -> Self:
+        """A client of this class on the connections of another. Raises TypeError for a fake."""
+        if not isinstance(ledger, ScriptRunner):
+            raise TypeError(f"{type(ledger).__name__} has no Redis")
+        return cls(ledger.redis, ledger.settings)
 
     def close(self) -> None:
         """Closes the connections."""

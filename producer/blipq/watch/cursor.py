@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from blipq.errors import InvalidRequest
 from blipq.ledger import keys
 from blipq.ledger.connection import redis_errors
+from blipq.ledger.operator import OperatorLedger
 
 #: A watch that stands still for longer starts from then on.
 KEPT_S = 40 * 86400
@@ -41,9 +42,9 @@ class Unsaved:
 class RedisCursor:
     """In Redis, so that it survives the host."""
 
-    def __init__(self, name: str, client: Any) -> None:
+    def __init__(self, name: str, ledger: OperatorLedger) -> None:
         self._key = keys.watch(name)
-        self._redis = client
+        self._redis: Any = ledger.redis
 
     def load(self) -> dict[str, Any]:
         with redis_errors():

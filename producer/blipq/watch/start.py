@@ -4,6 +4,7 @@ from pathlib import Path
 
 from blipq.client.sync_client import Client
 from blipq.errors import InvalidRequest, QueueUnavailable, UnknownModel
+from blipq.ledger.operator import OperatorLedger
 from blipq.ledger.protocols import Producer
 from blipq.s3.outputs import live_workers, why_all_refuse
 from blipq.settings import Settings
@@ -42,7 +43,7 @@ def cursor_of(rules: Rules, client: Client, *, dry_run: bool) -> Cursor:
     if isinstance(state, Path):
         cursor = FileCursor(state)
     else:
-        cursor = RedisCursor(rules.name, client.operator.redis)
+        cursor = RedisCursor(rules.name, OperatorLedger.beside(client.ledger))
     return Unsaved(cursor) if dry_run else cursor
 
 
@@ -71,7 +72,7 @@ def check_models(rules: Rules, ledger: Producer) -> None:
 
 def check_outputs(rules: Rules, client: Client) -> None:
     """Raises InvalidRequest if every live worker of a rule's model would refuse its ``output``."""
-    workers = live_workers(client.operator)
+    workers = live_workers(OperatorLedger.beside(client.ledger))
     for rule in rules.rules:
         _, options = rule.job(rule.sample, watch="sample")
         if options.output is None:

@@ -21,6 +21,7 @@ from blipq.errors import (
     QueueFull,
     QueueUnavailable,
 )
+from blipq.ledger.operator import OperatorLedger
 from blipq.ops.overview import Overview
 from blipq.s3.refusals import OF_THE_ASKER, S3Refused
 from blipq.submission import Submission
@@ -82,7 +83,7 @@ class Watcher:
 
     def __post_init__(self) -> None:
         self.objects = Objects(self.client.storage)
-        self._overview = Overview(self.client.operator)
+        self._overview = Overview(OperatorLedger.beside(self.client.ledger))
         self._refused: dict[Found, None] = {}
         self._pool = ThreadPoolExecutor(LOOKS, thread_name_prefix="blipq-watch")
 

@@ -201,7 +201,7 @@ class Chaos:
             for recipe, outcome in map(self._outcome, self.submitted.items())
             if outcome not in recipe.right
         )
-        dead = {info.id for info in self.rig.client.operator.dead_letters(10_000)}
+        dead = {info.id for info in self.rig.operator.dead_letters(10_000)}
         innocent = [id for id in dead if self.submitted[id].prompt != "exit"]
         forever = self.rig.keys_without_ttl()
         print(f"jobs {len(self.submitted)}, open {self._open()}, faults {dict(self.faults)}")

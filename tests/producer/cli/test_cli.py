@@ -133,9 +133,9 @@ def test_json_is_one_object_on_stdout_and_silence_on_stderr(
 
 def test_nobody_has_to_wait(run: Run, client: Client) -> None:
     ran = run("caption", IMAGE, "--no-wait")
-    assert client.job(ran.stdout.strip()).status == "queued"
+    assert client.job(ran.stdout.strip()).status() == "queued"
     as_json = run("caption", IMAGE, "--no-wait", "--json")
-    assert client.job(json.loads(as_json.stdout)["id"]).status == "queued"
+    assert client.job(json.loads(as_json.stdout)["id"]).status() == "queued"
 
 
 def test_every_option_of_a_job_can_be_given(run: Run, client: Client) -> None:

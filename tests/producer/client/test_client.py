@@ -187,7 +187,7 @@ def test_a_timeout_says_that_the_job_goes_on(client: Client) -> None:
     job = client.caption(IMAGE, model="nobody")
     with pytest.raises(ResultTimeout, match=r"still queued.*no live worker.*'nobody'"):
         job.result(timeout=0.05)
-    assert job.status == "queued"
+    assert job.status() == "queued"
 
 
 def test_a_failure_is_raised_with_its_code(client: Client, ledger: WorkerLedger) -> None:
@@ -219,9 +219,7 @@ def test_without_a_timeout_the_deadline_bounds_the_wait(client: Client) -> None:
         client.caption(IMAGE, expires_in="20ms").result()
 
 
-@pytest.mark.parametrize(
-    "look", [Job.info, Job.wait, Job.result, Job.cancel, lambda job: job.status]
-)
+@pytest.mark.parametrize("look", [Job.info, Job.wait, Job.result, Job.cancel, Job.status])
 def test_an_unknown_id_is_not_found(client: Client, look: Callable[[Job[Any]], object]) -> None:
     with pytest.raises(JobNotFound, match="job_unknown"):
         look(client.job("job_unknown"))
@@ -299,7 +297,7 @@ def test_a_wait_without_a_timeout_ends_when_redis_is_gone_for_good(
     "call",
     [
         lambda client: client.caption(IMAGE),
-        lambda client: client.job("job_1").status,
+        lambda client: client.job("job_1").status(),
         lambda client: client.job("job_1").cancel(),
     ],
 )
@@ -326,7 +324,7 @@ def test_a_frozen_redis_is_told_on_a_connection_that_was_open(own_redis: Setting
         finally:
             os.kill(pid, signal.SIGCONT)
         again = client.submit(_caption_request(), id=raised.value.job_id)
-        assert again.status == "queued"
+        assert again.status() == "queued"
 
 
 def _caption_request() -> Any:

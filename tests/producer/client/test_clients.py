@@ -152,7 +152,7 @@ def test_a_job_comes_to_its_result(client: Any) -> None:
         "default",
     )
     assert info.created_at <= info.started_at <= info.completed_at < info.expires_at
-    assert job.status == "succeeded"
+    assert job.status() == "succeeded"
 
 
 def test_options_come_back_with_the_job(client: Any) -> None:

@@ -120,7 +120,7 @@ def test_a_conflict_stops_it_with_all_before_it_recorded(
     stopped = raised.value
     assert isinstance(stopped.__cause__, IdempotencyConflict)
     assert (stopped.index, stopped.retryable) == (1, False)
-    assert [job.status for job in stopped.jobs] == ["queued"]
+    assert [job.status() for job in stopped.jobs] == ["queued"]
     assert [pending.request for pending in stopped.pending] == [asked(1), asked(2)]
     assert raw_redis.zcard("blipq:open") == 2
     assert raw_redis.llen("blipq.default.normal") == 2
@@ -131,7 +131,7 @@ def test_an_invalid_request_stops_it_with_all_before_it_recorded(client: Client)
     with pytest.raises(SubmitStopped, match="webhook") as raised:
         client.submit_many([asked(0), Submission(asked(1), inside), asked(2)])
     assert isinstance(raised.value.__cause__, InvalidRequest)
-    assert [job.status for job in raised.value.jobs] == ["queued"]
+    assert [job.status() for job in raised.value.jobs] == ["queued"]
     assert [pending.request for pending in raised.value.pending] == [asked(1)]
 
 
@@ -160,7 +160,7 @@ def test_a_full_queue_is_waited_for(apart: Settings) -> None:
         room.start()
         (job,) = client.submit_many([asked(2)], timeout=20)
         room.join()
-        assert job.status == "queued"
+        assert job.status() == "queued"
 
 
 def test_redis_away_stops_it_and_nothing_is_doubled(own_redis: Settings) -> None:
@@ -215,7 +215,7 @@ def test_what_a_job_came_to_is_read_already(
     told = {job.id: job for job in client.as_completed(jobs, timeout=20)}
     raw_redis.flushdb()
     assert told[jobs[0].id].result().text == "a cat"
-    assert told[jobs[1].id].status == "cancelled"
+    assert told[jobs[1].id].status() == "cancelled"
 
 
 def test_jobs_of_another_client_are_waited_for(
@@ -226,7 +226,7 @@ def test_jobs_of_another_client_are_waited_for(
         later = [threading.Timer(0.1, finish, (ledger, job.id)) for job in jobs]
         for timer in later:
             timer.start()
-        assert {job.status for job in other.as_completed(jobs, timeout=20)} == {"succeeded"}
+        assert {job.status() for job in other.as_completed(jobs, timeout=20)} == {"succeeded"}
         for timer in later:
             timer.join()
 

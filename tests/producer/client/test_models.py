@@ -103,8 +103,8 @@ def test_a_served_model_has_no_warning_and_no_note(
 
 def test_default_and_what_a_setting_names_are_always_known(client: Client) -> None:
     assert client.settings.known_models == ("nobody", "other", "forgotten", "m", "demo")
-    assert client.caption(IMAGE).status == "queued"
-    assert client.caption(IMAGE, model="nobody").status == "queued"
+    assert client.caption(IMAGE).status() == "queued"
+    assert client.caption(IMAGE, model="nobody").status() == "queued"
     for part in ("nobod", "body", "other m", ""):
         with pytest.raises(InvalidRequest, match="model"):
             client.caption(IMAGE, model=part)
@@ -203,7 +203,7 @@ def test_the_last_error_of_a_retried_job_is_told_until_it_ends(
         job.result(timeout=0)
     assert (told.code, told.message) == ("image_unavailable", "HTTP 503")
     wait_until(lambda: _claimed(ledger, job.id), "the retry")
-    claim = ledger.claim(job.id, "w1") if job.status == "queued" else _held[job.id]
+    claim = ledger.claim(job.id, "w1") if job.status() == "queued" else _held[job.id]
     ledger.fail(claim, error.replace("503", "500"), "{}")
     info = job.info()
     assert info.last_error is None

@@ -36,7 +36,7 @@ def test_a_job_goes_through_a_unix_socket(socket_file: Path) -> None:
     settings = Settings(redis_url=f"unix://:p%40ss%2F%23%3F@{socket_file}?db=3")
     with Client(settings) as client:
         job = client.caption(IMAGE)
-        assert job.status == "queued"
+        assert job.status() == "queued"
         assert client.ledger.redis.llen("blipq.default.normal") == 1, "Celery's side, too"
 
     async def submit() -> str:

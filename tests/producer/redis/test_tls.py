@@ -243,7 +243,7 @@ def test_who_asks_for_no_verification_gets_none_on_either_side(
     settings, _ = misnamed
     url = settings.redis_url.partition("?")[0] + "?ssl_cert_reqs=none"
     with Client(settings.model_copy(update={"redis_url": url})) as client:
-        assert client.caption(IMAGE).status == "queued"
+        assert client.caption(IMAGE).status() == "queued"
         assert client.ledger.redis.llen("blipq.default.normal") == 1
 
 
@@ -368,7 +368,7 @@ def test_sentinels_over_tls_are_verified_by_both_sides(
     )
     settings = Settings(redis_url=f"{url}?ssl_ca_certs={certificate}")
     with Client(settings) as client:
-        assert client.caption(IMAGE).status == "queued"
+        assert client.caption(IMAGE).status() == "queued"
         assert client.ledger.redis.llen("blipq.default.normal") == 1
     heard = len(asked.heard), len(master.heard)
     assert all(heard)

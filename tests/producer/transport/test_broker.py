@@ -89,7 +89,7 @@ def test_a_broker_that_is_down_is_told_in_time(apart: Settings) -> None:
 def test_a_submit_succeeds_when_only_the_message_is_lost(apart: Settings) -> None:
     with Client(apart.model_copy(update={"broker_url": NOWHERE})) as client:
         job = client.caption("s3://uploads/cat.jpg")
-        assert job.status == "queued"
+        assert job.status() == "queued"
 
 
 class Broken(Exception):

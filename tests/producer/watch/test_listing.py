@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from blipq import Client, InvalidRequest
+from blipq.ledger.operator import OperatorLedger
 from blipq.watch.cursor import Cursor, FileCursor, RedisCursor, Unsaved
 from blipq.watch.listing import Backfill, Listing
 from blipq.watch.objects import Objects, Page, Upload
@@ -210,11 +211,12 @@ def test_what_comes_during_a_backfill_is_found_by_the_first_listing(
 
 
 def test_a_cursor_in_redis_expires_long_after_it_was_used(client: Client) -> None:
-    cursor = RedisCursor("uploads", client.operator.redis)
+    ledger = OperatorLedger.beside(client.ledger)
+    cursor = RedisCursor("uploads", ledger)
     assert cursor.load() == {}
     cursor.save({"listed_at": "now"})
-    assert RedisCursor("uploads", client.operator.redis).load() == {"listed_at": "now"}
-    assert 30 * 86400 < int(client.ledger.redis.ttl("blipq:watch:uploads")) <= 40 * 86400  # type: ignore[arg-type]
+    assert RedisCursor("uploads", ledger).load() == {"listed_at": "now"}
+    assert 30 * 86400 < int(ledger.redis.ttl("blipq:watch:uploads")) <= 40 * 86400  # type: ignore[arg-type]
 
 
 def test_a_cursor_file_that_is_something_else_is_not_overwritten(tmp_path: Path) -> None:

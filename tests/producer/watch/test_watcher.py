@@ -361,7 +361,7 @@ def test_the_command_takes_what_is_there_once(
     ran = command("--backfill", "--once", "--json")
     assert ran.exit_code == 0, ran.output
     told = json.loads(ran.stdout)
-    assert client.job(told["id"]).status == "queued"
+    assert client.job(told["id"]).status() == "queued"
     assert told["output"].endswith("/cat.jpg.json")
     again = command("--backfill", "--once")
     assert again.stdout == ""

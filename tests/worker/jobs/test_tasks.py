@@ -464,7 +464,7 @@ def test_an_output_is_there_before_the_job_ends(
     put = parts.client.storage.put_over
 
     def watched(*args: Any, **kwargs: Any) -> bool:
-        statuses.append(job.status)
+        statuses.append(job.status())
         return put(*args, **kwargs)
 
     monkeypatch.setattr(parts.client.storage, "put_over", watched)
@@ -776,7 +776,7 @@ def test_a_job_that_waits_to_run_alone_goes_back_through_lost_answers(
     hiccup(parts, held, ran=False)
     with ThreadPoolExecutor(1) as thread, parts.gate.shared():
         run = thread.submit(parts.run, job)
-        wait_until(lambda: job.status == "running", "its claim")
+        wait_until(lambda: job.status() == "running", "its claim")
         parts.gate.close()
     info = run.result(timeout=10)
     assert (info.status, info.attempts) == ("queued", 1)
@@ -871,7 +871,7 @@ def test_a_newer_contract_stays_in_its_queue(parts: Parts, picture: bytes) -> No
     job = parts.client.caption(picture)
     parts.ledger.redis.hset(f"blipq:job:{job.id}", "contract", 99)
     parts.run(job)
-    assert (job.status, job.info().attempts) == ("queued", 0)
+    assert (job.status(), job.info().attempts) == ("queued", 0)
 
 
 class Faults:
@@ -986,7 +986,7 @@ def test_a_job_that_may_have_killed_its_worker_runs_alone(parts: Parts, picture:
     wait_until(lambda: parts.ledger.reconcile().messages, "the other worker's lease to run out")
     parts.run(job)
     assert alone == [True]
-    assert (job.status, job.info().attempts) == ("succeeded", 2)
+    assert (job.status(), job.info().attempts) == ("succeeded", 2)
 
 
 def test_a_job_that_is_cancelled_while_it_waits_to_run_alone_does_not(
@@ -997,13 +997,13 @@ def test_a_job_that_is_cancelled_while_it_waits_to_run_alone_does_not(
     wait_until(lambda: parts.ledger.reconcile().messages, "the other worker's lease to run out")
     with ThreadPoolExecutor(1) as thread, parts.gate.shared():
         run = thread.submit(parts.run, job)
-        wait_until(lambda: job.status == "running", "its claim")
+        wait_until(lambda: job.status() == "running", "its claim")
         job.cancel()
     run.result(timeout=10)
-    assert job.status == "cancelled"
+    assert job.status() == "cancelled"
     assert not parts.runner._held.claims()
     parts.run(other)
-    assert other.status == "succeeded"
+    assert other.status() == "succeeded"
 
 
 # --- messages of foreign clients ------------------------------------------------------------------
@@ -1095,17 +1095,17 @@ def test_a_malformed_message_about_a_known_job_changes_nothing(
 ) -> None:
     job = parts.client.caption(picture)
     parts.runner.refuse(Malformed("malformed message: no body", job.id))
-    assert job.status == "queued"
+    assert job.status() == "queued"
 
 
 def test_a_revoked_job_is_cancelled_wherever_it_is(parts: Parts, picture: bytes) -> None:
     job = parts.client.caption(picture)
     assert parts.runner.cancel(job.id)
-    assert job.status == "cancelled"
+    assert job.status() == "cancelled"
     assert not parts.runner.cancel("job_unknown")
     request = {"image": "s3://uploads/a.png"}
     assert parts.runner.cancel_sent(Kind.CAPTION, "job_foreign", request)
-    assert parts.client.job("job_foreign").status == "cancelled"
+    assert parts.client.job("job_foreign").status() == "cancelled"
 
 
 def test_a_job_whose_message_had_expired_is_recorded_as_expired(
@@ -1116,9 +1116,9 @@ def test_a_job_whose_message_had_expired_is_recorded_as_expired(
     parts.runner.expire_sent(Kind.CAPTION, "job_odd", request, ["odd"])
     known = parts.client.caption(picture)
     parts.runner.expire_sent(Kind.CAPTION, known.id)
-    wait_until(lambda: parts.client.job("job_foreign").status == "expired", "its deadline")
-    assert parts.client.job("job_odd").status == "failed"
-    assert known.status == "queued"
+    wait_until(lambda: parts.client.job("job_foreign").status() == "expired", "its deadline")
+    assert parts.client.job("job_odd").status() == "failed"
+    assert known.status() == "queued"
 
 
 def test_an_expired_message_while_redis_is_away_ends_nothing(parts: Parts) -> None:
@@ -1131,7 +1131,7 @@ def test_a_revoke_while_redis_is_away_ends_nothing(parts: Parts, picture: bytes)
     job = parts.client.caption(picture)
     Faults(parts.ledger, "cancel", LOST, ran=False)
     assert not parts.runner.cancel(job.id)
-    assert job.status == "queued"
+    assert job.status() == "queued"
 
 
 def test_a_message_without_a_job_is_dropped(parts: Parts) -> None:

@@ -91,7 +91,7 @@ def test_a_job_that_a_client_recorded_keeps_its_message_until_it_ends(
         job.cancel()
         sweep(undeclared)
         assert raw.llen("blipq.nobody.normal") == 0
-        assert job.status == "cancelled"
+        assert job.status() == "cancelled"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import redis
 from blipq import Client, Options, QueueUnavailable, Settings
 from blipq.contract import CaptionRequest
 from blipq.ledger.connection import connect
+from blipq.ledger.operator import OperatorLedger
 from blipq.ledger.worker import Claim, Turn, WorkerLedger
 from blipq_worker.claims import Held
 from blipq_worker.process.heartbeat import EXIT_HUNG, Heartbeat
@@ -53,7 +54,7 @@ def heartbeat(ledger: WorkerLedger, held: Held, **changes: Any) -> Heartbeat:
 
 def test_a_worker_says_where_its_jobs_may_write(client: Client, ledger: WorkerLedger) -> None:
     heartbeat(ledger, Held(), outputs=("answers",)).tick()
-    assert client.operator.workers()["w1"]["outputs"] == ["answers"]
+    assert OperatorLedger.beside(client.ledger).workers()["w1"]["outputs"] == ["answers"]
 
 
 # --- held -----------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ def test_a_sweep_goes_on_until_nothing_is_due(client: Client, ledger: WorkerLedg
     assert ledger.redis.zcard("blipq:running") == 0
     assert ledger.redis.llen(QUEUE) == 250
     assert ledger.redis.zcard("blipq:open") == 250
-    assert {job.status for job in dying[:3]} == {"expired"}
+    assert {job.status() for job in dying[:3]} == {"expired"}
 
 
 def test_one_worker_at_a_time_sweeps(client: Client, ledger: WorkerLedger) -> None:

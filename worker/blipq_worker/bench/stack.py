@@ -13,6 +13,7 @@ from typing import Any
 from blipq import Client, Job, JobInfo
 from blipq.contract import ImageRef, Options, Request, Status
 from blipq.errors import BlipqError
+from blipq.ledger.operator import OperatorLedger
 from blipq.local.fleet import shares_of_cores
 from blipq.local.stack import LocalStack, worker_service
 from blipq.local.supervisor import Service
@@ -112,7 +113,8 @@ class Stack:
         processes: int = 1,
     ) -> None:
         """Starts workers that share the cores, or what stands in for them, and waits for them."""
-        before = set(self.client.operator.workers())
+        operator = OperatorLedger.beside(self.client.ledger)
+        before = set(operator.workers())
         for _ in range(processes):
             worker = worker_service(
                 {**shares_of_cores(processes), **self.local.environment(), **environment},
@@ -123,7 +125,7 @@ class Stack:
             worker.start()
             self.workers.append(worker)
         deadline = time.monotonic() + START_TIMEOUT_S
-        while len(set(self.client.operator.workers()) - before) < processes:
+        while len(set(operator.workers()) - before) < processes:
             for worker in self.workers:
                 if worker.exit_code is not None or time.monotonic() > deadline:
                     raise BenchError(f"the worker does not serve:\n{worker.last_words()}")

@@ -16,6 +16,7 @@ from blipq.client.job import Job
 from blipq.client.sync_client import Client
 from blipq.contract import ImageRef, JobInfo
 from blipq.errors import BlipqError, ResultTimeout
+from blipq.ledger.operator import OperatorLedger
 from blipq.local.stack import LocalStack, worker_service
 from blipq.local.supervisor import Service
 from blipq.settings import CONNECTION_FIELDS
@@ -156,8 +157,9 @@ def upload(shown: Sequence[Demonstration], parts: Parts) -> list[ImageRef]:
 def wait_for_worker(parts: Parts) -> None:
     """Waits until the worker serves the model."""
     deadline = time.monotonic() + START_TIMEOUT_S
+    operator = OperatorLedger.beside(parts.client.ledger)
     with errors.status("the worker loads the model"):
-        while not parts.client.operator.workers():
+        while not operator.workers():
             parts.check()
             if time.monotonic() > deadline:
                 raise DemoError(f"the worker is not ready after {START_TIMEOUT_S:g} s")
