@@ -1,0 +1,43 @@
+"""What all parts of the contract share."""
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+#: Goes up when a worker must know something new to run a job. A worker that meets a newer number
+#: leaves the job in its queue, so workers are deployed before producers.
+CONTRACT = 1
+
+
+class Input(BaseModel):
+    """Base of what callers send: an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Output(BaseModel):
+    """Base of what workers send: unknown fields are ignored, so that they can be added."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Kind(StrEnum):
+    """What a job asks of the model; also the verb in the CLI and on the client."""
+
+    CAPTION = "caption"
+    VQA = "vqa"
+    MATCH = "match"
+    EMBED = "embed"
+    DESCRIBE = "describe"
+    SEARCH = "search"
+
+
+#: Names of served models and indexes end up in queue names, keys and folders.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+MetadataName = Annotated[str, Field(max_length=64)]
+MetadataValue = Annotated[str, Field(max_length=512)]
+
+#: At most 16 pairs.
+Metadata = Annotated[dict[MetadataName, MetadataValue], Field(max_length=16)]
