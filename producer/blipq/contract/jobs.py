@@ -27,12 +27,12 @@ TERMINAL_STATUSES = frozenset(
 
 
 class Receipt(Output):
-    """What the work took and who did it. Times in milliseconds.
+    """How long the work took, and what did it. Times in milliseconds.
 
-    ``vision_ms`` is part of the passes that it is told beside: of ``generate_ms`` and the like. It
-    is 0, and ``cache_hit`` true, where the model had seen the image before and need not look again;
-    then ``decode_ms`` is missing. ``shared``: an equal job computed the answer at the same time, so
-    this one's own passes are missing. ``note`` says what a person should know about the answer.
+    ``vision_ms`` is part of the passes beside it: of ``generate_ms`` and the like. It is 0, and
+    ``cache_hit`` true, where the image's features were cached; then ``decode_ms`` is missing.
+    ``shared``: the request was coalesced with an equal one that ran at the same time, so this job
+    has no passes of its own. ``note`` is a remark on the answer for people.
     """
 
     queue_ms: float | None = None

@@ -21,7 +21,7 @@ from blipq.contract.results import (
 
 
 class Asks(Generic[ResultT]):
-    """Base of requests: its parameter is the type of the result."""
+    """Base of requests; its parameter is the type of the result."""
 
 
 #: What metadata must hold; a list means any of its values.
@@ -173,8 +173,9 @@ class SearchRequest(Input, Asks[SearchResult]):
     """Find images in an index by a text or by an image.
 
     The ``top_k`` nearest by cosine are found first. For a text, the ``rerank`` nearest are then
-    looked at again together with the text, and come first, by matching logit plus cosine; 0 leaves
-    that out. ``filter`` names metadata that a hit must have; a list means any of its values.
+    scored together with the text by the matching head, and come first, by matching logit plus
+    cosine; 0 leaves that out. ``filter`` names metadata that a hit must have; a list means any of
+    its values.
     """
 
     kind: Literal[Kind.SEARCH] = Kind.SEARCH

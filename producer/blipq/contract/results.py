@@ -15,7 +15,7 @@ EmbedDtype = Literal["float16", "float32"]
 
 
 class Caption(Output):
-    """One caption; ``score`` is its image-text matching probability where that was asked for."""
+    """One caption; ``score`` is its image-text matching probability if requested."""
 
     text: str
     score: float | None = None
@@ -54,7 +54,7 @@ class Answer(Output):
 
 
 class VQAResult(Output):
-    """An answer per question, in the order asked."""
+    """An answer per question, in the order of the request."""
 
     kind: Literal[Kind.VQA] = Kind.VQA
     answers: tuple[Answer, ...]
@@ -129,7 +129,7 @@ class EmbedResult(Output):
 
 
 class DescribeResult(Output):
-    """The parts that were asked for."""
+    """The parts that were requested."""
 
     kind: Literal[Kind.DESCRIBE] = Kind.DESCRIBE
     caption: CaptionResult | None = None
@@ -143,7 +143,7 @@ class Hit(Output):
 
     itc: the cosine with the query, of the best of the image's 32 vectors (with an image as query:
     the mean of that over the query's 32). itm: the probability that image and text match, where
-    they were looked at together.
+    the matching head scored them together.
     """
 
     id: str
@@ -154,7 +154,7 @@ class Hit(Output):
 
 
 class Skipped(Output):
-    """An image of the index that could not be looked at again, and why."""
+    """An image of the index that could not be read again to be reranked, and why."""
 
     id: str
     code: ErrorCode
