@@ -1,6 +1,7 @@
 """Names in Redis and in the broker: one module spells them, and Lua gets them from there."""
 
 import ast
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import blipq
 import blipq_worker
 from blipq import Kind, Priority
 from blipq.ledger import keys
+from conftest import ROOT
 
 PACKAGES = [Path(str(package.__file__)).parent for package in (blipq, blipq_worker)]
 OWNER = PACKAGES[0] / "ledger" / "keys.py"
@@ -54,6 +56,21 @@ def test_every_constant_of_the_header_is_used_by_a_script() -> None:
     scripts = "".join(path.read_text() for path in SCRIPTS)
     for name in re.findall(r"local ([A-Z_]+) =", keys.lua_header()):
         assert re.search(rf"\b{name}\b", scripts), name
+
+
+def made() -> Iterator[str]:
+    """Every key and channel, without the name that is put behind it."""
+    for value in vars(keys).values():
+        if inspect.isfunction(value) and len(inspect.signature(value).parameters) == 1:
+            value = value("")
+        if isinstance(value, str) and value.startswith("blipq:"):
+            yield value
+
+
+def test_every_key_and_channel_is_documented() -> None:
+    pages = "".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
+    assert [key for key in made() if f"`{key}" not in pages] == []
+    assert len(list(made())) > 25
 
 
 def test_each_model_and_priority_has_a_queue() -> None:

@@ -7,23 +7,14 @@ from typing import Generic, Protocol, cast
 from blipq.client.waiting import not_found
 from blipq.contract import JobInfo, ResultT, Status
 from blipq.errors import JobCancelled, JobExpired, JobFailed, ResultTimeout
-
-
-class _Ledger(Protocol):
-    def read(self, id: str) -> JobInfo | None: ...
-    def cancel(self, id: str) -> str: ...
-
-
-class _AsyncLedger(Protocol):
-    async def read(self, id: str) -> JobInfo | None: ...
-    async def cancel(self, id: str) -> str: ...
+from blipq.ledger.protocols import AsyncProducer, Producer
 
 
 class _Client(Protocol):
     """What a handle needs of a ``Client``."""
 
     @property
-    def ledger(self) -> _Ledger: ...
+    def ledger(self) -> Producer: ...
 
     def outcomes(
         self, ids: Iterable[str], timeout: float | None = None, *, expires: float | None = None
@@ -34,7 +25,7 @@ class _AsyncClient(Protocol):
     """What a handle needs of an ``AsyncClient``."""
 
     @property
-    def ledger(self) -> _AsyncLedger: ...
+    def ledger(self) -> AsyncProducer: ...
 
     def outcomes(
         self, ids: Iterable[str], timeout: float | None = None, *, expires: float | None = None
