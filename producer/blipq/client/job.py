@@ -147,8 +147,8 @@ class AsyncJob(_Handle, Generic[ResultT]):
         if self._ended is not None:
             return self._ended
         try:
-            asked = self._client.outcomes([self.id], timeout, expires=self._expires)
-            async with aclosing(asked) as outcomes:
+            ending = self._client.outcomes([self.id], timeout, expires=self._expires)
+            async with aclosing(ending) as outcomes:
                 return await anext(outcomes)
         except ResultTimeout as error:
             info = await self.info()

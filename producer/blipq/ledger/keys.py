@@ -101,7 +101,7 @@ def ended_channel(client: str) -> str:
 
 
 def waiting(queue: str) -> tuple[str, str]:
-    """Both zsets of the jobs that wait in a queue; the lowest score is the age of the oldest."""
+    """Both zsets of the jobs that wait in a queue; the oldest has the lowest score."""
     return queued(queue), again(queue)
 
 
