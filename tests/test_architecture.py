@@ -90,7 +90,7 @@ def test_layers_and_other_import_contracts_hold_for_every_module() -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-@pytest.mark.parametrize("root", [PRODUCER, WORKER], ids=lambda root: root.name)
+@pytest.mark.parametrize("root", [PRODUCER, WORKER, ROOT / "tests"], ids=lambda root: root.name)
 def test_a_folder_can_be_taken_in_at_a_glance(root: Path) -> None:
     counts = Counter(path.parent.relative_to(root) for path in root.rglob("*.py"))
     assert {str(folder): count for folder, count in counts.items() if count > MOST_MODULES} == {}

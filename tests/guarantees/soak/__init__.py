@@ -1,1 +1,1 @@
-"""Long runs under faults, with an audit at the end: programs, of which tests make short runs."""
+"""Long runs under faults, with an audit at the end, and short ones of them as tests."""
