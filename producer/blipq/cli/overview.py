@@ -18,8 +18,7 @@ from blipq.cli.terminal.output import (
 )
 from blipq.contract import Status
 from blipq.errors import JobCancelled, JobExpired, JobFailed
-from blipq.ledger.operator import OperatorLedger
-from blipq.ops.overview import Overview, QueueState
+from blipq.ledger.operator import OperatorLedger, QueueState
 
 app = Group("The queues that jobs wait in.")
 
@@ -46,8 +45,8 @@ def list_(
         blipq list --status running --model default --json
     """
     with connected(as_json) as client:
-        overview = Overview(OperatorLedger.beside(client.ledger))
-        for info in overview.jobs(status=status, model=model, limit=limit):
+        operator = OperatorLedger.beside(client.ledger)
+        for info in operator.jobs(status=status, model=model, limit=limit):
             if as_json:
                 print_json(info)
             else:
@@ -88,12 +87,12 @@ def stats(as_json: JsonOption = False) -> None:
         blipq queue stats --json
     """
     with connected(as_json) as client:
-        overview = Overview(OperatorLedger.beside(client.ledger))
-        queues = overview.queues()
+        operator = OperatorLedger.beside(client.ledger)
+        queues = operator.queues()
         totals = {
-            "open": overview.open_jobs(),
-            "running": overview.running(),
-            "delayed": overview.delayed(),
+            "open": operator.open_jobs(),
+            "running": operator.running(),
+            "delayed": operator.delayed(),
         }
     if as_json:
         print(json.dumps({**totals, "queues": [queue.as_dict() for queue in queues]}))
@@ -124,12 +123,12 @@ def purge(
         blipq queue purge blipq.default.low --yes --json
     """
     with connected(as_json) as client:
-        overview = Overview(OperatorLedger.beside(client.ledger))
-        known = {state.queue: state.waiting for state in overview.queues()}
+        operator = OperatorLedger.beside(client.ledger)
+        known = {state.queue: state.waiting for state in operator.queues()}
         if not yes:
             question = f"Cancel {known.get(queue, 0):,} jobs that wait in {queue}?"
             typer.confirm(question, abort=True, err=True)
-        cancelled = overview.purge(queue)
+        cancelled = operator.purge(queue)
         if as_json:
             print(json.dumps({"queue": queue, "cancelled": cancelled}))
         else:

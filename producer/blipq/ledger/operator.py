@@ -1,30 +1,152 @@
-"""An operator's client of the ledger: dead letters, queues to empty, live workers."""
+"""An operator's client of the ledger: many jobs at a glance, queues, workers and dead letters."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from blipq.contract import JobInfo, Kind
+from blipq.contract import TERMINAL_STATUSES, JobInfo, Kind, Status
 from blipq.ledger import codec, keys
 from blipq.ledger.codec import Message
 from blipq.ledger.connection import redis_errors
 from blipq.ledger.script_runner import ScriptRunner
 
+#: The most members of one index that are read for a list or purged in a round trip.
+CHUNK = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """A queue. ``oldest_s``: how long ago its oldest waiting job was published."""
+
+    queue: str
+    waiting: int
+    oldest_s: float | None
+    live_workers: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @property
+    def model(self) -> str:
+        """The served model of the queue."""
+        return keys.model_of(self.queue)
+
 
 class OperatorLedger(ScriptRunner):
-    """Dead letters are jobs that are out of attempts. Raises QueueUnavailable."""
+    """Reads the ledger's indexes, and changes many jobs. Raises QueueUnavailable."""
+
+    # -- jobs --
 
     def read(self, id: str) -> JobInfo | None:
         """A job as it is now; None for an unknown id."""
         with redis_errors(id):
             return codec.job_of(id, self._run("read", id))
 
+    def open_jobs(self) -> int:
+        """How many jobs have not ended."""
+        return self._size(keys.OPEN)
+
+    def running(self) -> int:
+        """How many jobs a worker holds."""
+        return self._size(keys.RUNNING)
+
+    def delayed(self) -> int:
+        """How many jobs wait for a retry."""
+        return self._size(keys.DELAYED)
+
+    def _size(self, key: str) -> int:
+        with redis_errors():
+            return int(self.redis.zcard(key))
+
+    def jobs(
+        self, *, status: Status | None = None, model: str | None = None, limit: int = 100
+    ) -> list[JobInfo]:
+        """Jobs, the newest first: of those that ended, the last thousand are known."""
+        with redis_errors():
+            ids = dict.fromkeys(self._candidates(status))
+        infos = [
+            info
+            for info in self._read_all(ids)
+            if status in (None, info.status) and model in (None, info.model)
+        ]
+        return sorted(infos, key=lambda info: info.created_at, reverse=True)[:limit]
+
+    def _candidates(self, status: Status | None) -> Iterator[str]:
+        """Ids of jobs that may have the status: for open ones, the latest deadlines first."""
+        if status is Status.RUNNING:
+            yield from self._newest(keys.RUNNING)
+        elif status is Status.QUEUED:
+            for queue in self._queue_names():
+                yield from self._newest(keys.queued(queue))
+            yield from self._newest(keys.DELAYED)
+        elif status is None:
+            yield from self._newest(keys.OPEN)
+        if status is None or status in TERMINAL_STATUSES:
+            yield from self._newest(keys.RECENT)
+
+    def _newest(self, key: str, limit: int = CHUNK) -> list[str]:
+        return cast("list[str]", self.redis.zrevrange(key, 0, limit - 1))
+
+    def _read_all(self, ids: Iterable[str]) -> Iterator[JobInfo]:
+        return (info for id in ids if (info := self.read(id)) is not None)
+
+    # -- queues --
+
+    def queues(self) -> list[QueueState]:
+        """The queues in use."""
+        with redis_errors():
+            seconds, micros = self.redis.time()
+            return [self._queue(queue, seconds + micros / 1e6) for queue in self._queue_names()]
+
+    def _queue_names(self) -> list[str]:
+        return sorted(cast("list[str]", self.redis.zrange(keys.QUEUES, 0, -1)))
+
+    def _queue(self, queue: str, now: float) -> QueueState:
+        serving = keys.serving(keys.model_of(queue))
+        first = (self.redis.zrange(key, 0, 0, withscores=True) for key in keys.waiting(queue))
+        since = [score for found in first for _, score in cast("Any", found)]
+        return QueueState(
+            queue=queue,
+            waiting=int(self.redis.zcard(keys.queued(queue))),
+            oldest_s=now - min(since) / 1000 if since else None,
+            live_workers=int(self.redis.zcount(serving, now * 1000, "+inf")),
+        )
+
+    def purge(self, queue: str) -> int:
+        """Cancels the jobs that wait in a queue; returns how many.
+
+        One that a worker claims meanwhile goes on.
+        """
+        cancelled = 0
+        while True:
+            with redis_errors():
+                ids = cast("list[str]", self.redis.zrange(keys.queued(queue), 0, CHUNK - 1))
+                if not ids:
+                    return cancelled
+                cancelled += int(self._run("purge", queue, *ids))
+
+    # -- workers --
+
+    def workers(self) -> dict[str, dict[str, Any]]:
+        """The live workers by name, with what each reports of itself."""
+        with redis_errors():
+            found = list(self.redis.scan_iter(keys.worker("*"), count=1000))
+            texts = cast("list[str | None]", self.redis.mget(found)) if found else []
+        return {
+            key.removeprefix(keys.worker("")): json.loads(text)
+            for key, text in zip(found, texts, strict=True)
+            if text is not None
+        }
+
+    # -- dead letters: jobs that are out of attempts --
+
     def dead_letters(self, limit: int = 100) -> list[JobInfo]:
         """The newest dead letters."""
         with redis_errors():
-            ids = cast("list[str]", self.redis.zrevrange(keys.DEAD_LETTERS, 0, limit - 1))
-        found = (self.read(id) for id in ids)
-        return [info for info in found if info is not None]
+            ids = self._newest(keys.DEAD_LETTERS, limit)
+        return list(self._read_all(ids))
 
     def retry_dead_letter(self, id: str) -> Message | None:
         """Queues a dead letter again, alone, with fresh attempts; the message to publish.
@@ -45,19 +167,3 @@ class OperatorLedger(ScriptRunner):
                 return False
             self.redis.delete(keys.job(id))
         return True
-
-    def purge(self, queue: str, ids: Sequence[str]) -> int:
-        """Cancels those of these jobs that still wait in the queue; returns how many."""
-        with redis_errors():
-            return int(self._run("purge", queue, *ids))
-
-    def workers(self) -> dict[str, dict[str, Any]]:
-        """The live workers by name, with what each reports of itself."""
-        with redis_errors():
-            found = list(self.redis.scan_iter(keys.worker("*"), count=1000))
-            texts = cast("list[str | None]", self.redis.mget(found)) if found else []
-        return {
-            key.removeprefix(keys.worker("")): json.loads(text)
-            for key, text in zip(found, texts, strict=True)
-            if text is not None
-        }

@@ -357,22 +357,18 @@ def _outputs(model: str, serving: list[dict[str, Any]]) -> Finding:
 
 def _queues(settings: Settings) -> Findings:
     with connect(settings) as raw:
-        seconds, _ = raw.time()
-        for queue in cast("list[str]", raw.zrange(keys.QUEUES, 0, -1)):
-            model = keys.model_of(queue)
-            first = (raw.zrange(key, 0, 0, withscores=True) for key in keys.waiting(queue))
-            since = [score for found in first for _, score in cast("Any", found)]
-            if not since:
-                continue
-            age = seconds - min(since) / 1000
-            count = raw.zcard(keys.queued(queue))
-            message = f"{queue}: {count} waiting, the oldest for {age:.0f} s"
-            if raw.zcount(keys.serving(model), seconds * 1000, "+inf"):
-                yield Finding("ok", "queues", message)
-            else:
-                advice = f"start a worker: BLIPQ_MODELS={model}=... {blipq('worker')}"
-                yield Finding("bad", "queues", f"{message}, and no live worker", advice)
-        yield _dead_letters(raw.zcard(keys.DEAD_LETTERS))
+        queues = OperatorLedger(raw, settings).queues()
+        dead = raw.zcard(keys.DEAD_LETTERS)
+    for state in queues:
+        if state.oldest_s is None:
+            continue
+        message = f"{state.queue}: {state.waiting} waiting, the oldest for {state.oldest_s:.0f} s"
+        if state.live_workers:
+            yield Finding("ok", "queues", message)
+        else:
+            advice = f"start a worker: BLIPQ_MODELS={state.model}=... {blipq('worker')}"
+            yield Finding("bad", "queues", f"{message}, and no live worker", advice)
+    yield _dead_letters(dead)
 
 
 def _webhooks(settings: Settings) -> Findings:

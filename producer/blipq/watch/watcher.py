@@ -22,7 +22,6 @@ from blipq.errors import (
     QueueUnavailable,
 )
 from blipq.ledger.operator import OperatorLedger
-from blipq.ops.overview import Overview
 from blipq.s3.refusals import OF_THE_ASKER, S3Refused
 from blipq.submission import Submission
 from blipq.watch.objects import Objects, Upload
@@ -83,7 +82,7 @@ class Watcher:
 
     def __post_init__(self) -> None:
         self.objects = Objects(self.client.storage)
-        self._overview = Overview(OperatorLedger.beside(self.client.ledger))
+        self._operator = OperatorLedger.beside(self.client.ledger)
         self._refused: dict[Found, None] = {}
         self._pool = ThreadPoolExecutor(LOOKS, thread_name_prefix="blipq-watch")
 
@@ -168,7 +167,7 @@ class Watcher:
         return sidecar is not None and sidecar.modified >= wanted.upload.modified
 
     def _wait_for_room(self, window: int) -> None:
-        while not self.dry_run and self._patiently(self._overview.open_jobs) >= window:
+        while not self.dry_run and self._patiently(self._operator.open_jobs) >= window:
             if self.stop.wait(ROOM_EVERY_S):
                 raise Stopped
 

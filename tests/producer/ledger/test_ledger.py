@@ -28,7 +28,6 @@ from blipq.ledger.codec import Message
 from blipq.ledger.connection import connect, redis_errors
 from blipq.ledger.operator import OperatorLedger
 from blipq.ledger.worker import MAX_CRASHES, Claim, Turn, WorkerLedger
-from blipq.ops.overview import Overview
 from conftest import wait_until
 
 IMAGE = "s3://uploads/cat.jpg"
@@ -606,20 +605,18 @@ def test_the_age_of_a_job_counts_from_its_first_message(ledger: WorkerLedger) ->
     first = ledger.redis.zscore(f"blipq:queued:{QUEUE}", "job_1")
     ledger.register("w1", ["default"], "{}", ttl_s=60, spare=True)
     published_again(ledger, grace_s=SOON_S)
-    (queue,) = Overview(OperatorLedger(ledger.redis, ledger.settings)).queues()
+    (queue,) = OperatorLedger.beside(ledger).queues()
     assert queue.oldest_s == pytest.approx((now_ms(ledger) - float(first)) / 1000, abs=0.5)
     assert queue.oldest_s >= SOON_S
     claimed(ledger)
-    assert Overview(OperatorLedger(ledger.redis, ledger.settings)).queues()[0].oldest_s is None
+    assert OperatorLedger.beside(ledger).queues()[0].oldest_s is None
 
 
 def test_a_queue_without_jobs_is_passed_over_until_it_has_one(ledger: WorkerLedger) -> None:
     claim = running(ledger)
     ledger.reconcile()
     assert ledger.redis.zscore("blipq:queues", QUEUE) < 0
-    assert [
-        queue.queue for queue in Overview(OperatorLedger(ledger.redis, ledger.settings)).queues()
-    ] == [QUEUE]
+    assert [queue.queue for queue in OperatorLedger.beside(ledger).queues()] == [QUEUE]
     ledger.hand_back(claim)
     assert ledger.redis.zscore("blipq:queues", QUEUE) > 0
 

@@ -11,7 +11,6 @@ from blipq import Client, JobInfo, Settings
 from blipq.cli import app
 from blipq.ledger.operator import OperatorLedger
 from blipq.ledger.worker import Claim, WorkerLedger
-from blipq.ops.overview import Overview
 
 IMAGE = "s3://uploads/cat.jpg"
 CAPTION = json.dumps({"kind": "caption", "captions": [{"text": "a cat"}]})
@@ -85,7 +84,7 @@ def test_only_the_last_thousand_that_ended_are_indexed(
     client.job(id).cancel()
     assert raw_redis.zcard("blipq:recent") == 1000
     assert raw_redis.zrevrange("blipq:recent", 0, 0) == [id]
-    assert [info.id for info in Overview(OperatorLedger.beside(client.ledger)).jobs()] == [id]
+    assert [info.id for info in OperatorLedger.beside(client.ledger).jobs()] == [id]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +136,7 @@ def test_a_purge_cancels_what_waits_and_nothing_else(
 def test_a_purge_ends_beside_stale_entries(client: Client, raw_redis: "redis.Redis") -> None:
     """An entry without a job must not be found again and again."""
     raw_redis.zadd("blipq:queued:q", {"job_gone": 1})
-    assert Overview(OperatorLedger.beside(client.ledger)).purge("q") == 0
+    assert OperatorLedger.beside(client.ledger).purge("q") == 0
     assert not raw_redis.exists("blipq:queued:q")
 
 
