@@ -1,9 +1,4 @@
-"""A worker's client of the ledger: it claims jobs under leases, and records their outcomes.
-
-Every change of a job is one Lua script (``scripts/``) on Redis' own clock, so no crash can leave
-half of it. A job is a hash that outlives its message; the zsets beside it say what is due. Every
-key has a time to live.
-"""
+"""A worker's client of the ledger: it claims jobs under leases, and records their outcomes."""
 
 import secrets
 from collections.abc import Mapping, Sequence
