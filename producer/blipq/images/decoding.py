@@ -181,9 +181,15 @@ def _changed(image: Image.Image, change: Callable[[Image.Image], Image.Image]) -
 
 def _load(image: Image.Image) -> None:
     """Decodes the pixels. What is behind them in a PNG are texts and the like: damage ends them."""
-    if isinstance(image, PngImageFile):
-        image.load_end = partial(_passed_over, image.load_end)  # type: ignore[method-assign]
-    image.load()
+    if not isinstance(image, PngImageFile):
+        image.load()
+        return
+    image.load_end = partial(_passed_over, image.load_end)  # type: ignore[method-assign]
+    try:
+        image.load()
+    finally:
+        # It refers back to the image, whose pixels would stay until a collection of cycles.
+        del image.load_end
 
 
 def _passed_over(action: Callable[[], None]) -> None:

@@ -14,8 +14,11 @@ MOST_SCANS = 100
 #: Pixels times scans: forty walks over the largest picture, some seconds.
 MOST_SCANNED_PIXELS = 2_000_000_000
 
-#: What ends entropy-coded data, and what begins a segment: no stuffed zero, no restart.
-_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)
+#: What ends entropy-coded data, and what begins a segment: no stuffed zero, no restart. One FF of
+#: those that may fill the space before is enough, and all that a search in linear time allows.
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
+#: A marker right here, with what fills the space before.
+_JPEG_MARKER_HERE = re.compile(rb"\xff++([^\x00\xd0-\xd7\xff])", re.DOTALL)
 _START, _END, _SCAN = 0xD8, 0xD9, 0xDA
 _FIRST_WITH_LENGTH = 0xC0
 _FIRST_APP, _LAST_APP, _COMMENT = 0xE0, 0xEF, 0xFE
@@ -63,7 +66,7 @@ def without_metadata(data: bytes) -> bytes:
 
 def _bare_jpeg(data: bytes) -> bytes:
     parts, at = [data[:2]], 2
-    while (marker := _JPEG_MARKER.match(data, at)) is not None:
+    while (marker := _JPEG_MARKER_HERE.match(data, at)) is not None:
         code, body = marker[1][0], marker.end() + 2
         if code == _SCAN or code < _FIRST_WITH_LENGTH:
             break

@@ -1,6 +1,7 @@
 """Decoding: correct pixels for every accepted kind of image, one clear error for the rest."""
 
 import base64
+import gc
 import gzip
 import io
 import struct
@@ -8,11 +9,14 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import weakref
 import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from blipq_worker.images.decoding import ImageLimits, decode, decoded, opened
+from blipq_worker.images.structure import check_scans, scans_in, without_metadata
 from PIL import Image
 
 from blipq.contract import ErrorCode
@@ -206,6 +210,23 @@ def test_a_file_has_a_bounded_number_of_parts(format: str) -> None:
     """Each is a step in Python: twenty megabytes of empty ones took seconds and half a gigabyte."""
     assert decode(in_parts(format, 2_000)).size == (8, 8)
     assert "parts" in refused(in_parts(format, 100_001), ErrorCode.IMAGE_INVALID)
+
+
+@pytest.mark.parametrize("before", [b"", b"\xff\xe0", b"\xff\xe0\0\2", b"\xff\xda\0\2a\xff\0"])
+@pytest.mark.parametrize("after", [b"", b"\0", b"\xd0"])
+def test_a_jpeg_of_fill_bytes_is_looked_through_once(before: bytes, after: bytes) -> None:
+    """From each of them on it was looked to the last: an hour a megabyte, and no thread ran."""
+    data = b"\xff\xd8" + before + b"\xff" * 4_000_000 + after
+    assert scans_in(data) <= 1
+    assert len(without_metadata(data)) <= len(data)
+
+
+def test_fill_bytes_before_a_marker_hide_neither_a_scan_nor_the_metadata() -> None:
+    data = encoded(Image.effect_noise((64, 48), 60), "JPEG", progressive=True)
+    filled = data.replace(b"\xff\xda", b"\xff\xff\xff\xff\xda")
+    assert scans_in(filled) == scans_in(data) > 1
+    profile = b"\xff\xff" + segment(0xE2, b"ICC_PROFILE\0")
+    assert decode(data[:2] + profile + filled[2:]).tobytes() == decode(data).tobytes()
 
 
 def test_a_gif_of_empty_extensions_is_in_parts_too() -> None:
@@ -440,6 +461,24 @@ def test_decoding_takes_no_more_memory_than_is_said_before(case: str) -> None:
     script = Path(__file__).with_name("decode_once.py")
     done = subprocess.run([sys.executable, str(script), case], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "I;16"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "AVIF", "GIF"])
+def test_a_picture_is_gone_with_its_last_user(format: str, mode: str) -> None:
+    """Pixels that wait for a collection of cycles are in no budget: up to 200 MB a picture."""
+    picture = Image.new(mode, (16, 12)).convert(mode if format == "PNG" else "RGB")
+    gc.collect()
+    gc.disable()
+    try:
+        image = opened(encoded(picture, format))
+        kept = [weakref.ref(image)]
+        image = decoded(image)
+        kept.append(weakref.ref(image))
+        del image
+        assert [each() for each in kept] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_damaged_image_keeps_no_pixels_while_its_error_is_told() -> None:
