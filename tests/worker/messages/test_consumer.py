@@ -8,10 +8,13 @@ from celery import Celery
 from celery.utils.collections import LimitedSet
 from celery.worker import consumer as celery_consumer
 from celery.worker import control, state
+from celery.worker.consumer.connection import Connection as WorkerConnection
 
 from blipq.errors import QueueUnavailable
+from blipq.settings import Settings
+from blipq.transport.broker import make_app
 from blipq_worker.messages.consumer import Door, consumer_class
-from blipq_worker.messages.controls import REFUSED
+from blipq_worker.messages.controls import REFUSED, refuse_controls
 from blipq_worker.messages.envelope import Malformed
 from blipq_worker.messages.revokes import follow_revokes
 from blipq_worker.process.health import BrokerLoop
@@ -144,6 +147,35 @@ def test_each_command_of_remote_control_is_known_to_be_sound_or_refused() -> Non
     sound |= {"enable_events", "disable_events", "heartbeat", "election"}
     commands = {name for name, known in control.Panel.meta.items() if known.type == "control"}
     assert commands - sound == set(REFUSED) - {"report"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"redis_url": "sentinel://:hush@a,b/0?master=m&sentinel_password=hush"},
+        {"redis_url": "redis://:hush@a/0"},
+        {"redis_url": "redis://a/0", "broker_url": "amqp://u:hush@a//;amqp://u:hush@b//"},
+        {"redis_url": "redis://a/0", "broker_url": "amqps://u:hush@a//;amqps://u:hush@b//"},
+    ],
+)
+def test_remote_control_tells_where_the_broker_is_and_no_password(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Celery leaves out the one of the address in use, not those of a list, nor the sentinels'."""
+    monkeypatch.setattr(control.Panel, "data", dict(control.Panel.data))
+    refuse_controls()
+    app = make_app(Settings(**settings))
+    step = WorkerConnection(SimpleNamespace())
+
+    class Controller:
+        def stats(self) -> dict[str, Any]:
+            return {"total": {}, **step.info(SimpleNamespace(connection=app.connection_for_read()))}
+
+    panel = SimpleNamespace(app=app, consumer=SimpleNamespace(controller=Controller()))
+    told = control.Panel.data["stats"](panel)
+    assert told["broker"]["hostname"] == "a"
+    told = [control.Panel.data[name](panel) for name in ("stats", "conf", "dump_conf")]
+    assert "hush" not in str(told)
 
 
 def test_every_way_to_revoke_cancels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,13 +29,17 @@ REFUSED = {
     "report": "it would show the broker's password: use blipq doctor",
 }
 
+#: What may be told of the broker: its options and the other addresses of a list hold passwords.
+_BROKER = ("transport", "hostname", "port", "virtual_host", "userid", "connect_timeout")
+
 _celery_conf = control.conf  # type: ignore[attr-defined]
+_celery_stats = control.stats  # type: ignore[attr-defined]
 
 
 def refuse_controls() -> None:
     """Refuses what would change what a worker runs, and shows no broker's password."""
     control.Panel.data |= {name: _refusing(name, why) for name, why in REFUSED.items()}
-    control.Panel.data |= {"conf": _conf, "dump_conf": _conf}
+    control.Panel.data |= {"conf": _conf, "dump_conf": _conf, "stats": _stats}
 
 
 def _refusing(name: str, why: str) -> Callable[..., dict[str, str]]:
@@ -50,3 +54,9 @@ def _conf(panel: Any, with_defaults: bool = False, **_: Any) -> dict[str, Any]:
     """Celery hides passwords in the one setting of the broker's URL that blipq does not use."""
     told: dict[str, Any] = _celery_conf(panel, with_defaults=with_defaults)
     return {name: value for name, value in told.items() if not name.startswith("broker_")}
+
+
+def _stats(panel: Any, **_: Any) -> dict[str, Any]:
+    told: dict[str, Any] = _celery_stats(panel)
+    broker = told["broker"]
+    return told | {"broker": {name: broker[name] for name in _BROKER if name in broker}}
