@@ -259,6 +259,35 @@ def test_a_redirect_meets_the_same_guard(httpserver: HTTPServer, location: str) 
     assert httpserver.log
 
 
+@pytest.mark.parametrize(
+    "location",
+    [
+        b"https://[",
+        b"//[x]/",
+        b"https://[::1",
+        b"https://[v1.x]/",
+        b"https://ex\xc3\xa4mple.org/",
+        b"https://example%2eorg@10.0.0.1/",
+        b"https://10.0.0.1%2f@example.org/",
+        b"https://%31%30.0.0.1/",
+        b"\\\\10.0.0.1\\a.jpg",
+        b"https:\\\\10.0.0.1/",
+        b"https://example.org\\@10.0.0.1/",
+        b"data:image/png;base64,AAAA",
+    ],
+)
+def test_a_redirect_to_what_parsers_disagree_about_is_refused(location: bytes) -> None:
+    """With a code: what a stranger's server writes is no fault of the worker's."""
+    handler = type("Handler", (Redirecting,), {"location": location, "asked": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/first"
+        error = refusal(fetcher(resolve=Names(["192.168.0.1"])), url)
+        server.shutdown()
+    assert is_forbidden(error), error
+    assert handler.asked == []
+
+
 def test_the_checked_address_is_met_under_the_name_of_the_url(tmp_path: Path) -> None:
     """TLS asks for the name's certificate, and Host is the name, at the address that was judged."""
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"

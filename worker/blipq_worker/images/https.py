@@ -65,7 +65,7 @@ class HttpsFetcher:
                     target = _redirect(response)
                     if target is None:
                         return await self._read(image, response)
-                    url = urljoin(url, target)
+                    url = _joined(url, target)
         raise Forbidden(f"more than {MAX_REDIRECTS} redirects")
 
     async def _read(self, image: ImageRef, response: httpcore2.Response) -> bytes:
@@ -97,6 +97,14 @@ def _redirect(response: httpcore2.Response) -> str | None:
     if target is None:
         return None
     return quote(target.partition("#")[0], safe=_PRINTABLE, encoding="latin-1")
+
+
+def _joined(url: str, target: str) -> str:
+    """The absolute URL of a redirect's target. Raises Forbidden."""
+    try:
+        return urljoin(url, target)
+    except ValueError as error:  # brackets around what is no address
+        raise Forbidden(f"it redirects to what is no URL: {error}") from None
 
 
 def _check_status(image: ImageRef, status: int) -> None:
