@@ -1,10 +1,13 @@
 """The jobs this process has claimed, and who hears when a claim is lost."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from blipq.ledger.worker import Claim
+
+#: A claim, what is set when it is lost, and who else is told then.
+_Entry = tuple[Claim, threading.Event, list[Callable[[], object]]]
 
 
 class Lost(Exception):
@@ -17,7 +20,7 @@ class Held:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._asked: dict[str, str] = {}
-        self._claims: dict[str, tuple[Claim, threading.Event, list[Callable[[], object]]]] = {}
+        self._claims: dict[str, _Entry] = {}
 
     @contextmanager
     def asking(self, id: str, nonce: str) -> Iterator[None]:
@@ -43,8 +46,8 @@ class Held:
     def event(self, claim: Claim) -> threading.Event:
         """The event that is set when the claim is lost."""
         with self._lock:
-            entry = self._claims.get(claim.id)
-        if entry is not None and entry[0].token == claim.token:
+            entry = self._entry(claim)
+        if entry is not None:
             return entry[1]
         gone = threading.Event()
         gone.set()
@@ -53,7 +56,7 @@ class Held:
     def on_lost(self, claim: Claim, call: Callable[[], object]) -> None:
         """Calls ``call`` when the claim is lost, at once if it is already."""
         with self._lock:
-            entry = self._claims.get(claim.id)
+            entry = self._entry(claim)
             if entry is not None:
                 entry[2].append(call)
         if self.event(claim).is_set():
@@ -62,14 +65,13 @@ class Held:
     def has_asked(self, claim: Claim) -> bool:
         """Whether the claim's job has asked the model for something."""
         with self._lock:
-            entry = self._claims.get(claim.id)
+            entry = self._entry(claim)
         return entry is not None and bool(entry[2])
 
     def remove(self, claim: Claim) -> bool:
         """Lets a claim go; False if it was not held any more."""
         with self._lock:
-            entry = self._claims.get(claim.id)
-            if entry is None or entry[0].token != claim.token:
+            if self._entry(claim) is None:
                 return False
             del self._claims[claim.id]
             return True
@@ -79,11 +81,16 @@ class Held:
         with self._lock:
             return [claim for claim, _, _ in self._claims.values()]
 
-    def lose(self, ids: Sequence[str]) -> None:
-        """Tells those whose claims are gone."""
+    def lose(self, claims: Iterable[Claim]) -> None:
+        """Tells those whose claims are gone, and no newer claim of the same job."""
         with self._lock:
-            entries = [self._claims[id] for id in ids if id in self._claims]
+            entries = [entry for claim in claims if (entry := self._entry(claim)) is not None]
         for _, lost, calls in entries:
             lost.set()
             for call in calls:
                 call()
+
+    def _entry(self, claim: Claim) -> _Entry | None:
+        """What is held of this very claim. With the lock held."""
+        entry = self._claims.get(claim.id)
+        return entry if entry is not None and entry[0].token == claim.token else None

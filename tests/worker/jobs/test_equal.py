@@ -142,7 +142,7 @@ def test_a_leader_that_fails_fails_alone(jobs: Jobs) -> None:
 
 def test_a_follower_that_is_cancelled_leaves_at_once(jobs: Jobs) -> None:
     leader, first, second = led(jobs, 2)
-    jobs.held.lose(["follower 0"])
+    jobs.held.lose(claim for claim in jobs.held.claims() if claim.id == "follower 0")
     with pytest.raises(Lost):
         first.result(20)
     jobs.go.set()

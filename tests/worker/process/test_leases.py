@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from blipq.ledger.connection import connect
 from blipq.ledger.operator import OperatorLedger
 from blipq.ledger.worker import Claim, Turn, WorkerLedger
 from blipq_worker.claims import Held
-from blipq_worker.process.heartbeat import EXIT_HUNG, Heartbeat
+from blipq_worker.process.heartbeat import EXIT_HUNG, Heartbeat, beat_s
 from blipq_worker.process.reconciler import Reconciler
 from conftest import ledger_of, wait_until
 
@@ -65,7 +66,7 @@ def test_a_lost_claim_hears_of_it(claim: Claim) -> None:
     held.add(claim)
     held.on_lost(claim, lambda: calls.append("told"))
     assert not held.event(claim).is_set()
-    held.lose([claim.id, "job_unknown"])
+    held.lose([claim, replace(claim, id="job_unknown")])
     assert held.event(claim).is_set()
     assert calls == ["told"]
 
@@ -83,7 +84,7 @@ def test_who_asks_after_the_loss_is_told_at_once(claim: Claim) -> None:
     """The loss may fall between putting an item into the batcher and asking to hear of it."""
     held, calls = Held(), []
     held.add(claim)
-    held.lose([claim.id])
+    held.lose([claim])
     held.on_lost(claim, lambda: calls.append("told"))
     assert calls == ["told"]
 
@@ -118,6 +119,30 @@ def test_a_beat_finds_out_that_a_job_was_cancelled(ledger: WorkerLedger, claim: 
     held.add(claim)
     ledger.cancel(claim.id)
     heartbeat(ledger, held).tick()
+    assert held.event(claim).is_set()
+
+
+def test_a_beat_that_is_answered_late_ends_no_newer_claim_of_the_job(
+    ledger: WorkerLedger, claim: Claim
+) -> None:
+    """Given back and claimed anew by the same worker while its question was on the way."""
+    held, renew = Held(), ledger.renew
+    held.add(claim)
+
+    def late(*asked: Any, **options: Any) -> list[str]:
+        ledger.hand_back(claim)
+        lost = renew(*asked, **options)
+        held.remove(claim)
+        newer = ledger.claim(claim.id, "w1")
+        assert isinstance(newer, Claim)
+        held.add(newer)
+        return lost
+
+    ledger.renew = late  # type: ignore[method-assign]
+    heartbeat(ledger, held).tick()
+    (newer,) = held.claims()
+    assert newer.token != claim.token
+    assert not held.event(newer).is_set()
     assert held.event(claim).is_set()
 
 
@@ -236,6 +261,19 @@ def test_a_sweep_goes_on_until_nothing_is_due(client: Client, ledger: WorkerLedg
     assert ledger.redis.llen(QUEUE) == 250
     assert ledger.redis.zcard("blipq:open") == 250
     assert {job.status() for job in dying[:3]} == {"expired"}
+
+
+@pytest.mark.parametrize("lease_s", [0.1, 3.0, 30.0, 300.0])
+@pytest.mark.parametrize("timeout_s", [0.5, 3.0, 10.0])
+def test_a_new_sweeper_waits_for_beats_that_hung_and_never_longer_than_a_lease(
+    client: Client, apart: Settings, lease_s: float, timeout_s: float
+) -> None:
+    """A beat that began while Redis was away may hang for a whole timeout after it is back."""
+    ledger = WorkerLedger(client.ledger.redis, apart.model_copy(update={"timeout_s": timeout_s}))
+    turn = Reconciler(ledger, client.broker, "w1", lease_s=lease_s, grace_s=0.01)._turn
+    assert turn.ttl_s + turn.patience_s <= lease_s
+    longest = timeout_s + 2 * beat_s(lease_s)
+    assert turn.patience_s == pytest.approx(min(longest, lease_s - turn.ttl_s))
 
 
 def test_one_worker_at_a_time_sweeps(client: Client, ledger: WorkerLedger) -> None:

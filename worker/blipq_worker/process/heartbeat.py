@@ -83,7 +83,9 @@ class Heartbeat(Periodic):
         claims = self._held.claims()
         if claims:
             tokens = {claim.id: claim.token for claim in claims}
-            self._held.lose(self._ledger.renew(tokens, lease_s=self._lease_s))
+            # Told by claim: a job may have been given back and claimed anew since it was asked.
+            lost = set(self._ledger.renew(tokens, lease_s=self._lease_s))
+            self._held.lose(claim for claim in claims if claim.id in lost)
         self._register(len(claims))
 
     def _watch(self) -> None:

@@ -27,7 +27,10 @@ class Reconciler(Periodic):
         self._broker = broker
         # An outage that ends no turn is too short to end a lease.
         ttl_s = min(LONGEST_TURN_S, lease_s / 2)
-        self._turn = Turn(worker, ttl_s=ttl_s, patience_s=2 * beat_s(lease_s))
+        # Live workers renew within a beat that is under way, and fails, and the next one. Longer
+        # than a lease nobody waits for the jobs of a sweeper that died: its turn ends first.
+        patience_s = min(ledger.settings.timeout_s + 2 * beat_s(lease_s), lease_s - ttl_s)
+        self._turn = Turn(worker, ttl_s=ttl_s, patience_s=patience_s)
         self._grace_s = grace_s
 
     def tick(self) -> None:
