@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
+from botocore.exceptions import ClientError
 from PIL import Image
 
 from blipq import Client, ErrorCode, Job, JobInfo, Kind, Settings
@@ -570,6 +571,36 @@ def test_a_job_whose_bucket_alone_refuses_its_worker_is_put_off_uncounted(
     assert due == job.id
 
 
+@pytest.mark.parametrize("code", ["AllAccessDisabled", "InvalidPayer", "AccountProblem"])
+def test_a_job_whose_bucket_is_of_a_closed_account_fails(
+    parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    """S3 takes the worker elsewhere: asking every ten seconds for seven days opens no account."""
+
+    def get_object(*_: Any, **__: Any) -> Any:
+        raise ClientError({"Error": {"Code": code}}, "GetObject")
+
+    job = parts.client.caption(picture)
+    monkeypatch.setattr(Storage, "refused_access", lambda self: None)
+    monkeypatch.setattr(parts.client.storage.client, "get_object", get_object)
+    info = parts.fail(job)
+    assert info.error.code == "image_forbidden"
+    assert code in info.error.message
+
+
+def test_a_job_whose_account_is_closed_waits_where_s3_refuses_the_worker(
+    parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get_object(*_: Any, **__: Any) -> Any:
+        raise ClientError({"Error": {"Code": "AccountProblem"}}, "GetObject")
+
+    job = parts.client.caption(picture)
+    monkeypatch.setattr(tasks, "REFUSED_PAUSE_S", 0.0)
+    monkeypatch.setattr(parts.client.storage.client, "get_object", get_object)
+    info = parts.run(job)
+    assert (info.status, info.attempts) == ("queued", 0)
+
+
 def test_a_job_whose_index_refuses_the_worker_goes_back(
     parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -664,7 +695,7 @@ def test_a_job_cancelled_midway_has_no_result(parts: Parts, picture: bytes) -> N
 
     def cancel() -> None:
         job.cancel()
-        parts.held.lose(parts.ledger.renew({job.id: 1}))  # as the heartbeat does
+        parts.held.lose(parts.held.claims())  # as the heartbeat does
 
     parts.model.before = cancel
     info = parts.run(job)
@@ -679,7 +710,7 @@ def test_a_cancelled_job_writes_no_output(
 
     def cancel() -> None:
         job.cancel()
-        parts.held.lose([job.id])
+        parts.held.lose(parts.held.claims())
 
     parts.model.before = cancel
     refuse = lambda *_, **__: pytest.fail("written")  # noqa: E731

@@ -180,7 +180,9 @@ def _refused(image: ImageRef, error: ClientError | BotoCoreError | S3Refused) ->
     told = error.response.get("Error", {}) if isinstance(error, ClientError) else {}
     message = f"{image.uri}: {told.get('Message') or error}"
     if refusal in OF_THE_ASKER:
-        return AccessRefused(message)
+        # An account that is closed: where it is not ours, its bucket is as good as closed.
+        closed = refusal is Refusal.ACCOUNT
+        return AccessRefused(message, ErrorCode.IMAGE_FORBIDDEN if closed else None)
     if refusal in _PERMANENT:
         return PermanentError(_PERMANENT[refusal], message)
     return TransientError(ErrorCode.IMAGE_UNAVAILABLE, message)

@@ -17,11 +17,13 @@ ASK_EVERY_S = 5.0
 class AccessRefused(TransientError):
     """S3 refuses the worker, not the job: its credentials, account, clock or region are wrong.
 
-    The job goes back to its queue, uncounted.
+    The job goes back to its queue, uncounted. ``lasting``: the code that it fails with if S3 takes
+    the worker, and goes on to refuse the job's bucket; None where that may pass.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, lasting: ErrorCode | None = None) -> None:
         super().__init__(ErrorCode.IMAGE_UNAVAILABLE, message)
+        self.lasting = lasting
 
 
 class S3Access:

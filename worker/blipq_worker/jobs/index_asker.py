@@ -118,7 +118,8 @@ def work_errors(what: str) -> Iterator[None]:
 
 def _of_s3(message: str, error: S3Refused | S3Unavailable) -> WorkError:
     if error.refusal in OF_THE_ASKER:
-        return AccessRefused(message)
+        closed = error.refusal is Refusal.ACCOUNT
+        return AccessRefused(message, ErrorCode.INVALID_REQUEST if closed else None)
     if isinstance(error, S3Unavailable):
         return TransientError(ErrorCode.INTERNAL, message)
     encrypted = error.refusal is Refusal.ENCRYPTION  # the place is at fault, not the request

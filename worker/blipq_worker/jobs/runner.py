@@ -421,6 +421,8 @@ class Runner:
         if self._access.is_refused(str(error)):
             self._hand_back(claim)
             time.sleep(REFUSED_PAUSE_S)  # so that workers in order find it first
+        elif error.lasting is not None:
+            self._fail(claim, PermanentError(error.lasting, str(error)), watch)
         else:  # it is about this job's bucket alone: no thread waits for that
             log.warning("%s: %s: again in %g s", claim.id, error, PUT_OFF_S)
             put_off = partial(self._ledger.hand_back, claim, PUT_OFF_S)
