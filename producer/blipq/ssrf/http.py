@@ -17,6 +17,8 @@ CONNECT_TIMEOUT_S = 5.0
 
 #: The longest that the resolver of the system takes over a name whose servers do not answer.
 LONGEST_LOOK_UP_S = 30.0
+#: Look-ups at a time, whatever the settings: each is a thread, of which a container may have few.
+MOST_LOOK_UPS = 1024
 
 #: What a request may raise beside Forbidden. TimeoutError is an OSError.
 FAILURES = (
@@ -75,7 +77,7 @@ class GuardedHttp:
         # Threads of its own, started as needed, and enough of them: a look-up goes on when its
         # request is given up, and names that do not resolve must not hold up anything else.
         most = at_a_time * (1 + math.ceil(LONGEST_LOOK_UP_S / timeout_s))
-        self._threads = ThreadPoolExecutor(most, "blipq-resolve")
+        self._threads = ThreadPoolExecutor(min(most, MOST_LOOK_UPS), "blipq-resolve")
         self._backend = _Pinned(Guard(policy, resolve or self._look_up))
         self._tls = tls
 
@@ -117,7 +119,7 @@ class GuardedHttp:
 
         try:
             return await loop.run_in_executor(self._threads, ask)
-        except (OSError, UnicodeError) as error:
+        except (OSError, UnicodeError, RuntimeError) as error:  # RuntimeError: no further thread
             raise Unresolved(f"{host}: {error}") from None
 
 

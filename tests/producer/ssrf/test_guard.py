@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from blipq import Client, InvalidRequest, Settings, Webhook
-from blipq.ssrf.http import GuardedHttp
+from blipq.ssrf.http import MOST_LOOK_UPS, GuardedHttp
 from blipq.ssrf.policy import Forbidden, Policy, is_public, parse
 from blipq.webhooks import response as webhooks
 from blipq.webhooks.response import MAX_ANSWER_BYTES, Answer
@@ -269,6 +269,28 @@ def test_names_whose_servers_are_silent_hold_up_no_other(monkeypatch: pytest.Mon
     finally:
         over.set()
         http.close()
+
+
+def test_a_process_that_gets_no_further_thread_tries_again_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A container may have few: that is no fault of the URL's."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("blipq-resolve"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    (answer,) = post(GuardedHttp(Policy(), timeout_s=5), "https://example.org/")
+    assert (answer.outcome, answer.final) == ("unresolved", False)
+
+
+def test_a_short_timeout_asks_for_no_more_threads_than_a_container_has() -> None:
+    http = GuardedHttp(Policy(), timeout_s=0.1, at_a_time=256)
+    assert http._threads._max_workers == MOST_LOOK_UPS
+    http.close()
 
 
 def test_a_name_without_an_address_is_unresolved_and_a_closed_port_unreachable(
