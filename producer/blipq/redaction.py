@@ -72,10 +72,16 @@ def place_of(url: str) -> str:
 
 
 class Redacting(logging.Formatter):
-    """Lines of a log, tracebacks included, without secrets and controls of a terminal."""
+    """Lines of a log, tracebacks included, without secrets and controls of a terminal.
+
+    Only a record's first line begins at the margin, so that no text in it, such as an object's key,
+    passes for a record of its own.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(redacted(super().format(record)))
+        return printable(redacted(super().format(record))).replace("
+", "
+    ")
 
 
 def log_to_stderr(level: str, format: str) -> None:

@@ -186,7 +186,27 @@ def test_a_log_has_no_controls_of_a_terminal_in_it() -> None:
     shown = Redacting("%(message)s").format(
         logging.makeLogRecord({"msg": "\x1b[2Jone\r\n\ttwo\x9b"})
     )
-    assert shown == "\\x1b[2Jone\\x0d\n\ttwo\\x9b"
+    assert shown == "\\x1b[2Jone\\x0d\n    \ttwo\\x9b"
+
+
+def test_no_text_in_a_log_passes_for_a_record_of_its_own() -> None:
+    """An object's key may hold ends of lines, which Unicode has more of than files of text do."""
+    forged = "2026-01-01 00:00:00 ERROR blipq: all is lost"
+    key = f"a.jpg\n{forged}\r\n{forged}\x85{forged}\u2028{forged}\u2029{forged}\x0b{forged}"
+    try:
+        raise ValueError(key)
+    except ValueError:
+        record = logging.LogRecord("x", 40, "x", 1, "no image %s", (key,), sys.exc_info())
+    shown = Redacting("%(levelname)s %(message)s").format(record)
+    first, *others = shown.splitlines()
+    assert first == "ERROR no image a.jpg"
+    assert others
+    assert all(line.startswith("    ") for line in others)
+
+
+def test_no_text_in_a_log_turns_its_direction() -> None:
+    shown = Redacting("%(message)s").format(logging.makeLogRecord({"msg": "a\u202egpj.\u2066b"}))
+    assert shown == "a\\u202egpj.\\u2066b"
 
 
 def test_a_webhook_with_a_password_is_refused_without_repeating_it() -> None:
