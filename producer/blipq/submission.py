@@ -17,6 +17,10 @@ from blipq.errors import InvalidRequest
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
+#: An error is for a person, and goes into logs and Redis: so many problems of a request are told,
+#: and so many characters of a name and of a message.
+MOST_TOLD, LONGEST_NAME, LONGEST_MESSAGE = 10, 100, 500
+
 #: An s3:// or https:// URI, a reference with version or etag, a local file, or the file's bytes.
 ImageSource = str | Path | bytes | ImageRef
 
@@ -46,18 +50,28 @@ def checked(model: type[ModelT], /, **fields: Any) -> ModelT:
 
 def explain(error: ValidationError, model: Any = None) -> str:
     """What is wrong, a field at a time, on one line; ``model``: the type that was expected."""
-    wrong = []
-    for item in error.errors(include_url=False, include_input=False):
-        field = ".".join(str(part) for part in item["loc"]) or "request"
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = _unknown(str(item["loc"][-1]), _fields(model, item["loc"][:-1]))
-        wrong.append(f"{field}: {message}")
+    found = error.errors(include_url=False, include_input=False)
+    wrong = [_told(item, model) for item in found[:MOST_TOLD]]
+    if len(found) > MOST_TOLD:
+        wrong.append(f"and {len(found) - MOST_TOLD:,} more")
     return "; ".join(wrong)
 
 
+def _told(item: Any, model: Any) -> str:
+    """One of pydantic's errors. Names of fields and tags are the caller's: of any length."""
+    field = ".".join(shortened(str(part)) for part in item["loc"]) or "request"
+    if item["type"] == "extra_forbidden":
+        return f"{field}: {_unknown(str(item['loc'][-1]), _fields(model, item['loc'][:-1]))}"
+    return f"{field}: {shortened(item['msg'].removeprefix('Value error, '), LONGEST_MESSAGE)}"
+
+
+def shortened(text: str, most: int = LONGEST_NAME) -> str:
+    """A text of a caller's, as an error may repeat it."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def _unknown(name: str, known: Sequence[str]) -> str:
-    near = get_close_matches(name, known, n=1)
+    near = get_close_matches(name, known, n=1) if len(name) <= LONGEST_NAME else ()
     hint = f"; did you mean {near[0]}?" if near else ""
     accepted = f" (accepted: {', '.join(known)})" if known else ""
     return f"unknown{hint}{accepted}"
@@ -96,7 +110,8 @@ def uploadable(image: ImageSource | None, *, local_paths: bool) -> str | bytes |
     if image is None or isinstance(image, ImageRef) or (isinstance(image, str) and "://" in image):
         return None
     if isinstance(image, str) and not local_paths:
-        raise InvalidRequest(f"image: {image!r} is no s3:// or https:// URI (BLIPQ_LOCAL_PATHS)")
+        shown = shortened(image)
+        raise InvalidRequest(f"image: {shown!r} is no s3:// or https:// URI (BLIPQ_LOCAL_PATHS)")
     return os.fspath(image) if isinstance(image, Path) else image
 
 
