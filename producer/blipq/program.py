@@ -15,4 +15,5 @@ def blipq(arguments: str) -> str:
     found = shutil.which("blipq")
     if started.name != "blipq" or (found and Path(found).resolve() == started.resolve()):
         return f"blipq {arguments}"
-    return f"{shlex.quote(str(started))} {arguments}"
+    # Absolute: it may be typed in another folder, and ./blipq must not become blipq.
+    return f"{shlex.quote(str(started.absolute()))} {arguments}"

@@ -1,6 +1,7 @@
 """``blipq bulk``: a manifest's requests, however many."""
 
 import json
+import shlex
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -112,7 +113,7 @@ def _drive(
         if refused > REASONS:
             told = f"{refused:,} lines were refused; the results have the reason of each"
             errors.print(told, style="yellow")
-        command = blipq(f"bulk results {journal.path} --output FILE")
+        command = blipq(f"bulk results {shlex.quote(str(journal.path))} --output FILE")
         errors.print(f"results: {command}", style="dim", markup=False)
     raise typer.Exit(0 if set(summary["counts"]) <= {Status.SUCCEEDED} else 3)
 

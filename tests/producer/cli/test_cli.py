@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -353,6 +354,12 @@ def test_a_command_in_a_hint_can_be_typed_as_it_stands(
     monkeypatch.setattr("sys.argv", [str(started)])
     monkeypatch.setenv("PATH", str(tmp_path))
     assert blipq("up") == f"'{started}' up"
+    monkeypatch.chdir(started.parent)
+    for relative in ("./blipq", "../my tools/blipq"):
+        monkeypatch.setattr("sys.argv", [relative])
+        command, argument = shlex.split(blipq("up"))
+        assert (Path(command).is_absolute(), Path(command).resolve()) == (True, started)
+        assert argument == "up"
     monkeypatch.setenv("PATH", str(started.parent))
     assert blipq("up") == "blipq up"
     monkeypatch.setattr("sys.argv", ["service.py"])
@@ -404,6 +411,23 @@ def test_a_field_that_is_unknown_is_told_with_what_was_meant(
     with pytest.raises(ValidationError) as raised:
         request_adapter.validate_python({"image": IMAGE, **asked})
     assert told in explain(raised.value, Request)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"kind": "caption", "p" * 10**6: 1},
+        {"kind": "k" * 10**6},
+        {"kind": "caption", **{f"promp{n}": n for n in range(10_000)}},
+        {"kind": "caption", "priority": {"x" * 10**6: 1}},
+        {"kind": "match", "texts": [{"x": "y"}] * 10_000},
+    ],
+)
+def test_what_is_wrong_is_told_within_bounds(asked: dict[str, Any]) -> None:
+    """The names are strangers', and the error goes into logs, into Redis and over a terminal."""
+    with pytest.raises(ValidationError) as raised:
+        request_adapter.validate_python({"image": IMAGE, **asked})
+    assert len(explain(raised.value, Request)) < 10_000
 
 
 def test_an_s3_that_is_down_exits_7(
