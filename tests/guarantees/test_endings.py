@@ -235,6 +235,14 @@ def test_remote_control_that_would_change_what_a_worker_runs_is_refused(rig: Rig
     (conf,) = control.inspect(timeout=10, limit=1).conf().values()
     assert conf["task_acks_late"]
     assert not [name for name in conf if name.startswith("broker_")], "it has its password"
+    inspect = control.inspect(timeout=10, limit=1)
+    looks = ("ping", "active", "reserved", "scheduled", "revoked", "registered", "active_queues")
+    for command in (*looks, "clock", "memsample"):
+        (told,) = getattr(inspect, command)().values()
+        assert "error" not in (told or ()), command
+    (stats,) = inspect.stats().values()
+    assert stats["broker"]["transport"] == "redis"
+    assert not stats["broker"].keys() & {"alternates", "transport_options"}, "with its password"
     rig.all_succeed([running, rig.submit("after")])
     assert "Traceback" not in worker.last_words(1000)
 

@@ -189,6 +189,24 @@ def test_a_log_has_no_controls_of_a_terminal_in_it() -> None:
     assert shown == "\\x1b[2Jone\\x0d\n    \ttwo\\x9b"
 
 
+@pytest.mark.parametrize(
+    "part",
+    ["a.", "a", "a://", "http://", "https://a:", "https://a:1", "?token", "?a.", "&x-", "whsec_"],
+)
+@pytest.mark.parametrize("before", ["", "@", "redis://u:hush@h/ "])
+def test_a_long_text_of_a_strangers_is_looked_through_in_linear_time(
+    before: str, part: str
+) -> None:
+    """Hours otherwise, in which no thread of the process runs: neither do its leases."""
+    text = before + part * (500_000 // len(part))
+    assert "hush" not in redacted(text)
+
+
+def test_a_token_is_a_long_password() -> None:
+    for scheme in ("redis", "https"):
+        assert "ey" not in redacted(f"{scheme}://u:{'ey/' * 1000}@host/")
+
+
 def test_no_text_in_a_log_passes_for_a_record_of_its_own() -> None:
     """An object's key may hold ends of lines, which Unicode has more of than files of text do."""
     forged = "2026-01-01 00:00:00 ERROR blipq: all is lost"

@@ -18,6 +18,8 @@ Network = IPv4Network | IPv6Network
 Resolver = Callable[[str, int], Awaitable[Iterable[str]]]
 
 DEFAULT_PORTS = {"https": 443, "http": 80}
+#: Of DNS; an error repeats no more of what stands there.
+LONGEST_NAME = 253
 
 _URL = re.compile(r"(?P<scheme>[a-z]+)://(?P<authority>[^/?]*)(?P<path>.*)", re.I)
 # What URL parsers disagree about: all but printable ASCII, and these two.
@@ -129,16 +131,16 @@ def _host(text: str) -> str:
         try:
             return str(IPv6Address(text[1:-1]))
         except ValueError:
-            raise Forbidden(f"{text} is not an IPv6 address") from None
+            raise Forbidden(f"{text[:LONGEST_NAME]} is not an IPv6 address") from None
     name = text.removesuffix(".")
     labels = name.split(".")
     if _NUMBER.fullmatch(labels[-1]):
         try:
             return str(IPv4Address(name))
         except ValueError:
-            raise Forbidden(f"{text} is no address in the form 192.0.2.1") from None
-    if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
-        raise Forbidden(f"{text} is not a host name")
+            raise Forbidden(f"{text[:LONGEST_NAME]} is no address in the form 192.0.2.1") from None
+    if len(name) > LONGEST_NAME or not all(_LABEL.fullmatch(label) for label in labels):
+        raise Forbidden(f"{text[:LONGEST_NAME]} is not a host name")
     return name
 
 

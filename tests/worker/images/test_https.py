@@ -288,6 +288,17 @@ def test_a_redirect_to_what_parsers_disagree_about_is_refused(location: bytes) -
     assert handler.asked == []
 
 
+@pytest.mark.parametrize("location", [b"https://" + b"a." * 20_000, b"https://[" + b":" * 40_000])
+def test_an_error_repeats_the_start_of_what_a_server_says(location: bytes) -> None:
+    handler = type("Handler", (Redirecting,), {"location": location, "asked": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        error = refusal(fetcher(), f"http://127.0.0.1:{server.server_port}/first")
+        server.shutdown()
+    assert is_forbidden(error)
+    assert len(str(error)) < 1000
+
+
 def test_the_checked_address_is_met_under_the_name_of_the_url(tmp_path: Path) -> None:
     """TLS asks for the name's certificate, and Host is the name, at the address that was judged."""
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"

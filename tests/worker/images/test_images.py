@@ -466,7 +466,7 @@ def test_decoding_takes_no_more_memory_than_is_said_before(case: str) -> None:
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "I;16"])
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "AVIF", "GIF"])
 def test_a_picture_is_gone_with_its_last_user(format: str, mode: str) -> None:
-    """Pixels that wait for a collection of cycles are in no budget: up to 200 MB a picture."""
+    """Pixels of one that nobody closes would else wait for a collection of cycles: up to 200 MB."""
     picture = Image.new(mode, (16, 12)).convert(mode if format == "PNG" else "RGB")
     gc.collect()
     gc.disable()

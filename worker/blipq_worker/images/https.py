@@ -17,6 +17,8 @@ MAX_REDIRECTS = 3
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 #: Answers that a repetition may change, beside 5xx.
 PASSING = frozenset({408, 425, 429})
+#: Of what a server says an error repeats so many characters.
+LONGEST_TOLD = 100
 HEADERS = {
     "Accept": "image/*",
     "Accept-Encoding": "identity",
@@ -118,7 +120,8 @@ def _check_status(image: ImageRef, status: int) -> None:
 
 def _check_etag(image: ImageRef, found: str | None) -> None:
     if image.etag is not None and (found is None or _opaque(found) != _opaque(image.etag)):
-        message = f"{_shown(image.uri)}: its ETag is {found or 'not told'}, not {image.etag}"
+        told = found[:LONGEST_TOLD] if found else "not told"
+        message = f"{_shown(image.uri)}: its ETag is {told}, not {image.etag}"
         raise PermanentError(ErrorCode.IMAGE_CHANGED, message)
 
 
