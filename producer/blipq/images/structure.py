@@ -23,8 +23,12 @@ _START, _END, _SCAN = 0xD8, 0xD9, 0xDA
 _FIRST_WITH_LENGTH = 0xC0
 _FIRST_APP, _LAST_APP, _COMMENT = 0xE0, 0xEF, 0xFE
 #: What JPEG's metadata says about pixels, and the least length to say it in: the colour space, and
-#: which side is up.
-_JPEG_NEEDED = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12), 0xE1: (b"Exif\0\0", 6)}
+#: which side is up, in EXIF or XMP.
+_JPEG_NEEDED = {
+    0xE0: ((b"JFIF\0", 14),),
+    0xEE: ((b"Adobe", 12),),
+    0xE1: ((b"Exif\0\0", 6), (b"http://ns.adobe.com/xap/1.0/\0", 29)),
+}
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -72,8 +76,10 @@ def _bare_jpeg(data: bytes) -> bytes:
             break
         end = marker.end() + int.from_bytes(data[marker.end() : body])
         is_metadata = _FIRST_APP <= code <= _LAST_APP or code == _COMMENT
-        name, least = _JPEG_NEEDED.get(code, (b"", 0))
-        is_needed = name and end - body >= least and data.startswith(name, body)
+        needed = _JPEG_NEEDED.get(code, ())
+        is_needed = any(
+            end - body >= least and data.startswith(name, body) for name, least in needed
+        )
         if is_needed or not is_metadata:
             parts.append(data[at:end])
         at = end

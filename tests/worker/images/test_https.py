@@ -375,6 +375,12 @@ def test_a_cut_connection_or_nonsense_may_pass_later(talk: Talk, reply: bytes) -
     assert is_unavailable(refusal(fetcher(), talk(lambda peer: peer.sendall(reply))))
 
 
+def test_an_error_repeats_the_start_of_what_is_no_http(talk: Talk) -> None:
+    error = refusal(fetcher(), talk(lambda peer: peer.sendall(b"a." * 20_000 + b"\r\n\r\n")))
+    assert is_unavailable(error)
+    assert len(str(error)) < 1000
+
+
 def test_many_threads_fetch_beside_each_other(httpserver: HTTPServer) -> None:
     httpserver.expect_request("/a.jpg").respond_with_data(BYTES)
     image = ImageRef(uri=httpserver.url_for("/a.jpg"))

@@ -317,6 +317,10 @@ def test_a_jpeg_keeps_its_orientation_beside_a_damaged_profile() -> None:
     exif[0x0112] = 6
     data = encoded(Image.new("RGB", (20, 10)), "JPEG", exif=exif)
     assert decode(data[:2] + segment(0xE2, b"ICC_PROFILE\0") + data[2:]).size == (10, 20)
+    xmp = segment(0xE1, b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta tiff:Orientation="6"/>')
+    data = encoded(Image.new("RGB", (20, 10)), "JPEG")
+    for damaged in (b"", segment(0xE2, b"ICC_PROFILE\0")):
+        assert decode(data[:2] + xmp + damaged + data[2:]).size == (10, 20)
 
 
 @QUIET

@@ -18,7 +18,7 @@ REDIRECTS = frozenset({301, 302, 303, 307, 308})
 #: Answers that a repetition may change, beside 5xx.
 PASSING = frozenset({408, 425, 429})
 #: Of what a server says an error repeats so many characters.
-LONGEST_TOLD = 100
+LONGEST_TOLD = 200
 HEADERS = {
     "Accept": "image/*",
     "Accept-Encoding": "identity",
@@ -56,7 +56,7 @@ class HttpsFetcher:
             message = f"{place}: not read within {self._http.timeout_s:g} s"
             raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, message) from error
         except FAILURES as error:
-            message = f"{place}: {type(error).__name__}: {error}"
+            message = f"{place}: {type(error).__name__}: {str(error)[:LONGEST_TOLD]}"
             raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, message) from error
 
     async def _within_deadline(self, image: ImageRef) -> bytes:
