@@ -357,6 +357,8 @@ def test_why_lines_are_refused_is_told_on_the_terminal(
     assert few.stderr.count("is refused: ") == 1
     assert "lines were refused" not in few.stderr
     assert "refused: " not in run("submit", "few.jsonl", "--json").stdout
+    spaced = run("submit", "few.jsonl", "--journal", "my few.bulk")
+    assert "bulk results 'my few.bulk' --output FILE" in spaced.stderr
 
 
 def test_results_go_to_s3(run: Run, bulk: Bulk, ledger: WorkerLedger, client: Client) -> None:
