@@ -230,9 +230,9 @@ def test_a_worker_whose_model_hangs_ends() -> None:
 # --- reconciler -----------------------------------------------------------------------------------
 
 
-def reconciler(client: Client, worker: str = "w1") -> Reconciler:
+def reconciler(client: Client, worker: str = "w1", *, lease_s: float = 0.1) -> Reconciler:
     ledger = ledger_of(client)
-    return Reconciler(ledger, client.broker, worker, lease_s=0.1, grace_s=0.01)
+    return Reconciler(ledger, client.broker, worker, lease_s=lease_s, grace_s=0.01)
 
 
 def test_a_dead_workers_job_is_published_again(client: Client, ledger: WorkerLedger) -> None:
@@ -254,9 +254,9 @@ def test_a_sweep_goes_on_until_nothing_is_due(client: Client, ledger: WorkerLedg
     ledger.redis.delete(QUEUE)
     dying = client.submit_many(requests, Options(expires_in=0.001))
     ledger.redis.delete(QUEUE)
-    ledger.reconcile(turn=Turn("w1", ttl_s=60, patience_s=0))  # it is w1's turn already
+    ledger.redis.set("blipq:reconciler", "0 w1", px=60_000)  # it has long been w1's turn
     time.sleep(0.1)
-    reconciler(client).tick()
+    reconciler(client, lease_s=30.0).tick()
     assert ledger.redis.zcard("blipq:running") == 0
     assert ledger.redis.llen(QUEUE) == 250
     assert ledger.redis.zcard("blipq:open") == 250
