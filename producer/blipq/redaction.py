@@ -88,9 +88,11 @@ class Redacting(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(redacted(super().format(record))).replace("
-", "
-    ")
+        return _one_record(super().format(record))
+
+
+def _one_record(text: str) -> str:
+    return printable(redacted(text)).replace("\n", "\n    ")
 
 
 def log_to_stderr(level: str, format: str) -> None:
@@ -107,8 +109,8 @@ def redact_tracebacks() -> None:
     def show(
         kind: type[BaseException], error: BaseException | None, where: TracebackType | None
     ) -> None:
-        lines = traceback.format_exception(kind, error, where)
-        print(printable(redacted("".join(lines))), end="", file=sys.stderr, flush=True)
+        told = "".join(traceback.format_exception(kind, error, where)).rstrip("\n")
+        print(_one_record(told), file=sys.stderr, flush=True)
 
     def show_of_thread(args: threading.ExceptHookArgs) -> None:
         if args.exc_type is not SystemExit:

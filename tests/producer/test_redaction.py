@@ -240,13 +240,14 @@ def test_an_exception_that_ends_a_process_or_a_thread_shows_no_secrets(call: str
     code = (
         "import threading\n"
         "from blipq.redaction import redact_tracebacks\n"
-        "def fail(): raise RuntimeError('cannot reach amqp://user:hu/sh@host//')\n"
+        "def fail(): raise RuntimeError('cannot reach amqp://user:hu/sh@host//\\nall is lost')\n"
         f"redact_tracebacks()\n{call}"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "RuntimeError: cannot reach amqp://***@host//" in ran.stderr
     assert "Traceback" in ran.stderr
     assert "hu/sh" not in ran.stderr
+    assert "\n    all is lost" in ran.stderr
 
 
 @pytest.mark.parametrize("opened", [Client, BlockingClient])
