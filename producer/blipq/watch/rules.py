@@ -239,7 +239,16 @@ def rendered(template: str, upload: Upload) -> str:
 
 @functools.cache
 def _pattern(template: str) -> re.Pattern[str]:
-    """What a template's texts look like."""
-    parts = string.Formatter().parse(template)
-    texts = [re.escape(literal) + (".+" if name else "") for literal, name, _, _ in parts]
-    return re.compile("".join(texts), re.DOTALL)
+    """What a template's texts look like: its literals, with any text between each two.
+
+    In between the first place of a literal is as good as any (as in ``fnmatch``), and no other is
+    tried: whoever uploads chooses the key, which must not take minutes.
+    """
+    literals = [""]
+    for literal, name, _, _ in string.Formatter().parse(template):
+        literals[-1] += re.escape(literal)
+        literals += [""] if name else []
+    first, *others = literals
+    inner = "".join(f"(?>.+?{literal})" for literal in others[:-1])
+    last = f".+{others[-1]}" if others else ""
+    return re.compile(first + inner + last, re.DOTALL)

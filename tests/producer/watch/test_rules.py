@@ -103,6 +103,16 @@ def test_a_stem_is_the_key_without_its_ending(key: str, stem: str) -> None:
     assert made.output == f"s3://results/{stem}"
 
 
+def test_a_hostile_key_is_compared_with_a_sidecars_form_in_no_time() -> None:
+    """Whoever uploads chooses the key: each further field once took a thousand times as long."""
+    form = "s3://photos/{name}-{stem}-{etag}-{version_id}-{name}.json"
+    rules = Rules.model_validate({"name": "w", "rules": [RULE | {"options": {"output": form}}]})
+    assert not rules.is_sidecar("photos", "-" * 1000 + ".png")
+    assert rules.is_sidecar("photos", "-" * 1000 + ".json")
+    assert rules.is_sidecar("photos", "a-b-c-d-e-f.json.json")
+    assert not rules.is_sidecar("photos", "a-b-c-d.json")
+
+
 def test_our_own_sidecars_are_known_by_their_form() -> None:
     rules = Rules.model_validate(
         {"name": "w", "rules": [RULE | {"options": {"output": "s3://photos/{stem}.json"}}]}
