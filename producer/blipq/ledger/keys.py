@@ -70,6 +70,11 @@ def spare(model: str) -> str:
     return f"blipq:spare:{model}"
 
 
+def withdrawn(nonce: str) -> str:
+    """String: exists while a claim that was withdrawn by its nonce may still arrive."""
+    return f"blipq:withdrawn:{nonce}"
+
+
 def outbox(host: str) -> str:
     """Zset: event id -> when it is due, of the webhook events for a host."""
     return f"{OUTBOX}:{host}"
@@ -170,7 +175,7 @@ _CONSTANTS = {
 }
 _FUNCTIONS: tuple[Callable[[str], str], ...] = (
     *(job, idempotency, queued, again, claimed, taken),
-    *(worker, serving, spare, outbox, event, stopped),
+    *(worker, serving, spare, withdrawn, outbox, event, stopped),
 )
 #: ``model_of``. A pattern, as a model's name may have dots.
 _MODEL_OF = r"local function model_of(queue) return string.match(queue, '^blipq%.(.+)%.%a+$') end"

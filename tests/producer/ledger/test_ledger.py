@@ -306,6 +306,27 @@ def test_a_claim_that_arrives_after_it_was_withdrawn_is_refused(ledger: WorkerLe
     assert isinstance(ledger.claim("job_1", "w1", nonce="n3"), Claim)
 
 
+def test_a_withdrawn_claim_is_refused_whoever_had_the_job_in_between(ledger: Ledger) -> None:
+    """Two workers stop with messages of one job, or a third had the job and gave it back."""
+    submitted(ledger)
+    assert ledger.withdraw({"n1": "job_1"})
+    assert ledger.withdraw({"n2": "job_1"})
+    claim = ledger.claim("job_1", "w3", nonce="n3")
+    assert isinstance(claim, Claim)
+    assert ledger.hand_back(claim)
+    for late in ("n1", "n2", "n3"):
+        assert ledger.claim("job_1", "w1", nonce=late) == "busy"
+    assert (read(ledger).status, read(ledger).attempts) == (Status.QUEUED, 0)
+
+
+def test_a_retry_that_is_told_again_counts_although_another_worker_withdrew(ledger: Ledger) -> None:
+    claim = running(ledger)
+    assert ledger.retry(claim, 0)
+    assert ledger.withdraw({"n9": "job_1"})
+    assert ledger.retry(claim, 0), "its answer was lost: it is the same retry"
+    assert isinstance(ledger.claim("job_1", "w2"), Claim)
+
+
 def test_a_token_does_not_come_twice_when_a_failover_forgot_its_claim(
     ledger: WorkerLedger, raw_redis: "redis.Redis"
 ) -> None:

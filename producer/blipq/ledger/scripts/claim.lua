@@ -25,7 +25,8 @@ if job.status == 'running' then
   return claimed(job)
 end
 -- A question that arrives after its claim was given back or withdrawn: nobody hears the answer.
-if job.nonce == nonce then return {'busy'} end
+local is_late = job.nonce == nonce or redis.call('EXISTS', withdrawn_key(nonce)) == 1
+if is_late then return {'busy'} end
 -- A retry waits for its time even if an older message of the job turns up.
 if redis.call('ZSCORE', DELAYED, id) then return {'busy'} end
 if tonumber(job.contract) > contract then return {'newer'} end
