@@ -306,7 +306,7 @@ def test_a_claim_that_arrives_after_it_was_withdrawn_is_refused(ledger: WorkerLe
     assert isinstance(ledger.claim("job_1", "w1", nonce="n3"), Claim)
 
 
-def test_a_withdrawn_claim_is_refused_whoever_had_the_job_in_between(ledger: Ledger) -> None:
+def test_a_withdrawn_claim_is_refused_whoever_had_the_job_in_between(ledger: WorkerLedger) -> None:
     """Two workers stop with messages of one job, or a third had the job and gave it back."""
     submitted(ledger)
     assert ledger.withdraw({"n1": "job_1"})
@@ -319,7 +319,9 @@ def test_a_withdrawn_claim_is_refused_whoever_had_the_job_in_between(ledger: Led
     assert (read(ledger).status, read(ledger).attempts) == (Status.QUEUED, 0)
 
 
-def test_a_retry_that_is_told_again_counts_although_another_worker_withdrew(ledger: Ledger) -> None:
+def test_a_retry_that_is_told_again_counts_although_another_worker_withdrew(
+    ledger: WorkerLedger,
+) -> None:
     claim = running(ledger)
     assert ledger.retry(claim, 0)
     assert ledger.withdraw({"n9": "job_1"})

@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blipq_worker.images.decoding import ImageLimits, decode, decoded, opened
-from blipq_worker.images.structure import check_scans, scans_in, without_metadata
 from PIL import Image
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
 from blipq.images.decoding import ImageLimits, decode, decoded, opened
-from blipq.images.structure import check_scans, scans_in
+from blipq.images.structure import check_scans, scans_in, without_metadata
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
 
