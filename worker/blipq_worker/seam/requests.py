@@ -1,0 +1,324 @@
+"""What is asked of an engine and what it answers, as plain data: no torch, no queue, no socket.
+
+Items are frozen and may be shared between threads. Bounds are part of the types: they are checked
+when a message is decoded, not when an item is made. A bounded number is never NaN or infinite.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+Priority = Literal["high", "normal", "low"]
+Family = Literal["opt", "t5", "retrieval"]
+#: What is known of an image: the queries of the generation or of the retrieval checkpoint, or the
+#: vision tower's output.
+Feature = Literal["generation", "retrieval", "patches"]
+
+Text = Annotated[str, Meta(max_length=32_768)]
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Digest = Annotated[str, Meta(min_length=64, max_length=64, pattern=r"^[0-9a-f]*\Z")]
+Count = Annotated[int, Meta(ge=0, lt=2**53)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+
+
+class ImagePixels:
+    """An image as both checkpoints take it: resized on the front, not normalized. Never changed.
+
+    digest: the SHA-256 of the file; None for an image that is not to be remembered. whole: the
+    vision tower's output will be needed more than once. pixels: for each recipe of the model one
+    view of side x side x 3 bytes (uint8, RGB, rows from the top); empty where the engine knows the
+    image by its digest.
+    """
+
+    # Neither a Struct nor a dataclass: msgspec would put the pixels into the body.
+    __slots__ = ("digest", "pixels", "whole")
+
+    def __init__(
+        self,
+        digest: str | None = None,
+        whole: bool = False,
+        pixels: tuple[memoryview, ...] = (),
+    ) -> None:
+        self.digest, self.whole, self.pixels = digest, whole, pixels
+
+    @property
+    def size(self) -> int:
+        """Bytes of pixels."""
+        return sum(view.nbytes for view in self.pixels)
+
+
+class Plain(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Encoded as an array of exactly its fields."""
+
+
+class GenerationParams(Plain, frozen=True):
+    """How texts are chosen, under Hugging Face's names; lengths count new tokens. top_k 0 is off.
+
+    Beams that run together have equal parameters.
+    """
+
+    max_new_tokens: Annotated[int, Meta(ge=1, le=512)] = 30
+    min_new_tokens: Annotated[int, Meta(ge=0, le=512)] = 1
+    num_beams: Annotated[int, Meta(ge=1, le=16)] = 5
+    do_sample: bool = False
+    temperature: Annotated[float, Meta(gt=0, le=10)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 0.9
+    top_k: Annotated[int, Meta(ge=0, le=1000)] = 50
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
+    no_repeat_ngram_size: Annotated[int, Meta(ge=0, le=32)] = 0
+    length_penalty: Annotated[float, Meta(ge=-10, le=10)] = 1.0
+    num_return_sequences: Annotated[int, Meta(ge=1, le=16)] = 1
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether rows are independent of each other: greedy search and sampling, not beams."""
+        return self.num_beams == 1
+
+
+Prompts = Annotated[tuple[Text, ...], Meta(min_length=1, max_length=64)]
+Texts = Annotated[tuple[Text, ...], Meta(min_length=1, max_length=256)]
+
+
+class Generate(Plain, frozen=True, tag="generate"):
+    """One image and the prompts to go on from; an empty prompt is allowed."""
+
+    image: ImagePixels
+    prompts: Prompts
+    params: GenerationParams
+
+
+class Rank(Plain, frozen=True, tag="rank"):
+    """One image, the prompts that ask about it, and the answers that each may have."""
+
+    image: ImagePixels
+    prompts: Prompts
+    choices: Texts
+
+
+class Match(Plain, frozen=True, tag="match"):
+    """One image and the texts to score against it, as the caller wrote them."""
+
+    image: ImagePixels
+    texts: Texts
+    head: Literal["itm", "itc"] = "itm"
+
+
+class Rerank(Plain, frozen=True, tag="rerank"):
+    """An image that is near a text, to be looked at together with it."""
+
+    image: ImagePixels
+    text: Text
+
+
+class Embed(Plain, frozen=True, tag="embed"):
+    """What to embed: an image (``image``), a text (``text``), or both read together."""
+
+    mode: Literal["image", "text", "multimodal"]
+    image: ImagePixels | None = None
+    text: Text | None = None
+
+    def __post_init__(self) -> None:
+        """ValueError where the mode lacks its image or its text, or has one too many."""
+        given = self.image is not None, self.text is not None
+        if given != (self.mode != "text", self.mode != "image"):
+            raise ValueError(f"mode {self.mode!r} has other inputs")
+
+
+Item = Generate | Rank | Match | Rerank | Embed
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+class GeneratedText(Plain, frozen=True):
+    """A text and how many tokens were generated for it, its end token included."""
+
+    text: str
+    tokens: int
+
+
+class Generated(Plain, frozen=True, tag="generated"):
+    """Texts per prompt: several where several were asked for, best first."""
+
+    texts: tuple[tuple[GeneratedText, ...], ...]
+
+
+class Ranked(Plain, frozen=True, tag="ranked"):
+    """A log-likelihood per choice, per prompt."""
+
+    likelihoods: tuple[tuple[float, ...], ...]
+
+
+class Matched(Plain, frozen=True, tag="matched"):
+    """A score per text."""
+
+    scores: tuple[float, ...]
+
+
+class Reranked(Plain, frozen=True, tag="reranked"):
+    """The matching logit and the probability of a match."""
+
+    logit: float
+    probability: float
+
+
+class Array(Plain, frozen=True):
+    """Little-endian float32 in C order."""
+
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class Embedded(Plain, frozen=True, tag="embedded"):
+    """Features by name."""
+
+    arrays: dict[str, Array]
+
+
+Value = Generated | Ranked | Matched | Reranked | Embedded
+
+
+class Answer(Plain, frozen=True, tag="answer"):
+    """What an item came to, and what it took.
+
+    pass_ms: from its start on the device to its end. vision_ms: of these, looking at the image; 0
+    where all was known. batch_size: the most items that ran together with it, itself included.
+    """
+
+    value: Value
+    pass_ms: float
+    vision_ms: float
+    batch_size: int
+
+
+class Failure(Plain, frozen=True, tag="failure"):
+    """Why an item has no answer.
+
+    kind: ``permanent``: the same item would fail again. ``transient``: it may pass later.
+    ``internal``: a fault of the engine's. ``image_unknown``: the image came without pixels and was
+    forgotten meanwhile: ask again, with pixels. ``cancelled``: nobody waits for it, or its deadline
+    has passed.
+    """
+
+    kind: Literal["permanent", "transient", "internal", "image_unknown", "cancelled"]
+    code: str
+    message: str
+
+
+Outcome = Answer | Failure
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+class Recipe(Plain, frozen=True):
+    """How a checkpoint wants an image: squashed to ``side`` x ``side``, in RGB.
+
+    resample: Pillow's number of the filter. version: names the whole recipe, normalization
+    included; equal versions make equal pixels.
+    """
+
+    side: Annotated[int, Meta(ge=1, le=1024)]
+    resample: Annotated[int, Meta(ge=0, le=5)]
+    version: Name
+
+    @property
+    def size(self) -> int:
+        """Bytes of an image."""
+        return self.side * self.side * 3
+
+
+class Reading(Plain, frozen=True):
+    """How a checkpoint reads texts, so that fronts can count tokens.
+
+    tokenizer: a folder. positions: the most tokens of a text; on OPT the new ones are among them.
+    """
+
+    tokenizer: str
+    positions: Annotated[int, Meta(ge=0)]
+
+
+class ModelInfo(Plain, frozen=True):
+    """A served model, as far as fronts must know it.
+
+    dtype: of the vision tower and the language model, joined by "/" where they differ.
+    quantization: none, int8 or nf4, and "+vision" where the tower is quantized, too. revision:
+    the hub's commit, or the SHA-256 of the weights. default_prompt: for captions without one.
+    shares_vision: one vision tower serves both checkpoints. recipe, reading: of the generation
+    checkpoint; the retrieval checkpoint's are None without one.
+    """
+
+    checkpoint: str
+    family: Family
+    dtype: str
+    quantization: str
+    device: str
+    revision: str
+    default_prompt: str
+    recipe: Recipe
+    reading: Reading
+    retrieval_checkpoint: str | None = None
+    retrieval_revision: str | None = None
+    retrieval_recipe: Recipe | None = None
+    retrieval_reading: Reading | None = None
+    shares_vision: bool = False
+
+    @property
+    def image_size(self) -> int:
+        """The side of the square that the generation checkpoint sees, in pixels."""
+        return self.recipe.side
+
+    @property
+    def has_retrieval(self) -> bool:
+        """Whether ``Match``, ``Rerank`` and ``Embed`` are served."""
+        return self.retrieval_checkpoint is not None
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """The recipes of an image's pixels, in their order: one where both are equal."""
+        other = self.retrieval_recipe
+        if other is None or other.version == self.recipe.version:
+            return (self.recipe,)
+        return self.recipe, other
+
+    @property
+    def pixels_size(self) -> int:
+        """Bytes of an image's pixels."""
+        return sum(recipe.size for recipe in self.recipes)
+
+    def room(self, new_tokens: int) -> int:
+        """The most tokens that a prompt may have, where ``new_tokens`` must follow it."""
+        taken = new_tokens if self.family == "opt" else 0
+        return max(0, self.reading.positions - taken)
+
+
+class Load(Plain, frozen=True):
+    """What an engine is busy with: items that wait, and items that run."""
+
+    waiting: Count
+    running: Count
+
+
+def split_pixels(item: Item, pixels: memoryview, model: ModelInfo) -> Item:
+    """The item, its image with the model's pixels as they lie one behind the other."""
+    assert item.image is not None, "an item without an image has no pixels"
+    views, start = [], 0
+    for recipe in model.recipes:
+        views.append(pixels[start : start + recipe.size])
+        start += recipe.size
+    image = ImagePixels(item.image.digest, item.image.whole, tuple(views))
+    return msgspec.structs.replace(item, image=image)
+
+
+def check_pixels(item: Item, model: ModelInfo) -> None:
+    """ValueError where the image's pixels are not what the model takes."""
+    if item.image is None:
+        return
+    given = [view.nbytes for view in item.image.pixels]
+    wanted = [recipe.size for recipe in model.recipes]
+    if given and given != wanted:
+        raise ValueError(f"pixels of {given} bytes, where the model takes {wanted}")
+    if not given and item.image.digest is None:
+        raise ValueError("an image without pixels and without a digest")
