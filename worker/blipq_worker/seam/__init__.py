@@ -1,0 +1,94 @@
+"""Between those who ask a model and the process that runs it. Knows no torch, Celery or Redis.
+
+One *engine* process owns a device: its models, their batcher and what they know of images. Any
+number of *fronts* take jobs, fetch and decode images, and submit items: ``EngineClient`` in a
+front, ``EngineServer`` in the engine, a Unix socket between them. ``LocalInference`` is the same
+interface without a socket. Read ``requests`` and ``interface`` first, then ``protocol``.
+
+The engine trusts no front: fronts touch what strangers send. A front gets credits, and the engine
+never holds more of its items; each item is answered exactly once, cancelled ones, too, and gives
+its credit back with the answer.
+"""
+
+from blipq_worker.seam.client import EngineClient
+from blipq_worker.seam.errors import (
+    AddressError,
+    EngineBusy,
+    EngineGone,
+    InferenceError,
+    ItemFailed,
+    ProtocolError,
+    UnknownModel,
+)
+from blipq_worker.seam.interface import Backend, Handle, Inference
+from blipq_worker.seam.local import LocalInference
+from blipq_worker.seam.requests import (
+    Answer,
+    Array,
+    Embed,
+    Embedded,
+    Failure,
+    Generate,
+    Generated,
+    GeneratedText,
+    GenerationParams,
+    ImagePixels,
+    Item,
+    Load,
+    Match,
+    Matched,
+    ModelInfo,
+    Outcome,
+    Priority,
+    Rank,
+    Ranked,
+    Reading,
+    Recipe,
+    Rerank,
+    Reranked,
+    Value,
+)
+from blipq_worker.seam.rows import HeapRows, Rows
+from blipq_worker.seam.server import EngineServer
+
+__all__ = [
+    "AddressError",
+    "Answer",
+    "Array",
+    "Backend",
+    "Embed",
+    "Embedded",
+    "EngineBusy",
+    "EngineClient",
+    "EngineGone",
+    "EngineServer",
+    "Failure",
+    "Generate",
+    "Generated",
+    "GeneratedText",
+    "GenerationParams",
+    "Handle",
+    "HeapRows",
+    "ImagePixels",
+    "Inference",
+    "InferenceError",
+    "Item",
+    "ItemFailed",
+    "Load",
+    "LocalInference",
+    "Match",
+    "Matched",
+    "ModelInfo",
+    "Outcome",
+    "Priority",
+    "ProtocolError",
+    "Rank",
+    "Ranked",
+    "Reading",
+    "Recipe",
+    "Rerank",
+    "Reranked",
+    "Rows",
+    "UnknownModel",
+    "Value",
+]

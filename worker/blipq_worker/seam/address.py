@@ -1,0 +1,99 @@
+"""The socket file of an engine: private, and of one engine at a time."""
+
+import fcntl
+import os
+import socket
+import stat
+from pathlib import Path
+
+from blipq_worker.seam.errors import AddressError
+
+#: The kernel's: 108 with the zero at the end.
+LONGEST_PATH = 107
+_BACKLOG = 128
+
+
+def check_path(path: Path) -> None:
+    """Raises AddressError for a path that no socket can have."""
+    length = len(os.fsencode(path))
+    if length > LONGEST_PATH:
+        raise AddressError(
+            f"the path of a socket has at most {LONGEST_PATH} bytes, this one has {length}: {path}"
+        )
+
+
+class Address:
+    """A listening socket and its file, until ``close``.
+
+    The folder is made where it is missing; it must be of this user, and closed to all others. A
+    lock file beside the socket says that an engine lives: what a dead one has left is replaced.
+    Raises AddressError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_path(path)
+        self._path = path
+        try:
+            _check_folder(path.parent)
+            self._lock = _locked(path.with_name(path.name + ".lock"))
+        except OSError as error:
+            raise AddressError(f"no engine can listen at {path}: {error}") from error
+        try:
+            self.socket = _bound(path)
+        except OSError as error:
+            os.close(self._lock)
+            raise AddressError(f"no engine can listen at {path}: {error}") from error
+        except AddressError:
+            os.close(self._lock)
+            raise
+        self._inode = path.stat().st_ino
+
+    def close(self) -> None:
+        """Stops listening; the file goes, unless another socket has taken its place."""
+        self.socket.close()
+        try:
+            if self._path.stat().st_ino == self._inode:
+                self._path.unlink()
+        except FileNotFoundError:
+            pass
+        os.close(self._lock)  # last: until here nobody else may bind
+
+
+def _check_folder(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise AddressError(
+            f"the folder of an engine's socket must be its user's alone (chmod 700): {folder}"
+        )
+
+
+def _locked(path: Path) -> int:
+    """A descriptor that holds the lock as long as it is open."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise AddressError(f"another engine has the lock {path}") from error
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _bound(path: Path) -> socket.socket:
+    if os.path.lexists(path):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise AddressError(f"this is no socket, and is left alone: {path}")
+        path.unlink()
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listening.bind(os.fspath(path))
+        path.chmod(0o600)
+        listening.listen(_BACKLOG)
+        listening.setblocking(False)
+    except OSError:
+        listening.close()
+        raise
+    return listening

@@ -1,0 +1,96 @@
+"""A connected front, as its engine sees it. Of the engine's thread."""
+
+import select
+import socket
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from blipq_worker.seam.errors import ProtocolError
+from blipq_worker.seam.interface import Handle
+from blipq_worker.seam.protocol import FROM_FRONTS, Vocabulary
+from blipq_worker.seam.stream import Reader
+
+#: What a front may leave unread: all its credits' worth of usual features.
+MOST_UNREAD = 32 * 2**20
+_VOCABULARY = Vocabulary(FROM_FRONTS)
+
+
+class Unread(ProtocolError):
+    """The front does not read what it is sent."""
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """A submitted item. row: its pixels' room. over: it was answered."""
+
+    front: "Front"
+    id: int
+    row: memoryview | None
+    handle: Handle = None
+    over: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Front:
+    """A connection and all that belongs to it. Times are of the server's clock.
+
+    begun: when the present message, or the wait for Hello, began. stuck: since when nothing of
+    what is unread has gone out. watched: what epoll tells of.
+    """
+
+    socket: socket.socket
+    pid: int
+    begun: float
+    lend: "Callable[[Front, object, int], memoryview | None]"
+    name: str = ""
+    greeted: bool = False
+    works: dict[int, Work] = field(default_factory=dict)
+    stuck: float = 0.0
+    watched: int = select.EPOLLIN
+    reader: Reader = field(init=False)
+    _unread: deque[memoryview] = field(default_factory=deque)
+    _unread_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        """Starts reading."""
+        self.reader = Reader(self.socket, _VOCABULARY, partial(self.lend, self))
+
+    def __str__(self) -> str:
+        return f"front {self.name or '?'} (pid {self.pid})"
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether something waits until the front reads."""
+        return bool(self._unread)
+
+    @property
+    def events(self) -> int:
+        """What to wait for."""
+        reads = 0 if self.reader.starved else select.EPOLLIN
+        return reads | (select.EPOLLOUT if self._unread else 0)
+
+    def send(self, data: bytes, now: float) -> None:
+        """Sends as much as goes, and keeps the rest. Raises OSError, and Unread for too much."""
+        if not self._unread:
+            self.stuck = now
+        self._unread.append(memoryview(data))
+        self._unread_bytes += len(data)
+        self.flush(now)
+        if self._unread_bytes > MOST_UNREAD:
+            raise Unread(f"{self._unread_bytes:,} bytes unread")
+
+    def flush(self, now: float) -> None:
+        """Sends what goes of the rest. Raises OSError."""
+        while self._unread:
+            try:
+                sent = self.socket.send(self._unread[0], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            except (BlockingIOError, InterruptedError):
+                return
+            self.stuck = now
+            self._unread_bytes -= sent
+            if sent == len(self._unread[0]):
+                self._unread.popleft()
+            else:
+                self._unread[0] = self._unread[0][sent:]

@@ -1,0 +1,106 @@
+"""Takes items from fronts: checks them, finds room for their pixels, hands them to the backend."""
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from blipq_worker.seam.errors import ItemFailed, ProtocolError
+from blipq_worker.seam.front import Front, Work
+from blipq_worker.seam.interface import Backend
+from blipq_worker.seam.protocol import Known, Knows, Submit
+from blipq_worker.seam.requests import Failure, Item, ModelInfo, Outcome, split_pixels
+from blipq_worker.seam.rows import Rows
+from blipq_worker.seam.stream import Frame
+
+log = logging.getLogger(__name__)
+
+
+class Intake:
+    """What fronts may ask of a backend. Raises ProtocolError for anything else.
+
+    finish: called once for each item that was taken, when it is done; on any thread.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        rows: Rows,
+        credits: int,
+        finish: Callable[[Work, Outcome], None],
+    ) -> None:
+        self.models = dict(backend.models())
+        self._backend, self._rows, self._credits = backend, rows, credits
+        self._finish = finish
+
+    def lend(self, front: Front, message: Any, size: int) -> memoryview | None:
+        """Room for an item's pixels, once all is checked that can be checked before they come."""
+        self._check(front, message, size)
+        return self._rows.lend(size)
+
+    def submit(self, front: Front, frame: Frame, message: Submit) -> None:
+        """Takes an item."""
+        work = Work(front, frame.id, frame.pixels)
+        try:
+            self._check(front, message, 0 if frame.pixels is None else frame.pixels.nbytes)
+            if frame.id in front.works:
+                raise ProtocolError(f"the id {frame.id} is in use")
+        except ProtocolError:
+            self.give_back(work)
+            raise
+        front.works[frame.id] = work
+        deadline = None if message.seconds is None else time.monotonic() + message.seconds
+        done = partial(self._finish, work)
+        try:
+            item = self._whole(message, frame.pixels)
+            work.handle = self._backend.submit(
+                message.model, item, message.priority, deadline, done
+            )
+        except ItemFailed as error:
+            done(error.failure)
+        except Exception as error:
+            log.exception("engine: an item was not taken")
+            done(Failure("internal", "internal", str(error)))
+
+    def cancel(self, work: Work) -> None:
+        """Nobody waits for the item any more."""
+        try:
+            self._backend.cancel(work.handle)
+        except Exception:
+            log.exception("engine: an item was not cancelled")
+
+    def known(self, message: Knows) -> Known:
+        """Which images need no look."""
+        self._model(message.model)
+        known = self._backend.knows(message.model, message.digests, message.features)
+        return Known(tuple(known))
+
+    def give_back(self, work: Work) -> None:
+        """The item's pixels are not read any more."""
+        if work.row is not None:
+            self._rows.take_back(work.row)
+            work.row = None
+
+    def _model(self, name: str) -> ModelInfo:
+        model = self.models.get(name)
+        if model is None:
+            raise ProtocolError(f"no model {name!r} is served")
+        return model
+
+    def _check(self, front: Front, message: Submit, size: int) -> None:
+        if not front.greeted:
+            raise ProtocolError("Hello must come first")
+        if len(front.works) >= self._credits:
+            raise ProtocolError(f"more than {self._credits} items without an answer")
+        model, image = self._model(message.model), message.item.image
+        wanted = 0 if image is None else model.pixels_size
+        if size not in (0, wanted):
+            raise ProtocolError(f"{size:,} bytes of pixels, where the model takes {wanted:,}")
+        if image is not None and not size and image.digest is None:
+            raise ProtocolError("an image without pixels and without a digest")
+
+    def _whole(self, message: Submit, pixels: memoryview | None) -> Item:
+        if pixels is None:
+            return message.item
+        return split_pixels(message.item, pixels, self._model(message.model))
