@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blipq_worker.seam import (
@@ -130,6 +130,7 @@ def plain(item: Item) -> Any:
     return type(item), fields, image and (image.digest, image.whole, image.pixels)
 
 
+@settings(deadline=None)
 @given(items, st.sampled_from(["high", "normal", "low"]), st.none() | st.floats(0, 1e9))
 def test_every_item_reaches_the_engine_as_it_was(
     item: Item, priority: Any, seconds: float | None
@@ -140,16 +141,19 @@ def test_every_item_reaches_the_engine_as_it_was(
     assert plain(got.item) == plain(item)
 
 
+@settings(deadline=None)
 @given(from_fronts)
 def test_every_message_of_a_front_arrives_as_it_was(message: Message) -> None:
     assert received(encoded(message, 2**53), FRONTS) == message
 
 
+@settings(deadline=None)
 @given(from_engines)
 def test_every_message_of_an_engine_arrives_as_it_was(message: Message) -> None:
     assert received(encoded(message), ENGINES) == message
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(counts, outcomes), max_size=8))
 def test_answers_arrive_in_order_and_none_is_missing(sent: list[tuple[int, Outcome]]) -> None:
     got = [received(data, ENGINES) for data in encoded_answers(sent)]
@@ -283,6 +287,7 @@ def test_a_body_that_is_not_exactly_a_submit_is_refused(data: bytes) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300), st.sampled_from([1, 2, 3, 4]))
 def test_random_bodies_are_refused_or_are_messages(data: bytes, number: int) -> None:
     with suppress(ProtocolError):

@@ -6,7 +6,7 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blipq_worker.seam import ProtocolError
@@ -62,6 +62,7 @@ STREAM = (
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 60_000), max_size=12))
 def test_messages_are_the_same_however_the_stream_is_cut(cuts: list[int]) -> None:
     with closing(Pair()) as pair:

@@ -54,9 +54,9 @@ class Connection:
         self.beat: Beat | None = None
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-            self._socket.settimeout(silence_s)  # connecting waits where many want to
+            self._socket.setblocking(False)  # where too many want to connect it fails at once
             self._socket.connect(os.fspath(path))
-            self._socket.settimeout(None)
+            self._socket.setblocking(True)
             self._send([encoded(Hello(os.getpid(), name))])
             self.welcome = self._welcome()
         except (OSError, Ended, ProtocolError) as error:
@@ -172,11 +172,8 @@ class Connection:
                 for future, outcome in self._answered(outcomes):
                     settle(future, outcome)
             case Known(known=known):
-                with self._changed:
-                    future = self._open.pop(frame.id, None)
-                if future is not None:
-                    with suppress(InvalidStateError):
-                        future.set_result(known)
+                with self._changed, suppress(KeyError, InvalidStateError):
+                    self._open.pop(frame.id).set_result(known)
             case Beat() as beat:
                 self.beat = beat
 

@@ -123,7 +123,7 @@ class EngineServer:
 
     def wake(self) -> None:
         """Ends the wait of ``poll``. Thread-safe."""
-        with suppress(OSError):  # it is closed
+        with suppress(OSError, ValueError):  # it is closed
             os.eventfd_write(self._bell, 1)
 
     def close(self, reason: str = "the engine ends") -> None:
@@ -143,12 +143,13 @@ class EngineServer:
         left = [*self._skipped, *self._again, *self._starved]
         wait_s = 0.0 if self._skipped or self._again else min(timeout_s, BEAT_S)
         ms = int(min(wait_s, _STARVED_S if self._starved else wait_s) * 1000)
+        # epoll rounds up to whole milliseconds: half of one less than these gives exactly these.
+        told = self._epoll.poll((ms - 0.5) / 1000 if ms else 0)
+        self._clock.tick()
         self._skipped, self._again, self._starved = {}, {}, {}
         events = dict.fromkeys(left, select.EPOLLIN)
-        # epoll rounds up to whole milliseconds: half of one less than these gives exactly these.
-        for fd, event in self._epoll.poll((ms - 0.5) / 1000 if ms else 0):
+        for fd, event in told:
             events[fd] = events.get(fd, 0) | event
-        self._clock.tick()
         return events
 
     def _serve(self, events: dict[int, int], until: float) -> None:
