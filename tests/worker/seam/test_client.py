@@ -1,0 +1,386 @@
+"""A front keeps its promises to its callers, whatever becomes of the engine."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import IO
+
+import msgspec
+import pytest
+
+from blipq_worker.seam import (
+    Answer,
+    EngineBusy,
+    EngineClient,
+    EngineGone,
+    Generate,
+    GenerationParams,
+    ImagePixels,
+    ItemFailed,
+    Match,
+    UnknownModel,
+)
+from conftest import ROOT, wait_until
+from worker.seam.stand_in import INFO, KNOWN, MODELS, Served, item, pixels, serving
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    with serving() as served:
+        yield served
+
+
+@pytest.fixture
+def holding() -> Iterator[Served]:
+    with serving(hold=True) as served:
+        yield served
+
+
+@contextmanager
+def a_client(path: Path, **options: object) -> Iterator[EngineClient]:
+    client = EngineClient(path, **{"timeout_s": 10.0, **options})  # type: ignore[arg-type]
+    with closing(client):
+        yield client
+    assert not client._thread.is_alive()
+
+
+def ask(client: EngineClient, value: int = 1) -> "Future[Answer]":
+    return client.submit("default", item(value), "normal")
+
+
+def score(future: "Future[Answer]") -> float:
+    value: float = future.result(10).value.scores[0]  # type: ignore[union-attr]
+    return value
+
+
+def test_many_threads_share_one_connection_and_each_gets_its_own_answers(served: Served) -> None:
+    with a_client(served.path) as client, ThreadPoolExecutor(16) as pool:
+        values = [number % 256 for number in range(600)]
+        answers = pool.map(lambda value: score(ask(client, value)), values)
+        assert list(answers) == values
+        assert served.server.fronts == 1
+
+
+def test_the_models_are_known_to_the_front(served: Served) -> None:
+    with a_client(served.path) as client:
+        assert client.models() == MODELS
+        assert client.model("default") == INFO
+        with pytest.raises(UnknownModel, match="nobody"):
+            client.model("nobody")
+        with pytest.raises(UnknownModel, match="nobody"):
+            client.submit("nobody", item(), "normal")
+        with pytest.raises(UnknownModel, match="nobody"):
+            client.knows("nobody", [KNOWN], ["patches"])
+
+
+def test_the_deadline_arrives_in_the_engines_time(holding: Served) -> None:
+    with a_client(holding.path) as client:
+        deadline = time.monotonic() + 60
+        client.submit("default", item(), "high", deadline)
+        client.submit("default", item(), "low", time.monotonic() - 5)
+        wait_until(lambda: len(holding.backend.met) == 2, "the items")
+        (_, _, first, met), (_, _, second, late) = holding.backend.met
+        assert (first, second) == ("high", "low")
+        assert met == pytest.approx(deadline, abs=5)
+        assert late is not None
+        assert late <= time.monotonic()
+
+
+def test_known_images_are_told(served: Served) -> None:
+    with a_client(served.path) as client:
+        assert client.knows("default", [KNOWN, "b" * 64], {"patches"}) == (True, False)
+
+
+def test_an_item_that_the_engine_would_refuse_costs_no_connection(holding: Served) -> None:
+    """All items of a front share its connection: one bad item must not end it."""
+    wrong = [
+        Generate(ImagePixels(None, False, (pixels(),)), (), GenerationParams()),
+        Generate(ImagePixels(None, False, (pixels(),)), ("x" * 40_000,), GenerationParams()),
+        Generate(ImagePixels(None, False, (pixels(side=8),)), ("a",), GenerationParams()),
+        Generate(ImagePixels(None), ("a",), GenerationParams()),
+        Match(ImagePixels("no digest"), ("a",)),
+        Match(ImagePixels(KNOWN), ("\ud800",)),
+    ]
+    with a_client(holding.path) as client:
+        future = ask(client)
+        for each in wrong:
+            with pytest.raises(ValueError, match=r"."):
+                client.submit("default", each, "normal")
+        wait_until(lambda: len(holding.backend.open) == 1, "the good item")
+        holding.run(holding.backend.answer_all)
+        assert score(future) == 1
+
+
+def test_a_cancelled_future_ends_the_work_on_its_item(holding: Served) -> None:
+    with a_client(holding.path) as client:
+        future, other = ask(client), ask(client, 7)
+        wait_until(lambda: len(holding.backend.open) == 2, "the items")
+        assert future.cancel()
+        wait_until(lambda: holding.backend.cancelled == [0], "its end")
+        holding.run(holding.backend.answer_all)
+        assert score(other) == 7
+
+
+def test_an_item_that_the_engine_gives_up_is_cancelled(holding: Served) -> None:
+    with a_client(holding.path) as client:
+        future = ask(client)
+        wait_until(lambda: len(holding.backend.open) == 1, "the item")
+        holding.run(lambda: holding.backend.cancel(0))
+        with pytest.raises(CancelledError):
+            future.result(10)
+
+
+def test_a_failure_of_an_item_has_its_code(holding: Served) -> None:
+    from blipq_worker.seam import Failure
+
+    with a_client(holding.path) as client:
+        future = ask(client)
+        wait_until(lambda: len(holding.backend.open) == 1, "the item")
+        [(_, done)] = holding.backend.open.values()
+        holding.run(lambda: done(Failure("permanent", "invalid_request", "too long")))
+        with pytest.raises(ItemFailed, match="invalid_request: too long") as failed:
+            future.result(10)
+        assert failed.value.failure.kind == "permanent"
+
+
+def test_credits_bound_what_is_sent_and_a_submit_waits_for_one() -> None:
+    with serving(hold=True, credits=2) as served, a_client(served.path, timeout_s=0.3) as client:
+        first, second = ask(client), ask(client)
+        with pytest.raises(EngineBusy, match="2 items had no answer for"):
+            ask(client)
+        first.cancel()
+        third = ask(client)
+        wait_until(lambda: len(served.backend.met) == 3, "the third item")
+        assert not second.done()
+        assert not third.done()
+        assert client.connected
+
+
+def test_a_submit_that_waits_for_a_credit_gets_the_next_one() -> None:
+    with serving(hold=True, credits=1) as served, a_client(served.path) as client:
+        first = ask(client)
+        wait_until(lambda: served.backend.open, "the first item")
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(ask, client, 9)
+            served.run(served.backend.answer_all)
+            assert score(first) == 1
+            second = waiting.result(10)
+            wait_until(lambda: served.backend.open, "the second item")
+            served.run(served.backend.answer_all)
+            assert score(second) == 9
+
+
+def test_without_an_engine_a_submit_says_so() -> None:
+    with tempfile.TemporaryDirectory(prefix="bq") as folder:
+        path = Path(folder) / "engine"
+        with a_client(path, timeout_s=0.2) as client:
+            assert not client.connected
+            assert client.beat is None
+            with pytest.raises(EngineGone, match="no engine at"):
+                ask(client)
+
+
+def test_a_client_may_come_before_its_engine() -> None:
+    with tempfile.TemporaryDirectory(prefix="bq") as folder:
+        path = Path(folder) / "engine"
+        with a_client(path) as client, ThreadPoolExecutor(1) as pool:
+            early = pool.submit(ask, client, 4)
+            with an_engine(path):
+                assert score(early.result(10)) == 4
+
+
+def test_closing_fails_what_is_open_and_what_comes_later(holding: Served) -> None:
+    with a_client(holding.path) as client:
+        future = ask(client)
+    with pytest.raises(EngineGone, match="closes its connection"):
+        future.result(10)
+    with pytest.raises(EngineGone, match="has closed"):
+        ask(client)
+    wait_until(lambda: holding.server.fronts == 0, "its end")
+    client.close()  # again: it is nothing
+
+
+def test_an_engine_that_ends_says_why(served: Served) -> None:
+    heard: list[str] = []
+    with a_client(served.path, on_lost=heard.append) as client:
+        score(ask(client))
+        served.stop()
+        wait_until(lambda: heard, "the end of the engine")
+        assert heard == ["the engine says goodbye: the engine ends"]
+
+
+def test_beats_reach_the_front(holding: Served) -> None:
+    with a_client(holding.path) as client:
+        ask(client)
+        wait_until(lambda: client.beat is not None and client.beat.running == 1, "a beat")
+
+
+def test_a_callback_that_raises_stops_nothing() -> None:
+    def on_lost(reason: str) -> None:
+        raise RuntimeError("a bug")
+
+    with tempfile.TemporaryDirectory(prefix="bq") as folder:
+        path = Path(folder) / "engine"
+        with a_client(path, on_lost=on_lost) as client:
+            for value in (1, 2):
+                with an_engine(path):
+                    assert score(ask(client, value)) == value
+                wait_until(lambda: not client.connected, "its end")
+
+
+# --- processes and kills --------------------------------------------------------------------------
+
+
+class Process:
+    """A process of ours, and the last line that it has written."""
+
+    def __init__(self, *command: str) -> None:
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+        self.popen = subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        assert self.popen.stdout is not None
+        self._out: IO[str] = self.popen.stdout
+        self.last = self._out.readline().strip()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self._out:
+            self.last = line.strip()
+
+    def signal(self, number: signal.Signals) -> None:
+        self.popen.send_signal(number)
+
+    def end(self) -> None:
+        self.popen.kill()
+        self.popen.wait(10)
+        self._reader.join(10)
+        self._out.close()
+
+
+@contextmanager
+def an_engine(path: Path, *options: str) -> Iterator[Process]:
+    process = Process("-m", "worker.seam.stand_in", str(path), *options)
+    try:
+        assert process.last == "ready"
+        yield process
+    finally:
+        process.end()
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="bq") as folder:
+        yield Path(folder) / "engine"
+
+
+def test_a_killed_engine_fails_its_items_and_the_next_one_is_found(path: Path) -> None:
+    heard: list[str] = []
+    with a_client(path, on_lost=heard.append) as client:
+        with an_engine(path, "hold") as engine:
+            futures = [ask(client, value) for value in range(20)]
+            wait_until(lambda: "holds 20" in engine.last, "the items")
+            engine.signal(signal.SIGKILL)
+            for future in futures:
+                with pytest.raises(EngineGone):
+                    future.result(10)
+        assert len(heard) == 1
+        ids = [next(client._ids)]
+        with an_engine(path):  # the file of the killed one was in its way
+            assert [score(ask(client, value)) for value in range(5)] == [0, 1, 2, 3, 4]
+        assert ids[0] > 20  # no id comes again: an old item cannot be taken for a new one
+
+
+def test_a_frozen_engine_is_noticed_by_its_silence(path: Path) -> None:
+    with an_engine(path, "hold") as engine, a_client(path, silence_s=1.0) as client:
+        future = ask(client)
+        wait_until(lambda: "holds 1" in engine.last, "the item")
+        engine.signal(signal.SIGSTOP)
+        with pytest.raises(EngineGone, match="has said nothing for 1 s"):
+            future.result(10)
+        engine.signal(signal.SIGCONT)
+        wait_until(lambda: client.connected, "the engine again")
+        wait_until(lambda: "holds 0 cancelled 1" in engine.last, "the end of the lost item")
+
+
+def test_a_send_to_a_frozen_engine_ends(path: Path) -> None:
+    """Its socket is full: the thread that sends must not wait for ever, nor those behind it."""
+    with (
+        an_engine(path, "hold") as engine,
+        a_client(path, silence_s=1.0) as client,
+        ThreadPoolExecutor(32) as pool,
+    ):
+        assert client.connected or client.models()
+        engine.signal(signal.SIGSTOP)
+        sent = [pool.submit(ask, client) for _ in range(32)]
+        for each in sent:
+            with pytest.raises(EngineGone):
+                each.result(20).result(20)
+        engine.signal(signal.SIGCONT)
+
+
+FRONT = """
+import sys, time
+from pathlib import Path
+from blipq_worker.seam import EngineClient
+from worker.seam.stand_in import item
+client = EngineClient(Path(sys.argv[1]))
+for value in range(16):
+    client.submit("default", item(value), "normal")
+print("sent", flush=True)
+time.sleep(60)
+"""
+HALF = """
+import socket, sys, time
+from blipq_worker.seam.protocol import Hello, Submit, encoded
+from worker.seam.stand_in import SIZE, item
+raw = socket.socket(socket.AF_UNIX)
+raw.connect(sys.argv[1])
+submit = Submit("default", "normal", None, item())
+raw.sendall(encoded(Hello(1, "half")) + encoded(submit, 1, SIZE) + bytes(SIZE))
+raw.sendall(encoded(submit, 2, SIZE) + bytes(SIZE // 2))
+print("sent", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("code", "items"), [(FRONT, 16), (HALF, 1)], ids=["between", "midst"])
+def test_a_killed_fronts_items_are_cancelled_at_once(path: Path, code: str, items: int) -> None:
+    with an_engine(path, "hold") as engine, a_client(path) as client:
+        mine = ask(client)
+        front = Process("-c", code, str(path))
+        wait_until(lambda: f"holds {items + 1}" in engine.last, "the items")
+        front.end()
+        wait_until(lambda: f"holds 1 cancelled {items}" in engine.last, "their end", timeout=5)
+        assert not mine.done()
+
+
+def test_a_frozen_front_stops_no_other_one(path: Path) -> None:
+    with an_engine(path) as engine, a_client(path) as client:
+        front = Process("-c", HALF, str(path))
+        front.signal(signal.SIGSTOP)
+        assert [score(ask(client, value)) for value in range(30)] == list(range(30))
+        front.end()
+        assert engine.popen.poll() is None
+
+
+def test_importing_the_seam_loads_neither_a_model_nor_a_queue() -> None:
+    code = "import blipq_worker.seam, sys; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    loaded = {name.partition(".")[0] for name in ran.stdout.split()}
+    assert "msgspec" in loaded
+    assert loaded.isdisjoint({"torch", "transformers", "celery", "kombu", "redis", "PIL", "numpy"})
+
+
+def test_infos_are_plain_data() -> None:
+    assert msgspec.convert(msgspec.to_builtins(INFO), type(INFO)) == INFO
