@@ -217,6 +217,43 @@ def test_an_engine_that_ends_says_why(served: Served) -> None:
         assert heard == ["the engine says goodbye: the engine ends"]
 
 
+def test_an_item_that_waits_for_a_credit_loses_that_time_to_its_deadline() -> None:
+    with serving(hold=True, credits=1) as served, a_client(served.path) as client:
+        ask(client)
+        wait_until(lambda: served.backend.open, "the first item")
+        deadline = time.monotonic() + 60
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(client.submit, "default", item(), "normal", deadline)
+            time.sleep(1)
+            served.run(served.backend.answer_all)
+            wait_until(lambda: len(served.backend.met) == 2, "the second item")
+        assert served.backend.met[1][3] == pytest.approx(deadline, abs=0.9)
+
+
+def test_a_bad_item_keeps_no_credit() -> None:
+    bad = Match(ImagePixels(KNOWN), ("x" * 40_000,))
+    with serving(credits=1) as served, a_client(served.path) as client:
+        for value in range(3):
+            with pytest.raises(ValueError, match="Submit"):
+                client.submit("default", bad, "normal")
+            assert score(ask(client, value)) == value
+
+
+def test_the_front_may_close_when_it_hears_that_the_engine_is_gone(served: Served) -> None:
+    closed = threading.Event()
+
+    def on_lost(reason: str) -> None:
+        client.close()
+        closed.set()
+
+    client = EngineClient(served.path, timeout_s=10, on_lost=on_lost)
+    score(ask(client))
+    served.stop()
+    assert closed.wait(10)
+    client._thread.join(10)
+    assert not client._thread.is_alive()
+
+
 def test_beats_reach_the_front(holding: Served) -> None:
     with a_client(holding.path) as client:
         ask(client)

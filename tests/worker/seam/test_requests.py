@@ -99,7 +99,7 @@ outcomes = st.one_of(
 )
 counts = st.integers(0, 2**53 - 1)
 from_fronts = st.one_of(
-    st.builds(Hello, counts, texts.filter(bool)),
+    st.builds(Hello, counts, st.from_regex(r"[A-Za-z0-9._@:-]{1,64}", fullmatch=True)),
     st.builds(Cancel),
     st.builds(
         Knows,
@@ -226,6 +226,12 @@ def test_a_parameter_out_of_bounds_is_refused(name: str, value: float) -> None:
 def test_what_an_engine_would_refuse_is_not_sent(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="Submit"):
         submitted(**fields)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 65, "two\nlines", "\x1b[2J", "é"])
+def test_a_process_has_a_name_that_cannot_spoil_a_log(name: str) -> None:
+    with pytest.raises(ValueError, match="Hello"):
+        checked(Hello(1, name), 0)
 
 
 def body(value: Any) -> bytes:

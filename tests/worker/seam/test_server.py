@@ -393,6 +393,28 @@ def test_the_front_beyond_the_last_place_is_told_so(served: Served) -> None:
         assert list(raw.outcomes(1)) == [1]
 
 
+def test_a_crowd_at_the_door_holds_nobody_up(served: Served, beside: Callable[[], None]) -> None:
+    """All places are taken: those who are refused come again and again."""
+    stop = threading.Event()
+
+    def knock() -> None:
+        while not stop.is_set():
+            with suppress(OSError):
+                connected(served).close()
+
+    with ExitStack() as stack:
+        for _ in range(63):
+            stack.enter_context(closing(Raw(served, HELLO))).next(Welcome)
+        crowd = [threading.Thread(target=knock) for _ in range(4)]
+        for each in crowd:
+            each.start()
+        for _ in range(50):
+            beside()
+        stop.set()
+        for each in crowd:
+            each.join()
+
+
 def test_an_engine_without_descriptors_serves_those_that_are_there(
     served: Served, beside: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import os
 import random
 import threading
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from blipq_worker.seam.address import check_path
 from blipq_worker.seam.connection import Connection
 from blipq_worker.seam.errors import EngineGone, UnknownModel
-from blipq_worker.seam.protocol import Beat, Knows, Submit, checked
+from blipq_worker.seam.protocol import Beat, Hello, Knows, Submit, checked
 from blipq_worker.seam.requests import (
     Answer,
     Feature,
@@ -36,8 +37,9 @@ class EngineClient:
     engine is frozen; then, and where the connection ends, all that has no answer fails with
     EngineGone, ``on_lost`` hears why on the thread that reads, and that thread connects again until
     ``close``. timeout_s: longest wait for a connection, a credit, or an answer to a question.
-    Raises AddressError for a path that no socket can have. A Future's callbacks run on the thread
-    that reads: they must not wait.
+
+    A Future's callbacks run on the thread that reads: they must not wait. Raises AddressError for a
+    path that no socket can have, and ValueError for a name with more than letters and digits.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class EngineClient:
         on_lost: Callable[[str], None] = lambda reason: None,
     ) -> None:
         check_path(path)
+        checked(Hello(os.getpid(), name), 0)
         self._path, self._name = path, name
         self._silence_s, self._timeout_s = silence_s, timeout_s
         self._on_lost = on_lost
@@ -79,10 +82,13 @@ class EngineClient:
         connection = self._connected()
         check_pixels(item, _model(connection, model))
         id = next(self._ids)
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
         pixels, size = ((), 0) if item.image is None else (item.image.pixels, item.image.size)
-        data = checked(Submit(model, priority, left, item), id, size)
-        future = connection.submit(id, data, pixels, self._timeout_s)
+
+        def encoded() -> bytes:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            return checked(Submit(model, priority, left, item), id, size)
+
+        future = connection.submit(id, encoded, pixels, self._timeout_s)
         future.add_done_callback(partial(_cancelled, connection, id))
         return future
 
@@ -116,7 +122,8 @@ class EngineClient:
             self._changed.notify_all()
         if connection is not None:
             connection.end("this front closes its connection")
-        self._thread.join(self._silence_s)
+        if threading.current_thread() is not self._thread:  # a callback may close it, too
+            self._thread.join(self._silence_s)
 
     def _connected(self) -> Connection:
         with self._changed:

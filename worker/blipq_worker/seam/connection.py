@@ -5,7 +5,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from pathlib import Path
@@ -76,16 +76,27 @@ class Connection:
     # -- any thread --
 
     def submit(
-        self, id: int, data: bytes, pixels: Sequence[memoryview], timeout_s: float
+        self, id: int, make: Callable[[], bytes], pixels: Sequence[memoryview], timeout_s: float
     ) -> "Future[Answer]":
-        """Sends an item as soon as there is a credit. Raises EngineBusy, EngineGone."""
-        future: Future[Answer] = Future()
+        """Sends an item as soon as there is a credit: ``make`` encodes it then.
+
+        Raises EngineBusy, EngineGone, and what ``make`` raises.
+        """
         with self._changed:
             if not self._changed.wait_for(lambda: self._credits > 0 or self._gone, timeout_s):
                 limit = self.welcome.credits
                 raise EngineBusy(f"{limit} items had no answer for {timeout_s:g} s")
-            self._enter(id, future)
             self._credits -= 1
+        try:
+            data = make()
+        except BaseException:
+            with self._changed:
+                self._credits += 1
+                self._changed.notify()
+            raise
+        future: Future[Answer] = Future()
+        with self._changed:
+            self._enter(id, future)
         self._send([data, *pixels])
         return future
 

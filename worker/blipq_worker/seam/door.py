@@ -1,6 +1,5 @@
 """Lets processes in: those of users that are served, as many as there are places."""
 
-import errno
 import logging
 import os
 import socket
@@ -30,25 +29,29 @@ class Door:
         self._uids = {os.geteuid()} if uids is None else set(uids)
         self.socket = self._address.socket
 
-    def admitted(self, fronts: int) -> tuple[socket.socket, int] | None:
-        """The next connection and its process, None where nobody waits. Raises Full.
+    def admitted(self, fronts: int, most: int) -> list[tuple[socket.socket, int]]:
+        """Connections and their processes, of at most so many that wait. Raises Full.
 
-        fronts: how many there are. Who may not come in is told why.
+        fronts: how many there are. Who may not come in is told why, and counts all the same: a
+        crowd at the door must not hold the engine up.
         """
-        while True:
+        found: list[tuple[socket.socket, int]] = []
+        for _ in range(most):
             try:
                 connection, _ = self.socket.accept()
-            except (BlockingIOError, InterruptedError):
-                return None
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                break
             except OSError as error:
-                if error.errno == errno.ECONNABORTED:  # it has gone again
-                    continue
+                if found:
+                    break  # these first; the error comes again
                 raise Full(str(error)) from error
-            pid, refused = self._peer(connection, fronts)
+            pid, refused = self._peer(connection, fronts + len(found))
             if refused is None:
                 connection.setblocking(False)
-                return connection, pid
-            farewell(connection, refused)
+                found.append((connection, pid))
+            else:
+                farewell(connection, refused)
+        return found
 
     def _peer(self, connection: socket.socket, fronts: int) -> tuple[int, str | None]:
         """A process and why it may not come in."""

@@ -26,6 +26,7 @@ from blipq_worker.seam.requests import (
     Outcome,
     Plain,
     Priority,
+    ProcessName,
     Seconds,
 )
 
@@ -44,7 +45,7 @@ class Hello(Plain, frozen=True):
     """A front's first message."""
 
     pid: Count
-    name: Name
+    name: ProcessName
 
 
 class Submit(Plain, frozen=True):

@@ -17,6 +17,8 @@ Feature = Literal["generation", "retrieval", "patches"]
 
 Text = Annotated[str, Meta(max_length=32_768)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
+#: Of a process, in logs.
+ProcessName = Annotated[str, Meta(max_length=64, pattern=r"^[A-Za-z0-9._@:-]+\Z")]
 Digest = Annotated[str, Meta(min_length=64, max_length=64, pattern=r"^[0-9a-f]*\Z")]
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]

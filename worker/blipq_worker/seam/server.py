@@ -38,7 +38,7 @@ from blipq_worker.seam.stream import Ended, Frame
 
 log = logging.getLogger(__name__)
 
-CREDITS, MESSAGES_A_TURN, CONNECTIONS_A_TURN = 128, 8, 32
+CREDITS, MESSAGES_A_TURN, CONNECTIONS_A_TURN = 128, 8, 16
 BEAT_S = 0.25
 #: Longest within a message, from connect to Hello, and without reading anything of what waits.
 WITHIN_MESSAGE_S, UNREAD_S = 5.0, 30.0
@@ -107,6 +107,7 @@ class EngineServer:
 
         Waits until a front has something, but at most ``timeout_s`` rounded down to whole
         milliseconds, which is all that epoll counts; often less. Beats are sent from here alone.
+        No backend may call it from within a call of this server's.
         """
         self._thread = threading.get_ident()
         end = time.monotonic() + timeout_s
@@ -259,11 +260,7 @@ class EngineServer:
 
     def _admit(self) -> None:
         try:
-            for _ in range(CONNECTIONS_A_TURN):
-                admitted = self._door.admitted(len(self._fronts))
-                if admitted is None:
-                    return
-                connection, pid = admitted
+            for connection, pid in self._door.admitted(len(self._fronts), CONNECTIONS_A_TURN):
                 front = Front(connection, pid, self._clock.now, self._intake.lend)
                 self._fronts[connection.fileno()] = front
                 self._epoll.register(connection, front.events)
