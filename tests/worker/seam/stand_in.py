@@ -59,7 +59,8 @@ TWO = ModelInfo(
     retrieval_recipe=Recipe(8, 2, "two"),
 )
 MODELS = {"default": INFO, "two": TWO}
-KNOWN = "a" * 64
+#: What a front may call an image.
+NAME = "a" * 64
 
 
 def answered(*scores: float) -> Answer:
@@ -70,8 +71,8 @@ def pixels(value: int = 0, side: int = SIDE) -> memoryview:
     return memoryview(bytes([value]) * (side * side * 3))
 
 
-def item(value: int = 0, prompt: str = "a photo of") -> Generate:
-    return Generate(ImagePixels(None, False, (pixels(value),)), (prompt,), GenerationParams())
+def item(value: int = 0, prompt: str = "a photo of", name: str | None = None) -> Generate:
+    return Generate(ImagePixels(name, False, (pixels(value),)), (prompt,), GenerationParams())
 
 
 class StandIn:
@@ -82,6 +83,7 @@ class StandIn:
         self.open: dict[int, tuple[Item, Callable[[Outcome], None]]] = {}
         self.met: list[tuple[str, Item, Priority, float | None]] = []
         self.cancelled: list[int] = []
+        self.seen: set[str | None] = set()
         self._handles = itertools.count()
 
     def models(self) -> Mapping[str, ModelInfo]:
@@ -96,6 +98,8 @@ class StandIn:
         done: Callable[[Outcome], None],
     ) -> int:
         self.met.append((model, item, priority, deadline))
+        if item.image is not None and item.image.pixels:
+            self.seen.add(item.image.digest)
         handle = next(self._handles)
         self.open[handle] = item, done
         if not self.hold:
@@ -120,7 +124,7 @@ class StandIn:
     def knows(
         self, model: str, digests: Sequence[str], features: Collection[Feature]
     ) -> Sequence[bool]:
-        return [digest == KNOWN for digest in digests]
+        return [digest in self.seen for digest in digests]
 
     def load(self) -> Load:
         return Load(0, len(self.open))

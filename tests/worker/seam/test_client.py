@@ -29,7 +29,7 @@ from blipq_worker.seam import (
     UnknownModel,
 )
 from conftest import ROOT, wait_until
-from worker.seam.stand_in import INFO, KNOWN, MODELS, Served, item, pixels, serving
+from worker.seam.stand_in import INFO, MODELS, NAME, Served, item, pixels, serving
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_the_models_are_known_to_the_front(served: Served) -> None:
         with pytest.raises(UnknownModel, match="nobody"):
             client.submit("nobody", item(), "normal")
         with pytest.raises(UnknownModel, match="nobody"):
-            client.knows("nobody", [KNOWN], ["patches"])
+            client.knows("nobody", [NAME], ["patches"])
 
 
 def test_the_deadline_arrives_in_the_engines_time(holding: Served) -> None:
@@ -96,7 +96,13 @@ def test_the_deadline_arrives_in_the_engines_time(holding: Served) -> None:
 
 def test_known_images_are_told(served: Served) -> None:
     with a_client(served.path) as client:
-        assert client.knows("default", [KNOWN, "b" * 64], {"patches"}) == (True, False)
+        client.submit("default", item(name=NAME), "normal").result(10)
+        assert client.knows("default", [NAME, "b" * 64], {"patches"}) == (True, False)
+        client.submit("default", Match(ImagePixels(NAME), ("a",)), "normal").result(10)
+        unknown = client.submit("default", Match(ImagePixels("b" * 64), ("a",)), "normal")
+        with pytest.raises(ItemFailed) as failed:
+            unknown.result(10)
+        assert failed.value.failure.kind == "image_unknown"
 
 
 def test_an_item_that_the_engine_would_refuse_costs_no_connection(holding: Served) -> None:
@@ -107,7 +113,7 @@ def test_an_item_that_the_engine_would_refuse_costs_no_connection(holding: Serve
         Generate(ImagePixels(None, False, (pixels(side=8),)), ("a",), GenerationParams()),
         Generate(ImagePixels(None), ("a",), GenerationParams()),
         Match(ImagePixels("no digest"), ("a",)),
-        Match(ImagePixels(KNOWN), ("\ud800",)),
+        Match(ImagePixels(NAME), ("\ud800",)),
     ]
     with a_client(holding.path) as client:
         future = ask(client)
@@ -231,7 +237,7 @@ def test_an_item_that_waits_for_a_credit_loses_that_time_to_its_deadline() -> No
 
 
 def test_a_bad_item_keeps_no_credit() -> None:
-    bad = Match(ImagePixels(KNOWN), ("x" * 40_000,))
+    bad = Match(ImagePixels(NAME), ("x" * 40_000,))
     with serving(credits=1) as served, a_client(served.path) as client:
         for value in range(3):
             with pytest.raises(ValueError, match="Submit"):
@@ -408,6 +414,34 @@ def test_a_frozen_front_stops_no_other_one(path: Path) -> None:
         assert [score(ask(client, value)) for value in range(30)] == list(range(30))
         front.end()
         assert engine.popen.poll() is None
+
+
+def test_engines_may_be_killed_again_and_again_under_load(path: Path) -> None:
+    """Each submit ends in its own answer or in EngineGone: none hangs, none gets another's."""
+    stop = threading.Event()
+    with a_client(path, timeout_s=5.0) as client:
+
+        def submit(value: int) -> tuple[int, int]:
+            answered = gone = 0
+            while not stop.is_set():
+                try:
+                    assert score(ask(client, value)) == value
+                    answered += 1
+                except EngineGone:
+                    gone += 1
+            return answered, gone
+
+        with ThreadPoolExecutor(12) as pool:
+            threads = [pool.submit(submit, value) for value in range(12)]
+            for _ in range(4):
+                with an_engine(path) as engine:
+                    wait_until(lambda: client.connected, "the engine")
+                    time.sleep(0.3)
+                    engine.signal(signal.SIGKILL)
+            stop.set()
+            counts = [thread.result(20) for thread in threads]
+        assert min(answered for answered, _ in counts) > 0
+        assert sum(gone for _, gone in counts) > 0
 
 
 def test_importing_the_seam_loads_neither_a_model_nor_a_queue() -> None:

@@ -16,7 +16,7 @@ from blipq_worker.seam import (
     LocalInference,
     UnknownModel,
 )
-from worker.seam.stand_in import INFO, KNOWN, MODELS, StandIn, item, pixels
+from worker.seam.stand_in import INFO, MODELS, NAME, StandIn, item, pixels
 
 
 @pytest.fixture
@@ -26,9 +26,9 @@ def held() -> StandIn:
 
 def test_an_item_is_answered() -> None:
     inference: Inference = LocalInference(StandIn())
-    answer = inference.submit("default", item(5), "normal").result(0)
+    answer = inference.submit("default", item(5, name=NAME), "normal").result(0)
     assert answer.value.scores == (5, 5)  # type: ignore[union-attr]
-    assert inference.knows("default", [KNOWN, "b" * 64], ["patches"]) == (True, False)
+    assert inference.knows("default", [NAME, "b" * 64], ["patches"]) == (True, False)
     assert inference.models() == MODELS
     assert inference.model("default") == INFO
 
@@ -78,7 +78,7 @@ def test_what_a_socket_would_refuse_is_refused_here_too(held: StandIn) -> None:
     for image, prompt in [
         (ImagePixels(None), "a"),
         (ImagePixels(None, False, (pixels(side=8),)), "a"),
-        (ImagePixels(KNOWN), "x" * 40_000),
+        (ImagePixels(NAME), "x" * 40_000),
     ]:
         with pytest.raises(ValueError, match=r"."):
             inference.submit("default", Generate(image, (prompt,), GenerationParams()), "normal")

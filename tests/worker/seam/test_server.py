@@ -1,5 +1,6 @@
 """Whatever a front sends: the engine goes on, and serves the others meanwhile."""
 
+import hashlib
 import itertools
 import os
 import random
@@ -26,6 +27,7 @@ from blipq_worker.seam import (
     ImagePixels,
     Match,
     front,
+    names,
     server,
 )
 from blipq_worker.seam.protocol import (
@@ -45,7 +47,7 @@ from blipq_worker.seam.protocol import (
 )
 from blipq_worker.seam.stream import Ended, Reader, no_pixels
 from conftest import wait_until
-from worker.seam.stand_in import KNOWN, SIZE, Served, answered, item, serving
+from worker.seam.stand_in import NAME, SIZE, Served, answered, item, serving
 
 HELLO = encoded(Hello(1, "raw"))
 ITEM = Submit("default", "normal", 60.0, item())
@@ -149,16 +151,68 @@ def test_two_arrays_reach_the_backend_as_two(served: Served) -> None:
 
 
 def test_a_known_image_needs_no_pixels(served: Served) -> None:
-    known = Match(ImagePixels(KNOWN, True), ("a cat",))
+    known = Match(ImagePixels(NAME, True), ("a cat",))
     with closing(Raw(served, HELLO)) as raw:
-        raw.send(Knows("default", ("b" * 64, KNOWN), ("generation",)), 9)
+        raw.send(Submit("default", "high", None, item(name=NAME)), 8, bytes(SIZE))
+        raw.send(Knows("default", ("b" * 64, NAME), ("generation",)), 9)
         frame = raw.next(Known)
         assert (frame.id, frame.message.known) == (9, (False, True))
         raw.send(Submit("default", "low", None, known), 10)
         assert raw.outcomes(1)[10].value.scores == ()
-    [(_, met, priority, deadline)] = served.backend.met
+    (_, first, *_), (_, met, priority, deadline) = served.backend.met
+    assert first.image is not None
     assert met.image is not None
-    assert (met.image.digest, met.image.whole, priority, deadline) == (KNOWN, True, "low", None)
+    assert (met.image.digest, met.image.whole) == (first.image.digest, True)
+    assert (priority, deadline) == ("low", None)
+
+
+def known_to(raw: Raw, *names: str) -> tuple[bool, ...]:
+    raw.send(Knows("default", names, ("generation",)), 1)
+    known: tuple[bool, ...] = raw.next(Known).message.known
+    return known
+
+
+def test_no_front_can_give_other_pixels_the_name_of_an_image(served: Served) -> None:
+    """Else one front that was taken over could spoil what all others are told of an image."""
+    with closing(Raw(served, HELLO)) as honest, closing(Raw(served, HELLO)) as hostile:
+        named = Submit("default", "normal", None, item(name=NAME))
+        hostile.send(named, 1, bytes([6]) * SIZE)
+        hostile.outcomes(1)
+        assert known_to(hostile, NAME) == (True,)
+        assert known_to(honest, NAME) == (False,)
+        honest.send(Submit("default", "normal", None, Match(ImagePixels(NAME), ("a",))), 2)
+        assert honest.outcomes(1)[2].kind == "image_unknown"
+        honest.send(named, 3, bytes([7]) * SIZE)
+        honest.outcomes(1)
+        digests = [met[1].image.digest for met in served.backend.met if met[1].image is not None]
+        assert digests == [hashlib.sha256(bytes([each]) * SIZE).hexdigest() for each in (6, 7)]
+
+
+def test_an_image_is_the_same_whatever_fronts_call_it(served: Served) -> None:
+    """What one front has had looked at is known of another one's image with the same pixels."""
+    with closing(Raw(served, HELLO)) as one, closing(Raw(served, HELLO)) as other:
+        one.send(Submit("default", "normal", None, item(name=NAME)), 1, bytes(SIZE))
+        other.send(Submit("default", "normal", None, item(name="b" * 64)), 1, bytes(SIZE))
+        one.outcomes(1)
+        other.outcomes(1)
+        assert len(served.backend.seen) == 1
+
+
+def test_a_front_has_no_more_names_than_are_bounded(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(names, "MOST_NAMES", 2)
+    called = [digit * 64 for digit in "123"]
+    with closing(Raw(served, HELLO)) as raw:
+        for value, name in enumerate(called[:2]):
+            raw.send(
+                Submit("default", "normal", None, item(name=name)), value + 1, bytes([value]) * SIZE
+            )
+        raw.outcomes(2)
+        assert known_to(raw, called[0]) == (True,)  # used now: the other one is the oldest
+        raw.send(Submit("default", "normal", None, item(name=called[2])), 3, bytes([3]) * SIZE)
+        raw.outcomes(1)
+        assert known_to(raw, *called) == (True, False, True)
 
 
 GARBAGE: dict[str, tuple[bytes, str]] = {
@@ -178,7 +232,7 @@ GARBAGE: dict[str, tuple[bytes, str]] = {
         "no model 'nobody'",
     ),
     "a question about an unknown model": (
-        HELLO + encoded(Knows("nobody", (KNOWN,), ("patches",)), 1),
+        HELLO + encoded(Knows("nobody", (NAME,), ("patches",)), 1),
         "no model 'nobody'",
     ),
     "NaN for a deadline": (
@@ -297,8 +351,7 @@ def test_a_front_waits_while_there_is_no_memory_and_others_are_served() -> None:
         sender.start()  # it waits, too
         wait_until(lambda: len(served.backend.open) == 2, "two items")
         with closing(Raw(served, HELLO)) as other:
-            other.send(Knows("default", (KNOWN,), ("patches",)), 1)
-            assert other.next(Known).message.known == (True,)
+            assert known_to(other, NAME) == (False,)
         assert len(served.backend.met) == 2
 
         def answer_one() -> None:
@@ -435,7 +488,7 @@ def test_a_front_that_reads_nothing_is_cut_before_it_costs_much_memory(
 ) -> None:
     """It asks and never reads: what waits for it is bounded, and others are served meanwhile."""
     monkeypatch.setattr(front, "MOST_UNREAD", 2**20)
-    question = encoded(Knows("default", (KNOWN,) * 256, ("patches",)), 1)
+    question = encoded(Knows("default", (NAME,) * 256, ("patches",)), 1)
     before = psutil.Process().memory_info().rss
     with closing(Raw(served, HELLO)) as raw, suppress(BrokenPipeError, ConnectionResetError):
         for number in itertools.count():
@@ -470,7 +523,7 @@ def test_a_front_that_never_reads_again_is_cut(
     served: Served, beside: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "UNREAD_S", 0.5)
-    question = encoded(Knows("default", (KNOWN,) * 256, ("patches",)), 1)
+    question = encoded(Knows("default", (NAME,) * 256, ("patches",)), 1)
     with closing(Raw(served, HELLO)) as raw:
         for _ in range(3_000):
             raw.socket.sendall(question)
@@ -501,7 +554,7 @@ def test_a_backend_that_raises_at_a_question_costs_that_front_alone(
 
     served.backend.knows = knows  # type: ignore[method-assign,assignment]
     with closing(Raw(served, HELLO)) as raw:
-        raw.send(Knows("default", (KNOWN,), ("patches",)), 1)
+        raw.send(Knows("default", (NAME,), ("patches",)), 1)
         assert "a bug" in raw.goodbye()
     beside()
 

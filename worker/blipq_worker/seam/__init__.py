@@ -7,7 +7,7 @@ interface without a socket. Read ``requests`` and ``interface`` first, then ``pr
 
 The engine trusts no front: fronts touch what strangers send. A front gets credits, and the engine
 never holds more of its items; each item is answered exactly once, cancelled ones, too, and gives
-its credit back with the answer.
+its credit back with the answer. Images go by the digests of their pixels, which the engine takes.
 """
 
 from blipq_worker.seam.client import EngineClient

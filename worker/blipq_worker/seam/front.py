@@ -9,6 +9,7 @@ from functools import partial
 
 from blipq_worker.seam.errors import ProtocolError
 from blipq_worker.seam.interface import Handle
+from blipq_worker.seam.names import Names
 from blipq_worker.seam.protocol import FROM_FRONTS, Vocabulary
 from blipq_worker.seam.stream import Reader
 
@@ -47,8 +48,9 @@ class Front:
     name: str = ""
     greeted: bool = False
     works: dict[int, Work] = field(default_factory=dict)
+    names: Names = field(default_factory=Names)
     stuck: float = 0.0
-    watched: int = select.EPOLLIN
+    watched: int = 0
     reader: Reader = field(init=False)
     _unread: deque[memoryview] = field(default_factory=deque)
     _unread_bytes: int = 0

@@ -6,15 +6,21 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import msgspec
+
 from blipq_worker.seam.errors import ItemFailed, ProtocolError
 from blipq_worker.seam.front import Front, Work
 from blipq_worker.seam.interface import Backend
 from blipq_worker.seam.protocol import Known, Knows, Submit
-from blipq_worker.seam.requests import Failure, Item, ModelInfo, Outcome, split_pixels
+from blipq_worker.seam.requests import Failure, ImagePixels, Item, ModelInfo, Outcome
 from blipq_worker.seam.rows import Rows
 from blipq_worker.seam.stream import Frame
 
 log = logging.getLogger(__name__)
+
+_UNKNOWN = Failure(
+    "image_unknown", "image_unknown", "this front has not sent the image lately: send its pixels"
+)
 
 
 class Intake:
@@ -53,7 +59,7 @@ class Intake:
         deadline = None if message.seconds is None else time.monotonic() + message.seconds
         done = partial(self._finish, work)
         try:
-            item = self._whole(message, frame.pixels)
+            item = self._whole(front, message, frame.pixels)
             work.handle = self._backend.submit(
                 message.model, item, message.priority, deadline, done
             )
@@ -65,16 +71,20 @@ class Intake:
 
     def cancel(self, work: Work) -> None:
         """Nobody waits for the item any more."""
+        if work.handle is None:  # it was refused
+            return
         try:
             self._backend.cancel(work.handle)
         except Exception:
             log.exception("engine: an item was not cancelled")
 
-    def known(self, message: Knows) -> Known:
-        """Which images need no look."""
+    def known(self, front: Front, message: Knows) -> Known:
+        """Which images need no look: of those that the front has named before."""
         self._model(message.model)
-        known = self._backend.knows(message.model, message.digests, message.features)
-        return Known(tuple(known))
+        digests = [front.names.get(message.model, name) for name in message.digests]
+        named = [digest for digest in digests if digest is not None]
+        known = iter(self._backend.knows(message.model, named, message.features))
+        return Known(tuple(digest is not None and next(known) for digest in digests))
 
     def give_back(self, work: Work) -> None:
         """The item's pixels are not read any more."""
@@ -100,7 +110,17 @@ class Intake:
         if image is not None and not size and image.digest is None:
             raise ProtocolError("an image without pixels and without a digest")
 
-    def _whole(self, message: Submit, pixels: memoryview | None) -> Item:
-        if pixels is None:
+    def _whole(self, front: Front, message: Submit, pixels: memoryview | None) -> Item:
+        """The item with its pixels, its image named as in the engine."""
+        image = message.item.image
+        if image is None:
             return message.item
-        return split_pixels(message.item, pixels, self._model(message.model))
+        views = () if pixels is None else self._model(message.model).split(pixels)
+        digest = image.digest
+        if digest is not None and pixels is not None:
+            digest = front.names.learned(message.model, digest, pixels)
+        elif digest is not None:
+            digest = front.names.get(message.model, digest)
+            if digest is None:
+                raise ItemFailed(_UNKNOWN)
+        return msgspec.structs.replace(message.item, image=ImagePixels(digest, image.whole, views))

@@ -20,7 +20,7 @@ from blipq_worker.seam.requests import (
     Priority,
 )
 
-#: Stands for a submitted item; only its backend knows what it is.
+#: Stands for a submitted item; only its backend knows what it is. Not None.
 Handle = object
 
 

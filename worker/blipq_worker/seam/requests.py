@@ -6,7 +6,6 @@ when a message is decoded, not when an item is made. A bounded number is never N
 
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta, Struct
 
 Priority = Literal["high", "normal", "low"]
@@ -27,7 +26,8 @@ Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 class ImagePixels:
     """An image as both checkpoints take it: resized on the front, not normalized. Never changed.
 
-    digest: the SHA-256 of the file; None for an image that is not to be remembered. whole: the
+    digest: names it; None for an image that is not to be remembered. A front takes the SHA-256 of
+    the file; behind a socket a backend finds that of the pixels instead (see ``names``). whole: the
     vision tower's output will be needed more than once. pixels: for each recipe of the model one
     view of side x side x 3 bytes (uint8, RGB, rows from the top); empty where the engine knows the
     image by its digest.
@@ -290,6 +290,14 @@ class ModelInfo(Plain, frozen=True):
         """Bytes of an image's pixels."""
         return sum(recipe.size for recipe in self.recipes)
 
+    def split(self, pixels: memoryview) -> tuple[memoryview, ...]:
+        """An image's pixels by recipe, where they lie one behind the other."""
+        views, start = [], 0
+        for recipe in self.recipes:
+            views.append(pixels[start : start + recipe.size])
+            start += recipe.size
+        return tuple(views)
+
     def room(self, new_tokens: int) -> int:
         """The most tokens that a prompt may have, where ``new_tokens`` must follow it."""
         taken = new_tokens if self.family == "opt" else 0
@@ -301,17 +309,6 @@ class Load(Plain, frozen=True):
 
     waiting: Count
     running: Count
-
-
-def split_pixels(item: Item, pixels: memoryview, model: ModelInfo) -> Item:
-    """The item, its image with the model's pixels as they lie one behind the other."""
-    assert item.image is not None, "an item without an image has no pixels"
-    views, start = [], 0
-    for recipe in model.recipes:
-        views.append(pixels[start : start + recipe.size])
-        start += recipe.size
-    image = ImagePixels(item.image.digest, item.image.whole, tuple(views))
-    return msgspec.structs.replace(item, image=image)
 
 
 def check_pixels(item: Item, model: ModelInfo) -> None:

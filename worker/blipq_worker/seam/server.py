@@ -216,7 +216,7 @@ class EngineServer:
                 if frame.id in front.works:
                     self._intake.cancel(front.works[frame.id])
             case Knows():
-                self._send(front, self._intake.known(message), frame.id)
+                self._send(front, self._intake.known(front, message), frame.id)
 
     # -- answers --
 
@@ -263,7 +263,8 @@ class EngineServer:
             for connection, pid in self._door.admitted(len(self._fronts), CONNECTIONS_A_TURN):
                 front = Front(connection, pid, self._clock.now, self._intake.lend)
                 self._fronts[connection.fileno()] = front
-                self._epoll.register(connection, front.events)
+                front.watched = front.events
+                self._epoll.register(connection, front.watched)
         except Full as error:
             log.warning("engine: no connection can be taken: %s", error)
             self._epoll.modify(self._door.socket, 0)  # until the next beat
