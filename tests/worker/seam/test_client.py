@@ -9,11 +9,12 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 import msgspec
+import numpy as np
 import pytest
 
 from blipq_worker.seam import (
@@ -29,7 +30,7 @@ from blipq_worker.seam import (
     UnknownModel,
 )
 from conftest import ROOT, wait_until
-from worker.seam.stand_in import INFO, MODELS, NAME, Served, item, pixels, serving
+from worker.seam.stand_in import INFO, MODELS, NAME, SIDE, Served, item, pixels, serving
 
 
 @pytest.fixture
@@ -221,6 +222,59 @@ def test_an_engine_that_ends_says_why(served: Served) -> None:
         served.stop()
         wait_until(lambda: heard, "the end of the engine")
         assert heard == ["the engine says goodbye: the engine ends"]
+
+
+def test_an_array_of_any_shape_is_sent_whole(served: Served) -> None:
+    whole = np.zeros((SIDE, SIDE, 3), np.uint8)
+    whole[0, 0, 0], whole[-1, -1, -1] = 3, 4
+    with a_client(served.path) as client:
+        image = ImagePixels(None, False, (memoryview(whole),))
+        answer = client.submit("default", Match(image, ("a",)), "normal").result(10)
+        assert answer.value.scores == (3, 4)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="C-contiguous"):
+        ImagePixels(None, False, (memoryview(whole[:, ::-1]),))
+
+
+def test_the_front_hears_why_it_was_cut_also_where_it_is_sending(served: Served) -> None:
+    heard: list[str] = []
+    with a_client(served.path, on_lost=heard.append) as client, ThreadPoolExecutor(8) as pool:
+        score(ask(client))
+        [front] = served.server._fronts.values()
+
+        def send() -> None:
+            with suppress(EngineGone):
+                while not heard:
+                    ask(client).result(10)
+
+        threads = [pool.submit(send) for _ in range(8)]
+        served.run(lambda: served.server._cut(front, "a test"))
+        for each in threads:
+            each.result(20)
+        assert heard == ["the engine says goodbye: a test"]
+
+
+def test_half_a_message_ends_its_connection(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal's exception in the midst of a send: the next message must not pass for its rest."""
+    with a_client(served.path) as client:
+        score(ask(client))
+        connection = client._connection
+        assert connection is not None
+
+        class Interrupted:
+            def sendmsg(self, parts: list[bytes], *_: object) -> int:
+                connection._socket, cut = real, bytes(parts[1][:1000])
+                real.sendall(parts[0] + cut)
+                raise KeyboardInterrupt
+
+        real = connection._socket
+        monkeypatch.setattr(connection, "_socket", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            ask(client)
+        wait_until(lambda: client._connection not in (connection, None), "another connection")
+        assert score(ask(client, 8)) == 8
+        assert len(served.backend.met) == 2
 
 
 def test_an_item_that_waits_for_a_credit_loses_that_time_to_its_deadline() -> None:

@@ -139,14 +139,18 @@ class Connection:
         """Sends the parts one behind the other, without a copy. Raises EngineGone."""
         try:
             with self._sending:
-                left = sum(len(part) for part in parts)
                 sent = self._socket.sendmsg(parts, [], socket.MSG_NOSIGNAL)
-                if sent < left:  # a signal came
-                    for rest in _after(parts, sent):
-                        self._socket.sendall(rest)
-        except OSError as error:
-            self.end(f"sending to the engine failed: {error}")
+                for rest in _after(parts, sent):  # a signal came
+                    self._socket.sendall(rest)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            # The thread that reads finds the end, too, and why it came.
             raise EngineGone(f"sending to the engine failed: {error}") from error
+        except BaseException as error:
+            # After half a message the engine would take the next one for its rest.
+            self.end(f"sending to the engine failed: {error!r}")
+            if isinstance(error, OSError):
+                raise EngineGone(str(self._gone)) from error
+            raise
 
     # -- the thread that reads --
 
@@ -199,10 +203,10 @@ class Connection:
 
 
 def _after(parts: Sequence["bytes | memoryview"], sent: int) -> list[memoryview]:
-    """What is left of the parts behind the bytes that were sent."""
+    """What is left of the parts, of bytes, behind those that were sent."""
     rest = []
     for part in parts:
-        view = memoryview(part)
-        rest.append(view[min(sent, len(view)) :])
-        sent = max(0, sent - len(view))
+        if sent < len(part):
+            rest.append(memoryview(part)[sent:])
+        sent = max(0, sent - len(part))
     return rest

@@ -29,8 +29,8 @@ class ImagePixels:
     digest: names it; None for an image that is not to be remembered. A front takes the SHA-256 of
     the file; behind a socket a backend finds that of the pixels instead (see ``names``). whole: the
     vision tower's output will be needed more than once. pixels: for each recipe of the model one
-    view of side x side x 3 bytes (uint8, RGB, rows from the top); empty where the engine knows the
-    image by its digest.
+    view of side x side x 3 bytes (uint8, RGB, rows from the top), kept flat; empty where the engine
+    knows the image by its digest. ValueError for views that are not C-contiguous.
     """
 
     # Neither a Struct nor a dataclass: msgspec would put the pixels into the body.
@@ -42,7 +42,11 @@ class ImagePixels:
         whole: bool = False,
         pixels: tuple[memoryview, ...] = (),
     ) -> None:
-        self.digest, self.whole, self.pixels = digest, whole, pixels
+        self.digest, self.whole = digest, whole
+        try:
+            self.pixels = tuple(view.cast("B") for view in pixels)
+        except TypeError as error:
+            raise ValueError(f"pixels must be C-contiguous: {error}") from error
 
     @property
     def size(self) -> int:
