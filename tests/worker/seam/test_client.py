@@ -250,6 +250,7 @@ def test_the_front_hears_why_it_was_cut_also_where_it_is_sending(served: Served)
         served.run(lambda: served.server._cut(front, "a test"))
         for each in threads:
             each.result(20)
+        wait_until(lambda: heard, "the end")
         assert heard == ["the engine says goodbye: a test"]
 
 
