@@ -154,6 +154,7 @@ def test_a_known_image_needs_no_pixels(served: Served) -> None:
     known = Match(ImagePixels(NAME, True), ("a cat",))
     with closing(Raw(served, HELLO)) as raw:
         raw.send(Submit("default", "high", None, item(name=NAME)), 8, bytes(SIZE))
+        raw.outcomes(1)
         raw.send(Knows("default", ("b" * 64, NAME), ("generation",)), 9)
         frame = raw.next(Known)
         assert (frame.id, frame.message.known) == (9, (False, True))
