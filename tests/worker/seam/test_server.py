@@ -372,7 +372,9 @@ def test_a_front_waits_while_there_is_no_memory_and_others_are_served() -> None:
 def test_a_starved_front_that_ends_is_noticed() -> None:
     with serving(hold=True, rows=HeapRows(most_bytes=0)) as served:
         raw = Raw(served, HELLO, WHOLE[:5_000])
-        wait_until(lambda: served.server._starved, "a front that waits")
+        wait_until(
+            lambda: any(each.reader.starved for each in served.server._fronts.values()), "a front"
+        )
         raw.close()
         wait_until(lambda: served.server.fronts == 0, "its end")
 

@@ -35,6 +35,7 @@ from blipq_worker.seam.protocol import (
 from blipq_worker.seam.requests import Outcome
 from blipq_worker.seam.rows import HeapRows, Rows
 from blipq_worker.seam.stream import Ended, Frame
+from blipq_worker.seam.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,6 @@ BEAT_S = 0.25
 WITHIN_MESSAGE_S, UNREAD_S = 5.0, 30.0
 #: A turn may take so long even where ``poll`` must not wait: enough for some messages.
 _TURN_S = 0.001
-#: How soon a front is asked again that waits for room for pixels.
-_STARVED_S = 0.005
 
 
 class _Clock:
@@ -82,20 +81,15 @@ class EngineServer:
         self._rows = HeapRows() if rows is None else rows
         self._intake = Intake(backend, self._rows, credits, self._finish)
         self._fronts: dict[int, Front] = {}
-        # Served again, whatever epoll says: those that time did not suffice for, then those that
-        # may have more, and those that wait for room for pixels.
-        self._skipped: dict[int, Front] = {}
-        self._again: dict[int, Front] = {}
-        self._starved: dict[int, Front] = {}
+        self._turns = Turns()
         self._done: deque[tuple[Work, Outcome]] = deque()  # appended to by any thread
         self._clock = _Clock()
         self._step, self._progress, self._beat_due = 0, time.monotonic(), 0.0
         self._thread = threading.get_ident()
         self._door = Door(path, uids)
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._epoll = select.epoll()
-        self._epoll.register(self._door.socket, select.EPOLLIN)
-        self._epoll.register(self._bell, select.EPOLLIN)
+        self._turns.watch(self._door.socket)
+        self._turns.watch(self._bell)
 
     @property
     def fronts(self) -> int:
@@ -112,7 +106,8 @@ class EngineServer:
         self._thread = threading.get_ident()
         end = time.monotonic() + timeout_s
         self._settle()
-        events = self._ready(timeout_s)
+        events = self._turns.ready(min(timeout_s, BEAT_S))
+        self._clock.tick()
         self._serve(events, max(end, time.monotonic() + _TURN_S))
         self._settle()
         self._look_after()
@@ -132,26 +127,12 @@ class EngineServer:
         for front in list(self._fronts.values()):
             self._cut(front, reason)
         self._settle()
-        self._epoll.close()
+        self._turns.close()
         self._door.close()
         bell, self._bell = self._bell, -1
         os.close(bell)
 
     # -- turns --
-
-    def _ready(self, timeout_s: float) -> dict[int, int]:
-        """Events by descriptor, after a wait for them; those that were left come first."""
-        left = [*self._skipped, *self._again, *self._starved]
-        wait_s = 0.0 if self._skipped or self._again else min(timeout_s, BEAT_S)
-        ms = int(min(wait_s, _STARVED_S if self._starved else wait_s) * 1000)
-        # epoll rounds up to whole milliseconds: half of one less than these gives exactly these.
-        told = self._epoll.poll((ms - 0.5) / 1000 if ms else 0)
-        self._clock.tick()
-        self._skipped, self._again, self._starved = {}, {}, {}
-        events = dict.fromkeys(left, select.EPOLLIN)
-        for fd, event in told:
-            events[fd] = events.get(fd, 0) | event
-        return events
 
     def _serve(self, events: dict[int, int], until: float) -> None:
         for fd, event in events.items():
@@ -159,7 +140,7 @@ class EngineServer:
             if front is None:
                 self._serve_others(fd)
             elif time.monotonic() >= until:
-                self._skipped[fd] = front
+                self._turns.skip(fd)
             else:
                 self._turn(front, event, until)
 
@@ -192,7 +173,7 @@ class EngineServer:
             frame = front.reader.receive()
             if frame is None:
                 if front.reader.starved:
-                    self._starved[fd] = front
+                    self._turns.starve(fd)
                 return
             front.begun = self._clock.now
             self._handle(front, frame)
@@ -200,7 +181,7 @@ class EngineServer:
                 return
             if time.monotonic() >= until:
                 break
-        self._again[fd] = front
+        self._turns.again(fd)
 
     def _handle(self, front: Front, frame: Frame) -> None:
         message = frame.message
@@ -264,10 +245,10 @@ class EngineServer:
                 front = Front(connection, pid, self._clock.now, self._intake.lend)
                 self._fronts[connection.fileno()] = front
                 front.watched = front.events
-                self._epoll.register(connection, front.watched)
+                self._turns.watch(connection, front.watched)
         except Full as error:
             log.warning("engine: no connection can be taken: %s", error)
-            self._epoll.modify(self._door.socket, 0)  # until the next beat
+            self._turns.change(self._door.socket, 0)  # until the next beat
 
     def _is_served(self, front: Front) -> bool:
         return self._fronts.get(front.socket.fileno()) is front
@@ -276,18 +257,16 @@ class EngineServer:
         """Has epoll tell what the front waits for now."""
         if self._is_served(front) and front.events != front.watched:
             front.watched = front.events
-            self._epoll.modify(front.socket, front.watched)
+            self._turns.change(front.socket, front.watched)
 
     def _cut(self, front: Front, reason: str) -> None:
         """Ends a connection and gives up its items. Nothing happens where that was done before."""
         if not self._is_served(front):
             return
-        fd = front.socket.fileno()
-        for fronts in (self._fronts, self._skipped, self._again, self._starved):
-            fronts.pop(fd, None)
+        del self._fronts[front.socket.fileno()]
+        self._turns.forget(front.socket)
         told = log.info if front.greeted else log.debug
         told("engine: lets %s go with %d items: %s", front, len(front.works), reason)
-        self._epoll.unregister(front.socket)
         farewell(front.socket, None if front.has_unread else reason)
         if front.reader.lent is not None:
             self._rows.take_back(front.reader.lent)
@@ -303,7 +282,7 @@ class EngineServer:
         if now < self._beat_due:
             return
         self._beat_due = now + BEAT_S
-        self._epoll.modify(self._door.socket, select.EPOLLIN)
+        self._turns.change(self._door.socket, select.EPOLLIN)
         load = self._backend.load()
         beat = encoded(Beat(self._step, now - self._progress, load.waiting, load.running))
         for front in list(self._fronts.values()):
@@ -314,11 +293,11 @@ class EngineServer:
 
     def _overdue(self, front: Front) -> str | None:
         """Why a front's time is up, if it is."""
-        now, fd = self._clock.now, front.socket.fileno()
+        now = self._clock.now
         if front.has_unread and now - front.stuck > UNREAD_S:
             return f"nothing read for {UNREAD_S:g} s"
-        waits_for_us = fd in self._skipped or fd in self._again or fd in self._starved
-        if waits_for_us or (front.greeted and front.reader.between):
+        waits = self._turns.waits(front.socket.fileno())
+        if waits or (front.greeted and front.reader.between):
             front.begun = now
         if now - front.begun > WITHIN_MESSAGE_S:
             return f"no whole message within {WITHIN_MESSAGE_S:g} s"
