@@ -27,7 +27,6 @@ from blipq_worker.seam import (
     ImagePixels,
     Match,
     front,
-    names,
     server,
 )
 from blipq_worker.seam.protocol import (
@@ -202,7 +201,7 @@ def test_an_image_is_the_same_whatever_fronts_call_it(served: Served) -> None:
 def test_a_front_has_no_more_names_than_are_bounded(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(names, "MOST_NAMES", 2)
+    monkeypatch.setattr(front, "MOST_NAMES", 2)
     called = [digit * 64 for digit in "123"]
     with closing(Raw(served, HELLO)) as raw:
         for value, name in enumerate(called[:2]):

@@ -10,18 +10,22 @@ never holds more of its items; each item is answered exactly once, cancelled one
 its credit back with the answer. Images go by the digests of their pixels, which the engine takes.
 """
 
+from blipq_worker.seam.address import AddressError
 from blipq_worker.seam.client import EngineClient
-from blipq_worker.seam.errors import (
-    AddressError,
+from blipq_worker.seam.interface import (
+    Backend,
     EngineBusy,
     EngineGone,
+    Handle,
+    HeapRows,
+    Inference,
     InferenceError,
     ItemFailed,
-    ProtocolError,
+    Rows,
     UnknownModel,
 )
-from blipq_worker.seam.interface import Backend, Handle, Inference
 from blipq_worker.seam.local import LocalInference
+from blipq_worker.seam.protocol import ProtocolError
 from blipq_worker.seam.requests import (
     Answer,
     Array,
@@ -48,7 +52,6 @@ from blipq_worker.seam.requests import (
     Reranked,
     Value,
 )
-from blipq_worker.seam.rows import HeapRows, Rows
 from blipq_worker.seam.server import EngineServer
 
 __all__ = [

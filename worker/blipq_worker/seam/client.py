@@ -13,7 +13,7 @@ from pathlib import Path
 
 from blipq_worker.seam.address import check_path
 from blipq_worker.seam.connection import Connection
-from blipq_worker.seam.errors import EngineGone, UnknownModel
+from blipq_worker.seam.interface import EngineGone, UnknownModel
 from blipq_worker.seam.protocol import Beat, Hello, Knows, Submit, checked
 from blipq_worker.seam.requests import (
     Answer,

@@ -11,8 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from blipq_worker.seam.errors import EngineBusy, EngineGone, ProtocolError
-from blipq_worker.seam.interface import settle
+from blipq_worker.seam.interface import EngineBusy, EngineGone, settle
 from blipq_worker.seam.protocol import (
     FROM_ENGINES,
     Answers,
@@ -21,6 +20,7 @@ from blipq_worker.seam.protocol import (
     Goodbye,
     Hello,
     Known,
+    ProtocolError,
     Vocabulary,
     Welcome,
     encoded,

@@ -8,12 +8,10 @@ from typing import Any
 
 import msgspec
 
-from blipq_worker.seam.errors import ItemFailed, ProtocolError
 from blipq_worker.seam.front import Front, Work
-from blipq_worker.seam.interface import Backend
-from blipq_worker.seam.protocol import Known, Knows, Submit
+from blipq_worker.seam.interface import Backend, ItemFailed, Rows
+from blipq_worker.seam.protocol import Known, Knows, ProtocolError, Submit
 from blipq_worker.seam.requests import Failure, ImagePixels, Item, ModelInfo, Outcome
-from blipq_worker.seam.rows import Rows
 from blipq_worker.seam.stream import Frame
 
 log = logging.getLogger(__name__)

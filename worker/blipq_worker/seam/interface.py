@@ -1,6 +1,13 @@
 """The seam: what callers see of an engine (``Inference``), and what it must offer (``Backend``).
 
-Callers are the same whether the engine is in their process or in another one.
+Callers are the same whether the engine is in their process or in another one. An item comes to
+nothing by one of these:
+
+    InferenceError
+    ├── EngineGone      the connection ended before the answer: the item may not have been to blame
+    ├── EngineBusy      all credits were in use for the whole timeout: nothing was sent
+    ├── UnknownModel    the engine does not serve it (LookupError): nothing was sent
+    └── ItemFailed      the engine's verdict on this item; has .failure
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -8,7 +15,6 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, Protocol
 
-from blipq_worker.seam.errors import EngineGone, ItemFailed
 from blipq_worker.seam.requests import (
     Answer,
     Failure,
@@ -20,8 +26,34 @@ from blipq_worker.seam.requests import (
     Priority,
 )
 
+#: Of pixels at once: some 3,500 images of 224 x 224.
+MOST_BYTES = 512 * 2**20
 #: Stands for a submitted item; only its backend knows what it is. Not None.
 Handle = object
+
+
+class InferenceError(Exception):
+    """Base of what an ``Inference`` raises."""
+
+
+class EngineGone(InferenceError):
+    """The connection to the engine ended, or there is none. The item says nothing by itself."""
+
+
+class EngineBusy(InferenceError):
+    """The engine had no credit left for this front within the timeout."""
+
+
+class UnknownModel(InferenceError, LookupError):
+    """The engine does not serve this model."""
+
+
+class ItemFailed(InferenceError):
+    """The engine ran the item, or refused it, and says why."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(f"{failure.code}: {failure.message}")
+        self.failure = failure
 
 
 class Inference(Protocol):
@@ -89,6 +121,37 @@ class Backend(Protocol):
 
     def load(self) -> Load:
         """What there is to do."""
+
+
+class Rows(Protocol):
+    """Memory for pixels, lent image by image. Of one thread; a bound is its duty."""
+
+    def lend(self, size: int) -> memoryview | None:
+        """Room for exactly so many bytes; None if there is none now."""
+
+    def take_back(self, row: memoryview) -> None:
+        """The room is free again."""
+
+
+class HeapRows:
+    """Each image in memory of its own, ``most_bytes`` at once.
+
+    Nothing is used again: whoever reads an image too long reads that image and no other one.
+    """
+
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+        self._left = most_bytes
+
+    def lend(self, size: int) -> memoryview | None:
+        """Room for exactly so many bytes; None if there is none now."""
+        if size > self._left:
+            return None
+        self._left -= size
+        return memoryview(bytearray(size))
+
+    def take_back(self, row: memoryview) -> None:
+        """The room is free again."""
+        self._left += row.nbytes
 
 
 def settle(future: "Future[Any]", outcome: "Outcome | EngineGone") -> None:

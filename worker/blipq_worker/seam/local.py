@@ -5,8 +5,14 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 
-from blipq_worker.seam.errors import EngineGone, ItemFailed, UnknownModel
-from blipq_worker.seam.interface import Backend, Handle, settle
+from blipq_worker.seam.interface import (
+    Backend,
+    EngineGone,
+    Handle,
+    ItemFailed,
+    UnknownModel,
+    settle,
+)
 from blipq_worker.seam.protocol import Submit, checked
 from blipq_worker.seam.requests import (
     Answer,

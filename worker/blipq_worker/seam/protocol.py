@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from blipq_worker.seam.errors import ProtocolError
 from blipq_worker.seam.requests import (
     Count,
     Digest,
@@ -39,6 +38,10 @@ ANSWERS_TOGETHER = 256 * 1024
 _HEADER = struct.Struct("<2sBBQII")
 _MAGIC = b"bq"
 HEADER_SIZE = _HEADER.size
+
+
+class ProtocolError(Exception):
+    """The other side broke the protocol: the connection ends, and nothing else."""
 
 
 class Hello(Plain, frozen=True):

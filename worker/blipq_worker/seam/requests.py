@@ -27,10 +27,10 @@ class ImagePixels:
     """An image as both checkpoints take it: resized on the front, not normalized. Never changed.
 
     digest: names it; None for an image that is not to be remembered. A front takes the SHA-256 of
-    the file; behind a socket a backend finds that of the pixels instead (see ``names``). whole: the
-    vision tower's output will be needed more than once. pixels: for each recipe of the model one
-    view of side x side x 3 bytes (uint8, RGB, rows from the top), kept flat; empty where the engine
-    knows the image by its digest. ValueError for views that are not C-contiguous.
+    the file; behind a socket a backend finds that of the pixels instead (see ``front.Names``).
+    whole: the vision tower's output will be needed more than once. pixels: for each recipe of the
+    model one view of side x side x 3 bytes (uint8, RGB, rows from the top), kept flat; empty where
+    the engine knows the image by its digest. ValueError for views that are not C-contiguous.
     """
 
     # Neither a Struct nor a dataclass: msgspec would put the pixels into the body.

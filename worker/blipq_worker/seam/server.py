@@ -16,24 +16,23 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-from blipq_worker.seam.door import Door, Full, farewell
-from blipq_worker.seam.errors import ProtocolError
+from blipq_worker.seam.address import Door, Full, farewell
 from blipq_worker.seam.front import Front, Work
 from blipq_worker.seam.intake import Intake
-from blipq_worker.seam.interface import Backend
+from blipq_worker.seam.interface import Backend, HeapRows, Rows
 from blipq_worker.seam.protocol import (
     Beat,
     Cancel,
     Hello,
     Knows,
     Message,
+    ProtocolError,
     Submit,
     Welcome,
     encoded,
     encoded_answers,
 )
 from blipq_worker.seam.requests import Outcome
-from blipq_worker.seam.rows import HeapRows, Rows
 from blipq_worker.seam.stream import Ended, Frame
 from blipq_worker.seam.turns import Turns
 

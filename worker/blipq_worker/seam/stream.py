@@ -4,8 +4,7 @@ import socket
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from blipq_worker.seam.errors import ProtocolError
-from blipq_worker.seam.protocol import HEADER_SIZE, Header, Vocabulary
+from blipq_worker.seam.protocol import HEADER_SIZE, Header, ProtocolError, Vocabulary
 
 #: Read at once where less is wanted: a header, a usual body, and the first pixels.
 _AHEAD = 4096
