@@ -17,6 +17,7 @@ from blipq_worker.seam import (
     Answer,
     EngineServer,
     Failure,
+    Feature,
     Generate,
     GenerationParams,
     ImagePixels,
@@ -29,7 +30,6 @@ from blipq_worker.seam import (
     Reading,
     Recipe,
 )
-from blipq_worker.seam.requests import Feature
 
 SIDE = 224
 SIZE = SIDE * SIDE * 3
