@@ -338,7 +338,7 @@ def test_a_callback_that_raises_stops_nothing() -> None:
 
 
 class Process:
-    """A process of ours, and the last line that it has written."""
+    """A process of ours, and the first and the last line that it has written."""
 
     def __init__(self, *command: str) -> None:
         environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
@@ -347,7 +347,7 @@ class Process:
         )
         assert self.popen.stdout is not None
         self._out: IO[str] = self.popen.stdout
-        self.last = self._out.readline().strip()
+        self.first = self.last = self._out.readline().strip()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
@@ -369,7 +369,7 @@ class Process:
 def an_engine(path: Path, *options: str) -> Iterator[Process]:
     process = Process("-m", "worker.seam.stand_in", str(path), *options)
     try:
-        assert process.last == "ready"
+        assert process.first == "ready"
         yield process
     finally:
         process.end()
@@ -474,7 +474,7 @@ def test_a_frozen_front_stops_no_other_one(path: Path) -> None:
 def test_engines_may_be_killed_again_and_again_under_load(path: Path) -> None:
     """Each submit ends in its own answer or in EngineGone: none hangs, none gets another's."""
     stop = threading.Event()
-    with a_client(path, timeout_s=5.0) as client:
+    with a_client(path, timeout_s=2.0) as client:
 
         def submit(value: int) -> tuple[int, int]:
             answered = gone = 0
@@ -488,12 +488,14 @@ def test_engines_may_be_killed_again_and_again_under_load(path: Path) -> None:
 
         with ThreadPoolExecutor(12) as pool:
             threads = [pool.submit(submit, value) for value in range(12)]
-            for _ in range(4):
-                with an_engine(path) as engine:
-                    wait_until(lambda: client.connected, "the engine")
-                    time.sleep(0.3)
-                    engine.signal(signal.SIGKILL)
-            stop.set()
+            try:
+                for _ in range(4):
+                    with an_engine(path) as engine:
+                        wait_until(lambda: client.connected, "the engine")
+                        time.sleep(0.3)
+                        engine.signal(signal.SIGKILL)
+            finally:
+                stop.set()
             counts = [thread.result(20) for thread in threads]
         assert min(answered for answered, _ in counts) > 0
         assert sum(gone for _, gone in counts) > 0

@@ -157,7 +157,11 @@ class EngineClient:
             self._changed.notify_all()
         if self._closed.is_set():  # closed before it could see this connection
             connection.end("this front closes its connection")
-        self._why = connection.serve()
+        try:
+            self._why = connection.serve()
+        except Exception:
+            log.exception("reading from the engine failed")
+            self._why = "reading from the engine failed"
         with self._changed:
             self._connection = None
         connection.close()

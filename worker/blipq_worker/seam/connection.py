@@ -162,6 +162,9 @@ class Connection:
                 self._heard(frame)
         except (OSError, Ended, ProtocolError, EngineGone) as error:
             self.end(str(error))
+        except BaseException as error:  # a fault of ours: nobody may wait for what is never read
+            self.end(f"reading from the engine failed: {error!r}")
+            raise
         with self._changed:
             return str(self._gone)
 
