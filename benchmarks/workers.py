@@ -53,6 +53,9 @@ class SleepingModel:
     def on_step(self, call: Callable[[], None]) -> None:
         """It has no steps."""
 
+    def on_look(self, call: Callable[..., None]) -> None:
+        """It looks at nothing."""
+
     def preprocess(self, image: Any, *, digest: str | None = None, **_: Any) -> Pixels:
         made = self._preprocessor(image) if self._preprocessor else None
         return Pixels(made, digest=digest)
@@ -94,22 +97,22 @@ def _sleeping(options: WorkerSettings) -> dict[str, Any]:
 
 def _batchwise(options: WorkerSettings) -> dict[str, Any]:
     """A batch is one call of the same decode loop, and its answers come when the call returns."""
-    from blipq_worker.inference import engine
+    from blipq_worker.engine import backend
     from blipq_worker.serving.loader import load_models
 
-    class Batches(engine.Batcher):  # type: ignore[misc, type-arg]
+    class Batches(backend.Batcher):  # type: ignore[misc, type-arg]
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options | {"sessions": {}})
 
-    engine.Batcher = Batches  # type: ignore[misc]
+    backend.Batcher = Batches  # type: ignore[misc]
     return dict(load_models(options))
 
 
 def _closed(options: WorkerSettings) -> dict[str, Any]:
-    from blipq_worker.inference import engine
+    from blipq_worker.engine import backend
     from blipq_worker.serving.loader import load_models
 
-    class Batch(engine._Writing):
+    class Batch(backend.Writing):
         """A session that is closed once it has begun; the next opens when all have left."""
 
         def __init__(self, *arguments: Any) -> None:
@@ -121,7 +124,7 @@ def _closed(options: WorkerSettings) -> dict[str, Any]:
             self._begun = True
             return super().step(tickets)
 
-    engine._Writing = Batch  # type: ignore[misc]
+    backend.Writing = Batch  # type: ignore[misc]
     return dict(load_models(options))
 
 

@@ -24,7 +24,7 @@ from benchmarks.gpu.weights import Name, made_here, write_folder
 from blipq.contract import Priority
 from blipq_worker.blip2 import Blip2, GenerateItem, GenerationParams, Pixels
 from blipq_worker.blip2.loading.weights import Quantization
-from blipq_worker.inference.engine import Engine
+from blipq_worker.engine.backend import Engine
 from blipq_worker.serving.footprint import GIB, Load, memory_of
 
 TOKENS = 20

@@ -17,6 +17,7 @@ from PIL import Image
 from blipq.settings import Settings
 from blipq_worker.blip2 import GeneratedText, GenerateItem, ModelInfo, Pixels
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
+from blipq_worker.blip2.vision.features import OnLook
 from blipq_worker.blip2.vision.preprocessing import Preprocessor
 from blipq_worker.settings import WorkerSettings
 
@@ -98,8 +99,11 @@ class Session:
     See ``blipq_worker.batching.batcher.Session``.
     """
 
-    def __init__(self, device: Device, slots: int, on_step: Callable[[], None]) -> None:
-        self._device, self._slots, self._on_step = device, slots, on_step
+    def __init__(
+        self, device: Device, slots: int, on_step: Callable[[], None], on_look: OnLook
+    ) -> None:
+        self._device, self._slots = device, slots
+        self._on_step, self._on_look = on_step, on_look
         self._left: dict[Ticket, int] = {}
         self._items: dict[Ticket, GenerateItem] = {}
         self._new: list[Pixels] = []
@@ -122,9 +126,8 @@ class Session:
         """A token more of each, after a look at the images of those that are new."""
         if self._new:
             self._device.look(len(self._new))
-            for pixels in self._new:
-                pixels.vision_ms += 1000 * LOOK_S
-            self._new.clear()
+            self._on_look(self._new, 1000 * LOOK_S)
+            self._new = []
         self._device.step(len(tickets))
         self._on_step()
         for ticket in tickets:
@@ -145,6 +148,7 @@ class Model:
         self._preprocessor = Preprocessor(checkpoint)
         self._device, self._slots = device, slots
         self._on_step: Callable[[], None] = lambda: None
+        self._on_look: OnLook = lambda images, ms: None
         self.info = ModelInfo(
             checkpoint="fake",
             family="opt",
@@ -160,6 +164,10 @@ class Model:
         """Has ``call`` called after every step."""
         self._on_step = call
 
+    def on_look(self, call: OnLook) -> None:
+        """Has ``call`` called after every look at images."""
+        self._on_look = call
+
     def preprocess(self, image: Image.Image, *, digest: str | None = None, **_: Any) -> Pixels:
         """As the real one."""
         return Pixels(self._preprocessor(image), digest=digest)
@@ -172,7 +180,7 @@ class Model:
 
     def session(self) -> Session:
         """Where sequences take their steps."""
-        return Session(self._device, self._slots, self._on_step)
+        return Session(self._device, self._slots, self._on_step, self._on_look)
 
 
 def main(how: How, slots: int) -> int:

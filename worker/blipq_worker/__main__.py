@@ -12,7 +12,7 @@ from blipq.s3.storage import Storage
 from blipq.settings import Settings
 from blipq.submission import checked
 from blipq_worker.catalog.models import ModelError
-from blipq_worker.inference.faults import DeviceLost
+from blipq_worker.engine.faults import DeviceLost
 from blipq_worker.process.health import PortTaken, require_port
 from blipq_worker.process.heartbeat import EXIT_HUNG
 from blipq_worker.settings import WorkerSettings

@@ -27,14 +27,15 @@ from blipq.ssrf.http import GuardedHttp
 from blipq.transport.broker import Broker, make_app
 from blipq_worker.blip2.loading.compiling import since_compiling
 from blipq_worker.claims import Held
+from blipq_worker.engine.backend import Engine
+from blipq_worker.engine.faults import Trust
+from blipq_worker.images.decoding import ImageLimits
 from blipq_worker.images.fetch import Fetcher
 from blipq_worker.images.https import HttpsFetcher
 from blipq_worker.images.loader import Pictures
 from blipq_worker.images.memory_budget import Budget
 from blipq_worker.images.s3_access import S3Access
 from blipq_worker.index.writer import IndexWriter
-from blipq_worker.inference.engine import Engine
-from blipq_worker.inference.faults import Trust
 from blipq_worker.jobs.outputs import Outputs, output_storage
 from blipq_worker.jobs.quarantine import Gate
 from blipq_worker.jobs.runner import HandBack, JobFailedTask, Runner

@@ -17,13 +17,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 from blipq.ledger import worker
 from blipq.settings import Settings
 from blipq_worker.app import Worker
-from blipq_worker.blip2 import GeneratedText, GenerateItem, ModelInfo
+from blipq_worker.blip2 import GeneratedText, GenerateItem, ModelInfo, Pixels
 from blipq_worker.settings import WorkerSettings
 
 log = logging.getLogger("faulty_worker")
@@ -49,11 +48,14 @@ class FaultyModel:
     def on_step(self, call: Callable[[], None]) -> None:
         self._step = call
 
+    def on_look(self, call: Any) -> None:
+        """It looks at nothing."""
+
     def preprocess(self, image: Any, *, digest: str | None, whole: bool) -> Any:
         if image.size == HANGING_SIZE:
             threading.Event().wait()
         # A digest of its own, so that no two jobs are equal: each does what its prompt says.
-        return SimpleNamespace(size=image.size, vision_ms=0.0, digest=uuid.uuid4().hex)
+        return Pixels(None, digest=uuid.uuid4().hex)
 
     def recall(self, digest: str, needed: Any) -> None:
         """Every image is new."""

@@ -8,7 +8,7 @@ from PIL import Image
 
 from blipq import CaptionRequest, MatchRequest, Priority, VQARequest
 from blipq_worker.blip2 import ModelInfo
-from blipq_worker.inference.engine import Engine
+from blipq_worker.engine.backend import Engine
 from blipq_worker.kinds import handlers as kinds
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Direct:
     def generate(self, item: Any) -> Any:
         answer = self.engine.submit("default", item, Priority.NORMAL).result(timeout=60)
         self.batch_sizes.append(answer.batch_size)
-        return answer
+        return answer.value
 
     match = generate
 

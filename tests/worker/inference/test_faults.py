@@ -9,7 +9,7 @@ import torch
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
 from blipq_worker.blip2 import Blip2
-from blipq_worker.inference.faults import (
+from blipq_worker.engine.faults import (
     IN_A_ROW,
     DeviceLost,
     Trust,

@@ -15,7 +15,7 @@ from PIL import Image
 
 from blipq import Priority
 from blipq_worker.blip2 import MatchItem
-from blipq_worker.inference.engine import Engine
+from blipq_worker.engine.backend import Engine
 
 if TYPE_CHECKING:
     from blipq_worker.blip2 import Blip2
@@ -57,7 +57,9 @@ def engine(model: "Blip2", match: Callable[..., Any]) -> Iterator[Engine]:
 def asked(engine: Engine, items: Sequence[MatchItem]) -> list[Any]:
     """The scores of each item, or what it failed with."""
     futures = [engine.submit("default", item, Priority.NORMAL) for item in items]
-    return [future.exception(timeout=60) or future.result().scores for future in futures]
+    return [
+        future.exception(timeout=60) or list(future.result().value.scores) for future in futures
+    ]
 
 
 @pytest.fixture

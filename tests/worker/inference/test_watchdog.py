@@ -18,7 +18,7 @@ from blipq_worker.blip2 import (
     RerankItem,
     resolve,
 )
-from blipq_worker.inference.engine import Engine
+from blipq_worker.engine.backend import Engine
 from conftest import wait_until
 
 

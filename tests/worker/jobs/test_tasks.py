@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
+from blipq_worker.images.decoding import ImageLimits
 from botocore.exceptions import ClientError
 from PIL import Image
 
@@ -27,12 +28,12 @@ from blipq.s3.refusals import Refusal, S3Unavailable
 from blipq.s3.storage import Storage
 from blipq_worker.blip2 import EmbedItem, GeneratedText, GenerateItem, MatchItem, Pixels, RerankItem
 from blipq_worker.claims import Held
+from blipq_worker.engine.backend import Engine
 from blipq_worker.images.fetch import Fetcher
 from blipq_worker.images.loader import Pictures
 from blipq_worker.images.memory_budget import Budget
 from blipq_worker.images.s3_access import AccessRefused, S3Access
 from blipq_worker.index.writer import IndexWriter
-from blipq_worker.inference.engine import Engine
 from blipq_worker.jobs import runner as tasks
 from blipq_worker.jobs.outputs import Outputs
 from blipq_worker.jobs.quarantine import Gate
@@ -72,8 +73,11 @@ class Model:
     def on_step(self, call: Any) -> None:
         """It has no steps."""
 
+    def on_look(self, call: Any) -> None:
+        self.looked = call
+
     def preprocess(self, image: Image.Image, *, digest: str, whole: bool) -> Pixels:
-        return Pixels(image.size, digest=digest, whole=whole, vision_ms=1.0)  # type: ignore[arg-type]
+        return Pixels(image.size, digest=digest, whole=whole)  # type: ignore[arg-type]
 
     def recall(self, digest: str, needed: Any) -> Pixels | None:
         size = self.known.get(digest)
@@ -85,6 +89,7 @@ class Model:
 
     def generate(self, items: list[GenerateItem], wanted: Any) -> list[list[list[GeneratedText]]]:
         self.before()
+        self.looked([item.pixels for item in items if item.pixels.digest not in self.known], 1.0)
         said = ["{} x {}".format(*item.pixels.generation) for item in items]
         return [
             [[GeneratedText(text, 3)] for _ in item.prompts]

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from blipq_worker.index.store import Entry
+from blipq_worker.inference.engine import Embedded, Generated, Matched, Ranked
 
 from blipq.contract import (
     CaptionRequest,
@@ -19,15 +21,21 @@ from blipq.contract import (
 from blipq.index.store import Entry
 from blipq_worker.blip2 import (
     EmbedItem,
-    GeneratedText,
     GenerateItem,
     MatchItem,
     Pixels,
     RankItem,
     vqa_prompt,
 )
-from blipq_worker.inference.engine import Embedded, Generated, Matched, Ranked
 from blipq_worker.kinds import handlers as kinds
+from blipq_worker.seam.requests import (
+    Array,
+    Embedded,
+    Generated,
+    GeneratedText,
+    Matched,
+    Ranked,
+)
 
 IMAGE = {"uri": "s3://uploads/cat.jpg"}
 PIXELS = Pixels(None)  # type: ignore[arg-type]
@@ -57,23 +65,22 @@ class Model:
     def generate(self, item: GenerateItem) -> Generated:
         self.asked.append(item)
         count = item.params.num_return_sequences
-        texts = [[GeneratedText(f"text {n}", 2) for n in range(count)] for _ in item.prompts]
-        return Generated(texts, pass_ms=1, batch_size=1)
+        texts = tuple(GeneratedText(f"text {n}", 2) for n in range(count))
+        return Generated((texts,) * len(item.prompts))
 
     def match(self, item: MatchItem) -> Matched:
         self.asked.append(item)
-        return Matched([int(text[-1]) / 10 for text in item.texts], pass_ms=1, batch_size=1)
+        return Matched(tuple(int(text[-1]) / 10 for text in item.texts))
 
     def rank(self, item: RankItem) -> Ranked:
         self.asked.append(item)
-        numbers = [-float(len(choice)) for choice in item.choices]
-        return Ranked([numbers for _ in item.prompts], pass_ms=1, batch_size=1)
+        numbers = tuple(-float(len(choice)) for choice in item.choices)
+        return Ranked((numbers,) * len(item.prompts))
 
     def embed(self, item: EmbedItem) -> Embedded:
         self.asked.append(item)
-        values = np.arange(6, dtype=np.float32).reshape(2, 3)
-        arrays = {"image_embeds": values, "image_embeds_proj": values}
-        return Embedded(arrays, pass_ms=1, batch_size=1)
+        values = Array((2, 3), np.arange(6, dtype=np.float32).tobytes())
+        return Embedded({"image_embeds": values, "image_embeds_proj": values})
 
     def add(self, index: str, entry: Entry) -> None:
         self.added.append((index, entry))

@@ -29,7 +29,7 @@ from blipq_worker.blip2.loading.weights import (
     load_weights,
 )
 from blipq_worker.blip2.vision.cache import FeatureCache
-from blipq_worker.blip2.vision.features import Side, Vision, equal_towers, split_tower
+from blipq_worker.blip2.vision.features import OnLook, Side, Vision, equal_towers, split_tower
 from blipq_worker.blip2.vision.preprocessing import Pixels, Preprocessor
 from blipq_worker.catalog.models import Family
 from blipq_worker.startup import START
@@ -169,6 +169,12 @@ class Blip2:
             self.matcher.on_step = call
             self.matcher.vision.on_step = call
             self.embedder.on_step = call
+
+    def on_look(self, call: OnLook) -> None:
+        """Has ``call`` called after each look at images, with these and its milliseconds."""
+        self.generator.vision.on_look = call
+        if self.matcher is not None:
+            self.matcher.vision.on_look = call
 
     def preprocess(
         self, image: Image.Image, *, digest: str | None = None, whole: bool = False

@@ -9,10 +9,11 @@ from typing import Any, TypeVar, cast
 from blipq.contract import ErrorCode, Priority
 from blipq.errors import PermanentError, TransientError
 from blipq.ledger.worker import Claim
-from blipq_worker.blip2 import EmbedItem, GenerateItem, Item, MatchItem, ModelInfo, Pixels, RankItem
+from blipq_worker.blip2 import EmbedItem, GenerateItem, Item, MatchItem, ModelInfo, RankItem
 from blipq_worker.claims import Held, Lost
-from blipq_worker.inference.engine import Embedded, Engine, Generated, ItemAnswer, Matched, Ranked
+from blipq_worker.engine.backend import Engine
 from blipq_worker.receipt import Stopwatch
+from blipq_worker.seam.requests import Answer, Embedded, Generated, Matched, Ranked
 
 #: Where the time of a pass is told in the receipt.
 _STAGES: Mapping[type, str] = {
@@ -49,7 +50,7 @@ class Asker:
         self._timeout_s = timeout_s
         self._within = f"within {timeout_s:g} s"
         self.notes: list[str] = []
-        self._images: dict[int, Pixels] = {}
+        self._vision_ms = 0.0
         self._expires_at = time.monotonic() + claim.expires_in
         self._priority = Priority(claim.queue.rsplit(".", 1)[-1])
         info = self.info
@@ -97,8 +98,8 @@ class Asker:
         self._watch.add("wait_ms", max(0.0, waited))
         for item, answer in zip(items, answers, strict=True):
             self._record(item, answer)
-        self._record_looks(items)
-        return answers
+        self._record_vision(items, answers)
+        return [answer.value for answer in answers]
 
     def fits(self, item: Item) -> bool:
         """Whether the item's texts are short enough."""
@@ -112,25 +113,24 @@ class Asker:
         """Tells the caller something about the answer."""
         self.notes.append(text)
 
-    def _record(self, item: Item, answer: ItemAnswer) -> None:
+    def _record(self, item: Item, answer: Answer) -> None:
         self._watch.add(_STAGES[type(item)], answer.pass_ms)
         self._watch.say(batch_size=answer.batch_size)
-        if isinstance(answer, Generated):
-            self._watch.add("tokens", sum(text.tokens for texts in answer.texts for text in texts))
+        if isinstance(answer.value, Generated):
+            texts = [text for texts in answer.value.texts for text in texts]
+            self._watch.add("tokens", sum(text.tokens for text in texts))
 
-    def _record_looks(self, items: Sequence[Item]) -> None:
-        """What looking at images took; nothing where all that was asked of them was known."""
-        looked_at = [item.pixels for item in items if item.pixels is not None]
-        self._images.update((id(image), image) for image in looked_at)
-        if self._images:
-            took = sum(image.vision_ms for image in self._images.values())
-            self._watch.say(vision_ms=took, cache_hit=took == 0)
+    def _record_vision(self, items: Sequence[Item], answers: Sequence[Answer]) -> None:
+        """The vision tower's part of the passes; a hit where it had nothing to do in any."""
+        self._vision_ms += sum(answer.vision_ms for answer in answers)
+        if any(item.pixels is not None for item in items):
+            self._watch.say(vision_ms=self._vision_ms, cache_hit=self._vision_ms == 0)
 
-    def _answers(self, items: Sequence[Item]) -> list[ItemAnswer]:
+    def _answers(self, items: Sequence[Item]) -> list[Answer]:
         """Waits for answers; a claim that is lost meanwhile, or expires, ends the work on them."""
         lost: threading.Event = self._held.event(self._claim)
         deadline = time.monotonic() + self._timeout_s
-        futures: list[Future[ItemAnswer]] = []
+        futures: list[Future[Answer]] = []
         try:
             for item in items:
                 future = self._engine.submit(

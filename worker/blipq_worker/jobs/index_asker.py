@@ -20,11 +20,12 @@ from blipq.ledger.worker import Claim
 from blipq.s3.refusals import OF_THE_ASKER, Refusal, S3Refused, S3Unavailable
 from blipq_worker.blip2 import Pixels, RerankItem
 from blipq_worker.claims import Held, Lost
+from blipq_worker.engine.backend import Engine
 from blipq_worker.images.s3_access import AccessRefused
 from blipq_worker.index.writer import IndexWriter
-from blipq_worker.inference.engine import Engine, Reranked
 from blipq_worker.jobs.asker import Asker, answer_of
 from blipq_worker.receipt import Stopwatch
+from blipq_worker.seam.requests import Reranked
 
 #: Images that one search fetches and looks at side by side: they are what it takes in memory.
 _IMAGES_AT_ONCE = 16
@@ -68,7 +69,7 @@ class IndexAsker(Asker):
             except PermanentError as error:
                 return error
             future = self._engine.submit(self._claim.model, item, self._priority)
-            return cast(Reranked, self._wait(future, "the model"))
+            return cast(Reranked, self._wait(future, "the model").value)
 
         pool = ThreadPoolExecutor(_IMAGES_AT_ONCE, thread_name_prefix="blipq-rerank")
         try:

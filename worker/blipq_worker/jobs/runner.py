@@ -36,11 +36,11 @@ from blipq.submission import Submission, checked, explain
 from blipq.transport.broker import Broker
 from blipq_worker.blip2 import Blip2, Pixels
 from blipq_worker.claims import Held, Lost
+from blipq_worker.engine.backend import Engine
+from blipq_worker.engine.faults import is_out_of_memory
 from blipq_worker.images.loader import Pictures
 from blipq_worker.images.s3_access import AccessRefused, S3Access
 from blipq_worker.index.writer import IndexWriter
-from blipq_worker.inference.engine import Engine
-from blipq_worker.inference.faults import is_out_of_memory
 from blipq_worker.jobs.coalescing import EqualJobs
 from blipq_worker.jobs.index_asker import IndexAsker
 from blipq_worker.jobs.outputs import Outputs

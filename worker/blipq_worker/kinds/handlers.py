@@ -52,8 +52,11 @@ from blipq_worker.blip2 import (
     resolve,
     vqa_prompt,
 )
+from blipq_worker.index.store import Entry, Vectors
 from blipq_worker.inference.engine import Embedded, Generated, Matched, Ranked
 from blipq_worker.kinds import search
+from blipq_worker.kinds.arrays import numbers
+from blipq_worker.seam.requests import Embedded, Generated, Matched, Ranked
 
 Turns = tuple[tuple[str, str], ...]
 
@@ -262,14 +265,17 @@ def _embed(request: EmbedRequest, pixels: Pixels | None, ask: Ask) -> EmbedResul
     embedded = ask.embed(EmbedItem(request.mode, pixels, text))
     if request.index is None or request.image is None:
         return _features(request, embedded)
-    entry = _entry(request.index, request.image, embedded.arrays["image_embeds_proj"])
+    vectors = numbers(embedded.arrays["image_embeds_proj"])
+    entry = _entry(request.index, request.image, vectors)
     ask.add(request.index.name, entry)
     return EmbedResult(arrays={}, indexed=entry.id)
 
 
 def _features(request: EmbedRequest, embedded: Embedded) -> EmbedResult:
     return EmbedResult(
-        arrays={name: _array(values, request.dtype) for name, values in embedded.arrays.items()}
+        arrays={
+            name: _array(numbers(array), request.dtype) for name, array in embedded.arrays.items()
+        }
     )
 
 

@@ -10,7 +10,10 @@ from blipq.contract import Hit, ImageRef, SearchRequest, SearchResult, Skipped
 from blipq.errors import PermanentError
 from blipq.index.store import Filter, Found, Vectors
 from blipq_worker.blip2 import EmbedItem, ModelInfo, Pixels
+from blipq_worker.index.store import Filter, Found, Vectors
 from blipq_worker.inference.engine import Embedded, Reranked
+from blipq_worker.kinds.arrays import numbers
+from blipq_worker.seam.requests import Embedded, Reranked
 
 
 class Ask(Protocol):
@@ -36,9 +39,9 @@ def search(request: SearchRequest, pixels: Pixels | None, ask: Ask) -> SearchRes
     """Runs a search. Raises WorkError."""
     text, count = request.text, request.top_k
     if text is None:
-        queries = ask.embed(EmbedItem("image", pixels)).arrays["image_embeds_proj"]
+        queries = numbers(ask.embed(EmbedItem("image", pixels)).arrays["image_embeds_proj"])
     else:
-        queries = ask.embed(EmbedItem("text", text=text)).arrays["text_embeds_proj"][:1]
+        queries = numbers(ask.embed(EmbedItem("text", text=text)).arrays["text_embeds_proj"])[:1]
         count = max(count, request.rerank)
     near = ask.nearest(request.index, queries, count, request.filter)
     hits = [_hit(found) for found in near]
@@ -63,8 +66,7 @@ def _again(near: Sequence[Found], text: str, ask: Ask) -> tuple[list[Hit], tuple
         if isinstance(answer, PermanentError):
             skipped.append(Skipped(id=found.id, code=answer.code, message=str(answer)))
         else:
-            logit, probability = answer.scores
-            ranked.append((logit + found.cosine, _hit(found, probability)))
+            ranked.append((answer.logit + found.cosine, _hit(found, answer.probability)))
     ranked.sort(key=lambda each: -each[0])
     return [hit for _, hit in ranked], tuple(skipped)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from blipq_worker.catalog.models import ModelError, served_model
 from blipq_worker.catalog.weights import how_to_get, weights_of_served
-from blipq_worker.inference.faults import DeviceLost, is_device_fault
+from blipq_worker.engine.faults import DeviceLost, is_device_fault
 from blipq_worker.process.malloc import give_large_blocks_back
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.startup import START

@@ -22,7 +22,7 @@ from blipq_worker.blip2 import (
 from blipq_worker.blip2.decoding.static import Way
 from blipq_worker.blip2.decoding.static.attention import MaskedAttention
 from blipq_worker.blip2.generation import sessions
-from blipq_worker.inference.engine import Engine
+from blipq_worker.engine.backend import Engine
 from conftest import wait_until
 
 PROMPTS = ("", "a photo of", "Question: what is above the cat? Short answer:")

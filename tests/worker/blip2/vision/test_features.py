@@ -194,14 +194,15 @@ def test_what_is_known_gives_the_same_answers(
     assert model.recall("0", everything) is None
     for number, picture in enumerate(pictures):
         asked(model, model.preprocess(picture, digest=str(number), whole=True))
+    reported: list[float] = []
+    model.on_look(lambda images, ms: reported.append(ms))
     with looks(model) as seen:
         for number, expected in enumerate(fresh):
             pixels = model.recall(str(number), everything)
             assert pixels is not None
             assert (pixels.generation, pixels.retrieval) == (None, None)
             same(asked(model, pixels), expected)
-            assert pixels.vision_ms == 0
-    assert seen == []
+    assert (seen, reported) == ([], [])
 
 
 def test_items_that_share_an_image_share_the_look(
@@ -214,10 +215,12 @@ def test_items_that_share_an_image_share_the_look(
         GenerateItem(model.preprocess(pictures[n], digest=str(n)), (prompt,), params)
         for n, prompt in zip(order, prompts, strict=True)
     ]
+    waited: list[tuple[int, float]] = []
+    model.on_look(lambda images, ms: waited.append((len(images), ms)))
     with looks(model) as seen:
         together = model.generate(items)
     assert seen == [3]
-    assert all(item.pixels.vision_ms > 0 for item in items), "all of them waited for it"
+    assert [(count, ms > 0) for count, ms in waited] == [(6, True)], "all of them waited for it"
     alone = [
         model.generate([GenerateItem(model.preprocess(pictures[n]), (prompt,), params)])[0]
         for n, prompt in zip(order, prompts, strict=True)

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 Side = Literal["generation", "retrieval"]
 
+#: Takes the images that a pass of the vision tower was for, and its milliseconds.
+OnLook = Callable[[Sequence[Pixels], float], None]
+
 # The parts of a vision configuration that its forward pass depends on.
 _TOWER = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -76,6 +79,8 @@ class Vision:
         self._tower_pass, self._query_pass = CapturedPass(self._see), CapturedPass(self._query)
         #: Called after each pass: many images in a row are no hung tower.
         self.on_step: Callable[[], None] = lambda: None
+        #: Called after a pass with the images that waited for it, and its milliseconds.
+        self.on_look: OnLook = lambda images, ms: None
         # Texts are written about what a tower saw in 16 bits: TF32 is as good as these, and three
         # times as fast as fp32. Matching is decided in full fp32.
         seen = model.vision_model.embeddings.class_embedding.dtype
@@ -83,12 +88,12 @@ class Vision:
 
     def patches(self, images: Sequence[Pixels]) -> torch.Tensor:
         """The vision tower's output, (B, patches + 1, hidden)."""
-        with self._charging(self.tower, images):
+        with self._timed(self.tower, images):
             return self._patches(images)
 
     def queries(self, images: Sequence[Pixels]) -> torch.Tensor:
         """The Q-Former's 32 queries after they have read each image: (B, 32, 768), fp32."""
-        with self._charging(self.name, images):
+        with self._timed(self.name, images):
             return self._each(self.name, images, self._read)
 
     def _patches(self, images: Sequence[Pixels]) -> torch.Tensor:
@@ -170,15 +175,13 @@ class Vision:
         return torch.stack([row.to(device) for row in rows])
 
     @contextmanager
-    def _charging(self, name: str, images: Sequence[Pixels]) -> Iterator[None]:
-        """Adds the time to the images that were not known: all of them waited for the pass."""
-        unknown = {_identity(image) for image in images if self._known(name, image) is None}
+    def _timed(self, name: str, images: Sequence[Pixels]) -> Iterator[None]:
+        """Reports the time of a pass for the images that were not known: all waited for it."""
+        waiting = list(dict.fromkeys(each for each in images if self._known(name, each) is None))
         started = time.monotonic()
         yield
-        took = (time.monotonic() - started) * 1000
-        for image in images:
-            if _identity(image) in unknown:
-                image.vision_ms += took
+        if waiting:
+            self.on_look(waiting, (time.monotonic() - started) * 1000)
 
 
 @contextmanager
@@ -203,9 +206,9 @@ def _images_per_pass(model: Any) -> int:
     return max(1, _STATES_ON_A_CPU // widest)
 
 
-def _identity(image: Pixels) -> str | int:
-    """Equal for equal files."""
-    return id(image) if image.digest is None else image.digest
+def _identity(image: Pixels) -> str | Pixels:
+    """Equal for equal files; an image without a digest is equal to itself alone."""
+    return image if image.digest is None else image.digest
 
 
 def query_features(model: Any, images: torch.Tensor) -> torch.Tensor:

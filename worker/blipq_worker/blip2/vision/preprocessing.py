@@ -16,7 +16,7 @@ _RECIPE = (
 )
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Pixels:
     """One image on its way through the model: float32 tensors of shape (3, S, S), on the CPU.
 
@@ -25,8 +25,7 @@ class Pixels:
     then it is in ``features``, by name.
 
     digest: the SHA-256 of the file; None for an image that is not to be remembered. whole: the
-    vision tower's output will be needed more than once. vision_ms: what looking at it has taken so
-    far.
+    vision tower's output will be needed more than once.
     """
 
     generation: torch.Tensor | None
@@ -34,7 +33,6 @@ class Pixels:
     digest: str | None = None
     whole: bool = False
     features: dict[str, torch.Tensor] = field(default_factory=dict)
-    vision_ms: float = 0.0
 
 
 class Preprocessor:
