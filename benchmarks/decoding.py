@@ -15,11 +15,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from rich.console import Console
 from rich.table import Table
 from transformers import (
@@ -31,11 +32,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from blipq_worker.blip2 import Blip2, GenerationParams
+from blipq_worker.blip2 import Blip2
 from blipq_worker.blip2.decoding import DecodeLoop, Row, row_seed
 from blipq_worker.blip2.generation.generator import _hugging_face, _quiet_about_penalties
 from blipq_worker.catalog.models import demo_folder
 from blipq_worker.demo.machine import describe_machine
+from blipq_worker.seam.requests import GenerationParams
 
 QUERIES = 32
 VOCABULARY = 4000

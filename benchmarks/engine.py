@@ -11,15 +11,9 @@ from blipq.contract import CaptionRequest, EmbedRequest, ImageRef, MatchRequest,
 from blipq.images.decoding import decode
 from blipq_worker.bench.stack import running
 from blipq_worker.bench.workloads import QUESTIONS
-from blipq_worker.blip2 import (
-    Blip2,
-    EmbedItem,
-    GenerateItem,
-    MatchItem,
-    Pixels,
-    resolve,
-    vqa_prompt,
-)
+from blipq_worker.blip2 import Blip2, EmbedItem, GenerateItem, MatchItem, Pixels
+from blipq_worker.catalog.params import resolve
+from blipq_worker.catalog.prompts import vqa_prompt
 
 TEXTS = ("a red circle", "a dog on a beach", "a rocket", "a cup of coffee")
 ASKED = QUESTIONS[:4]

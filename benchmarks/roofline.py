@@ -14,10 +14,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.models import full_size, mid_size
-from blipq_worker.blip2 import Blip2, GenerationParams, Pixels
+from blipq_worker.blip2 import Blip2, Pixels
 from blipq_worker.blip2.decoding import DecodeLoop, Row
 from blipq_worker.blip2.loading.packing import pack
 from blipq_worker.blip2.loading.weights import Quantization
+from blipq_worker.seam.requests import GenerationParams
 
 BATCHES = (1, 8, 32, 128) if torch.cuda.is_available() else (1, 8, 32)
 #: A run of so many repeats or more takes the full-size model on a CPU, too.
@@ -114,7 +115,7 @@ Run = Callable[[Blip2, int], Callable[[], object]]
 
 def _images(model: Blip2, count: int) -> Callable[[], object]:
     side = model.info.image_size
-    seen = [torch.randn(3, side, side) for _ in range(count)]
+    seen = [torch.randint(256, (side, side, 3), dtype=torch.uint8) for _ in range(count)]
     # Anew each time: pixels keep what was made of them.
     return lambda: model.generator.project([Pixels(each) for each in seen])
 

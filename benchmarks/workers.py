@@ -19,16 +19,11 @@ from PIL import Image
 
 from blipq.contract import ImageRef
 from blipq.settings import Settings
-from blipq_worker.blip2 import (
-    GeneratedText,
-    GenerateItem,
-    GenerationParams,
-    ModelInfo,
-    Pixels,
-)
+from blipq_worker.blip2 import GeneratedText, GenerateItem, Pixels
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
 from blipq_worker.blip2.vision.preprocessing import Preprocessor
 from blipq_worker.images.fetch import Fetched, Fetcher
+from blipq_worker.seam.requests import GenerationParams, ModelInfo, Reading, Recipe
 from blipq_worker.settings import WorkerSettings
 
 
@@ -42,8 +37,9 @@ class SleepingModel:
         quantization="none",
         device="none",
         revision="0",
-        image_size=16,
         default_prompt="",
+        recipe=Recipe(16, 3, "sleeping"),
+        reading=Reading("", 512),
     )
 
     def __init__(self, times: str, preprocessor: Preprocessor | None) -> None:

@@ -19,15 +19,9 @@ from tools.demo_model.scores import galleries, one_each
 from tools.docs.page import machine, replace_section
 from transformers.utils import logging
 
-from blipq_worker.blip2 import (
-    Blip2,
-    EmbedItem,
-    GenerateItem,
-    MatchItem,
-    Pixels,
-    resolve,
-    vqa_prompt,
-)
+from blipq_worker.blip2 import Blip2, EmbedItem, GenerateItem, MatchItem, Pixels
+from blipq_worker.catalog.params import resolve
+from blipq_worker.catalog.prompts import vqa_prompt
 from blipq_worker.demo import ITM, OPT, world
 from blipq_worker.serving.footprint import loaded_bytes
 

@@ -28,7 +28,9 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from blipq_worker.blip2 import Blip2, GenerateItem, resolve, vqa_prompt
+from blipq_worker.blip2 import Blip2, GenerateItem
+from blipq_worker.catalog.params import resolve
+from blipq_worker.catalog.prompts import vqa_prompt
 from blipq_worker.process.malloc import give_large_blocks_back
 from blipq_worker.serving.footprint import GIB, config_of
 

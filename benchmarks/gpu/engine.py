@@ -22,9 +22,10 @@ from PIL import Image
 from benchmarks.gpu.pictures import drawn
 from benchmarks.gpu.weights import Name, made_here, write_folder
 from blipq.contract import Priority
-from blipq_worker.blip2 import Blip2, GenerateItem, GenerationParams, Pixels
+from blipq_worker.blip2 import Blip2, GenerateItem, Pixels
 from blipq_worker.blip2.loading.weights import Quantization
 from blipq_worker.engine.backend import Engine
+from blipq_worker.seam.requests import GenerationParams
 from blipq_worker.serving.footprint import GIB, Load, memory_of
 
 TOKENS = 20

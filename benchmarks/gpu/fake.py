@@ -15,10 +15,11 @@ from typing import Any, Literal
 from PIL import Image
 
 from blipq.settings import Settings
-from blipq_worker.blip2 import GeneratedText, GenerateItem, ModelInfo, Pixels
+from blipq_worker.blip2 import GeneratedText, GenerateItem, Pixels
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
 from blipq_worker.blip2.vision.features import OnLook
 from blipq_worker.blip2.vision.preprocessing import Preprocessor
+from blipq_worker.seam.requests import ModelInfo
 from blipq_worker.settings import WorkerSettings
 
 How = Literal["captured", "launches"]

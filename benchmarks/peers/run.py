@@ -11,7 +11,7 @@ from blipq.contract import ImageRef
 from blipq.local.stack import free_port
 from blipq_worker.bench.stack import BenchError, Stack
 from blipq_worker.bench.workloads import PROMPT, QUESTIONS, Workload
-from blipq_worker.blip2 import vqa_prompt
+from blipq_worker.catalog.prompts import vqa_prompt
 
 HERE = Path(__file__).parent
 PYTHON = HERE / ".venv" / "bin" / "python"

@@ -2,14 +2,15 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
+from msgspec.structs import replace
 
-from blipq_worker.blip2 import Blip2, GenerationParams, Pixels
+from blipq_worker.blip2 import Blip2, Pixels
 from blipq_worker.blip2.decoding import Row, row_seed
 from blipq_worker.blip2.generation.generator import _hugging_face, _quiet_about_penalties
 from blipq_worker.blip2.generation.routing import Loop
+from blipq_worker.seam.requests import GenerationParams
 from conftest import ROOT
 
 GREEDY = GenerationParams(num_beams=1, max_new_tokens=12, min_new_tokens=0)
@@ -32,7 +33,8 @@ def rows(model: Blip2, params: list[GenerationParams]) -> list[Row]:
     generator = model.generator
     side = model.info.image_size
     torch.manual_seed(1)
-    queries = generator.project([Pixels(pixels) for pixels in torch.randn(3, 3, side, side)])
+    noise = torch.randint(256, (3, side, side, 3), dtype=torch.uint8)
+    queries = generator.project([Pixels(pixels) for pixels in noise])
     return [
         Row(queries[index % 3], generator.checked_ids(prompt, each), each, row_seed(index))
         for index, (prompt, each) in enumerate(zip(prompts(len(params)), params, strict=True))

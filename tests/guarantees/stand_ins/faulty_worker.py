@@ -22,7 +22,8 @@ from typing import Any
 from blipq.ledger import worker
 from blipq.settings import Settings
 from blipq_worker.app import Worker
-from blipq_worker.blip2 import GeneratedText, GenerateItem, ModelInfo, Pixels
+from blipq_worker.blip2 import GeneratedText, GenerateItem, Pixels
+from blipq_worker.seam.requests import ModelInfo, Reading, Recipe
 from blipq_worker.settings import WorkerSettings
 
 log = logging.getLogger("faulty_worker")
@@ -41,8 +42,9 @@ class FaultyModel:
         quantization="none",
         device="cpu",
         revision="0",
-        image_size=64,
         default_prompt="",
+        recipe=Recipe(64, 3, "faulty"),
+        reading=Reading("", 512),
     )
 
     def on_step(self, call: Callable[[], None]) -> None:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from blipq_worker.blip2 import Blip2, CheckpointError, GenerateItem, resolve
+from blipq_worker.blip2 import Blip2, CheckpointError, GenerateItem
+from blipq_worker.catalog.params import resolve
 
 PROMPT = "a red circle above the blue square"
 

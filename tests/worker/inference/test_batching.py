@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from blipq import CaptionRequest, MatchRequest, Priority, VQARequest
-from blipq_worker.blip2 import ModelInfo
 from blipq_worker.engine.backend import Engine
 from blipq_worker.kinds import handlers as kinds
+from blipq_worker.seam.requests import ModelInfo
 
 if TYPE_CHECKING:
     from blipq_worker.blip2 import Blip2

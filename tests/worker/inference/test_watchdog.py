@@ -9,15 +9,8 @@ import pytest
 from PIL import Image
 
 from blipq.contract import Priority
-from blipq_worker.blip2 import (
-    Blip2,
-    EmbedItem,
-    GenerateItem,
-    MatchItem,
-    RankItem,
-    RerankItem,
-    resolve,
-)
+from blipq_worker.blip2 import Blip2, EmbedItem, GenerateItem, MatchItem, RankItem, RerankItem
+from blipq_worker.catalog.params import resolve
 from blipq_worker.engine.backend import Engine
 from conftest import wait_until
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from blipq_worker.index.store import Entry
 from blipq_worker.inference.engine import Embedded, Generated, Matched, Ranked
 
 from blipq.contract import (
@@ -19,14 +18,8 @@ from blipq.contract import (
     VQARequest,
 )
 from blipq.index.store import Entry
-from blipq_worker.blip2 import (
-    EmbedItem,
-    GenerateItem,
-    MatchItem,
-    Pixels,
-    RankItem,
-    vqa_prompt,
-)
+from blipq_worker.blip2 import EmbedItem, GenerateItem, MatchItem, Pixels, RankItem
+from blipq_worker.catalog.prompts import vqa_prompt
 from blipq_worker.kinds import handlers as kinds
 from blipq_worker.seam.requests import (
     Array,

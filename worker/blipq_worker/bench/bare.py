@@ -18,7 +18,9 @@ from threading import Barrier, BrokenBarrierError
 from blipq.contract import Generation, Priority
 from blipq.images.decoding import decode
 from blipq_worker.bench.workloads import PROMPT, QUESTIONS, WORKLOADS, Workload
-from blipq_worker.blip2 import Blip2, GenerateItem, resolve, vqa_prompt
+from blipq_worker.blip2 import Blip2, GenerateItem
+from blipq_worker.catalog.params import resolve
+from blipq_worker.catalog.prompts import vqa_prompt
 from blipq_worker.engine.backend import Engine
 from blipq_worker.images.decoding import decode
 from blipq_worker.inference.engine import Engine

@@ -6,14 +6,12 @@ from), ``features`` (image to queries), then what makes answers of them: ``gener
 """
 
 from blipq_worker.blip2.generation.items import GeneratedText, GenerateItem
-from blipq_worker.blip2.generation.params import GenerationParams, resolve
 from blipq_worker.blip2.generation.sessions import WritingSession
 from blipq_worker.blip2.heads.embedding import Arrays, EmbedItem
 from blipq_worker.blip2.heads.matching import MatchItem, RerankItem
 from blipq_worker.blip2.heads.scoring import RankItem
 from blipq_worker.blip2.loading.checkpoints import CheckpointError
-from blipq_worker.blip2.model import Blip2, Feature, Item, ModelInfo
-from blipq_worker.blip2.text.prompts import caption_prompt, match_text, vqa_prompt
+from blipq_worker.blip2.model import Blip2, Item
 from blipq_worker.blip2.vision.cache import FeatureCache
 from blipq_worker.blip2.vision.preprocessing import Pixels
 
@@ -22,20 +20,13 @@ __all__ = [
     "Blip2",
     "CheckpointError",
     "EmbedItem",
-    "Feature",
     "FeatureCache",
     "GenerateItem",
     "GeneratedText",
-    "GenerationParams",
     "Item",
     "MatchItem",
-    "ModelInfo",
     "Pixels",
     "RankItem",
     "RerankItem",
     "WritingSession",
-    "caption_prompt",
-    "match_text",
-    "resolve",
-    "vqa_prompt",
 ]

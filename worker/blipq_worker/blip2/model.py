@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -31,45 +31,13 @@ from blipq_worker.blip2.loading.weights import (
 from blipq_worker.blip2.vision.cache import FeatureCache
 from blipq_worker.blip2.vision.features import OnLook, Side, Vision, equal_towers, split_tower
 from blipq_worker.blip2.vision.preprocessing import Pixels, Preprocessor
-from blipq_worker.catalog.models import Family
+from blipq_worker.catalog.resize import resized
+from blipq_worker.seam.requests import Feature, ModelInfo, Reading
 from blipq_worker.startup import START
 
 log = logging.getLogger(__name__)
 
-#: What a job needs of an image: the queries of the generation or of the retrieval checkpoint, or
-#: the vision tower's output, which matching reads together with a text.
-Feature = Literal["generation", "retrieval", "patches"]
-
 Item = GenerateItem | RankItem | MatchItem | RerankItem | EmbedItem
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What answers came from.
-
-    dtype: of the vision tower and the language model, joined by "/" where they differ.
-    quantization: none, int8 or nf4, and "+vision" where the tower is quantized, too. revision:
-    the hub's commit, or the SHA-256 of the weights. image_size: side of the square that the
-    generation checkpoint sees, in pixels. default_prompt: for captions without one. shares_vision:
-    one vision tower serves both checkpoints.
-    """
-
-    checkpoint: str
-    family: Family
-    dtype: str
-    quantization: str
-    device: str
-    revision: str
-    image_size: int
-    default_prompt: str
-    retrieval_checkpoint: str | None = None
-    retrieval_revision: str | None = None
-    shares_vision: bool = False
-
-    @property
-    def has_retrieval(self) -> bool:
-        """Whether ``match`` and ``embed`` are served."""
-        return self.retrieval_checkpoint is not None
 
 
 class Blip2:
@@ -83,10 +51,8 @@ class Blip2:
         self,
         info: ModelInfo,
         generator: Generator,
-        preprocessor: Preprocessor,
         matcher: Matcher | None = None,
         embedder: Embedder | None = None,
-        match_preprocessor: Preprocessor | None = None,
         cache: FeatureCache | None = None,
     ) -> None:
         self.info = info
@@ -94,8 +60,6 @@ class Blip2:
         self.ranker = Ranker(generator)
         self.matcher = matcher
         self.embedder = embedder
-        self._preprocessor = preprocessor
-        self._match_preprocessor = match_preprocessor
         self._cache = cache
 
     @classmethod
@@ -149,16 +113,9 @@ class Blip2:
         if not compiled:  # the compiler cannot read packed layers
             for part in filter(None, (written, matched)):
                 pack(part.model)
-        info = _info(setup, written, matched, shares_vision=shares_vision)
-        return cls(
-            info,
-            generator,
-            written.preprocessor,
-            matcher,
-            embedder,
-            matched.preprocessor if matched else None,
-            cache,
-        )
+        reading = Reading(str(written.checkpoint.folder), generator.room(0))
+        info = _info(setup, written, matched, reading, shares_vision=shares_vision)
+        return cls(info, generator, matcher, embedder, cache)
 
     def on_step(self, call: Callable[[], None]) -> None:
         """Has ``call`` called after every decode step, chunk of pairs, and pass of a part."""
@@ -180,12 +137,24 @@ class Blip2:
         self, image: Image.Image, *, digest: str | None = None, whole: bool = False
     ) -> Pixels:
         """The image as both checkpoints take it, on the CPU; see ``Pixels``. Thread-safe."""
-        pixels = self._preprocessor(image)
-        matched: torch.Tensor | None = None
-        if self._match_preprocessor is not None:
-            alike = self._match_preprocessor.version == self._preprocessor.version
-            matched = pixels if alike else self._match_preprocessor(image)
-        return Pixels(pixels, matched, digest=digest, whole=whole)
+        views = [resized(image, recipe) for recipe in self.info.recipes]
+        return self.pixels(views, digest=digest, whole=whole)
+
+    def pixels(
+        self,
+        views: Sequence[bytes | memoryview],
+        *,
+        digest: str | None = None,
+        whole: bool = False,
+    ) -> Pixels:
+        """An image of its bytes, resized by each of the model's ``recipes``. Thread-safe."""
+        made = [
+            # A copy: whoever lent the bytes may use them again.
+            torch.frombuffer(bytearray(view), dtype=torch.uint8).view(recipe.side, recipe.side, 3)
+            for view, recipe in zip(views, self.info.recipes, strict=True)
+        ]
+        matched = made[-1] if self.info.retrieval_recipe is not None else None
+        return Pixels(made[0], matched, digest=digest, whole=whole)
 
     def recall(self, digest: str, needed: Collection[Feature]) -> Pixels | None:
         """An image seen before, if all that is needed of it is still known. Thread-safe."""
@@ -282,7 +251,12 @@ class Blip2:
 
 
 def _info(
-    setup: Setup, written: "_Part", matched: "_Part | None", *, shares_vision: bool
+    setup: Setup,
+    written: "_Part",
+    matched: "_Part | None",
+    reading: Reading,
+    *,
+    shares_vision: bool,
 ) -> ModelInfo:
     return ModelInfo(
         checkpoint=written.checkpoint.name,
@@ -291,10 +265,13 @@ def _info(
         quantization=str(setup.quantizing),
         device=str(setup.device),
         revision=written.checkpoint.revision,
-        image_size=written.checkpoint.image_size,
         default_prompt=written.checkpoint.default_prompt,
+        recipe=written.preprocessor.recipe,
+        reading=reading,
         retrieval_checkpoint=matched.checkpoint.name if matched else None,
         retrieval_revision=matched.checkpoint.revision if matched else None,
+        retrieval_recipe=matched.preprocessor.recipe if matched else None,
+        retrieval_reading=matched.reading if matched else None,
         shares_vision=shares_vision,
     )
 
@@ -320,7 +297,7 @@ class _Part:
         split_tower(model)
         preprocessor = Preprocessor(checkpoint)
         precision = f"{setup.precision(checkpoint.family)}/{setup.quantizing}/{setup.attention}"
-        version = f"{checkpoint.revision}/{precision}/{preprocessor.version}"
+        version = f"{checkpoint.revision}/{precision}/{preprocessor.recipe.version}"
         return cls(
             side=side,
             checkpoint=checkpoint,
@@ -333,14 +310,19 @@ class _Part:
 
     def share_tower(self, other: "_Part") -> bool:
         """Takes the other's vision tower where it is the same, and lets its own go."""
-        shared = self.preprocessor.version == other.preprocessor.version and equal_towers(
-            self.model.vision_model, other.model.vision_model
-        )
+        alike = self.preprocessor.recipe.version == other.preprocessor.recipe.version
+        shared = alike and equal_towers(self.model.vision_model, other.model.vision_model)
         if shared:
             self.model.vision_model, self.tower = other.model.vision_model, other.tower
         names = self.checkpoint.name, other.checkpoint.name
         log.info("%s and %s %s one vision tower", *names, "share" if shared else "do not share")
         return shared
+
+    @property
+    def reading(self) -> Reading:
+        """How a retrieval checkpoint reads texts to embed."""
+        longest = self.checkpoint.config.qformer_config.max_position_embeddings
+        return Reading(str(self.checkpoint.folder), longest)
 
     def vision(self, cache: FeatureCache) -> Vision:
         return Vision(
@@ -348,5 +330,6 @@ class _Part:
             side=self.side,
             tower=self.tower,
             queries=self.queries,
+            table=self.preprocessor.table,
             cache=cache,
         )

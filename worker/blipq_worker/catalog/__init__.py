@@ -1,1 +1,1 @@
-"""Names of models, and where their weights are."""
+"""Models by name: where their weights are, and what they want of images, texts and parameters."""

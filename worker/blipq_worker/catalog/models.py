@@ -4,13 +4,9 @@ import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
 
 from blipq.errors import BlipqError
-
-#: What a checkpoint is for. The language model decides how questions are answered: LAVIS's length
-#: penalty is 0 for OPT and -1 for T5; the prompt is the same.
-Family = Literal["opt", "t5", "retrieval"]
+from blipq_worker.seam.requests import Family
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from blipq_worker.claims import Lost
 from blipq_worker.images.fetch import Fetcher
 from blipq_worker.images.memory_budget import Budget
 from blipq_worker.receipt import Stopwatch
+from blipq_worker.seam.requests import Feature
 
 #: Places and images remembered: some hundred bytes each.
 REMEMBERED = 16_384

@@ -13,7 +13,7 @@ from blipq_worker.blip2 import EmbedItem, GenerateItem, Item, MatchItem, ModelIn
 from blipq_worker.claims import Held, Lost
 from blipq_worker.engine.backend import Engine
 from blipq_worker.receipt import Stopwatch
-from blipq_worker.seam.requests import Answer, Embedded, Generated, Matched, Ranked
+from blipq_worker.seam.requests import Answer, Embedded, Generated, Matched, ModelInfo, Ranked
 
 #: Where the time of a pass is told in the receipt.
 _STAGES: Mapping[type, str] = {

@@ -38,25 +38,21 @@ from blipq.contract import (
     VQAResult,
 )
 from blipq.index.store import Entry, Vectors
-from blipq_worker.blip2 import (
-    EmbedItem,
-    Feature,
-    GenerateItem,
-    GenerationParams,
-    Item,
-    MatchItem,
-    ModelInfo,
-    Pixels,
-    RankItem,
-    caption_prompt,
-    resolve,
-    vqa_prompt,
-)
-from blipq_worker.index.store import Entry, Vectors
+from blipq_worker.blip2 import EmbedItem, GenerateItem, Item, MatchItem, Pixels, RankItem
+from blipq_worker.catalog.params import resolve
+from blipq_worker.catalog.prompts import caption_prompt, vqa_prompt
 from blipq_worker.inference.engine import Embedded, Generated, Matched, Ranked
 from blipq_worker.kinds import search
 from blipq_worker.kinds.arrays import numbers
-from blipq_worker.seam.requests import Embedded, Generated, Matched, Ranked
+from blipq_worker.seam.requests import (
+    Embedded,
+    Feature,
+    Generated,
+    GenerationParams,
+    Matched,
+    ModelInfo,
+    Ranked,
+)
 
 Turns = tuple[tuple[str, str], ...]
 

@@ -10,10 +10,9 @@ from blipq.contract import Hit, ImageRef, SearchRequest, SearchResult, Skipped
 from blipq.errors import PermanentError
 from blipq.index.store import Filter, Found, Vectors
 from blipq_worker.blip2 import EmbedItem, ModelInfo, Pixels
-from blipq_worker.index.store import Filter, Found, Vectors
 from blipq_worker.inference.engine import Embedded, Reranked
 from blipq_worker.kinds.arrays import numbers
-from blipq_worker.seam.requests import Embedded, Reranked
+from blipq_worker.seam.requests import Embedded, ModelInfo, Reranked
 
 
 class Ask(Protocol):

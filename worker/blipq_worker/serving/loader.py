@@ -4,10 +4,11 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Literal
+
+from msgspec.structs import replace
 
 from blipq_worker.catalog.models import ModelError, served_model
 from blipq_worker.catalog.weights import how_to_get, weights_of_served

@@ -2,12 +2,12 @@
 
 import random
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from transformers import (
     LogitsProcessorList,
     OPTForCausalLM,
@@ -16,11 +16,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from blipq_worker.blip2 import Blip2, GenerationParams
+from blipq_worker.blip2 import Blip2
 from blipq_worker.blip2.decoding import DecodeLoop, Row, row_seed
 from blipq_worker.blip2.decoding.languages import Opt
 from blipq_worker.blip2.decoding.opt_step import OptStep
 from blipq_worker.blip2.decoding.sampling import ScoresError, choose
+from blipq_worker.seam.requests import GenerationParams
 from worker.in_flight import GREEDY, SAMPLED, alone, every_penalty, rows, write
 
 

@@ -5,7 +5,6 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,11 +12,12 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+from msgspec.structs import replace
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
-from blipq_worker.blip2 import Blip2, GenerationParams
+from blipq_worker.blip2 import Blip2
 from blipq_worker.blip2.cuda.capture import Run
 from blipq_worker.blip2.decoding import DecodeLoop, Row
 from blipq_worker.blip2.decoding import static as static_package
@@ -34,6 +34,7 @@ from blipq_worker.blip2.decoding.static.step import Shape, StaticStep
 from blipq_worker.blip2.decoding.static.t5 import StaticT5
 from blipq_worker.blip2.generation import generator as generation
 from blipq_worker.blip2.generation.routing import RoutedLoop
+from blipq_worker.seam.requests import GenerationParams
 from blipq_worker.serving import loader as load
 from blipq_worker.settings import WorkerSettings
 from worker.in_flight import GREEDY, alone, every_penalty, rows, write

@@ -11,18 +11,13 @@ from PIL import Image
 
 from blipq import Priority
 from blipq.errors import PermanentError
-from blipq_worker.blip2 import (
-    Blip2,
-    GenerateItem,
-    GenerationParams,
-    Pixels,
-    WritingSession,
-    resolve,
-)
+from blipq_worker.blip2 import Blip2, GenerateItem, Pixels, WritingSession
 from blipq_worker.blip2.decoding.static import Way
 from blipq_worker.blip2.decoding.static.attention import MaskedAttention
 from blipq_worker.blip2.generation import sessions
+from blipq_worker.catalog.params import resolve
 from blipq_worker.engine.backend import Engine
+from blipq_worker.seam.requests import GenerationParams
 from conftest import wait_until
 
 PROMPTS = ("", "a photo of", "Question: what is above the cat? Short answer:")
@@ -253,8 +248,10 @@ def test_an_image_that_breaks_the_model_fails_alone(
     engine: Engine, opt: Blip2, pictures: list[Image.Image]
 ) -> None:
     good = [item(opt, picture) for picture in pictures]
-    bad = replace(good[0], pixels=Pixels(torch.full((3, 28, 28), float("nan"))))
-    broken = replace(good[0], pixels=Pixels(torch.zeros(1, 28, 28)))
+    size = opt.generator.model.config.qformer_config.hidden_size
+    unreal = {opt.generator.vision.name: torch.full((32, size), float("nan"))}
+    bad = replace(good[0], pixels=Pixels(None, features=unreal))
+    broken = replace(good[0], pixels=Pixels(torch.zeros(1, 28, 28, dtype=torch.uint8)))
     expected = [opt.generate([each])[0] for each in good]
     futures = [engine.submit("opt", each, Priority.NORMAL) for each in [*good, bad, broken, *good]]
     for future, texts in zip(futures[:4] + futures[6:], expected * 2, strict=True):

@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from blipq_worker.blip2 import Blip2, GenerateItem, resolve
+from blipq_worker.blip2 import Blip2, GenerateItem
 from blipq_worker.blip2.loading import weights as loading
 from blipq_worker.blip2.loading.attention import choose_attention, matrices
 from blipq_worker.blip2.loading.precision import choose_precision
+from blipq_worker.catalog.params import resolve
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PARTS = ("", "vision_config", "qformer_config", "text_config")

@@ -13,9 +13,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from blipq_worker.blip2 import Blip2, CheckpointError, GenerateItem, resolve
+from blipq_worker.blip2 import Blip2, CheckpointError, GenerateItem
 from blipq_worker.blip2.loading import checkpoints as module
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
+from blipq_worker.catalog.params import resolve
 from blipq_worker.catalog.weights import INDEX, WHOLE
 
 

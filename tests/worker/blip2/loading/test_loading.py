@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from blipq_worker.blip2 import Blip2, CheckpointError, GenerateItem, MatchItem, resolve
+from blipq_worker.blip2 import Blip2, CheckpointError, GenerateItem, MatchItem
 from blipq_worker.blip2.loading import compiling, precision
 from blipq_worker.blip2.loading import weights as loading
 from blipq_worker.blip2.loading.compiling import LONGEST_S, compile_parts, since_compiling
 from blipq_worker.blip2.loading.precision import choose_precision
+from blipq_worker.catalog.params import resolve
 from worker.tiny_models import save_t5
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from blipq_worker.blip2 import caption_prompt, match_text, vqa_prompt
+from blipq_worker.catalog.prompts import caption_prompt, match_text, vqa_prompt
 
 
 @pytest.mark.parametrize(

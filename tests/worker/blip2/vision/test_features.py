@@ -20,10 +20,10 @@ from blipq_worker.blip2 import (
     MatchItem,
     Pixels,
     RankItem,
-    resolve,
 )
 from blipq_worker.blip2.cuda.batches import CapturedPass
 from blipq_worker.blip2.vision import features
+from blipq_worker.catalog.params import resolve
 from worker.tiny_models import save_itm
 
 TEXTS = ("a cat", "a red circle above the square")
@@ -126,7 +126,8 @@ def test_captured_looks_find_the_same_for_any_number_of_images(
 ) -> None:
     model = load(checkpoints, same_tower)
     side = model.info.image_size
-    pixels = [Pixels(each) for each in torch.randn(9, 3, side, side)]
+    noise = torch.randint(256, (9, side, side, 3), dtype=torch.uint8)
+    pixels = [Pixels(each) for each in noise]
     together = model.generator.project(pixels)
     model.generator.vision.capture(lambda run: run, most=6)
     for count in (1, 5, 6, 7, 9):

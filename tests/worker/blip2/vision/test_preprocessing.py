@@ -4,37 +4,76 @@ import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from blipq_worker.blip2 import Blip2
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
-from blipq_worker.blip2.vision.preprocessing import Preprocessor
+from blipq_worker.blip2.vision.preprocessing import Preprocessor, normalized
+from blipq_worker.catalog.resize import resized
 from worker.tiny_models import save_itm
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
+def seen(preprocessor: Preprocessor, picture: Image.Image) -> torch.Tensor:
+    """What the vision tower is shown of a picture, (3, S, S)."""
+    side = preprocessor.recipe.side
+    pixels = torch.frombuffer(bytearray(resized(picture, preprocessor.recipe)), dtype=torch.uint8)
+    return normalized(pixels.view(1, side, side, 3), preprocessor.table)[0]
+
+
 def test_pixels_are_pillows_bicubic_squash_normalized(
-    opt: Blip2, pictures: list[Image.Image]
+    opt: Blip2, checkpoints: dict[str, Path], pictures: list[Image.Image]
 ) -> None:
-    resized = pictures[0].resize((28, 28), Image.Resampling.BICUBIC)
-    values = torch.tensor(list(resized.tobytes())).reshape(28, 28, 3).permute(2, 0, 1) / 255
-    mean, deviation = (torch.tensor(three).reshape(3, 1, 1) for three in (MEAN, DEVIATION))
+    small = pictures[0].resize((28, 28), Image.Resampling.BICUBIC)
     pixels = opt.preprocess(pictures[0]).generation
-    assert (pixels.dtype, pixels.shape) == (torch.float32, (3, 28, 28))
-    torch.testing.assert_close(pixels, (values - mean) / deviation, rtol=0, atol=1e-6)
+    assert (pixels.dtype, pixels.shape) == (torch.uint8, (28, 28, 3))
+    assert bytes(pixels.flatten().tolist()) == small.tobytes()
+    values = pixels.permute(2, 0, 1) / 255
+    mean, deviation = (torch.tensor(three).reshape(3, 1, 1) for three in (MEAN, DEVIATION))
+    found = seen(Preprocessor(open_checkpoint(str(checkpoints["opt"]))), pictures[0])
+    torch.testing.assert_close(found, (values - mean) / deviation, rtol=0, atol=1e-6)
 
 
-def test_the_pil_backend_is_used(checkpoints: dict[str, Path], pictures: list[Image.Image]) -> None:
-    preprocess = Preprocessor(open_checkpoint(str(checkpoints["opt"])))
-    assert preprocess.backend.backend == "pil"
-    for picture in pictures:
-        expected = preprocess.backend(picture, return_tensors="pt")["pixel_values"][0]
-        assert torch.equal(preprocess(picture), expected)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7]},
+        {"do_normalize": False},
+        {"rescale_factor": 1 / 127.5},
+        {"resample": 2},
+    ],
+    ids=str,
+)
+def test_pixels_are_those_of_the_image_processor_bit_by_bit(
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    pictures: list[Image.Image],
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    """Real pictures, and noise in which each channel has each value."""
+    folder = Path(shutil.copytree(checkpoints["opt"], tmp_path / "changed"))
+    file = folder / "processor_config.json"
+    config = json.loads(file.read_text())
+    config["image_processor"].update(settings)
+    file.write_text(json.dumps(config))
+    preprocessor = Preprocessor(open_checkpoint(str(folder)))
+    assert preprocessor.backend.backend == "pil"
+    noise = np.random.default_rng(7).integers(256, size=(90, 70, 3), dtype=np.uint8)
+    every = np.arange(28 * 28 * 3).reshape(3, 28, 28).transpose(1, 2, 0) % 256
+    made = [Image.fromarray(noise), Image.fromarray(every.astype(np.uint8))]
+    for picture in [*pictures, *made, pictures[0].convert("L")]:
+        expected = preprocessor.backend(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
+        assert torch.equal(seen(preprocessor, picture).to(dtype), expected[0].to(dtype))
 
 
 def test_many_threads_may_preprocess_at_once(opt: Blip2, pictures: list[Image.Image]) -> None:
@@ -60,7 +99,7 @@ def test_a_retrieval_checkpoint_of_another_size_has_its_own_tensor(
     model = Blip2.load(str(checkpoints["opt"]), str(save_itm(tmp_path, side=42)), dtype="float32")
     pixels = model.preprocess(pictures[0])
     assert pixels.retrieval is not None
-    assert (pixels.generation.shape[-1], pixels.retrieval.shape[-1]) == (28, 42)
+    assert (pixels.generation.shape[0], pixels.retrieval.shape[0]) == (28, 42)
 
 
 def test_without_a_retrieval_checkpoint_there_are_no_pixels_for_it(
@@ -78,4 +117,6 @@ def test_the_models_size_wins_over_a_preprocessor_config(
     (folder / "preprocessor_config.json").write_text(
         json.dumps({"image_processor_type": "BlipImageProcessor", "size": size})
     )
-    assert Preprocessor(open_checkpoint(str(folder)))(pictures[0]).shape == (3, 28, 28)
+    preprocessor = Preprocessor(open_checkpoint(str(folder)))
+    assert preprocessor.recipe.side == 28
+    assert seen(preprocessor, pictures[0]).shape == (3, 28, 28)

@@ -27,13 +27,14 @@ from blipq_worker.blip2.decoding.static import (
 )
 from blipq_worker.blip2.generation.halving import by_halves
 from blipq_worker.blip2.generation.items import GeneratedText, GenerateItem
-from blipq_worker.blip2.generation.params import GenerationParams, invalid
 from blipq_worker.blip2.generation.routing import Loop, RoutedLoop
 from blipq_worker.blip2.generation.sessions import WritingSession, most_joining
 from blipq_worker.blip2.loading.checkpoints import Checkpoint, CheckpointError
 from blipq_worker.blip2.text.padding import padded
 from blipq_worker.blip2.vision.features import Vision
 from blipq_worker.blip2.vision.preprocessing import Pixels
+from blipq_worker.catalog.params import invalid
+from blipq_worker.seam.requests import GenerationParams
 
 log = logging.getLogger(__name__)
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from blipq_worker.blip2.generation.params import GenerationParams
 from blipq_worker.blip2.vision.preprocessing import Pixels
+from blipq_worker.seam.requests import GenerationParams
 
 
 @dataclass(frozen=True, slots=True, eq=False)

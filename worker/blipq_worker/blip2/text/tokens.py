@@ -7,7 +7,7 @@ import torch
 
 from blipq_worker.blip2.loading.checkpoints import Checkpoint, CheckpointError
 from blipq_worker.blip2.text.padding import padded
-from blipq_worker.blip2.text.prompts import match_text
+from blipq_worker.catalog.prompts import match_text
 
 
 class Texts:

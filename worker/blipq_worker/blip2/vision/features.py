@@ -17,7 +17,7 @@ import torch
 from blipq_worker.blip2.cuda.batches import CapturedPass
 from blipq_worker.blip2.cuda.capture import Run
 from blipq_worker.blip2.vision.cache import FeatureCache
-from blipq_worker.blip2.vision.preprocessing import Pixels
+from blipq_worker.blip2.vision.preprocessing import Pixels, normalized
 
 log = logging.getLogger(__name__)
 
@@ -64,17 +64,25 @@ class Vision:
 
     model: after ``split_tower``. side: which pixels it takes. tower, queries: names of the outputs
     of tower and Q-Former in the cache; each stands for preprocessing, weights and precision, so
-    checkpoints that share a tower share its name.
+    checkpoints that share a tower share its name. table: see ``Preprocessor``.
     """
 
     def __init__(
-        self, model: Any, *, side: Side, tower: str, queries: str, cache: FeatureCache
+        self,
+        model: Any,
+        *,
+        side: Side,
+        tower: str,
+        queries: str,
+        table: torch.Tensor,
+        cache: FeatureCache,
     ) -> None:
         self.model = model
         self.tower = tower
         self.name = queries
         self._side = side
         self._cache = cache
+        self._table = table.to(model.query_tokens.device)
         self._images_per_pass = _images_per_pass(model)
         self._tower_pass, self._query_pass = CapturedPass(self._see), CapturedPass(self._query)
         #: Called after each pass: many images in a row are no hung tower.
@@ -108,7 +116,7 @@ class Vision:
             raise ValueError(f"an image came without pixels for the {self._side} checkpoint")
         seen = []
         for each in torch.split(self._stacked(pixels), self._images_per_pass):
-            seen.append(self._tower_pass(each))
+            seen.append(self._tower_pass(normalized(each, self._table)))
             self.on_step()
         return torch.cat(seen) if len(seen) > 1 else seen[0]
 

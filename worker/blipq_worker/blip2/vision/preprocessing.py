@@ -1,13 +1,15 @@
-"""A decoded image to the pixels that a vision tower takes."""
+"""Resized images to the numbers that a vision tower takes."""
 
 import hashlib
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from blipq_worker.blip2.loading.checkpoints import Checkpoint, CheckpointError
+from blipq_worker.seam.requests import Recipe
 
 # What of an image processor's configuration makes a difference to the pixels.
 _RECIPE = (
@@ -18,7 +20,7 @@ _RECIPE = (
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Pixels:
-    """One image on its way through the model: float32 tensors of shape (3, S, S), on the CPU.
+    """One image on its way through the model: uint8 tensors of shape (S, S, 3), on the CPU.
 
     ``retrieval`` is None without a retrieval checkpoint, and the same tensor as ``generation``
     where both checkpoints preprocess alike. Both are None where all that the job needs is known:
@@ -36,32 +38,40 @@ class Pixels:
 
 
 class Preprocessor:
-    """LAVIS's ``blip_image_eval``: squash to S x S (bicubic), to [0, 1], normalize.
+    """A checkpoint's image processor, in two parts: resizing, and what comes of each byte then.
 
-    Pillow's resize is used explicitly: it gives LAVIS's pixels bit by bit, torchvision's does not.
-    Thread-safe. Source: lavis/processors/blip_processors.py.
+    recipe: see ``catalog.resize``. table: (3, 256) float32, what rescaling and normalizing make of
+    each value of red, green and blue; the processor's own arithmetic filled it, so that a lookup
+    gives its numbers bit by bit.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._side = checkpoint.image_size
+        side = checkpoint.image_size
         try:
             self.backend = BlipImageProcessorPil.from_pretrained(
-                checkpoint.folder, size={"height": self._side, "width": self._side}
+                checkpoint.folder, size={"height": side, "width": side}
             )
         except Exception as error:  # transformers raises many kinds on a malformed configuration
             raise CheckpointError(
                 f"checkpoint {checkpoint.name!r} has no usable image processor "
                 f"(preprocessor_config.json or processor_config.json) in {checkpoint.folder}"
             ) from error
-        recipe = repr([getattr(self.backend, name) for name in _RECIPE])
-        #: Names the recipe: equal versions make equal pixels.
-        self.version = hashlib.sha256(recipe.encode()).hexdigest()[:16]
+        settings = repr([getattr(self.backend, name) for name in _RECIPE])
+        version = hashlib.sha256(settings.encode()).hexdigest()[:16]
+        self.recipe = Recipe(side, int(self.backend.resample), version)
+        self.table = self._table()
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Float32 pixels of shape (3, S, S)."""
-        # The backend would copy a large picture several times before it resizes it. What comes out
-        # is the same: its own resize has nothing left to do.
-        small = image if image.mode == "RGB" else image.convert("RGB")
-        small = small.resize((self._side, self._side), self.backend.resample)
-        pixels: torch.Tensor = self.backend(small, return_tensors="pt")["pixel_values"][0]
-        return pixels
+    def _table(self) -> torch.Tensor:
+        values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+        every = Image.fromarray(np.ascontiguousarray(np.broadcast_to(values, (16, 16, 3))))
+        made = self.backend(every, do_resize=False, return_tensors="pt")["pixel_values"]
+        table: torch.Tensor = made.reshape(3, 256).float()
+        return table
+
+
+def normalized(images: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Resized images, uint8 (B, S, S, 3), by a ``Preprocessor``'s table: float32 (B, 3, S, S)."""
+    starts = torch.arange(3, device=images.device, dtype=torch.int32) * table.shape[1]
+    found = table.flatten()[images.int() + starts]
+    # Contiguous, as stacked images are: convolutions may round otherwise for another layout.
+    return found.permute(0, 3, 1, 2).contiguous()

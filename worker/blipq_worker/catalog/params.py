@@ -1,39 +1,13 @@
-"""How texts are chosen: parameters, LAVIS's defaults, and what cannot run."""
+"""How texts are chosen: LAVIS's defaults, and what cannot run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
+
+from msgspec.structs import replace
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
-from blipq_worker.catalog.models import Family
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationParams:
-    """How texts are chosen, under Hugging Face's names; lengths count new tokens.
-
-    The defaults are those of LAVIS's captions; it leaves top_k to transformers, where it is 50.
-    top_k 0 is off. Beams that run together have equal parameters.
-    """
-
-    max_new_tokens: int = 30
-    min_new_tokens: int = 1
-    num_beams: int = 5
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 0.9
-    top_k: int = 50
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    length_penalty: float = 1.0
-    num_return_sequences: int = 1
-    seed: int | None = None
-
-    @property
-    def in_flight(self) -> bool:
-        """Whether rows are independent of each other: greedy search and sampling, not beams."""
-        return self.num_beams == 1
+from blipq_worker.seam.requests import Family, GenerationParams
 
 
 class HasFamily(Protocol):
@@ -53,7 +27,7 @@ def resolve(
     Raises PermanentError ``invalid_request`` for combinations that cannot run.
     """
     given = {name: value for name, value in (overrides or {}).items() if value is not None}
-    unknown = given.keys() - {field.name for field in fields(GenerationParams)}
+    unknown = given.keys() - set(GenerationParams.__struct_fields__)
     if unknown:
         raise invalid(f"unknown generation parameters: {', '.join(sorted(unknown))}")
     for name in ("temperature", "top_p", "repetition_penalty", "length_penalty"):
