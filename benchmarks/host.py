@@ -30,7 +30,7 @@ THREADS = {"blipq-batcher": "the model's thread", "MainThread": "Celery's consum
 JOBS = "ThreadPoolExecutor"
 #: What a job's thread does: the first part of which any text stands in its stack.
 PARTS: dict[str, tuple[str, ...]] = {
-    "JPEG, resize, normalise": ("blipq/images/decoding.py", "blip2/vision/preprocessing.py"),
+    "JPEG, resize, normalise": ("blipq/images/decoding.py", "blipq_worker/catalog/resize.py"),
     "S3": ("blipq_worker/images/fetch.py",),
     "ledger": ("blipq/ledger/",),
     "Celery around a job": ("",),

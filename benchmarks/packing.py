@@ -8,7 +8,7 @@ from benchmarks.engine import median
 from benchmarks.models import mid_size
 from benchmarks.photos import pictures
 from blipq.images.decoding import decode
-from blipq_worker.blip2 import Blip2, GenerateItem, Pixels, resolve
+from blipq_worker.blip2 import Blip2, GenerateItem, Pixels
 from blipq_worker.catalog.params import resolve
 from blipq_worker.process.malloc import give_large_blocks_back
 

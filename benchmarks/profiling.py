@@ -23,10 +23,10 @@ PARTS: dict[str, tuple[str, ...]] = {
     "the model: prompts": ("prefill (",),
     "the model: tokens": ("blip2/decoding/",),
     "between them": (BATCHER,),
-    "JPEG, resize, normalise": ("blipq/images/decoding.py", "blip2/vision/preprocessing.py"),
+    "JPEG, resize, normalise": ("blipq/images/decoding.py", "blipq_worker/catalog/resize.py"),
     "S3": ("blipq_worker/images/fetch.py",),
     "ledger": ("blipq/ledger/",),
-    "a job, between them": ("blipq_worker/jobs/runner.py",),
+    "a job, between them": ("blipq_worker/jobs/",),
     "Celery and the rest": ("",),
 }
 #: Samples a second: few, as the worker stands still for each of them.

@@ -7,6 +7,7 @@ BLIPQ_MODELS says how many milliseconds a pass takes, and how many more for each
 images are made ready as for that model.
 """
 
+import hashlib
 import io
 import logging
 import os
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from msgspec.structs import replace
 from PIL import Image
 
 from blipq.contract import ImageRef
@@ -42,9 +44,10 @@ class SleepingModel:
         reading=Reading("", 512),
     )
 
-    def __init__(self, times: str, preprocessor: Preprocessor | None) -> None:
+    def __init__(self, times: str, recipe: Recipe | None) -> None:
         self._pass_s, self._row_s = (float(each) / 1000 for each in times.split("+"))
-        self._preprocessor = preprocessor
+        if recipe is not None:
+            self.info = replace(self.info, recipe=recipe)
 
     def on_step(self, call: Callable[[], None]) -> None:
         """It has no steps."""
@@ -52,9 +55,9 @@ class SleepingModel:
     def on_look(self, call: Callable[..., None]) -> None:
         """It looks at nothing."""
 
-    def preprocess(self, image: Any, *, digest: str | None = None, **_: Any) -> Pixels:
-        made = self._preprocessor(image) if self._preprocessor else None
-        return Pixels(made, digest=digest)
+    def pixels(self, views: Any, *, digest: str | None = None, whole: bool = False) -> Pixels:
+        """As the real one, but without a look at them."""
+        return Pixels(None, digest=digest)
 
     def recall(self, digest: str, needed: Any) -> None:
         """It remembers nothing."""
@@ -81,14 +84,14 @@ def _sleeping(options: WorkerSettings) -> dict[str, Any]:
         data = _picture()
 
         def fetch(self: Fetcher, image: ImageRef, *, unless: str | None = None) -> Fetched:
-            return Fetched(data, None)
+            return Fetched(data, hashlib.sha256(data).hexdigest(), None)
 
         Fetcher.fetch = fetch  # type: ignore[method-assign]
     # Batches, as the work of a pass depends on the rows in it.
     GenerationParams.in_flight = property(lambda self: False)  # type: ignore[assignment]
     folder = os.environ.get("BENCH_CHECKPOINT")
-    preprocessor = Preprocessor(open_checkpoint(folder)) if folder else None
-    return {name: SleepingModel(what, preprocessor) for name, what in options.models.items()}
+    recipe = Preprocessor(open_checkpoint(folder)).recipe if folder else None
+    return {name: SleepingModel(what, recipe) for name, what in options.models.items()}
 
 
 def _batchwise(options: WorkerSettings) -> dict[str, Any]:

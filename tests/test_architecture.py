@@ -90,6 +90,20 @@ def test_layers_and_other_import_contracts_hold_for_every_module() -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
+@pytest.mark.parametrize("part", ["kinds", "jobs", "images", "seam"])
+def test_what_runs_before_the_model_loads_no_torch(part: str) -> None:
+    code = f"""
+import sys, importlib, pkgutil
+import blipq_worker.{part} as part
+for module in pkgutil.walk_packages(part.__path__, part.__name__ + "."):
+    importlib.import_module(module.name)
+print(*sys.modules)
+"""
+    loaded = python(code).split()
+    assert f"blipq_worker.{part}" in loaded
+    assert set(loaded).isdisjoint({"torch", "transformers", "blipq_worker.blip2"})
+
+
 @pytest.mark.parametrize("root", [PRODUCER, WORKER, ROOT / "tests"], ids=lambda root: root.name)
 def test_a_folder_can_be_taken_in_at_a_glance(root: Path) -> None:
     counts = Counter(path.parent.relative_to(root) for path in root.rglob("*.py"))

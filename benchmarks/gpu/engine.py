@@ -21,11 +21,13 @@ from PIL import Image
 
 from benchmarks.gpu.pictures import drawn
 from benchmarks.gpu.weights import Name, made_here, write_folder
-from blipq.contract import Priority
 from blipq_worker.blip2 import Blip2, GenerateItem, Pixels
 from blipq_worker.blip2.loading.weights import Quantization
 from blipq_worker.engine.backend import Engine
-from blipq_worker.seam.requests import GenerationParams
+from blipq_worker.images.preprocess import pixels_of as resized_by
+from blipq_worker.seam.interface import Inference
+from blipq_worker.seam.local import LocalInference
+from blipq_worker.seam.requests import Generate, GenerationParams, ImagePixels
 from blipq_worker.serving.footprint import GIB, Load, memory_of
 
 TOKENS = 20
@@ -132,7 +134,7 @@ def throughput(
     python_threads: int = 0,
     quantization: Quantization = "none",
 ) -> dict[str, Any]:
-    """Captions a second through ``Engine.submit``, with twice as many submitted as it runs."""
+    """Captions a second through the engine, with twice as many submitted as it runs."""
     slots = 8 if card.tiny else slots
     model = card.load(name, slots=slots, quantization=quantization)
     engine = Engine(
@@ -143,16 +145,18 @@ def throughput(
         max_beams=5 * batch_size(slots),
     )
     engine.batcher.start()
-    pixels = pixels_of(model, 16)
+    images = [
+        ImagePixels(pixels=resized_by(_picture(seed), model.info.recipes)) for seed in range(16)
+    ]
     with burning(python_threads):
-        per_s = _keep_full(engine, pixels, params, slots, seconds=seconds)
+        per_s = _keep_full(LocalInference(engine), images, params, slots, seconds=seconds)
     engine.batcher.close(timeout=60)
     return {"per_s": per_s, "slots": slots, "python_threads": python_threads}
 
 
 def _keep_full(
-    engine: Engine,
-    pixels: Sequence[Pixels],
+    inference: Inference,
+    images: Sequence[ImagePixels],
     params: GenerationParams,
     slots: int,
     *,
@@ -176,8 +180,8 @@ def _keep_full(
         if time.monotonic() - started > 10 * seconds:
             raise TimeoutError(f"{len(times)} captions in {10 * seconds:.0f} s")
         if room.acquire(timeout=0.1):
-            item = GenerateItem(fresh(pixels[len(futures) % len(pixels)]), ("",), params)
-            futures.append(engine.submit("default", item, Priority.NORMAL))
+            item = Generate(images[len(futures) % len(images)], ("",), params)
+            futures.append(inference.submit("default", item, "normal"))
             futures[-1].add_done_callback(end)
     rate = (len(times) - slots) / (times[-1] - times[slots - 1])
     for future in futures:

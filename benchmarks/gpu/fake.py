@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from PIL import Image
+import torch
 
 from blipq.settings import Settings
 from blipq_worker.blip2 import GeneratedText, GenerateItem, Pixels
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
 from blipq_worker.blip2.vision.features import OnLook
 from blipq_worker.blip2.vision.preprocessing import Preprocessor
-from blipq_worker.seam.requests import ModelInfo
+from blipq_worker.seam.requests import ModelInfo, Reading
 from blipq_worker.settings import WorkerSettings
 
 How = Literal["captured", "launches"]
@@ -146,7 +146,6 @@ class Model:
 
     def __init__(self, folder: str, device: Device, slots: int) -> None:
         checkpoint = open_checkpoint(folder)
-        self._preprocessor = Preprocessor(checkpoint)
         self._device, self._slots = device, slots
         self._on_step: Callable[[], None] = lambda: None
         self._on_look: OnLook = lambda images, ms: None
@@ -157,8 +156,9 @@ class Model:
             quantization="none",
             device=device.how,
             revision="0",
-            image_size=checkpoint.image_size,
             default_prompt="",
+            recipe=Preprocessor(checkpoint).recipe,
+            reading=Reading(folder, 2016),
         )
 
     def on_step(self, call: Callable[[], None]) -> None:
@@ -169,9 +169,13 @@ class Model:
         """Has ``call`` called after every look at images."""
         self._on_look = call
 
-    def preprocess(self, image: Image.Image, *, digest: str | None = None, **_: Any) -> Pixels:
+    def pixels(
+        self, views: Sequence[memoryview], *, digest: str | None = None, whole: bool = False
+    ) -> Pixels:
         """As the real one."""
-        return Pixels(self._preprocessor(image), digest=digest)
+        side = self.info.image_size
+        made = torch.frombuffer(bytearray(views[0]), dtype=torch.uint8).view(side, side, 3)
+        return Pixels(made, digest=digest)
 
     def recall(self, digest: str, needed: Any) -> None:
         """It remembers nothing."""

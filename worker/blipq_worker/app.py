@@ -16,39 +16,33 @@ from celery.exceptions import Reject
 from celery.signals import setup_logging, worker_ready
 
 from blipq.contract import Kind
-from blipq.images.decoding import ImageLimits
-from blipq.index.store import Indexes
 from blipq.ledger.connection import connect
 from blipq.ledger.keys import queues_of, task_name
-from blipq.ledger.worker import GRACE_S, WorkerLedger
-from blipq.s3.storage import Storage
+from blipq.ledger.worker import WorkerLedger
 from blipq.settings import Settings
-from blipq.ssrf.http import GuardedHttp
 from blipq.transport.broker import Broker, make_app
+from blipq_worker.assembly import (
+    Base,
+    decoding_budget,
+    engine_of,
+    heartbeat_of,
+    jobs_of,
+    reconciler_of,
+)
 from blipq_worker.blip2.loading.compiling import since_compiling
-from blipq_worker.claims import Held
-from blipq_worker.engine.backend import Engine
 from blipq_worker.engine.faults import Trust
-from blipq_worker.images.decoding import ImageLimits
-from blipq_worker.images.fetch import Fetcher
-from blipq_worker.images.https import HttpsFetcher
-from blipq_worker.images.loader import Pictures
-from blipq_worker.images.memory_budget import Budget
-from blipq_worker.images.s3_access import S3Access
-from blipq_worker.index.writer import IndexWriter
-from blipq_worker.jobs.outputs import Outputs, output_storage
-from blipq_worker.jobs.quarantine import Gate
-from blipq_worker.jobs.runner import HandBack, JobFailedTask, Runner
+from blipq_worker.jobs.errors import HandBack, JobFailedTask
+from blipq_worker.jobs.runner import Runner
 from blipq_worker.messages.consumer import Door, consumer_class
 from blipq_worker.messages.controls import refuse_controls
 from blipq_worker.messages.kombu_patches import harden
 from blipq_worker.messages.revokes import follow_revokes
 from blipq_worker.messages.strays import Strays
 from blipq_worker.process.health import BrokerLoop, HealthServer
-from blipq_worker.process.heartbeat import EXIT_HUNG, Heartbeat
+from blipq_worker.process.heartbeat import EXIT_HUNG
 from blipq_worker.process.malloc import give_large_blocks_back
 from blipq_worker.process.metrics import WorkerMetrics
-from blipq_worker.process.reconciler import Reconciler
+from blipq_worker.seam.local import LocalInference
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.startup import START
 
@@ -59,8 +53,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: A picture is given up after so much CPU time, long before the watchdog ends the process.
-DECODE_S = 20.0
 #: Longest that jobs are handed back from a process that cannot go on.
 LEAVE_S = 10.0
 
@@ -75,118 +67,41 @@ class Worker:
         models: Mapping[str, "Blip2"],
         check: Callable[[str], None] | None = None,
     ) -> None:
-        self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        ledger = WorkerLedger(connect(settings), settings)
+        base = Base(name, settings, options, list(models), ledger, Broker(settings))
+        self._base = base
         self._options = options
-        self._models = list(models)
-        self._broker = Broker(settings)
-        self._gate = Gate()
-        self._held = Held()
+        self._gate = base.gate
         #: Why the model is not to be run any more.
         self._problem: str | None = None
-        self._engine = Engine(
-            models,
-            judge=Trust(lost=self._lose_device, check=check, refuse=self._refuse_jobs),
-            max_batch_size=options.max_batch_size,
-            batch_wait_timeout_s=options.batch_wait_timeout_s,
-            max_waiting=2 * options.threads,
-            max_beams=options.beams,
-        )
-        self._decoding = Budget(
-            options.decode_memory_bytes,
-            most=options.decode_threads,
-            use="to decode an image (BLIPQ_DECODE_MEMORY_BYTES, BLIPQ_DECODE_THREADS)",
-        )
-        ledger = WorkerLedger(connect(settings), settings)
-        # One attempt within the job's deadline: the job itself is retried, with longer pauses.
-        storage = Storage(
-            settings,
-            max_connections=options.threads,
-            read_timeout_s=min(10.0, options.fetch_timeout_s),
-            attempts=1,
-        )
-        self._access = S3Access(storage)
-        indexes = Indexes(settings)
-        self._writer = IndexWriter(indexes, max_waiting=2 * options.threads)
+        judge = Trust(lost=self._lose_device, check=check, refuse=self._refuse_jobs)
+        self._engine = engine_of(options, models, judge)
+        self._decoding = decoding_budget(options)
         metrics = self._metrics()
-        grace_s = min(GRACE_S, options.lease_s)
         self._broker_loop = BrokerLoop()
-        self._runner = Runner(
-            ledger=ledger,
-            broker=self._broker,
-            outputs=Outputs(output_storage(settings, options), ledger, options),
-            access=self._access,
-            pictures=self._pictures(storage, settings),
-            engine=self._engine,
-            indexes=indexes,
-            writer=self._writer,
-            gate=self._gate,
-            held=self._held,
-            metrics=metrics,
-            worker=self.name,
-            settings=options,
+        self._jobs = jobs_of(base, LocalInference(self._engine), self._decoding, metrics)
+        self._heartbeat = heartbeat_of(
+            base, self._stalled_for, turning=lambda: self._broker_loop.turning
         )
-        self._heartbeat = Heartbeat(
-            ledger,
-            self._held,
-            self.name,
-            self._models,
-            outputs=options.allowed_outputs,
-            threads=options.threads,
-            lease_s=options.lease_s,
-            grace_s=grace_s,
-            watchdog_s=options.watchdog_s,
-            stalled_for=self._stalled_for,
-            taking=lambda: self._gate.open and self._broker_loop.turning,
-            draining=lambda: self._gate.closed,
-        )
-        self._reconciler = Reconciler(
-            ledger,
-            self._broker,
-            self.name,
-            lease_s=options.lease_s,
-            grace_s=grace_s,
-        )
-        self._strays = Strays(ledger, settings, self.name)
+        self._reconciler = reconciler_of(base)
+        self._strays = Strays(ledger, settings, name)
         self._health = (
             self._health_server(ledger, metrics) if options.health_port is not None else None
         )
         self._dropped = lambda: metrics.refused("dropped")
         harden(dropped=self._dropped)
         refuse_controls()
-        follow_revokes(self._runner.cancel, self._runner.cancel_sent, self._runner.expire_sent)
+        foreign = self._jobs.foreign
+        follow_revokes(foreign.cancel, foreign.cancel_sent, foreign.expire_sent)
         give_large_blocks_back()
         self._app = make_app(settings)
-        register_tasks(self._app, self._runner)
-
-    def _pictures(self, storage: Storage, settings: Settings) -> Pictures:
-        options = self._options
-        fetcher = Fetcher(
-            storage,
-            max_bytes=options.max_image_bytes,
-            timeout_s=options.fetch_timeout_s,
-            allowed_buckets=options.allowed_buckets,
-            https=self._https_fetcher(settings) if options.https_images else None,
-        )
-        return Pictures(
-            fetcher,
-            fetching=Budget(
-                options.fetch_memory_bytes,
-                most=options.threads,
-                use="to fetch an image (BLIPQ_FETCH_MEMORY_BYTES)",
-            ),
-            decoding=self._decoding,
-            limits=ImageLimits(
-                formats=options.image_formats,
-                max_pixels=options.max_image_pixels,
-                decode_s=min(DECODE_S, options.watchdog_s / 4),
-            ),
-            timeout_s=options.job_timeout_s,
-        )
+        register_tasks(self._app, self._jobs.runner)
 
     def run(self) -> int:
         """Works until it is told to stop; the exit code."""
         self._engine.batcher.start()
-        self._writer.start()
+        self._jobs.writer.start()
         self._heartbeat.start()
         self._reconciler.start()
         self._strays.start()
@@ -199,17 +114,17 @@ class Worker:
         logging.getLogger("celery.app.trace").setLevel(logging.WARNING)
         worker_ready.connect(self._on_ready)
         door = Door(
-            refuse=self._runner.refuse,
+            refuse=self._jobs.foreign.refuse,
             dropped=self._dropped,
             problem=lambda: self._heartbeat.problem,
             ended=self._on_ended,
         )
         worker = self._app.Worker(
             consumer_cls=consumer_class(door, self._broker_loop),
-            hostname=f"blipq@{self.name}",
+            hostname=f"blipq@{self._base.name}",
             pool="threads",
             concurrency=self._options.threads,
-            queues=[queue for model in self._models for queue in queues_of(model)],
+            queues=[queue for model in self._base.models for queue in queues_of(model)],
             without_gossip=True,
             without_mingle=True,
             without_heartbeat=not self._options.send_events,
@@ -222,13 +137,6 @@ class Worker:
         self._stop()
         return int(worker.exitcode or 0)
 
-    def _https_fetcher(self, settings: Settings) -> HttpsFetcher:
-        options = self._options
-        http = GuardedHttp(
-            settings.image_policy, timeout_s=options.fetch_timeout_s, at_a_time=options.threads
-        )
-        return HttpsFetcher(http, max_bytes=self._options.max_image_bytes)
-
     def _stalled_for(self) -> float:
         """Seconds without progress of the model, unless it compiles, or of a decoder."""
         model = min(self._engine.batcher.stalled_for(), since_compiling())
@@ -236,7 +144,7 @@ class Worker:
 
     def _metrics(self) -> WorkerMetrics:
         metrics = WorkerMetrics()
-        metrics.gauge("jobs_held", "Jobs held now.", lambda: len(self._held.claims()))
+        metrics.gauge("jobs_held", "Jobs held now.", lambda: len(self._base.held.claims()))
         metrics.gauge("slots", "Jobs that it can hold.", lambda: self._options.threads)
         metrics.gauge("draining", "Whether it takes no more jobs.", lambda: self._gate.closed)
         metrics.gauge("stalled_seconds", "Since the model last progressed.", self._stalled_for)
@@ -268,7 +176,7 @@ class Worker:
             live={"model": model_stuck, "broker loop": loop_stuck},
             ready={
                 "redis": redis_away,
-                "s3": self._access.trouble,
+                "s3": self._jobs.access.trouble,
                 "model": model_stuck,
                 "broker loop": self._broker_loop.away,
                 "draining": lambda: "yes" if self._gate.closed else None,
@@ -282,7 +190,7 @@ class Worker:
         """Ends the process: nothing on the device would work in it any more."""
         log.critical("the device is lost: %s: ending", error)
         self._gate.close()
-        giving = threading.Thread(target=self._runner.hand_back_lost, daemon=True)
+        giving = threading.Thread(target=self._jobs.outcomes.hand_back_lost, daemon=True)
         giving.start()
         giving.join(LEAVE_S)
         logging.shutdown()
@@ -300,14 +208,14 @@ class Worker:
 
         state.should_stop = 0  # type: ignore[assignment]
         while True:  # a job may be claimed while the gate closes
-            self._runner.hand_back_all()
+            self._jobs.outcomes.hand_back_all()
             time.sleep(1.0)
 
     # -- the end --
 
     def _on_ready(self, sender: Any, **_: Any) -> None:
         """Takes the signals over from Celery, whose own handling waits without an end."""
-        log.info("%s is ready: %s", self.name, ", ".join(self._models))
+        log.info("%s is ready: %s", self._base.name, ", ".join(self._base.models))
         log.info("ready after %s", START)
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
@@ -337,7 +245,7 @@ class Worker:
 
     def _leave_now(self, code: int = 0) -> None:
         """Hands everything back and ends the process: its threads cannot be stopped."""
-        count = self._runner.hand_back_all()
+        count = self._jobs.outcomes.hand_back_all()
         log.warning("handed back: %d", count)
         logging.shutdown()
         os._exit(code)
@@ -346,11 +254,11 @@ class Worker:
         self._strays.stop()
         self._reconciler.stop()
         self._engine.batcher.close(timeout=5)
-        self._writer.close()
+        self._jobs.writer.close()
         self._heartbeat.stop()
         if self._health is not None:
             self._health.stop()
-        self._broker.close()
+        self._base.broker.close()
 
 
 def _keep_logging(**_: Any) -> None:

@@ -11,18 +11,21 @@ job fails, and so does the check of the model.
 
 import logging
 import os
+import secrets
 import signal
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from blipq.ledger import worker
 from blipq.settings import Settings
 from blipq_worker.app import Worker
 from blipq_worker.blip2 import GeneratedText, GenerateItem, Pixels
+from blipq_worker.images import loader
+from blipq_worker.images.fetch import Fetched, Fetcher
 from blipq_worker.seam.requests import ModelInfo, Reading, Recipe
 from blipq_worker.settings import WorkerSettings
 
@@ -53,11 +56,8 @@ class FaultyModel:
     def on_look(self, call: Any) -> None:
         """It looks at nothing."""
 
-    def preprocess(self, image: Any, *, digest: str | None, whole: bool) -> Any:
-        if image.size == HANGING_SIZE:
-            threading.Event().wait()
-        # A digest of its own, so that no two jobs are equal: each does what its prompt says.
-        return Pixels(None, digest=uuid.uuid4().hex)
+    def pixels(self, views: Any, *, digest: str | None, whole: bool) -> Pixels:
+        return Pixels(None, digest=digest)
 
     def recall(self, digest: str, needed: Any) -> None:
         """Every image is new."""
@@ -131,10 +131,34 @@ def _set_clock_on(seconds: float) -> None:
     time.time = lambda: true_time() + seconds
 
 
+def _hang_on_one_size() -> None:
+    pixels_of = loader.pixels_of
+
+    def made(image: Any, recipes: Any) -> Any:
+        if image.size == HANGING_SIZE:
+            threading.Event().wait()
+        return pixels_of(image, recipes)
+
+    loader.pixels_of = made
+
+
+def _make_no_two_images_equal() -> None:
+    """So that no two jobs are: each does what its prompt says."""
+    fetch = Fetcher.fetch
+
+    def fetched(self: Fetcher, image: Any, *, unless: str | None = None) -> Fetched:
+        found = fetch(self, image)
+        return replace(found, digest=secrets.token_hex(32))
+
+    Fetcher.fetch = fetched  # type: ignore[method-assign, assignment]
+
+
 def main() -> int:
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if "FAULTY_CONTRACT" in os.environ:
         worker.CONTRACT = int(os.environ["FAULTY_CONTRACT"])
+    _hang_on_one_size()
+    _make_no_two_images_equal()
     options = WorkerSettings()
     models: Any = {name: FaultyModel() for name in options.models}
     return Worker(Settings(), options, models, check=_check).run()

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import threading
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,42 +14,55 @@ from blipq import ErrorCode, ImageRef, Settings
 from blipq.errors import PermanentError
 from blipq.images.decoding import ImageLimits
 from blipq.s3.storage import Storage
-from blipq_worker.blip2 import Pixels
 from blipq_worker.claims import Lost
 from blipq_worker.images.fetch import Fetched, Fetcher
 from blipq_worker.images.loader import Pictures, Recent
 from blipq_worker.images.memory_budget import Budget
 from blipq_worker.images.s3_access import AccessRefused
 from blipq_worker.receipt import DEMO_NOTE, Stopwatch
+from blipq_worker.seam.requests import ImagePixels, ModelInfo, Reading, Recipe
 
 PLACE = "s3://blipq-inbox/pictures/a.png"
 
 
-def png(*size: int) -> bytes:
+def png(*size: int, color: str = "black") -> bytes:
     data = io.BytesIO()
-    Image.new("RGB", size).save(data, "PNG")
+    Image.new("RGB", size, color).save(data, "PNG")
     return data.getvalue()
 
 
-SMALL, LARGE = png(30, 20), png(300, 20)
+SMALL, LARGE = png(30, 20), png(300, 20, color="red")
+
+
+def pixels(data: bytes) -> tuple[bytes, ...]:
+    """What a model is sent of a picture."""
+    small = Image.open(io.BytesIO(data)).resize((4, 4), Image.Resampling.BICUBIC)
+    return (small.tobytes(),)
 
 
 class Model:
-    """Knows the features of the images it has decoded."""
+    """An ``Inference`` whose model knows the images that it was shown."""
 
-    info = SimpleNamespace(checkpoint="demo")
+    info = ModelInfo(
+        checkpoint="demo",
+        family="opt",
+        dtype="float32",
+        quantization="none",
+        device="cpu",
+        revision="1",
+        default_prompt="",
+        recipe=Recipe(4, 3, "demo"),
+        reading=Reading("", 512),
+    )
 
     def __init__(self) -> None:
-        self.decoded: list[tuple[int, int]] = []
-        self.known: dict[str, Pixels] = {}
+        self.known: set[str] = set()
 
-    def preprocess(self, image: Image.Image, *, digest: str, whole: bool) -> Pixels:
-        self.decoded.append(image.size)
-        self.known[digest] = Pixels(None, digest=digest)
-        return Pixels(image.size, digest=digest, whole=whole)  # type: ignore[arg-type]
+    def model(self, name: str) -> ModelInfo:
+        return self.info
 
-    def recall(self, digest: str, needed: Any) -> Pixels | None:
-        return self.known.get(digest)
+    def knows(self, model: str, digests: Sequence[str], features: Any) -> tuple[bool, ...]:
+        return tuple(digest in self.known for digest in digests)
 
 
 class Watched(Fetcher):
@@ -70,17 +84,22 @@ class Parts(SimpleNamespace):
     fetcher: Watched
     pictures: Pictures
     watch: Stopwatch
+    decoded: int
 
-    def load(self, uri: str = PLACE, **fields: Any) -> Pixels:
+    def load(self, uri: str = PLACE, *, spare: bool = True, **fields: Any) -> ImagePixels:
         image = ImageRef(uri=uri, **fields)
         self.watch = Stopwatch(queue_ms=0, worker="w")
-        return self.pictures.load(  # type: ignore[no-any-return]
-            image, self.model, {"generation"}, self.watch, self.lost
+        loaded: ImagePixels = self.pictures.load(
+            image, "default", {"generation"}, self.watch, self.lost, spare=spare
         )
+        if loaded.pixels:
+            self.decoded += 1
+            self.model.known.add(str(loaded.digest))
+        return loaded
 
     def counts(self) -> tuple[int, int, int]:
         """Requests to S3, downloads, decoded pictures."""
-        return self.fetcher.asked, self.fetcher.downloads, len(self.model.decoded)
+        return self.fetcher.asked, self.fetcher.downloads, self.decoded
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +109,16 @@ def storage(settings: Settings) -> Storage:
 
 def made(storage: Storage, **options: Any) -> Parts:
     fetcher = Watched(storage, max_bytes=2**20, timeout_s=10, **options)
+    model = Model()
     pictures = Pictures(
         fetcher,
+        model,  # type: ignore[arg-type]
         fetching=Budget(2**22, most=4),
         decoding=Budget(2**28, most=4),
         limits=ImageLimits(),
         timeout_s=10,
     )
-    return Parts(model=Model(), fetcher=fetcher, pictures=pictures, lost=threading.Event())
+    return Parts(model=model, fetcher=fetcher, pictures=pictures, lost=threading.Event(), decoded=0)
 
 
 @pytest.fixture
@@ -114,8 +135,8 @@ def refusal(parts: Parts, **fields: Any) -> ErrorCode:
 
 def test_what_is_known_is_not_downloaded_or_decoded_again(parts: Parts) -> None:
     first, second = parts.load(), parts.load()
-    assert first.generation == (30, 20)
-    assert second.generation is None
+    assert first.pixels == pixels(SMALL)
+    assert second.pixels == ()
     assert first.digest == second.digest == hashlib.sha256(SMALL).hexdigest()
     assert parts.counts() == (2, 1, 1), "the store is asked each time"
 
@@ -123,14 +144,20 @@ def test_what_is_known_is_not_downloaded_or_decoded_again(parts: Parts) -> None:
 def test_what_is_forgotten_is_loaded_again(parts: Parts) -> None:
     parts.load()
     parts.model.known.clear()
-    assert parts.load().generation == (30, 20)
+    assert parts.load().pixels == pixels(SMALL)
+    assert parts.counts() == (2, 2, 2)
+
+
+def test_pixels_are_made_of_what_is_known_where_the_model_has_forgotten_it(parts: Parts) -> None:
+    parts.load()
+    assert parts.load(spare=False).pixels == pixels(SMALL)
     assert parts.counts() == (2, 2, 2)
 
 
 def test_an_object_that_was_replaced_is_loaded_again(parts: Parts, storage: Storage) -> None:
     parts.load()
     storage.put(PLACE, LARGE, content_type="image/png")
-    assert parts.load().generation == (300, 20)
+    assert parts.load().pixels == pixels(LARGE)
 
 
 def test_the_same_bytes_at_another_place_are_not_decoded_again(
@@ -138,7 +165,7 @@ def test_the_same_bytes_at_another_place_are_not_decoded_again(
 ) -> None:
     parts.load()
     storage.put("s3://blipq-inbox/pictures/b.png", SMALL, content_type="image/png")
-    assert parts.load("s3://blipq-inbox/pictures/b.png").generation is None
+    assert parts.load("s3://blipq-inbox/pictures/b.png").pixels == ()
     assert parts.counts() == (2, 2, 1)
 
 
@@ -164,7 +191,7 @@ def test_what_one_may_not_read_is_not_answered_though_it_is_known(
 def test_bytes_that_are_known_open_no_other_bucket(parts: Parts, storage: Storage) -> None:
     known = parts.load()
     other = made(storage, allowed_buckets=["elsewhere"])
-    other.model.known[str(known.digest)] = known
+    other.model.known.add(str(known.digest))
     assert refusal(other) is ErrorCode.IMAGE_FORBIDDEN
     assert other.fetcher.downloads == 0
 
@@ -172,8 +199,8 @@ def test_bytes_that_are_known_open_no_other_bucket(parts: Parts, storage: Storag
 def test_an_etag_that_was_asked_for_holds_for_what_is_known(parts: Parts, storage: Storage) -> None:
     parts.load()
     etag = storage.client.head_object(Bucket="blipq-inbox", Key="pictures/a.png")["ETag"]
-    assert parts.load(etag=etag).generation is None
-    assert parts.load(etag=etag.strip('"')).generation is None
+    assert parts.load(etag=etag).pixels == ()
+    assert parts.load(etag=etag.strip('"')).pixels == ()
     assert parts.fetcher.downloads == 1
     assert refusal(parts, etag='"0123456789abcdef0123456789abcdef"') is ErrorCode.IMAGE_CHANGED
     storage.put(PLACE, LARGE, content_type="image/png")
@@ -194,7 +221,8 @@ def test_a_claim_that_is_lost_decodes_nothing(parts: Parts) -> None:
     parts.lost.set()
     with pytest.raises(Lost):
         parts.load()
-    assert parts.model.decoded == []
+    assert parts.fetcher.downloads == 1
+    assert not parts.pictures._sizes._entries
 
 
 def test_what_is_remembered_is_bounded() -> None:

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import Image
 
-from blipq import CaptionRequest, MatchRequest, Priority, VQARequest
+from blipq import CaptionRequest, MatchRequest, VQARequest
 from blipq_worker.engine.backend import Engine
-from blipq_worker.kinds import handlers as kinds
-from blipq_worker.seam.requests import ModelInfo
+from blipq_worker.images.preprocess import pixels_of
+from blipq_worker.kinds.registry import spec_of
+from blipq_worker.kinds.spec import Part
+from blipq_worker.seam.local import LocalInference
+from blipq_worker.seam.requests import ImagePixels, ModelInfo
 
 if TYPE_CHECKING:
     from blipq_worker.blip2 import Blip2
@@ -23,19 +26,17 @@ class Direct:
     """Asks an engine."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+        self.inference = LocalInference(engine)
         self.batch_sizes: list[int] = []
 
     @property
     def info(self) -> ModelInfo:
-        return self.engine.model("default").info
+        return self.inference.model("default")
 
-    def generate(self, item: Any) -> Any:
-        answer = self.engine.submit("default", item, Priority.NORMAL).result(timeout=60)
+    def one(self, part: Part[Any]) -> Any:
+        answer = self.inference.submit("default", part.item, "normal").result(timeout=60)
         self.batch_sizes.append(answer.batch_size)
-        return answer.value
-
-    match = generate
+        return part.made(answer.value)
 
 
 def request(number: int) -> Any:
@@ -60,10 +61,12 @@ def answers(model: "Blip2", pictures: list[Image.Image], size: int) -> tuple[lis
     )
     engine.batcher.start()
     ask = Direct(engine)
-    pixels = [model.preprocess(picture) for picture in pictures]
+    recipes = model.info.recipes
+    images = [ImagePixels(pixels=pixels_of(picture, recipes)) for picture in pictures]
 
     def run(number: int) -> Any:
-        return kinds.answer(request(number), pixels[number // 7 % len(pixels)], ask)
+        asked = request(number)
+        return spec_of(asked).answer(asked, images[number // 7 % len(images)], ask)
 
     with ThreadPoolExecutor(2 * size if size > 1 else 1) as threads:
         found = list(threads.map(run, range(JOBS)))

@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from blipq import Priority
 from blipq_worker.blip2 import MatchItem
 from blipq_worker.engine.backend import Engine
+from blipq_worker.seam.interface import ItemFailed
+from worker.asking import Asking
 
 if TYPE_CHECKING:
     from blipq_worker.blip2 import Blip2
@@ -43,20 +44,20 @@ class SmallDevice:
 
 
 @contextmanager
-def engine(model: "Blip2", match: Callable[..., Any]) -> Iterator[Engine]:
+def engine(model: "Blip2", match: Callable[..., Any]) -> Iterator[Asking]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "match", match)
         made = Engine(
             {"default": model}, max_batch_size=8, batch_wait_timeout_s=1.0, max_waiting=64
         )
         made.batcher.start()
-        yield made
+        yield Asking(made)
         made.batcher.close(timeout=10)
 
 
-def asked(engine: Engine, items: Sequence[MatchItem]) -> list[Any]:
+def asked(engine: Asking, items: Sequence[MatchItem]) -> list[Any]:
     """The scores of each item, or what it failed with."""
-    futures = [engine.submit("default", item, Priority.NORMAL) for item in items]
+    futures = [engine.send(item) for item in items]
     return [
         future.exception(timeout=60) or list(future.result().value.scores) for future in futures
     ]
@@ -95,18 +96,18 @@ def test_an_item_that_does_not_fit_alone_fails_alone(opt: "Blip2", items: list[M
         answers = asked(made, items)
     failed = [number for number, each in enumerate(answers) if isinstance(each, Exception)]
     assert failed == [5]
-    assert isinstance(answers[5], torch.OutOfMemoryError)
+    assert answers[5].failure.code == "out_of_memory"
 
 
 def test_any_other_error_is_bisected_too(opt: "Blip2", items: list[MatchItem]) -> None:
-    plain, match = items[2].pixels, opt.match
+    match = opt.match
 
     def refusing(batch: Sequence[MatchItem], *args: Any) -> Any:
-        if any(item.pixels is plain and item.texts == ("poison",) for item in batch):
+        if any(item.texts == ("poison",) for item in batch):
             raise RuntimeError("CUDA error: device-side assert")
         return match(batch, *args)
 
-    items[2] = MatchItem(plain, ("poison",), "itm")
+    items[2] = MatchItem(items[2].pixels, ("poison",), "itm")
     with engine(opt, refusing) as made:
         answers = asked(made, items)
-    assert [isinstance(each, RuntimeError) for each in answers] == [n == 2 for n in range(8)]
+    assert [isinstance(each, ItemFailed) for each in answers] == [n == 2 for n in range(8)]

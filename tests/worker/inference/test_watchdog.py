@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from blipq.contract import Priority
 from blipq_worker.blip2 import Blip2, EmbedItem, GenerateItem, MatchItem, RankItem, RerankItem
 from blipq_worker.catalog.params import resolve
 from blipq_worker.engine.backend import Engine
 from conftest import wait_until
+from worker.asking import Asking
 
 
 def item_of(kind: str, model: Blip2, picture: Image.Image) -> Any:
@@ -48,10 +48,10 @@ def model(checkpoints: dict[str, Path]) -> Blip2:
 
 
 @pytest.fixture
-def engine(model: Blip2) -> Iterator[Engine]:
+def engine(model: Blip2) -> Iterator[Asking]:
     engine = Engine({"default": model}, max_batch_size=4, batch_wait_timeout_s=0.5, max_waiting=8)
     engine.batcher.start()
-    yield engine
+    yield Asking(engine)
     engine.batcher.close(timeout=10)
 
 
@@ -64,13 +64,13 @@ def on_looks(model: Blip2, call: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_pass_of_the_vision_tower_is_progress(
-    engine: Engine, model: Blip2, pictures: list[Image.Image], kind: str
+    engine: Asking, model: Blip2, pictures: list[Image.Image], kind: str
 ) -> None:
     """Else a long batch on a slow machine would be taken for a hung one, and its worker killed."""
     heard: list[float | None] = []
-    on_looks(model, lambda: heard.append(engine.batcher._busy_since))
+    on_looks(model, lambda: heard.append(engine.engine.batcher._busy_since))
     items = [item_of(kind, model, picture) for picture in pictures]
-    futures = [engine.submit("default", item, Priority.NORMAL) for item in items]
+    futures = [engine.send(item) for item in items]
     for future in futures:
         future.result(30)
     assert len(heard) == len(pictures)
@@ -80,18 +80,18 @@ def test_each_pass_of_the_vision_tower_is_progress(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pass_that_hangs_is_noticed(
-    engine: Engine, model: Blip2, pictures: list[Image.Image], kind: str
+    engine: Asking, model: Blip2, pictures: list[Image.Image], kind: str
 ) -> None:
     goes_on = threading.Event()
     on_looks(model, lambda: goes_on.wait(30))
-    future = engine.submit("default", item_of(kind, model, pictures[0]), Priority.NORMAL)
+    future = engine.send(item_of(kind, model, pictures[0]))
     try:
-        wait_until(lambda: engine.batcher.stalled_for() > 0.3, "the watchdog's notice")
+        wait_until(lambda: engine.engine.batcher.stalled_for() > 0.3, "the watchdog's notice")
         assert not future.done()
     finally:
         goes_on.set()
     future.result(30)
-    wait_until(lambda: engine.batcher.stalled_for() == 0, "the end of the pass")
+    wait_until(lambda: engine.engine.batcher.stalled_for() == 0, "the end of the pass")
 
 
 def test_texts_alone_are_progress_too(model: Blip2) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
-from blipq_worker.images.decoding import ImageLimits
 from botocore.exceptions import ClientError
 from PIL import Image
 
@@ -34,12 +33,19 @@ from blipq_worker.images.loader import Pictures
 from blipq_worker.images.memory_budget import Budget
 from blipq_worker.images.s3_access import AccessRefused, S3Access
 from blipq_worker.index.writer import IndexWriter
-from blipq_worker.jobs import runner as tasks
+from blipq_worker.jobs.claiming import Claiming
+from blipq_worker.jobs.errors import HandBack, JobFailedTask
+from blipq_worker.jobs.execution import Execution
+from blipq_worker.jobs.foreign import ForeignMessages
+from blipq_worker.jobs.index_asker import IndexAccess
+from blipq_worker.jobs.outcomes import Outcomes
 from blipq_worker.jobs.outputs import Outputs
 from blipq_worker.jobs.quarantine import Gate
-from blipq_worker.jobs.runner import HandBack, JobFailedTask, Runner
+from blipq_worker.jobs.runner import Runner
 from blipq_worker.messages.envelope import Malformed
 from blipq_worker.process.metrics import WorkerMetrics
+from blipq_worker.seam.local import LocalInference
+from blipq_worker.seam.requests import ImagePixels, ModelInfo, Reading, Recipe
 from blipq_worker.settings import WorkerSettings
 from conftest import ledger_of, wait_until
 
@@ -54,14 +60,16 @@ TINY = WorkerSettings(
 class Model:
     """Says how large the picture is. ``before`` is called before each answer."""
 
-    info = SimpleNamespace(
+    info = ModelInfo(
         checkpoint="fake",
         family="opt",
         revision="1",
         dtype="float32",
         quantization="none",
+        device="cpu",
         default_prompt="a photo of",
-        has_retrieval=True,
+        recipe=Recipe(16, 3, "fake"),
+        reading=Reading("", 512),
         retrieval_checkpoint="fake-itm",
         retrieval_revision="1",
     )
@@ -76,8 +84,9 @@ class Model:
     def on_look(self, call: Any) -> None:
         self.looked = call
 
-    def preprocess(self, image: Image.Image, *, digest: str, whole: bool) -> Pixels:
-        return Pixels(image.size, digest=digest, whole=whole)  # type: ignore[arg-type]
+    def pixels(self, views: Any, *, digest: str, whole: bool) -> Pixels:
+        size = tuple(views[0][:2])  # see ``sizes``
+        return Pixels(size, digest=digest, whole=whole)  # type: ignore[arg-type]
 
     def recall(self, digest: str, needed: Any) -> Pixels | None:
         size = self.known.get(digest)
@@ -119,6 +128,11 @@ class Model:
         return [(height, height / 100) for height in heights]
 
 
+def sizes(image: Image.Image, recipes: Sequence[Recipe]) -> tuple[memoryview, ...]:
+    """Pixels of which the first two tell how large the picture was."""
+    return tuple(memoryview(bytes(image.size).ljust(recipe.size, b"0")) for recipe in recipes)
+
+
 def _direction(number: int) -> Any:
     """(32, 256): 32 times the same direction, near to that of near numbers."""
     return np.tile(np.eye(256)[0] * 30 + np.eye(256)[1] * number, (32, 1)) / np.hypot(30, number)
@@ -134,6 +148,11 @@ class Parts(SimpleNamespace):
     gate: Gate
     metrics: WorkerMetrics
     runner: Runner
+    execution: Execution
+    outcomes: Outcomes
+    foreign: ForeignMessages
+    pictures: Pictures
+    engine: Engine
     indexes: Indexes
 
     def run(self, job: Job[Any]) -> JobInfo:
@@ -167,7 +186,10 @@ class Sharing(Backend):
 
 
 @pytest.fixture
-def parts(apart: Settings, storage: Storage, tmp_path: Path) -> Iterator[Parts]:
+def parts(
+    apart: Settings, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Parts]:
+    monkeypatch.setattr("blipq_worker.images.loader.pixels_of", sizes)
     with Client(apart, backend=Sharing(storage)) as client:
         ledger = ledger_of(client)
         model, held, gate, metrics = Model(), Held(), Gate(), WorkerMetrics()
@@ -181,26 +203,41 @@ def parts(apart: Settings, storage: Storage, tmp_path: Path) -> Iterator[Parts]:
         indexes = Indexes(Settings(indexes=str(tmp_path / "indexes")))
         writer = IndexWriter(indexes, max_waiting=8)
         writer.start()
-        runner = Runner(
-            ledger=ledger,
-            broker=client.broker,
-            outputs=Outputs(client.storage, ledger, TINY),
-            access=S3Access(client.storage),
-            pictures=Pictures(
-                Fetcher(client.storage, max_bytes=2**20, timeout_s=10),
-                fetching=Budget(TINY.fetch_memory_bytes, most=4),
-                decoding=Budget(TINY.decode_memory_bytes, most=TINY.decode_threads),
-                limits=ImageLimits(),
-                timeout_s=10,
-            ),
-            engine=engine,
-            indexes=indexes,
-            writer=writer,
-            gate=gate,
-            held=held,
-            metrics=metrics,
+        inference = LocalInference(engine)
+        pictures = Pictures(
+            Fetcher(client.storage, max_bytes=2**20, timeout_s=10),
+            inference,
+            fetching=Budget(TINY.fetch_memory_bytes, most=4),
+            decoding=Budget(TINY.decode_memory_bytes, most=TINY.decode_threads),
+            limits=ImageLimits(),
+            timeout_s=10,
+        )
+        foreign = ForeignMessages(ledger, metrics)
+        outcomes = Outcomes(
+            ledger,
+            client.broker,
+            held,
+            metrics,
+            S3Access(client.storage),
+            retry_backoff_s=TINY.retry_backoff_s,
+        )
+        claiming = Claiming(
+            ledger,
+            held,
+            foreign,
+            outcomes,
             worker="w1",
-            settings=TINY,
+            lease_s=TINY.lease_s,
+            served=["default"],
+            stopping=lambda: gate.closed,
+        )
+        execution = Execution(
+            inference,
+            pictures,
+            Outputs(client.storage, ledger, TINY),
+            IndexAccess(indexes, writer),
+            held,
+            timeout_s=TINY.job_timeout_s,
         )
         yield Parts(
             client=client,
@@ -209,7 +246,12 @@ def parts(apart: Settings, storage: Storage, tmp_path: Path) -> Iterator[Parts]:
             held=held,
             gate=gate,
             metrics=metrics,
-            runner=runner,
+            runner=Runner(claiming, execution, outcomes, gate),
+            execution=execution,
+            outcomes=outcomes,
+            foreign=foreign,
+            pictures=pictures,
+            engine=engine,
             indexes=indexes,
         )
         writer.close()
@@ -251,11 +293,48 @@ def test_the_receipt_says_what_looking_took_and_whether_the_image_was_known(
     assert (text.vision_ms, text.cache_hit) == (None, None)
 
 
+def forgetful(parts: Parts) -> list[bool]:
+    """Has the model forget all images after each was loaded; whether loads brought pixels."""
+    loaded: list[bool] = []
+    load = parts.pictures.load
+
+    def forgotten(*args: Any, **kwargs: Any) -> ImagePixels:
+        image = load(*args, **kwargs)
+        parts.model.known.clear()
+        loaded.append(bool(image.pixels))
+        return image
+
+    parts.pictures.load = forgotten  # type: ignore[method-assign]
+    return loaded
+
+
+def test_an_image_that_the_model_forgets_meanwhile_is_sent_with_its_pixels(
+    parts: Parts, picture: bytes
+) -> None:
+    parts.run(parts.client.caption(picture))
+    parts.model.known[hashlib.sha256(picture).hexdigest()] = (30, 20)
+    loaded = forgetful(parts)
+    info = parts.run(parts.client.caption(picture, "again"))
+    assert loaded == [False, True]
+    assert (info.result.text, info.attempts) == ("30 x 20", 1)
+    assert (info.receipt.vision_ms, info.receipt.cache_hit) == (1.0, False)
+    assert info.receipt.decode_ms is not None
+
+
+def test_all_parts_of_a_description_outlive_a_forgotten_image(parts: Parts, picture: bytes) -> None:
+    parts.model.known[hashlib.sha256(picture).hexdigest()] = (30, 20)
+    loaded = forgetful(parts)
+    info = parts.run(parts.client.describe(picture, questions=["why?"], texts=["ab"], embed=True))
+    assert loaded[:2] == [False, True]
+    assert info.result.caption.text == "30 x 20"
+    assert info.result.embed["size"].tolist() == [30, 20]
+
+
 def together(parts: Parts, jobs: list[Job[Any]]) -> list[JobInfo]:
     """Runs jobs side by side: the model answers when all of them wait for it."""
     going = threading.Event()
     parts.model.before = lambda: going.wait(20)
-    equal, batcher, asked = parts.runner._equal, parts.runner._engine.batcher, []
+    equal, batcher, asked = parts.execution._equal, parts.engine.batcher, []
     submit = batcher.submit
 
     def count(*arguments: Any, **options: Any) -> Any:
@@ -404,6 +483,18 @@ def test_an_image_is_searched_by_without_looking_again(
     assert [(hit.id, hit.itm) for hit in result.hits] == [("c", None), ("b", None)]
 
 
+def test_an_image_of_an_index_that_is_forgotten_meanwhile_is_sent_with_its_pixels(
+    parts: Parts, pictures: dict[str, str]
+) -> None:
+    for size in ((10, 50), (20, 70), (30, 60)):
+        parts.model.known[hashlib.sha256(png(*size)).hexdigest()] = size
+    loaded = forgetful(parts)
+    info = parts.run(parts.client.search("sizes", "x" * 10, rerank=2))
+    assert [(hit.id, hit.itm) for hit in info.result.hits] == [("b", 0.7), ("a", 0.5), ("c", None)]
+    assert False in loaded
+    assert True in loaded
+
+
 def test_hits_have_the_metadata_that_the_filter_asks_for(
     parts: Parts, pictures: dict[str, str]
 ) -> None:
@@ -548,7 +639,7 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AccessRefused("s3://photos/cat.jpg: the provided token has expired")
 
     monkeypatch.setattr(Fetcher, "fetch", fetch)
-    monkeypatch.setattr(tasks, "REFUSED_PAUSE_S", 0.0)
+    monkeypatch.setattr("blipq_worker.jobs.outcomes.REFUSED_PAUSE_S", 0.0)
 
 
 @pytest.mark.usefixtures("refused")
@@ -600,7 +691,7 @@ def test_a_job_whose_account_is_closed_waits_where_s3_refuses_the_worker(
         raise ClientError({"Error": {"Code": "AccountProblem"}}, "GetObject")
 
     job = parts.client.caption(picture)
-    monkeypatch.setattr(tasks, "REFUSED_PAUSE_S", 0.0)
+    monkeypatch.setattr("blipq_worker.jobs.outcomes.REFUSED_PAUSE_S", 0.0)
     monkeypatch.setattr(parts.client.storage.client, "get_object", get_object)
     info = parts.run(job)
     assert (info.status, info.attempts) == ("queued", 0)
@@ -668,14 +759,14 @@ def test_a_wait_that_is_too_long_is_told_for_what_it_is(
     parts: Parts, picture: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A decoder without room is not a model that does not answer."""
-    pictures = parts.runner._pictures
+    pictures = parts.pictures
     pictures._timeout_s = 0.01
     pictures._decoding._use = "to decode an image"
     with pictures._decoding.reserve(1, timeout=1):
         parts.run(parts.client.caption(picture))
     assert "bytes to decode an image were not free within 0.01 s" in caplog.text
     caplog.clear()
-    parts.runner._settings = TINY.model_copy(update={"job_timeout_s": 0.2})
+    parts.execution._timeout_s = 0.2
     goes_on = threading.Event()
     parts.model.before = lambda: goes_on.wait(10)  # type: ignore[method-assign]
     try:
@@ -752,7 +843,7 @@ def test_a_draining_worker_leaves_messages_alone(parts: Parts, picture: bytes) -
 def test_what_runs_can_be_handed_back(parts: Parts, picture: bytes) -> None:
     job = parts.client.caption(picture)
     counts: list[int] = []
-    parts.model.before = lambda: counts.append(parts.runner.hand_back_all())
+    parts.model.before = lambda: counts.append(parts.outcomes.hand_back_all())
     info = parts.run(job)
     assert counts == [1]
     assert (info.status, info.attempts) == ("queued", 0)
@@ -761,13 +852,13 @@ def test_what_runs_can_be_handed_back(parts: Parts, picture: bytes) -> None:
 def test_handing_back_while_redis_is_away_has_an_end(
     parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blipq_worker.jobs.runner.HAND_BACK_FOR_S", 0.0)
+    monkeypatch.setattr("blipq_worker.jobs.outcomes.HAND_BACK_FOR_S", 0.0)
     claims = [parts.ledger.claim(parts.client.caption(picture).id, "w1") for _ in range(3)]
     for claim in claims:
         assert isinstance(claim, Claim)
         parts.held.add(claim)
     faults = Faults(parts.ledger, "requeue", LOST, LOST, LOST, ran=False)
-    assert parts.runner.hand_back_all() <= 1
+    assert parts.outcomes.hand_back_all() <= 1
     assert faults.calls <= 1
 
 
@@ -833,9 +924,9 @@ def test_what_is_held_goes_back_through_lost_answers(
         parts.held.add(claim)
     hiccup(parts, [], ran=ran)
     if lost_device:
-        parts.runner.hand_back_lost()
+        parts.outcomes.hand_back_lost()
     else:
-        assert parts.runner.hand_back_all() == 3
+        assert parts.outcomes.hand_back_all() == 3
     assert [(job.info().status, job.info().attempts) for job in jobs] == [("queued", 0)] * 3
     assert parts.held.claims() == []
 
@@ -880,7 +971,7 @@ def test_a_process_that_ends_withdraws_the_claims_that_it_asks_for(
         claiming = pool.submit(parts.run, job)
         assert ran.wait(20)
         parts.gate.close()
-        parts.runner.hand_back_lost() if lost_device else parts.runner.hand_back_all()
+        parts.outcomes.hand_back_lost() if lost_device else parts.outcomes.hand_back_all()
         assert (job.info().status, job.info().attempts) == ("queued", 0)
         ended.set()
         claiming.result(20)  # had it lived on, it would have found its claim gone
@@ -891,15 +982,15 @@ def test_what_redis_has_not_taken_back_in_time_stays_held(
     parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker whose model failed its check lives on, and tries again."""
-    monkeypatch.setattr("blipq_worker.jobs.runner.HAND_BACK_FOR_S", 0.0)
+    monkeypatch.setattr("blipq_worker.jobs.outcomes.HAND_BACK_FOR_S", 0.0)
     job = parts.client.caption(picture)
     claim = parts.ledger.claim(job.id, "w1")
     assert isinstance(claim, Claim)
     parts.held.add(claim)
     Faults(parts.ledger, "requeue", LOST, ran=False)
-    assert parts.runner.hand_back_all() == 0
+    assert parts.outcomes.hand_back_all() == 0
     assert parts.held.claims() == [claim]
-    assert parts.runner.hand_back_all() == 1
+    assert parts.outcomes.hand_back_all() == 1
     assert (job.info().status, job.info().attempts) == ("queued", 0)
 
 
@@ -988,22 +1079,22 @@ def test_an_outcome_is_given_up_only_after_the_deadline(parts: Parts, picture: b
 def test_a_retry_through_an_outage_is_counted_once(parts: Parts) -> None:
     job = parts.client.caption("s3://blipq-inbox/picture")
     parts.model.before = lambda: None
-    fetch = parts.runner._pictures.load
+    fetch = parts.pictures.load
 
     def away(*args: Any, **kwargs: Any) -> Any:
         raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, "S3 is away")
 
-    parts.runner._pictures.load = away  # type: ignore[method-assign]
+    parts.pictures.load = away  # type: ignore[method-assign]
     Faults(parts.ledger, "requeue", LOST, ran=True)
     parts.run(job)
-    parts.runner._pictures.load = fetch  # type: ignore[method-assign]
+    parts.pictures.load = fetch  # type: ignore[method-assign]
     assert parts.ledger.redis.hget(f"blipq:job:{job.id}", "retries") == "1"
 
 
 def test_a_message_goes_back_when_the_worker_stops_while_redis_is_away(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blipq_worker.jobs.runner.HAND_BACK_FOR_S", 0.0)
+    monkeypatch.setattr("blipq_worker.jobs.outcomes.HAND_BACK_FOR_S", 0.0)
     parts.ledger.redis = connect(Settings(redis_url="redis://127.0.0.1:1/0"))
     with ThreadPoolExecutor(1) as pool:
         ran = pool.submit(parts.runner.run, Kind.CAPTION, "job_1")
@@ -1037,7 +1128,7 @@ def test_a_job_that_is_cancelled_while_it_waits_to_run_alone_does_not(
         job.cancel()
     run.result(timeout=10)
     assert job.status() == "cancelled"
-    assert not parts.runner._held.claims()
+    assert not parts.held.claims()
     parts.run(other)
     assert other.status() == "succeeded"
 
@@ -1108,7 +1199,7 @@ def test_a_job_sent_whole_under_the_key_of_another_says_whose_it_is(
 def test_a_job_sent_whole_goes_back_while_too_many_are_open(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blipq_worker.jobs.runner.LAST_PAUSE_S", 0.01)
+    monkeypatch.setattr("blipq_worker.jobs.claiming.LAST_PAUSE_S", 0.01)
     parts.ledger.settings = parts.ledger.settings.model_copy(update={"max_open_jobs": 0})
     with pytest.raises(HandBack):
         parts.runner.run(Kind.CAPTION, "job_foreign", {"image": "s3://uploads/a.png"})
@@ -1116,8 +1207,8 @@ def test_a_job_sent_whole_goes_back_while_too_many_are_open(
 
 
 def test_a_malformed_message_is_a_failed_job_or_counted(parts: Parts) -> None:
-    parts.runner.refuse(Malformed("malformed message: no body", "job_foreign", Kind.VQA))
-    parts.runner.refuse(Malformed("malformed message: no body"))
+    parts.foreign.refuse(Malformed("malformed message: no body", "job_foreign", Kind.VQA))
+    parts.foreign.refuse(Malformed("malformed message: no body"))
     info = parts.client.job("job_foreign").info()
     assert (info.kind, info.error.code) == ("vqa", "invalid_request")
     assert "no body" in info.error.message
@@ -1130,17 +1221,17 @@ def test_a_malformed_message_about_a_known_job_changes_nothing(
     parts: Parts, picture: bytes
 ) -> None:
     job = parts.client.caption(picture)
-    parts.runner.refuse(Malformed("malformed message: no body", job.id))
+    parts.foreign.refuse(Malformed("malformed message: no body", job.id))
     assert job.status() == "queued"
 
 
 def test_a_revoked_job_is_cancelled_wherever_it_is(parts: Parts, picture: bytes) -> None:
     job = parts.client.caption(picture)
-    assert parts.runner.cancel(job.id)
+    assert parts.foreign.cancel(job.id)
     assert job.status() == "cancelled"
-    assert not parts.runner.cancel("job_unknown")
+    assert not parts.foreign.cancel("job_unknown")
     request = {"image": "s3://uploads/a.png"}
-    assert parts.runner.cancel_sent(Kind.CAPTION, "job_foreign", request)
+    assert parts.foreign.cancel_sent(Kind.CAPTION, "job_foreign", request)
     assert parts.client.job("job_foreign").status() == "cancelled"
 
 
@@ -1148,10 +1239,10 @@ def test_a_job_whose_message_had_expired_is_recorded_as_expired(
     parts: Parts, picture: bytes
 ) -> None:
     request = {"image": "s3://uploads/a.png"}
-    parts.runner.expire_sent(Kind.CAPTION, "job_foreign", request, {"expires_in": "1h"})
-    parts.runner.expire_sent(Kind.CAPTION, "job_odd", request, ["odd"])
+    parts.foreign.expire_sent(Kind.CAPTION, "job_foreign", request, {"expires_in": "1h"})
+    parts.foreign.expire_sent(Kind.CAPTION, "job_odd", request, ["odd"])
     known = parts.client.caption(picture)
-    parts.runner.expire_sent(Kind.CAPTION, known.id)
+    parts.foreign.expire_sent(Kind.CAPTION, known.id)
     wait_until(lambda: parts.client.job("job_foreign").status() == "expired", "its deadline")
     assert parts.client.job("job_odd").status() == "failed"
     assert known.status() == "queued"
@@ -1159,14 +1250,14 @@ def test_a_job_whose_message_had_expired_is_recorded_as_expired(
 
 def test_an_expired_message_while_redis_is_away_ends_nothing(parts: Parts) -> None:
     Faults(parts.ledger, "submit", LOST, ran=False)
-    parts.runner.expire_sent(Kind.CAPTION, "job_foreign", {"image": "s3://uploads/a.png"})
+    parts.foreign.expire_sent(Kind.CAPTION, "job_foreign", {"image": "s3://uploads/a.png"})
     assert parts.ledger.read("job_foreign") is None
 
 
 def test_a_revoke_while_redis_is_away_ends_nothing(parts: Parts, picture: bytes) -> None:
     job = parts.client.caption(picture)
     Faults(parts.ledger, "cancel", LOST, ran=False)
-    assert not parts.runner.cancel(job.id)
+    assert not parts.foreign.cancel(job.id)
     assert job.status() == "queued"
 
 

@@ -6,32 +6,41 @@ from typing import Any
 
 import numpy as np
 import pytest
-from blipq_worker.inference.engine import Embedded, Generated, Matched, Ranked
 
 from blipq.contract import (
     CaptionRequest,
     DescribeRequest,
     EmbedRequest,
+    Kind,
     MatchRequest,
     SearchRequest,
     Turn,
     VQARequest,
 )
 from blipq.index.store import Entry
-from blipq_worker.blip2 import EmbedItem, GenerateItem, MatchItem, Pixels, RankItem
 from blipq_worker.catalog.prompts import vqa_prompt
-from blipq_worker.kinds import handlers as kinds
+from blipq_worker.kinds.registry import SPECS, spec_of
+from blipq_worker.kinds.spec import Part
 from blipq_worker.seam.requests import (
     Array,
+    Embed,
     Embedded,
+    Generate,
     Generated,
     GeneratedText,
+    ImagePixels,
+    Match,
     Matched,
+    Rank,
     Ranked,
 )
 
 IMAGE = {"uri": "s3://uploads/cat.jpg"}
-PIXELS = Pixels(None)  # type: ignore[arg-type]
+PIXELS = ImagePixels(pixels=(memoryview(b""),))
+
+
+def answer(request: Any, image: ImagePixels | None, model: "Model") -> Any:
+    return spec_of(request).answer(request, image, model)
 
 
 class Model:
@@ -45,9 +54,17 @@ class Model:
         self.room = 1000
         self.added: list[tuple[str, Entry]] = []
 
-    def all(self, items: list[Any]) -> list[Any]:
-        verbs = {GenerateItem: self.generate, MatchItem: self.match, EmbedItem: self.embed}
-        return [verbs[type(item)](item) for item in items]
+    def all(self, parts: list[Part[Any]]) -> list[Any]:
+        return [self.one(part) for part in parts]
+
+    def one(self, part: Part[Any]) -> Any:
+        said = {
+            Generate: self.generate,
+            Match: self.match,
+            Embed: self.embed,
+            Rank: self.rank,
+        }
+        return part.made(said[type(part.item)](part.item))
 
     def fits(self, item: Any) -> bool:
         return all(len(prompt) <= self.room for prompt in item.prompts)
@@ -55,22 +72,22 @@ class Model:
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def generate(self, item: GenerateItem) -> Generated:
+    def generate(self, item: Generate) -> Generated:
         self.asked.append(item)
         count = item.params.num_return_sequences
         texts = tuple(GeneratedText(f"text {n}", 2) for n in range(count))
         return Generated((texts,) * len(item.prompts))
 
-    def match(self, item: MatchItem) -> Matched:
+    def match(self, item: Match) -> Matched:
         self.asked.append(item)
         return Matched(tuple(int(text[-1]) / 10 for text in item.texts))
 
-    def rank(self, item: RankItem) -> Ranked:
+    def rank(self, item: Rank) -> Ranked:
         self.asked.append(item)
         numbers = tuple(-float(len(choice)) for choice in item.choices)
         return Ranked((numbers,) * len(item.prompts))
 
-    def embed(self, item: EmbedItem) -> Embedded:
+    def embed(self, item: Embed) -> Embedded:
         self.asked.append(item)
         values = Array((2, 3), np.arange(6, dtype=np.float32).tobytes())
         return Embedded({"image_embeds": values, "image_embeds_proj": values})
@@ -85,7 +102,7 @@ def model() -> Model:
 
 
 def caption(model: Model, **fields: Any) -> Any:
-    return kinds.answer(CaptionRequest.model_validate({"image": IMAGE, **fields}), PIXELS, model)
+    return answer(CaptionRequest.model_validate({"image": IMAGE, **fields}), PIXELS, model)
 
 
 def test_a_caption_is_one_text_by_default(model: Model) -> None:
@@ -137,7 +154,7 @@ def test_generation_parameters_reach_the_model(model: Model) -> None:
 
 def test_each_question_is_a_prompt_of_one_item(model: Model) -> None:
     request = VQARequest.model_validate({"image": IMAGE, "questions": ["why?", "how?"]})
-    result = kinds.answer(request, PIXELS, model)
+    result = answer(request, PIXELS, model)
     assert [answer.question for answer in result.answers] == ["why?", "how?"]
     assert model.asked[0].prompts == (vqa_prompt("why?", ()), vqa_prompt("how?", ()))
 
@@ -145,7 +162,7 @@ def test_each_question_is_a_prompt_of_one_item(model: Model) -> None:
 def test_earlier_turns_are_part_of_the_prompt(model: Model) -> None:
     turn = Turn(question="what?", answer="a cat")
     request = VQARequest.model_validate({"image": IMAGE, "questions": "why?", "history": [turn]})
-    kinds.answer(request, PIXELS, model)
+    answer(request, PIXELS, model)
     assert model.asked[0].prompts == (vqa_prompt("why?", (("what?", "a cat"),)),)
 
 
@@ -155,7 +172,7 @@ TURNS = tuple((f"what is number {number}?", "a cat") for number in range(9))
 def chat(model: Model, question: str = "why?", **fields: Any) -> Any:
     history = [{"question": asked, "answer": answer} for asked, answer in TURNS]
     request = {"image": IMAGE, "questions": question, "history": history, **fields}
-    kinds.answer(VQARequest.model_validate(request), PIXELS, model)
+    answer(VQARequest.model_validate(request), PIXELS, model)
     return model.asked[0].prompts[0]
 
 
@@ -184,13 +201,13 @@ def test_choices_are_ranked_with_probabilities_that_add_up(model: Model) -> None
     request = VQARequest.model_validate(
         {"image": IMAGE, "questions": ["why?", "how?"], "choices": ["maybe", "no", "yes"]}
     )
-    result = kinds.answer(request, PIXELS, model)
+    result = answer(request, PIXELS, model)
     assert model.asked[0].prompts == (vqa_prompt("why?", ()), vqa_prompt("how?", ()))
-    for answer in result.answers:
-        assert answer.text == "no"
-        assert [choice.text for choice in answer.choices] == ["no", "yes", "maybe"]
-        assert [choice.log_likelihood for choice in answer.choices] == [-2, -3, -5]
-        no, yes, maybe = (choice.probability for choice in answer.choices)
+    for chosen in result.answers:
+        assert chosen.text == "no"
+        assert [choice.text for choice in chosen.choices] == ["no", "yes", "maybe"]
+        assert [choice.log_likelihood for choice in chosen.choices] == [-2, -3, -5]
+        no, yes, maybe = (choice.probability for choice in chosen.choices)
         assert no + yes + maybe == pytest.approx(1)
         assert no / maybe == pytest.approx(math.exp(3))
 
@@ -198,21 +215,21 @@ def test_choices_are_ranked_with_probabilities_that_add_up(model: Model) -> None
 def test_choices_that_are_all_very_unlikely_still_have_probabilities(model: Model) -> None:
     choices = ["x" * 2000, "x" * 2001]
     request = VQARequest.model_validate({"image": IMAGE, "questions": "why?", "choices": choices})
-    result = kinds.answer(request, PIXELS, model)
+    result = answer(request, PIXELS, model)
     assert result.answers[0].choices[0].probability == pytest.approx(1 / (1 + math.exp(-1)))
 
 
 @pytest.mark.parametrize("head", ["itm", "itc"])
 def test_a_score_per_text_in_the_order_given(model: Model, head: str) -> None:
     request = MatchRequest.model_validate({"image": IMAGE, "texts": ["a 1", "b 9"], "head": head})
-    result = kinds.answer(request, PIXELS, model)
+    result = answer(request, PIXELS, model)
     assert [(each.text, each.score) for each in result.scores] == [("a 1", 0.1), ("b 9", 0.9)]
     assert (result.head, model.asked[0].head) == (head, head)
 
 
 def test_features_keep_their_shape_and_type(model: Model) -> None:
     for dtype in ("float16", "float32"):
-        result = kinds.answer(EmbedRequest(image=IMAGE, dtype=dtype), PIXELS, model)
+        result = answer(EmbedRequest(image=IMAGE, dtype=dtype), PIXELS, model)
         assert result["image_embeds"].shape == (2, 3)
         assert result["image_embeds"].dtype == dtype
         assert result["image_embeds"].tolist() == [[0, 1, 2], [3, 4, 5]]
@@ -226,20 +243,20 @@ def test_a_mode_takes_its_own_inputs_and_no_others(
     model: Model, mode: Any, image: Any, text: str | None
 ) -> None:
     request = EmbedRequest(image=IMAGE, text="a cat", mode=mode)
-    assert (kinds.image_of(request) is None) == (image is None)
-    kinds.answer(request, PIXELS if image else None, model)
+    assert (spec_of(request).image_of(request) is None) == (image is None)
+    answer(request, PIXELS if image else None, model)
     assert (model.asked[0].mode, model.asked[0].text) == (mode, text)
 
 
 def test_the_parts_of_a_description_are_those_asked_for(model: Model) -> None:
     request = DescribeRequest(image=IMAGE, questions="why?", texts=("a 1", "a 2"), embed=True)
-    result = kinds.answer(request, PIXELS, model)
+    result = answer(request, PIXELS, model)
     assert result.caption.text == "text 0"
     assert [answer.question for answer in result.vqa.answers] == ["why?"]
     assert [scored.score for scored in result.match.scores] == [0.1, 0.2]
     assert result.embed["image_embeds"].shape == (2, 3)
     only_texts = DescribeRequest(image=IMAGE, caption=False, texts="a 1")
-    told = kinds.answer(only_texts, PIXELS, model)
+    told = answer(only_texts, PIXELS, model)
     assert (told.caption, told.vqa, told.embed) == (None, None, None)
 
 
@@ -247,10 +264,10 @@ def test_the_parts_of_a_description_are_what_their_own_jobs_would_ask(model: Mod
     generation = {"max_new_tokens": 7}
     caption(model, generation=generation)
     vqa = {"image": IMAGE, "questions": "why?", "generation": generation}
-    kinds.answer(VQARequest.model_validate(vqa), PIXELS, model)
+    answer(VQARequest.model_validate(vqa), PIXELS, model)
     alone = [(item.prompts, item.params) for item in model.asked]
     model.asked.clear()
-    kinds.answer(DescribeRequest.model_validate(vqa), PIXELS, model)
+    answer(DescribeRequest.model_validate(vqa), PIXELS, model)
     assert [(item.prompts, item.params) for item in model.asked] == alone
 
 
@@ -266,7 +283,7 @@ def test_an_image_for_an_index_goes_there_and_not_into_the_result(
 ) -> None:
     image = {**IMAGE, "etag": "1"}
     request = EmbedRequest.model_validate({"image": image, "index": index})
-    result = kinds.answer(request, PIXELS, model)
+    result = answer(request, PIXELS, model)
     assert (result.arrays, result.indexed) == ({}, id)
     ((name, entry),) = model.added
     assert (name, entry.id, entry.uri, entry.etag) == ("pets", id, IMAGE["uri"], "1")
@@ -310,5 +327,12 @@ SAMPLED = {"do_sample": True}
 def test_what_a_job_needs_of_its_image_and_whether_it_can_be_shared(
     asked: Any, features: set[str], repeatable: bool
 ) -> None:
-    assert kinds.needed(asked) == features
-    assert kinds.is_repeatable(asked) == repeatable
+    assert spec_of(asked).needs(asked) == features
+    assert spec_of(asked).is_repeatable(asked) == repeatable
+
+
+def test_every_kind_has_a_spec_in_the_module_of_its_name() -> None:
+    assert set(SPECS) == set(Kind)
+    for kind, spec in SPECS.items():
+        assert spec.kind is kind
+        assert type(spec).__module__ == f"blipq_worker.kinds.{kind}"

@@ -166,6 +166,7 @@ class Batcher(Generic[Item, Answer]):
         self._closed = False
         self._busy_since: float | None = None
         self._sessions: dict[Hashable, _Running[Item, Answer]] = {}
+        self._in_batch = 0
         self._batch_took = 0.0
         self._batch_ended = 0.0
         self._thread = threading.Thread(target=self._loop, name=f"blipq-{name}", daemon=True)
@@ -205,6 +206,16 @@ class Batcher(Generic[Item, Answer]):
         """Seconds since what runs last made progress; 0 when nothing runs."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def waiting(self) -> int:
+        """Items that wait."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Items that run."""
+        return self._in_batch + sum(len(each.entries) for each in list(self._sessions.values()))
 
     def progress(self) -> None:
         """Says that what runs is alive: a decode step or a pass is done."""
@@ -395,8 +406,9 @@ class Batcher(Generic[Item, Answer]):
             entry.placed = False
 
     def _answer_batch(self, batch: list[_Entry[Item, Answer]]) -> None:
-        started = time.monotonic()
+        started, self._in_batch = time.monotonic(), len(batch)
         self._answer(batch)
+        self._in_batch = 0
         self._batch_ended = time.monotonic()
         self._batch_took = self._batch_ended - started
 

@@ -15,15 +15,16 @@ from itertools import cycle
 from pathlib import Path
 from threading import Barrier, BrokenBarrierError
 
-from blipq.contract import Generation, Priority
+from blipq.contract import Generation
 from blipq.images.decoding import decode
 from blipq_worker.bench.workloads import PROMPT, QUESTIONS, WORKLOADS, Workload
 from blipq_worker.blip2 import Blip2, GenerateItem
 from blipq_worker.catalog.params import resolve
 from blipq_worker.catalog.prompts import vqa_prompt
 from blipq_worker.engine.backend import Engine
-from blipq_worker.images.decoding import decode
-from blipq_worker.inference.engine import Engine
+from blipq_worker.images.preprocess import pixels_of
+from blipq_worker.seam.local import LocalInference
+from blipq_worker.seam.requests import Generate, GenerationParams, ImagePixels
 from blipq_worker.serving.loader import load_models
 from blipq_worker.settings import WorkerSettings
 
@@ -65,21 +66,29 @@ class Bare:
         )
 
         def run(path: Path, generation: Generation | None) -> None:
-            item = self._item(workload, path, generation)
-            engine.submit("default", item, Priority.NORMAL).result()
+            prompts, params = self._asked(workload, generation)
+            pixels = pixels_of(decode(path.read_bytes()), self.model.info.recipes)
+            item = Generate(ImagePixels(pixels=pixels), prompts, params)
+            inference.submit("default", item, "normal").result()
 
+        inference = LocalInference(engine)
         engine.batcher.start()
         with ThreadPoolExecutor(2 * size) as threads:
             list(threads.map(lambda each: run(*each), work))
         engine.batcher.close(timeout=10)
 
     def _item(self, workload: Workload, path: Path, generation: Generation | None) -> GenerateItem:
-        """A picture read, decoded and asked about."""
+        """A picture read and decoded, and what is asked about it."""
         pixels = self.model.preprocess(decode(path.read_bytes()))
+        return GenerateItem(pixels, *self._asked(workload, generation))
+
+    def _asked(
+        self, workload: Workload, generation: Generation | None
+    ) -> tuple[tuple[str, ...], GenerationParams]:
         prompts = tuple(vqa_prompt(each) for each in QUESTIONS[: workload.questions])
         given = generation.model_dump(exclude_none=True) if generation else {}
         params = resolve("vqa" if prompts else "caption", self.model.info, given)
-        return GenerateItem(pixels, prompts or (PROMPT,), params)
+        return prompts or (PROMPT,), params
 
 
 @dataclass(frozen=True)

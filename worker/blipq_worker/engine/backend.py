@@ -1,20 +1,39 @@
-"""The resident models behind one batcher: the one place where jobs of a process meet the GPU."""
+"""The resident models behind one batcher: the one place where jobs meet the GPU."""
 
+import logging
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
-from blipq.contract import ErrorCode, Priority
-from blipq.errors import PermanentError
-from blipq_worker.batching.batcher import Batcher, Judge, Ticket
-from blipq_worker.blip2 import Blip2, GenerateItem, Item, Pixels
-from blipq_worker.engine.verbs import GENERATE, VERBS, Verb
-from blipq_worker.seam.requests import Answer
+from blipq.contract import ErrorCode
+from blipq.errors import WorkError
+from blipq_worker.batching.batcher import Batcher, BatcherClosed, Judge, Ticket
+from blipq_worker.blip2 import Blip2, GenerateItem, Pixels
+from blipq_worker.blip2 import Item as ModelItem
+from blipq_worker.engine.faults import is_out_of_memory
+from blipq_worker.engine.verbs import GENERATE, Verb, as_model_item, verb_of
+from blipq_worker.seam.interface import EngineGone, Handle, ItemFailed
+from blipq_worker.seam.requests import (
+    Answer,
+    Failure,
+    Feature,
+    ImagePixels,
+    Item,
+    Load,
+    ModelInfo,
+    Outcome,
+    Priority,
+)
 
-_URGENCY = {Priority.HIGH: 0, Priority.NORMAL: 1, Priority.LOW: 2}
+log = logging.getLogger(__name__)
+
+_URGENCY: Mapping[Priority, int] = {"high": 0, "normal": 1, "low": 2}
+
+_FORGOTTEN = "the image came without pixels, and is not known any more"
 
 
 class _Key(NamedTuple):
@@ -25,10 +44,23 @@ class _Key(NamedTuple):
     setting: Hashable
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """An item on its way through the batcher.
+
+    item: as the model takes it, with pixels of its own. image: as it was submitted, for ``Trust``.
+    cost: see ``Verb``.
+    """
+
+    item: ModelItem
+    image: ImagePixels | None
+    cost: int
+
+
 class VisionTimes:
     """How long images have waited for the vision tower. Of the batcher's thread.
 
-    Each item has its own ``Pixels``, with which its entry goes.
+    Each task has its own ``Pixels``, with which its entry goes.
     """
 
     def __init__(self) -> None:
@@ -39,13 +71,17 @@ class VisionTimes:
         for image in images:
             self._ms[image] = self._ms.get(image, 0.0) + ms
 
-    def taken(self, image: Pixels | None) -> float:
-        """Milliseconds of an image; 0 where all was known, and without an image."""
-        return 0.0 if image is None else self._ms.pop(image, 0.0)
+    def of(self, task: Task) -> float:
+        """Milliseconds of a task's image; 0 where all was known, and without an image."""
+        return 0.0 if task.item.pixels is None else self._ms.get(task.item.pixels, 0.0)
 
 
 class Engine:
-    """Served models by name, and the batcher whose thread alone runs them."""
+    """Served models by name, and the batcher whose thread alone runs them.
+
+    An ``inference.interface.Backend``. max_waiting: items beyond which ``submit`` blocks; behind a
+    socket at least the credits of all fronts, so that it never does. The rest: see ``Batcher``.
+    """
 
     def __init__(
         self,
@@ -57,56 +93,126 @@ class Engine:
         max_beams: int = 80,
         judge: Judge | None = None,
     ) -> None:
-        self.models = dict(models)
+        self._models = dict(models)
         self._times = VisionTimes()
-        self.batcher: Batcher[Item, Answer] = Batcher(
+        self.batcher: Batcher[Task, Answer] = Batcher(
             self._run,
             max_batch_size=max_batch_size,
             batch_wait_timeout_s=batch_wait_timeout_s,
             max_waiting=max_waiting,
             sessions={
                 _Key(name, GENERATE, None): partial(Writing, model, self._times)
-                for name, model in self.models.items()
+                for name, model in self._models.items()
             },
-            cost=lambda item: VERBS[type(item)].cost(item),
+            cost=lambda task: task.cost,
             max_batch_cost=max_beams,
             judge=judge,
         )
-        for model in self.models.values():
+        for model in self._models.values():
             model.on_step(self.batcher.progress)
             model.on_look(self._times.add)
 
-    def model(self, name: str) -> Blip2:
-        """A served model; PermanentError (model_unavailable) if it is not served here."""
-        model = self.models.get(name)
-        if model is None:
-            message = f"this worker does not serve the model {name!r}"
-            raise PermanentError(ErrorCode.MODEL_UNAVAILABLE, message)
-        return model
+    def models(self) -> Mapping[str, ModelInfo]:
+        """The served models by name."""
+        return {name: model.info for name, model in self._models.items()}
+
+    def check(self, model: str, item: Item) -> None:
+        """Raises ItemFailed where an item could not run, whatever its image."""
+        try:
+            self._models[model].check(as_model_item(item))
+        except WorkError as error:
+            raise ItemFailed(failure_of(error)) from error
 
     def submit(
-        self, name: str, item: Item, priority: Priority, deadline: float | None = None
-    ) -> "Future[Answer]":
-        """Sends an item to its model. Cancelling the Future ends the work on it, and so does the
-        ``deadline`` (monotonic).
-        """
-        verb = VERBS[type(item)]
-        key = _Key(name, verb, verb.setting(item))
-        return self.batcher.submit(item, key, priority=_URGENCY[priority], deadline=deadline)
+        self,
+        model: str,
+        item: Item,
+        priority: Priority,
+        deadline: float | None,
+        done: Callable[[Outcome], None],
+    ) -> Handle:
+        """Takes an item. Raises ItemFailed (image_unknown), and EngineGone once it is closed."""
+        verb = verb_of(item)
+        pixels = None if item.image is None else self._pixels(model, item.image, verb.feature(item))
+        task = Task(as_model_item(item, pixels), item.image, verb.cost(item))
+        key = _Key(model, verb, verb.setting(item))
+        try:
+            future = self.batcher.submit(task, key, priority=_URGENCY[priority], deadline=deadline)
+        except BatcherClosed as error:
+            raise EngineGone("the engine is closed") from error
+        future.add_done_callback(partial(_settle, done))
+        return future
+
+    def cancel(self, handle: Handle) -> None:
+        """Nobody waits for the item any more. Nothing happens where it is done."""
+        cast("Future[Answer]", handle).cancel()
+
+    def knows(
+        self, model: str, digests: Sequence[str], features: Collection[Feature]
+    ) -> list[bool]:
+        """For each image whether all these features of it are known."""
+        recall = self._models[model].recall
+        return [recall(digest, features) is not None for digest in digests]
+
+    def load(self) -> Load:
+        """What there is to do."""
+        return Load(self.batcher.waiting, self.batcher.running)
+
+    def _pixels(self, model: str, image: ImagePixels, feature: Feature) -> Pixels:
+        """What the model is given of an image. Raises ItemFailed (image_unknown)."""
+        served = self._models[model]
+        if image.pixels:
+            return served.pixels(image.pixels, digest=image.digest, whole=image.whole)
+        # What is held from now on cannot be forgotten before the pass.
+        known = None if image.digest is None else served.recall(image.digest, [feature])
+        if known is None:
+            raise ItemFailed(Failure("image_unknown", ErrorCode.INTERNAL, _FORGOTTEN))
+        return known
 
     def _run(
-        self, key: Hashable, items: Sequence[Item], wanted: Callable[[int], bool]
+        self, key: Hashable, items: Sequence[Task], wanted: Callable[[int], bool]
     ) -> Sequence[Answer]:
         """One pass of a model; on the batcher's thread."""
         assert isinstance(key, _Key)
-        run = getattr(self.models[key.model], key.verb.name)
+        run = getattr(self._models[key.model], key.verb.name)
+        given = [task.item for task in items]
         started = time.monotonic()
-        raw: Sequence[Any] = run(items, wanted) if key.verb is GENERATE else run(items)
+        raw: Sequence[Any] = run(given, wanted) if key.verb is GENERATE else run(given)
         took = (time.monotonic() - started) * 1000
         return [
-            Answer(key.verb.value(each), took, self._times.taken(item.pixels), len(items))
-            for item, each in zip(items, raw, strict=True)
+            Answer(key.verb.value(each), took, self._times.of(task), len(items))
+            for task, each in zip(items, raw, strict=True)
         ]
+
+
+def failure_of(error: BaseException) -> Failure:
+    """Why an item failed, as its front hears it."""
+    if isinstance(error, WorkError):
+        kind: Any = "transient" if error.retryable else "permanent"
+        return Failure(kind, error.code, str(error))
+    if is_out_of_memory(error):
+        message = "the model ran out of memory on this job alone"
+        return Failure("permanent", ErrorCode.OUT_OF_MEMORY, message)
+    log.error("an item failed: %s", error, exc_info=error)
+    return Failure("internal", ErrorCode.INTERNAL, f"{type(error).__name__}: {error}")
+
+
+def _settle(done: Callable[[Outcome], None], future: "Future[Answer]") -> None:
+    if future.cancelled():
+        done(Failure("cancelled", ErrorCode.INTERNAL, "nobody waits for it"))
+    elif (error := future.exception()) is not None:
+        done(failure_of(error))
+    else:
+        done(future.result())
+
+
+@dataclass(slots=True)
+class _Joined:
+    """A task in a session: since when, and the most tasks that ran together with it."""
+
+    task: Task
+    since: float
+    neighbours: int = 0
 
 
 class Writing:
@@ -115,32 +221,30 @@ class Writing:
     def __init__(self, model: Blip2, times: VisionTimes) -> None:
         self._session = model.session()
         self._times = times
-        self._items: dict[Ticket, GenerateItem] = {}
-        self._joined: dict[Ticket, float] = {}
-        self._neighbours: dict[Ticket, int] = {}
+        self._tasks: dict[Ticket, _Joined] = {}
         self.has_room = self._session.has_room
 
-    def join(self, ticket: Ticket, item: Item) -> None:
-        """Takes an item in."""
-        assert isinstance(item, GenerateItem)
-        self._session.join(ticket, item)
-        self._items[ticket] = item
-        self._joined[ticket] = time.monotonic()
-        self._neighbours[ticket] = 0
+    def join(self, ticket: Ticket, task: Task) -> None:
+        """Takes a task in."""
+        assert isinstance(task.item, GenerateItem)
+        self._session.join(ticket, task.item)
+        self._tasks[ticket] = _Joined(task, time.monotonic())
 
     def leave(self, ticket: Ticket) -> None:
-        """Lets an item go."""
+        """Lets a task go."""
         self._session.leave(ticket)
-        del self._items[ticket], self._joined[ticket], self._neighbours[ticket]
+        del self._tasks[ticket]
 
     def step(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, Answer]]:
-        """One step; an answer's batch size is the most items that ran together with its own."""
+        """One step."""
         for ticket in tickets:
-            self._neighbours[ticket] = max(self._neighbours[ticket], len(tickets))
+            joined = self._tasks[ticket]
+            joined.neighbours = max(joined.neighbours, len(tickets))
         done = self._session.step(tickets)
         return [(ticket, self._answer(ticket, texts)) for ticket, texts in done]
 
     def _answer(self, ticket: Ticket, texts: Any) -> Answer:
-        took = (time.monotonic() - self._joined.pop(ticket)) * 1000
-        vision_ms = self._times.taken(self._items.pop(ticket).pixels)
-        return Answer(GENERATE.value(texts), took, vision_ms, self._neighbours.pop(ticket))
+        joined = self._tasks.pop(ticket)
+        took = (time.monotonic() - joined.since) * 1000
+        vision_ms = self._times.of(joined.task)
+        return Answer(GENERATE.value(texts), took, vision_ms, joined.neighbours)

@@ -89,7 +89,7 @@ class Trust:
             return
         if isinstance(error, WorkError) or is_out_of_memory(error):
             return
-        image = getattr(item, "pixels", None)
+        image = getattr(item, "image", None)
         if image is None or image is not self._last:  # else it is another item of the same job
             self._failures[_model(key)] += 1
         self._last = image

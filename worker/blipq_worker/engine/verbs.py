@@ -12,16 +12,25 @@ from blipq_worker.blip2 import (
     GeneratedText,
     GenerateItem,
     MatchItem,
+    Pixels,
     RankItem,
     RerankItem,
 )
+from blipq_worker.blip2 import Item as ModelItem
 from blipq_worker.seam import requests
 from blipq_worker.seam.requests import (
     Array,
+    Embed,
     Embedded,
+    Feature,
+    Generate,
     Generated,
+    Item,
+    Match,
     Matched,
+    Rank,
     Ranked,
+    Rerank,
     Reranked,
     Value,
 )
@@ -31,13 +40,15 @@ from blipq_worker.seam.requests import (
 class Verb:
     """How items of a type are run.
 
-    name: the method of ``Blip2`` that runs them. value: what its answers become. setting: what
-    items of one batch must share, beside model and type; None for items that join a session or
-    batch with any other. cost: what an item takes of a batch's room for beams.
+    name: the method of ``Blip2`` that runs them. item: an item as that method takes it. value: what
+    its answers become. feature: what an item needs of its image. setting: what items of one batch
+    must share, beside model and type. cost: what an item takes of a batch's room for beams.
     """
 
     name: str
+    item: Callable[[Any, Any], ModelItem]
     value: Callable[[Any], Value]
+    feature: Callable[[Any], Feature]
     setting: Callable[[Any], Hashable] = lambda item: None
     cost: Callable[[Any], int] = lambda item: 1
 
@@ -63,17 +74,48 @@ def _embedded(arrays: Arrays) -> Embedded:
 #: In a session each sequence has its own parameters; beams that run together share theirs.
 GENERATE = Verb(
     "generate",
+    item=lambda item, pixels: GenerateItem(pixels, item.prompts, item.params),
     value=_generated,
+    feature=lambda item: "generation",
     setting=lambda item: None if item.params.in_flight else item.params,
     cost=lambda item: len(item.prompts) * item.params.num_beams,
 )
 
-VERBS: Mapping[type, Verb] = {
-    GenerateItem: GENERATE,
-    RankItem: Verb("rank", value=lambda rows: Ranked(tuple(map(tuple, rows)))),
-    MatchItem: Verb(
-        "match", value=lambda scores: Matched(tuple(scores)), setting=lambda item: item.head
+_VERBS: Mapping[type, Verb] = {
+    Generate: GENERATE,
+    Rank: Verb(
+        "rank",
+        item=lambda item, pixels: RankItem(pixels, item.prompts, item.choices),
+        value=lambda rows: Ranked(tuple(map(tuple, rows))),
+        feature=lambda item: "generation",
     ),
-    RerankItem: Verb("rerank", value=lambda scores: Reranked(*scores)),
-    EmbedItem: Verb("embed", value=_embedded),
+    Match: Verb(
+        "match",
+        item=lambda item, pixels: MatchItem(pixels, item.texts, item.head),
+        value=lambda scores: Matched(tuple(scores)),
+        feature=lambda item: "patches" if item.head == "itm" else "retrieval",
+        setting=lambda item: item.head,
+    ),
+    Rerank: Verb(
+        "rerank",
+        item=lambda item, pixels: RerankItem(pixels, item.text),
+        value=lambda scores: Reranked(*scores),
+        feature=lambda item: "patches",
+    ),
+    Embed: Verb(
+        "embed",
+        item=lambda item, pixels: EmbedItem(item.mode, pixels, item.text),
+        value=_embedded,
+        feature=lambda item: "retrieval" if item.mode == "image" else "patches",
+    ),
 }
+
+
+def verb_of(item: Item) -> Verb:
+    """How an item is run."""
+    return _VERBS[type(item)]
+
+
+def as_model_item(item: Item, pixels: Pixels | None = None) -> ModelItem:
+    """An item as the model takes it; without pixels it can be checked, and not run."""
+    return verb_of(item).item(item, pixels)

@@ -11,12 +11,13 @@ from PIL.Image import Image
 
 from blipq.contract import ImageRef
 from blipq.images.decoding import ImageLimits, bytes_to_decode, decoded, opened
-from blipq_worker.blip2 import Blip2, Feature, Pixels
 from blipq_worker.claims import Lost
 from blipq_worker.images.fetch import Fetcher
 from blipq_worker.images.memory_budget import Budget
+from blipq_worker.images.preprocess import pixels_of
 from blipq_worker.receipt import Stopwatch
-from blipq_worker.seam.requests import Feature
+from blipq_worker.seam.interface import Inference
+from blipq_worker.seam.requests import Feature, ImagePixels
 
 #: Places and images remembered: some hundred bytes each.
 REMEMBERED = 16_384
@@ -68,6 +69,7 @@ class Pictures:
     def __init__(
         self,
         fetcher: Fetcher,
+        inference: Inference,
         *,
         fetching: Budget,
         decoding: Budget,
@@ -75,6 +77,7 @@ class Pictures:
         timeout_s: float,
     ) -> None:
         self._fetcher = fetcher
+        self._inference = inference
         self._fetching = fetching
         self._decoding = decoding
         self._limits = limits
@@ -85,54 +88,61 @@ class Pictures:
     def load(
         self,
         image: ImageRef,
-        model: Blip2,
+        model: str,
         needed: Collection[Feature],
         watch: Stopwatch,
         lost: threading.Event,
-    ) -> Pixels:
-        """The image's pixels, or the needed features where they are known.
+        *,
+        spare: bool = True,
+    ) -> ImagePixels:
+        """The image as the model takes it; without pixels where it knows all that is needed.
 
-        Of its bytes and its full size nothing is kept. Raises WorkError, and Lost once the claim is
-        gone.
+        spare: False has the pixels made in any case: the model has forgotten what it knew. Of the
+        image's bytes and its full size nothing is kept. Raises WorkError, InferenceError, and Lost
+        once the claim is gone.
         """
         place = image.uri, image.version_id
+        whole = "patches" in needed
         seen = self._places.get(place)
-        # Taken before the store is asked: what is held now cannot be forgotten meanwhile.
-        known = model.recall(seen.digest, needed) if seen is not None else None
-        etag = seen.etag if seen is not None and known is not None else None
+        known = spare and seen is not None and self._is_known(model, seen.digest, needed)
+        etag = seen.etag if seen is not None and known else None
         with self._fetching.reserve(self._fetcher.max_bytes, timeout=self._timeout_s) as share:
             with watch.stage("fetch"):
                 fetched = self._fetcher.fetch(image, unless=etag)
             if lost.is_set():
                 raise Lost
             if fetched is None:
-                assert known is not None, "without an ETag all is fetched"
-                return self._noted(known, model, watch)
+                assert seen is not None, "without an ETag all is fetched"
+                return self._noted(ImagePixels(seen.digest, whole), model, watch)
             share.shrink(len(fetched.data))
-            digest = fetched.digest
-            known = model.recall(digest, needed)
-            if known is None:
+            made = ImagePixels(fetched.digest, whole)
+            if not (spare and self._is_known(model, fetched.digest, needed)):
                 picture = opened(fetched.data, self._limits)
-                known = self._decoded(picture, model, digest, "patches" in needed, watch)
+                made = self._decoded(picture, model, made, watch)
         if fetched.etag is not None:
-            self._places.put(place, _Seen(fetched.etag, digest))
-        return self._noted(known, model, watch)
+            self._places.put(place, _Seen(fetched.etag, fetched.digest))
+        return self._noted(made, model, watch)
+
+    def _is_known(self, model: str, digest: str, needed: Collection[Feature]) -> bool:
+        return all(self._inference.knows(model, [digest], needed))
 
     def _decoded(
-        self, image: Image, model: Blip2, digest: str, whole: bool, watch: Stopwatch
-    ) -> Pixels:
+        self, image: Image, model: str, made: ImagePixels, watch: Stopwatch
+    ) -> ImagePixels:
+        assert made.digest is not None
         room = bytes_to_decode(image)
+        recipes = self._inference.model(model).recipes
         # The picture is closed before its room goes to the next: whoever else refers to it.
         with (
             self._decoding.reserve(room, timeout=self._timeout_s),
             watch.stage("decode"),
             closing(decoded(image)) as picture,
         ):
-            self._sizes.put(digest, picture.size)
-            return model.preprocess(picture, digest=digest, whole=whole)
+            self._sizes.put(made.digest, picture.size)
+            return ImagePixels(made.digest, made.whole, pixels_of(picture, recipes))
 
-    def _noted(self, pixels: Pixels, model: Blip2, watch: Stopwatch) -> Pixels:
-        size = self._sizes.get(pixels.digest or "")
+    def _noted(self, image: ImagePixels, model: str, watch: Stopwatch) -> ImagePixels:
+        size = self._sizes.get(image.digest or "")
         if size is not None:
-            watch.note_size(model.info.checkpoint, size)
-        return pixels
+            watch.note_size(self._inference.model(model).checkpoint, size)
+        return image

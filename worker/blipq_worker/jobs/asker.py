@@ -1,30 +1,28 @@
-"""How one job asks the model, and what it took."""
+"""How one job reaches the model, and what that took."""
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from msgspec.structs import replace
 
 from blipq.contract import ErrorCode, Priority
 from blipq.errors import PermanentError, TransientError
 from blipq.ledger.worker import Claim
-from blipq_worker.blip2 import EmbedItem, GenerateItem, Item, MatchItem, ModelInfo, RankItem
 from blipq_worker.claims import Held, Lost
-from blipq_worker.engine.backend import Engine
+from blipq_worker.kinds.spec import Part
 from blipq_worker.receipt import Stopwatch
-from blipq_worker.seam.requests import Answer, Embedded, Generated, Matched, ModelInfo, Ranked
+from blipq_worker.seam.interface import EngineBusy, EngineGone, Inference, ItemFailed, UnknownModel
+from blipq_worker.seam.requests import Answer, Generated, ImagePixels, Item, ModelInfo
 
-#: Where the time of a pass is told in the receipt.
-_STAGES: Mapping[type, str] = {
-    GenerateItem: "generate_ms",
-    RankItem: "generate_ms",
-    MatchItem: "match_ms",
-    EmbedItem: "embed_ms",
-}
-
-
+MadeT = TypeVar("MadeT")
 AnswerT = TypeVar("AnswerT")
+
+#: Has an image's pixels made, whatever the model knows of it.
+Reload = Callable[[], ImagePixels]
 
 
 def answer_of(future: "Future[AnswerT]", deadline: float, otherwise: str) -> AnswerT:
@@ -37,18 +35,47 @@ def answer_of(future: "Future[AnswerT]", deadline: float, otherwise: str) -> Ans
         raise TransientError(ErrorCode.INTERNAL, otherwise) from error
 
 
+@contextmanager
+def engine_errors() -> Iterator[None]:
+    """The errors of an ``Inference`` as a worker's; a cancelled item raises CancelledError."""
+    try:
+        yield
+    except UnknownModel as error:
+        raise PermanentError(ErrorCode.MODEL_UNAVAILABLE, str(error)) from error
+    except (EngineGone, EngineBusy) as error:
+        raise TransientError(ErrorCode.INTERNAL, f"the engine: {error}") from error
+    except ItemFailed as error:
+        failure = error.failure
+        if failure.kind == "cancelled":
+            raise CancelledError from error
+        lasting = failure.kind in ("permanent", "internal")
+        wrapped = PermanentError if lasting else TransientError
+        raise wrapped(ErrorCode(failure.code), failure.message) from error
+
+
 class Asker:
-    """Sends a job's items to the engine and waits for the answers."""
+    """Sends a job's items to the engine and waits for the answers.
+
+    reload: has the pixels of the job's image made; for an engine that has forgotten it meanwhile.
+    """
 
     def __init__(
-        self, engine: Engine, claim: Claim, held: Held, watch: Stopwatch, timeout_s: float
+        self,
+        inference: Inference,
+        claim: Claim,
+        held: Held,
+        watch: Stopwatch,
+        timeout_s: float,
+        *,
+        reload: Reload,
     ) -> None:
-        self._engine = engine
+        self._inference = inference
         self._claim = claim
         self._held = held
         self._watch = watch
         self._timeout_s = timeout_s
         self._within = f"within {timeout_s:g} s"
+        self._reload = reload
         self.notes: list[str] = []
         self._vision_ms = 0.0
         self._expires_at = time.monotonic() + claim.expires_in
@@ -64,87 +91,95 @@ class Asker:
     @property
     def info(self) -> ModelInfo:
         """The served model."""
-        return self._engine.model(self._claim.model).info
+        with engine_errors():
+            return self._inference.model(self._claim.model)
 
-    def generate(self, item: GenerateItem) -> Generated:
-        """Texts per prompt."""
-        return cast(Generated, self.all([item])[0])
+    def one(self, part: Part[MadeT]) -> MadeT:
+        """What a part comes to. Raises as ``all``."""
+        made: MadeT = self.all([part])[0]
+        return made
 
-    def rank(self, item: RankItem) -> Ranked:
-        """A log-likelihood per choice and prompt."""
-        return cast(Ranked, self.all([item])[0])
-
-    def match(self, item: MatchItem) -> Matched:
-        """A score per text."""
-        return cast(Matched, self.all([item])[0])
-
-    def embed(self, item: EmbedItem) -> Embedded:
-        """Features by name."""
-        return cast(Embedded, self.all([item])[0])
-
-    def all(self, items: Sequence[Item]) -> list[Any]:
-        """The answers to several items, which may run together.
+    def all(self, parts: Sequence[Part[Any]]) -> list[Any]:
+        """What several parts come to, which may run together.
 
         Raises PermanentError: invalid_request for a text that is too long, model_unavailable for
         what the served model has no checkpoint for. TransientError if it does not answer in time.
         """
-        model = self._engine.model(self._claim.model)
-        for item in items:
-            model.check(item)  # on this thread, so that it spoils no batch
-        started = time.monotonic()
-        answers = self._answers(items)
+        items = [part.item for part in parts]
+        with engine_errors():
+            for item in items:
+                self._inference.check(self._claim.model, item)
+            started = time.monotonic()
+            answers = self._answers(items)
         passes = sum(answer.pass_ms for answer in answers)
         waited = (time.monotonic() - started) * 1000 - passes
         self._watch.add("wait_ms", max(0.0, waited))
-        for item, answer in zip(items, answers, strict=True):
-            self._record(item, answer)
-        self._record_vision(items, answers)
-        return [answer.value for answer in answers]
+        for part, answer in zip(parts, answers, strict=True):
+            self._record(part, answer)
+        return [part.made(each.value) for part, each in zip(parts, answers, strict=True)]
 
     def fits(self, item: Item) -> bool:
         """Whether the item's texts are short enough."""
         try:
-            self._engine.model(self._claim.model).check(item)
-        except PermanentError:
+            self._inference.check(self._claim.model, item)
+        except ItemFailed:
             return False
         return True
 
     def note(self, text: str) -> None:
-        """Tells the caller something about the answer."""
+        """Adds to the receipt what a person should know about the answer."""
         self.notes.append(text)
 
-    def _record(self, item: Item, answer: Answer) -> None:
-        self._watch.add(_STAGES[type(item)], answer.pass_ms)
+    def _record(self, part: Part[Any], answer: Answer) -> None:
+        self._watch.add(f"{part.stage}_ms", answer.pass_ms)
         self._watch.say(batch_size=answer.batch_size)
         if isinstance(answer.value, Generated):
             texts = [text for texts in answer.value.texts for text in texts]
             self._watch.add("tokens", sum(text.tokens for text in texts))
-
-    def _record_vision(self, items: Sequence[Item], answers: Sequence[Answer]) -> None:
-        """The vision tower's part of the passes; a hit where it had nothing to do in any."""
-        self._vision_ms += sum(answer.vision_ms for answer in answers)
-        if any(item.pixels is not None for item in items):
+        if part.item.image is not None:  # a hit: the vision tower had nothing to do for any part
+            self._vision_ms += answer.vision_ms
             self._watch.say(vision_ms=self._vision_ms, cache_hit=self._vision_ms == 0)
 
     def _answers(self, items: Sequence[Item]) -> list[Answer]:
-        """Waits for answers; a claim that is lost meanwhile, or expires, ends the work on them."""
-        lost: threading.Event = self._held.event(self._claim)
         deadline = time.monotonic() + self._timeout_s
         futures: list[Future[Answer]] = []
         try:
-            for item in items:
-                future = self._engine.submit(
-                    self._claim.model, item, self._priority, deadline=self._expires_at
-                )
-                futures.append(future)
-                self._held.on_lost(self._claim, future.cancel)
-            answers = [
-                answer_of(future, deadline, f"the model did not answer {self._within}")
-                for future in futures
+            for item in items:  # all are sent before any is waited for
+                futures.append(self._submitted(item))
+            return [
+                self._answer(item, future, deadline, self._reload)
+                for item, future in zip(items, futures, strict=True)
             ]
         finally:
             for future in futures:
                 future.cancel()
+
+    def _submitted(self, item: Item) -> "Future[Answer]":
+        """Sends an item. A claim that is lost meanwhile, or expires, ends the work on it."""
+        future = self._inference.submit(
+            self._claim.model, item, self._priority.value, deadline=self._expires_at
+        )
+        self._held.on_lost(self._claim, future.cancel)
+        return future
+
+    def _answer(
+        self, item: Item, future: "Future[Answer]", deadline: float, reload: Reload
+    ) -> Answer:
+        """Waits for an answer. An item that came without pixels may need them after all: once."""
+        try:
+            return self._waited(future, deadline, "the model")
+        except ItemFailed as error:
+            if error.failure.kind != "image_unknown":
+                raise
+        return self._waited(self._submitted(replace(item, image=reload())), deadline, "the model")
+
+    def _waited(self, future: "Future[AnswerT]", deadline: float, who: str) -> AnswerT:
+        """What a Future holds. Raises Lost where the claim was lost meanwhile."""
+        lost: threading.Event = self._held.event(self._claim)
+        try:
+            answer = answer_of(future, deadline, f"{who} did not answer {self._within}")
+        finally:
+            future.cancel()
         if lost.is_set():
             raise Lost
-        return answers
+        return answer

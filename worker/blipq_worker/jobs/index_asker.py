@@ -1,11 +1,11 @@
-"""How a job asks for what is in an index, and puts images there."""
+"""How a job reaches indexes, beside the model."""
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar, cast
+from dataclasses import dataclass
+from typing import cast
 
 from blipq.contract import ErrorCode, ImageRef
 from blipq.errors import (
@@ -18,39 +18,46 @@ from blipq.errors import (
 from blipq.index.store import Entry, Filter, Found, Indexes, Space, Vectors
 from blipq.ledger.worker import Claim
 from blipq.s3.refusals import OF_THE_ASKER, Refusal, S3Refused, S3Unavailable
-from blipq_worker.blip2 import Pixels, RerankItem
-from blipq_worker.claims import Held, Lost
-from blipq_worker.engine.backend import Engine
+from blipq_worker.claims import Held
 from blipq_worker.images.s3_access import AccessRefused
 from blipq_worker.index.writer import IndexWriter
-from blipq_worker.jobs.asker import Asker, answer_of
+from blipq_worker.jobs.asker import Asker, Reload, engine_errors
 from blipq_worker.receipt import Stopwatch
-from blipq_worker.seam.requests import Reranked
+from blipq_worker.seam.interface import Inference
+from blipq_worker.seam.requests import ImagePixels, Rerank, Reranked
 
 #: Images that one search fetches and looks at side by side: they are what it takes in memory.
 _IMAGES_AT_ONCE = 16
 
-AnswerT = TypeVar("AnswerT")
+
+@dataclass(frozen=True, slots=True)
+class IndexAccess:
+    """The indexes of a worker, and the thread that writes to them."""
+
+    readers: Indexes
+    writer: IndexWriter
 
 
 class IndexAsker(Asker):
-    """Also searches indexes and writes to them. ``load`` fetches an image that is in one."""
+    """Also searches indexes and writes to them.
+
+    load: fetches an image that is in an index; with ``spare=False`` its pixels in any case.
+    """
 
     def __init__(
         self,
-        engine: Engine,
+        inference: Inference,
         claim: Claim,
         held: Held,
         watch: Stopwatch,
         timeout_s: float,
         *,
-        indexes: Indexes,
-        writer: IndexWriter,
-        load: Callable[[ImageRef], Pixels],
+        reload: Reload,
+        indexes: IndexAccess,
+        load: Callable[[ImageRef, bool], ImagePixels],
     ) -> None:
-        super().__init__(engine, claim, held, watch, timeout_s)
+        super().__init__(inference, claim, held, watch, timeout_s, reload=reload)
         self._indexes = indexes
-        self._writer = writer
         self._load = load
 
     def nearest(
@@ -58,30 +65,35 @@ class IndexAsker(Asker):
     ) -> list[Found]:
         """The images of an index that are nearest to queries (n, 256)."""
         with self._watch.stage("index"), work_errors("index"):
-            return self._indexes.open(index, self._space).search(queries, limit, filter)
+            return self._indexes.readers.open(index, self._space).search(queries, limit, filter)
 
     def rerank(self, images: Sequence[ImageRef], text: str) -> list[Reranked | PermanentError]:
-        """Each image looked at together with a text, or why it cannot be read."""
+        """How well a text matches each image, or why that cannot be read."""
 
-        def look(image: ImageRef) -> Reranked | PermanentError:
+        def score(image: ImageRef) -> Reranked | PermanentError:
             try:
-                item = RerankItem(self._load(image), text)
+                item = Rerank(self._load(image, True), text)
             except PermanentError as error:
                 return error
-            future = self._engine.submit(self._claim.model, item, self._priority)
-            return cast(Reranked, self._wait(future, "the model").value)
+            deadline = time.monotonic() + self._timeout_s
+            with engine_errors():
+                future = self._submitted(item)
+                answer = self._answer(item, future, deadline, lambda: self._load(image, False))
+            return cast(Reranked, answer.value)
 
         pool = ThreadPoolExecutor(_IMAGES_AT_ONCE, thread_name_prefix="blipq-rerank")
         try:
             with self._watch.stage("rerank"):
-                return list(pool.map(look, images))
+                return list(pool.map(score, images))
         finally:
             pool.shutdown(cancel_futures=True)
 
     def add(self, index: str, entry: Entry) -> None:
         """Puts an image into an index."""
         with self._watch.stage("index"), work_errors("index"):
-            error = self._wait(self._writer.submit(index, self._space, entry), "the index")
+            future = self._indexes.writer.submit(index, self._space, entry)
+            self._held.on_lost(self._claim, future.cancel)
+            error = self._waited(future, time.monotonic() + self._timeout_s, "the index")
             if error is not None:
                 raise error
 
@@ -89,19 +101,6 @@ class IndexAsker(Asker):
     def _space(self) -> Space:
         info = self.info
         return Space(info.retrieval_checkpoint or "", info.retrieval_revision or "")
-
-    def _wait(self, future: "Future[AnswerT]", who: str) -> AnswerT:
-        """Waits for an answer; a claim that is lost meanwhile gives its place up."""
-        lost: threading.Event = self._held.event(self._claim)
-        self._held.on_lost(self._claim, future.cancel)
-        try:
-            deadline = time.monotonic() + self._timeout_s
-            answer = answer_of(future, deadline, f"{who} did not answer {self._within}")
-        finally:
-            future.cancel()
-        if lost.is_set():
-            raise Lost
-        return answer
 
 
 @contextmanager

@@ -4,56 +4,57 @@ Source: lavis/models/blip2_models/blip2.py, compute_sim_matrix.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
-from blipq.contract import Hit, ImageRef, SearchRequest, SearchResult, Skipped
+from blipq.contract import Hit, ImageRef, Kind, SearchRequest, SearchResult, Skipped
 from blipq.errors import PermanentError
-from blipq.index.store import Filter, Found, Vectors
-from blipq_worker.blip2 import EmbedItem, ModelInfo, Pixels
-from blipq_worker.inference.engine import Embedded, Reranked
+from blipq.index.store import Found, Vectors
 from blipq_worker.kinds.arrays import numbers
-from blipq_worker.seam.requests import Embedded, ModelInfo, Reranked
+from blipq_worker.kinds.spec import Ask, KindSpec, Part
+from blipq_worker.seam.requests import Embed, Embedded, Feature, ImagePixels
 
 
-class Ask(Protocol):
-    """What a search asks of the model and of the indexes."""
+class SearchSpec(KindSpec[SearchRequest]):
+    """See this module."""
 
-    @property
-    def info(self) -> ModelInfo:
-        """The served model."""
+    kind = Kind.SEARCH
 
-    def embed(self, item: EmbedItem) -> Embedded:
-        """Features by name. Raises PermanentError (invalid_request) for a text too long."""
+    def needs(self, request: SearchRequest) -> frozenset[Feature]:
+        """The queries of the retrieval checkpoint."""
+        return frozenset({"retrieval"})
 
-    def nearest(
-        self, index: str, queries: Vectors, limit: int, filter: Filter | None
-    ) -> list[Found]:
-        """The images of an index that are nearest to queries (n, 256)."""
+    def is_repeatable(self, request: SearchRequest) -> bool:
+        """The index changes."""
+        return False
 
-    def rerank(self, images: Sequence[ImageRef], text: str) -> list[Reranked | PermanentError]:
-        """Each image looked at together with a text, or why it cannot be read."""
+    def answer(self, request: SearchRequest, image: ImagePixels | None, ask: Ask) -> SearchResult:
+        """Searches an index, and ranks the first hits anew where a text is asked for."""
+        text, count = request.text, request.top_k
+        if text is None:
+            queries = ask.one(Part("embed", Embed("image", image), _of_image))
+        else:
+            queries = ask.one(Part("embed", Embed("text", text=text), _of_text))
+            count = max(count, request.rerank)
+        near = ask.nearest(request.index, queries, count, request.filter)
+        hits = [_hit(found) for found in near]
+        skipped: tuple[Skipped, ...] = ()
+        if text is not None and request.rerank:
+            first, skipped = _again(near[: request.rerank], text, ask)
+            hits = [*first, *hits[request.rerank :]]
+        return SearchResult(
+            hits=tuple(hits[: request.top_k]),
+            skipped=skipped,
+            checkpoint=ask.info.retrieval_checkpoint,
+            revision=ask.info.retrieval_revision,
+        )
 
 
-def search(request: SearchRequest, pixels: Pixels | None, ask: Ask) -> SearchResult:
-    """Runs a search. Raises WorkError."""
-    text, count = request.text, request.top_k
-    if text is None:
-        queries = numbers(ask.embed(EmbedItem("image", pixels)).arrays["image_embeds_proj"])
-    else:
-        queries = numbers(ask.embed(EmbedItem("text", text=text)).arrays["text_embeds_proj"])[:1]
-        count = max(count, request.rerank)
-    near = ask.nearest(request.index, queries, count, request.filter)
-    hits = [_hit(found) for found in near]
-    skipped: tuple[Skipped, ...] = ()
-    if text is not None and request.rerank:
-        first, skipped = _again(near[: request.rerank], text, ask)
-        hits = [*first, *hits[request.rerank :]]
-    return SearchResult(
-        hits=tuple(hits[: request.top_k]),
-        skipped=skipped,
-        checkpoint=ask.info.retrieval_checkpoint,
-        revision=ask.info.retrieval_revision,
-    )
+def _of_image(embedded: Embedded) -> Vectors:
+    return numbers(embedded.arrays["image_embeds_proj"])
+
+
+def _of_text(embedded: Embedded) -> Vectors:
+    """The row that stands for the whole text."""
+    return numbers(embedded.arrays["text_embeds_proj"])[:1]
 
 
 def _again(near: Sequence[Found], text: str, ask: Ask) -> tuple[list[Hit], tuple[Skipped, ...]]:
@@ -78,3 +79,6 @@ def _hit(found: Found, probability: float | None = None) -> Hit:
         uri=found.uri,
         metadata=found.metadata,
     )
+
+
+SPEC = SearchSpec()

@@ -77,6 +77,14 @@ class Inference(Protocol):
         Later some may be forgotten. Raises EngineGone, UnknownModel.
         """
 
+    def check(self, model: str, item: Item) -> None:
+        """Raises ItemFailed where an item could not run, whatever its image: a text is too long, or
+        the model has no checkpoint for it.
+
+        For the caller's own thread, so that such an item spoils no batch. Raises EngineGone,
+        UnknownModel.
+        """
+
     def models(self) -> Mapping[str, ModelInfo]:
         """The served models by name. Raises EngineGone."""
 
@@ -91,7 +99,7 @@ class Backend(Protocol):
     """The models behind a seam.
 
     Behind an ``EngineServer`` all is called on the thread that polls; in one process with its
-    callers ``submit``, ``cancel`` and ``knows`` are called on theirs.
+    callers all is called on theirs.
     """
 
     def models(self) -> Mapping[str, ModelInfo]:
@@ -121,6 +129,13 @@ class Backend(Protocol):
 
     def load(self) -> Load:
         """What there is to do."""
+
+
+class CheckingBackend(Backend, Protocol):
+    """A backend in one process with its callers: it counts the tokens of their texts."""
+
+    def check(self, model: str, item: Item) -> None:
+        """Raises ItemFailed where an item could not run, whatever its image."""
 
 
 class Rows(Protocol):

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from functools import partial
 
 from blipq_worker.seam.interface import (
-    Backend,
+    CheckingBackend,
     EngineGone,
     Handle,
     ItemFailed,
@@ -28,7 +28,7 @@ from blipq_worker.seam.requests import (
 class LocalInference:
     """An ``Inference`` over a backend in this process, whose methods must be thread-safe."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: CheckingBackend) -> None:
         self._backend = backend
         self._models = dict(backend.models())
         self._lock = threading.Lock()
@@ -65,6 +65,11 @@ class LocalInference:
         """See ``Inference.knows``."""
         self.model(model)
         return tuple(self._backend.knows(model, digests, features))
+
+    def check(self, model: str, item: Item) -> None:
+        """See ``Inference.check``."""
+        self.model(model)
+        self._backend.check(model, item)
 
     def models(self) -> Mapping[str, ModelInfo]:
         """See ``Inference.models``."""

@@ -9,16 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from blipq import Priority
 from blipq.errors import PermanentError
-from blipq_worker.blip2 import Blip2, GenerateItem, Pixels, WritingSession
+from blipq_worker.blip2 import Blip2, GenerateItem, WritingSession
 from blipq_worker.blip2.decoding.static import Way
 from blipq_worker.blip2.decoding.static.attention import MaskedAttention
 from blipq_worker.blip2.generation import sessions
 from blipq_worker.catalog.params import resolve
 from blipq_worker.engine.backend import Engine
+from blipq_worker.seam.interface import ItemFailed
 from blipq_worker.seam.requests import GenerationParams
 from conftest import wait_until
+from worker.asking import Asking, texts_of
 
 PROMPTS = ("", "a photo of", "Question: what is above the cat? Short answer:")
 
@@ -219,47 +220,60 @@ def test_unseeded_samples_differ(opt: Blip2, pictures: list[Image.Image]) -> Non
 
 
 @pytest.fixture
-def engine(opt: Blip2, t5: Blip2) -> Iterator[Engine]:
+def engine(opt: Blip2, t5: Blip2) -> Iterator[Asking]:
     engine = Engine(
         {"opt": opt, "t5": t5}, max_batch_size=4, batch_wait_timeout_s=0, max_waiting=64
     )
     engine.batcher.start()
-    yield engine
+    yield Asking(engine)
     engine.batcher.close(timeout=30)
 
 
 def test_both_models_and_beams_run_side_by_side(
-    engine: Engine, opt: Blip2, t5: Blip2, pictures: list[Image.Image]
+    engine: Asking, opt: Blip2, t5: Blip2, pictures: list[Image.Image]
 ) -> None:
-    asked = [
-        (name, each) for name, model in engine.models.items() for each in several(model, pictures)
-    ]
+    models = {"opt": opt, "t5": t5}
+    asked = [(name, each) for name, model in models.items() for each in several(model, pictures)]
+    asked = [(name, each) for name, each in asked if each.prompts]  # the seam takes no other
     asked += [("opt", item(opt, picture, num_beams=2)) for picture in pictures]
-    expected = [engine.models[name].generate([each])[0] for name, each in asked]
-    futures = [engine.submit(name, each, Priority.NORMAL) for name, each in asked]
+    expected = [models[name].generate([each])[0] for name, each in asked]
+    futures = [engine.send(each, name) for name, each in asked]
     for future, texts in zip(futures, expected, strict=True):
-        answer: Any = future.result(timeout=60)
-        assert answer.texts == texts
-        assert answer.pass_ms > 0
+        answer = future.result(timeout=60)
+        assert texts_of(answer) == texts
+        assert answer.pass_ms > answer.vision_ms > 0
     assert max(future.result().batch_size for future in futures) > 1
 
 
 def test_an_image_that_breaks_the_model_fails_alone(
-    engine: Engine, opt: Blip2, pictures: list[Image.Image]
+    engine: Asking, opt: Blip2, pictures: list[Image.Image]
 ) -> None:
     good = [item(opt, picture) for picture in pictures]
-    size = opt.generator.model.config.qformer_config.hidden_size
-    unreal = {opt.generator.vision.name: torch.full((32, size), float("nan"))}
-    bad = replace(good[0], pixels=Pixels(None, features=unreal))
-    broken = replace(good[0], pixels=Pixels(torch.zeros(1, 28, 28, dtype=torch.uint8)))
+    bad, broken = (
+        replace(good[0], pixels=opt.preprocess(Image.new("RGB", (40, 30), color)))
+        for color in ((0, 255, 0), (255, 0, 0))
+    )
     expected = [opt.generate([each])[0] for each in good]
-    futures = [engine.submit("opt", each, Priority.NORMAL) for each in [*good, bad, broken, *good]]
-    for future, texts in zip(futures[:4] + futures[6:], expected * 2, strict=True):
-        answer: Any = future.result(timeout=60)
-        assert answer.texts == texts
-    for future in futures[4:6]:
-        with pytest.raises((RuntimeError, ValueError)):
-            future.result(timeout=60)
+
+    def spoil(tower: Any, arguments: Any) -> Any:
+        """A green image makes features that are no numbers, a red one raises."""
+        (pixels,) = arguments
+        plain = pixels.flatten(2).std(dim=2).amax(dim=1) < 1e-6
+        red, green = (plain & (pixels[:, channel, 0, 0] > 1.9) for channel in (0, 1))
+        if torch.any(red & ~green):
+            raise ValueError("a red image")
+        return (pixels.masked_fill((green & ~red)[:, None, None, None], float("nan")),)
+
+    hook = opt.generator.model.vision_model.register_forward_pre_hook(spoil)
+    try:
+        futures = [engine.send(each, "opt") for each in [*good, bad, broken, *good]]
+        for future, texts in zip(futures[:4] + futures[6:], expected * 2, strict=True):
+            assert texts_of(future.result(timeout=60)) == texts
+        for future in futures[4:6]:
+            with pytest.raises(ItemFailed, match=r"not numbers|a red image"):
+                future.result(timeout=60)
+    finally:
+        hook.remove()
 
 
 @pytest.fixture
@@ -282,15 +296,15 @@ def slow_steps(opt: Blip2, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_cancelled_item_ends_at_the_next_step(
-    engine: Engine, opt: Blip2, pictures: list[Image.Image], slow_steps: list[int], beams: int
+    engine: Asking, opt: Blip2, pictures: list[Image.Image], slow_steps: list[int], beams: int
 ) -> None:
     long = item(opt, pictures[0], "", num_beams=beams, min_new_tokens=90, max_new_tokens=90)
-    future = engine.submit("opt", long, Priority.NORMAL)
+    future = engine.send(long, "opt")
     wait_until(lambda: len(slow_steps) > 3, "the first steps")
     assert future.cancel()
     with pytest.raises(CancelledError):
         future.result(timeout=0)
-    wait_until(lambda: engine.batcher.stalled_for() == 0, "the end")
+    wait_until(lambda: engine.engine.batcher.stalled_for() == 0, "the end")
     assert len(slow_steps) < 90
 
 

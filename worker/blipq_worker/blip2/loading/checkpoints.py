@@ -17,7 +17,6 @@ from blipq_worker.catalog.models import (
     COCO_PROMPT,
     COCO_SIDE,
     VARIANTS,
-    Family,
     ModelError,
     one_line,
 )
@@ -28,6 +27,7 @@ from blipq_worker.catalog.weights import (
     told_of_file,
     weight_files,
 )
+from blipq_worker.seam.requests import Family
 
 log = logging.getLogger(__name__)
 

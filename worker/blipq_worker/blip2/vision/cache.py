@@ -2,6 +2,7 @@
 
 import threading
 from collections import OrderedDict
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -11,7 +12,9 @@ class FeatureCache:
 
     They lie in host memory: a GPU's own is for weights and keys, and the 100 KB to 2 MB of an image
     cross its bus in less time than one decode step takes. An image is named by the SHA-256 of its
-    file, a feature by all it depends on: preprocessing, weights and precision. Thread-safe.
+    file, a feature by all it depends on: preprocessing, weights and precision. A tensor that has no
+    place is still found while an item holds it: items that are there together share a pass whatever
+    ``max_bytes`` is. Thread-safe.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -19,6 +22,7 @@ class FeatureCache:
         self.bytes = 0
         self._lock = threading.Lock()
         self._tensors: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
+        self._held: WeakValueDictionary[tuple[str, str], torch.Tensor] = WeakValueDictionary()
 
     def __len__(self) -> int:
         return len(self._tensors)
@@ -27,15 +31,17 @@ class FeatureCache:
         """What is known; the caller must not change it."""
         with self._lock:
             tensor = self._tensors.get((image, feature))
-            if tensor is not None:
-                self._tensors.move_to_end((image, feature))
+            if tensor is None:
+                return self._held.get((image, feature))
+            self._tensors.move_to_end((image, feature))
             return tensor
 
     def put(self, image: str, feature: str, tensor: torch.Tensor) -> None:
         """Remembers a tensor in host memory that shares its own with no other."""
-        if tensor.nbytes > self.max_bytes:
-            return
         with self._lock:
+            self._held[image, feature] = tensor
+            if tensor.nbytes > self.max_bytes:
+                return
             known = self._tensors.pop((image, feature), None)
             self.bytes += tensor.nbytes - (0 if known is None else known.nbytes)
             self._tensors[image, feature] = tensor

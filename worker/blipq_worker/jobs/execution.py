@@ -1,0 +1,156 @@
+"""From a claimed job to its result: fetch, decode, ask the model, write the output."""
+
+import logging
+import threading
+from concurrent.futures import CancelledError
+from typing import NoReturn
+
+from pydantic import ValidationError
+
+from blipq.contract import ErrorCode, ImageRef, Request, request_adapter
+from blipq.errors import PermanentError, TransientError, WorkError
+from blipq.ledger.worker import Claim
+from blipq.submission import explain
+from blipq_worker.claims import Held, Lost
+from blipq_worker.engine.faults import is_out_of_memory
+from blipq_worker.images.loader import Pictures
+from blipq_worker.jobs.asker import engine_errors
+from blipq_worker.jobs.coalescing import EqualJobs
+from blipq_worker.jobs.index_asker import IndexAccess, IndexAsker
+from blipq_worker.jobs.outputs import Outputs
+from blipq_worker.kinds.registry import spec_of
+from blipq_worker.receipt import Stopwatch
+from blipq_worker.seam.interface import Inference
+from blipq_worker.seam.requests import Feature, ImagePixels
+
+log = logging.getLogger(__name__)
+
+#: A result as JSON, and what a person should know about it.
+Noted = tuple[str, tuple[str, ...]]
+
+
+class Execution:
+    """Computes results. timeout_s: longest wait for the model, an index, or an equal job."""
+
+    def __init__(
+        self,
+        inference: Inference,
+        pictures: Pictures,
+        outputs: Outputs,
+        indexes: IndexAccess,
+        held: Held,
+        *,
+        timeout_s: float,
+    ) -> None:
+        self._inference = inference
+        self._pictures = pictures
+        self._outputs = outputs
+        self._indexes = indexes
+        self._held = held
+        self._timeout_s = timeout_s
+        self._equal: EqualJobs[Noted] = EqualJobs(held, timeout_s)
+
+    def result(self, claim: Claim, watch: Stopwatch) -> str:
+        """The job's result as JSON. Raises WorkError for every failure, and Lost."""
+        try:
+            with engine_errors():
+                return self._result(claim, watch)
+        except (WorkError, Lost):
+            raise
+        except CancelledError as error:
+            raise Lost from error
+        except TimeoutError as error:
+            message = f"timed out: {error}"
+            raise TransientError(ErrorCode.INTERNAL, message) from error
+        except Exception as error:
+            _raise_internal(claim, error)
+
+    def _result(self, claim: Claim, watch: Stopwatch) -> str:
+        request = _parsed(claim.request)
+        spec = spec_of(request)
+        lost = self._held.event(claim)
+        ref = spec.image_of(request)
+        needed = spec.needs(request)
+        asker = self._asker(claim, ref, needed, watch, lost)
+        self._outputs.check(claim, ref)
+        image = None
+        if ref is not None:
+            image = self._pictures.load(ref, claim.model, needed, watch, lost)
+        if lost.is_set():
+            raise Lost
+        result = self._computed(claim, request, image, asker, watch)
+        self._outputs.write(claim, result)
+        return result
+
+    def _computed(
+        self,
+        claim: Claim,
+        request: Request,
+        image: ImagePixels | None,
+        asker: IndexAsker,
+        watch: Stopwatch,
+    ) -> str:
+        """The result as JSON: computed here, or by an equal job that is in flight."""
+        spec = spec_of(request)
+
+        def compute() -> Noted:
+            result = spec.answer(request, image, asker)
+            return result.model_dump_json(exclude_none=True), tuple(asker.notes)
+
+        if not spec.is_repeatable(request):
+            result, notes = compute()
+        else:
+            asked = request.model_dump_json(exclude={"image"})
+            key = claim.queue, None if image is None else image.digest, asked
+            (result, notes), shared = self._equal.answer(key, claim, compute)
+            if shared:
+                watch.say(shared=True)
+        for note in notes:
+            watch.note(note)
+        return result
+
+    def _asker(
+        self,
+        claim: Claim,
+        ref: ImageRef | None,
+        needed: frozenset[Feature],
+        watch: Stopwatch,
+        lost: threading.Event,
+    ) -> IndexAsker:
+        def reload() -> ImagePixels:
+            """The job's image again, with its pixels."""
+            assert ref is not None, "only an image can have been forgotten"
+            return self._pictures.load(ref, claim.model, needed, watch, lost, spare=False)
+
+        def load(found: ImageRef, spare: bool) -> ImagePixels:
+            """An image found in an index: the receipt counts it as part of the search."""
+            unread = Stopwatch(queue_ms=0, worker="")
+            return self._pictures.load(found, claim.model, {"patches"}, unread, lost, spare=spare)
+
+        return IndexAsker(
+            self._inference,
+            claim,
+            self._held,
+            watch,
+            self._timeout_s,
+            reload=reload,
+            indexes=self._indexes,
+            load=load,
+        )
+
+
+def _parsed(text: str) -> Request:
+    try:
+        return request_adapter.validate_json(text)
+    except ValidationError as error:
+        raise PermanentError(ErrorCode.INVALID_REQUEST, explain(error)) from None
+
+
+def _raise_internal(claim: Claim, error: Exception) -> NoReturn:
+    """A bug: the job fails at once, with the cause in the worker's log."""
+    if is_out_of_memory(error):
+        message = "there was not enough memory for this job"
+        raise PermanentError(ErrorCode.OUT_OF_MEMORY, message) from error
+    log.error("%s: %s", claim.id, error, exc_info=error)
+    message = f"{type(error).__name__}: {error}"
+    raise PermanentError(ErrorCode.INTERNAL, message) from error

@@ -1,0 +1,83 @@
+"""Features of an image, of a text, or of both read together; of an image also into an index."""
+
+from base64 import b64encode
+from functools import partial
+
+import numpy as np
+
+from blipq.contract import (
+    Array,
+    EmbedDtype,
+    EmbedRequest,
+    EmbedResult,
+    ImageRef,
+    IndexEntry,
+    Kind,
+)
+from blipq.index.store import Entry, Vectors
+from blipq_worker.kinds.arrays import Numbers, numbers
+from blipq_worker.kinds.spec import Ask, Part, SinglePart
+from blipq_worker.seam.requests import Embed, Embedded, Feature, ImagePixels
+
+
+class EmbedSpec(SinglePart[EmbedRequest]):
+    """See this module."""
+
+    kind = Kind.EMBED
+
+    def image_of(self, request: EmbedRequest) -> ImageRef | None:
+        """The image, unless a text is embedded."""
+        return None if request.mode == "text" else request.image
+
+    def needs(self, request: EmbedRequest) -> frozenset[Feature]:
+        """An image is embedded as queries; with a text it is read anew."""
+        return frozenset({"retrieval" if request.mode == "image" else "patches"})
+
+    def is_repeatable(self, request: EmbedRequest) -> bool:
+        """Whether no index is written to."""
+        return request.index is None
+
+    def part(self, request: EmbedRequest, image: ImagePixels | None, ask: Ask) -> Part[EmbedResult]:
+        """The features by name."""
+        return Part("embed", _item(request, image), partial(_features, request.dtype))
+
+    def answer(self, request: EmbedRequest, image: ImagePixels | None, ask: Ask) -> EmbedResult:
+        """Embeds, and stores what is for an index there."""
+        if request.index is None or request.image is None:
+            return ask.one(self.part(request, image, ask))
+        vectors = ask.one(Part("embed", _item(request, image), _projected))
+        entry = _entry(request.index, request.image, vectors)
+        ask.add(request.index.name, entry)
+        return EmbedResult(arrays={}, indexed=entry.id)
+
+
+def _item(request: EmbedRequest, image: ImagePixels | None) -> Embed:
+    return Embed(request.mode, image, None if request.mode == "image" else request.text)
+
+
+def _projected(embedded: Embedded) -> Vectors:
+    return numbers(embedded.arrays["image_embeds_proj"])
+
+
+def _features(dtype: EmbedDtype, embedded: Embedded) -> EmbedResult:
+    return EmbedResult(
+        arrays={name: _array(numbers(array), dtype) for name, array in embedded.arrays.items()}
+    )
+
+
+def _array(values: Numbers, dtype: EmbedDtype) -> Array:
+    data = np.asarray(values, dtype=np.dtype(dtype).newbyteorder("<")).tobytes()
+    return Array(shape=values.shape, dtype=dtype, data=b64encode(data).decode())
+
+
+def _entry(target: IndexEntry, image: ImageRef, vectors: Vectors) -> Entry:
+    return Entry(
+        id=target.id or image.uri,
+        uri=image.uri,
+        etag=image.etag or "",
+        vectors=vectors,
+        metadata=target.metadata,
+    )
+
+
+SPEC = EmbedSpec()
