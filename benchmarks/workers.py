@@ -52,11 +52,11 @@ class SleepingModel:
     def on_step(self, call: Callable[[], None]) -> None:
         """It has no steps."""
 
-    def on_look(self, call: Callable[..., None]) -> None:
-        """It looks at nothing."""
+    def on_encode(self, call: Callable[..., None]) -> None:
+        """It encodes nothing."""
 
     def pixels(self, views: Any, *, digest: str | None = None, whole: bool = False) -> Pixels:
-        """As the real one, but without a look at them."""
+        """As the real one, but without their values."""
         return Pixels(None, digest=digest)
 
     def recall(self, digest: str, needed: Any) -> None:

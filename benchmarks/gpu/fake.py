@@ -17,7 +17,7 @@ import torch
 from blipq.settings import Settings
 from blipq_worker.blip2 import GeneratedText, GenerateItem, Pixels
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
-from blipq_worker.blip2.vision.features import OnLook
+from blipq_worker.blip2.vision.features import OnEncode
 from blipq_worker.blip2.vision.preprocessing import Preprocessor
 from blipq_worker.seam.requests import ModelInfo, Reading
 from blipq_worker.settings import WorkerSettings
@@ -101,10 +101,10 @@ class Session:
     """
 
     def __init__(
-        self, device: Device, slots: int, on_step: Callable[[], None], on_look: OnLook
+        self, device: Device, slots: int, on_step: Callable[[], None], on_encode: OnEncode
     ) -> None:
         self._device, self._slots = device, slots
-        self._on_step, self._on_look = on_step, on_look
+        self._on_step, self._on_encode = on_step, on_encode
         self._left: dict[Ticket, int] = {}
         self._items: dict[Ticket, GenerateItem] = {}
         self._new: list[Pixels] = []
@@ -127,7 +127,7 @@ class Session:
         """A token more of each, after a look at the images of those that are new."""
         if self._new:
             self._device.look(len(self._new))
-            self._on_look(self._new, 1000 * LOOK_S)
+            self._on_encode(self._new, 1000 * LOOK_S)
             self._new = []
         self._device.step(len(tickets))
         self._on_step()
@@ -148,7 +148,7 @@ class Model:
         checkpoint = open_checkpoint(folder)
         self._device, self._slots = device, slots
         self._on_step: Callable[[], None] = lambda: None
-        self._on_look: OnLook = lambda images, ms: None
+        self._on_encode: OnEncode = lambda images, ms: None
         self.info = ModelInfo(
             checkpoint="fake",
             family="opt",
@@ -165,9 +165,9 @@ class Model:
         """Has ``call`` called after every step."""
         self._on_step = call
 
-    def on_look(self, call: OnLook) -> None:
-        """Has ``call`` called after every look at images."""
-        self._on_look = call
+    def on_encode(self, call: OnEncode) -> None:
+        """Has ``call`` called after images are encoded."""
+        self._on_encode = call
 
     def pixels(
         self, views: Sequence[memoryview], *, digest: str | None = None, whole: bool = False
@@ -185,7 +185,7 @@ class Model:
 
     def session(self) -> Session:
         """Where sequences take their steps."""
-        return Session(self._device, self._slots, self._on_step, self._on_look)
+        return Session(self._device, self._slots, self._on_step, self._on_encode)
 
 
 def main(how: How, slots: int) -> int:

@@ -93,7 +93,7 @@ def numbers(answer: Answer) -> Any:
 
 
 @pytest.mark.parametrize("number", range(8))
-def test_an_image_that_is_known_needs_no_pixels_and_no_look(
+def test_an_image_that_is_known_needs_no_pixels_and_no_pass(
     asked: Asked, pictures: list[Image.Image], number: int
 ) -> None:
     first = asked.ask(items(asked.image(pictures[0]))[number])[0]
@@ -137,7 +137,7 @@ def test_what_an_item_was_promised_is_not_forgotten_before_its_pass(
     assert waiting.result(timeout=60).vision_ms == 0
 
 
-def test_items_in_one_pass_share_a_look_and_each_says_how_long_it_was(
+def test_items_in_one_pass_are_encoded_once_and_each_says_how_long_it_was(
     asked: Asked, pictures: list[Image.Image]
 ) -> None:
     """Whatever fronts they come from: each brings its own copy of the pixels."""
@@ -148,7 +148,7 @@ def test_items_in_one_pass_share_a_look_and_each_says_how_long_it_was(
     assert one.pass_ms >= one.vision_ms
 
 
-def test_items_that_are_there_together_share_a_look_without_a_cache(
+def test_items_that_are_there_together_are_encoded_once_without_a_cache(
     checkpoints: dict[str, Path], pictures: list[Image.Image]
 ) -> None:
     cache = FeatureCache(0)
@@ -157,15 +157,15 @@ def test_items_that_are_there_together_share_a_look_without_a_cache(
     )
     image = pictures[0], "a" * 64
     one, other = (model.preprocess(image[0], digest=image[1], whole=True) for _ in range(2))
-    looked: list[int] = []
-    model.on_look(lambda images, ms: looked.append(len(images)))
+    encoded: list[int] = []
+    model.on_encode(lambda images, ms: encoded.append(len(images)))
     model.match([MatchItem(one, TEXTS)])
     model.embed([EmbedItem("multimodal", other, TEXTS[0])])
-    assert looked == [1]
+    assert encoded == [1]
     assert (len(cache), cache.bytes) == (0, 0)
     del one, other
     model.match([MatchItem(model.preprocess(image[0], digest=image[1], whole=True), TEXTS)])
-    assert looked == [1, 1], "nothing is kept longer than the items"
+    assert encoded == [1, 1], "nothing is kept longer than the items"
 
 
 def test_a_text_that_is_too_long_is_refused_before_it_is_sent(asked: Asked) -> None:

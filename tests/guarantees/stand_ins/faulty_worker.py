@@ -53,8 +53,8 @@ class FaultyModel:
     def on_step(self, call: Callable[[], None]) -> None:
         self._step = call
 
-    def on_look(self, call: Any) -> None:
-        """It looks at nothing."""
+    def on_encode(self, call: Any) -> None:
+        """It encodes nothing."""
 
     def pixels(self, views: Any, *, digest: str | None, whole: bool) -> Pixels:
         return Pixels(None, digest=digest)

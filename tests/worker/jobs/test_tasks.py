@@ -81,8 +81,8 @@ class Model:
     def on_step(self, call: Any) -> None:
         """It has no steps."""
 
-    def on_look(self, call: Any) -> None:
-        self.looked = call
+    def on_encode(self, call: Any) -> None:
+        self.encoded = call
 
     def pixels(self, views: Any, *, digest: str, whole: bool) -> Pixels:
         size = tuple(views[0][:2])  # see ``sizes``
@@ -98,7 +98,7 @@ class Model:
 
     def generate(self, items: list[GenerateItem], wanted: Any) -> list[list[list[GeneratedText]]]:
         self.before()
-        self.looked([item.pixels for item in items if item.pixels.digest not in self.known], 1.0)
+        self.encoded([item.pixels for item in items if item.pixels.digest not in self.known], 1.0)
         said = ["{} x {}".format(*item.pixels.generation) for item in items]
         return [
             [[GeneratedText(text, 3)] for _ in item.prompts]

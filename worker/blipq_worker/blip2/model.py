@@ -29,7 +29,7 @@ from blipq_worker.blip2.loading.weights import (
     load_weights,
 )
 from blipq_worker.blip2.vision.cache import FeatureCache
-from blipq_worker.blip2.vision.features import OnLook, Side, Vision, equal_towers, split_tower
+from blipq_worker.blip2.vision.features import OnEncode, Side, Vision, equal_towers, split_tower
 from blipq_worker.blip2.vision.preprocessing import Pixels, Preprocessor
 from blipq_worker.catalog.resize import resized
 from blipq_worker.seam.requests import Feature, ModelInfo, Reading
@@ -127,11 +127,11 @@ class Blip2:
             self.matcher.vision.on_step = call
             self.embedder.on_step = call
 
-    def on_look(self, call: OnLook) -> None:
-        """Has ``call`` called after each look at images, with these and its milliseconds."""
-        self.generator.vision.on_look = call
+    def on_encode(self, call: OnEncode) -> None:
+        """Has ``call`` called after a pass that encoded images, with these and its milliseconds."""
+        self.generator.vision.on_encode = call
         if self.matcher is not None:
-            self.matcher.vision.on_look = call
+            self.matcher.vision.on_encode = call
 
     def preprocess(
         self, image: Image.Image, *, digest: str | None = None, whole: bool = False

@@ -110,7 +110,7 @@ class Engine:
         )
         for model in self._models.values():
             model.on_step(self.batcher.progress)
-            model.on_look(self._times.add)
+            model.on_encode(self._times.add)
 
     def models(self) -> Mapping[str, ModelInfo]:
         """The served models by name."""

@@ -196,7 +196,7 @@ def test_what_is_known_gives_the_same_answers(
     for number, picture in enumerate(pictures):
         asked(model, model.preprocess(picture, digest=str(number), whole=True))
     reported: list[float] = []
-    model.on_look(lambda images, ms: reported.append(ms))
+    model.on_encode(lambda images, ms: reported.append(ms))
     with looks(model) as seen:
         for number, expected in enumerate(fresh):
             pixels = model.recall(str(number), everything)
@@ -217,7 +217,7 @@ def test_items_that_share_an_image_share_the_look(
         for n, prompt in zip(order, prompts, strict=True)
     ]
     waited: list[tuple[int, float]] = []
-    model.on_look(lambda images, ms: waited.append((len(images), ms)))
+    model.on_encode(lambda images, ms: waited.append((len(images), ms)))
     with looks(model) as seen:
         together = model.generate(items)
     assert seen == [3]

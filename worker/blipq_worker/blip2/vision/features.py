@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 Side = Literal["generation", "retrieval"]
 
 #: Takes the images that a pass of the vision tower was for, and its milliseconds.
-OnLook = Callable[[Sequence[Pixels], float], None]
+OnEncode = Callable[[Sequence[Pixels], float], None]
 
 # The parts of a vision configuration that its forward pass depends on.
 _TOWER = (
@@ -88,7 +88,7 @@ class Vision:
         #: Called after each pass: many images in a row are no hung tower.
         self.on_step: Callable[[], None] = lambda: None
         #: Called after a pass with the images that waited for it, and its milliseconds.
-        self.on_look: OnLook = lambda images, ms: None
+        self.on_encode: OnEncode = lambda images, ms: None
         # Texts are written about what a tower saw in 16 bits: TF32 is as good as these, and three
         # times as fast as fp32. Matching is decided in full fp32.
         seen = model.vision_model.embeddings.class_embedding.dtype
@@ -189,7 +189,7 @@ class Vision:
         started = time.monotonic()
         yield
         if waiting:
-            self.on_look(waiting, (time.monotonic() - started) * 1000)
+            self.on_encode(waiting, (time.monotonic() - started) * 1000)
 
 
 @contextmanager
