@@ -398,6 +398,16 @@ def test_turns_that_there_is_no_room_for_are_left_out_and_told(
     assert info.receipt.note == "1 of 2 earlier turns were left out: there was no room"
 
 
+def test_turns_that_no_message_to_the_engine_could_carry_are_left_out_too(
+    parts: Parts, picture: bytes
+) -> None:
+    """Some tokenizers make one token of thousands of characters."""
+    history = [("a" * 4000, "b" * 4000)] * 20
+    info = parts.run(parts.client.vqa(picture, "why?", history=history))
+    assert info.status == "succeeded"
+    assert info.receipt.note == "16 of 20 earlier turns were left out: there was no room"
+
+
 def test_a_question_that_alone_is_too_long_is_an_invalid_request(
     parts: Parts, picture: bytes
 ) -> None:

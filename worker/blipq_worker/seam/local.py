@@ -16,6 +16,7 @@ from blipq_worker.seam.interface import (
 from blipq_worker.seam.protocol import Submit, checked
 from blipq_worker.seam.requests import (
     Answer,
+    Failure,
     Feature,
     Item,
     ModelInfo,
@@ -67,8 +68,13 @@ class LocalInference:
         return tuple(self._backend.knows(model, digests, features))
 
     def check(self, model: str, item: Item) -> None:
-        """See ``Inference.check``."""
+        """See ``Inference.check``. Also of what no message could carry."""
         self.model(model)
+        try:
+            checked(Submit(model, "normal", None, item), 0)
+        except ValueError as error:
+            message = f"a text or a number is out of bounds: {error}"
+            raise ItemFailed(Failure("permanent", "invalid_request", message)) from error
         self._backend.check(model, item)
 
     def models(self) -> Mapping[str, ModelInfo]:
