@@ -28,7 +28,7 @@ test-avx2: $(VENV)/installed-dev  ## Run the model's tests on the kernels of an 
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \
 	  $(BIN)/pytest --numprocesses 2 --reruns $(RERUNS) -rR \
 	  tests/worker/blip2 tests/worker/serving/test_canary.py \
-	  tests/worker/inference/test_out_of_memory.py
+	  tests/worker/engine/test_out_of_memory.py
 
 # What differs between Pythons: warnings, the standard library, and the compiled packages.
 test-newest-python: $(VENV)/installed-dev  ## Run the producer's and some other tests on the newest Python here.
@@ -44,7 +44,7 @@ test-python: $(VENV)/installed-dev
 	$(BIN)/python --version
 	$(BIN)/pytest -m 'not guarantee and not installs' --numprocesses 2 --reruns $(RERUNS) -rR \
 	  tests/producer tests/worker/blip2 tests/worker/serving/test_canary.py \
-	  tests/worker/inference/test_batching.py tests/worker/images/test_images.py \
+	  tests/worker/engine/test_batching.py tests/worker/images/test_images.py \
 	  tests/worker/jobs/test_tasks.py tests/fundamentals
 
 # Needs a package index; what pip has in its cache is not fetched again.

@@ -238,3 +238,14 @@ def test_the_documented_measurement_runs() -> None:
     queued, kept = (int(number) for number in re.findall(r": (\d+) bytes", ran.stdout))
     assert 500 < queued < 6000
     assert 500 < kept < 6000
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_files_and_folders_that_are_named_exist(name: str) -> None:
+    """A name may leave out the folders before it, as the text around it says them."""
+    paths = [path for root in ("producer", "worker") for path in (ROOT / root).rglob("*")]
+    known = {f"/{path.relative_to(ROOT)}" for path in paths} | {"/tests", "/tools", "/benchmarks"}
+    text = (ROOT / name).read_text()
+    for named in re.findall(r"`([\w/]+(?:\.py|\.lua|/))`", text):
+        tail = f"/{named.removesuffix('/')}"
+        assert (ROOT / named).exists() or any(path.endswith(tail) for path in known), named
