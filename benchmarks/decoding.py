@@ -37,7 +37,7 @@ from blipq_worker.blip2.decoding import DecodeLoop, Row, row_seed
 from blipq_worker.blip2.generation.generator import _hugging_face, _quiet_about_penalties
 from blipq_worker.catalog.models import demo_folder
 from blipq_worker.demo.machine import describe_machine
-from blipq_worker.seam.requests import GenerationParams
+from blipq_worker.inference.requests import GenerationParams
 
 QUERIES = 32
 VOCABULARY = 4000

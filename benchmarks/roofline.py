@@ -18,7 +18,7 @@ from blipq_worker.blip2 import Blip2, Pixels
 from blipq_worker.blip2.decoding import DecodeLoop, Row
 from blipq_worker.blip2.loading.packing import pack
 from blipq_worker.blip2.loading.weights import Quantization
-from blipq_worker.seam.requests import GenerationParams
+from blipq_worker.inference.requests import GenerationParams
 
 BATCHES = (1, 8, 32, 128) if torch.cuda.is_available() else (1, 8, 32)
 #: A run of so many repeats or more takes the full-size model on a CPU, too.

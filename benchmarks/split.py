@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from blipq_worker.seam import (
+from blipq_worker.inference import (
     Answer,
     EngineClient,
     EngineGone,

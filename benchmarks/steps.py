@@ -10,7 +10,7 @@ from benchmarks.models import mid_size
 from blipq_worker.blip2 import Blip2
 from blipq_worker.blip2.decoding import DecodeLoop, Row
 from blipq_worker.blip2.decoding.opt_step import OptStep
-from blipq_worker.seam.requests import GenerationParams
+from blipq_worker.inference.requests import GenerationParams
 
 ROWS = (1, 8, 32)
 STEPS, PROMPT = 40, [2, 5, 6, 7]

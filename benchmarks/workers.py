@@ -25,7 +25,7 @@ from blipq_worker.blip2 import GeneratedText, GenerateItem, Pixels
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
 from blipq_worker.blip2.vision.preprocessing import Preprocessor
 from blipq_worker.images.fetch import Fetched, Fetcher
-from blipq_worker.seam.requests import GenerationParams, ModelInfo, Reading, Recipe
+from blipq_worker.inference.requests import GenerationParams, ModelInfo, Reading, Recipe
 from blipq_worker.settings import WorkerSettings
 
 

@@ -90,7 +90,7 @@ def test_layers_and_other_import_contracts_hold_for_every_module() -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-@pytest.mark.parametrize("part", ["kinds", "jobs", "images", "seam"])
+@pytest.mark.parametrize("part", ["kinds", "jobs", "images", "inference"])
 def test_what_runs_before_the_model_loads_no_torch(part: str) -> None:
     code = f"""
 import sys, importlib, pkgutil

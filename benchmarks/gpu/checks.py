@@ -14,7 +14,7 @@ from blipq_worker.blip2 import Blip2, GenerateItem, MatchItem
 from blipq_worker.blip2.loading.precision import Dtype
 from blipq_worker.blip2.loading.weights import Quantization
 from blipq_worker.catalog.models import demo_folder
-from blipq_worker.seam.requests import GenerationParams
+from blipq_worker.inference.requests import GenerationParams
 from blipq_worker.serving import canary
 
 PICTURES = 16

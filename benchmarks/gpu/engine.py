@@ -25,9 +25,9 @@ from blipq_worker.blip2 import Blip2, GenerateItem, Pixels
 from blipq_worker.blip2.loading.weights import Quantization
 from blipq_worker.engine.backend import Engine
 from blipq_worker.images.preprocess import pixels_of as resized_by
-from blipq_worker.seam.interface import Inference
-from blipq_worker.seam.local import LocalInference
-from blipq_worker.seam.requests import Generate, GenerationParams, ImagePixels
+from blipq_worker.inference.interface import Inference
+from blipq_worker.inference.local import LocalInference
+from blipq_worker.inference.requests import Generate, GenerationParams, ImagePixels
 from blipq_worker.serving.footprint import GIB, Load, memory_of
 
 TOKENS = 20

@@ -19,7 +19,7 @@ from blipq_worker.blip2 import GeneratedText, GenerateItem, Pixels
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
 from blipq_worker.blip2.vision.features import OnEncode
 from blipq_worker.blip2.vision.preprocessing import Preprocessor
-from blipq_worker.seam.requests import ModelInfo, Reading
+from blipq_worker.inference.requests import ModelInfo, Reading
 from blipq_worker.settings import WorkerSettings
 
 How = Literal["captured", "launches"]

@@ -15,8 +15,8 @@ from blipq_worker.blip2 import (
     RerankItem,
 )
 from blipq_worker.engine.backend import Engine
-from blipq_worker.seam.local import LocalInference
-from blipq_worker.seam.requests import (
+from blipq_worker.inference.local import LocalInference
+from blipq_worker.inference.requests import (
     Answer,
     Embed,
     Generate,

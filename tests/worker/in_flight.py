@@ -10,7 +10,7 @@ from blipq_worker.blip2 import Blip2, Pixels
 from blipq_worker.blip2.decoding import Row, row_seed
 from blipq_worker.blip2.generation.generator import _hugging_face, _quiet_about_penalties
 from blipq_worker.blip2.generation.routing import Loop
-from blipq_worker.seam.requests import GenerationParams
+from blipq_worker.inference.requests import GenerationParams
 from conftest import ROOT
 
 GREEDY = GenerationParams(num_beams=1, max_new_tokens=12, min_new_tokens=0)

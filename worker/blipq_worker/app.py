@@ -31,6 +31,7 @@ from blipq_worker.assembly import (
 )
 from blipq_worker.blip2.loading.compiling import since_compiling
 from blipq_worker.engine.faults import Trust
+from blipq_worker.inference.local import LocalInference
 from blipq_worker.jobs.errors import HandBack, JobFailedTask
 from blipq_worker.jobs.runner import Runner
 from blipq_worker.messages.consumer import Door, consumer_class
@@ -42,7 +43,6 @@ from blipq_worker.process.health import BrokerLoop, HealthServer
 from blipq_worker.process.heartbeat import EXIT_HUNG
 from blipq_worker.process.malloc import give_large_blocks_back
 from blipq_worker.process.metrics import WorkerMetrics
-from blipq_worker.seam.local import LocalInference
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.startup import START
 

@@ -20,6 +20,7 @@ from blipq_worker.images.loader import Pictures
 from blipq_worker.images.memory_budget import Budget
 from blipq_worker.images.s3_access import S3Access
 from blipq_worker.index.writer import IndexWriter
+from blipq_worker.inference.interface import Inference
 from blipq_worker.jobs.claiming import Claiming
 from blipq_worker.jobs.execution import Execution
 from blipq_worker.jobs.foreign import ForeignMessages
@@ -31,7 +32,6 @@ from blipq_worker.jobs.runner import Runner
 from blipq_worker.process.heartbeat import Heartbeat
 from blipq_worker.process.metrics import WorkerMetrics
 from blipq_worker.process.reconciler import Reconciler
-from blipq_worker.seam.interface import Inference
 from blipq_worker.settings import WorkerSettings
 
 if TYPE_CHECKING:

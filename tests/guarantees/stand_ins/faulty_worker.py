@@ -26,7 +26,7 @@ from blipq_worker.app import Worker
 from blipq_worker.blip2 import GeneratedText, GenerateItem, Pixels
 from blipq_worker.images import loader
 from blipq_worker.images.fetch import Fetched, Fetcher
-from blipq_worker.seam.requests import ModelInfo, Reading, Recipe
+from blipq_worker.inference.requests import ModelInfo, Reading, Recipe
 from blipq_worker.settings import WorkerSettings
 
 log = logging.getLogger("faulty_worker")

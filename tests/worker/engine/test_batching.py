@@ -9,10 +9,10 @@ from PIL import Image
 from blipq import CaptionRequest, MatchRequest, VQARequest
 from blipq_worker.engine.backend import Engine
 from blipq_worker.images.preprocess import pixels_of
+from blipq_worker.inference.local import LocalInference
+from blipq_worker.inference.requests import ImagePixels, ModelInfo
 from blipq_worker.kinds.registry import spec_of
 from blipq_worker.kinds.spec import Part
-from blipq_worker.seam.local import LocalInference
-from blipq_worker.seam.requests import ImagePixels, ModelInfo
 
 if TYPE_CHECKING:
     from blipq_worker.blip2 import Blip2

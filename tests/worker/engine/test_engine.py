@@ -1,4 +1,4 @@
-"""An engine behind its seam: what it knows of images, and what its answers say of their times."""
+"""An engine behind its interface: what it knows of images, and what answers say of their times."""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from PIL import Image
 from blipq_worker.blip2 import Blip2, EmbedItem, FeatureCache, MatchItem
 from blipq_worker.engine.backend import Engine
 from blipq_worker.images.preprocess import pixels_of
-from blipq_worker.seam.interface import ItemFailed
-from blipq_worker.seam.local import LocalInference
-from blipq_worker.seam.requests import (
+from blipq_worker.inference.interface import ItemFailed
+from blipq_worker.inference.local import LocalInference
+from blipq_worker.inference.requests import (
     Answer,
     Embed,
     Feature,

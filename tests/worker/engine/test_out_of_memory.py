@@ -15,7 +15,7 @@ from PIL import Image
 
 from blipq_worker.blip2 import MatchItem
 from blipq_worker.engine.backend import Engine
-from blipq_worker.seam.interface import ItemFailed
+from blipq_worker.inference.interface import ItemFailed
 from worker.asking import Asking
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from blipq_worker.images.fetch import Fetched, Fetcher
 from blipq_worker.images.loader import Pictures, Recent
 from blipq_worker.images.memory_budget import Budget
 from blipq_worker.images.s3_access import AccessRefused
+from blipq_worker.inference.requests import ImagePixels, ModelInfo, Reading, Recipe
 from blipq_worker.receipt import DEMO_NOTE, Stopwatch
-from blipq_worker.seam.requests import ImagePixels, ModelInfo, Reading, Recipe
 
 PLACE = "s3://blipq-inbox/pictures/a.png"
 

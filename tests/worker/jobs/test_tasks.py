@@ -33,6 +33,8 @@ from blipq_worker.images.loader import Pictures
 from blipq_worker.images.memory_budget import Budget
 from blipq_worker.images.s3_access import AccessRefused, S3Access
 from blipq_worker.index.writer import IndexWriter
+from blipq_worker.inference.local import LocalInference
+from blipq_worker.inference.requests import ImagePixels, ModelInfo, Reading, Recipe
 from blipq_worker.jobs.claiming import Claiming
 from blipq_worker.jobs.errors import HandBack, JobFailedTask
 from blipq_worker.jobs.execution import Execution
@@ -44,8 +46,6 @@ from blipq_worker.jobs.quarantine import Gate
 from blipq_worker.jobs.runner import Runner
 from blipq_worker.messages.envelope import Malformed
 from blipq_worker.process.metrics import WorkerMetrics
-from blipq_worker.seam.local import LocalInference
-from blipq_worker.seam.requests import ImagePixels, ModelInfo, Reading, Recipe
 from blipq_worker.settings import WorkerSettings
 from conftest import ledger_of, wait_until
 

@@ -19,9 +19,7 @@ from blipq.contract import (
 )
 from blipq.index.store import Entry
 from blipq_worker.catalog.prompts import vqa_prompt
-from blipq_worker.kinds.registry import SPECS, spec_of
-from blipq_worker.kinds.spec import Part
-from blipq_worker.seam.requests import (
+from blipq_worker.inference.requests import (
     Array,
     Embed,
     Embedded,
@@ -34,6 +32,8 @@ from blipq_worker.seam.requests import (
     Rank,
     Ranked,
 )
+from blipq_worker.kinds.registry import SPECS, spec_of
+from blipq_worker.kinds.spec import Part
 
 IMAGE = {"uri": "s3://uploads/cat.jpg"}
 PIXELS = ImagePixels(pixels=(memoryview(b""),))

@@ -23,8 +23,8 @@ from blipq_worker.catalog.params import resolve
 from blipq_worker.catalog.prompts import vqa_prompt
 from blipq_worker.engine.backend import Engine
 from blipq_worker.images.preprocess import pixels_of
-from blipq_worker.seam.local import LocalInference
-from blipq_worker.seam.requests import Generate, GenerationParams, ImagePixels
+from blipq_worker.inference.local import LocalInference
+from blipq_worker.inference.requests import Generate, GenerationParams, ImagePixels
 from blipq_worker.serving.loader import load_models
 from blipq_worker.settings import WorkerSettings
 

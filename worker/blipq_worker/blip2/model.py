@@ -32,7 +32,7 @@ from blipq_worker.blip2.vision.cache import FeatureCache
 from blipq_worker.blip2.vision.features import OnEncode, Side, Vision, equal_towers, split_tower
 from blipq_worker.blip2.vision.preprocessing import Pixels, Preprocessor
 from blipq_worker.catalog.resize import resized
-from blipq_worker.seam.requests import Feature, ModelInfo, Reading
+from blipq_worker.inference.requests import Feature, ModelInfo, Reading
 from blipq_worker.startup import START
 
 log = logging.getLogger(__name__)

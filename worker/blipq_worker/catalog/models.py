@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from blipq.errors import BlipqError
-from blipq_worker.seam.requests import Family
+from blipq_worker.inference.requests import Family
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
-from blipq_worker.seam.requests import Family, GenerationParams
+from blipq_worker.inference.requests import Family, GenerationParams
 
 
 class HasFamily(Protocol):

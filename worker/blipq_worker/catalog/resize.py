@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from blipq_worker.seam.requests import Recipe
+from blipq_worker.inference.requests import Recipe
 
 
 def resized(image: Image.Image, recipe: Recipe) -> bytes:

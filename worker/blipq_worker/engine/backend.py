@@ -16,8 +16,8 @@ from blipq_worker.blip2 import Blip2, GenerateItem, Pixels
 from blipq_worker.blip2 import Item as ModelItem
 from blipq_worker.engine.faults import is_out_of_memory
 from blipq_worker.engine.verbs import GENERATE, Verb, as_model_item, verb_of
-from blipq_worker.seam.interface import EngineGone, Handle, ItemFailed
-from blipq_worker.seam.requests import (
+from blipq_worker.inference.interface import EngineGone, Handle, ItemFailed
+from blipq_worker.inference.requests import (
     Answer,
     Failure,
     Feature,

@@ -17,8 +17,8 @@ from blipq_worker.blip2 import (
     RerankItem,
 )
 from blipq_worker.blip2 import Item as ModelItem
-from blipq_worker.seam import requests
-from blipq_worker.seam.requests import (
+from blipq_worker.inference import requests
+from blipq_worker.inference.requests import (
     Array,
     Embed,
     Embedded,

@@ -15,9 +15,9 @@ from blipq_worker.claims import Lost
 from blipq_worker.images.fetch import Fetcher
 from blipq_worker.images.memory_budget import Budget
 from blipq_worker.images.preprocess import pixels_of
+from blipq_worker.inference.interface import Inference
+from blipq_worker.inference.requests import Feature, ImagePixels
 from blipq_worker.receipt import Stopwatch
-from blipq_worker.seam.interface import Inference
-from blipq_worker.seam.requests import Feature, ImagePixels
 
 #: Places and images remembered: some hundred bytes each.
 REMEMBERED = 16_384

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from PIL.Image import Image
 
 from blipq_worker.catalog.resize import resized
-from blipq_worker.seam.requests import Recipe
+from blipq_worker.inference.requests import Recipe
 
 
 def pixels_of(image: Image, recipes: Sequence[Recipe]) -> tuple[memoryview, ...]:

@@ -13,10 +13,16 @@ from blipq.contract import ErrorCode, Priority
 from blipq.errors import PermanentError, TransientError
 from blipq.ledger.worker import Claim
 from blipq_worker.claims import Held, Lost
+from blipq_worker.inference.interface import (
+    EngineBusy,
+    EngineGone,
+    Inference,
+    ItemFailed,
+    UnknownModel,
+)
+from blipq_worker.inference.requests import Answer, Generated, ImagePixels, Item, ModelInfo
 from blipq_worker.kinds.spec import Part
 from blipq_worker.receipt import Stopwatch
-from blipq_worker.seam.interface import EngineBusy, EngineGone, Inference, ItemFailed, UnknownModel
-from blipq_worker.seam.requests import Answer, Generated, ImagePixels, Item, ModelInfo
 
 MadeT = TypeVar("MadeT")
 AnswerT = TypeVar("AnswerT")

@@ -14,14 +14,14 @@ from blipq.submission import explain
 from blipq_worker.claims import Held, Lost
 from blipq_worker.engine.faults import is_out_of_memory
 from blipq_worker.images.loader import Pictures
+from blipq_worker.inference.interface import Inference
+from blipq_worker.inference.requests import Feature, ImagePixels
 from blipq_worker.jobs.asker import engine_errors
 from blipq_worker.jobs.coalescing import EqualJobs
 from blipq_worker.jobs.index_asker import IndexAccess, IndexAsker
 from blipq_worker.jobs.outputs import Outputs
 from blipq_worker.kinds.registry import spec_of
 from blipq_worker.receipt import Stopwatch
-from blipq_worker.seam.interface import Inference
-from blipq_worker.seam.requests import Feature, ImagePixels
 
 log = logging.getLogger(__name__)
 

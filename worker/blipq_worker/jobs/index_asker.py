@@ -21,10 +21,10 @@ from blipq.s3.refusals import OF_THE_ASKER, Refusal, S3Refused, S3Unavailable
 from blipq_worker.claims import Held
 from blipq_worker.images.s3_access import AccessRefused
 from blipq_worker.index.writer import IndexWriter
+from blipq_worker.inference.interface import Inference
+from blipq_worker.inference.requests import ImagePixels, Rerank, Reranked
 from blipq_worker.jobs.asker import Asker, Reload, engine_errors
 from blipq_worker.receipt import Stopwatch
-from blipq_worker.seam.interface import Inference
-from blipq_worker.seam.requests import ImagePixels, Rerank, Reranked
 
 #: Images that one search fetches and looks at side by side: they are what it takes in memory.
 _IMAGES_AT_ONCE = 16

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from blipq_worker.seam.requests import Array
+from blipq_worker.inference.requests import Array
 
 Numbers = np.ndarray[Any, np.dtype[np.float32]]
 

@@ -4,9 +4,7 @@ from typing import Any
 
 from blipq.contract import Caption, CaptionRequest, CaptionResult, Generation, Kind
 from blipq_worker.catalog.prompts import caption_prompt
-from blipq_worker.kinds.generation import is_decided, params_of
-from blipq_worker.kinds.spec import Ask, Part, SinglePart
-from blipq_worker.seam.requests import (
+from blipq_worker.inference.requests import (
     Feature,
     Generate,
     Generated,
@@ -14,6 +12,8 @@ from blipq_worker.seam.requests import (
     Match,
     Matched,
 )
+from blipq_worker.kinds.generation import is_decided, params_of
+from blipq_worker.kinds.spec import Ask, Part, SinglePart
 
 
 class CaptionSpec(SinglePart[CaptionRequest]):

@@ -11,9 +11,9 @@ from blipq.contract import (
     MatchRequest,
     VQARequest,
 )
+from blipq_worker.inference.requests import Feature, ImagePixels
 from blipq_worker.kinds import caption, embed, match, vqa
 from blipq_worker.kinds.spec import Ask, KindSpec, SinglePart
-from blipq_worker.seam.requests import Feature, ImagePixels
 
 
 class DescribeSpec(KindSpec[DescribeRequest]):

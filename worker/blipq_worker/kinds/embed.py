@@ -15,9 +15,9 @@ from blipq.contract import (
     Kind,
 )
 from blipq.index.store import Entry, Vectors
+from blipq_worker.inference.requests import Embed, Embedded, Feature, ImagePixels
 from blipq_worker.kinds.arrays import Numbers, numbers
 from blipq_worker.kinds.spec import Ask, Part, SinglePart
-from blipq_worker.seam.requests import Embed, Embedded, Feature, ImagePixels
 
 
 class EmbedSpec(SinglePart[EmbedRequest]):

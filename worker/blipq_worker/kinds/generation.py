@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from blipq.contract import Generation
 from blipq_worker.catalog.params import resolve
-from blipq_worker.seam.requests import GenerationParams, ModelInfo
+from blipq_worker.inference.requests import GenerationParams, ModelInfo
 
 
 def params_of(

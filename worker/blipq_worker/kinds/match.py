@@ -3,8 +3,8 @@
 from functools import partial
 
 from blipq.contract import Kind, MatchRequest, MatchResult, TextScore
+from blipq_worker.inference.requests import Feature, ImagePixels, Match, Matched
 from blipq_worker.kinds.spec import Ask, Part, SinglePart
-from blipq_worker.seam.requests import Feature, ImagePixels, Match, Matched
 
 
 class MatchSpec(SinglePart[MatchRequest]):

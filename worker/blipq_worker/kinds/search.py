@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from blipq.contract import Hit, ImageRef, Kind, SearchRequest, SearchResult, Skipped
 from blipq.errors import PermanentError
 from blipq.index.store import Found, Vectors
+from blipq_worker.inference.requests import Embed, Embedded, Feature, ImagePixels
 from blipq_worker.kinds.arrays import numbers
 from blipq_worker.kinds.spec import Ask, KindSpec, Part
-from blipq_worker.seam.requests import Embed, Embedded, Feature, ImagePixels
 
 
 class SearchSpec(KindSpec[SearchRequest]):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 from blipq.contract import ImageRef, Kind, Request, Result
 from blipq.errors import PermanentError
 from blipq.index.store import Entry, Filter, Found, Vectors
-from blipq_worker.seam.requests import Feature, ImagePixels, Item, ModelInfo, Reranked
+from blipq_worker.inference.requests import Feature, ImagePixels, Item, ModelInfo, Reranked
 
 #: Where the time of a pass is found in the receipt, as ``generate_ms`` for "generate".
 Stage = Literal["generate", "match", "embed"]

@@ -7,9 +7,7 @@ from functools import partial
 
 from blipq.contract import Answer, Choice, Kind, VQARequest, VQAResult
 from blipq_worker.catalog.prompts import vqa_prompt
-from blipq_worker.kinds.generation import is_decided, params_of
-from blipq_worker.kinds.spec import Ask, Part, SinglePart
-from blipq_worker.seam.requests import (
+from blipq_worker.inference.requests import (
     Feature,
     Generate,
     Generated,
@@ -17,6 +15,8 @@ from blipq_worker.seam.requests import (
     Rank,
     Ranked,
 )
+from blipq_worker.kinds.generation import is_decided, params_of
+from blipq_worker.kinds.spec import Ask, Part, SinglePart
 
 Turns = tuple[tuple[str, str], ...]
 

@@ -17,7 +17,7 @@ from blipq.errors import BlipqError
 from blipq_worker.blip2 import Blip2, GenerateItem, MatchItem, RankItem
 from blipq_worker.catalog.params import resolve
 from blipq_worker.catalog.prompts import vqa_prompt
-from blipq_worker.seam.requests import ModelInfo
+from blipq_worker.inference.requests import ModelInfo
 from blipq_worker.serving.goldens import Golden, Observation, difference, tolerance
 
 log = logging.getLogger(__name__)

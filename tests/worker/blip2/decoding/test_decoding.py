@@ -21,7 +21,7 @@ from blipq_worker.blip2.decoding import DecodeLoop, Row, row_seed
 from blipq_worker.blip2.decoding.languages import Opt
 from blipq_worker.blip2.decoding.opt_step import OptStep
 from blipq_worker.blip2.decoding.sampling import ScoresError, choose
-from blipq_worker.seam.requests import GenerationParams
+from blipq_worker.inference.requests import GenerationParams
 from worker.in_flight import GREEDY, SAMPLED, alone, every_penalty, rows, write
 
 

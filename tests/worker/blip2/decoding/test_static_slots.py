@@ -34,7 +34,7 @@ from blipq_worker.blip2.decoding.static.step import Shape, StaticStep
 from blipq_worker.blip2.decoding.static.t5 import StaticT5
 from blipq_worker.blip2.generation import generator as generation
 from blipq_worker.blip2.generation.routing import RoutedLoop
-from blipq_worker.seam.requests import GenerationParams
+from blipq_worker.inference.requests import GenerationParams
 from blipq_worker.serving import loader as load
 from blipq_worker.settings import WorkerSettings
 from worker.in_flight import GREEDY, alone, every_penalty, rows, write

@@ -14,7 +14,7 @@ from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
 from blipq_worker.blip2 import Blip2, GeneratedText, GenerateItem
 from blipq_worker.catalog.params import resolve
-from blipq_worker.seam.requests import GenerationParams
+from blipq_worker.inference.requests import GenerationParams
 
 PROMPTS = ("", "a photo of", "Question: what is above the cat? Short answer:")
 GREEDY = {"num_beams": 1}

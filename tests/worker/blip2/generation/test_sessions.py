@@ -16,8 +16,8 @@ from blipq_worker.blip2.decoding.static.attention import MaskedAttention
 from blipq_worker.blip2.generation import sessions
 from blipq_worker.catalog.params import resolve
 from blipq_worker.engine.backend import Engine
-from blipq_worker.seam.interface import ItemFailed
-from blipq_worker.seam.requests import GenerationParams
+from blipq_worker.inference.interface import ItemFailed
+from blipq_worker.inference.requests import GenerationParams
 from conftest import wait_until
 from worker.asking import Asking, texts_of
 
@@ -234,7 +234,7 @@ def test_both_models_and_beams_run_side_by_side(
 ) -> None:
     models = {"opt": opt, "t5": t5}
     asked = [(name, each) for name, model in models.items() for each in several(model, pictures)]
-    asked = [(name, each) for name, each in asked if each.prompts]  # the seam takes no other
+    asked = [(name, each) for name, each in asked if each.prompts]  # the interface takes no other
     asked += [("opt", item(opt, picture, num_beams=2)) for picture in pictures]
     expected = [models[name].generate([each])[0] for name, each in asked]
     futures = [engine.send(each, name) for name, each in asked]

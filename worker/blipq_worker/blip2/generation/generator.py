@@ -34,7 +34,7 @@ from blipq_worker.blip2.text.padding import padded
 from blipq_worker.blip2.vision.features import Vision
 from blipq_worker.blip2.vision.preprocessing import Pixels
 from blipq_worker.catalog.params import invalid
-from blipq_worker.seam.requests import GenerationParams
+from blipq_worker.inference.requests import GenerationParams
 
 log = logging.getLogger(__name__)
 

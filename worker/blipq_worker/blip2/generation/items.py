@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from blipq_worker.blip2.vision.preprocessing import Pixels
-from blipq_worker.seam.requests import GenerationParams
+from blipq_worker.inference.requests import GenerationParams
 
 
 @dataclass(frozen=True, slots=True, eq=False)

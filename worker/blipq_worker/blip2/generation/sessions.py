@@ -12,7 +12,7 @@ from blipq_worker.blip2.generation.halving import by_halves
 from blipq_worker.blip2.generation.items import GeneratedText, GenerateItem
 from blipq_worker.blip2.generation.routing import Loop
 from blipq_worker.blip2.vision.preprocessing import Pixels
-from blipq_worker.seam.requests import GenerationParams
+from blipq_worker.inference.requests import GenerationParams
 
 #: Most rows that join at one step, while the others wait: each costs its image's pass. Where more
 #: than half of the slots are taken, at least half as many join together: reading prompts stops the

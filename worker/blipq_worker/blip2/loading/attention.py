@@ -8,7 +8,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from blipq_worker.seam.requests import Family
+from blipq_worker.inference.requests import Family
 
 if TYPE_CHECKING:
     from blipq_worker.blip2.loading.precision import Precision

@@ -27,7 +27,7 @@ from blipq_worker.catalog.weights import (
     told_of_file,
     weight_files,
 )
-from blipq_worker.seam.requests import Family
+from blipq_worker.inference.requests import Family
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from blipq_worker.blip2.loading.packing import has_kernels
-from blipq_worker.seam.requests import Family
+from blipq_worker.inference.requests import Family
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 

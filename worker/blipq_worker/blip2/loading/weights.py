@@ -24,7 +24,7 @@ from blipq_worker.blip2.loading.attention import Attention, choose_attention
 from blipq_worker.blip2.loading.checkpoints import Checkpoint, CheckpointError
 from blipq_worker.blip2.loading.compiling import compile_parts
 from blipq_worker.blip2.loading.precision import Dtype, Precision, choose_precision
-from blipq_worker.seam.requests import Family
+from blipq_worker.inference.requests import Family
 
 log = logging.getLogger(__name__)
 

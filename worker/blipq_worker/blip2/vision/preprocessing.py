@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from blipq_worker.blip2.loading.checkpoints import Checkpoint, CheckpointError
-from blipq_worker.seam.requests import Recipe
+from blipq_worker.inference.requests import Recipe
 
 # What of an image processor's configuration makes a difference to the pixels.
 _RECIPE = (

@@ -8,11 +8,11 @@ from typing import Any
 
 import msgspec
 
-from blipq_worker.seam.front import Front, Work
-from blipq_worker.seam.interface import Backend, ItemFailed, Rows
-from blipq_worker.seam.protocol import Known, Knows, ProtocolError, Submit
-from blipq_worker.seam.requests import Failure, ImagePixels, Item, ModelInfo, Outcome
-from blipq_worker.seam.stream import Frame
+from blipq_worker.inference.front import Front, Work
+from blipq_worker.inference.interface import Backend, ItemFailed, Rows
+from blipq_worker.inference.protocol import Known, Knows, ProtocolError, Submit
+from blipq_worker.inference.requests import Failure, ImagePixels, Item, ModelInfo, Outcome
+from blipq_worker.inference.stream import Frame
 
 log = logging.getLogger(__name__)
 

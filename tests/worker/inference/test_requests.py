@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blipq_worker.seam import (
+from blipq_worker.inference import (
     Answer,
     Array,
     Embed,
@@ -33,7 +33,7 @@ from blipq_worker.seam import (
     Rerank,
     Reranked,
 )
-from blipq_worker.seam.protocol import (
+from blipq_worker.inference.protocol import (
     FROM_ENGINES,
     FROM_FRONTS,
     HEADER_SIZE,
@@ -53,7 +53,7 @@ from blipq_worker.seam.protocol import (
     encoded,
     encoded_answers,
 )
-from worker.seam.stand_in import INFO, TWO
+from worker.inference.stand_in import INFO, TWO
 
 FRONTS, ENGINES = Vocabulary(FROM_FRONTS), Vocabulary(FROM_ENGINES)
 

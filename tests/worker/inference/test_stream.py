@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blipq_worker.seam import ProtocolError
-from blipq_worker.seam.protocol import (
+from blipq_worker.inference import ProtocolError
+from blipq_worker.inference.protocol import (
     FROM_FRONTS,
     HEADER_SIZE,
     Cancel,
@@ -19,8 +19,8 @@ from blipq_worker.seam.protocol import (
     Vocabulary,
     encoded,
 )
-from blipq_worker.seam.stream import Ended, Reader
-from worker.seam.stand_in import SIZE, item
+from blipq_worker.inference.stream import Ended, Reader
+from worker.inference.stand_in import SIZE, item
 
 PIXELS = bytes(range(256)) * (SIZE // 256)
 ITEM = Submit("default", "normal", 60.0, item())

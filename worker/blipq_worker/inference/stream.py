@@ -4,7 +4,7 @@ import socket
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from blipq_worker.seam.protocol import HEADER_SIZE, Header, ProtocolError, Vocabulary
+from blipq_worker.inference.protocol import HEADER_SIZE, Header, ProtocolError, Vocabulary
 
 #: Read at once where less is wanted: a header, a usual body, and the first pixels.
 _AHEAD = 4096

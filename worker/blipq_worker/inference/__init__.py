@@ -10,9 +10,9 @@ never holds more of its items; each item is answered exactly once, cancelled one
 its credit back with the answer. Images go by the digests of their pixels, which the engine takes.
 """
 
-from blipq_worker.seam.address import AddressError
-from blipq_worker.seam.client import EngineClient
-from blipq_worker.seam.interface import (
+from blipq_worker.inference.address import AddressError
+from blipq_worker.inference.client import EngineClient
+from blipq_worker.inference.interface import (
     Backend,
     EngineBusy,
     EngineGone,
@@ -24,9 +24,9 @@ from blipq_worker.seam.interface import (
     Rows,
     UnknownModel,
 )
-from blipq_worker.seam.local import LocalInference
-from blipq_worker.seam.protocol import ProtocolError
-from blipq_worker.seam.requests import (
+from blipq_worker.inference.local import LocalInference
+from blipq_worker.inference.protocol import ProtocolError
+from blipq_worker.inference.requests import (
     Answer,
     Array,
     Embed,
@@ -53,7 +53,7 @@ from blipq_worker.seam.requests import (
     Reranked,
     Value,
 )
-from blipq_worker.seam.server import EngineServer
+from blipq_worker.inference.server import EngineServer
 
 __all__ = [
     "AddressError",

@@ -11,11 +11,11 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
-from blipq_worker.seam.address import check_path
-from blipq_worker.seam.connection import Connection
-from blipq_worker.seam.interface import EngineGone, UnknownModel
-from blipq_worker.seam.protocol import Beat, Hello, Knows, Submit, checked
-from blipq_worker.seam.requests import (
+from blipq_worker.inference.address import check_path
+from blipq_worker.inference.connection import Connection
+from blipq_worker.inference.interface import EngineGone, UnknownModel
+from blipq_worker.inference.protocol import Beat, Hello, Knows, Submit, checked
+from blipq_worker.inference.requests import (
     Answer,
     Feature,
     Item,

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from blipq_worker.seam.interface import Handle
-from blipq_worker.seam.protocol import FROM_FRONTS, ProtocolError, Vocabulary
-from blipq_worker.seam.stream import Reader
+from blipq_worker.inference.interface import Handle
+from blipq_worker.inference.protocol import FROM_FRONTS, ProtocolError, Vocabulary
+from blipq_worker.inference.stream import Reader
 
 #: What a front may leave unread: all its credits' worth of usual features.
 MOST_UNREAD = 32 * 2**20

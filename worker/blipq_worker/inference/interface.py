@@ -1,4 +1,4 @@
-"""The seam: what callers see of an engine (``Inference``), and what it must offer (``Backend``).
+"""What callers see of an engine (``Inference``), and what an engine must offer (``Backend``).
 
 Callers are the same whether the engine is in their process or in another one. An item comes to
 nothing by one of these:
@@ -15,7 +15,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, Protocol
 
-from blipq_worker.seam.requests import (
+from blipq_worker.inference.requests import (
     Answer,
     Failure,
     Feature,
@@ -96,7 +96,7 @@ class Inference(Protocol):
 
 
 class Backend(Protocol):
-    """The models behind a seam.
+    """The models behind an interface.
 
     Behind an ``EngineServer`` all is called on the thread that polls; in one process with its
     callers all is called on theirs.

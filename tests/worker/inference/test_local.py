@@ -1,11 +1,11 @@
-"""The seam without a socket behaves as the one with a socket does."""
+"""The interface in one process behaves as the one with a socket does."""
 
 from concurrent.futures import CancelledError
 from contextlib import closing
 
 import pytest
 
-from blipq_worker.seam import (
+from blipq_worker.inference import (
     EngineGone,
     Failure,
     Generate,
@@ -16,7 +16,7 @@ from blipq_worker.seam import (
     LocalInference,
     UnknownModel,
 )
-from worker.seam.stand_in import INFO, MODELS, NAME, StandIn, item, pixels
+from worker.inference.stand_in import INFO, MODELS, NAME, StandIn, item, pixels
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from blipq_worker.seam import (
+from blipq_worker.inference import (
     Answer,
     EngineBusy,
     EngineClient,
@@ -30,7 +30,7 @@ from blipq_worker.seam import (
     UnknownModel,
 )
 from conftest import ROOT, wait_until
-from worker.seam.stand_in import INFO, MODELS, NAME, SIDE, Served, item, pixels, serving
+from worker.inference.stand_in import INFO, MODELS, NAME, SIDE, Served, item, pixels, serving
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_an_item_that_the_engine_gives_up_is_cancelled(holding: Served) -> None:
 
 
 def test_a_failure_of_an_item_has_its_code(holding: Served) -> None:
-    from blipq_worker.seam import Failure
+    from blipq_worker.inference import Failure
 
     with a_client(holding.path) as client:
         future = ask(client)
@@ -367,7 +367,7 @@ class Process:
 
 @contextmanager
 def an_engine(path: Path, *options: str) -> Iterator[Process]:
-    process = Process("-m", "worker.seam.stand_in", str(path), *options)
+    process = Process("-m", "worker.inference.stand_in", str(path), *options)
     try:
         assert process.first == "ready"
         yield process
@@ -429,8 +429,8 @@ def test_a_send_to_a_frozen_engine_ends(path: Path) -> None:
 FRONT = """
 import sys, time
 from pathlib import Path
-from blipq_worker.seam import EngineClient
-from worker.seam.stand_in import item
+from blipq_worker.inference import EngineClient
+from worker.inference.stand_in import item
 client = EngineClient(Path(sys.argv[1]))
 for value in range(16):
     client.submit("default", item(value), "normal")
@@ -439,8 +439,8 @@ time.sleep(60)
 """
 HALF = """
 import socket, sys, time
-from blipq_worker.seam.protocol import Hello, Submit, encoded
-from worker.seam.stand_in import SIZE, item
+from blipq_worker.inference.protocol import Hello, Submit, encoded
+from worker.inference.stand_in import SIZE, item
 raw = socket.socket(socket.AF_UNIX)
 raw.connect(sys.argv[1])
 submit = Submit("default", "normal", None, item())
@@ -502,7 +502,7 @@ def test_engines_may_be_killed_again_and_again_under_load(path: Path) -> None:
 
 
 def test_importing_the_seam_loads_neither_a_model_nor_a_queue() -> None:
-    code = "import blipq_worker.seam, sys; print(*sys.modules)"
+    code = "import blipq_worker.inference, sys; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
     loaded = {name.partition(".")[0] for name in ran.stdout.split()}

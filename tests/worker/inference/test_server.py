@@ -18,7 +18,7 @@ import msgspec
 import psutil
 import pytest
 
-from blipq_worker.seam import (
+from blipq_worker.inference import (
     Answer,
     Array,
     Embedded,
@@ -29,7 +29,7 @@ from blipq_worker.seam import (
     front,
     server,
 )
-from blipq_worker.seam.protocol import (
+from blipq_worker.inference.protocol import (
     FROM_ENGINES,
     Answers,
     Beat,
@@ -44,9 +44,9 @@ from blipq_worker.seam.protocol import (
     Welcome,
     encoded,
 )
-from blipq_worker.seam.stream import Ended, Reader, no_pixels
+from blipq_worker.inference.stream import Ended, Reader, no_pixels
 from conftest import wait_until
-from worker.seam.stand_in import NAME, SIZE, Served, answered, item, serving
+from worker.inference.stand_in import NAME, SIZE, Served, answered, item, serving
 
 HELLO = encoded(Hello(1, "raw"))
 ITEM = Submit("default", "normal", 60.0, item())
@@ -655,8 +655,8 @@ def test_a_process_of_a_user_who_is_allowed_is_served() -> None:
 
 AS_NOBODY = """
 import os, socket, sys
-from blipq_worker.seam.protocol import FROM_ENGINES, Hello, Vocabulary, encoded
-from blipq_worker.seam.stream import Reader, no_pixels
+from blipq_worker.inference.protocol import FROM_ENGINES, Hello, Vocabulary, encoded
+from blipq_worker.inference.stream import Reader, no_pixels
 import time
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 raw = socket.socket(socket.AF_UNIX)

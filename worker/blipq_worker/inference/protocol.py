@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from blipq_worker.seam.requests import (
+from blipq_worker.inference.requests import (
     Count,
     Digest,
     Failure,

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-from blipq_worker.seam.protocol import Goodbye, encoded
+from blipq_worker.inference.protocol import Goodbye, encoded
 
 log = logging.getLogger(__name__)
 

@@ -1,11 +1,11 @@
-"""The seam without a socket: callers and engine in one process."""
+"""The interface in one process: callers and engine without a socket between them."""
 
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 
-from blipq_worker.seam.interface import (
+from blipq_worker.inference.interface import (
     CheckingBackend,
     EngineGone,
     Handle,
@@ -13,8 +13,8 @@ from blipq_worker.seam.interface import (
     UnknownModel,
     settle,
 )
-from blipq_worker.seam.protocol import Submit, checked
-from blipq_worker.seam.requests import (
+from blipq_worker.inference.protocol import Submit, checked
+from blipq_worker.inference.requests import (
     Answer,
     Failure,
     Feature,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from blipq_worker.seam import AddressError, EngineClient
-from blipq_worker.seam.address import Address
+from blipq_worker.inference import AddressError, EngineClient
+from blipq_worker.inference.address import Address
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_second_engine_at_the_same_path_is_refused(folder: Path) -> None:
 
 LISTEN = """
 import sys, time; from pathlib import Path
-from blipq_worker.seam.address import Address
+from blipq_worker.inference.address import Address
 address = Address(Path(sys.argv[1])); print("ready", flush=True); time.sleep(60)
 """
 

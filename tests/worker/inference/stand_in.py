@@ -1,4 +1,4 @@
-"""An engine without a model, in a thread or as a process: ``python -m worker.seam.stand_in``.
+"""An engine without a model, in a thread or as a process: ``python -m worker.inference.stand_in``.
 
 It answers at once, or keeps what it gets until it is told or cancelled.
 """
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from blipq_worker.seam import (
+from blipq_worker.inference import (
     Answer,
     EngineServer,
     Failure,

@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from blipq_worker.seam.interface import EngineBusy, EngineGone, settle
-from blipq_worker.seam.protocol import (
+from blipq_worker.inference.interface import EngineBusy, EngineGone, settle
+from blipq_worker.inference.protocol import (
     FROM_ENGINES,
     Answers,
     Beat,
@@ -25,8 +25,8 @@ from blipq_worker.seam.protocol import (
     Welcome,
     encoded,
 )
-from blipq_worker.seam.requests import Answer, Outcome
-from blipq_worker.seam.stream import Ended, Frame, Reader, no_pixels
+from blipq_worker.inference.requests import Answer, Outcome
+from blipq_worker.inference.stream import Ended, Frame, Reader, no_pixels
 
 #: Enough for an image and its request, where the system allows it: then sending does not wait.
 _SEND_BUFFER = 2**20

@@ -16,11 +16,11 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-from blipq_worker.seam.address import Door, Full, farewell
-from blipq_worker.seam.front import Front, Work
-from blipq_worker.seam.intake import Intake
-from blipq_worker.seam.interface import Backend, HeapRows, Rows
-from blipq_worker.seam.protocol import (
+from blipq_worker.inference.address import Door, Full, farewell
+from blipq_worker.inference.front import Front, Work
+from blipq_worker.inference.intake import Intake
+from blipq_worker.inference.interface import Backend, HeapRows, Rows
+from blipq_worker.inference.protocol import (
     Beat,
     Cancel,
     Hello,
@@ -32,9 +32,9 @@ from blipq_worker.seam.protocol import (
     encoded,
     encoded_answers,
 )
-from blipq_worker.seam.requests import Outcome
-from blipq_worker.seam.stream import Ended, Frame
-from blipq_worker.seam.turns import Turns
+from blipq_worker.inference.requests import Outcome
+from blipq_worker.inference.stream import Ended, Frame
+from blipq_worker.inference.turns import Turns
 
 log = logging.getLogger(__name__)
 
