@@ -1,1 +1,1 @@
-"""What each kind of job asks of a model, and what it makes of the answers: a file for each kind."""
+"""What each kind of job asks of a model, and what it makes of the answers."""
