@@ -37,6 +37,7 @@ from blipq_worker.inference.protocol import (
     FROM_ENGINES,
     FROM_FRONTS,
     HEADER_SIZE,
+    MOST_SUBMITTED,
     Answers,
     Beat,
     Cancel,
@@ -305,7 +306,7 @@ def test_random_bodies_are_refused_or_are_messages(data: bytes, number: int) -> 
     [
         ({"number": 18}, "not for this side"),
         ({"number": 0}, "not for this side"),
-        ({"body": 4 * 2**20 + 1}, "at most"),
+        ({"body": MOST_SUBMITTED + 1}, "at most"),
         ({"number": 3, "body": 17}, "at most"),
         ({"number": 1, "blob": 1}, "pixels"),
     ],

@@ -19,6 +19,7 @@ from blipq.contract import (
 )
 from blipq.index.store import Entry
 from blipq_worker.catalog.prompts import vqa_prompt
+from blipq_worker.inference.protocol import Submit, checked
 from blipq_worker.inference.requests import (
     Array,
     Embed,
@@ -329,6 +330,69 @@ def test_what_a_job_needs_of_its_image_and_whether_it_can_be_shared(
 ) -> None:
     assert spec_of(asked).needs(asked) == features
     assert spec_of(asked).is_repeatable(asked) == repeatable
+
+
+#: As long as a text of a request may be, of characters that take four bytes.
+WIDE = "\N{GRINNING FACE}" * 4096
+#: Each parameter at its greatest or its least.
+GENERATION = {
+    **{"max_new_tokens": 512, "min_new_tokens": 512, "num_beams": 16, "num_return_sequences": 16},
+    **{"do_sample": True, "temperature": 10, "top_p": 1, "top_k": 1000, "seed": 2**63 - 1},
+    **{"repetition_penalty": 10, "no_repeat_ngram_size": 32, "length_penalty": -10},
+}
+CHOICES = [f"{number:03}{WIDE[3:]}" for number in range(256)]
+
+
+class Sent(Exception):
+    """The items of a job were sent."""
+
+
+class Wire(Model):
+    """Encodes what is sent as for an engine in another process."""
+
+    def all(self, parts: list[Part[Any]]) -> list[Any]:
+        for part in parts:
+            checked(Submit("default", "normal", None, part.item), 1)
+        raise Sent
+
+    def one(self, part: Part[Any]) -> Any:
+        return self.all([part])
+
+    def fits(self, item: Any) -> bool:
+        checked(Submit("default", "normal", None, item), 1)
+        return True
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        CaptionRequest(image=IMAGE, prompt=WIDE, generation=GENERATION),
+        CaptionRequest(image=IMAGE, best_of=16, generation={"num_beams": 1}),
+        VQARequest(image=IMAGE, questions=[WIDE] * 64, generation=GENERATION),
+        VQARequest(image=IMAGE, questions=[WIDE] * 64, choices=CHOICES),
+        VQARequest(
+            image=IMAGE,
+            questions=["why?"] * 64,
+            choices=CHOICES,
+            history=[Turn(question=WIDE, answer=WIDE[:3900])] * 4,
+        ),
+        MatchRequest(image=IMAGE, texts=[WIDE] * 256),
+        EmbedRequest(image=IMAGE, text=WIDE, mode="multimodal"),
+        DescribeRequest(
+            image=IMAGE,
+            questions=[WIDE] * 64,
+            texts=[WIDE] * 256,
+            embed=True,
+            generation=GENERATION,
+        ),
+        SearchRequest(index="cats", text=WIDE),
+    ],
+    ids=lambda request: request.kind,
+)
+def test_the_largest_request_of_a_kind_is_within_the_bounds_of_its_items(request_: Any) -> None:
+    image = ImagePixels("0" * 64, True) if spec_of(request_).image_of(request_) else None
+    with pytest.raises(Sent):
+        answer(request_, image, Wire())
 
 
 def test_every_kind_has_a_spec_in_the_module_of_its_name() -> None:

@@ -30,8 +30,10 @@ from blipq_worker.inference.requests import (
 )
 
 VERSION = 1
-#: Bodies: 256 texts as the contract bounds them, in the longest UTF-8; 64 models; some features.
-MOST_SUBMITTED, MOST_TOLD, MOST_SMALL = 4 * 2**20, 16 * 2**20, 32 * 1024
+#: Bodies. An item in the longest UTF-8: 64 prompts of 32,768 characters, 256 choices or texts of
+#: 4,096 as the contract bounds them, and all else. Answers: some features.
+MOST_SUBMITTED = 4 * (64 * 32_768 + 256 * 4096) + 64 * 1024
+MOST_TOLD, MOST_SMALL = 16 * 2**20, 32 * 1024
 #: Answers go together until their bodies are so long.
 ANSWERS_TOGETHER = 256 * 1024
 
