@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -296,16 +297,25 @@ def test_the_receipt_says_what_looking_took_and_whether_the_image_was_known(
 def forgetful(parts: Parts) -> list[bool]:
     """Has the model forget all images after each was loaded; whether loads brought pixels."""
     loaded: list[bool] = []
-    load = parts.pictures.load
 
-    def forgotten(*args: Any, **kwargs: Any) -> ImagePixels:
-        image = load(*args, **kwargs)
+    def forget(image: ImagePixels) -> None:
         parts.model.known.clear()
         loaded.append(bool(image.pixels))
+
+    meanwhile(parts, forget)
+    return loaded
+
+
+def meanwhile(parts: Parts, call: Callable[[ImagePixels], object]) -> None:
+    """Calls with each image between its loading and its item."""
+    load = parts.pictures.load
+
+    def loaded(*args: Any, **kwargs: Any) -> ImagePixels:
+        image = load(*args, **kwargs)
+        call(image)
         return image
 
-    parts.pictures.load = forgotten  # type: ignore[method-assign]
-    return loaded
+    parts.pictures.load = loaded  # type: ignore[method-assign]
 
 
 def test_an_image_that_the_model_forgets_meanwhile_is_sent_with_its_pixels(
@@ -328,6 +338,27 @@ def test_all_parts_of_a_description_outlive_a_forgotten_image(parts: Parts, pict
     assert loaded[:2] == [False, True]
     assert info.result.caption.text == "30 x 20"
     assert info.result.embed["size"].tolist() == [30, 20]
+
+
+def test_a_job_is_about_one_image_however_often_that_is_fetched(
+    parts: Parts, picture: bytes
+) -> None:
+    put = parts.client.storage.client.put_object
+    bucket, key = "blipq-inbox", f"{uuid.uuid4()}.png"
+    put(Bucket=bucket, Key=key, Body=picture)
+    parts.model.known[hashlib.sha256(picture).hexdigest()] = (30, 20)
+
+    def replace_it(image: ImagePixels) -> None:
+        if not image.pixels:
+            parts.model.known.clear()
+            put(Bucket=bucket, Key=key, Body=png(50, 40))
+
+    meanwhile(parts, replace_it)
+    job = parts.client.caption(f"s3://{bucket}/{key}")
+    info = parts.run(job)
+    assert (info.status, info.last_error.code) == ("queued", "image_changed")
+    due_again(parts)
+    assert parts.run(job).result.text == "50 x 40"
 
 
 def together(parts: Parts, jobs: list[Job[Any]]) -> list[JobInfo]:
@@ -503,6 +534,23 @@ def test_an_image_of_an_index_that_is_forgotten_meanwhile_is_sent_with_its_pixel
     assert [(hit.id, hit.itm) for hit in info.result.hits] == [("b", 0.7), ("a", 0.5), ("c", None)]
     assert False in loaded
     assert True in loaded
+
+
+def test_an_image_of_an_index_that_is_forgotten_and_gone_meanwhile_is_skipped(
+    parts: Parts, pictures: dict[str, str]
+) -> None:
+    parts.model.known[hashlib.sha256(png(20, 70)).hexdigest()] = (20, 70)
+    bucket, key = pictures["b"].removeprefix("s3://").split("/")
+
+    def lose_b(image: ImagePixels) -> None:
+        if not image.pixels:
+            parts.model.known.clear()
+            parts.client.storage.client.delete_object(Bucket=bucket, Key=key)
+
+    meanwhile(parts, lose_b)
+    result = parts.run(parts.client.search("sizes", "x" * 10)).result
+    assert [hit.id for hit in result.hits] == ["c", "a"]
+    assert [(each.id, each.code) for each in result.skipped] == [("b", "image_not_found")]
 
 
 def test_hits_have_the_metadata_that_the_filter_asks_for(

@@ -171,13 +171,21 @@ class Asker:
     def _answer(
         self, item: Item, future: "Future[Answer]", deadline: float, reload: Reload
     ) -> Answer:
-        """Waits for an answer. An item that came without pixels may need them after all: once."""
+        """Waits for an answer. An item that came without pixels may need them after all: once.
+
+        Raises TransientError (image_changed) where other bytes lie there by then: the job's other
+        items, and jobs that it is coalesced with, are about the image as it was.
+        """
         try:
             return self._waited(future, deadline, "the model")
         except ItemFailed as error:
             if error.failure.kind != "image_unknown":
                 raise
-        return self._waited(self._submitted(replace(item, image=reload())), deadline, "the model")
+        image = reload()
+        if item.image is None or image.digest != item.image.digest:
+            message = "the image was replaced while the job ran"
+            raise TransientError(ErrorCode.IMAGE_CHANGED, message)
+        return self._waited(self._submitted(replace(item, image=image)), deadline, "the model")
 
     def _waited(self, future: "Future[AnswerT]", deadline: float, who: str) -> AnswerT:
         """What a Future holds. Raises Lost where the claim was lost meanwhile."""

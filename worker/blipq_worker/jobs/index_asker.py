@@ -30,6 +30,14 @@ from blipq_worker.receipt import Stopwatch
 _IMAGES_AT_ONCE = 16
 
 
+class _Unreadable(Exception):
+    """An image of an index cannot be read: no error of the model, which would fail the search."""
+
+    def __init__(self, reason: PermanentError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
 @dataclass(frozen=True, slots=True)
 class IndexAccess:
     """The indexes of a worker, and the thread that writes to them."""
@@ -72,13 +80,13 @@ class IndexAsker(Asker):
 
         def score(image: ImageRef) -> Reranked | PermanentError:
             try:
-                item = Rerank(self._load(image, True), text)
-            except PermanentError as error:
-                return error
-            deadline = time.monotonic() + self._timeout_s
-            with engine_errors():
-                future = self._submitted(item)
-                answer = self._answer(item, future, deadline, lambda: self._load(image, False))
+                item = Rerank(self._read(image, True), text)
+                deadline = time.monotonic() + self._timeout_s
+                with engine_errors():
+                    future = self._submitted(item)
+                    answer = self._answer(item, future, deadline, lambda: self._read(image, False))
+            except _Unreadable as error:
+                return error.reason
             return cast(Reranked, answer.value)
 
         pool = ThreadPoolExecutor(_IMAGES_AT_ONCE, thread_name_prefix="blipq-rerank")
@@ -87,6 +95,13 @@ class IndexAsker(Asker):
                 return list(pool.map(score, images))
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _read(self, image: ImageRef, spare: bool) -> ImagePixels:
+        """An image of an index; it may be gone when it is read, also when it is read again."""
+        try:
+            return self._load(image, spare)
+        except PermanentError as error:
+            raise _Unreadable(error) from error
 
     def add(self, index: str, entry: Entry) -> None:
         """Puts an image into an index."""
