@@ -1243,6 +1243,16 @@ def test_a_message_that_makes_no_sense_is_a_failed_job(
     assert (info.status, info.error.code) == ("failed", "invalid_request")
 
 
+def test_a_misspelled_field_of_a_job_sent_whole_is_told_with_those_that_there_are(
+    parts: Parts,
+) -> None:
+    request = {"image": "s3://uploads/a.png", "generation": {"num_beam": 1}}
+    parts.runner.run(Kind.CAPTION, "job_foreign", request)
+    message = parts.client.job("job_foreign").info().error.message
+    hint = "caption.generation.num_beam: unknown; did you mean num_beams? (accepted: max_new_tokens"
+    assert message.startswith(hint)
+
+
 def test_a_job_sent_whole_under_the_key_of_another_says_whose_it_is(
     parts: Parts, picture: bytes
 ) -> None:

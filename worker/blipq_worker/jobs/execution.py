@@ -143,7 +143,7 @@ def _parsed(text: str) -> Request:
     try:
         return request_adapter.validate_json(text)
     except ValidationError as error:
-        raise PermanentError(ErrorCode.INVALID_REQUEST, explain(error)) from None
+        raise PermanentError(ErrorCode.INVALID_REQUEST, explain(error, Request)) from None
 
 
 def _raise_internal(claim: Claim, error: Exception) -> NoReturn:

@@ -98,4 +98,4 @@ def _parsed(value: Any) -> Request:
     try:
         return request_adapter.validate_python(value)
     except ValidationError as error:
-        raise PermanentError(ErrorCode.INVALID_REQUEST, explain(error)) from None
+        raise PermanentError(ErrorCode.INVALID_REQUEST, explain(error, Request)) from None
