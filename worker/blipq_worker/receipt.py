@@ -20,6 +20,7 @@ class Stopwatch:
 
     def __init__(self, *, queue_ms: float, worker: str) -> None:
         self._fields: dict[str, float | int | str] = {"queue_ms": queue_ms, "worker": worker}
+        self._notes: list[str] = []
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -39,9 +40,10 @@ class Stopwatch:
         self._fields.update(facts)
 
     def note(self, text: str) -> None:
-        """Adds to what a person should know about the answer."""
-        known = self._fields.get("note")
-        self.say(note=text if known is None else f"{known}; {text}")
+        """Adds to what a person should know about the answer; each text once."""
+        if text not in self._notes:
+            self._notes.append(text)
+            self.say(note="; ".join(self._notes))
 
     def note_size(self, checkpoint: str, size: tuple[int, int]) -> None:
         """Warns who sent a photo to the demo model: its own pictures are small."""

@@ -1,4 +1,4 @@
-"""A page of hits: ``python -m blipq.index.gallery FILE`` with a search's result on stdin.
+"""A page of hits: what ``blipq search --html`` writes.
 
 One HTML file that needs nothing else, not even a network or JavaScript. What it shows came from
 strangers, so every text is escaped and every picture is drawn anew.

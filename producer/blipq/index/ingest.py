@@ -1,6 +1,4 @@
-"""``blipq index``: ``python -m blipq.index.ingest``.
-
-Needs no model: workers look at the images.
+"""Fills an index: what ``blipq index`` does. Needs no model: workers look at the images.
 
 Nothing is noted between runs. What is in the index with the ETag that S3 lists is done; the rest is
 submitted. So a run that was killed is simply run again, and submits again at most what was in

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -215,6 +216,17 @@ def test_a_photo_for_the_demo_model_is_noted_though_it_is_known(
         parts.load()
         assert DEMO_NOTE in parts.watch.receipt()
     assert parts.fetcher.downloads == 1
+
+
+def test_a_photo_that_is_loaded_again_for_its_job_is_noted_once(
+    parts: Parts, storage: Storage
+) -> None:
+    """The model may have forgotten it meanwhile."""
+    storage.put(PLACE, LARGE, content_type="image/png")
+    watch, place = Stopwatch(queue_ms=0, worker="w"), ImageRef(uri=PLACE)
+    for spare in (True, False):
+        parts.pictures.load(place, "default", {"generation"}, watch, parts.lost, spare=spare)
+    assert json.loads(watch.receipt())["note"] == DEMO_NOTE
 
 
 def test_a_claim_that_is_lost_decodes_nothing(parts: Parts) -> None:
