@@ -1,6 +1,6 @@
 """Which URLs are met: hostile ones never connect, neither by their text nor by their addresses.
 
-Here on the way of a webhook; ``worker/test_https.py`` takes images along the same URLs.
+Here on the way of a webhook; ``worker/images/test_https.py`` takes images along the same URLs.
 """
 
 import asyncio

@@ -658,6 +658,17 @@ def test_an_unexpected_failure_of_the_model_is_internal(parts: Parts, picture: b
     assert info.error.message == "ZeroDivisionError: division by zero"
 
 
+def test_the_log_has_the_cause_of_a_models_failure_under_the_jobs_id(
+    parts: Parts, picture: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts.model.before = lambda: 1 / 0
+    job = parts.client.caption(picture)
+    parts.fail(job)
+    (told,) = [each.getMessage() for each in caplog.records if "Traceback" in each.getMessage()]
+    assert told.startswith(f"{job.id}: ZeroDivisionError: division by zero\nTraceback")
+    assert "in generate\n" in told
+
+
 def test_a_job_that_needs_too_much_memory_says_so(parts: Parts, picture: bytes) -> None:
     def out_of_memory() -> None:
         raise MemoryError

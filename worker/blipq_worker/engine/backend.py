@@ -1,7 +1,7 @@
 """The resident models behind one batcher: the one place where jobs meet the GPU."""
 
-import logging
 import time
+import traceback
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -29,7 +29,8 @@ from blipq_worker.inference.requests import (
     Priority,
 )
 
-log = logging.getLogger(__name__)
+#: Characters of a traceback that a failure carries, from its end.
+MOST_TRACE = 32_768
 
 _URGENCY: Mapping[Priority, int] = {"high": 0, "normal": 1, "low": 2}
 
@@ -193,8 +194,8 @@ def failure_of(error: BaseException) -> Failure:
     if is_out_of_memory(error):
         message = "the model ran out of memory on this job alone"
         return Failure("permanent", ErrorCode.OUT_OF_MEMORY, message)
-    log.error("an item failed: %s", error, exc_info=error)
-    return Failure("internal", ErrorCode.INTERNAL, f"{type(error).__name__}: {error}")
+    trace = "".join(traceback.format_exception(error))[-MOST_TRACE:]
+    return Failure("internal", ErrorCode.INTERNAL, f"{type(error).__name__}: {error}", trace)
 
 
 def _settle(done: Callable[[Outcome], None], future: "Future[Answer]") -> None:

@@ -205,12 +205,13 @@ class Failure(Plain, frozen=True, tag="failure"):
     kind: ``permanent``: the same item would fail again. ``transient``: it may pass later.
     ``internal``: a fault of the engine's. ``image_unknown``: the image came without pixels and was
     forgotten meanwhile: ask again, with pixels. ``cancelled``: nobody waits for it, or its deadline
-    has passed.
+    has passed. trace: an internal failure's traceback, for the log of whoever knows the job.
     """
 
     kind: Literal["permanent", "transient", "internal", "image_unknown", "cancelled"]
     code: str
     message: str
+    trace: str = ""
 
 
 Outcome = Answer | Failure

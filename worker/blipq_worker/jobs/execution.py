@@ -14,7 +14,7 @@ from blipq.submission import explain
 from blipq_worker.claims import Held, Lost
 from blipq_worker.engine.faults import is_out_of_memory
 from blipq_worker.images.loader import Pictures
-from blipq_worker.inference.interface import Inference
+from blipq_worker.inference.interface import Inference, ItemFailed
 from blipq_worker.inference.requests import Feature, ImagePixels
 from blipq_worker.jobs.asker import engine_errors
 from blipq_worker.jobs.coalescing import EqualJobs
@@ -55,7 +55,10 @@ class Execution:
         try:
             with engine_errors():
                 return self._result(claim, watch)
-        except (WorkError, Lost):
+        except WorkError as error:
+            _log_fault(claim, error)
+            raise
+        except Lost:
             raise
         except CancelledError as error:
             raise Lost from error
@@ -144,6 +147,13 @@ def _parsed(text: str) -> Request:
         return request_adapter.validate_json(text)
     except ValidationError as error:
         raise PermanentError(ErrorCode.INVALID_REQUEST, explain(error, Request)) from None
+
+
+def _log_fault(claim: Claim, error: WorkError) -> None:
+    """Logs where the model failed, which only the engine saw, under the job's id."""
+    cause = error.__cause__
+    if isinstance(cause, ItemFailed) and cause.failure.kind == "internal":
+        log.error("%s: %s\n%s", claim.id, cause.failure.message, cause.failure.trace)
 
 
 def _raise_internal(claim: Claim, error: Exception) -> NoReturn:
