@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from blipq.client.backend import AsyncServices, Backend, Services
 from blipq.contract import ErrorCode, JobError, JobInfo, Kind, Receipt, Request, Result, Status
+from blipq.contract.base import Output
 from blipq.errors import WorkError
 from blipq.ledger.codec import Message
 from blipq.ledger.keys import ended_channel
@@ -117,6 +118,8 @@ class FakeBlipq(Backend):
                 answer = answer(request)
             if isinstance(answer, WorkError):
                 raise answer
+            if not isinstance(answer, Output):
+                raise TypeError(f"an answer must be a result, not {type(answer).__name__}")
         except WorkError as error:
             return JobError(code=error.code, message=str(error), retryable=error.retryable)
         except Exception as error:

@@ -3,6 +3,7 @@
 import functools
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,13 @@ def test_an_answer_that_raises_is_an_internal_error(fake: FakeBlipq) -> None:
     with Client(backend=fake) as client, pytest.raises(JobFailed, match="a bug") as raised:
         client.caption("s3://uploads/cat.jpg").result(timeout=1)
     assert raised.value.code == ErrorCode.INTERNAL
+
+
+@pytest.mark.parametrize("answer", [None, "a cat", {"kind": "caption", "captions": []}])
+def test_an_answer_that_is_no_result_is_an_internal_error(fake: FakeBlipq, answer: Any) -> None:
+    fake.answer("caption", lambda request: answer)
+    with Client(backend=fake) as client, pytest.raises(JobFailed, match="must be a result, not"):
+        client.caption("s3://uploads/cat.jpg").result(timeout=1)
 
 
 def test_what_was_asked_and_stored_can_be_looked_at(fake: FakeBlipq) -> None:
