@@ -176,6 +176,17 @@ def test_an_answer_too_long_for_any_message_is_a_failure() -> None:
     assert (id, outcome.kind) == (1, "permanent")
 
 
+def test_a_failure_whose_text_has_no_utf_8_is_told_all_the_same() -> None:
+    """Names of files may be such texts, and errors repeat them."""
+    (data,) = encoded_answers([(1, Failure("internal", "internal", "no file '\udcff'"))])
+    ((id, outcome),) = ENGINES.decoded(
+        Header.unpacked(data[:HEADER_SIZE]), data[HEADER_SIZE:]
+    ).outcomes
+    assert id == 1
+    assert isinstance(outcome, Failure)
+    assert "\\udcff" in outcome.message
+
+
 def test_an_answer_that_is_no_plain_data_is_a_failure() -> None:
     wrong = Answer(Matched((object(),)), 1.0, 1.0, 1)  # type: ignore[arg-type]
     [message] = encoded_answers([(1, wrong)])

@@ -254,7 +254,7 @@ def _entry(id: int, outcome: Outcome) -> bytes:
     """An answer's part of the body; a failure where no message can have it."""
     try:
         entry = _encoder.encode((id, outcome))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: a text without UTF-8
         return _encoder.encode((id, Failure("internal", "internal", f"no answer: {error}")))
     if len(entry) <= MOST_TOLD - 64:
         return entry
