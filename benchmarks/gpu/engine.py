@@ -180,7 +180,8 @@ def _keep_full(
         if time.monotonic() - started > 10 * seconds:
             raise TimeoutError(f"{len(times)} captions in {10 * seconds:.0f} s")
         if room.acquire(timeout=0.1):
-            item = Generate(images[len(futures) % len(images)], ("",), params)
+            pixels = images[len(futures) % len(images)].pixels
+            item = Generate(ImagePixels(pixels=pixels), ("",), params)  # of a job of its own
             futures.append(inference.submit("default", item, "normal"))
             futures[-1].add_done_callback(end)
     rate = (len(times) - slots) / (times[-1] - times[slots - 1])

@@ -204,3 +204,33 @@ def test_a_front_hears_how_much_there_is_to_do(asked: Asked, pictures: list[Imag
     assert asked.engine.load() == Load(2, 0)
     for future in futures:
         future.cancel()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_all_items_of_one_job_are_encoded_once_without_a_cache(
+    checkpoints: dict[str, Path], pictures: list[Image.Image], at_once: bool
+) -> None:
+    """Items of four batches; sent one after the other, as those of a caption with best_of."""
+    cache = FeatureCache(0)
+    model = Blip2.load(
+        str(checkpoints["opt"]), str(checkpoints["itm"]), dtype="float32", cache=cache
+    )
+    asked = Asked(model, cache)
+    encoded: list[int] = []
+    tower = model.matcher.model.vision_model  # type: ignore[union-attr]
+    tower.register_forward_hook(lambda *_: encoded.append(1))
+    asked.engine.batcher.start()
+    try:
+        image = asked.image(pictures[0])
+        sent: list[Item] = [
+            Match(image, TEXTS, "itm"),
+            Match(image, TEXTS, "itc"),
+            Embed("image", image),
+            Embed("multimodal", image, TEXTS[0]),
+            Rerank(image, TEXTS[0]),
+        ]
+        answers = asked.ask(*sent) if at_once else [asked.ask(item)[0] for item in sent]
+        assert len(encoded) == 1
+        assert any(answer.vision_ms == 0 for answer in answers)
+    finally:
+        asked.engine.batcher.close(timeout=10)

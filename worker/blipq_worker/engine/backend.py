@@ -96,6 +96,9 @@ class Engine:
     ) -> None:
         self._models = dict(models)
         self._times = VisionTimes()
+        #: What is known of images whose items share them, as long as whoever sends these keeps the
+        #: image: all items of a job are encoded once, whatever the cache holds.
+        self._features: WeakKeyDictionary[ImagePixels, dict[str, Any]] = WeakKeyDictionary()
         self.batcher: Batcher[Task, Answer] = Batcher(
             self._run,
             max_batch_size=max_batch_size,
@@ -162,13 +165,18 @@ class Engine:
     def _pixels(self, model: str, image: ImagePixels, feature: Feature) -> Pixels:
         """What the model is given of an image. Raises ItemFailed (image_unknown)."""
         served = self._models[model]
+        features = self._features.setdefault(image, {})
         if image.pixels:
-            return served.pixels(image.pixels, digest=image.digest, whole=image.whole)
-        # What is held from now on cannot be forgotten before the pass.
-        known = None if image.digest is None else served.recall(image.digest, [feature])
-        if known is None:
-            raise ItemFailed(Failure("image_unknown", ErrorCode.INTERNAL, _FORGOTTEN))
-        return known
+            pixels = served.pixels(image.pixels, digest=image.digest, whole=image.whole)
+        else:
+            # What is held from now on cannot be forgotten before the pass.
+            known = None if image.digest is None else served.recall(image.digest, [feature])
+            if known is None:
+                raise ItemFailed(Failure("image_unknown", ErrorCode.INTERNAL, _FORGOTTEN))
+            features.update(known.features)
+            pixels = known
+        pixels.features = features
+        return pixels
 
     def _run(
         self, key: Hashable, items: Sequence[Task], wanted: Callable[[int], bool]

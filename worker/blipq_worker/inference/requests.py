@@ -34,7 +34,7 @@ class ImagePixels:
     """
 
     # Neither a Struct nor a dataclass: msgspec would put the pixels into the body.
-    __slots__ = ("digest", "pixels", "whole")
+    __slots__ = ("__weakref__", "digest", "pixels", "whole")
 
     def __init__(
         self,
