@@ -1,6 +1,7 @@
 """The folder is the diagram: who may import whom, and what must stay light."""
 
 import ast
+import itertools
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tools.docs import counts
 
 from conftest import ROOT
 
@@ -108,6 +110,54 @@ print(*sys.modules)
 def test_a_folder_can_be_taken_in_at_a_glance(root: Path) -> None:
     counts = Counter(path.parent.relative_to(root) for path in root.rglob("*.py"))
     assert {str(folder): count for folder, count in counts.items() if count > MOST_MODULES} == {}
+
+
+def test_the_counts_of_the_code_are_printed_and_find_no_circle(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert counts.main() == 0
+    printed = capsys.readouterr().out
+    modules = len([*PRODUCER.rglob("*.py"), *WORKER.rglob("*.py")])
+    assert f" {modules} modules" in printed
+    assert "folders with a circle: 0" in printed
+
+
+def test_counts_show_a_circle_that_only_a_type_checker_would_run_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    house = tmp_path / "house"
+    files = {
+        "__init__": "",
+        "hall": "from house.kitchen import stove",
+        "kitchen/__init__": "",
+        "kitchen/stove": "import house.cellar",
+        "cellar": """
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    import house.hall
+def dig():
+    deep = 1
+    return deep
+""",
+    }
+    for name, text in files.items():
+        (house / name).parent.mkdir(exist_ok=True)
+        (house / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(counts, "PACKAGES", {"house": house})
+    assert counts.main() == 1
+    whole, kitchen = counts.folders({"house": house})
+    assert (whole.modules, whole.parts, whole.arrows) == (3, 3, 3)
+    assert (kitchen.modules, kitchen.parts, kitchen.arrows, kitchen.circle) == (2, 1, 0, ())
+    after = dict(itertools.pairwise(whole.circle))
+    assert after == {
+        "house.hall": "house.kitchen",
+        "house.kitchen": "house.cellar",
+        "house.cellar": "house.hall",
+    }
+    printed = capsys.readouterr().out
+    assert " > ".join(whole.circle) in printed
+    assert "longest function: 3 lines, dig in house/cellar.py" in printed
 
 
 def test_the_batcher_knows_no_queue_and_no_model() -> None:
