@@ -44,7 +44,7 @@ test-python: $(VENV)/installed-dev
 	$(BIN)/python --version
 	$(BIN)/pytest -m 'not guarantee and not installs' --numprocesses 2 --reruns $(RERUNS) -rR \
 	  tests/producer tests/worker/blip2 tests/worker/serving/test_canary.py \
-	  tests/worker/engine/test_batching.py tests/worker/images/test_images.py \
+	  tests/worker/engine/test_batching.py \
 	  tests/worker/jobs/test_tasks.py tests/fundamentals
 
 # Needs a package index; what pip has in its cache is not fetched again.
