@@ -25,6 +25,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.stand_ins import model_info
 from blipq_worker.inference import (
     Answer,
     EngineClient,
@@ -51,16 +52,8 @@ FRONTS, FRONT_MS = 2, 8.0
 WARM_S = 1.0
 Mode = Literal["alone", "served", "at once"]
 SAID = Generated(((GeneratedText("a photo of two cats on a couch", TOKENS),),))
-INFO = ModelInfo(
-    checkpoint="opt-2.7b",
-    family="opt",
-    dtype="float16",
-    quantization="none",
-    device="none",
-    revision="1",
-    default_prompt="a photo of",
-    recipe=Recipe(224, 3, "1"),
-    reading=Reading("", 2016),
+INFO = model_info(
+    dtype="float16", device="none", recipe=Recipe(224, 3, "1"), reading=Reading("", 2016)
 )
 
 

@@ -19,30 +19,21 @@ from typing import Any
 from msgspec.structs import replace
 from PIL import Image
 
+from benchmarks.stand_ins import model_info
 from blipq.contract import ImageRef
 from blipq.settings import Settings
 from blipq_worker.blip2 import GeneratedText, GenerateItem, Pixels
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
 from blipq_worker.blip2.vision.preprocessing import Preprocessor
 from blipq_worker.images.fetch import Fetched, Fetcher
-from blipq_worker.inference.requests import GenerationParams, ModelInfo, Reading, Recipe
+from blipq_worker.inference.requests import GenerationParams, Recipe
 from blipq_worker.settings import WorkerSettings
 
 
 class SleepingModel:
     """Stands in for Blip2: says nothing, and takes its time."""
 
-    info = ModelInfo(
-        checkpoint="sleeping",
-        family="opt",
-        dtype="none",
-        quantization="none",
-        device="none",
-        revision="0",
-        default_prompt="",
-        recipe=Recipe(16, 3, "sleeping"),
-        reading=Reading("", 512),
-    )
+    info = model_info(dtype="none", device="none")
 
     def __init__(self, times: str, recipe: Recipe | None) -> None:
         self._pass_s, self._row_s = (float(each) / 1000 for each in times.split("+"))

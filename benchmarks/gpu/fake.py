@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 import torch
 
+from benchmarks.stand_ins import model_info
 from blipq.settings import Settings
 from blipq_worker.blip2 import GeneratedText, GenerateItem, Pixels
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
 from blipq_worker.blip2.vision.features import OnEncode
 from blipq_worker.blip2.vision.preprocessing import Preprocessor
-from blipq_worker.inference.requests import ModelInfo, Reading
+from blipq_worker.inference.requests import Reading
 from blipq_worker.settings import WorkerSettings
 
 How = Literal["captured", "launches"]
@@ -149,14 +150,9 @@ class Model:
         self._device, self._slots = device, slots
         self._on_step: Callable[[], None] = lambda: None
         self._on_encode: OnEncode = lambda images, ms: None
-        self.info = ModelInfo(
-            checkpoint="fake",
-            family="opt",
+        self.info = model_info(
             dtype="float16",
-            quantization="none",
             device=device.how,
-            revision="0",
-            default_prompt="",
             recipe=Preprocessor(checkpoint).recipe,
             reading=Reading(folder, 2016),
         )

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from benchmarks.stand_ins import model_info
 from PIL import Image
 
 from blipq import ErrorCode, ImageRef, Settings
@@ -20,7 +21,7 @@ from blipq_worker.images.fetch import Fetched, Fetcher
 from blipq_worker.images.loader import Pictures, Recent
 from blipq_worker.images.memory_budget import Budget
 from blipq_worker.images.s3_access import AccessRefused
-from blipq_worker.inference.requests import ImagePixels, ModelInfo, Reading, Recipe
+from blipq_worker.inference.requests import ImagePixels, ModelInfo, Recipe
 from blipq_worker.receipt import DEMO_NOTE, Stopwatch
 
 PLACE = "s3://blipq-inbox/pictures/a.png"
@@ -44,17 +45,7 @@ def pixels(data: bytes) -> tuple[bytes, ...]:
 class Model:
     """An ``Inference`` whose model knows the images that it was shown."""
 
-    info = ModelInfo(
-        checkpoint="demo",
-        family="opt",
-        dtype="float32",
-        quantization="none",
-        device="cpu",
-        revision="1",
-        default_prompt="",
-        recipe=Recipe(4, 3, "demo"),
-        reading=Reading("", 512),
-    )
+    info = model_info(checkpoint="demo", recipe=Recipe(4, 3, "demo"))
 
     def __init__(self) -> None:
         self.known: set[str] = set()

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.stand_ins import model_info
+
 from blipq_worker.inference import (
     Answer,
     EngineServer,
@@ -33,26 +35,16 @@ from blipq_worker.inference import (
 
 SIDE = 224
 SIZE = SIDE * SIDE * 3
-INFO = ModelInfo(
+INFO = model_info(
     checkpoint="opt",
-    family="opt",
-    dtype="float32",
-    quantization="none",
-    device="cpu",
-    revision="1",
     default_prompt="a photo of",
     recipe=Recipe(SIDE, 3, "one"),
     reading=Reading("/models/opt", 2016),
 )
 #: Another preprocessing for retrieval: two arrays an image.
-TWO = ModelInfo(
+TWO = model_info(
     checkpoint="t5",
     family="t5",
-    dtype="float32",
-    quantization="none",
-    device="cpu",
-    revision="1",
-    default_prompt="",
     recipe=Recipe(16, 3, "one"),
     reading=Reading("/models/t5", 2016),
     retrieval_checkpoint="itm",

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
+from benchmarks.stand_ins import model_info
 from botocore.exceptions import ClientError
 from PIL import Image
 
@@ -35,7 +36,7 @@ from blipq_worker.images.memory_budget import Budget
 from blipq_worker.images.s3_access import AccessRefused, S3Access
 from blipq_worker.index.writer import IndexWriter
 from blipq_worker.inference.local import LocalInference
-from blipq_worker.inference.requests import ImagePixels, ModelInfo, Reading, Recipe
+from blipq_worker.inference.requests import ImagePixels, Recipe
 from blipq_worker.jobs.claiming import Claiming
 from blipq_worker.jobs.errors import HandBack, JobFailedTask
 from blipq_worker.jobs.execution import Execution
@@ -61,16 +62,9 @@ TINY = WorkerSettings(
 class Model:
     """Says how large the picture is. ``before`` is called before each answer."""
 
-    info = ModelInfo(
+    info = model_info(
         checkpoint="fake",
-        family="opt",
-        revision="1",
-        dtype="float32",
-        quantization="none",
-        device="cpu",
         default_prompt="a photo of",
-        recipe=Recipe(16, 3, "fake"),
-        reading=Reading("", 512),
         retrieval_checkpoint="fake-itm",
         retrieval_revision="1",
     )
