@@ -79,7 +79,7 @@ class Device:
         self.jobs = 0
 
     def models(self) -> Mapping[str, ModelInfo]:
-        """One."""
+        """One model, named ``default``."""
         return {"default": INFO}
 
     def submit(
@@ -105,7 +105,7 @@ class Device:
     def knows(
         self, model: str, digests: Sequence[str], features: Collection[str]
     ) -> Sequence[bool]:
-        """None."""
+        """It knows no image."""
         return [False] * len(digests)
 
     def load(self) -> Load:

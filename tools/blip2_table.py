@@ -147,7 +147,7 @@ def _speed(model: Blip2, scenes: Sequence[world.Scene]) -> float:
 
 
 def table(rows: dict[tuple[str, str], Row]) -> str:
-    """In Markdown."""
+    """A Markdown table, a line per model and precision."""
     lines = [f"| model | precision | {' | '.join(COLUMNS)} |", "|---|---|" + "---|" * len(COLUMNS)]
     lines += [f"| {name} | {precision} | {row} |" for (name, precision), row in rows.items()]
     return "\n".join(lines)

@@ -77,7 +77,7 @@ class Held:
             return True
 
     def claims(self) -> list[Claim]:
-        """What is held now."""
+        """All claims that are held now."""
         with self._lock:
             return [claim for claim, _, _ in self._claims.values()]
 

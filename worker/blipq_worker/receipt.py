@@ -24,7 +24,7 @@ class Stopwatch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a stage."""
+        """Adds the milliseconds of the block to the field ``{name}_ms``."""
         started = time.monotonic()
         try:
             yield
@@ -32,11 +32,11 @@ class Stopwatch:
             self.add(f"{name}_ms", (time.monotonic() - started) * 1000)
 
     def add(self, name: str, amount: float) -> None:
-        """Adds to a number."""
+        """Adds to a field that counts from 0."""
         self._fields[name] = cast("float", self._fields.get(name, 0)) + amount
 
     def say(self, **facts: float | int | str) -> None:
-        """Sets facts."""
+        """Sets fields of the receipt."""
         self._fields.update(facts)
 
     def note(self, text: str) -> None:

@@ -50,14 +50,14 @@ class Manifest(Protocol):
 
     @property
     def size(self) -> int | None:
-        """Bytes, if known."""
+        """Bytes; None if unknown."""
 
     def entries(self, number: int, position: str) -> Iterator[Entry]:
         """The entries behind number ``number``, which ended at ``position``."""
 
 
 def read_work(work: str) -> tuple[Request, Options]:
-    """What an entry asks."""
+    """The request and the options of an entry's ``work``."""
     told = json.loads(work)
     return request_adapter.validate_python(told["request"]), Options(**told["options"])
 
@@ -84,7 +84,7 @@ def _work(asked: Mapping[str, Any], options: Mapping[str, Any]) -> str:
 
 
 class LocalFile:
-    """A file's bytes."""
+    """A local file. Raises InvalidRequest if it cannot be read."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)

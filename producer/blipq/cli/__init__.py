@@ -79,7 +79,7 @@ def _options(
 
 
 def main() -> None:
-    """The entry point."""
+    """Runs the ``blipq`` command."""
     redact_tracebacks()
     # Not app(): Typer's own call sets sys.excepthook anew, and a traceback would show passwords.
     typer.main.get_command(app)()

@@ -90,7 +90,7 @@ class PerProcess(Generic[T]):
         self._locks: dict[int, threading.Lock] = {}
 
     def __call__(self) -> T:
-        """What this process uses."""
+        """What this process made, or makes now. Threads share it."""
         pid = os.getpid()
         if pid not in self._made:
             with self._locks.setdefault(pid, threading.Lock()):

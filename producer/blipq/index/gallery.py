@@ -46,7 +46,7 @@ def thumbnail(data: bytes) -> str:
 
 
 def page(result: SearchResult, title: str, fetch: Callable[[ImageRef], bytes]) -> str:
-    """The page as HTML."""
+    """The hits as one HTML page, with thumbnails of what ``fetch`` reads."""
 
     def card(hit: Hit) -> Card:
         try:

@@ -77,7 +77,7 @@ class Prefix:
                         yield Listed(f"s3://{self.bucket}/{found['Key']}", found["ETag"].strip('"'))
 
     def count(self) -> int:
-        """How many there are."""
+        """The number of images under the prefix: a listing of all of it."""
         return sum(1 for _ in self)
 
 
@@ -139,7 +139,7 @@ class Indexer:
         return self._client.submit_many(requests, self._options, timeout=_SUBMIT_TIMEOUT_S)
 
     def _settle(self, images: Sequence[Listed], jobs: Sequence[Job[Any]]) -> None:
-        """Waits for jobs."""
+        """Waits until all jobs have ended, and counts them in the tally."""
         for image, job in zip(images, self._client.wait_all(jobs), strict=True):
             info = job.info()
             if info.status is Status.SUCCEEDED:

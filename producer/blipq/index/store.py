@@ -303,7 +303,7 @@ class Index:
         return int(files["num_fragments"]) >= _MANY_FILES and small_rows >= _LARGE_SHARE * rows
 
     def info(self) -> IndexInfo:
-        """What it holds."""
+        """The index's checkpoint, its number of images and when it changed last."""
         with _answering(self._forget):
             made = {key.decode(): value.decode() for key, value in _metadata_of(self._table)}
             stats = self._table.stats()

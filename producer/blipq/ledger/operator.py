@@ -25,7 +25,7 @@ class QueueState:
     live_workers: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields by name, as JSON has them."""
         return asdict(self)
 
     @property
@@ -95,7 +95,7 @@ class OperatorLedger(ScriptRunner):
     # -- queues --
 
     def queues(self) -> list[QueueState]:
-        """The queues in use."""
+        """The state of each queue in use."""
         with redis_errors():
             seconds, micros = self.redis.time()
             return [self._queue(queue, seconds + micros / 1e6) for queue in self._queue_names()]
@@ -143,7 +143,7 @@ class OperatorLedger(ScriptRunner):
     # -- dead letters: jobs that are out of attempts --
 
     def dead_letters(self, limit: int = 100) -> list[JobInfo]:
-        """The newest dead letters."""
+        """At most ``limit`` dead letters, the newest first."""
         with redis_errors():
             ids = self._newest(keys.DEAD_LETTERS, limit)
         return list(self._read_all(ids))

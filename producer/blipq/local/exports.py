@@ -45,7 +45,7 @@ def exports(settings: Settings) -> dict[str, str]:
 
 
 def as_shell(variables: dict[str, str]) -> str:
-    """Lines for ``eval``."""
+    """``export`` lines for ``eval`` in a shell."""
     lines = [f"export {name}={shlex.quote(text)}" for name, text in variables.items()]
     if "AWS_ACCESS_KEY_ID" in variables:
         lines.insert(0, f"unset {' '.join(OF_OTHER_KEYS)}")

@@ -112,7 +112,7 @@ class Service:
         return True
 
     def last_words(self, lines: int = 12) -> str:
-        """The end of the log."""
+        """The last lines of the log; empty if there is none."""
         if self.log is None or not self.log.exists():
             return ""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])

@@ -16,7 +16,7 @@ from blipq.program import blipq
 
 
 class Refusal(StrEnum):
-    """Why an answer was no."""
+    """Why S3 refused a request."""
 
     PASSING = "passing"  # the store is busy or down, or two requests met
     FULL = "full"  # the store or a quota has no room until somebody makes some

@@ -22,7 +22,7 @@ class Cursor(Protocol):
         """What was saved last, or nothing."""
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replaces it."""
+        """Saves a state in place of the last one."""
 
 
 class Unsaved:

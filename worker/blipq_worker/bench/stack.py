@@ -173,7 +173,7 @@ class Stack:
         return Through(len(jobs), seconds, [_latency(info) for info in infos], infos, spent)
 
     def close(self) -> None:
-        """Stops everything."""
+        """Stops the workers, the client, Redis and S3."""
         self.stop_workers()
         self.client.close()
         self.local.stop()

@@ -35,7 +35,7 @@ class Recent(Generic[Key, Value]):
         self._entries: OrderedDict[Key, Value] = OrderedDict()
 
     def get(self, key: Key) -> Value | None:
-        """What is remembered."""
+        """The value of a key, which is the most recently used one now; None if unknown."""
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)

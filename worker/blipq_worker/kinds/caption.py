@@ -17,7 +17,7 @@ from blipq_worker.kinds.spec import Ask, Part, SinglePart
 
 
 class CaptionSpec(SinglePart[CaptionRequest]):
-    """See this module."""
+    """One ``Generate``; with ``best_of`` a ``Match`` of its captions ranks them."""
 
     kind = Kind.CAPTION
 

@@ -17,7 +17,7 @@ from blipq_worker.kinds.spec import Ask, KindSpec, SinglePart
 
 
 class DescribeSpec(KindSpec[DescribeRequest]):
-    """See this module."""
+    """A part of each kind that is asked for, all sent at once."""
 
     kind = Kind.DESCRIBE
 
@@ -27,7 +27,7 @@ class DescribeSpec(KindSpec[DescribeRequest]):
         return frozenset[Feature]().union(*(spec.needs(each) for spec, each in parts))
 
     def is_repeatable(self, request: DescribeRequest) -> bool:
-        """Whether all parts are."""
+        """Whether every part is."""
         return all(spec.is_repeatable(each) for spec, each in _requests(request).values())
 
     def answer(

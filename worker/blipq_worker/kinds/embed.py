@@ -21,7 +21,7 @@ from blipq_worker.kinds.spec import Ask, Part, SinglePart
 
 
 class EmbedSpec(SinglePart[EmbedRequest]):
-    """See this module."""
+    """One ``Embed``; with ``index`` its features go there, and not into the answer."""
 
     kind = Kind.EMBED
 

@@ -8,7 +8,7 @@ from blipq_worker.kinds.spec import Ask, Part, SinglePart
 
 
 class MatchSpec(SinglePart[MatchRequest]):
-    """See this module."""
+    """One ``Match`` of all texts."""
 
     kind = Kind.MATCH
 

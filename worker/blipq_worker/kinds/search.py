@@ -14,7 +14,7 @@ from blipq_worker.kinds.spec import Ask, KindSpec, Part
 
 
 class SearchSpec(KindSpec[SearchRequest]):
-    """See this module."""
+    """An ``Embed``, a search of the index, and for a text a rerank of the nearest."""
 
     kind = Kind.SEARCH
 
@@ -23,7 +23,7 @@ class SearchSpec(KindSpec[SearchRequest]):
         return frozenset({"retrieval"})
 
     def is_repeatable(self, request: SearchRequest) -> bool:
-        """The index changes."""
+        """Never: the index may have changed."""
         return False
 
     def answer(self, request: SearchRequest, image: ImagePixels | None, ask: Ask) -> SearchResult:

@@ -39,10 +39,10 @@ class Ask(Protocol):
         """The served model."""
 
     def one(self, part: Part[MadeT]) -> MadeT:
-        """What a part comes to."""
+        """Runs a part, and makes its result."""
 
     def all(self, parts: Sequence[Part[Any]]) -> list[Any]:
-        """What several parts come to, which may run together."""
+        """Runs several parts, together where that is possible; their results in order."""
 
     def fits(self, item: Item) -> bool:
         """Whether the item's texts are short enough."""
@@ -92,5 +92,5 @@ class SinglePart(KindSpec[RequestT]):
         """The item, and how its answer becomes the result."""
 
     def answer(self, request: RequestT, image: ImagePixels | None, ask: Ask) -> Result:
-        """Runs a request."""
+        """Runs the request's one part."""
         return ask.one(self.part(request, image, ask))

@@ -22,7 +22,7 @@ Turns = tuple[tuple[str, str], ...]
 
 
 class VqaSpec(SinglePart[VQARequest]):
-    """See this module."""
+    """One ``Generate`` for all questions; with ``choices`` one ``Rank``."""
 
     kind = Kind.VQA
 

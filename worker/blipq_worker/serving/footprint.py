@@ -96,7 +96,7 @@ class Memory:
 
     @property
     def weights(self) -> int:
-        """All weights."""
+        """Bytes of all weights."""
         return sum(part.bytes for part in self.parts)
 
     @property

@@ -17,7 +17,7 @@ class Group(typer.Typer):
         super().__init__(help=help, no_args_is_help=True, **options)
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[CommandT], CommandT]:
-        """Registers a command."""
+        """Decorator: registers a function as a command, with its docstring as help."""
 
         def register(function: CommandT) -> CommandT:
             text, examples = split_help(function)

@@ -85,7 +85,7 @@ class Slots:
 
     @property
     def bytes(self) -> int:
-        """What the buffers take."""
+        """Bytes of all buffers."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
     @property

@@ -32,7 +32,7 @@ _RARE = 24
 
 
 class Admission:
-    """Admits eagerly."""
+    """Puts new sequences into slots, without a CUDA graph."""
 
     def __init__(self, step: StaticStep) -> None:
         self.step = step

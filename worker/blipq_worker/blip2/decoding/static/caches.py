@@ -31,12 +31,12 @@ class KeysAndValues:
 
     @staticmethod
     def bytes_of(layers: int, heads: int, columns: int, size: int, dtype: torch.dtype) -> int:
-        """What one slot takes."""
+        """Bytes of one slot."""
         return layers * 2 * heads * columns * size * dtype.itemsize
 
     @property
     def bytes(self) -> int:
-        """What all slots take."""
+        """Bytes of all slots."""
         return self._all.nbytes
 
     def put(

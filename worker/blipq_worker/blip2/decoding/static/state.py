@@ -52,7 +52,7 @@ class SlotState:
 
     @classmethod
     def empty(cls, slots: int, columns: int, vocabulary: int, device: torch.device) -> "SlotState":
-        """Idle slots."""
+        """The state of slots that are all idle: zeros."""
 
         def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return torch.zeros((slots, *shape), dtype=dtype, device=device)
@@ -117,7 +117,7 @@ class SlotState:
 
     @property
     def bytes(self) -> int:
-        """What the tensors take."""
+        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self._tensors())
 
     def advance(self, tokens: torch.Tensor, ends: torch.Tensor, *, remember: int | None) -> None:
