@@ -1,8 +1,6 @@
 """The client for an event loop: the verbs of ``Client``, awaited."""
 
 import asyncio
-import secrets
-import time
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -17,12 +15,11 @@ from types import TracebackType
 from typing import Any, cast
 
 from blipq.client.backend import Backend
+from blipq.client.base import ClientBase, embed_fields, request_of, submission_of
 from blipq.client.coalescing import CoalescedPolls
 from blipq.client.job import AsyncJob, last_expiry
 from blipq.client.progress import Progress
 from blipq.client.submitting import Submitting
-from blipq.client.unserved import Unserved
-from blipq.client.waiting import Waiting
 from blipq.contract import (
     Asks,
     CaptionRequest,
@@ -41,7 +38,6 @@ from blipq.contract import (
     MatchRequest,
     MatchResult,
     Options,
-    Request,
     Result,
     ResultT,
     SearchRequest,
@@ -55,12 +51,12 @@ from blipq.ledger.codec import Message, Polled
 from blipq.ledger.protocols import AsyncProducer
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
-from blipq.submission import ImageSource, Submission, checked, new_id, turns, uploadable
+from blipq.submission import ImageSource, Submission, checked, turns
 from blipq.transport.async_notifications import AsyncNotifier
 from blipq.transport.broker import Broker, patience_s
 
 
-class AsyncClient:
+class AsyncClient(ClientBase):
     """Submits jobs and reads their results, in one event loop. Close it, or use it as a context.
 
         async with AsyncClient() as client:
@@ -75,9 +71,7 @@ class AsyncClient:
     def __init__(
         self, settings: Settings | None = None, *, backend: Backend | None = None, **overrides: Any
     ) -> None:
-        self.settings = settings or checked(Settings, **overrides)
-        self._id = secrets.token_hex(8)
-        self._unserved = Unserved()
+        super().__init__(settings, overrides)
         self._services = (backend or Backend()).async_services(self.settings, self._id)
         self._polls = CoalescedPolls(self._poll)
 
@@ -109,7 +103,7 @@ class AsyncClient:
 
     @property
     def storage(self) -> Storage:
-        """S3; its calls block."""
+        """Reads and writes objects in S3; its calls block."""
         return self._services.storage
 
     @property
@@ -168,10 +162,9 @@ class AsyncClient:
         **options: Any,
     ) -> AsyncJob[EmbedResult]:
         """Asks for features of an image, a text or both, like ``Client.embed``."""
-        if mode is None:
-            mode = "image" if text is None else "text" if image is None else "multimodal"
-        fields = {"text": text, "mode": mode, "dtype": dtype, "index": index}
-        return await self._ask(EmbedRequest, image, fields, options)
+        return await self._ask(
+            EmbedRequest, image, embed_fields(image, text, mode, dtype, index), options
+        )
 
     async def describe(
         self,
@@ -209,7 +202,7 @@ class AsyncClient:
         self, request: Asks[ResultT], options: Options | None = None, *, id: str | None = None
     ) -> AsyncJob[ResultT]:
         """Submits a request of any kind, like ``Client.submit``."""
-        submission = Submission(cast(Request, request), options or Options(), id or new_id())
+        submission = submission_of(request, options, id)
         recorded = await self.ledger.submit(submission, notify=self._id)
         if not isinstance(recorded, Message):
             return self._job(recorded)
@@ -269,9 +262,7 @@ class AsyncClient:
         self, ids: Iterable[str], timeout: float | None = None, *, expires: float | None = None
     ) -> AsyncGenerator[JobInfo]:
         """The jobs of these ids as they end, like ``Client.outcomes``."""
-        within = self.settings.default_expires_in
-        within = within if expires is None else expires - time.monotonic()
-        waiting = Waiting(ids, timeout, expire_within=within)
+        waiting = self._waiting(ids, timeout, expires)
         notifier = self.notifier
         async with notifier.watch(waiting.open) as inbox:
             while waiting.open:
@@ -292,10 +283,7 @@ class AsyncClient:
 
     def _job(self, id: str, options: Options | None = None) -> AsyncJob[Any]:
         """A handle; ``options`` are those of a job that was recorded just now."""
-        return AsyncJob(id, self, expires=None if options is None else self._expiry(options))
-
-    def _expiry(self, options: Options) -> float:
-        return time.monotonic() + (options.expires_in or self.settings.default_expires_in)
+        return AsyncJob(id, self, expires=self._expiry(options))
 
     async def _ask(
         self,
@@ -306,11 +294,10 @@ class AsyncClient:
     ) -> AsyncJob[ResultT]:
         """Checks the options, uploads the image unless it is in S3, and submits."""
         chosen = checked(Options, **options)
-        asked = checked(cast(Any, request), image=await self._reference(image), **fields)
-        return await self.submit(cast("Asks[ResultT]", asked), chosen)
+        return await self.submit(request_of(request, await self._reference(image), fields), chosen)
 
     async def _reference(self, image: ImageSource | None) -> str | ImageRef | None:
-        source = uploadable(image, local_paths=self.settings.local_paths)
+        source = self._source(image)
         if source is None:
             return cast("str | ImageRef | None", image)
         return await asyncio.to_thread(self.storage.upload, source)

@@ -1,6 +1,5 @@
-"""The client: one verb per kind of job. What it shares with ``AsyncClient`` is in ``requests``."""
+"""The client: one verb per kind of job. What it shares with ``AsyncClient`` is in ``base``."""
 
-import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -8,11 +7,10 @@ from types import TracebackType
 from typing import Any, cast
 
 from blipq.client.backend import Backend, PerProcess
+from blipq.client.base import ClientBase, embed_fields, request_of, submission_of
 from blipq.client.job import Job, last_expiry
 from blipq.client.progress import Progress
 from blipq.client.submitting import Submitting
-from blipq.client.unserved import Unserved
-from blipq.client.waiting import Waiting
 from blipq.contract import (
     Asks,
     CaptionRequest,
@@ -31,7 +29,6 @@ from blipq.contract import (
     MatchRequest,
     MatchResult,
     Options,
-    Request,
     Result,
     ResultT,
     SearchRequest,
@@ -45,12 +42,12 @@ from blipq.ledger.codec import Message, Polled
 from blipq.ledger.protocols import Producer
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
-from blipq.submission import ImageSource, Submission, checked, new_id, turns, uploadable
+from blipq.submission import ImageSource, Submission, checked, turns
 from blipq.transport.broker import Broker
 from blipq.transport.notifications import Notifier
 
 
-class Client:
+class Client(ClientBase):
     """Submits jobs and reads their results. Close it, or use it as a context.
 
         with Client() as client:
@@ -68,9 +65,7 @@ class Client:
     def __init__(
         self, settings: Settings | None = None, *, backend: Backend | None = None, **overrides: Any
     ) -> None:
-        self.settings = settings or checked(Settings, **overrides)
-        self._id = secrets.token_hex(8)
-        self._unserved = Unserved()
+        super().__init__(settings, overrides)
         backend = backend or Backend()
         self._services = PerProcess(lambda: backend.services(self.settings, self._id))
         self._services()
@@ -103,7 +98,7 @@ class Client:
 
     @property
     def storage(self) -> Storage:
-        """S3."""
+        """Reads and writes objects in S3."""
         return self._services().storage
 
     @property
@@ -172,10 +167,9 @@ class Client:
 
         Without ``mode``, what is given decides. With ``index`` the image goes into a search index.
         """
-        if mode is None:
-            mode = "image" if text is None else "text" if image is None else "multimodal"
-        fields = {"text": text, "mode": mode, "dtype": dtype, "index": index}
-        return self._ask(EmbedRequest, image, fields, options)
+        return self._ask(
+            EmbedRequest, image, embed_fields(image, text, mode, dtype, index), options
+        )
 
     def describe(
         self,
@@ -226,7 +220,7 @@ class Client:
         now is logged as a warning: its jobs wait. Raises IdempotencyConflict, UnknownModel,
         QueueFull or QueueUnavailable.
         """
-        submission = Submission(cast(Request, request), options or Options(), id or new_id())
+        submission = submission_of(request, options, id)
         recorded = self.ledger.submit(submission, notify=self._id)
         if not isinstance(recorded, Message):
             return self._job(recorded)
@@ -302,9 +296,7 @@ class Client:
 
         ``expires``: when the last of them does, on the clock of ``monotonic``, if that is known.
         """
-        within = self.settings.default_expires_in
-        within = within if expires is None else expires - time.monotonic()
-        waiting = Waiting(ids, timeout, expire_within=within)
+        waiting = self._waiting(ids, timeout, expires)
         notifier = self.notifier
         with notifier.watch(waiting.open) as inbox:
             while waiting.open:
@@ -324,10 +316,7 @@ class Client:
 
     def _job(self, id: str, options: Options | None = None) -> Job[Any]:
         """A handle; ``options`` are those of a job that was recorded just now."""
-        return Job(id, self, expires=None if options is None else self._expiry(options))
-
-    def _expiry(self, options: Options) -> float:
-        return time.monotonic() + (options.expires_in or self.settings.default_expires_in)
+        return Job(id, self, expires=self._expiry(options))
 
     def _ask(
         self,
@@ -338,11 +327,10 @@ class Client:
     ) -> Job[ResultT]:
         """Checks the options, uploads the image unless it is in S3, and submits."""
         chosen = checked(Options, **options)
-        asked = checked(cast(Any, request), image=self._reference(image), **fields)
-        return self.submit(cast("Asks[ResultT]", asked), chosen)
+        return self.submit(request_of(request, self._reference(image), fields), chosen)
 
     def _reference(self, image: ImageSource | None) -> str | ImageRef | None:
-        source = uploadable(image, local_paths=self.settings.local_paths)
+        source = self._source(image)
         if source is None:
             return cast("str | ImageRef | None", image)
         return self.storage.upload(source)

@@ -1,0 +1,70 @@
+"""What ``Client`` and ``AsyncClient`` share: settings, and all steps that wait for nothing."""
+
+import secrets
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from blipq.client.unserved import Unserved
+from blipq.client.waiting import Waiting
+from blipq.contract import (
+    Asks,
+    EmbedDtype,
+    EmbedMode,
+    IndexEntry,
+    Options,
+    Request,
+    ResultT,
+)
+from blipq.settings import Settings
+from blipq.submission import ImageSource, Submission, checked, new_id, uploadable
+
+
+class ClientBase:
+    """Base of the clients. Raises InvalidRequest for overrides that are no settings."""
+
+    def __init__(self, settings: Settings | None, overrides: Mapping[str, Any]) -> None:
+        self.settings = settings or checked(Settings, **overrides)
+        self._id = secrets.token_hex(8)
+        self._unserved = Unserved()
+
+    def _source(self, image: ImageSource | None) -> str | bytes | None:
+        """What of an image must be uploaded, if anything. Raises InvalidRequest for a path."""
+        return uploadable(image, local_paths=self.settings.local_paths)
+
+    def _waiting(self, ids: Iterable[str], timeout: float | None, expires: float | None) -> Waiting:
+        """A wait for jobs of which the last expires at ``expires``, if that is known."""
+        if expires is None:
+            return Waiting(ids, timeout, expire_within=self.settings.default_expires_in)
+        return Waiting(ids, timeout, expire_within=expires - time.monotonic())
+
+    def _expiry(self, options: Options | None) -> float | None:
+        """When a job that was recorded just now expires; None if its options are not known."""
+        if options is None:
+            return None
+        return time.monotonic() + (options.expires_in or self.settings.default_expires_in)
+
+
+def submission_of(request: Asks[Any], options: Options | None, id: str | None) -> Submission:
+    """A submission with the usual options and an id, where none are given."""
+    return Submission(cast(Request, request), options or Options(), id or new_id())
+
+
+def request_of(
+    kind: type[Asks[ResultT]], image: ImageSource | None, fields: Mapping[str, Any]
+) -> Asks[ResultT]:
+    """A request about an image that is in S3. Raises InvalidRequest."""
+    return cast("Asks[ResultT]", checked(cast(Any, kind), image=image, **fields))
+
+
+def embed_fields(
+    image: ImageSource | None,
+    text: str | None,
+    mode: EmbedMode | None,
+    dtype: EmbedDtype,
+    index: str | Mapping[str, Any] | IndexEntry | None,
+) -> dict[str, Any]:
+    """The fields of an EmbedRequest beside its image: what is given decides the mode."""
+    if mode is None:
+        mode = "image" if text is None else "text" if image is None else "multimodal"
+    return {"text": text, "mode": mode, "dtype": dtype, "index": index}
