@@ -14,7 +14,7 @@ from blipq.contract import ImageRef
 from blipq.local.fleet import cores
 from blipq_worker.bench.pictures import Pictures
 from blipq_worker.bench.run import Bench
-from blipq_worker.bench.stack import Stack, running
+from blipq_worker.bench.stack import BenchError, Stack, running
 from blipq_worker.bench.workloads import DEFAULT, GREEDY, MIXED, TEN, WORKLOADS, Workload
 
 #: Of the jobs: where each asks ten questions, and for peers that take one image at a time.
@@ -82,7 +82,7 @@ def _elsewhere(bare: dict[str, Any], source: Pictures, jobs: int) -> dict[str, A
 def peers(jobs: int, *, names: Sequence[str] = ()) -> dict[str, Any]:
     """Every peer, and blipq in the peers' precision and in its own; rows by name."""
     if not PYTHON.exists():
-        raise SystemExit("the peers are not installed: make peers")
+        raise BenchError("the peers are not installed: make peers")
     asked, sizes = (ROWS, SIZES) if jobs >= LONG else (SHORT_ROWS, SIZES[:1])
     chosen = [name for name in PEERS if jobs >= LONG or name != "batches_loop"]
     source = pictures(3)

@@ -136,14 +136,14 @@ def test_a_group_that_outlasts_its_limit_ends_whole_and_leaves_what_it_has_found
 
     started: list[subprocess.Popen[bytes]] = []
     children: list[psutil.Process] = []
-    kill = command._kill
+    kill = command.end
 
-    def watched(process: "subprocess.Popen[bytes]") -> int:
+    def watched(process: "subprocess.Popen[bytes]", *, patience_s: float) -> int:
         children.extend(psutil.Process(process.pid).children())
-        return kill(process)
+        return kill(process, patience_s=patience_s)
 
     monkeypatch.setattr(command, "_start", stuck)
-    monkeypatch.setattr(command, "_kill", watched)
+    monkeypatch.setattr(command, "end", watched)
     monkeypatch.setattr(command, "GROUPS", {"service": (1, 1)})
     kept = record.Record(tmp_path / "service.jsonl")
     kept.run("checkpoint", lambda: {"gib": 7.0})

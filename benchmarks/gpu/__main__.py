@@ -13,15 +13,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from benchmarks.gpu import record
+from benchmarks.processes import end
 
 ROOT = Path(__file__).parents[2]
 #: Groups and the seconds that each may take, in a usual and in a long run.
@@ -86,7 +84,7 @@ def run_groups(groups: list[str], options: Options) -> dict[str, Any]:
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            code = _kill(process)
+            code = end(process, patience_s=0)
         if code:
             _recorder(options.folder, group).write(
                 f"{group}: the process", {"failed": f"it ended with {code} (limit {limit} s)"}
@@ -102,17 +100,6 @@ def _start(group: str, options: Options) -> "subprocess.Popen[bytes]":
     if options.tiny:
         env["OMP_NUM_THREADS"] = "1"  # small models gain nothing from threads that wait
     return subprocess.Popen(command, env=env, cwd=ROOT)
-
-
-def _kill(process: "subprocess.Popen[bytes]") -> int:
-    """Ends a process with all that it has started: the next group has the card for itself."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    for child in children:
-        with suppress(psutil.NoSuchProcess):
-            child.kill()
-    psutil.wait_procs(children, timeout=20)
-    return process.wait(20)
 
 
 def run_group(group: str, options: Options) -> None:

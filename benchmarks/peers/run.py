@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import end
 from blipq.contract import ImageRef
 from blipq.local.stack import free_port
 from blipq_worker.bench.stack import BenchError, Stack
@@ -53,21 +54,33 @@ def run_peer(
             for workload, (warm, work) in rows.items()
         },
     }
-    ran = subprocess.run(
+    printed = _printed(name, json.dumps(job))
+    # Some of them print more than their figures.
+    told = [line for line in printed.splitlines() if line.startswith("{")]
+    found: dict[str, Any] = json.loads(told[-1])
+    return found
+
+
+def _printed(name: str, job: str) -> str:
+    """What a peer prints. Its servers end with it, however it ends."""
+    peer = subprocess.Popen(
         [str(PYTHON), f"{name}.py"],
-        input=json.dumps(job),
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         cwd=HERE,
         env={**os.environ, "PYTHONWARNINGS": "ignore", "RAY_DEDUP_LOGS": "0"},
-        timeout=TIMEOUT_S,
     )
-    if ran.returncode:
-        raise BenchError(f"{name} ended with {ran.returncode}:\n{ran.stderr[-2000:]}")
-    # Some of them print more than their figures.
-    told = [line for line in ran.stdout.splitlines() if line.startswith("{")]
-    found: dict[str, Any] = json.loads(told[-1])
-    return found
+    with peer:
+        try:
+            printed, errors = peer.communicate(job, timeout=TIMEOUT_S)
+        except BaseException:
+            end(peer, patience_s=5)
+            raise
+    if peer.returncode:
+        raise BenchError(f"{name} ended with {peer.returncode}:\n{errors[-2000:]}")
+    return printed
 
 
 def _work(workload: Workload, images: Sequence[ImageRef]) -> list[dict[str, Any]]:

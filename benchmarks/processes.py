@@ -1,0 +1,29 @@
+"""Programs that are measured in a process of their own, and end with all that they have started."""
+
+import signal
+import subprocess
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+
+def end(process: "subprocess.Popen[Any]", *, patience_s: float = 30.0) -> int:
+    """Ends a process and all that it has started; its exit code.
+
+    It is interrupted first, so that it stops its services and removes its files. What is left of
+    them after ``patience_s`` seconds, or would outlive it, is killed.
+    """
+    try:
+        children = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        children = []
+    process.send_signal(signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(patience_s)
+    process.kill()
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(children, timeout=20)
+    return process.wait(20)
