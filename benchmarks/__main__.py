@@ -6,6 +6,7 @@ last stays.
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -125,4 +126,6 @@ def _failure(process: "subprocess.Popen[bytes]", limit_s: float) -> str | None:
 
 
 if __name__ == "__main__":
+    # So that a section never outlives this process: ``end`` runs while it exits.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())
