@@ -1,0 +1,45 @@
+"""How a front is, for the worker's main process: a small file, replaced at each beat."""
+
+import os
+from pathlib import Path
+
+import msgspec
+
+
+class FrontStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A front's state.
+
+    beat: when it was written, on the clock of ``time.monotonic``, which all processes of a host
+    share. threads: jobs that it can hold; active: those that it holds. taking: whether a message
+    that comes now is run at once. draining: it takes no more. problems: why it is not ready, by
+    what was checked (``redis``, ``s3``, ``broker loop``, ``engine``). live: what is wrong with it
+    that only its end would mend.
+    """
+
+    pid: int
+    number: int
+    beat: float
+    threads: int
+    active: int
+    taking: bool
+    draining: bool
+    problems: dict[str, str]
+    live: dict[str, str]
+
+
+_decoder = msgspec.json.Decoder(FrontStatus)
+
+
+def write_status(path: Path, status: FrontStatus) -> None:
+    """Replaces the file, whole. Raises OSError."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh.write_bytes(msgspec.json.encode(status))
+    fresh.replace(path)
+
+
+def read_status(path: Path) -> FrontStatus | None:
+    """A front's state; None where there is no such file, or another one."""
+    try:
+        return _decoder.decode(path.read_bytes())
+    except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
