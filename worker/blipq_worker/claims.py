@@ -2,7 +2,8 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
 
 from blipq.ledger.worker import Claim
 
@@ -14,10 +15,45 @@ class Lost(Exception):
     """The claim is gone: cancelled, expired or taken over. Nobody wants the answer."""
 
 
+class Notes(Protocol):
+    """Where it is noted what becomes of claims, for whoever finds the process dead."""
+
+    def asking(self, id: str, nonce: str) -> None:
+        """A claim is asked for."""
+
+    def claimed(self, claim: Claim) -> None:
+        """A claim was granted."""
+
+    def decoding(self, id: str) -> AbstractContextManager[None]:
+        """While a picture of a claimed job is decoded."""
+
+    def unclaimed(self, id: str) -> None:
+        """A claim has ended, or none was granted."""
+
+
+class NoNotes:
+    """Notes nothing: the leases alone show that the process is dead."""
+
+    def asking(self, id: str, nonce: str) -> None:
+        """See ``Notes``."""
+
+    def claimed(self, claim: Claim) -> None:
+        """See ``Notes``."""
+
+    def decoding(self, id: str) -> AbstractContextManager[None]:
+        """See ``Notes``."""
+        return nullcontext()
+
+    def unclaimed(self, id: str) -> None:
+        """See ``Notes``."""
+
+
 class Held:
     """The jobs this process has claimed. A claim that is lost hears of it through its event."""
 
-    def __init__(self) -> None:
+    def __init__(self, notes: Notes | None = None) -> None:
+        self._notes = NoNotes() if notes is None else notes
+        # The notes are written under it, too, so that they have the order of the facts.
         self._lock = threading.Lock()
         self._asked: dict[str, str] = {}
         self._claims: dict[str, _Entry] = {}
@@ -27,11 +63,15 @@ class Held:
         """While the ledger is asked for a claim, it may be ours without our knowing it."""
         with self._lock:
             self._asked[nonce] = id
+            if id not in self._claims:  # else it is another message of a job that runs here
+                self._notes.asking(id, nonce)
         try:
             yield
         finally:
             with self._lock:
                 del self._asked[nonce]
+                if id not in self._claims:
+                    self._notes.unclaimed(id)
 
     def asked(self) -> dict[str, str]:
         """The claims that are asked for now: nonce to id."""
@@ -41,7 +81,12 @@ class Held:
     def add(self, claim: Claim) -> None:
         """Holds a claim."""
         with self._lock:
+            self._notes.claimed(claim)
             self._claims[claim.id] = (claim, threading.Event(), [])
+
+    def decoding(self, claim: Claim) -> AbstractContextManager[None]:
+        """While a picture of the claim's job is decoded: it may end the process."""
+        return self._notes.decoding(claim.id)
 
     def event(self, claim: Claim) -> threading.Event:
         """The event that is set when the claim is lost."""
@@ -74,6 +119,7 @@ class Held:
             if self._entry(claim) is None:
                 return False
             del self._claims[claim.id]
+            self._notes.unclaimed(claim.id)
             return True
 
     def claims(self) -> list[Claim]:

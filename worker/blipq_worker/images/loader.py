@@ -2,8 +2,8 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Collection
-from contextlib import closing
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -21,6 +21,9 @@ from blipq_worker.receipt import Stopwatch
 
 #: Places and images remembered: some hundred bytes each.
 REMEMBERED = 16_384
+
+#: Entered while a decoder reads the bytes of strangers.
+Marked = Callable[[], AbstractContextManager[None]]
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -94,12 +97,14 @@ class Pictures:
         lost: threading.Event,
         *,
         spare: bool = True,
+        marked: Marked = nullcontext,
     ) -> ImagePixels:
         """The image as the model takes it; without pixels where it knows all that is needed.
 
-        spare: False has the pixels made in any case: the model has forgotten what it knew. Of the
-        image's bytes and its full size nothing is kept. Raises WorkError, InferenceError, and Lost
-        once the claim is gone.
+        marked: entered while the image is decoded, which may end the process. spare: False has the
+        pixels made in any case: the model has forgotten what it knew. Of the image's bytes and its
+        full size nothing is kept. Raises WorkError, InferenceError, and Lost once the claim is
+        gone.
         """
         place = image.uri, image.version_id
         whole = "patches" in needed
@@ -117,8 +122,9 @@ class Pictures:
             share.shrink(len(fetched.data))
             made = ImagePixels(fetched.digest, whole)
             if not (spare and self._is_known(model, fetched.digest, needed)):
-                picture = opened(fetched.data, self._limits)
-                made = self._decoded(picture, model, made, watch)
+                with marked():
+                    picture = opened(fetched.data, self._limits)
+                made = self._decoded(picture, model, made, watch, marked)
         if fetched.etag is not None:
             self._places.put(place, _Seen(fetched.etag, fetched.digest))
         return self._noted(made, model, watch)
@@ -127,7 +133,7 @@ class Pictures:
         return all(self._inference.knows(model, [digest], needed))
 
     def _decoded(
-        self, image: Image, model: str, made: ImagePixels, watch: Stopwatch
+        self, image: Image, model: str, made: ImagePixels, watch: Stopwatch, marked: Marked
     ) -> ImagePixels:
         assert made.digest is not None
         room = bytes_to_decode(image)
@@ -136,6 +142,7 @@ class Pictures:
         with (
             self._decoding.reserve(room, timeout=self._timeout_s),
             watch.stage("decode"),
+            marked(),
             closing(decoded(image)) as picture,
         ):
             self._sizes.put(made.digest, picture.size)

@@ -3,6 +3,7 @@
 import logging
 import threading
 from concurrent.futures import CancelledError
+from functools import partial
 from typing import NoReturn
 
 from pydantic import ValidationError
@@ -78,7 +79,8 @@ class Execution:
         self._outputs.check(claim, ref)
         image = None
         if ref is not None:
-            image = self._pictures.load(ref, claim.model, needed, watch, lost)
+            marked = partial(self._held.decoding, claim)
+            image = self._pictures.load(ref, claim.model, needed, watch, lost, marked=marked)
         if lost.is_set():
             raise Lost
         result = self._computed(claim, request, image, asker, watch)
@@ -120,15 +122,17 @@ class Execution:
         watch: Stopwatch,
         lost: threading.Event,
     ) -> IndexAsker:
+        load_one = partial(self._pictures.load, marked=partial(self._held.decoding, claim))
+
         def reload() -> ImagePixels:
             """The job's image again, with its pixels."""
             assert ref is not None, "only an image can have been forgotten"
-            return self._pictures.load(ref, claim.model, needed, watch, lost, spare=False)
+            return load_one(ref, claim.model, needed, watch, lost, spare=False)
 
         def load(found: ImageRef, spare: bool) -> ImagePixels:
             """An image found in an index: the receipt counts it as part of the search."""
             unread = Stopwatch(queue_ms=0, worker="")
-            return self._pictures.load(found, claim.model, {"patches"}, unread, lost, spare=spare)
+            return load_one(found, claim.model, {"patches"}, unread, lost, spare=spare)
 
         return IndexAsker(
             self._inference,

@@ -24,10 +24,69 @@ def beat_s(lease_s: float) -> float:
     return min(LONGEST_BEAT_S, lease_s / 5)
 
 
-class Heartbeat(Periodic):
-    """Renews the leases, says that the worker lives, and ends a process that hangs.
+class LeaseBeat(Periodic):
+    """Renews the leases, and ends a process that hangs.
 
-    The three belong together: a lease must not be renewed where nothing makes progress.
+    The two belong together: a lease must not be renewed where nothing makes progress.
+    """
+
+    def __init__(
+        self,
+        ledger: WorkerLedger,
+        held: Held,
+        *,
+        lease_s: float,
+        watchdog_s: float,
+        stalled_for: Callable[[], float],
+    ) -> None:
+        super().__init__("blipq-heartbeat", beat_s(lease_s))
+        self._ledger = ledger
+        self._held = held
+        self._lease_s = lease_s
+        self._watchdog_s = watchdog_s
+        self._stalled_for = stalled_for
+        self._problem: str | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """Why the last beat did not reach the ledger, or None."""
+        return self._problem
+
+    def tick(self) -> None:
+        """One beat. Raises what the ledger raises."""
+        self._watch()
+        try:
+            self._beat()
+        except Exception as error:
+            self._problem = str(error)
+            raise
+        self._problem = None
+
+    def _beat(self) -> None:
+        """What a beat does in Redis. Raises what the ledger raises."""
+        self._renew()
+
+    def _renew(self) -> int:
+        """Renews the leases; how many claims are held."""
+        claims = self._held.claims()
+        if claims:
+            tokens = {claim.id: claim.token for claim in claims}
+            # Told by claim: a job may have been given back and claimed anew since it was asked.
+            lost = set(self._ledger.renew(tokens, lease_s=self._lease_s))
+            self._held.lose(claim for claim in claims if claim.id in lost)
+        return len(claims)
+
+    def _watch(self) -> None:
+        stalled = self._stalled_for()
+        if stalled > self._watchdog_s:
+            log.critical("the model or a decoder has made no progress for %.0f s: ending", stalled)
+            logging.shutdown()
+            os._exit(EXIT_HUNG)
+
+
+class Heartbeat(LeaseBeat):
+    """Also says that the worker lives.
+
     ``taking``: whether a message that comes now would be run at once.
     """
 
@@ -47,53 +106,21 @@ class Heartbeat(Periodic):
         taking: Callable[[], bool],
         draining: Callable[[], bool],
     ) -> None:
-        super().__init__("blipq-heartbeat", beat_s(lease_s))
-        self._ledger = ledger
-        self._held = held
+        super().__init__(
+            ledger, held, lease_s=lease_s, watchdog_s=watchdog_s, stalled_for=stalled_for
+        )
         self._worker = worker
         self._models = list(models)
         self._outputs = list(outputs)
         self._threads = threads
-        self._lease_s = lease_s
         self._grace_s = grace_s
-        self._watchdog_s = watchdog_s
-        self._stalled_for = stalled_for
         self._taking = taking
         self._draining = draining
         self._started = time.time()
         self._room_since: float | None = None
-        self._problem: str | None = None
-
-    @property
-    def problem(self) -> str | None:
-        """Why the last beat did not reach the ledger, or None."""
-        return self._problem
-
-    def tick(self) -> None:
-        """One beat. Raises what the ledger raises."""
-        self._watch()
-        try:
-            self._beat()
-        except Exception as error:
-            self._problem = str(error)
-            raise
-        self._problem = None
 
     def _beat(self) -> None:
-        claims = self._held.claims()
-        if claims:
-            tokens = {claim.id: claim.token for claim in claims}
-            # Told by claim: a job may have been given back and claimed anew since it was asked.
-            lost = set(self._ledger.renew(tokens, lease_s=self._lease_s))
-            self._held.lose(claim for claim in claims if claim.id in lost)
-        self._register(len(claims))
-
-    def _watch(self) -> None:
-        stalled = self._stalled_for()
-        if stalled > self._watchdog_s:
-            log.critical("the model or a decoder has made no progress for %.0f s: ending", stalled)
-            logging.shutdown()
-            os._exit(EXIT_HUNG)
+        self._register(self._renew())
 
     def _register(self, active: int) -> None:
         info = {
