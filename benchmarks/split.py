@@ -89,6 +89,7 @@ class Device:
         priority: Priority,
         deadline: float | None,
         done: Callable[[Outcome], None],
+        alone: bool = False,
     ) -> Job:
         """Waits for a slot, unless this engine answers at once."""
         job = Job(done)

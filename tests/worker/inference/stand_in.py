@@ -74,6 +74,7 @@ class StandIn:
         self.hold = hold
         self.open: dict[int, tuple[Item, Callable[[Outcome], None]]] = {}
         self.met: list[tuple[str, Item, Priority, float | None]] = []
+        self.alone: list[bool] = []
         self.cancelled: list[int] = []
         self.seen: set[str | None] = set()
         self._handles = itertools.count()
@@ -88,8 +89,10 @@ class StandIn:
         priority: Priority,
         deadline: float | None,
         done: Callable[[Outcome], None],
+        alone: bool = False,
     ) -> int:
         self.met.append((model, item, priority, deadline))
+        self.alone.append(alone)
         if item.image is not None and item.image.pixels:
             self.seen.add(item.image.digest)
         handle = next(self._handles)
@@ -171,8 +174,12 @@ def serving(hold: bool = False, **options: Any) -> Iterator[Served]:
 
 
 def main() -> None:
-    """Serves until it is killed, and tells how many items it holds, and how many were cancelled."""
+    """Serves until it is killed, and tells how many items it holds, and how many were cancelled.
+
+    "hold" keeps it from answering; a number says how many items it starts.
+    """
     path, hold = Path(sys.argv[1]), "hold" in sys.argv[2:]
+    starts = sum(int(option) for option in sys.argv[2:] if option.isdecimal())
     backend = StandIn(hold)
     server = EngineServer(path, backend)
     print("ready", flush=True)
@@ -180,6 +187,7 @@ def main() -> None:
     while True:
         server.poll(0.02)
         server.progress()
+        server.started(handle for handle in backend.open if handle < starts)
         if (now := f"holds {len(backend.open)} cancelled {len(backend.cancelled)}") != told:
             told = now
             print(f"{time.monotonic()} {now}", flush=True)

@@ -398,6 +398,66 @@ def test_a_killed_engine_fails_its_items_and_the_next_one_is_found(path: Path) -
         assert ids[0] > 20  # no id comes again: an old item cannot be taken for a new one
 
 
+def test_a_killed_engine_tells_the_items_of_its_pass_from_those_that_waited(path: Path) -> None:
+    with an_engine(path, "hold", "3") as engine, a_client(path) as client:
+        futures = [ask(client, value) for value in range(8)]
+        wait_until(lambda: "holds 8" in engine.last, "the items")
+        wait_until(lambda: client._connection and len(client._connection._started) == 3, "a pass")
+        engine.signal(signal.SIGKILL)
+        gone = [future.exception(10) for future in futures]
+        assert [isinstance(error, EngineGone) and error.started for error in gone] == (
+            [True] * 3 + [False] * 5
+        )
+
+
+def test_a_frozen_engine_makes_the_items_of_its_pass_suspects(path: Path) -> None:
+    with an_engine(path, "hold", "1") as engine, a_client(path, silence_s=1.0) as client:
+        futures = ask(client), ask(client)
+        wait_until(lambda: "holds 2" in engine.last, "the items")
+        wait_until(lambda: client._connection and client._connection._started, "a pass")
+        engine.signal(signal.SIGSTOP)
+        gone = [future.exception(10) for future in futures]
+        engine.signal(signal.SIGCONT)
+        assert [isinstance(error, EngineGone) and error.started for error in gone] == [True, False]
+
+
+def test_an_item_that_was_answered_is_forgotten_with_its_pass(holding: Served) -> None:
+    with a_client(holding.path) as client:
+        future = ask(client)
+        wait_until(lambda: len(holding.backend.open) == 1, "the item")
+        holding.run(lambda: holding.server.started(list(holding.backend.open)))
+        connection = client._connection
+        assert connection is not None
+        wait_until(lambda: connection._started, "its pass")
+        holding.run(holding.backend.answer_all)
+        assert score(future) == 1
+        assert not connection._started
+        assert not holding.server._intake._works
+
+
+@pytest.mark.parametrize("end", ["goodbye", "close"])
+def test_an_engine_that_ends_in_order_suspects_nobody(holding: Served, end: str) -> None:
+    with a_client(holding.path) as client:
+        future = ask(client)
+        wait_until(lambda: len(holding.backend.open) == 1, "the item")
+        holding.run(lambda: holding.server.started(list(holding.backend.open)))
+        wait_until(lambda: client._connection and client._connection._started, "its pass")
+        if end == "goodbye":
+            holding.stop()
+        else:
+            client.close()
+        error = future.exception(10)
+        assert isinstance(error, EngineGone)
+        assert not error.started
+
+
+def test_an_item_that_must_run_alone_says_so(served: Served) -> None:
+    with a_client(served.path) as client:
+        ask(client).result(10)
+        client.submit("default", item(), "normal", alone=True).result(10)
+        assert served.backend.alone == [False, True]
+
+
 def test_a_frozen_engine_is_noticed_by_its_silence(path: Path) -> None:
     with an_engine(path, "hold") as engine, a_client(path, silence_s=1.0) as client:
         future = ask(client)

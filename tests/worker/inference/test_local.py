@@ -39,6 +39,12 @@ def test_priority_and_deadline_reach_the_backend(held: StandIn) -> None:
         assert [met[2:] for met in held.met] == [("low", 12.5)]
 
 
+def test_an_item_that_must_run_alone_says_so(held: StandIn) -> None:
+    with closing(LocalInference(held)) as inference:
+        inference.submit("default", item(), "low", alone=True)
+        assert held.alone == [True]
+
+
 def test_a_cancelled_future_ends_the_work_on_its_item(held: StandIn) -> None:
     with closing(LocalInference(held)) as inference:
         future = inference.submit("default", item(), "normal")

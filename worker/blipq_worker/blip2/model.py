@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from PIL import Image
 
 from blipq.contract import ErrorCode
@@ -114,7 +115,7 @@ class Blip2:
             for part in filter(None, (written, matched)):
                 pack(part.model)
         reading = Reading(str(written.checkpoint.folder), generator.room(0))
-        info = _info(setup, written, matched, reading, shares_vision=shares_vision)
+        info = _info(setup, written, matched, reading, shares_vision=shares_vision, slots=slots)
         return cls(info, generator, matcher, embedder, cache)
 
     def on_step(self, call: Callable[[], None]) -> None:
@@ -194,6 +195,8 @@ class Blip2:
     def open_slots(self, among: Sequence[Way], *, slots: int | None, budget: int) -> None:
         """Has texts in flight written in static slots. See ``Generator.open_slots``."""
         self.generator.open_slots(among, slots=slots, budget=budget)
+        if self.static_slots:
+            self.info = replace(self.info, slots=self.static_slots)
 
     @property
     def static_slots(self) -> int:
@@ -257,6 +260,7 @@ def _info(
     reading: Reading,
     *,
     shares_vision: bool,
+    slots: int,
 ) -> ModelInfo:
     return ModelInfo(
         checkpoint=written.checkpoint.name,
@@ -273,6 +277,7 @@ def _info(
         retrieval_recipe=matched.preprocessor.recipe if matched else None,
         retrieval_reading=matched.reading if matched else None,
         shares_vision=shares_vision,
+        slots=slots,
     )
 
 

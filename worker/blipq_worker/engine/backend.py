@@ -134,6 +134,7 @@ class Engine:
         priority: Priority,
         deadline: float | None,
         done: Callable[[Outcome], None],
+        alone: bool = False,
     ) -> Handle:
         """Takes an item. Raises ItemFailed (image_unknown), and EngineGone once it is closed."""
         verb = verb_of(item)

@@ -76,7 +76,12 @@ class EngineClient:
         return None if connection is None else connection.beat
 
     def submit(
-        self, model: str, item: Item, priority: Priority, deadline: float | None = None
+        self,
+        model: str,
+        item: Item,
+        priority: Priority,
+        deadline: float | None = None,
+        alone: bool = False,
     ) -> "Future[Answer]":
         """See ``Inference.submit``. Waits for a connection and a credit."""
         connection = self._connected()
@@ -86,7 +91,7 @@ class EngineClient:
 
         def encoded() -> bytes:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            return checked(Submit(model, priority, left, item), id, size)
+            return checked(Submit(model, priority, left, item, alone), id, size)
 
         future = connection.submit(id, encoded, pixels, self._timeout_s)
         future.add_done_callback(partial(_cancelled, connection, id))

@@ -21,6 +21,7 @@ from blipq_worker.inference.protocol import (
     Hello,
     Known,
     ProtocolError,
+    Started,
     Vocabulary,
     Welcome,
     encoded,
@@ -31,6 +32,10 @@ from blipq_worker.inference.stream import Ended, Frame, Reader, no_pixels
 #: Enough for an image and its request, where the system allows it: then sending does not wait.
 _SEND_BUFFER = 2**20
 _VOCABULARY = Vocabulary(FROM_ENGINES)
+
+
+class _Silent(EngineGone):
+    """The engine is frozen."""
 
 
 class Connection:
@@ -50,6 +55,7 @@ class Connection:
         # Under this condition: what has no answer yet, the credits left, and whether it is over.
         self._changed = threading.Condition()
         self._open: dict[int, Future[Any]] = {}
+        self._started: set[int] = set()
         self._gone: EngineGone | None = None
         self.beat: Beat | None = None
         try:
@@ -116,19 +122,23 @@ class Connection:
         with suppress(EngineGone):
             self._send([encoded(Cancel(), id)])
 
-    def end(self, reason: str) -> None:
-        """Ends the connection: all that has no answer fails with EngineGone. Once."""
+    def end(self, reason: str, *, died: bool = False) -> None:
+        """Ends the connection: all that has no answer fails with EngineGone. Once.
+
+        died: whatever runs may have been to blame.
+        """
         with self._changed:
             if self._gone is not None:
                 return
             self._gone = EngineGone(reason)
             futures, self._open = self._open, {}
+            started = self._started if died else set()
             self._changed.notify_all()
         with suppress(OSError):
             # Before the close: it also ends a send that waits on another thread.
             self._socket.shutdown(socket.SHUT_RDWR)
-        for future in futures.values():
-            settle(future, EngineGone(reason))
+        for id, future in futures.items():
+            settle(future, EngineGone(reason, started=id in started))
 
     def _enter(self, id: int, future: "Future[Any]") -> None:
         if self._gone is not None:
@@ -160,7 +170,9 @@ class Connection:
             while True:
                 frame = self._next()
                 self._heard(frame)
-        except (OSError, Ended, ProtocolError, EngineGone) as error:
+        except (OSError, Ended, _Silent) as error:
+            self.end(str(error), died=True)
+        except (ProtocolError, EngineGone) as error:
             self.end(str(error))
         except BaseException as error:  # a fault of ours: nobody may wait for what is never read
             self.end(f"reading from the engine failed: {error!r}")
@@ -179,7 +191,7 @@ class Connection:
         while (frame := self._reader.receive()) is None:
             left = due - time.monotonic()
             if left <= 0 or not self._poll.poll(left * 1000):
-                raise EngineGone(f"the engine has said nothing for {self._silence_s:g} s")
+                raise _Silent(f"the engine has said nothing for {self._silence_s:g} s")
         if isinstance(frame.message, Goodbye):
             raise EngineGone(f"the engine says goodbye: {frame.message.reason}")
         return frame
@@ -189,6 +201,9 @@ class Connection:
             case Answers(outcomes=outcomes):
                 for future, outcome in self._answered(outcomes):
                     settle(future, outcome)
+            case Started(ids=ids):
+                with self._changed:
+                    self._started.update(id for id in ids if id in self._open)
             case Known(known=known):
                 with self._changed, suppress(KeyError, InvalidStateError):
                     self._open.pop(frame.id).set_result(known)
@@ -202,6 +217,7 @@ class Connection:
         with self._changed:
             self._credits += len(outcomes)
             self._changed.notify(len(outcomes))
+            self._started.difference_update(id for id, _ in outcomes)
             return [(self._open.pop(id), outcome) for id, outcome in outcomes if id in self._open]
 
 

@@ -2,14 +2,14 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import msgspec
 
 from blipq_worker.inference.front import Front, Work
-from blipq_worker.inference.interface import Backend, ItemFailed, Rows
+from blipq_worker.inference.interface import Backend, Handle, ItemFailed, Rows
 from blipq_worker.inference.protocol import Known, Knows, ProtocolError, Submit
 from blipq_worker.inference.requests import Failure, ImagePixels, Item, ModelInfo, Outcome
 from blipq_worker.inference.stream import Frame
@@ -37,6 +37,7 @@ class Intake:
         self.models = dict(backend.models())
         self._backend, self._rows, self._credits = backend, rows, credits
         self._finish = finish
+        self._works: dict[Handle, Work] = {}
 
     def lend(self, front: Front, message: Any, size: int) -> memoryview | None:
         """Room for an item's pixels, once all is checked that can be checked before they come."""
@@ -59,8 +60,9 @@ class Intake:
         try:
             item = self._whole(front, message, frame.pixels)
             work.handle = self._backend.submit(
-                message.model, item, message.priority, deadline, done
+                message.model, item, message.priority, deadline, done, message.alone
             )
+            self._works[work.handle] = work
         except ItemFailed as error:
             done(error.failure)
         except Exception as error:
@@ -84,8 +86,14 @@ class Intake:
         known = iter(self._backend.knows(message.model, named, message.features))
         return Known(tuple(digest is not None and next(known) for digest in digests))
 
+    def works_of(self, handles: Iterable[Handle]) -> list[Work]:
+        """Those of these items that have no answer yet."""
+        return [self._works[handle] for handle in handles if handle in self._works]
+
     def give_back(self, work: Work) -> None:
-        """The item's pixels are not read any more."""
+        """The item is over: its pixels are not read any more."""
+        if work.handle is not None:
+            self._works.pop(work.handle, None)
         if work.row is not None:
             self._rows.take_back(work.row)
             work.row = None

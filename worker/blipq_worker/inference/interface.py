@@ -28,7 +28,7 @@ from blipq_worker.inference.requests import (
 
 #: Of pixels at once: some 3,500 images of 224 x 224.
 MOST_BYTES = 512 * 2**20
-#: Stands for a submitted item; only its backend knows what it is. Not None.
+#: Stands for a submitted item; only its backend knows what it is. Not None; can be hashed.
 Handle = object
 
 
@@ -37,7 +37,15 @@ class InferenceError(Exception):
 
 
 class EngineGone(InferenceError):
-    """The connection to the engine ended, or there is none. The item says nothing by itself."""
+    """The connection to the engine ended, or there is none. The item says nothing by itself.
+
+    started: the engine died, or fell silent, after the item's pass had begun: the item is one of
+    those that may have caused it. False where the engine ended the connection itself.
+    """
+
+    def __init__(self, message: str, *, started: bool = False) -> None:
+        super().__init__(message)
+        self.started = started
 
 
 class EngineBusy(InferenceError):
@@ -60,10 +68,15 @@ class Inference(Protocol):
     """An engine, to its callers. Thread-safe; every wait has a timeout."""
 
     def submit(
-        self, model: str, item: Item, priority: Priority, deadline: float | None = None
+        self,
+        model: str,
+        item: Item,
+        priority: Priority,
+        deadline: float | None = None,
+        alone: bool = False,
     ) -> "Future[Answer]":
         """Sends an item. Cancelling the Future ends the work on it, and so does the ``deadline``
-        (monotonic), at which the Future is cancelled.
+        (monotonic), at which the Future is cancelled. alone: it runs while nothing else does.
 
         The Future raises ItemFailed and EngineGone. Raises EngineBusy, EngineGone, UnknownModel,
         and ValueError where the pixels are not what the model takes.
@@ -112,11 +125,13 @@ class Backend(Protocol):
         priority: Priority,
         deadline: float | None,
         done: Callable[[Outcome], None],
+        alone: bool = False,
     ) -> Handle:
         """Takes an item of a served model; must not wait.
 
         ``done`` is called exactly once, on any thread, at the deadline (monotonic) and after a
-        ``cancel``, too: from then on the item's pixels are not read any more. Raises ItemFailed.
+        ``cancel``, too: from then on the item's pixels are not read any more. alone: nothing else
+        may run beside it. Raises ItemFailed.
         """
 
     def cancel(self, handle: Handle) -> None:

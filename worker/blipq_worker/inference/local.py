@@ -37,11 +37,16 @@ class LocalInference:
         self._closed = False
 
     def submit(
-        self, model: str, item: Item, priority: Priority, deadline: float | None = None
+        self,
+        model: str,
+        item: Item,
+        priority: Priority,
+        deadline: float | None = None,
+        alone: bool = False,
     ) -> "Future[Answer]":
         """See ``Inference.submit``. Waits for nothing."""
         check_pixels(item, self.model(model))
-        checked(Submit(model, priority, None, item), 0)
+        checked(Submit(model, priority, None, item, alone), 0)
         future: Future[Answer] = Future()
         with self._lock:
             if self._closed:
@@ -49,7 +54,7 @@ class LocalInference:
             self._open.add(future)
         try:
             handle = self._backend.submit(
-                model, item, priority, deadline, partial(self._done, future)
+                model, item, priority, deadline, partial(self._done, future), alone
             )
         except ItemFailed as error:
             self._done(future, error.failure)
@@ -71,7 +76,7 @@ class LocalInference:
         """See ``Inference.check``. Also of what no message could carry."""
         self.model(model)
         try:
-            checked(Submit(model, "normal", None, item), 0)
+            checked(Submit(model, "normal", None, item, alone=False), 0)
         except ValueError as error:
             message = f"a text or a number is out of bounds: {error}"
             raise ItemFailed(Failure("permanent", "invalid_request", message)) from error

@@ -54,12 +54,16 @@ class Hello(Plain, frozen=True):
 
 
 class Submit(Plain, frozen=True):
-    """An item. seconds: to its deadline. Pixels follow unless the image comes without."""
+    """An item. seconds: to its deadline. alone: it runs while nothing else does.
+
+    Pixels follow unless the image comes without.
+    """
 
     model: Name
     priority: Priority
     seconds: Seconds | None
     item: Item
+    alone: bool = False
 
 
 class Cancel(Plain, frozen=True):
@@ -88,6 +92,12 @@ class Answers(Plain, frozen=True):
     outcomes: tuple[tuple[Count, Outcome], ...]
 
 
+class Started(Plain, frozen=True):
+    """A pass begins that these items newly take part in: sent before it, once for each item."""
+
+    ids: Annotated[tuple[Count, ...], Meta(max_length=4096)]
+
+
 class Known(Plain, frozen=True):
     """The answer to Knows."""
 
@@ -110,7 +120,7 @@ class Goodbye(Plain, frozen=True):
 
 
 FrontMessage = Hello | Submit | Cancel | Knows
-EngineMessage = Welcome | Answers | Known | Beat | Goodbye
+EngineMessage = Welcome | Started | Answers | Known | Beat | Goodbye
 Message = FrontMessage | EngineMessage
 
 
@@ -135,6 +145,7 @@ FROM_ENGINES = (
     Kind(19, Known, MOST_SMALL),
     Kind(20, Beat, MOST_SMALL),
     Kind(21, Goodbye, MOST_SMALL),
+    Kind(22, Started, 64 * 1024),
 )
 _NUMBERS = {kind.type: kind.number for kind in (*FROM_FRONTS, *FROM_ENGINES)}
 

@@ -191,12 +191,14 @@ class Answer(Plain, frozen=True, tag="answer"):
 
     pass_ms: from its start on the device to its end. vision_ms: of these, looking at the image; 0
     where all was known. batch_size: the most items that ran together with it, itself included.
+    shared: an equal item that was in flight was computed, and this one waited for its answer.
     """
 
     value: Value
     pass_ms: float
     vision_ms: float
     batch_size: int
+    shared: bool = False
 
 
 class Failure(Plain, frozen=True, tag="failure"):
@@ -254,7 +256,8 @@ class ModelInfo(Plain, frozen=True):
     quantization: none, int8 or nf4, and "+vision" where the tower is quantized, too. revision:
     the hub's commit, or the SHA-256 of the weights. default_prompt: for captions without one.
     shares_vision: one vision tower serves both checkpoints. recipe, reading: of the generation
-    checkpoint; the retrieval checkpoint's are None without one.
+    checkpoint; the retrieval checkpoint's are None without one. slots: texts that are written at
+    once.
     """
 
     checkpoint: str
@@ -271,6 +274,7 @@ class ModelInfo(Plain, frozen=True):
     retrieval_recipe: Recipe | None = None
     retrieval_reading: Reading | None = None
     shares_vision: bool = False
+    slots: Annotated[int, Meta(ge=1, le=65_536)] = 32
 
     @property
     def image_size(self) -> int:

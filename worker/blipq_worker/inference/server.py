@@ -12,14 +12,14 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from blipq_worker.inference.address import Door, Full, farewell
 from blipq_worker.inference.front import Front, Work
 from blipq_worker.inference.intake import Intake
-from blipq_worker.inference.interface import Backend, HeapRows, Rows
+from blipq_worker.inference.interface import Backend, Handle, HeapRows, Rows
 from blipq_worker.inference.protocol import (
     Beat,
     Cancel,
@@ -27,6 +27,7 @@ from blipq_worker.inference.protocol import (
     Knows,
     Message,
     ProtocolError,
+    Started,
     Submit,
     Welcome,
     encoded,
@@ -115,6 +116,18 @@ class EngineServer:
         """Says that the model took a step; beats tell the fronts."""
         self._step += 1
         self._progress = time.monotonic()
+
+    def started(self, handles: Iterable[Handle]) -> None:
+        """Tells the fronts that a pass begins which these items newly take part in.
+
+        Before the pass, so that they know what may have caused its end: what a socket has taken
+        outlives this process. Not from within a call of this server's.
+        """
+        ids: dict[Front, list[int]] = {}
+        for work in self._intake.works_of(handles):
+            ids.setdefault(work.front, []).append(work.id)
+        for front, begun in ids.items():
+            self._send(front, Started(tuple(begun)))
 
     def wake(self) -> None:
         """Ends the wait of ``poll``. Thread-safe."""
