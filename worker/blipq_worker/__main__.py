@@ -1,9 +1,14 @@
-"""``python -m blipq_worker``: one worker process (``blipq worker`` starts it)."""
+"""``python -m blipq_worker``: one worker process (``blipq worker`` starts it).
 
+``python -m blipq_worker front ...`` is a part of one, which the worker starts by itself.
+"""
+
+import argparse
 import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blipq.errors import InvalidRequest
@@ -13,6 +18,7 @@ from blipq.settings import Settings
 from blipq.submission import checked
 from blipq_worker.catalog.models import ModelError
 from blipq_worker.engine.faults import DeviceLost
+from blipq_worker.inference.address import AddressError
 from blipq_worker.process.health import PortTaken, require_port
 from blipq_worker.process.heartbeat import EXIT_HUNG
 from blipq_worker.settings import WorkerSettings
@@ -26,6 +32,36 @@ EXIT_MODEL = 78
 
 
 def main() -> int:
+    """Runs the process that the arguments name; the exit code."""
+    match sys.argv[1:]:
+        case ["front", *arguments]:
+            return _front(arguments)
+        case _:
+            return _worker()
+
+
+def _front(arguments: list[str]) -> int:
+    """Takes jobs for an engine in another process; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m blipq_worker front")
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--number", type=int, required=True)
+    parser.add_argument("--of", type=int, required=True)
+    parser.add_argument("--worker", required=True)
+    given = parser.parse_args(arguments)
+    from blipq_worker.front import Front
+    from blipq_worker.fronts.seat import Seat
+
+    seat = Seat(given.run, given.number, given.of, given.worker)
+    try:
+        settings, options = _settings(f" front-{seat.number}")
+        front = Front(settings, options, seat)
+    except (InvalidRequest, AddressError) as error:
+        print(f"blipq worker: front {seat.number}: {error}", file=sys.stderr)
+        return EXIT_MODEL
+    return front.run()
+
+
+def _worker() -> int:
     """Loads the models, then works until told to stop; the exit code."""
     try:
         worker = _loaded()
@@ -46,11 +82,7 @@ def _loaded() -> "Worker":
 
     Raises InvalidRequest for settings, ModelError, DeviceLost, PortTaken.
     """
-    _set_up_logging(os.environ.get("BLIPQ_LOG_LEVEL", "INFO"))
-    # Root is common in containers, and only JSON is accepted.
-    warnings.filterwarnings("ignore", message="You're running the worker with superuser")
-    settings = checked(Settings)
-    options = checked(WorkerSettings).beside(settings)
+    settings, options = _settings()
     logging.getLogger("blipq_worker").info("using %s", settings.endpoints)
     Storage(settings).check_configuration()
     require_port(options.health_port)
@@ -68,9 +100,21 @@ def _loaded() -> "Worker":
     return Worker(settings, options.filling(slots), models, check=check)
 
 
-def _set_up_logging(level: str) -> None:
+def _settings(process: str = "") -> tuple[Settings, WorkerSettings]:
+    """The settings, with logging set up by them. process: named in each line.
+
+    Raises InvalidRequest.
+    """
+    _set_up_logging(os.environ.get("BLIPQ_LOG_LEVEL", "INFO"), process)
+    # Root is common in containers, and only JSON is accepted.
+    warnings.filterwarnings("ignore", message="You're running the worker with superuser")
+    settings = checked(Settings)
+    return settings, checked(WorkerSettings).beside(settings)
+
+
+def _set_up_logging(level: str, process: str) -> None:
     try:
-        log_to_stderr(level, "%(asctime)s %(levelname)s %(name)s: %(message)s")
+        log_to_stderr(level, f"%(asctime)s{process} %(levelname)s %(name)s: %(message)s")
     except ValueError:
         raise InvalidRequest(f"BLIPQ_LOG_LEVEL: {level!r} is no level of logging") from None
     logging.getLogger("celery.worker.strategy").setLevel("WARNING")  # a line per message received

@@ -1,54 +1,40 @@
-"""Wires a worker process together and runs it from start to drain: the only file that knows all."""
+"""Wires a worker that is one process together and runs it from start to drain: knows all parts."""
 
 import logging
 import os
 import secrets
-import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import redis
-from celery.exceptions import Reject
-from celery.signals import setup_logging, worker_ready
 
-from blipq.contract import Kind
 from blipq.ledger.connection import connect
-from blipq.ledger.keys import queues_of, task_name
 from blipq.ledger.worker import WorkerLedger
 from blipq.settings import Settings
-from blipq.transport.broker import Broker, make_app
+from blipq.transport.broker import Broker
 from blipq_worker.assembly import (
     Base,
     decoding_budget,
-    engine_of,
     heartbeat_of,
     jobs_of,
     reconciler_of,
 )
 from blipq_worker.blip2.loading.compiling import since_compiling
+from blipq_worker.engine.backend import Engine
 from blipq_worker.engine.faults import Trust
 from blipq_worker.inference.local import LocalInference
-from blipq_worker.jobs.errors import HandBack, JobFailedTask
-from blipq_worker.jobs.runner import Runner
-from blipq_worker.messages.consumer import Door, consumer_class
-from blipq_worker.messages.controls import refuse_controls
-from blipq_worker.messages.kombu_patches import harden
-from blipq_worker.messages.revokes import follow_revokes
 from blipq_worker.messages.strays import Strays
 from blipq_worker.process.health import BrokerLoop, HealthServer
 from blipq_worker.process.heartbeat import EXIT_HUNG
-from blipq_worker.process.malloc import give_large_blocks_back
 from blipq_worker.process.metrics import WorkerMetrics
 from blipq_worker.settings import WorkerSettings
-from blipq_worker.startup import START
+from blipq_worker.taking import Taker
 
 if TYPE_CHECKING:
-    from celery import Celery
-
+    from blipq_worker.batching.batcher import Judge
     from blipq_worker.blip2 import Blip2
 
 log = logging.getLogger(__name__)
@@ -89,14 +75,14 @@ class Worker:
         self._health = (
             self._health_server(ledger, metrics) if options.health_port is not None else None
         )
-        self._dropped = lambda: metrics.refused("dropped")
-        harden(dropped=self._dropped)
-        refuse_controls()
-        foreign = self._jobs.foreign
-        follow_revokes(foreign.cancel, foreign.cancel_sent, foreign.expire_sent)
-        give_large_blocks_back()
-        self._app = make_app(settings)
-        register_tasks(self._app, self._jobs.runner)
+        self._taker = Taker(
+            base,
+            self._jobs,
+            metrics,
+            self._broker_loop,
+            hostname=f"blipq@{name}",
+            problem=lambda: self._heartbeat.problem,
+        )
 
     def run(self) -> int:
         """Works until it is told to stop; the exit code."""
@@ -107,35 +93,11 @@ class Worker:
         self._strays.start()
         if self._health is not None:
             self._health.start()
-        # A receiver, so that Celery leaves logging as the process set it up.
-        setup_logging.connect(_keep_logging)
-        # Its "succeeded" means that a task returned, also where its job is retried or handed back:
-        # what came of each job is told by the runner.
-        logging.getLogger("celery.app.trace").setLevel(logging.WARNING)
-        worker_ready.connect(self._on_ready)
-        door = Door(
-            refuse=self._jobs.foreign.refuse,
-            dropped=self._dropped,
-            problem=lambda: self._heartbeat.problem,
-            ended=self._on_ended,
-        )
-        worker = self._app.Worker(
-            consumer_cls=consumer_class(door, self._broker_loop),
-            hostname=f"blipq@{self._base.name}",
-            pool="threads",
-            concurrency=self._options.threads,
-            queues=[queue for model in self._base.models for queue in queues_of(model)],
-            without_gossip=True,
-            without_mingle=True,
-            without_heartbeat=not self._options.send_events,
-            task_events=self._options.send_events,
-            quiet=True,
-        )
-        worker.start()
+        code = self._taker.run()
         while self._problem is not None:
             time.sleep(1.0)  # until a signal
         self._stop()
-        return int(worker.exitcode or 0)
+        return code
 
     def _stalled_for(self) -> float:
         """Seconds without progress of the model, unless it compiles, or of a decoder."""
@@ -200,55 +162,7 @@ class Worker:
         """Takes no more jobs, and goes on saying why: what ends it is not its to decide."""
         log.critical("%s: taking no more jobs", problem)
         self._problem = problem
-        self._gate.close()
-        threading.Thread(target=self._keep_nothing, name="blipq-refuse", daemon=True).start()
-
-    def _keep_nothing(self) -> None:
-        from celery.worker import state
-
-        state.should_stop = 0  # type: ignore[assignment]
-        while True:  # a job may be claimed while the gate closes
-            self._jobs.outcomes.hand_back_all()
-            time.sleep(1.0)
-
-    # -- the end --
-
-    def _on_ready(self, sender: Any, **_: Any) -> None:
-        """Takes the signals over from Celery, whose own handling waits without an end."""
-        log.info("%s is ready: %s", self._base.name, ", ".join(self._base.models))
-        log.info("ready after %s", START)
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        from celery.worker import state
-
-        if self._gate.closed:
-            # Not from this frame: it may have interrupted a lock that handing back needs.
-            threading.Thread(target=self._leave_now, daemon=True).start()
-            return
-        self._drain(0)
-        state.should_stop = 0  # type: ignore[assignment]
-
-    def _on_ended(self, error: BaseException) -> None:
-        """Celery takes no more messages: by an error, or as a signal or remote control said."""
-        if not self._gate.closed:
-            self._drain(1 if isinstance(error, Exception) else 0)
-
-    def _drain(self, code: int) -> None:
-        """Takes no more jobs, and leaves with ``code`` when those that run have had their time."""
-        self._gate.close()  # first: the next signal must find it closed
-        log.info("draining: at most %g s", self._options.drain_timeout_s)
-        deadline = threading.Timer(self._options.drain_timeout_s, self._leave_now, [code])
-        deadline.daemon = True
-        deadline.start()
-
-    def _leave_now(self, code: int = 0) -> None:
-        """Hands everything back and ends the process: its threads cannot be stopped."""
-        count = self._jobs.outcomes.hand_back_all()
-        log.warning("handed back: %d", count)
-        logging.shutdown()
-        os._exit(code)
+        self._taker.refuse()
 
     def _stop(self) -> None:
         self._strays.stop()
@@ -261,22 +175,13 @@ class Worker:
         self._base.broker.close()
 
 
-def _keep_logging(**_: Any) -> None:
-    """Logging is set up already."""
-
-
-def register_tasks(app: "Celery", runner: Runner) -> None:
-    """One Celery task per kind, so that monitors show what runs."""
-    for kind in Kind:
-        _register(app, runner, kind)
-
-
-def _register(app: "Celery", runner: Runner, kind: Kind) -> None:
-    def run(id: str, request: Any = None, options: Any = None) -> None:
-        try:
-            runner.run(kind, id, request, options)
-        except HandBack as error:
-            raise Reject(str(error), requeue=True) from error
-
-    # A failed job is no surprise to the worker: Celery logs one line, not a traceback.
-    app.task(name=task_name(kind), throws=(JobFailedTask,))(run)
+def engine_of(options: WorkerSettings, models: "Mapping[str, Blip2]", judge: "Judge") -> Engine:
+    """The engine of a process that also runs its jobs."""
+    return Engine(
+        models,
+        judge=judge,
+        max_batch_size=options.max_batch_size,
+        batch_wait_timeout_s=options.batch_wait_timeout_s,
+        max_waiting=2 * options.threads,
+        max_beams=options.beams,
+    )

@@ -1,8 +1,7 @@
-"""Builds the parts of a worker process from its settings."""
+"""Builds the parts of a process that takes jobs from its settings; knows no model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from blipq.images.decoding import ImageLimits
 from blipq.index.store import Indexes
@@ -11,9 +10,7 @@ from blipq.s3.storage import Storage
 from blipq.settings import Settings
 from blipq.ssrf.http import GuardedHttp
 from blipq.transport.broker import Broker
-from blipq_worker.batching.batcher import Judge
 from blipq_worker.claims import Held
-from blipq_worker.engine.backend import Engine
 from blipq_worker.images.fetch import Fetcher
 from blipq_worker.images.https import HttpsFetcher
 from blipq_worker.images.loader import Pictures
@@ -33,9 +30,6 @@ from blipq_worker.process.heartbeat import Heartbeat
 from blipq_worker.process.metrics import WorkerMetrics
 from blipq_worker.process.reconciler import Reconciler
 from blipq_worker.settings import WorkerSettings
-
-if TYPE_CHECKING:
-    from blipq_worker.blip2 import Blip2
 
 #: A picture is given up after so much CPU time, long before the watchdog ends the process.
 DECODE_S = 20.0
@@ -69,18 +63,6 @@ class Jobs:
     outcomes: Outcomes
     access: S3Access
     writer: IndexWriter
-
-
-def engine_of(options: WorkerSettings, models: "Mapping[str, Blip2]", judge: Judge) -> Engine:
-    """The engine of a process that also runs its jobs."""
-    return Engine(
-        models,
-        judge=judge,
-        max_batch_size=options.max_batch_size,
-        batch_wait_timeout_s=options.batch_wait_timeout_s,
-        max_waiting=2 * options.threads,
-        max_beams=options.beams,
-    )
 
 
 def decoding_budget(options: WorkerSettings) -> Budget:

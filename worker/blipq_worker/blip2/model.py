@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,6 +134,22 @@ class Blip2:
         self.generator.vision.on_encode = call
         if self.matcher is not None:
             self.matcher.vision.on_encode = call
+
+    def write_readings(self, folder: Path, name: str) -> None:
+        """Writes the tokenizers to files in a folder, which ``info`` names from then on.
+
+        For processes that count tokens without transformers: it may read a checkpoint's files in
+        its own way, so what it has made of them is written. Raises OSError.
+        """
+        info = self.info
+        path = folder / f"{name}-generation.json"
+        self.generator.write_tokenizer(path)
+        self.info = replace(info, reading=replace(info.reading, tokenizer=str(path)))
+        if self.embedder is not None and info.retrieval_reading is not None:
+            path = folder / f"{name}-retrieval.json"
+            self.embedder.write_tokenizer(path)
+            reading = replace(info.retrieval_reading, tokenizer=str(path))
+            self.info = replace(self.info, retrieval_reading=reading)
 
     def preprocess(
         self, image: Image.Image, *, digest: str | None = None, whole: bool = False

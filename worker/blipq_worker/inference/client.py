@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from blipq_worker.inference.address import check_path
+from blipq_worker.inference.bounds import require_sendable
 from blipq_worker.inference.connection import Connection
 from blipq_worker.inference.interface import EngineGone, UnknownModel
 from blipq_worker.inference.protocol import Beat, Hello, Knows, Submit, checked
@@ -37,6 +38,7 @@ class EngineClient:
     engine is frozen; then, and where the connection ends, all that has no answer fails with
     EngineGone, ``on_lost`` hears why on the thread that reads, and that thread connects again until
     ``close``. timeout_s: longest wait for a connection, a credit, or an answer to a question.
+    check: raises ItemFailed for an item that a model could not run, without asking the engine.
 
     A Future's callbacks run on the thread that reads: they must not wait. Raises AddressError for a
     path that no socket can have, and ValueError for a name with more than letters and digits.
@@ -50,12 +52,13 @@ class EngineClient:
         silence_s: float = 10.0,
         timeout_s: float = 30.0,
         on_lost: Callable[[str], None] = lambda reason: None,
+        check: Callable[[ModelInfo, Item], None] = lambda model, item: None,
     ) -> None:
         check_path(path)
         checked(Hello(os.getpid(), name), 0)
         self._path, self._name = path, name
         self._silence_s, self._timeout_s = silence_s, timeout_s
-        self._on_lost = on_lost
+        self._on_lost, self._check = on_lost, check
         self._ids = itertools.count(1)  # never used again, on whatever connection
         self._changed = threading.Condition()
         self._connection: Connection | None = None
@@ -68,6 +71,11 @@ class EngineClient:
     def connected(self) -> bool:
         """Whether an engine is there."""
         return self._connection is not None
+
+    @property
+    def problem(self) -> str | None:
+        """Why no engine is there; None where one is."""
+        return None if self.connected else self._why
 
     @property
     def beat(self) -> Beat | None:
@@ -110,6 +118,12 @@ class EngineClient:
             return future.result(self._timeout_s)
         except TimeoutError as error:
             raise EngineGone(f"the engine did not answer for {self._timeout_s:g} s") from error
+
+    def check(self, model: str, item: Item) -> None:
+        """See ``Inference.check``."""
+        info = self.model(model)
+        require_sendable(model, item)
+        self._check(info, item)
 
     def models(self) -> Mapping[str, ModelInfo]:
         """See ``Inference.models``."""

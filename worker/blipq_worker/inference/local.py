@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 
+from blipq_worker.inference.bounds import require_sendable
 from blipq_worker.inference.interface import (
     CheckingBackend,
     EngineGone,
@@ -16,7 +17,6 @@ from blipq_worker.inference.interface import (
 from blipq_worker.inference.protocol import Submit, checked
 from blipq_worker.inference.requests import (
     Answer,
-    Failure,
     Feature,
     Item,
     ModelInfo,
@@ -75,11 +75,7 @@ class LocalInference:
     def check(self, model: str, item: Item) -> None:
         """See ``Inference.check``. Also of what no message could carry."""
         self.model(model)
-        try:
-            checked(Submit(model, "normal", None, item, alone=False), 0)
-        except ValueError as error:
-            message = f"a text or a number is out of bounds: {error}"
-            raise ItemFailed(Failure("permanent", "invalid_request", message)) from error
+        require_sendable(model, item)
         self._backend.check(model, item)
 
     def models(self) -> Mapping[str, ModelInfo]:

@@ -242,7 +242,8 @@ class Recipe(Plain, frozen=True):
 class Reading(Plain, frozen=True):
     """How a checkpoint reads texts, so that fronts can count tokens.
 
-    tokenizer: a folder. positions: the most tokens of a text; on OPT the new ones are among them.
+    tokenizer: a file of the library tokenizers, or a folder with one. positions: the most tokens of
+    a text; on OPT the new ones are among them.
     """
 
     tokenizer: str

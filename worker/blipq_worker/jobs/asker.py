@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -21,11 +21,16 @@ from blipq_worker.inference.interface import (
     UnknownModel,
 )
 from blipq_worker.inference.requests import Answer, Generated, ImagePixels, Item, ModelInfo
+from blipq_worker.jobs.errors import EngineLost
 from blipq_worker.kinds.spec import Part
 from blipq_worker.receipt import Stopwatch
 
 MadeT = TypeVar("MadeT")
 AnswerT = TypeVar("AnswerT")
+
+#: What an engine had begun is known as soon as one of its items is known to be lost: of the others
+#: at most so long later.
+_SETTLED_S = 5.0
 
 #: Has an image's pixels made, whatever the model knows of it.
 Reload = Callable[[], ImagePixels]
@@ -48,7 +53,9 @@ def engine_errors() -> Iterator[None]:
         yield
     except UnknownModel as error:
         raise PermanentError(ErrorCode.MODEL_UNAVAILABLE, str(error)) from error
-    except (EngineGone, EngineBusy) as error:
+    except EngineGone as error:
+        raise EngineLost(str(error), started=error.started) from error
+    except EngineBusy as error:
         raise TransientError(ErrorCode.INTERNAL, f"the engine: {error}") from error
     except ItemFailed as error:
         failure = error.failure
@@ -57,6 +64,15 @@ def engine_errors() -> Iterator[None]:
         lasting = failure.kind in ("permanent", "internal")
         wrapped = PermanentError if lasting else TransientError
         raise wrapped(ErrorCode(failure.code), failure.message) from error
+
+
+def has_begun(futures: Sequence["Future[Answer]"]) -> bool:
+    """Whether one of these items of an engine that is gone was in a pass that had begun."""
+    _, unsettled = wait(futures, _SETTLED_S)
+    errors = [
+        each.exception() for each in futures if each not in unsettled and not each.cancelled()
+    ]
+    return any(isinstance(error, EngineGone) and error.started for error in errors)
 
 
 class Asker:
@@ -156,6 +172,9 @@ class Asker:
                 self._answer(item, future, deadline, self._reload)
                 for item, future in zip(items, futures, strict=True)
             ]
+        except EngineGone as error:
+            # It came of whichever item was first; another one may be the one that had begun.
+            raise EngineGone(str(error), started=error.started or has_begun(futures)) from error
         finally:
             for future in futures:
                 future.cancel()
@@ -163,7 +182,11 @@ class Asker:
     def _submitted(self, item: Item) -> "Future[Answer]":
         """Sends an item. A claim that is lost meanwhile, or expires, ends the work on it."""
         future = self._inference.submit(
-            self._claim.model, item, self._priority.value, deadline=self._expires_at
+            self._claim.model,
+            item,
+            self._priority.value,
+            deadline=self._expires_at,
+            alone=self._claim.solo,
         )
         self._held.on_lost(self._claim, future.cancel)
         return future

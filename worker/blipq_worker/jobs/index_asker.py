@@ -24,6 +24,7 @@ from blipq_worker.index.writer import IndexWriter
 from blipq_worker.inference.interface import Inference
 from blipq_worker.inference.requests import ImagePixels, Rerank, Reranked
 from blipq_worker.jobs.asker import Asker, Reload, engine_errors
+from blipq_worker.jobs.errors import EngineLost
 from blipq_worker.receipt import Stopwatch
 
 #: Images that one search fetches and looks at side by side: they are what it takes in memory.
@@ -78,7 +79,7 @@ class IndexAsker(Asker):
     def rerank(self, images: Sequence[ImageRef], text: str) -> list[Reranked | PermanentError]:
         """How well a text matches each image, or why that cannot be read."""
 
-        def score(image: ImageRef) -> Reranked | PermanentError:
+        def score(image: ImageRef) -> Reranked | PermanentError | EngineLost:
             try:
                 item = Rerank(self._read(image, True), text)
                 deadline = time.monotonic() + self._timeout_s
@@ -87,14 +88,20 @@ class IndexAsker(Asker):
                     answer = self._answer(item, future, deadline, lambda: self._read(image, False))
             except _Unreadable as error:
                 return error.reason
+            except EngineLost as error:  # another image may be the one whose pass had begun
+                return error
             return cast(Reranked, answer.value)
 
         pool = ThreadPoolExecutor(_IMAGES_AT_ONCE, thread_name_prefix="blipq-rerank")
         try:
             with self._watch.stage("rerank"):
-                return list(pool.map(score, images))
+                scores = list(pool.map(score, images))
         finally:
             pool.shutdown(cancel_futures=True)
+        lost = [each for each in scores if isinstance(each, EngineLost)]
+        if lost:
+            raise max(lost, key=lambda each: each.started)
+        return [each for each in scores if not isinstance(each, EngineLost)]
 
     def _read(self, image: ImageRef, spare: bool) -> ImagePixels:
         """An image of an index; it may be gone when it is read, also when it is read again."""

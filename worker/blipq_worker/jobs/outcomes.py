@@ -14,7 +14,7 @@ from blipq.ledger.worker import MAX_RETRIES, Claim, WorkerLedger
 from blipq.transport.broker import Broker
 from blipq_worker.claims import Held
 from blipq_worker.images.s3_access import AccessRefused, S3Access
-from blipq_worker.jobs.errors import JobFailedTask
+from blipq_worker.jobs.errors import EngineLost, JobFailedTask
 from blipq_worker.jobs.outages import written
 from blipq_worker.messages.envelope import encodable
 from blipq_worker.process.metrics import Outcome, WorkerMetrics
@@ -50,6 +50,8 @@ class Outcomes:
         self._metrics = metrics
         self._access = access
         self._retry_backoff_s = retry_backoff_s
+        #: Tokens of claims whose jobs may have ended the engine, until they have gone back.
+        self._suspects: set[str] = set()
 
     def succeeded(self, claim: Claim, result: str, watch: Stopwatch) -> None:
         """Stores a result."""
@@ -71,12 +73,17 @@ class Outcomes:
                 self._fail(claim, error, watch)
             case AccessRefused():
                 self._refused_access(claim, error, watch)
+            case EngineLost():
+                self._lost_engine(claim, error)
             case TransientError():
                 self._retry(claim, error, watch)
 
     def hand_back(self, claim: Claim) -> None:
         """Gives a job back, uncounted, through an outage of Redis if need be."""
-        if self._taken_back(claim, time.monotonic() + claim.expires_in):
+        self._give_back(claim)
+
+    def _give_back(self, claim: Claim, *, suspect: bool = False) -> None:
+        if self._taken_back(claim, time.monotonic() + claim.expires_in, suspect=suspect):
             self._broker.publish(_message(claim))
 
     def hand_back_all(self) -> int:
@@ -87,7 +94,8 @@ class Outcomes:
         """
         # First what is asked for: an answer that comes in between is among the claims.
         asked = self._held.asked()
-        return self._hand_back_each([(claim, False) for claim in self._held.claims()], asked)
+        claims = [(claim, claim.token in self._suspects) for claim in self._held.claims()]
+        return self._hand_back_each(claims, asked)
 
     def hand_back_lost(self) -> None:
         """Gives back what runs on a device that is lost.
@@ -131,6 +139,21 @@ class Outcomes:
             log.warning("%s: %s: again in %g s", claim.id, error, PUT_OFF_S)
             put_off = partial(self._ledger.hand_back, claim, PUT_OFF_S)
             self._finish(put_off, claim, watch, "handed_back")
+
+    def _lost_engine(self, claim: Claim, error: EngineLost) -> None:
+        """Gives a job back whose engine is gone: uncounted, since most jobs are not to blame.
+
+        One that may have ended the engine runs alone from now on. One that did run alone keeps its
+        lease: when that runs out, it is a crash.
+        """
+        if error.started and claim.solo:
+            log.error("%s: the engine ended while it ran alone: %s", claim.id, error)
+            return
+        log.warning("%s: %s%s", claim.id, error, ": it may be why" if error.started else "")
+        if error.started:
+            self._suspects.add(claim.token)  # also for who gives it back before this thread can
+        self._give_back(claim, suspect=error.started)
+        self._suspects.discard(claim.token)
 
     def withdraw(self, asked: Mapping[str, str], until: float | None = None) -> list[Message]:
         """Takes claims back that were asked for and not heard (nonce to id).

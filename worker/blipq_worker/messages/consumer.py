@@ -5,18 +5,30 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 from celery.worker import consumer as celery_consumer
 from celery.worker import state
 
+from blipq.contract import Kind
 from blipq.errors import QueueFull, QueueUnavailable
-from blipq_worker.messages.envelope import Malformed, malformed, rewrite
+from blipq_worker.messages.envelope import Malformed, Named, malformed, rewrite
 from blipq_worker.process.health import TURN_S, BrokerLoop
 
 log = logging.getLogger(__name__)
 
 PAUSE_S = 1.0
+
+
+class InHand(Protocol):
+    """Follows the messages that this process has taken and not settled."""
+
+    def take(self, id: str, kind: Kind, queue: str) -> None:
+        """A message of a job has come; nothing is done with it yet."""
+
+    def release(self, id: str) -> None:
+        """A message is acknowledged, or back in its queue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +39,14 @@ class Door:
     dropped: counts a malformed message that could not be recorded.
     problem: why Redis takes no writes, or None.
     ended: the consumer has ended, by an error or as it was told to.
+    in_hand: follows each message that is well-formed, if anybody does.
     """
 
     refuse: Callable[[Malformed], None]
     dropped: Callable[[], None]
     problem: Callable[[], str | None]
     ended: Callable[[BaseException], None]
+    in_hand: InHand | None = None
 
 
 class Consumer(celery_consumer.Consumer):
@@ -60,7 +74,9 @@ class Consumer(celery_consumer.Consumer):
 
         def on_task_received(message: Any) -> None:
             try:
-                rewrite(message)
+                named = rewrite(message)
+                if self.door.in_hand is not None:
+                    _follow(message, named, self.door.in_hand)
                 handle(message)
             except Malformed as error:
                 self._refuse(message, error)
@@ -139,6 +155,22 @@ class Consumer(celery_consumer.Consumer):
             self._turns.cancel()
         self.broker_loop.turned()
         self._turns = self.timer.call_repeatedly(TURN_S, self.broker_loop.turned)
+
+
+def _follow(message: Any, named: Named, in_hand: InHand) -> None:
+    """Has a message followed until it is settled, in whichever of the two ways Celery does it."""
+    in_hand.take(named.id, named.kind, str(message.delivery_info.get("routing_key", "")))
+    left = [named.id]
+
+    def settle(settling: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        try:
+            settling(*args, **kwargs)
+        finally:  # what the broker has not heard it delivers again
+            while left:
+                in_hand.release(left.pop())
+
+    message.ack_log_error = partial(settle, message.ack_log_error)
+    message.reject_log_error = partial(settle, message.reject_log_error)
 
 
 def consumer_class(door: Door, broker_loop: BrokerLoop) -> type[Consumer]:

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from kombu.serialization import loads
 from kombu.utils.json import dumps
@@ -118,15 +118,23 @@ class _Body(BaseModel):
         return self
 
 
-def rewrite(message: Any) -> None:
+class Named(NamedTuple):
+    """The job that a message is about."""
+
+    id: str
+    kind: Kind
+
+
+def rewrite(message: Any) -> Named:
     """Leaves in a message only the job and what Celery needs to run it, in its protocol 2.
 
-    Raises Malformed.
+    The job that it is about. Raises Malformed.
     """
     headers, body = _taken_apart(message)
     message.headers = headers.model_dump(exclude_none=True, exclude=AFTERWARDS)
     message.body = dumps([body.positional, body.named, {}]).encode()
     message.content_type, message.content_encoding = "application/json", "utf-8"
+    return Named(body.job, KINDS[headers.task])
 
 
 def _taken_apart(message: Any) -> tuple[_Headers, _Body]:

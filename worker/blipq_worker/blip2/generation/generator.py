@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,6 +100,10 @@ class Generator:
         """A prompt's token ids, with the mark that the language model wants. Thread-safe."""
         ids: list[int] = self._tokenizer(prompt, verbose=False)["input_ids"]
         return ids
+
+    def write_tokenizer(self, path: Path) -> None:
+        """Writes what makes ids of texts to a file of the library tokenizers. Raises OSError."""
+        path.write_text(self._tokenizer.backend_tokenizer.to_str())
 
     def answer_ids(self, text: str) -> list[int]:
         """The token ids with which the model would say ``text`` and end. Thread-safe."""

@@ -5,6 +5,7 @@ Source: lavis/models/blip2_models/blip2_qformer.py. Shapes are those of the publ
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -48,6 +49,10 @@ class Embedder:
         if count > self._positions:
             message = f"a text has {count:,} tokens, where this model reads {self._positions:,}"
             raise PermanentError(ErrorCode.INVALID_REQUEST, message)
+
+    def write_tokenizer(self, path: Path) -> None:
+        """Writes what makes ids of texts to a file of the library tokenizers. Raises OSError."""
+        self._texts.write(path)
 
     @torch.inference_mode()
     def embed(self, items: Sequence[EmbedItem]) -> list[Arrays]:

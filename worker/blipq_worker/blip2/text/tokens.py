@@ -1,6 +1,7 @@
 """Texts as a retrieval checkpoint reads them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,10 @@ class Texts:
         if self._longest is not None and len(ids) > self._longest:
             return [*ids[: self._longest - 1], ids[-1]]
         return ids
+
+    def write(self, path: Path) -> None:
+        """Writes the tokenizer to a file of the library tokenizers. Raises OSError."""
+        path.write_text(self._tokenizer.backend_tokenizer.to_str())
 
     def padded(
         self, texts: Sequence[str], device: torch.device
