@@ -3,13 +3,14 @@
 ``python engine_stand_in.py FOLDER``. "run ..." begins a pass and does not end it, "wait ..." stays
 in its queue, "die ..." ends the process in a pass of its own, others answer at once. It prints a
 line for each item as it has it: ``begun`` or ``queued`` and the prompt, and whether it is alone.
+After SIGTERM it says goodbye.
 """
 
 import itertools
 import os
 import signal
 import sys
-import time
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,11 +105,13 @@ def main() -> None:
     backend = Backend()
     server = EngineServer(Path(sys.argv[1]) / "engine.sock", backend)
     print("listens", flush=True)
-    until = time.monotonic() + 300
-    while time.monotonic() < until:
+    ending = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ending.set())
+    while not ending.is_set():
         server.poll(0.02)
         server.progress()
         backend.turn(server)
+    server.close()
 
 
 if __name__ == "__main__":
