@@ -17,6 +17,8 @@ MAX_CRASHES = 3
 MAX_RETRIES = 5
 
 Unclaimed = Literal["unknown", "ended", "busy", "newer"]
+#: What the death of a process means for a job that it held (see ``requeue.lua``).
+Loss = Literal["hand-back", "lost", "suspect", "crash"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,19 +140,20 @@ class WorkerLedger(ProducerLedger):
 
     def succeed(self, claim: Claim, result: str, receipt: str) -> bool:
         """Ends a job with its result (JSON); False if it is no longer this worker's to end."""
-        return self._finish(claim, Status.SUCCEEDED, {"result": result, "receipt": receipt})
+        fields = {"result": result, "receipt": receipt}
+        return self._finish(claim.id, claim.token, Status.SUCCEEDED, fields)
 
     def fail(self, claim: Claim, error: str, receipt: str, *, dead: bool = False) -> bool:
         """Ends a job with an error (JSON), as a dead letter if it is out of attempts."""
         fields = {"error": error, "receipt": receipt}
-        return self._finish(claim, Status.FAILED, fields, dead=dead)
+        return self._finish(claim.id, claim.token, Status.FAILED, fields, dead=dead)
 
     def _finish(
-        self, claim: Claim, status: Status, fields: Mapping[str, str], *, dead: bool = False
+        self, id: str, token: str, status: Status, fields: Mapping[str, str], *, dead: bool = False
     ) -> bool:
         ttl = ms(self.settings.dead_letter_ttl) if dead else 0
-        with redis_errors(claim.id):
-            return bool(self._run("finish", claim.id, claim.token, status, ttl, *flat(fields)))
+        with redis_errors(id):
+            return bool(self._run("finish", id, token, status, ttl, *flat(fields)))
 
     def retry(self, claim: Claim, delay_s: float, error: str = "") -> bool:
         """Puts a job back for a later, counted retry; the reconciler publishes it when due.
@@ -168,6 +171,23 @@ class WorkerLedger(ProducerLedger):
         delay, why = ms(delay_s) if delay_s else 0, "suspect" if suspect else "hand-back"
         with redis_errors(claim.id):
             return bool(self._run("requeue", claim.id, claim.token, delay, why))
+
+    def settle(self, id: str, token: str, loss: Loss) -> bool:
+        """Puts back a job whose process died; whether it waits again, for the caller to publish.
+
+        It does not where the claim is no longer the dead process', or where the job has crashed
+        once too often and is a dead letter.
+        """
+        ttl = ms(self.settings.dead_letter_ttl)
+        with redis_errors(id):
+            return self._run("requeue", id, token, 0, loss, "", MAX_CRASHES, ttl) == 1
+
+    def fail_lost(self, id: str, token: str, error: str) -> bool:
+        """Ends a job whose process died of it, with an error (JSON).
+
+        False if the claim is no longer the dead process'.
+        """
+        return self._finish(id, token, Status.FAILED, {"error": error})
 
     def reconcile(
         self, *, limit: int = 100, grace_s: float = GRACE_S, turn: Turn | None = None

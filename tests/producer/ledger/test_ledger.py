@@ -27,7 +27,7 @@ from blipq.contract import CONTRACT, CaptionRequest, Kind, MatchRequest
 from blipq.ledger.codec import Message
 from blipq.ledger.connection import connect, redis_errors
 from blipq.ledger.operator import OperatorLedger
-from blipq.ledger.worker import MAX_CRASHES, Claim, Turn, WorkerLedger
+from blipq.ledger.worker import MAX_CRASHES, Claim, Loss, Turn, WorkerLedger
 from conftest import wait_until
 
 IMAGE = "s3://uploads/cat.jpg"
@@ -349,6 +349,70 @@ def test_a_suspect_is_handed_back_uncounted_and_runs_alone(ledger: WorkerLedger)
     again = claimed(ledger)
     assert again.solo
     assert ledger.begin(again)
+
+
+def test_a_job_that_was_lost_once_with_its_process_is_not_suspect(ledger: WorkerLedger) -> None:
+    claim = running(ledger)
+    assert ledger.settle(claim.id, claim.token, "lost")
+    assert read(ledger).attempts == 0
+    assert not claimed(ledger).solo
+
+
+def test_a_job_that_is_lost_twice_with_its_process_runs_alone(ledger: WorkerLedger) -> None:
+    """It may kill each process that takes it: not counted, this would go on for ever."""
+    first = running(ledger)
+    ledger.settle(first.id, first.token, "lost")
+    second = claimed(ledger)
+    assert ledger.settle(second.id, second.token, "lost")
+    assert read(ledger).attempts == 0
+    assert claimed(ledger).solo
+
+
+def test_a_settled_crash_is_counted_and_the_last_one_ends_the_job(ledger: WorkerLedger) -> None:
+    submitted(ledger)
+    for crashes in range(1, MAX_CRASHES + 1):
+        claim = claimed(ledger)
+        assert claim.solo == (crashes > 1)
+        if claim.solo:
+            ledger.begin(claim)
+        assert ledger.settle(claim.id, claim.token, "crash") == (crashes < MAX_CRASHES)
+    info = read(ledger)
+    assert info.error is not None
+    assert (info.status, info.error.code, info.attempts) == (
+        Status.FAILED,
+        "attempts_exhausted",
+        MAX_CRASHES,
+    )
+    assert ledger.redis.zscore("blipq:dead-letters", "job_1") is not None
+
+
+def test_a_crash_of_a_job_that_waits_to_run_alone_is_not_its_own(ledger: WorkerLedger) -> None:
+    suspect = running(ledger)
+    ledger.settle(suspect.id, suspect.token, "suspect")
+    waiting = claimed(ledger)
+    assert ledger.settle(waiting.id, waiting.token, "crash")
+    assert read(ledger).attempts == 0
+
+
+@pytest.mark.parametrize("loss", ["hand-back", "lost", "suspect", "crash"])
+def test_a_loss_is_settled_once_and_only_with_its_claim(ledger: WorkerLedger, loss: Loss) -> None:
+    claim = running(ledger)
+    assert ledger.settle(claim.id, claim.token, loss)
+    before = ledger.redis.hgetall("blipq:job:job_1")
+    assert ledger.settle(claim.id, claim.token, loss)  # whose answer was lost
+    assert ledger.redis.hgetall("blipq:job:job_1") == before
+    newer = claimed(ledger)
+    assert not ledger.settle(claim.id, claim.token, loss)
+    assert ledger.begin(newer)
+
+
+def test_a_job_that_its_process_died_of_fails_with_the_reason(ledger: WorkerLedger) -> None:
+    claim = running(ledger)
+    assert not ledger.fail_lost(claim.id, "9-other", ERROR)
+    assert ledger.fail_lost(claim.id, claim.token, ERROR)
+    info = read(ledger)
+    assert info.error is not None
+    assert (info.status, info.error.code, info.receipt) == (Status.FAILED, "image_invalid", None)
 
 
 def test_an_outcome_after_the_deadline_is_dropped(ledger: WorkerLedger) -> None:
