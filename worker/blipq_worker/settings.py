@@ -1,6 +1,7 @@
 """A worker's own options, beside those it shares with producers."""
 
 import re
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -119,6 +120,16 @@ class WorkerSettings(BaseSettings):
             "next batch is ready."
         ),
     )
+    fronts: int | None = Field(
+        default=None,
+        ge=0,
+        le=60,
+        description=(
+            "Processes that take jobs, fetch and decode around the one that runs the model; 0 does "
+            "all in one process. By default 0 on a CPU, and on a GPU one fewer than cores, 16 at "
+            "most."
+        ),
+    )
     decode_threads: int = Field(default=4, ge=1, description="Images decoded at the same time.")
 
     decode_memory_bytes: int = Field(
@@ -228,6 +239,20 @@ class WorkerSettings(BaseSettings):
         if self.concurrency is not None or 2 * slots <= self.threads:
             return self
         return self.model_copy(update={"concurrency": 2 * slots})
+
+    def shared_by(self, fronts: int) -> "WorkerSettings":
+        """The same for one of so many fronts: its share of the jobs, the decoding and the memory.
+
+        Rounded up where a front would have too little to do anything at all.
+        """
+        return self.model_copy(
+            update={
+                "concurrency": ceil(self.threads / fronts),
+                "decode_threads": ceil(self.decode_threads / fronts),
+                "decode_memory_bytes": ceil(self.decode_memory_bytes / fronts),
+                "fetch_memory_bytes": ceil(self.fetch_memory_bytes / fronts),
+            }
+        )
 
     @property
     def threads(self) -> int:

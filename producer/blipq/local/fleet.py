@@ -23,6 +23,8 @@ COMMAND = [sys.executable, "-m", "blipq_worker"]
 #: Microseconds of CPU in a period, and the period (cgroup v2); "max" where there is no quota.
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
+MOST_FRONTS = 16
+
 #: A worker's model cannot be loaded, or answers nonsense: starting it again would not help.
 EXIT_MODEL = 78
 
@@ -36,6 +38,8 @@ def run_one() -> None:
 def run_many(gpus: str | None, processes: int) -> int:
     """Runs several workers and starts again what dies; the exit code.
 
+    Each is a process, with fronts of its own where the settings give it some.
+
     gpus: ``all``, or indexes such as ``0,2``; None leaves the device to the settings. processes:
     for each GPU, or in all. SIGTERM and SIGINT drain them all.
     """
@@ -44,7 +48,10 @@ def run_many(gpus: str | None, processes: int) -> int:
         places = [("worker", shares_of_cores(processes))]
     else:
         indexes = _all_gpus() if gpus == "all" else _indexes(gpus)
-        places = [(f"worker on GPU {each}", {"CUDA_VISIBLE_DEVICES": each}) for each in indexes]
+        share = shares_of_fronts(len(indexes) * processes)
+        places = [
+            (f"worker on GPU {each}", {"CUDA_VISIBLE_DEVICES": each, **share}) for each in indexes
+        ]
     workers = [
         (f"{name}, {number}" if processes > 1 else name, environment)
         for name, environment in places
@@ -62,6 +69,18 @@ def shares_of_cores(processes: int) -> dict[str, str]:
     if processes == 1 or "OMP_NUM_THREADS" in os.environ:
         return {}
     return {"OMP_NUM_THREADS": str(max(1, cores() // processes))}
+
+
+def shares_of_fronts(workers: int) -> dict[str, str]:
+    """The environment of each of so many workers that share this machine's cores around GPUs."""
+    if workers == 1 or "BLIPQ_FRONTS" in os.environ:
+        return {}
+    return {"BLIPQ_FRONTS": str(fronts_on(cores() // workers))}
+
+
+def fronts_on(cores: int) -> int:
+    """How many fronts a worker on a GPU has, for so many cores: one core is the model's."""
+    return max(1, min(MOST_FRONTS, cores - 1))
 
 
 def cores() -> int:

@@ -28,7 +28,10 @@ def _die_with_parent() -> None:
 
 
 class Service:
-    """One child process. Its output goes to ``log``, or to this process' own if None."""
+    """One child process. Its output goes to ``log``, or to this process' own if None.
+
+    env: what it has in its environment; this process' own is there as well if it ``inherits``.
+    """
 
     def __init__(
         self,
@@ -36,12 +39,13 @@ class Service:
         command: Sequence[str],
         *,
         env: Mapping[str, str] | None = None,
+        inherits: bool = True,
         log: Path | None = None,
     ) -> None:
         self.name = name
         self.command = list(command)
         self.log = log
-        self.env = {**os.environ, **(env or {})}
+        self.env = {**(os.environ if inherits else {}), **(env or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
         self._restarts = 0

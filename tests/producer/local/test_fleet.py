@@ -24,7 +24,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Service]:
         return 0
 
     monkeypatch.setattr(fleet, "run_supervised", run)
-    for name in ("OMP_NUM_THREADS", "BLIPQ_HEALTH_PORT", "CUDA_VISIBLE_DEVICES"):
+    for name in ("OMP_NUM_THREADS", "BLIPQ_FRONTS", "BLIPQ_HEALTH_PORT", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(fleet, "cores", lambda: 8)
     return started
@@ -69,6 +69,24 @@ def test_several_processes_of_each_gpu(started: list[Service]) -> None:
     names = [f"worker on GPU {gpu}, {number}" for gpu in (1, 0) for number in (1, 2)]
     assert [each.name for each in started] == names
     assert _values(started, "CUDA_VISIBLE_DEVICES") == ["1", "1", "0", "0"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "fronts"), [("0", 1, None), ("0,1", 1, "3"), ("0,1", 2, "1"), ("0", 9, "1")]
+)
+def test_workers_on_gpus_share_the_cores_for_their_fronts(
+    started: list[Service], gpus: str, processes: int, fronts: str | None
+) -> None:
+    fleet.run_many(gpus, processes)
+    assert set(_values(started, "BLIPQ_FRONTS")) == {fronts}
+
+
+def test_fronts_that_are_set_stay_as_they_are(
+    started: list[Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BLIPQ_FRONTS", "5")
+    fleet.run_many("0,1", 1)
+    assert set(_values(started, "BLIPQ_FRONTS")) == {"5"}
 
 
 def test_gpus_are_named_by_their_indexes(started: list[Service]) -> None:

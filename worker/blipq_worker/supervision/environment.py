@@ -1,0 +1,53 @@
+"""What a worker's processes get in their environment, and how they are started."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from pydantic import AliasChoices
+
+from blipq.local.supervisor import Service
+from blipq.settings import Settings
+from blipq_worker.settings import WorkerSettings
+from blipq_worker.supervision.folder import RunFolder
+
+#: Starts a process of this worker.
+COMMAND = (sys.executable, "-m", "blipq_worker")
+
+_SECRET_PREFIXES = ("AWS_", "CELERY_", "REDIS_")
+#: Where a local stack wrote its endpoints.
+_STACK = ("BLIPQ_STACK_FILE",)
+
+
+def engine_service(folder: RunFolder, command: Sequence[str] = COMMAND) -> Service:
+    """The engine's process, not started. It knows no Redis and no S3, and none of their keys."""
+    arguments = [*command, "engine", "--run", str(folder.path)]
+    return Service("engine", arguments, env=engine_environment(), inherits=False)
+
+
+def front_service(
+    folder: RunFolder, number: int, of: int, worker: str, command: Sequence[str] = COMMAND
+) -> Service:
+    """The process of a front, not started. number: from 1 on."""
+    place = ["--number", str(number), "--of", str(of), "--worker", worker]
+    return Service(f"front {number}", [*command, "front", "--run", str(folder.path), *place])
+
+
+def engine_environment() -> dict[str, str]:
+    """This process' environment without what reaches the services, so that what takes over the
+    engine does not have it.
+    """
+    return {name: value for name, value in os.environ.items() if not _is_of_services(name)}
+
+
+def _is_of_services(name: str) -> bool:
+    return name.startswith(_SECRET_PREFIXES) or name in _STACK or name in _of_settings()
+
+
+def _of_settings() -> set[str]:
+    """Variables of settings that the model does not need."""
+    names = {f"BLIPQ_{name.upper()}" for name in Settings.model_fields}
+    for field in Settings.model_fields.values():
+        if isinstance(field.validation_alias, AliasChoices):
+            names |= {each for each in field.validation_alias.choices if isinstance(each, str)}
+    return names - {f"BLIPQ_{name.upper()}" for name in WorkerSettings.model_fields}
