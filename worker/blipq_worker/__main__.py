@@ -23,9 +23,11 @@ from blipq_worker.process.health import PortTaken, require_port
 from blipq_worker.process.heartbeat import EXIT_HUNG
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.startup import START
+from blipq_worker.supervision.sizing import fronts_of
 
 if TYPE_CHECKING:
     from blipq_worker.app import Worker
+    from blipq_worker.supervision.worker import SplitWorker
 
 #: A model cannot be loaded, or a setting is wrong: starting again would not help.
 EXIT_MODEL = 78
@@ -77,8 +79,8 @@ def _worker() -> int:
     return worker.run()
 
 
-def _loaded() -> "Worker":
-    """The worker with its models.
+def _loaded() -> "Worker | SplitWorker":
+    """The worker with its models, or with the processes that will have them.
 
     Raises InvalidRequest for settings, ModelError, DeviceLost, PortTaken.
     """
@@ -86,6 +88,11 @@ def _loaded() -> "Worker":
     logging.getLogger("blipq_worker").info("using %s", settings.endpoints)
     Storage(settings).check_configuration()
     require_port(options.health_port)
+    fronts = fronts_of(options)
+    if fronts:
+        from blipq_worker.supervision.worker import SplitWorker
+
+        return SplitWorker(settings, options, fronts)
     # torch and transformers take seconds to import: wrong settings are told before.
     with START.part("imports"):
         from transformers.utils import logging as transformers_logging

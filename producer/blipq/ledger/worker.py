@@ -180,7 +180,7 @@ class WorkerLedger(ProducerLedger):
         """
         ttl = ms(self.settings.dead_letter_ttl)
         with redis_errors(id):
-            return self._run("requeue", id, token, 0, loss, "", MAX_CRASHES, ttl) == 1
+            return bool(self._run("requeue", id, token, 0, loss, "", MAX_CRASHES, ttl) == 1)
 
     def fail_lost(self, id: str, token: str, error: str) -> bool:
         """Ends a job whose process died of it, with an error (JSON).

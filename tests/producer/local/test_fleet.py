@@ -72,7 +72,8 @@ def test_several_processes_of_each_gpu(started: list[Service]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "processes", "fronts"), [("0", 1, None), ("0,1", 1, "3"), ("0,1", 2, "1"), ("0", 9, "1")]
+    ("gpus", "processes", "fronts"),
+    [("0", 1, None), ("0,1", 1, "3"), ("0,1", 2, "1"), ("0", 9, "1")],
 )
 def test_workers_on_gpus_share_the_cores_for_their_fronts(
     started: list[Service], gpus: str, processes: int, fronts: str | None

@@ -1,14 +1,13 @@
 """Renews leases, says that the worker lives, and ends a process that hangs."""
 
-import json
 import logging
 import os
-import time
 from collections.abc import Callable, Sequence
 
 from blipq.ledger.worker import WorkerLedger
 from blipq_worker.claims import Held
 from blipq_worker.process.periodic import Periodic
+from blipq_worker.process.registration import Registration, State
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +21,11 @@ LONGEST_BEAT_S = 2.0
 def beat_s(lease_s: float) -> float:
     """How often leases are renewed."""
     return min(LONGEST_BEAT_S, lease_s / 5)
+
+
+def live_s(beat_s: float) -> float:
+    """How long a worker counts as live after a beat: two may be missed."""
+    return 2.5 * beat_s
 
 
 class LeaseBeat(Periodic):
@@ -109,40 +113,15 @@ class Heartbeat(LeaseBeat):
         super().__init__(
             ledger, held, lease_s=lease_s, watchdog_s=watchdog_s, stalled_for=stalled_for
         )
-        self._worker = worker
         self._models = list(models)
-        self._outputs = list(outputs)
         self._threads = threads
-        self._grace_s = grace_s
         self._taking = taking
         self._draining = draining
-        self._started = time.time()
-        self._room_since: float | None = None
+        self._registration = Registration(
+            ledger, worker, outputs=outputs, grace_s=grace_s, ttl_s=live_s(self._interval_s)
+        )
 
     def _beat(self) -> None:
-        self._register(self._renew())
-
-    def _register(self, active: int) -> None:
-        info = {
-            "pid": os.getpid(),
-            "models": self._models,
-            "outputs": self._outputs,
-            "threads": self._threads,
-            "active": active,
-            "draining": self._draining(),
-            "started_at": self._started,
-        }
-        spare = self._had_room(active)
-        models = [] if self._draining() else self._models
-        # Two missed beats and the worker no longer counts as live.
-        ttl_s = 2.5 * self._interval_s
-        self._ledger.register(self._worker, models, json.dumps(info), ttl_s=ttl_s, spare=spare)
-
-    def _had_room(self, active: int) -> bool:
-        """Whether it had room at each beat of a whole grace: what waits then, it was not sent."""
-        if active >= self._threads or not self._taking():
-            self._room_since = None
-            return False
-        now = time.monotonic()
-        self._room_since = self._room_since or now
-        return now - self._room_since >= self._grace_s
+        active = self._renew()
+        state = State(self._threads, active, self._taking(), self._draining())
+        self._registration.renew(self._models, state)

@@ -1,9 +1,19 @@
 """What one worker process does, for Prometheus; what the ledger holds: ``blipq.ops.metrics``."""
 
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
-from prometheus_client import Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+    multiprocess,
+    values,
+)
 
 from blipq.contract import Kind, Receipt
 from blipq.exporter import SECONDS, new_registry
@@ -18,6 +28,23 @@ Outcome = Literal[
     "handed_back",  # this worker stops
     "lost",  # cancelled, expired or taken over
 ]
+
+
+def count_in(folder: Path, process: str) -> None:
+    """From now on this process counts in files of the folder, for ``counted_in`` to add up.
+
+    Before the first metric is made. process: a name without _, whose next process goes on counting
+    where this one stops. Gauges that are asked for have no place there.
+    """
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+    values.ValueClass = values.MultiProcessValue(lambda: process)  # type: ignore[no-untyped-call]
+
+
+def counted_in(folder: Path) -> bytes:
+    """What all processes have counted in the folder, as the text that Prometheus reads."""
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry, path=str(folder))  # type: ignore[no-untyped-call]
+    return generate_latest(registry)
 
 
 class WorkerMetrics:

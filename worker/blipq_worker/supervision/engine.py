@@ -4,15 +4,13 @@ import logging
 import signal
 from collections.abc import Mapping
 
+from blipq.local.fleet import EXIT_MODEL
 from blipq.local.supervisor import Service
 from blipq_worker.inference import EngineClient, EngineGone, ModelInfo
 from blipq_worker.supervision.folder import RunFolder
 from blipq_worker.supervision.silence import Silence
 
 log = logging.getLogger(__name__)
-
-#: A model cannot be served: starting again would not help.
-EXIT_MODEL = 78
 
 
 class EngineProcess:

@@ -14,9 +14,9 @@ from blipq_worker.supervision.folder import RunFolder
 #: Starts a process of this worker.
 COMMAND = (sys.executable, "-m", "blipq_worker")
 
-_SECRET_PREFIXES = ("AWS_", "CELERY_", "REDIS_")
-#: Where a local stack wrote its endpoints.
-_STACK = ("BLIPQ_STACK_FILE",)
+_PREFIXES = ("AWS_", "CELERY_", "REDIS_")
+#: Where a local stack wrote its endpoints, and where fronts count.
+_NAMES = ("BLIPQ_STACK_FILE", "PROMETHEUS_MULTIPROC_DIR")
 
 
 def engine_service(folder: RunFolder, command: Sequence[str] = COMMAND) -> Service:
@@ -34,14 +34,12 @@ def front_service(
 
 
 def engine_environment() -> dict[str, str]:
-    """This process' environment without what reaches the services, so that what takes over the
-    engine does not have it.
-    """
+    """The environment of this process without what reaches the services: no address, no key."""
     return {name: value for name, value in os.environ.items() if not _is_of_services(name)}
 
 
 def _is_of_services(name: str) -> bool:
-    return name.startswith(_SECRET_PREFIXES) or name in _STACK or name in _of_settings()
+    return name.startswith(_PREFIXES) or name in _NAMES or name in _of_settings()
 
 
 def _of_settings() -> set[str]:

@@ -63,7 +63,7 @@ def _parent() -> Path:
     """The folder for temporary files, if a socket in it has a path that is short enough."""
     usual = Path(tempfile.gettempdir())
     longest = len(os.fsencode(usual / f"{_PREFIX}12345678" / _SOCKET))
-    return usual if longest <= LONGEST_PATH else Path("/tmp")
+    return usual if longest <= LONGEST_PATH else Path("/tmp")  # noqa: S108
 
 
 def _sweep(parent: Path) -> None:

@@ -97,7 +97,8 @@ class Settler:
 
     def _heard(self, holding: Holding, verdict: Verdict, code: int) -> list[Message]:
         """What is to be published, once Redis has answered: a lease that runs out meanwhile shows
-        in the answer."""
+        in the answer.
+        """
         tries = 0
         while True:
             try:

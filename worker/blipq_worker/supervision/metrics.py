@@ -1,0 +1,78 @@
+"""``/metrics`` of a worker with fronts: what all have counted, and how its processes are."""
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from prometheus_client import generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from blipq.exporter import new_registry
+from blipq_worker.process.metrics import counted_in
+from blipq_worker.supervision.state import Whole
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Page:
+    """The text that Prometheus reads. folder: where the fronts count."""
+
+    def __init__(self, whole: Whole, folder: Path) -> None:
+        self._folder = folder
+        self._registry = new_registry()
+        self._registry.register(_Processes(whole))
+
+    def __call__(self) -> bytes:
+        return generate_latest(self._registry) + counted_in(self._folder)
+
+
+class _Processes(Collector):
+    """Gauges have no place in files: what a front says of itself is in its status."""
+
+    def __init__(self, whole: Whole) -> None:
+        self._whole = whole
+
+    def describe(self) -> list[Metric]:
+        return []  # so that registering asks for nothing
+
+    def collect(self) -> Iterator[Metric]:
+        whole = self._whole
+        state = whole.state()
+        yield _gauge("jobs_held", "Jobs held now.", state.active)
+        yield _gauge("slots", "Jobs that it can hold.", state.threads)
+        yield _gauge("draining", "Whether it takes no more jobs.", state.draining)
+        yield _gauge("stalled_seconds", "Since the model last progressed.", whole.engine.stalled_s)
+        yield _gauge("engine_serving", "Whether the model's process serves.", whole.engine.serving)
+        yield _gauge("fronts", "Front processes that run.", whole.live_fronts())
+        yield from self._usage()
+
+    def _usage(self) -> Iterator[Metric]:
+        memory = GaugeMetricFamily(
+            "blipq_worker_process_memory_bytes",
+            "Resident memory by process; its own is process_resident_memory_bytes.",
+            labels=["process"],
+        )
+        cpu = CounterMetricFamily(
+            "blipq_worker_process_cpu_seconds",
+            "CPU time by process, since it started; its own is process_cpu_seconds_total.",
+            labels=["process"],
+        )
+        for name, pid in self._pids():
+            with suppress(OSError, IndexError, ValueError):  # it has just ended
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                cpu.add_metric([name], (int(fields[11]) + int(fields[12])) / _TICKS)
+                memory.add_metric([name], int(fields[21]) * _PAGE)
+        yield memory
+        yield cpu
+
+    def _pids(self) -> Iterator[tuple[str, int]]:
+        processes = [("engine", self._whole.engine.pid)]
+        processes += [(f"front-{front.number}", front.pid) for front in self._whole.fronts]
+        return ((name, pid) for name, pid in processes if pid is not None)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"blipq_worker_{name}", text, value=float(value))
