@@ -212,7 +212,7 @@ def test_a_heart_outlives_an_outage_of_redis(apart: Settings, ledger: WorkerLedg
     nowhere = apart.model_copy(update={"redis_url": "redis://127.0.0.1:1/0"})
     beating = heartbeat(WorkerLedger(connect(nowhere), nowhere), Held(), lease_s=0.05)
     beating.start()
-    beating._ledger = ledger
+    beating._ledger = beating._registration._ledger = ledger
     wait_until(lambda: ledger.redis.exists("blipq:worker:w1"), "a beat after the outage")
     beating.stop()
 

@@ -91,7 +91,9 @@ class FrontProcess:
         if self._settled:
             return
         self._settled = True
-        log.warning("front %d: ended with %d", self.number, code)
+        log.log(
+            logging.WARNING if code else logging.INFO, "front %d: ended with %d", self.number, code
+        )
         self._settler.settle(read_holdings(self._held_path), code)
         self._clean()
 
