@@ -328,7 +328,7 @@ def test_an_engine_that_refuses_later_leaves_a_worker_that_says_why(
         assert status == 503
         assert "the model answers nonsense" in json.loads(body)["model"]
     job = worker.submit("a job")
-    assert job.info().live_workers == 0
+    worker.wait_until(lambda: job.info().live_workers == 0, "no worker that serves the model")
     worker.main.signal(signal.SIGTERM)
     worker.wait_until(lambda: worker.main.exit_code == 0, "the end")
 
