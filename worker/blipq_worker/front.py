@@ -26,7 +26,7 @@ from blipq_worker.inference.interface import EngineGone
 from blipq_worker.inference.requests import ModelInfo
 from blipq_worker.process.health import BrokerLoop
 from blipq_worker.process.heartbeat import LeaseBeat, beat_s
-from blipq_worker.process.metrics import WorkerMetrics
+from blipq_worker.process.metrics import WorkerMetrics, count_in
 from blipq_worker.reading import Readers
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.taking import Taker
@@ -42,17 +42,9 @@ _POLL_S = 0.1
 
 
 def share_of(options: WorkerSettings, models: Mapping[str, ModelInfo], of: int) -> WorkerSettings:
-    """The options of one of ``of`` fronts: numbers of a whole worker are divided among them."""
+    """The options of one of ``of`` fronts that keep the slots of an engine full together."""
     slots = [info.slots for info in models.values() if not info.device.startswith("cpu")]
-    whole = options.filling(max(slots, default=0))
-    return whole.model_copy(
-        update={
-            "concurrency": -(-whole.threads // of),
-            "decode_threads": -(-whole.decode_threads // of),
-            "decode_memory_bytes": max(1, whole.decode_memory_bytes // of),
-            "fetch_memory_bytes": max(1, whole.fetch_memory_bytes // of),
-        }
-    )
+    return options.filling(max(slots, default=0)).shared_by(of)
 
 
 class Front:
@@ -131,6 +123,7 @@ class _Serving:
         self._base = Base(seat.worker, settings, options, models, ledger, Broker(settings), held)
         self._decoding = decoding_budget(options)
         self._broker_loop = BrokerLoop()
+        count_in(seat.metrics, f"front-{seat.number}")
         metrics = WorkerMetrics()
         self._jobs = jobs_of(self._base, engine, self._decoding, metrics)
         self._beat = _Beat(self)

@@ -26,6 +26,11 @@ class Seat:
         return self.folder / "engine.sock"
 
     @property
+    def metrics(self) -> Path:
+        """The folder in which all fronts count."""
+        return self.folder / "metrics"
+
+    @property
     def status(self) -> Path:
         """The file in which the front says how it is: see ``status``."""
         return self.folder / f"front-{self.number}.json"
