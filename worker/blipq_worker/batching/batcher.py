@@ -4,28 +4,31 @@ One thread owns the model. Items of most keys run in batches: the thread takes t
 waiting item, gathers others of the same key, and runs them together; while a batch runs the next
 one fills by itself, so the window matters only when the model is idle. Items of other keys join a
 ``Session`` and leave it one by one: between two steps whoever is done goes and whoever waits comes.
+
+Equal items that are in flight together run once. An item that must run alone waits until what runs
+has ended, and lets nobody in before it has ended itself.
 """
 
-import bisect
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
-Item = TypeVar("Item")
-Answer = TypeVar("Answer")
+from blipq_worker.batching.entries import NEVER, Answer, Entry, Item, Ticket
+from blipq_worker.batching.waiting import Waiting
+
 ItemIn = TypeVar("ItemIn", contravariant=True)
 AnswerOut = TypeVar("AnswerOut", covariant=True)
 
-#: Stands for an item; of two tickets the smaller is the more urgent one.
-Ticket = tuple[int, int]
-
 #: How many times as long as the last batch took the sessions run before a less urgent one.
 _LESS_URGENT_WAITS = 4
+#: How often deadlines are looked at where nothing else does.
+_DEADLINES_S = 0.05
 
 
 class BatcherFull(Exception):
@@ -40,7 +43,7 @@ class Session(Protocol[ItemIn, AnswerOut]):
     """Items that run together and need neither start nor end together. Of one thread."""
 
     def has_room(self, ticket: Ticket) -> bool:
-        """Whether an item of this urgency would be at work soon."""
+        """Whether an item of this urgency would be at work soon; if not, no less urgent one is."""
 
     def join(self, ticket: Ticket, item: ItemIn) -> None:
         """Takes an item in. If it raises, the item fails."""
@@ -93,29 +96,33 @@ class Trusting:
         return True
 
 
-@dataclass(order=True, slots=True)
-class _Entry(Generic[Item, Answer]):
-    """An item; entries sort by urgency, then by arrival. Times are of the monotonic clock."""
+class Idle(Protocol):
+    """How the batcher's thread waits, and what it does between two steps."""
 
-    ticket: Ticket
-    key: Hashable = field(compare=False)
-    item: Item = field(compare=False)
-    arrived: float = field(compare=False)
-    deadline: float | None = field(compare=False)
-    # It stays pending while its item runs, so that it can be cancelled until there is an answer.
-    future: "Future[Answer]" = field(compare=False)
-    # Whether it takes one of the places for items that wait.
-    placed: bool = field(compare=False, default=True)
+    def wait(self, timeout_s: float | None) -> None:
+        """Waits for ``wake``, but at most so long; it may return at any time before that.
 
-    @property
-    def priority(self) -> int:
-        return self.ticket[0]
+        On the batcher's thread: with 0 after each step, to let others in while the model works.
+        """
 
-    def wanted(self) -> bool:
-        """Whether anyone waits for the answer; gives it up itself at the deadline."""
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            self.future.cancel()
-        return not self.future.cancelled()
+    def wake(self) -> None:
+        """Ends a wait: the present one, or the next. Thread-safe."""
+
+
+class Sleep:
+    """Waits, and does nothing else."""
+
+    def __init__(self) -> None:
+        self._woken = threading.Event()
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Until ``wake``."""
+        self._woken.wait(timeout_s)
+        self._woken.clear()
+
+    def wake(self) -> None:
+        """Ends a wait."""
+        self._woken.set()
 
 
 @dataclass(slots=True)
@@ -123,7 +130,7 @@ class _Running(Generic[Item, Answer]):
     """A session and the items in it."""
 
     session: Session[Item, Answer]
-    entries: dict[Ticket, _Entry[Item, Answer]] = field(default_factory=dict)
+    entries: dict[Ticket, Entry[Item, Answer]] = field(default_factory=dict)
 
 
 class Batcher(Generic[Item, Answer]):
@@ -132,8 +139,10 @@ class Batcher(Generic[Item, Answer]):
     sessions: the keys whose items join and leave, and how to open a session. max_batch_size: most
     items in one batch. max_batch_cost: their highest ``cost`` together; an item alone may cost
     more. batch_wait_timeout_s: longest the first item of a batch waits for company. max_waiting:
-    items beyond which ``submit`` blocks. judge: stops it where the fault is not an item's. name:
-    what its thread is called, after "blipq-".
+    items beyond which ``submit`` blocks. judge: stops it where the fault is not an item's. idle:
+    how its thread waits. on_start: is called on that thread with the Futures of items before a pass
+    or a step that they newly take part in. shared: an answer as equal items hear it. name: what its
+    own thread is called, after "blipq-".
 
     A batch or a step that raises is halved and run again until the item that raises is alone: it
     gets the exception, the others their answers.
@@ -150,6 +159,9 @@ class Batcher(Generic[Item, Answer]):
         cost: Callable[[Item], int] = lambda item: 1,
         max_batch_cost: float = float("inf"),
         judge: Judge | None = None,
+        idle: Idle | None = None,
+        on_start: "Callable[[Sequence[Future[Answer]]], None]" = lambda futures: None,
+        shared: Callable[[Answer], Answer] = lambda answer: answer,
         name: str = "batcher",
     ) -> None:
         self._run = run
@@ -159,20 +171,31 @@ class Batcher(Generic[Item, Answer]):
         self._cost = cost
         self._max_batch_cost = max_batch_cost
         self._judge = judge or Trusting()
+        self._idle = idle or Sleep()
+        self._on_start = on_start
+        self._shared = shared
         self._room = threading.Semaphore(max_waiting)
-        self._waiting: list[_Entry[Item, Answer]] = []  # most urgent first
-        self._changed = threading.Condition()
-        self._orders = itertools.count()
+        # Under the lock, which Futures' callbacks take, too: all that any thread may change.
+        self._lock = threading.RLock()
+        self._waiting = Waiting()
+        self._in_flight: dict[Hashable, Entry[Item, Answer]] = {}  # by what equal ones share
+        self._given_up: list[Entry[Item, Answer]] = []  # while they ran
+        self._joined_late: list[Future[Answer]] = []  # equal to an item that had started
         self._closed = False
+        # Of the thread that runs.
+        self._orders = itertools.count()
         self._busy_since: float | None = None
         self._sessions: dict[Hashable, _Running[Item, Answer]] = {}
+        self._alone: Entry[Item, Answer] | None = None
         self._in_batch = 0
         self._batch_took = 0.0
         self._batch_ended = 0.0
-        self._thread = threading.Thread(target=self._loop, name=f"blipq-{name}", daemon=True)
+        self._deadlines_due = 0.0
+        self._runs_on: int | None = None
+        self._thread = threading.Thread(target=self.run, name=f"blipq-{name}", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread that owns the model."""
+        """Starts a thread that owns the model."""
         self._thread.start()
 
     def submit(
@@ -183,23 +206,36 @@ class Batcher(Generic[Item, Answer]):
         priority: int = 0,
         timeout: float | None = None,
         deadline: float | None = None,
+        alone: bool = False,
+        same: Hashable | None = None,
     ) -> "Future[Answer]":
         """Adds an item; smaller ``priority`` first. Raises BatcherFull and BatcherClosed.
 
         A Future that is cancelled before its item runs costs nothing; later the item stops at the
-        next step. At the ``deadline`` (monotonic) it is cancelled by itself.
+        next step. At the ``deadline`` (monotonic) it is cancelled by itself. alone: nothing runs
+        beside it. same: items of one key and one ``same`` have one answer, whichever of them runs.
         """
+        future: Future[Answer] = Future()
+        equal = None if alone or same is None else (key, same)
+        with self._lock:
+            if not self._closed and self._follows(equal, priority, future, deadline):
+                return future
         if not self._room.acquire(timeout=timeout):
             raise BatcherFull(f"no room for {timeout} s")
-        future: Future[Answer] = Future()
-        ticket = priority, next(self._orders)
-        entry = _Entry(ticket, key, item, time.monotonic(), deadline, future)
-        with self._changed:
+        with self._lock:
             if self._closed:
                 self._room.release()
                 raise BatcherClosed
-            bisect.insort(self._waiting, entry)
-            self._changed.notify()
+            if self._follows(equal, priority, future, deadline):  # one that came meanwhile
+                self._room.release()
+                return future
+            ticket = priority, next(self._orders)
+            entry: Entry[Item, Answer] = Entry(ticket, key, item, time.monotonic(), alone, equal)
+            self._wait_for(entry, future, deadline)
+            self._waiting.add(entry)
+            if equal is not None:
+                self._in_flight[equal] = entry
+        self._idle.wake()
         return future
 
     def stalled_for(self) -> float:
@@ -221,19 +257,82 @@ class Batcher(Generic[Item, Answer]):
         """Says that what runs is alive: a decode step or a pass is done."""
         if self._busy_since is not None:
             self._busy_since = time.monotonic()
+            if threading.get_ident() == self._runs_on:
+                self._attend(0.0)
 
     def close(self, timeout: float | None = None) -> None:
         """Runs what waits, then stops. Items that come later are refused."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify()
+        self._idle.wake()
         if self._thread.is_alive():
             self._thread.join(timeout)
 
-    # -- the batcher's thread --
+    # -- who waits; with the lock held --
 
-    def _loop(self) -> None:
-        """Turn by turn: items leave and join, a batch runs if it is its turn, sessions step."""
+    def _follows(
+        self,
+        equal: Hashable | None,
+        priority: int,
+        future: "Future[Answer]",
+        deadline: float | None,
+    ) -> bool:
+        """Has a Future wait for an equal item, if one is in flight, which becomes as urgent."""
+        entry = None if equal is None else self._in_flight.get(equal)
+        if entry is None:
+            return False
+        self._wait_for(entry, future, deadline)
+        if entry.started:
+            self._joined_late.append(future)
+        elif entry.waits and priority < entry.priority:
+            self._waiting.remove(entry)
+            entry.ticket = priority, entry.ticket[1]
+            self._waiting.add(entry)
+        return True
+
+    def _wait_for(
+        self, entry: Entry[Item, Answer], future: "Future[Answer]", deadline: float | None
+    ) -> None:
+        entry.add(future, deadline)
+        # Weakly: whoever keeps the Future shall not keep the item with its image.
+        future.add_done_callback(partial(self._gives_up, weakref.ref(entry)))
+
+    def _gives_up(
+        self, found: "weakref.ref[Entry[Item, Answer]]", future: "Future[Answer]"
+    ) -> None:
+        """A Future is done. If it was the last to be cancelled, its item leaves."""
+        if not future.cancelled() or (entry := found()) is None:
+            return
+        with self._lock:
+            entry.live -= 1
+            if entry.live:
+                return
+            self._forget(entry)  # at once: the model may give up what it makes from now on
+            if entry.waits:
+                self._take(entry)
+            else:
+                self._given_up.append(entry)
+
+    def _forget(self, entry: Entry[Item, Answer]) -> None:
+        """No item becomes equal to it any more."""
+        if entry.same is not None and self._in_flight.get(entry.same) is entry:
+            del self._in_flight[entry.same]
+
+    def _take(self, entry: Entry[Item, Answer]) -> None:
+        """Takes an entry out of those that wait."""
+        self._waiting.remove(entry)
+        if entry.placed:
+            self._room.release()
+        entry.placed = False
+
+    # -- the thread that runs --
+
+    def run(self) -> None:
+        """Owns the model until it is closed, on the caller's thread.
+
+        Turn by turn: items leave and join, a batch runs if it is its turn, sessions step.
+        """
+        self._runs_on = threading.get_ident()
         trusted = True
         while trusted and self._wait():
             self._busy_since = time.monotonic()
@@ -242,17 +341,47 @@ class Batcher(Generic[Item, Answer]):
                 trusted = self._is_trusted()
             if not self._sessions:
                 self._busy_since = None
+            self._attend(0.0)  # what was answered goes out before the next turn
+
+    def _attend(self, timeout_s: float | None) -> None:
+        """Waits, and lets others in; then ends what is due, and names those that came too late."""
+        self._idle.wait(timeout_s)
+        now = time.monotonic()
+        if now >= self._deadlines_due:
+            self._deadlines_due = now + _DEADLINES_S
+            self._expire(now)
+        if self._joined_late:
+            late, self._joined_late = self._joined_late, []
+            self._on_start([future for future in late if not future.done()])
+
+    def _expire(self, now: float) -> None:
+        """Cancels items whose deadline has passed."""
+        with self._lock:
+            waiting = [entry for entry in self._waiting if now >= entry.due]
+        running = [
+            entry
+            for each in self._sessions.values()
+            for entry in each.entries.values()
+            if now >= entry.due
+        ]
+        for entry in waiting + running:
+            entry.expire(now)
 
     def _turn(self) -> None:
         self._let_go()
-        while not self._judge.doubts() and (entry := self._next_to_join()) is not None:
-            self._join(entry)
-        if batch := self._next_batch():
+        if self._alone is not None or self._waiting.alone is not None:
+            batch = self._next_alone()
+        else:
+            self._admit()
+            batch = self._next_batch()
+        if batch:
             self._answer_batch(batch)
         for key, running in self._sessions.items():
             if running.entries:
                 self._step(key, running, list(running.entries))
         self._sessions = {key: each for key, each in self._sessions.items() if each.entries}
+        if not self._sessions:
+            self._alone = None
 
     def _is_trusted(self) -> bool:
         """Has the model checked, alone: what was in sessions waits, and begins again after that."""
@@ -260,59 +389,89 @@ class Batcher(Generic[Item, Answer]):
             for ticket in running.entries:
                 running.session.leave(ticket)
             self._put_back(list(running.entries.values()))
-        self._sessions = {}
+        self._sessions, self._alone = {}, None
         return self._judge.trusts()
 
-    def _put_back(self, entries: list[_Entry[Item, Answer]]) -> None:
-        with self._changed:
+    def _put_back(self, entries: list[Entry[Item, Answer]]) -> None:
+        with self._lock:
             for entry in entries:
-                bisect.insort(self._waiting, entry)
+                if entry.live:
+                    self._waiting.add(entry)
 
     def _wait(self) -> bool:
         """Waits until there is something to do; False when closed and empty."""
-        with self._changed:
-            while not self._sessions and self._idle_for() > 0:
+        while not self._sessions:
+            with self._lock:
+                idle_s = self._idle_for()
+                if idle_s <= 0:
+                    break
                 if self._closed and not self._waiting:
                     return False
-                self._changed.wait(None if not self._waiting else self._idle_for())
-            return True
+            self._attend(None if idle_s == NEVER else idle_s)
+        return True
 
     def _idle_for(self) -> float:
         """Seconds until a waiting item must run, where no session does."""
-        if any(entry.key in self._openers for entry in self._waiting):
+        waiting = self._waiting
+        if waiting.alone is not None or waiting.first_of(self._openers) is not None:
             return 0.0
-        return self._due_in(self._waiting[0]) if self._waiting else float("inf")
+        first = waiting.first_but(self._openers)
+        return NEVER if first is None else self._due_in(first)
 
-    def _due_in(self, first: _Entry[Item, Answer]) -> float:
+    def _due_in(self, first: Entry[Item, Answer]) -> float:
         """Seconds for which the batch of an item may still wait for company."""
         if self._closed or self._is_full(first.key):
             return 0.0
         return max(0.0, first.arrived + self._window - time.monotonic())
 
+    def _begin(self, entries: Sequence[Entry[Item, Answer]]) -> None:
+        """Says who newly takes part in what runs next."""
+        with self._lock:
+            new = [entry for entry in entries if not entry.started]
+            for entry in new:
+                entry.started = True
+            futures = [future for entry in new for future in entry.pending()]
+        if futures:
+            self._on_start(futures)
+
     # -- sessions --
 
     def _let_go(self) -> None:
         """Items that nobody waits for leave."""
-        for running in self._sessions.values():
-            for ticket in [each for each, entry in running.entries.items() if not entry.wanted()]:
-                del running.entries[ticket]
-                running.session.leave(ticket)
+        with self._lock:
+            gone, self._given_up = self._given_up, []
+        for entry in gone:
+            running = self._sessions.get(entry.key)
+            if running is not None and running.entries.get(entry.ticket) is entry:
+                del running.entries[entry.ticket]
+                running.session.leave(entry.ticket)
 
-    def _next_to_join(self) -> _Entry[Item, Answer] | None:
-        with self._changed:
-            for entry in self._waiting:
-                if entry.key in self._openers and self._may_join(entry):
-                    self._remove([entry])
+    def _admit(self) -> None:
+        """Lets items into their sessions, the most urgent first, while there is room."""
+        joined = []
+        while not self._judge.doubts() and (entry := self._next_to_join()) is not None:
+            if self._join(entry):
+                joined.append(entry)
+        if joined:
+            self._begin(joined)
+
+    def _next_to_join(self) -> Entry[Item, Answer] | None:
+        with self._lock:
+            for key in self._openers:
+                entry = self._waiting.first_of((key,))
+                if entry is not None and self._may_join(entry):
+                    self._take(entry)
                     return entry
         return None
 
-    def _may_join(self, entry: _Entry[Item, Answer]) -> bool:
+    def _may_join(self, entry: Entry[Item, Answer]) -> bool:
         running = self._sessions.get(entry.key)
-        return running is None or not entry.wanted() or running.session.has_room(entry.ticket)
+        return running is None or running.session.has_room(entry.ticket)
 
-    def _join(self, entry: _Entry[Item, Answer]) -> None:
+    def _join(self, entry: Entry[Item, Answer]) -> bool:
+        """Whether an entry is in its session now."""
         if not entry.wanted():
-            return
+            return False
         running = self._sessions.get(entry.key)
         try:
             if running is None:
@@ -320,9 +479,10 @@ class Batcher(Generic[Item, Answer]):
             running.session.join(entry.ticket, entry.item)
         except Exception as error:
             self._judge.failed(entry.key, entry.item, error)
-            _settle(entry.future.set_exception, error)
-        else:
-            running.entries[entry.ticket] = entry
+            self._fail(entry, error)
+            return False
+        running.entries[entry.ticket] = entry
+        return True
 
     def _step(self, key: Hashable, running: _Running[Item, Answer], tickets: list[Ticket]) -> None:
         if self._judge.doubts():
@@ -334,14 +494,14 @@ class Batcher(Generic[Item, Answer]):
             self._judge.failed(key, alone, error)
             if len(tickets) == 1:
                 running.session.leave(tickets[0])
-                _settle(running.entries.pop(tickets[0]).future.set_exception, error)
+                self._fail(running.entries.pop(tickets[0]), error)
                 return
         else:
-            self.progress()
             if answers:
                 self._judge.answered(key)
             for ticket, answer in answers:
-                _settle(running.entries.pop(ticket).future.set_result, answer)
+                self._succeed(running.entries.pop(ticket), answer)
+            self.progress()
             return
         # Not in the handler: there the error would keep the memory that halves may need.
         self.progress()
@@ -349,42 +509,60 @@ class Batcher(Generic[Item, Answer]):
         self._step(key, running, tickets[:middle])
         self._step(key, running, tickets[middle:])
 
+    # -- items that run alone --
+
+    def _next_alone(self) -> list[Entry[Item, Answer]]:
+        """Once nothing else runs, the next item that must run alone: joins, or is the next batch.
+
+        Until then nobody joins, however urgent: what runs ends sooner so.
+        """
+        if self._judge.doubts() or any(each.entries for each in self._sessions.values()):
+            return []
+        with self._lock:
+            entry = self._waiting.alone
+            if entry is None:
+                return []
+            self._take(entry)
+        if entry.key not in self._openers:
+            return [entry] if entry.wanted() else []
+        if self._join(entry):
+            self._alone = entry
+            self._begin([entry])
+        return []
+
     # -- batches --
 
-    def _next_batch(self) -> list[_Entry[Item, Answer]]:
+    def _next_batch(self) -> list[Entry[Item, Answer]]:
         """The batch whose turn it is; empty if there is none."""
-        with self._changed:
-            first = next((each for each in self._waiting if each.key not in self._openers), None)
+        with self._lock:
+            first = self._waiting.first_but(self._openers)
             if first is None or self._due_in(first) > 0 or not self._has_turn(first):
                 return []
             batch = self._company(first.key)
-            self._remove(batch)
+            for entry in batch:
+                self._take(entry)
         return [entry for entry in batch if entry.wanted()]
 
-    def _has_turn(self, first: _Entry[Item, Answer]) -> bool:
+    def _has_turn(self, first: Entry[Item, Answer]) -> bool:
         """Whether a batch may interrupt the sessions.
 
         A more urgent one may at once, an equal one when they ran as long as the last batch.
         """
-        inside = [
-            entry for running in self._sessions.values() for entry in running.entries.values()
-        ]
-        if not inside:
+        tickets = [ticket for running in self._sessions.values() for ticket in running.entries]
+        if not tickets:
             return True
-        outside = [entry for entry in self._waiting if entry.key in self._openers]
-        most_urgent = min(inside + outside).priority
+        outside = self._waiting.first_of(self._openers)
+        most_urgent = min(tickets)[0] if outside is None else min(*tickets, outside.ticket)[0]
         if first.priority < most_urgent:
             return True
         share = 1 if first.priority == most_urgent else _LESS_URGENT_WAITS
         return time.monotonic() - self._batch_ended >= share * self._batch_took
 
-    def _company(self, key: Hashable) -> list[_Entry[Item, Answer]]:
+    def _company(self, key: Hashable) -> list[Entry[Item, Answer]]:
         """The most urgent entries of a key, as many as fit into a batch."""
-        batch: list[_Entry[Item, Answer]] = []
+        batch: list[Entry[Item, Answer]] = []
         left = self._max_batch_cost
-        for entry in self._waiting:
-            if entry.key != key:
-                continue
+        for entry in self._waiting.of(key):
             left -= self._cost(entry.item)
             if len(batch) == self._max_batch_size or (batch and left < 0):
                 break
@@ -393,29 +571,20 @@ class Batcher(Generic[Item, Answer]):
 
     def _is_full(self, key: Hashable) -> bool:
         batch = self._company(key)
-        waiting = sum(entry.key == key for entry in self._waiting)
-        return len(batch) == self._max_batch_size or len(batch) < waiting
+        return len(batch) == self._max_batch_size or len(batch) < len(self._waiting.of(key))
 
-    def _remove(self, entries: list[_Entry[Item, Answer]]) -> None:
-        """Takes entries out of those that wait."""
-        gone = {entry.ticket for entry in entries}
-        self._waiting = [entry for entry in self._waiting if entry.ticket not in gone]
-        for entry in entries:
-            if entry.placed:
-                self._room.release()
-            entry.placed = False
-
-    def _answer_batch(self, batch: list[_Entry[Item, Answer]]) -> None:
+    def _answer_batch(self, batch: list[Entry[Item, Answer]]) -> None:
         started, self._in_batch = time.monotonic(), len(batch)
         self._answer(batch)
         self._in_batch = 0
         self._batch_ended = time.monotonic()
         self._batch_took = self._batch_ended - started
 
-    def _answer(self, batch: list[_Entry[Item, Answer]]) -> None:
+    def _answer(self, batch: list[Entry[Item, Answer]]) -> None:
         if self._judge.doubts():
             self._put_back(batch)
             return
+        self._begin(batch)
         items = [entry.item for entry in batch]
         try:
             answers = self._run(batch[0].key, items, lambda index: batch[index].wanted())
@@ -424,21 +593,30 @@ class Batcher(Generic[Item, Answer]):
         except Exception as error:
             self._judge.failed(batch[0].key, items[0] if len(batch) == 1 else None, error)
             if len(batch) == 1:
-                _settle(batch[0].future.set_exception, error)
+                self._fail(batch[0], error)
                 return
         else:
-            self.progress()
             self._judge.answered(batch[0].key)
             for entry, answer in zip(batch, answers, strict=True):
-                _settle(entry.future.set_result, answer)
+                self._succeed(entry, answer)
+            self.progress()
             return
         self.progress()
         middle = len(batch) // 2
         self._answer(batch[:middle])
         self._answer(batch[middle:])
 
+    # -- outcomes --
 
-def _settle(settle: Callable[[Any], None], value: Any) -> None:
-    """Sets a Future unless its waiter has given up on it."""
-    with suppress(InvalidStateError):
-        settle(value)
+    def _succeed(self, entry: Entry[Item, Answer], answer: Answer) -> None:
+        self._end(entry)
+        entry.succeed(answer, self._shared)
+
+    def _fail(self, entry: Entry[Item, Answer], error: Exception) -> None:
+        self._end(entry)
+        entry.fail(error)
+
+    def _end(self, entry: Entry[Item, Answer]) -> None:
+        """Nobody joins its waiters from now on."""
+        with self._lock:
+            self._forget(entry)

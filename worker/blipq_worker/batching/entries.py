@@ -1,0 +1,85 @@
+"""An item on its way through the batcher, and who waits for its answer."""
+
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+#: Stands for an item; of two tickets the smaller is the more urgent one.
+Ticket = tuple[int, int]
+NEVER = float("inf")
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Entry(Generic[Item, Answer]):
+    """An item. Entries sort by urgency, then by arrival. Times are of the monotonic clock.
+
+    same: what equal items share, all of which wait for this one; None: it is like no other.
+    waiters: their Futures, which stay pending while the item runs, so that they can be cancelled
+    until there is an answer. live: how many still wait. due: the earliest deadline among them.
+    placed: it takes one of the places for items that wait. waits, started: it is among those that
+    wait; a pass with it has begun.
+    """
+
+    ticket: Ticket
+    key: Hashable
+    item: Item
+    arrived: float
+    alone: bool
+    same: Hashable | None
+    waiters: "list[tuple[Future[Answer], float]]" = field(default_factory=list)
+    live: int = 0
+    due: float = NEVER
+    placed: bool = True
+    waits: bool = False
+    started: bool = False
+
+    @property
+    def priority(self) -> int:
+        """The smaller the more urgent."""
+        return self.ticket[0]
+
+    def add(self, future: "Future[Answer]", deadline: float | None) -> None:
+        """One more waits for the answer."""
+        ends = NEVER if deadline is None else deadline
+        self.waiters.append((future, ends))
+        self.live += 1
+        self.due = min(self.due, ends)
+
+    def expire(self, now: float) -> None:
+        """Cancels those whose deadline has passed."""
+        for future, ends in list(self.waiters):
+            if now >= ends:
+                future.cancel()
+        self.due = min((ends for future, ends in self.waiters if not future.done()), default=NEVER)
+
+    def wanted(self) -> bool:
+        """Whether anyone waits for the answer."""
+        if self.due != NEVER and (now := time.monotonic()) >= self.due:
+            self.expire(now)
+        return self.live > 0
+
+    def pending(self) -> "list[Future[Answer]]":
+        """The Futures of those that still wait."""
+        return [future for future, _ in self.waiters if not future.done()]
+
+    def succeed(self, answer: Answer, shared: Callable[[Answer], Answer]) -> None:
+        """The answer, to all. ``shared``: as those hear it whose item was not the one that ran."""
+        for index, (future, _) in enumerate(self.waiters):
+            _settle(future.set_result, shared(answer) if index else answer)
+
+    def fail(self, error: Exception) -> None:
+        """Why there is no answer, to all."""
+        for future, _ in self.waiters:
+            _settle(future.set_exception, error)
+
+
+def _settle(settle: Callable[[Any], None], value: Any) -> None:
+    """Sets a Future unless its waiter has given up on it."""
+    with suppress(InvalidStateError):
+        settle(value)
