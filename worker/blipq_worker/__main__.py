@@ -1,7 +1,4 @@
-"""``python -m blipq_worker``: one worker process (``blipq worker`` starts it).
-
-``python -m blipq_worker front ...`` is a part of one, which the worker starts by itself.
-"""
+"""``python -m blipq_worker``: one worker process (``blipq worker`` starts it), or a part of one."""
 
 import argparse
 import logging
@@ -13,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from blipq.errors import InvalidRequest
 from blipq.redaction import log_to_stderr
-from blipq.s3.storage import Storage
 from blipq.settings import Settings
 from blipq.submission import checked
 from blipq_worker.catalog.models import ModelError
@@ -34,37 +30,60 @@ EXIT_MODEL = 78
 
 
 def main() -> int:
-    """Runs the process that the arguments name; the exit code."""
+    """Becomes what the command line names; the exit code."""
     match sys.argv[1:]:
+        case ["engine", *arguments]:
+            return _engine(arguments)
         case ["front", *arguments]:
             return _front(arguments)
         case _:
             return _worker()
 
 
+def _engine(arguments: list[str]) -> int:
+    """The process that runs the models: ``engine --run FOLDER``. It knows no Redis and no S3."""
+    parser = argparse.ArgumentParser("python -m blipq_worker engine")
+    parser.add_argument("--run", type=Path, required=True, help="folder for the engine's socket")
+    folder = parser.parse_args(arguments).run
+    try:
+        _set_up_logging(os.environ.get("BLIPQ_LOG_LEVEL", "INFO"))
+        options = checked(WorkerSettings)
+    except InvalidRequest as error:
+        print(f"blipq engine: {error}", file=sys.stderr)
+        return EXIT_MODEL
+    with START.part("imports"):
+        from transformers.utils import logging as transformers_logging
+
+        from blipq_worker.serving.engine import run_engine
+
+    transformers_logging.disable_progress_bar()
+    return run_engine(folder, options)
+
+
 def _front(arguments: list[str]) -> int:
-    """Takes jobs for an engine in another process; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m blipq_worker front")
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--number", type=int, required=True)
-    parser.add_argument("--of", type=int, required=True)
-    parser.add_argument("--worker", required=True)
+    """A process that takes jobs for the engine of its worker; it loads no model."""
+    parser = argparse.ArgumentParser("python -m blipq_worker front")
+    parser.add_argument("--run", type=Path, required=True, help="folder of the engine's socket")
+    parser.add_argument("--number", type=int, required=True, help="of this front")
+    parser.add_argument("--of", type=int, required=True, help="the number of fronts")
+    parser.add_argument("--worker", required=True, help="name under which jobs are claimed")
     given = parser.parse_args(arguments)
-    from blipq_worker.front import Front
-    from blipq_worker.fronts.seat import Seat
+    with START.part("imports"):
+        from blipq_worker.front import Front
+        from blipq_worker.fronts.seat import Seat
 
     seat = Seat(given.run, given.number, given.of, given.worker)
     try:
         settings, options = _settings(f" front-{seat.number}")
         front = Front(settings, options, seat)
     except (InvalidRequest, AddressError) as error:
-        print(f"blipq worker: front {seat.number}: {error}", file=sys.stderr)
+        print(f"blipq front: {error}", file=sys.stderr)
         return EXIT_MODEL
     return front.run()
 
 
 def _worker() -> int:
-    """Loads the models, then works until told to stop; the exit code."""
+    """Loads the models, then works until told to stop."""
     try:
         worker = _loaded()
     except (InvalidRequest, ModelError) as error:
@@ -84,6 +103,8 @@ def _loaded() -> "Worker | SplitWorker":
 
     Raises InvalidRequest for settings, ModelError, DeviceLost, PortTaken.
     """
+    from blipq.s3.storage import Storage
+
     settings, options = _settings()
     logging.getLogger("blipq_worker").info("using %s", settings.endpoints)
     Storage(settings).check_configuration()
@@ -119,7 +140,7 @@ def _settings(process: str = "") -> tuple[Settings, WorkerSettings]:
     return settings, checked(WorkerSettings).beside(settings)
 
 
-def _set_up_logging(level: str, process: str) -> None:
+def _set_up_logging(level: str, process: str = "") -> None:
     try:
         log_to_stderr(level, f"%(asctime)s{process} %(levelname)s %(name)s: %(message)s")
     except ValueError:

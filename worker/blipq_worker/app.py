@@ -23,18 +23,17 @@ from blipq_worker.assembly import (
     reconciler_of,
 )
 from blipq_worker.blip2.loading.compiling import since_compiling
-from blipq_worker.engine.backend import Engine
 from blipq_worker.engine.faults import Trust
 from blipq_worker.inference.local import LocalInference
 from blipq_worker.messages.strays import Strays
 from blipq_worker.process.health import BrokerLoop, HealthServer
 from blipq_worker.process.heartbeat import EXIT_HUNG
 from blipq_worker.process.metrics import WorkerMetrics
+from blipq_worker.serving.engine import engine_of
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.taking import Taker
 
 if TYPE_CHECKING:
-    from blipq_worker.batching.batcher import Judge
     from blipq_worker.blip2 import Blip2
 
 log = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ class Worker:
         #: Why the model is not to be run any more.
         self._problem: str | None = None
         judge = Trust(lost=self._lose_device, check=check, refuse=self._refuse_jobs)
-        self._engine = engine_of(options, models, judge)
+        self._engine = engine_of(options, models, judge, max_waiting=2 * options.threads)
         self._decoding = decoding_budget(options)
         metrics = self._metrics()
         self._broker_loop = BrokerLoop()
@@ -173,15 +172,3 @@ class Worker:
         if self._health is not None:
             self._health.stop()
         self._base.broker.close()
-
-
-def engine_of(options: WorkerSettings, models: "Mapping[str, Blip2]", judge: "Judge") -> Engine:
-    """The engine of a process that also runs its jobs."""
-    return Engine(
-        models,
-        judge=judge,
-        max_batch_size=options.max_batch_size,
-        batch_wait_timeout_s=options.batch_wait_timeout_s,
-        max_waiting=2 * options.threads,
-        max_beams=options.beams,
-    )

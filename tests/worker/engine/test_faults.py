@@ -16,6 +16,7 @@ from blipq_worker.engine.faults import (
     is_device_fault,
     is_out_of_memory,
 )
+from blipq_worker.inference import ImagePixels
 from blipq_worker.serving.loader import load_models
 from blipq_worker.settings import WorkerSettings
 
@@ -93,7 +94,9 @@ class Calls:
 
     def fail(self, count: int, error: Exception | None = None, key: Any = KEY) -> None:
         for _ in range(count):
-            self.trust.failed(key, SimpleNamespace(image=object()), error or ValueError("broken"))
+            self.trust.failed(
+                key, SimpleNamespace(image=ImagePixels()), error or ValueError("broken")
+            )
 
 
 def test_failures_of_several_jobs_in_a_row_have_the_model_checked() -> None:
@@ -135,7 +138,7 @@ def test_a_jobs_own_errors_say_nothing_of_the_model(error: Exception) -> None:
 
 def test_one_job_that_asks_for_many_things_is_one_failure() -> None:
     calls = Calls()
-    item = SimpleNamespace(image=object())
+    item = SimpleNamespace(image=ImagePixels())
     for _ in range(9):
         calls.trust.failed(KEY, item, ValueError("broken"))
         calls.trust.failed(KEY, None, ValueError("broken in company"))

@@ -359,7 +359,7 @@ def together(parts: Parts, jobs: list[Job[Any]]) -> list[JobInfo]:
     """Runs jobs side by side: the model answers when all of them wait for it."""
     going = threading.Event()
     parts.model.before = lambda: going.wait(20)
-    equal, batcher, asked = parts.execution._equal, parts.engine.batcher, []
+    batcher, asked = parts.engine.batcher, []
     submit = batcher.submit
 
     def count(*arguments: Any, **options: Any) -> Any:
@@ -369,11 +369,7 @@ def together(parts: Parts, jobs: list[Job[Any]]) -> list[JobInfo]:
     batcher.submit = count  # type: ignore[method-assign]
     with ThreadPoolExecutor(len(jobs)) as threads:
         ran = [threads.submit(parts.run, job) for job in jobs]
-
-        def waiting() -> int:
-            return len(asked) + sum(len(each._done_callbacks) for each in equal._leaders.values())
-
-        wait_until(lambda: waiting() >= len(jobs), "all jobs to wait")
+        wait_until(lambda: len(asked) >= len(jobs), "all jobs to wait")
         going.set()
         return [each.result(20) for each in ran]
 
@@ -391,7 +387,6 @@ def test_equal_jobs_in_flight_are_computed_once(parts: Parts, picture: bytes) ->
     [
         {"prompt": "a"},
         {"generation": {"num_beams": 2}},
-        {"priority": "high"},
     ],
 )
 def test_jobs_that_differ_are_computed_each(
@@ -401,6 +396,16 @@ def test_jobs_that_differ_are_computed_each(
         parts, [parts.client.caption(picture), parts.client.caption(picture, **fields)]
     )
     assert [info.receipt.shared for info in infos] == [None, None]
+
+
+def test_a_job_of_several_parts_is_shared_where_all_of_them_are(
+    parts: Parts, picture: bytes
+) -> None:
+    client = parts.client
+    infos = together(parts, [client.caption(picture), client.describe(picture, embed=True)])
+    assert [info.receipt.shared for info in infos] == [None, None]
+    infos = together(parts, [client.describe(picture, embed=True) for _ in range(2)])
+    assert {bool(info.receipt.shared) for info in infos} == {False, True}
 
 
 def test_samples_are_drawn_for_each_job(parts: Parts, picture: bytes) -> None:

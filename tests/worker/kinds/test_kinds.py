@@ -295,28 +295,27 @@ SAMPLED = {"do_sample": True}
 
 
 @pytest.mark.parametrize(
-    ("asked", "features", "repeatable"),
+    ("asked", "features"),
     [
-        (CaptionRequest(image=IMAGE), {"generation"}, True),
-        (CaptionRequest(image=IMAGE, best_of=2), {"generation", "patches"}, True),
-        (CaptionRequest(image=IMAGE, generation=SAMPLED), {"generation"}, False),
-        (CaptionRequest(image=IMAGE, generation={**SAMPLED, "seed": 1}), {"generation"}, True),
-        (VQARequest(image=IMAGE, questions="why?"), {"generation"}, True),
-        (VQARequest(image=IMAGE, questions="why?", generation=SAMPLED), {"generation"}, False),
-        (MatchRequest(image=IMAGE, texts="a"), {"patches"}, True),
-        (MatchRequest(image=IMAGE, texts="a", head="itc"), {"retrieval"}, True),
-        (EmbedRequest(image=IMAGE), {"retrieval"}, True),
-        (EmbedRequest(image=IMAGE, text="a", mode="multimodal"), {"patches"}, True),
-        (EmbedRequest(image=IMAGE, index={"name": "pets"}), {"retrieval"}, False),
-        (SearchRequest(index="pets", image=IMAGE), {"retrieval"}, False),
-        (DescribeRequest(image=IMAGE), {"generation"}, True),
-        (DescribeRequest(image=IMAGE, generation=SAMPLED), {"generation"}, False),
+        (CaptionRequest(image=IMAGE), {"generation"}),
+        (CaptionRequest(image=IMAGE, best_of=2), {"generation", "patches"}),
+        (CaptionRequest(image=IMAGE, generation=SAMPLED), {"generation"}),
+        (CaptionRequest(image=IMAGE, generation={**SAMPLED, "seed": 1}), {"generation"}),
+        (VQARequest(image=IMAGE, questions="why?"), {"generation"}),
+        (VQARequest(image=IMAGE, questions="why?", generation=SAMPLED), {"generation"}),
+        (MatchRequest(image=IMAGE, texts="a"), {"patches"}),
+        (MatchRequest(image=IMAGE, texts="a", head="itc"), {"retrieval"}),
+        (EmbedRequest(image=IMAGE), {"retrieval"}),
+        (EmbedRequest(image=IMAGE, text="a", mode="multimodal"), {"patches"}),
+        (EmbedRequest(image=IMAGE, index={"name": "pets"}), {"retrieval"}),
+        (SearchRequest(index="pets", image=IMAGE), {"retrieval"}),
+        (DescribeRequest(image=IMAGE), {"generation"}),
+        (DescribeRequest(image=IMAGE, generation=SAMPLED), {"generation"}),
         (
             DescribeRequest(image=IMAGE, questions="why?", texts="a", embed=True),
             {"generation", "patches", "retrieval"},
-            True,
         ),
-        (DescribeRequest(image=IMAGE, caption=False, embed=True), {"retrieval"}, True),
+        (DescribeRequest(image=IMAGE, caption=False, embed=True), {"retrieval"}),
     ],
     # Sets have no order of their own: the names must be the same in every process.
     ids=lambda value: (
@@ -325,11 +324,8 @@ SAMPLED = {"do_sample": True}
         else str(sorted(value) if isinstance(value, set) else value)
     ),
 )
-def test_what_a_job_needs_of_its_image_and_whether_it_can_be_shared(
-    asked: Any, features: set[str], repeatable: bool
-) -> None:
+def test_what_a_job_needs_of_its_image(asked: Any, features: set[str]) -> None:
     assert spec_of(asked).needs(asked) == features
-    assert spec_of(asked).is_repeatable(asked) == repeatable
 
 
 #: As long as a text of a request may be, of characters that take four bytes.

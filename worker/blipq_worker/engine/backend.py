@@ -9,11 +9,15 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
+from msgspec.structs import replace
+
 from blipq.contract import ErrorCode
 from blipq.errors import WorkError
-from blipq_worker.batching.batcher import Batcher, BatcherClosed, Judge, Ticket
+from blipq_worker.batching.batcher import Batcher, BatcherClosed, Idle, Judge
+from blipq_worker.batching.entries import Ticket
 from blipq_worker.blip2 import Blip2, GenerateItem, Pixels
 from blipq_worker.blip2 import Item as ModelItem
+from blipq_worker.blip2.loading.compiling import since_compiling
 from blipq_worker.engine.faults import is_out_of_memory
 from blipq_worker.engine.verbs import GENERATE, Verb, as_model_item, verb_of
 from blipq_worker.inference.interface import EngineGone, Handle, ItemFailed
@@ -25,6 +29,7 @@ from blipq_worker.inference.requests import (
     Item,
     Load,
     ModelInfo,
+    Origin,
     Outcome,
     Priority,
 )
@@ -81,7 +86,8 @@ class Engine:
     """Served models by name, and the batcher whose thread alone runs them.
 
     An ``inference.interface.Backend``. max_waiting: items beyond which ``submit`` blocks; behind a
-    socket at least the credits of all fronts, so that it never does. The rest: see ``Batcher``.
+    socket at least the credits of all fronts, so that it never does. on_start: is called before a
+    pass with the handles of items that newly take part in it. The rest: see ``Batcher``.
     """
 
     def __init__(
@@ -93,12 +99,14 @@ class Engine:
         max_waiting: int,
         max_beams: int = 80,
         judge: Judge | None = None,
+        idle: Idle | None = None,
+        on_start: Callable[[Sequence[Handle]], None] = lambda handles: None,
     ) -> None:
         self._models = dict(models)
         self._times = VisionTimes()
-        #: What is known of images whose items share them, as long as whoever sends these keeps the
-        #: image: all items of a job are encoded once, whatever the cache holds.
-        self._features: WeakKeyDictionary[ImagePixels, dict[str, Any]] = WeakKeyDictionary()
+        #: What is known of images whose items share them, as long as there are such items: all of
+        #: a job are encoded once, whatever the cache holds.
+        self._features: WeakKeyDictionary[Origin, dict[str, Any]] = WeakKeyDictionary()
         self.batcher: Batcher[Task, Answer] = Batcher(
             self._run,
             max_batch_size=max_batch_size,
@@ -111,6 +119,9 @@ class Engine:
             cost=lambda task: task.cost,
             max_batch_cost=max_beams,
             judge=judge,
+            idle=idle,
+            on_start=on_start,
+            shared=partial(replace, shared=True),
         )
         for model in self._models.values():
             model.on_step(self.batcher.progress)
@@ -142,7 +153,14 @@ class Engine:
         task = Task(as_model_item(item, pixels), item.image, verb.cost(item))
         key = _Key(model, verb, verb.setting(item))
         try:
-            future = self.batcher.submit(task, key, priority=_URGENCY[priority], deadline=deadline)
+            future = self.batcher.submit(
+                task,
+                key,
+                priority=_URGENCY[priority],
+                deadline=deadline,
+                alone=alone,
+                same=_same(verb, item),
+            )
         except BatcherClosed as error:
             raise EngineGone("the engine is closed") from error
         future.add_done_callback(partial(_settle, done))
@@ -160,13 +178,14 @@ class Engine:
         return [recall(digest, features) is not None for digest in digests]
 
     def load(self) -> Load:
-        """What there is to do."""
-        return Load(self.batcher.waiting, self.batcher.running)
+        """What there is to do. A model that compiles makes progress."""
+        stalled_s = min(self.batcher.stalled_for(), since_compiling())
+        return Load(self.batcher.waiting, self.batcher.running, stalled_s)
 
     def _pixels(self, model: str, image: ImagePixels, feature: Feature) -> Pixels:
         """What the model is given of an image. Raises ItemFailed (image_unknown)."""
         served = self._models[model]
-        features = self._features.setdefault(image, {})
+        features = self._features.setdefault(image.origin, {})
         if image.pixels:
             pixels = served.pixels(image.pixels, digest=image.digest, whole=image.whole)
         else:
@@ -193,6 +212,15 @@ class Engine:
             Answer(key.verb.value(each), took, self._times.of(task), len(items))
             for task, each in zip(items, raw, strict=True)
         ]
+
+
+def _same(verb: Verb, item: Item) -> Hashable | None:
+    """What items share that must come to the same; None for one that is like no other."""
+    image = item.image
+    if not verb.repeats(item) or (image is not None and image.digest is None):
+        return None
+    rest = tuple(getattr(item, name) for name in item.__struct_fields__ if name != "image")
+    return None if image is None else image.digest, rest
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -229,6 +257,8 @@ class Writing:
     """A session of a model (a ``batching.batcher.Session``), with what its answers took."""
 
     def __init__(self, model: Blip2, times: VisionTimes) -> None:
+        #: Tasks of the fullest step so far that all of these were in.
+        self._most = 0
         self._session = model.session()
         self._times = times
         self._tasks: dict[Ticket, _Joined] = {}
@@ -239,6 +269,7 @@ class Writing:
         assert isinstance(task.item, GenerateItem)
         self._session.join(ticket, task.item)
         self._tasks[ticket] = _Joined(task, time.monotonic())
+        self._most = 0
 
     def leave(self, ticket: Ticket) -> None:
         """Lets a task go."""
@@ -247,9 +278,11 @@ class Writing:
 
     def step(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, Answer]]:
         """One step."""
-        for ticket in tickets:
-            joined = self._tasks[ticket]
-            joined.neighbours = max(joined.neighbours, len(tickets))
+        if len(tickets) > self._most:  # not at every step: it has a task's cost
+            self._most = len(tickets)
+            for ticket in tickets:
+                joined = self._tasks[ticket]
+                joined.neighbours = max(joined.neighbours, len(tickets))
         done = self._session.step(tickets)
         return [(ticket, self._answer(ticket, texts)) for ticket, texts in done]
 

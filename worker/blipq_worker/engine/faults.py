@@ -89,10 +89,10 @@ class Trust:
             return
         if isinstance(error, WorkError) or is_out_of_memory(error):
             return
-        image = getattr(item, "image", None)
-        if image is None or image is not self._last:  # else it is another item of the same job
+        origin = getattr(getattr(item, "image", None), "origin", None)
+        if origin is None or origin is not self._last:  # else it is another item of the same job
             self._failures[_model(key)] += 1
-        self._last = image
+        self._last = origin
 
     def answered(self, key: Hashable) -> None:
         """Items of a key were answered."""

@@ -43,6 +43,7 @@ class Verb:
     name: the method of ``Blip2`` that runs them. item: an item as that method takes it. value: what
     its answers become. feature: what an item needs of its image. setting: what items of one batch
     must share, beside model and type. cost: what an item takes of a batch's room for beams.
+    repeats: whether equal items come to the same.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Verb:
     feature: Callable[[Any], Feature]
     setting: Callable[[Any], Hashable] = lambda item: None
     cost: Callable[[Any], int] = lambda item: 1
+    repeats: Callable[[Any], bool] = lambda item: True
 
 
 def _generated(texts: Sequence[Sequence[GeneratedText]]) -> Generated:
@@ -79,6 +81,7 @@ GENERATE = Verb(
     feature=lambda item: "generation",
     setting=lambda item: None if item.params.in_flight else item.params,
     cost=lambda item: len(item.prompts) * item.params.num_beams,
+    repeats=lambda item: not item.params.do_sample or item.params.seed is not None,
 )
 
 _VERBS: Mapping[type, Verb] = {

@@ -7,9 +7,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from weakref import WeakValueDictionary
 
 from blipq_worker.inference.interface import Handle
 from blipq_worker.inference.protocol import FROM_FRONTS, ProtocolError, Vocabulary
+from blipq_worker.inference.requests import Origin
 from blipq_worker.inference.stream import Reader
 
 #: What a front may leave unread: all its credits' worth of usual features.
@@ -51,6 +53,11 @@ class Names:
         self._digests[key] = digest
 
 
+#: Images of items that are in flight, by the front's numbers and by what they are: whatever numbers
+#: a front makes up, no image has the features of another one that has a name.
+Origins = WeakValueDictionary[tuple[int, str | None], Origin]
+
+
 class Unread(ProtocolError):
     """The front does not read what it is sent."""
 
@@ -82,6 +89,7 @@ class Front:
     greeted: bool = False
     works: dict[int, Work] = field(default_factory=dict)
     names: Names = field(default_factory=Names)
+    origins: Origins = field(default_factory=WeakValueDictionary)
     stuck: float = 0.0
     watched: int = 0
     reader: Reader = field(init=False)

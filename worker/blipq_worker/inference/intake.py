@@ -129,4 +129,6 @@ class Intake:
             digest = front.names.get(message.model, digest)
             if digest is None:
                 raise ItemFailed(_UNKNOWN)
-        return msgspec.structs.replace(message.item, image=ImagePixels(digest, image.whole, views))
+        origin = front.origins.setdefault((image.origin.number, digest), image.origin)
+        whole = ImagePixels(digest, image.whole, views, origin)
+        return msgspec.structs.replace(message.item, image=whole)

@@ -22,6 +22,7 @@ from blipq_worker.inference.requests import (
     Item,
     ModelInfo,
     Name,
+    Origin,
     Outcome,
     Plain,
     Priority,
@@ -105,7 +106,10 @@ class Known(Plain, frozen=True):
 
 
 class Beat(Plain, frozen=True):
-    """The engine's thread is alive. step: of its count. progress_s: seconds since the last one."""
+    """The engine's thread is alive. step: of its count.
+
+    progress_s: seconds since what runs last made progress; 0 where nothing runs.
+    """
 
     step: Count
     progress_s: Seconds
@@ -155,18 +159,19 @@ class _Head(Plain, frozen=True):
 
     digest: Digest | None
     whole: bool
+    origin: Count
 
 
 def _to_plain(value: object) -> object:
     if isinstance(value, ImagePixels):
-        return _Head(value.digest, value.whole)
+        return _Head(value.digest, value.whole, value.origin.number)
     raise TypeError(f"{type(value).__name__} has no form on the wire")
 
 
 def _from_plain(wanted: type, value: object) -> object:
     assert wanted is ImagePixels
     head = msgspec.convert(value, _Head)
-    return ImagePixels(head.digest, head.whole)
+    return ImagePixels(head.digest, head.whole, origin=Origin(head.origin))
 
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=_to_plain)

@@ -4,6 +4,7 @@ Items are frozen and may be shared between threads. Bounds are part of the types
 when a message is decoded, not when an item is made. A bounded number is never NaN or infinite.
 """
 
+import itertools
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
@@ -23,6 +24,16 @@ Count = Annotated[int, Meta(ge=0, lt=2**53)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 
 
+class Origin:
+    """Stands for an image that several items share: one object for all of them, on either side."""
+
+    __slots__ = ("__weakref__", "number")
+    _numbers = itertools.count(1)
+
+    def __init__(self, number: int | None = None) -> None:
+        self.number = next(self._numbers) if number is None else number
+
+
 class ImagePixels:
     """An image as both checkpoints take it: resized on the front, not normalized. Never changed.
 
@@ -30,19 +41,23 @@ class ImagePixels:
     the file; behind a socket a backend finds that of the pixels instead (see ``front.Names``).
     whole: the vision tower's output will be needed more than once. pixels: for each recipe of the
     model one view of side x side x 3 bytes (uint8, RGB, rows from the top), kept flat; empty where
-    the engine knows the image by its digest. ValueError for views that are not C-contiguous.
+    the engine knows the image by its digest. origin: whose items share them; by default its own,
+    so that items of one image must share this very object. ValueError for views that are not
+    C-contiguous.
     """
 
     # Neither a Struct nor a dataclass: msgspec would put the pixels into the body.
-    __slots__ = ("__weakref__", "digest", "pixels", "whole")
+    __slots__ = ("digest", "origin", "pixels", "whole")
 
     def __init__(
         self,
         digest: str | None = None,
         whole: bool = False,
         pixels: tuple[memoryview, ...] = (),
+        origin: Origin | None = None,
     ) -> None:
         self.digest, self.whole = digest, whole
+        self.origin = Origin() if origin is None else origin
         try:
             self.pixels = tuple(view.cast("B") for view in pixels)
         except TypeError as error:
@@ -315,10 +330,14 @@ class ModelInfo(Plain, frozen=True):
 
 
 class Load(Plain, frozen=True):
-    """What an engine is busy with: items that wait, and items that run."""
+    """What an engine is busy with: items that wait, and items that run.
+
+    stalled_s: seconds since what runs last made progress; 0 where nothing runs.
+    """
 
     waiting: Count
     running: Count
+    stalled_s: Seconds = 0.0
 
 
 def check_pixels(item: Item, model: ModelInfo) -> None:

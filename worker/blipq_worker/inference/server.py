@@ -84,7 +84,7 @@ class EngineServer:
         self._turns = Turns()
         self._done: deque[tuple[Work, Outcome]] = deque()  # appended to by any thread
         self._clock = _Clock()
-        self._step, self._progress, self._beat_due = 0, time.monotonic(), 0.0
+        self._step, self._beat_due = 0, 0.0
         self._thread = threading.get_ident()
         self._door = Door(path, uids)
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -113,9 +113,8 @@ class EngineServer:
         self._look_after()
 
     def progress(self) -> None:
-        """Says that the model took a step; beats tell the fronts."""
+        """Counts a step of the model; beats tell the fronts."""
         self._step += 1
-        self._progress = time.monotonic()
 
     def started(self, handles: Iterable[Handle]) -> None:
         """Tells the fronts that a pass begins which these items newly take part in.
@@ -296,7 +295,7 @@ class EngineServer:
         self._beat_due = now + BEAT_S
         self._turns.change(self._door.socket, select.EPOLLIN)
         load = self._backend.load()
-        beat = encoded(Beat(self._step, now - self._progress, load.waiting, load.running))
+        beat = encoded(Beat(self._step, load.stalled_s, load.waiting, load.running))
         for front in list(self._fronts.values()):
             if (why := self._overdue(front)) is not None:
                 self._cut(front, why)

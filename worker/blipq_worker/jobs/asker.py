@@ -99,6 +99,7 @@ class Asker:
         self._within = f"within {timeout_s:g} s"
         self._reload = reload
         self.notes: list[str] = []
+        self._was_spared = self._had_passes = False
         self._vision_ms = 0.0
         self._expires_at = time.monotonic() + claim.expires_in
         self._priority = Priority(claim.queue.rsplit(".", 1)[-1])
@@ -133,11 +134,13 @@ class Asker:
                 self._inference.check(self._claim.model, item)
             started = time.monotonic()
             answers = self._answers(items)
-        passes = sum(answer.pass_ms for answer in answers)
+        own = [answer for answer in answers if not answer.shared]
+        passes = sum(answer.pass_ms for answer in own)
         waited = (time.monotonic() - started) * 1000 - passes
         self._watch.add("wait_ms", max(0.0, waited))
         for part, answer in zip(parts, answers, strict=True):
-            self._record(part, answer)
+            if not answer.shared:  # else its pass is in the receipt of the job that it ran for
+                self._record(part, answer)
         return [part.made(each.value) for part, each in zip(parts, answers, strict=True)]
 
     def fits(self, item: Item) -> bool:
@@ -147,6 +150,11 @@ class Asker:
         except ItemFailed:
             return False
         return True
+
+    @property
+    def shared(self) -> bool:
+        """Whether all that it was answered was computed for other jobs."""
+        return self._was_spared and not self._had_passes
 
     def note(self, text: str) -> None:
         """Adds to the receipt what a person should know about the answer."""
@@ -197,10 +205,10 @@ class Asker:
         """Waits for an answer. An item that came without pixels may need them after all: once.
 
         Raises TransientError (image_changed) where other bytes lie there by then: the job's other
-        items, and jobs that it is coalesced with, are about the image as it was.
+        items are about the image as it was.
         """
         try:
-            return self._waited(future, deadline, "the model")
+            return self._noted(self._waited(future, deadline, "the model"))
         except ItemFailed as error:
             if error.failure.kind != "image_unknown":
                 raise
@@ -208,7 +216,16 @@ class Asker:
         if item.image is None or image.digest != item.image.digest:
             message = "the image was replaced while the job ran"
             raise TransientError(ErrorCode.IMAGE_CHANGED, message)
-        return self._waited(self._submitted(replace(item, image=image)), deadline, "the model")
+        again = self._submitted(replace(item, image=image))
+        return self._noted(self._waited(again, deadline, "the model"))
+
+    def _noted(self, answer: Answer) -> Answer:
+        """Notes whose pass it was; on any thread."""
+        if answer.shared:
+            self._was_spared = True
+        else:
+            self._had_passes = True
+        return answer
 
     def _waited(self, future: "Future[AnswerT]", deadline: float, who: str) -> AnswerT:
         """What a Future holds. Raises Lost where the claim was lost meanwhile."""

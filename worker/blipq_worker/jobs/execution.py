@@ -18,7 +18,6 @@ from blipq_worker.images.loader import Pictures
 from blipq_worker.inference.interface import Inference, ItemFailed
 from blipq_worker.inference.requests import Feature, ImagePixels
 from blipq_worker.jobs.asker import engine_errors
-from blipq_worker.jobs.coalescing import EqualJobs
 from blipq_worker.jobs.index_asker import IndexAccess, IndexAsker
 from blipq_worker.jobs.outputs import Outputs
 from blipq_worker.kinds.registry import spec_of
@@ -26,12 +25,9 @@ from blipq_worker.receipt import Stopwatch
 
 log = logging.getLogger(__name__)
 
-#: A result as JSON, and what a person should know about it.
-Noted = tuple[str, tuple[str, ...]]
-
 
 class Execution:
-    """Computes results. timeout_s: longest wait for the model, an index, or an equal job."""
+    """Computes results. timeout_s: longest wait for the model or an index."""
 
     def __init__(
         self,
@@ -49,7 +45,6 @@ class Execution:
         self._indexes = indexes
         self._held = held
         self._timeout_s = timeout_s
-        self._equal: EqualJobs[Noted] = EqualJobs(held, timeout_s)
 
     def result(self, claim: Claim, watch: Stopwatch) -> str:
         """The job's result as JSON. Raises WorkError for every failure, and Lost."""
@@ -83,35 +78,12 @@ class Execution:
             image = self._pictures.load(ref, claim.model, needed, watch, lost, marked=marked)
         if lost.is_set():
             raise Lost
-        result = self._computed(claim, request, image, asker, watch)
-        self._outputs.write(claim, result)
-        return result
-
-    def _computed(
-        self,
-        claim: Claim,
-        request: Request,
-        image: ImagePixels | None,
-        asker: IndexAsker,
-        watch: Stopwatch,
-    ) -> str:
-        """The result as JSON: computed here, or by an equal job that is in flight."""
-        spec = spec_of(request)
-
-        def compute() -> Noted:
-            result = spec.answer(request, image, asker)
-            return result.model_dump_json(exclude_none=True), tuple(asker.notes)
-
-        if not spec.is_repeatable(request):
-            result, notes = compute()
-        else:
-            asked = request.model_dump_json(exclude={"image"})
-            key = claim.queue, None if image is None else image.digest, asked
-            (result, notes), shared = self._equal.answer(key, claim, compute)
-            if shared:
-                watch.say(shared=True)
-        for note in notes:
+        result = spec.answer(request, image, asker).model_dump_json(exclude_none=True)
+        for note in asker.notes:
             watch.note(note)
+        if asker.shared:
+            watch.say(shared=True)
+        self._outputs.write(claim, result)
         return result
 
     def _asker(

@@ -12,7 +12,7 @@ from blipq_worker.inference.requests import (
     Match,
     Matched,
 )
-from blipq_worker.kinds.generation import is_decided, params_of
+from blipq_worker.kinds.generation import params_of
 from blipq_worker.kinds.spec import Ask, Part, SinglePart
 
 
@@ -26,10 +26,6 @@ class CaptionSpec(SinglePart[CaptionRequest]):
         if request.best_of is None:
             return frozenset({"generation"})
         return frozenset({"generation", "patches"})
-
-    def is_repeatable(self, request: CaptionRequest) -> bool:
-        """Whether no caption is sampled at random."""
-        return is_decided(request.generation)
 
     def part(
         self, request: CaptionRequest, image: ImagePixels | None, ask: Ask

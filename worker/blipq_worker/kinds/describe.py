@@ -26,10 +26,6 @@ class DescribeSpec(KindSpec[DescribeRequest]):
         parts = _requests(request).values()
         return frozenset[Feature]().union(*(spec.needs(each) for spec, each in parts))
 
-    def is_repeatable(self, request: DescribeRequest) -> bool:
-        """Whether every part is."""
-        return all(spec.is_repeatable(each) for spec, each in _requests(request).values())
-
     def answer(
         self, request: DescribeRequest, image: ImagePixels | None, ask: Ask
     ) -> DescribeResult:

@@ -33,10 +33,6 @@ class EmbedSpec(SinglePart[EmbedRequest]):
         """An image is embedded as queries; with a text it is read anew."""
         return frozenset({"retrieval" if request.mode == "image" else "patches"})
 
-    def is_repeatable(self, request: EmbedRequest) -> bool:
-        """Whether no index is written to."""
-        return request.index is None
-
     def part(self, request: EmbedRequest, image: ImagePixels | None, ask: Ask) -> Part[EmbedResult]:
         """The features by name."""
         return Part("embed", _item(request, image), partial(_features, request.dtype))

@@ -13,8 +13,3 @@ def params_of(
     """A request's parameters, completed by the defaults of its kind."""
     given = generation.model_dump(exclude_none=True) if generation else {}
     return resolve(kind, info, {**given, **forced})
-
-
-def is_decided(generation: Generation | None) -> bool:
-    """Whether equal requests write equal texts: there is no sampling without a seed."""
-    return generation is None or not generation.do_sample or generation.seed is not None

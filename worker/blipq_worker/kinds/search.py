@@ -22,10 +22,6 @@ class SearchSpec(KindSpec[SearchRequest]):
         """The queries of the retrieval checkpoint."""
         return frozenset({"retrieval"})
 
-    def is_repeatable(self, request: SearchRequest) -> bool:
-        """Never: the index may have changed."""
-        return False
-
     def answer(self, request: SearchRequest, image: ImagePixels | None, ask: Ask) -> SearchResult:
         """Searches an index, and ranks the first hits anew where a text is asked for."""
         text, count = request.text, request.top_k

@@ -75,10 +75,6 @@ class KindSpec(ABC, Generic[RequestT]):
     def needs(self, request: RequestT) -> frozenset[Feature]:
         """What must be known of the image, so that no pixels are needed."""
 
-    def is_repeatable(self, request: RequestT) -> bool:
-        """Whether equal requests about equal images have the same result, and no other effect."""
-        return True
-
     @abstractmethod
     def answer(self, request: RequestT, image: ImagePixels | None, ask: Ask) -> Result:
         """Runs a request; ``image``: that of ``image_of``. Raises WorkError."""

@@ -15,7 +15,7 @@ from blipq_worker.inference.requests import (
     Rank,
     Ranked,
 )
-from blipq_worker.kinds.generation import is_decided, params_of
+from blipq_worker.kinds.generation import params_of
 from blipq_worker.kinds.spec import Ask, Part, SinglePart
 
 Turns = tuple[tuple[str, str], ...]
@@ -29,10 +29,6 @@ class VqaSpec(SinglePart[VQARequest]):
     def needs(self, request: VQARequest) -> frozenset[Feature]:
         """The queries of the generation checkpoint."""
         return frozenset({"generation"})
-
-    def is_repeatable(self, request: VQARequest) -> bool:
-        """Whether no answer is sampled at random."""
-        return is_decided(request.generation)
 
     def part(self, request: VQARequest, image: ImagePixels | None, ask: Ask) -> Part[VQAResult]:
         """One prompt per question, each with as many earlier turns as there is room for."""

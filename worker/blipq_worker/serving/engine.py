@@ -1,0 +1,185 @@
+"""The engine process: loads the models, then runs the items of fronts until it is told to end.
+
+It alone touches the device. It reads no queue and no store: what it may do is to answer whoever
+connects to its socket. One thread does all of it; signals are the exception, and only leave notes.
+"""
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from blipq_worker.batching.batcher import Idle, Judge
+from blipq_worker.catalog.models import ModelError
+from blipq_worker.engine.backend import Engine
+from blipq_worker.engine.faults import DeviceLost, Trust
+from blipq_worker.inference.address import MOST_FRONTS, AddressError, check_path
+from blipq_worker.inference.interface import Handle
+from blipq_worker.inference.server import BEAT_S, CREDITS, EngineServer
+from blipq_worker.process.heartbeat import EXIT_HUNG
+from blipq_worker.serving.loader import checker, load_models
+from blipq_worker.settings import WorkerSettings
+from blipq_worker.startup import START
+
+if TYPE_CHECKING:
+    from blipq_worker.blip2 import Blip2
+
+log = logging.getLogger(__name__)
+
+SOCKET = "engine.sock"
+#: A model cannot be served: starting the process again would not help.
+EXIT_MODEL = 78
+#: After fronts had their time to drain, the engine ends even where one is still connected.
+PATIENCE_S = 10.0
+#: Credentials for the hub, which weights are read with. Nothing is read from there later.
+HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
+
+
+def engine_of(
+    options: WorkerSettings,
+    models: "Mapping[str, Blip2]",
+    judge: Judge,
+    *,
+    max_waiting: int,
+    idle: Idle | None = None,
+    on_start: Callable[[Sequence[Handle]], None] = lambda handles: None,
+) -> Engine:
+    """The engine that the settings come to."""
+    return Engine(
+        models,
+        judge=judge,
+        max_batch_size=options.max_batch_size,
+        batch_wait_timeout_s=options.batch_wait_timeout_s,
+        max_waiting=max_waiting,
+        max_beams=options.beams,
+        idle=idle,
+        on_start=on_start,
+    )
+
+
+def run_engine(folder: Path, options: WorkerSettings) -> int:
+    """Serves at a socket in ``folder``; the exit code.
+
+    0 after SIGTERM; EXIT_MODEL where a model cannot be served; EXIT_HUNG where the device is lost;
+    1 where it cannot listen. The reason goes to stderr, and to the fronts.
+    """
+    path = folder / SOCKET
+    try:
+        check_path(path)
+        models = load_models(options)
+        forget_hub_tokens()
+        process = EngineProcess(path, options, models, checker(options, models))
+    except ModelError as error:
+        return _ended(EXIT_MODEL, error)
+    except DeviceLost as error:
+        return _ended(EXIT_HUNG, error)
+    except AddressError as error:  # whoever has it may end: starting again can help
+        return _ended(1, error)
+    return process.run()
+
+
+def forget_hub_tokens() -> None:
+    """Drops the credentials that weights were read with, and keeps the hub's libraries off."""
+    for name in HUB_TOKENS:
+        os.environ.pop(name, None)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+class EngineProcess:
+    """An engine, and the server that its batcher's thread attends to: a ``batcher.Idle``.
+
+    check: see ``engine.faults.Trust``. Raises AddressError.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        options: WorkerSettings,
+        models: "Mapping[str, Blip2]",
+        check: Callable[[str], None] | None,
+    ) -> None:
+        self._options = options
+        #: Why nothing more may be run.
+        self._problem: str | None = None
+        #: When it ends at the latest, once it was told to (monotonic).
+        self._ends: float | None = None
+        engine = engine_of(
+            options,
+            models,
+            Trust(lost=self._lose_device, check=check, refuse=self._refuse),
+            # A front has no more than its credits, so that nothing waits for room on this thread.
+            max_waiting=MOST_FRONTS * CREDITS,
+            idle=self,
+            on_start=self._started,
+        )
+        self._batcher = engine.batcher
+        self._server = EngineServer(path, engine)
+
+    def run(self) -> int:
+        """Serves until it is told to end, or may not go on; the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        log.info("engine: ready after %s", START)
+        self._batcher.run()
+        self._server.close(self._problem or "the engine ends")
+        return 0 if self._problem is None else _ended(EXIT_MODEL, self._problem)
+
+    # -- between two steps, and while there is nothing to do --
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Serves fronts until one of them has something to do, but at most so long."""
+        if timeout_s == 0:
+            self._server.progress()
+        self._server.poll(BEAT_S if timeout_s is None else timeout_s)
+        if self._ends is not None:
+            self._drain(self._ends)
+
+    def wake(self) -> None:
+        """Ends a wait."""
+        self._server.wake()
+
+    def _started(self, handles: Sequence[Handle]) -> None:
+        self._server.started(handles)
+
+    # -- the end --
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Ends when the last front has left: these drain by themselves."""
+        if self._ends is None:
+            self._ends = time.monotonic() + self._options.drain_timeout_s + PATIENCE_S
+        self._server.wake()
+
+    def _drain(self, ends: float) -> None:
+        if self._server.fronts == 0:
+            self._batcher.close()
+        elif time.monotonic() >= ends:
+            # What runs cannot be stopped, and nobody waits for it.
+            log.warning("engine: ends with %d fronts connected", self._server.fronts)
+            self._server.close("the engine ends: its time to drain is over")
+            logging.shutdown()
+            os._exit(0)
+
+    def _lose_device(self, error: Exception) -> None:
+        """Ends the process: nothing on the device would work in it any more.
+
+        Without a goodbye: fronts take the items of this pass for suspects.
+        """
+        log.critical("engine: the device is lost: %s: ending", error)
+        self._server.poll()  # what was answered before
+        logging.shutdown()
+        os._exit(EXIT_HUNG)
+
+    def _refuse(self, problem: str) -> None:
+        """A model is not to be run any more: the batcher's thread ends, and says why."""
+        log.critical("engine: %s", problem)
+        self._problem = problem
+
+
+def _ended(code: int, reason: object) -> int:
+    print(f"blipq engine: {reason}", file=sys.stderr, flush=True)
+    return code
