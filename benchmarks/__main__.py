@@ -26,6 +26,7 @@ from benchmarks import (
     results,
     roofline,
     scale,
+    split,
     steps,
     throughput,
 )
@@ -58,6 +59,7 @@ SECTIONS = {
     "steps": Section(steps.steps, 5, 15, 10),
     "roofline": Section(roofline.roofline, 3, 5, 40),
     "host": Section(host.host, 10, 60, 90),
+    "split": Section(split.split, 4, 20, 60),
 }
 #: Seconds for all sections, of a usual and of a long run. Ending a section may take some more.
 USUAL_S, LONG_S = 840.0, 3 * 3600.0

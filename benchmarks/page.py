@@ -6,7 +6,7 @@ from typing import Any
 
 from tools.docs.page import replace_section
 
-from benchmarks import host, results
+from benchmarks import host, results, split
 from benchmarks.latency import POLICIES
 from benchmarks.paper import rows as paper_rows
 from benchmarks.peers.run import PEERS
@@ -18,7 +18,7 @@ from blipq_worker.bench.workloads import MIXED, Workload
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "performance.md"
 #: Where a section stands that is not on that page.
-ELSEWHERE = {"host": DOCS / "gpu.md"}
+ELSEWHERE = {"host": DOCS / "gpu.md", "split": DOCS / "gpu.md"}
 
 Found = Mapping[str, Any]
 
@@ -242,6 +242,10 @@ def _host(found: Found) -> Iterator[str]:
     yield from table(host.HEAD, host.rows(found))
 
 
+def _split(found: Found) -> Iterator[str]:
+    yield from table(split.HEAD, split.rows(found))
+
+
 SECTIONS: dict[str, Callable[[Found], Iterator[str]]] = {
     "bare": _bare,
     "profile": _profile,
@@ -255,6 +259,7 @@ SECTIONS: dict[str, Callable[[Found], Iterator[str]]] = {
     "steps": _steps,
     "roofline": _roofline,
     "host": _host,
+    "split": _split,
 }
 
 

@@ -1,10 +1,11 @@
-"""What a socket between fronts and engine costs: ``python -m benchmarks.split [--seconds 6]``.
+"""What a socket between fronts and engine costs: ``python -m benchmarks split``.
 
 The engine is real but for its device, which only takes the time of an H100 (docs/gpu.md) and holds
 no GIL meanwhile. Fronts send 150 kB of pixels an item. Steps are timed where all slots are taken
 and nobody joins or leaves: first with nobody connected, then with fronts that keep the device full.
 Then fronts work so long on each item that they are the bound: once with this engine, once with one
-that answers at once.
+that answers at once. What these cost on this machine's cores is carried over to a host of 8 and
+of 16: one core is the engine's, and the others bring jobs, until the card is the bound.
 """
 
 import argparse
@@ -49,6 +50,10 @@ from blipq_worker.inference import (
 STEP_S: Mapping[int, float] = {32: 0.0036, 128: 0.0046}
 LOOK_S, MOST_LOOKED_AT, TOKENS = 0.0013, 32, 20
 FRONTS, FRONT_MS = 2, 8.0
+#: Milliseconds of a core that a job of 640 x 480 pixels takes in a front: the JPEG, decoded and
+#: resized, and all else but the socket, which is measured here.
+DECODE_MS, REST_MS = 6.0, 11.0
+HOSTS = (8, 16)
 WARM_S = 1.0
 Mode = Literal["alone", "served", "at once"]
 SAID = Generated(((GeneratedText("a photo of two cats on a couch", TOKENS),),))
@@ -242,8 +247,21 @@ def split(seconds: float) -> dict[str, Any]:
             "bound by a front": bound,
             "answered at once": at_once,
             "ratio": bound["jobs_s"] / at_once["jobs_s"],
+            "hosts": {str(cores): host(cores, alone, at_once) for cores in HOSTS},
         }
     return found
+
+
+def host(cores: int, alone: Mapping[str, float], at_once: Mapping[str, float]) -> dict[str, float]:
+    """Jobs a second on a host: what the card does, and what fronts on all other cores bring."""
+    socket_ms = max(0.0, 1000 / at_once["jobs_s"] - FRONT_MS)
+    fronts = (cores - 1) * 1000 / (DECODE_MS + REST_MS + socket_ms)
+    return {"card": alone["jobs_s"], "fronts": fronts, "jobs_s": min(alone["jobs_s"], fronts)}
+
+
+def _bound(host: Mapping[str, float]) -> str:
+    by = "card" if host["card"] <= host["fronts"] else "fronts"
+    return f"{host['jobs_s']:.0f} ({by})"
 
 
 def rows(found: Mapping[str, Any]) -> list[list[str]]:
@@ -258,6 +276,7 @@ def rows(found: Mapping[str, Any]) -> list[list[str]]:
             f"{each['alone']['share']:.2f} / {each['served']['share']:.2f}",
             f"{each['bound by a front']['jobs_s']:.0f} of {each['answered at once']['jobs_s']:.0f}",
             f"{each['ratio']:.2f}",
+            *(_bound(each["hosts"][str(cores)]) for cores in HOSTS),
         ]
         for name, each in found.items()
     ]
@@ -265,6 +284,7 @@ def rows(found: Mapping[str, Any]) -> list[list[str]]:
 
 HEAD = ["device", "step alone, ms mean / p99", "beside fronts", "grows", "jobs/s of alone"]
 HEAD += ["share of a core alone / served", f"fronts of {FRONT_MS:g} ms: of at once", "ratio"]
+HEAD += [f"jobs/s on {cores} cores (bound)" for cores in HOSTS]
 
 
 def main() -> None:

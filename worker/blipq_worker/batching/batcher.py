@@ -341,7 +341,6 @@ class Batcher(Generic[Item, Answer]):
                 trusted = self._is_trusted()
             if not self._sessions:
                 self._busy_since = None
-            self._attend(0.0)  # what was answered goes out before the next turn
 
     def _attend(self, timeout_s: float | None) -> None:
         """Waits, and lets others in; then ends what is due, and names those that came too late."""
@@ -370,12 +369,12 @@ class Batcher(Generic[Item, Answer]):
     def _turn(self) -> None:
         self._let_go()
         if self._alone is not None or self._waiting.alone is not None:
-            batch = self._next_alone()
+            joined, batch = self._next_alone()
         else:
-            self._admit()
-            batch = self._next_batch()
+            joined, batch = self._admit(), self._next_batch()
         if batch:
             self._answer_batch(batch)
+        self._begin(joined)  # after the batch: had that ended the process, these were not in it
         for key, running in self._sessions.items():
             if running.entries:
                 self._step(key, running, list(running.entries))
@@ -426,6 +425,8 @@ class Batcher(Generic[Item, Answer]):
 
     def _begin(self, entries: Sequence[Entry[Item, Answer]]) -> None:
         """Says who newly takes part in what runs next."""
+        if not entries:
+            return
         with self._lock:
             new = [entry for entry in entries if not entry.started]
             for entry in new:
@@ -446,14 +447,13 @@ class Batcher(Generic[Item, Answer]):
                 del running.entries[entry.ticket]
                 running.session.leave(entry.ticket)
 
-    def _admit(self) -> None:
-        """Lets items into their sessions, the most urgent first, while there is room."""
+    def _admit(self) -> list[Entry[Item, Answer]]:
+        """Lets items into their sessions while there is room, the most urgent first; who joined."""
         joined = []
         while not self._judge.doubts() and (entry := self._next_to_join()) is not None:
             if self._join(entry):
                 joined.append(entry)
-        if joined:
-            self._begin(joined)
+        return joined
 
     def _next_to_join(self) -> Entry[Item, Answer] | None:
         with self._lock:
@@ -511,24 +511,23 @@ class Batcher(Generic[Item, Answer]):
 
     # -- items that run alone --
 
-    def _next_alone(self) -> list[Entry[Item, Answer]]:
-        """Once nothing else runs, the next item that must run alone: joins, or is the next batch.
+    def _next_alone(self) -> tuple[list[Entry[Item, Answer]], list[Entry[Item, Answer]]]:
+        """Once nothing else runs, the next item that must run alone: has joined, or is a batch.
 
         Until then nobody joins, however urgent: what runs ends sooner so.
         """
         if self._judge.doubts() or any(each.entries for each in self._sessions.values()):
-            return []
+            return [], []
         with self._lock:
             entry = self._waiting.alone
             if entry is None:
-                return []
+                return [], []
             self._take(entry)
         if entry.key not in self._openers:
-            return [entry] if entry.wanted() else []
+            return [], [entry] if entry.wanted() else []
         if self._join(entry):
             self._alone = entry
-            self._begin([entry])
-        return []
+        return [entry] if self._alone is entry else [], []
 
     # -- batches --
 

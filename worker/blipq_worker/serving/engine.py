@@ -68,6 +68,7 @@ def run_engine(folder: Path, options: WorkerSettings) -> int:
     0 after SIGTERM; EXIT_MODEL where a model cannot be served; EXIT_HUNG where the device is lost;
     1 where it cannot listen. The reason goes to stderr, and to the fronts.
     """
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # nothing is served yet
     path = folder / SOCKET
     try:
         check_path(path)
@@ -126,6 +127,7 @@ class EngineProcess:
             signal.signal(number, self._on_signal)
         log.info("engine: ready after %s", START)
         self._batcher.run()
+        self._server.poll()  # what was answered last
         self._server.close(self._problem or "the engine ends")
         return 0 if self._problem is None else _ended(EXIT_MODEL, self._problem)
 
