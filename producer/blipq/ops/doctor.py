@@ -329,15 +329,26 @@ def _workers(settings: Settings) -> Findings:
     models = sorted({model for worker in taking for model in worker["models"]})
     for model in models:
         serving = [worker for worker in taking if model in worker["models"]]
-        active = sum(worker["active"] for worker in serving)
-        message = f"{len(serving)} live for the model {model!r}, {active} jobs in hand"
-        yield Finding("ok", "workers", message)
+        yield _serving(model, serving)
         yield _outputs(model, serving)
     if len(taking) < len(live):
         yield Finding("ok", "workers", f"{len(live) - len(taking)} draining")
     if "default" not in models:
         advice = f"start one: BLIPQ_MODELS=default=opt-2.7b {blipq('worker')}"
         yield Finding("warn", "workers", "no live worker serves the model 'default'", advice)
+
+
+def _serving(model: str, serving: list[dict[str, Any]]) -> Finding:
+    """The workers of a model. One with fronts lives on while its model is loaded again."""
+    active = sum(worker["active"] for worker in serving)
+    fronts = sum(worker.get("fronts", 0) for worker in serving)
+    message = f"{len(serving)} live for the model {model!r}, {active} jobs in hand"
+    message += f", {fronts} fronts" if fronts else ""
+    loading = sum(worker.get("engine") == "starting" for worker in serving)
+    if not loading:
+        return Finding("ok", "workers", message)
+    message = f"{message}; {loading} of them load the model again"
+    return Finding("warn", "workers", message, "the log of such a worker says why its engine ended")
 
 
 def _outputs(model: str, serving: list[dict[str, Any]]) -> Finding:

@@ -10,18 +10,20 @@ from blipq.local import fleet
 
 def worker(
     gpus: Annotated[
-        str | None, typer.Option(help="One process per GPU: 'all', or indexes such as 0,1.")
+        str | None, typer.Option(help="One worker per GPU: 'all', or indexes such as 0,1.")
     ] = None,
     processes: Annotated[
         int,
         typer.Option(
-            min=1, help="Processes with a model each: for each of --gpus, or sharing the cores."
+            min=1, help="Workers with a model each: for each of --gpus, or sharing the cores."
         ),
     ] = 1,
 ) -> None:
     """Run a worker for the services that the settings name. SIGTERM drains it.
 
-    On a CPU, several processes with few cores each may do more than one with all of them.
+    On a GPU a worker is several processes: one runs the model, and BLIPQ_FRONTS others take jobs,
+    fetch and decode. On a CPU it is one, and several workers with few cores each may do more than
+    one with all of them.
 
     Examples:
         blipq worker

@@ -11,7 +11,7 @@ EXIT_ENGINE_GONE = 75
 class Seat:
     """A front's place.
 
-    folder: the worker's run folder. number: of this front, below ``of``, the number of fronts.
+    folder: the worker's run folder. number: of this front, from 1 to ``of``.
     worker: the name under which jobs are claimed.
     """
 

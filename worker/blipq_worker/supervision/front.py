@@ -102,9 +102,17 @@ class FrontProcess:
         self._status_path.unlink(missing_ok=True)
 
     def _watch(self) -> None:
+        problem = self._problem()
+        if problem is not None:
+            log.critical("front %d: %s: killed", self.number, problem)
+            self._service.signal(signal.SIGKILL)
+
+    def _problem(self) -> str | None:
+        """What only the end of the process would mend."""
         status = self.status()
         silent_s = self._beats.after(None if status is None else status.beat)
         longest_s = max(self._watchdog_s, _START_S) if status is None else self._watchdog_s
         if silent_s > longest_s:
-            log.critical("front %d: no beat for %.0f s: killed", self.number, silent_s)
-            self._service.signal(signal.SIGKILL)
+            return f"no beat for {silent_s:.0f} s"
+        told = () if status is None else status.live.items()
+        return next((f"{check}: {problem}" for check, problem in told), None)

@@ -14,13 +14,11 @@ from blipq.ledger.codec import Message
 from blipq.ledger.worker import Loss, WorkerLedger
 from blipq.transport.broker import Broker
 from blipq_worker.fronts.holdings import Holding
+from blipq_worker.fronts.seat import EXIT_ENGINE_GONE
 from blipq_worker.process.heartbeat import EXIT_HUNG
 from blipq_worker.process.metrics import WorkerMetrics
 
 log = logging.getLogger(__name__)
-
-#: A front that has lost its engine ends with this code. It has given back what it could.
-EXIT_ENGINE_GONE = 75
 
 Verdict = Loss | Literal["publish", "image_invalid"]
 
