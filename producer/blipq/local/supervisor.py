@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from blipq.backoff import Backoff
@@ -19,12 +20,14 @@ RESTARTS = Backoff(1.0, 30.0)
 _PR_SET_PDEATHSIG = 1
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     """Linux: the kernel ends the child when its parent is killed, so nothing is left behind.
 
     The parent is the thread that started it: start services from one that lives as long as they.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it was killed before the kernel was told
+        os._exit(1)
 
 
 class Service:
@@ -72,7 +75,7 @@ class Service:
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
                 start_new_session=True,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                preexec_fn=partial(_die_with, os.getpid()) if sys.platform == "linux" else None,
             )
         finally:
             if output:

@@ -9,23 +9,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from blipq.errors import InvalidRequest
 from blipq_worker.inference.address import LONGEST_PATH
 
 log = logging.getLogger(__name__)
 
 _PREFIX = "blipq-worker-"
 _SOCKET = "engine.sock"
+_PARENTS = ("/tmp", "/dev/shm")  # noqa: S108
 
 
 class RunFolder:
     """A folder of this user alone, until ``remove``.
 
     It is locked as long as this process lives, which also keeps cleaners of ``/tmp`` off. What dead
-    workers have left beside it goes when it is made. Raises OSError.
+    workers have left beside it goes when it is made. Raises InvalidRequest where there is no place.
     """
 
-    def __init__(self, parent: Path | None = None) -> None:
-        parent = _parent() if parent is None else parent
+    def __init__(self) -> None:
+        parent = _parent()
         # Under its own name only once it is locked: until then another worker could take it for a
         # dead one's.
         fresh = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent))
@@ -60,10 +62,22 @@ class RunFolder:
 
 
 def _parent() -> Path:
-    """The folder for temporary files, if a socket in it has a path that is short enough."""
-    usual = Path(tempfile.gettempdir())
-    longest = len(os.fsencode(usual / f"{_PREFIX}12345678" / _SOCKET))
-    return usual if longest <= LONGEST_PATH else Path("/tmp")  # noqa: S108
+    """The first folder that can be written to, and is short enough for the path of a socket.
+
+    A container whose root is read-only has shared memory, as a rule.
+    """
+    for parent in (os.environ.get("TMPDIR"), *_PARENTS):
+        if parent and _is_short(Path(parent)) and os.access(parent, os.W_OK | os.X_OK):
+            return Path(parent)
+    places = " and ".join(_PARENTS)
+    raise InvalidRequest(
+        f"no folder for the worker's processes to meet in: {places} cannot be written to; TMPDIR "
+        "names another one, and BLIPQ_FRONTS=0 does without"
+    )
+
+
+def _is_short(parent: Path) -> bool:
+    return len(os.fsencode(parent / f"{_PREFIX}12345678" / _SOCKET)) <= LONGEST_PATH
 
 
 def _sweep(parent: Path) -> None:

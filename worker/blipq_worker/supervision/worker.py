@@ -42,7 +42,7 @@ LONGEST_TURN_S = 60.0
 class SplitWorker:
     """The main process of a worker with fronts. command: what starts its other processes.
 
-    Raises PortTaken, and OSError where no folder can be made for them.
+    Raises PortTaken, and InvalidRequest where there is no folder for them.
     """
 
     def __init__(

@@ -1,0 +1,62 @@
+"""Where a worker's processes meet."""
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from blipq.errors import InvalidRequest
+from blipq_worker.supervision import folder as module
+from blipq_worker.supervision.folder import RunFolder
+
+
+@pytest.fixture
+def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return tmp_path
+
+
+def test_a_folder_is_private_and_goes_with_its_worker(parent: Path) -> None:
+    folder = RunFolder()
+    assert folder.path.parent == parent
+    assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+    folder.status(1).write_text("{}")
+    folder.remove()
+    assert not list(parent.iterdir())
+
+
+def test_folders_of_living_workers_stay_and_those_of_dead_ones_go(parent: Path) -> None:
+    living, dead = RunFolder(), RunFolder()
+    module.os.close(dead._lock)  # as the kernel does
+    RunFolder().remove()
+    assert list(parent.iterdir()) == [living.path]
+    living.remove()
+
+
+def test_a_folder_whose_engine_still_lives_stays(parent: Path) -> None:
+    dead = RunFolder()
+    lock = dead.socket.with_name("engine.sock.lock")
+    with lock.open("w") as engine:
+        module.fcntl.flock(engine, module.fcntl.LOCK_EX)
+        module.os.close(dead._lock)
+        RunFolder().remove()
+        assert dead.path.exists()
+    RunFolder().remove()
+    assert not dead.path.exists()
+
+
+def test_a_path_too_long_for_a_socket_is_passed_over(
+    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    other = tmp_path / "o"
+    other.mkdir()
+    monkeypatch.setenv("TMPDIR", str(deep))
+    monkeypatch.setattr(module, "_PARENTS", (str(tmp_path / "missing"), str(other)))
+    folder = RunFolder()
+    assert folder.path.parent == other
+    folder.remove()
+    monkeypatch.setattr(module, "_PARENTS", (str(tmp_path / "missing"),))
+    with pytest.raises(InvalidRequest, match="BLIPQ_FRONTS=0 does without"):
+        RunFolder()
