@@ -51,6 +51,12 @@ class Rig:
         self.says(engine, "listens")
         return engine
 
+    def start_demo_engine(self) -> Service:
+        """The engine as it ships, with the demo model."""
+        own = {"BLIPQ_DTYPE": "float32", "OMP_NUM_THREADS": "1"}
+        program = ["-m", "blipq_worker", "engine", "--run", str(self.seat.folder)]
+        return self._started("engine", *program, environment=own)
+
     def says(self, engine: Service, line: str) -> None:
         """Waits until the engine has written a line."""
         wait_until(lambda: line in engine.last_words(1000).splitlines(), f"{line!r} of the engine")
@@ -154,6 +160,41 @@ def test_a_front_serves_jobs_without_torch(rig: Rig) -> None:
     assert (status.problems, status.live) == ({}, {})
     front.signal(signal.SIGTERM)
     assert rig.ended(front) == 0
+
+
+def test_a_front_serves_jobs_with_the_engine_as_it_ships(rig: Rig) -> None:
+    """Also those that it judges by itself, which the engine never sees."""
+    engine = rig.start_demo_engine()
+    front = rig.start_taking_front()
+    caption = rig.client.caption(rig.image)
+    question = rig.client.vqa(rig.image, ["what is this?", "what color?"])
+    too_long = rig.submit("\U0001f408" * 2000)
+    matched = rig.client.match(rig.image, ["a cat"])
+    assert caption.result(60).text
+    assert len(question.result(60).answers) == 2
+    refused = [job.wait(60).error for job in (too_long, matched)]
+    assert [error.code for error in refused if error is not None] == [
+        "invalid_request",
+        "model_unavailable",
+    ]
+    receipt = caption.info().receipt
+    assert (receipt.worker, receipt.dtype) == ("w-test", "float32")
+    assert not engine_connects_anywhere(engine)
+    front.signal(signal.SIGTERM)
+    assert rig.ended(front) == 0
+    engine.signal(signal.SIGTERM)
+    assert rig.ended(engine) == 0, engine.last_words(30)
+
+
+def engine_connects_anywhere(engine: Service) -> bool:
+    """Whether a process has a connection over a network."""
+    inodes = {
+        line.split()[9]
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/{engine.pid}/net/{table}").read_text().splitlines()[1:]
+    }
+    links = {str(each.readlink()) for each in Path(f"/proc/{engine.pid}/fd").iterdir()}
+    return any(f"socket:[{inode}]" in links for inode in inodes)
 
 
 def test_a_front_waits_for_its_engine_and_takes_nothing_meanwhile(rig: Rig) -> None:

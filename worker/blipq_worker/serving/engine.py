@@ -74,6 +74,8 @@ def run_engine(folder: Path, options: WorkerSettings) -> int:
         check_path(path)
         models = load_models(options)
         forget_hub_tokens()
+        for name, model in models.items():
+            model.write_readings(folder, name)
         process = EngineProcess(path, options, models, checker(options, models))
     except ModelError as error:
         return _ended(EXIT_MODEL, error)
