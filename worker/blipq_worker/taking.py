@@ -172,7 +172,7 @@ def _register(app: "Celery", runner: Runner, kind: Kind) -> None:
         try:
             runner.run(kind, id, request, options)
         except HandBack as error:
-            raise Reject(str(error), requeue=True) from error
+            raise Reject("this process takes no more jobs", requeue=True) from error
 
     # A failed job is no surprise to the worker: Celery logs one line, not a traceback.
     app.task(name=task_name(kind), throws=(JobFailedTask,))(run)

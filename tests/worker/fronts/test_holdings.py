@@ -10,6 +10,7 @@ import pytest
 
 from blipq.contract import Kind
 from blipq.ledger.worker import Claim
+from blipq_worker.claims import Held
 from blipq_worker.fronts.holdings import Holding, Holdings, read_holdings
 
 QUEUE = "blipq.default.normal"
@@ -109,6 +110,34 @@ def test_a_picture_that_is_decoded_longer_than_its_claim_marks_no_other_job(
         with holdings.decoding("b"):
             pass
     assert [(each.id, each.stage) for each in read_holdings(path)] == [("b", "claimed")]
+
+
+def test_the_claims_of_a_process_are_noted_as_they_come_and_go(
+    holdings: Holdings, path: Path
+) -> None:
+    held = Held(holdings)
+    holdings.take("a", Kind.CAPTION, QUEUE)
+    with held.asking("a", "first"):
+        assert [each.nonce for each in read_holdings(path)] == ["first"]
+        held.add(claim_of("a"))
+    holdings.take("a", Kind.CAPTION, QUEUE)
+    with held.asking("a", "second"):  # another message of a job that runs here
+        assert [each.token for each in read_holdings(path)] == ["7-abc"]
+    assert [each.stage for each in read_holdings(path)] == ["claimed"]
+    with held.decoding(claim_of("a")):
+        assert [each.stage for each in read_holdings(path)] == ["decoding"]
+    assert held.remove(claim_of("a"))
+    assert [(each.stage, each.nonce) for each in read_holdings(path)] == [("taken", None)]
+
+
+def test_a_claim_that_was_not_granted_leaves_the_message_alone_on_record(
+    holdings: Holdings, path: Path
+) -> None:
+    held = Held(holdings)
+    holdings.take("a", Kind.CAPTION, QUEUE)
+    with held.asking("a", "nonce"):
+        pass
+    assert read_holdings(path) == [Holding("a", Kind.CAPTION, QUEUE)]
 
 
 def test_more_jobs_than_places_are_held_without_a_note(holdings: Holdings, path: Path) -> None:
