@@ -198,6 +198,30 @@ def test_an_image_is_the_same_whatever_fronts_call_it(served: Served) -> None:
         assert len(served.backend.seen) == 1
 
 
+def test_items_of_one_image_share_its_origin_and_no_others_do(holding: Served) -> None:
+    """What the engine makes of an image goes to all its items, and to none that only says so."""
+    image = item(1, name=NAME).image
+
+    def about(prompt: str, value: int = 1, name: str | None = NAME) -> None:
+        pixels = bytes([value]) * SIZE
+        own = ImagePixels(name, False, (), image.origin)
+        raw.send(Submit("default", "normal", None, Match(own, (prompt,))), next(ids), pixels)
+
+    ids = itertools.count(1)
+    with ExitStack() as stack:
+        raw = stack.enter_context(closing(Raw(holding, HELLO)))
+        about("a")
+        about("b")
+        about("other pixels", 2)
+        about("no name", name=None)
+        raw = stack.enter_context(closing(Raw(holding, HELLO)))
+        about("of another front")
+        wait_until(lambda: len(holding.backend.met) == 5, "the items")
+        first, second, *others = [met[1].image.origin for met in holding.backend.met]  # type: ignore[union-attr]
+        assert first is second
+        assert len({first, *others}) == 4
+
+
 def test_a_front_has_no_more_names_than_are_bounded(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -163,6 +163,13 @@ def expected(opt: Blip2) -> list[Answer]:
     return answers
 
 
+def blocked(client: EngineClient, seed: int = 2) -> "Future[Answer]":
+    """An item whose pass has begun, and takes so long that others wait meanwhile."""
+    blocker = ask(client, Match(image(client, seed), ("slow",)))
+    wait_until(lambda: client._connection and client._connection._started, "its pass")
+    return blocker
+
+
 def gone(future: "Future[Answer]") -> EngineGone:
     error = future.exception(30)
     assert isinstance(error, EngineGone), error
@@ -186,7 +193,7 @@ def test_a_front_gets_what_the_model_says_in_one_process(
 def test_equal_items_of_two_fronts_are_computed_once(
     client: EngineClient, other: EngineClient
 ) -> None:
-    blocker = ask(client, Match(image(client, 2), ("slow",)))
+    blocker = blocked(client)
     items = [Match(image(client, 3), TEXTS), Generate(image(client, 3), ("a photo",), WRITTEN)]
     futures = [ask(each, item) for item in items for each in (client, other)]
     blocker.result(60)
@@ -199,7 +206,7 @@ def test_equal_items_of_two_fronts_are_computed_once(
 def test_a_front_that_leaves_takes_no_equal_item_along(
     client: EngineClient, shared_engine: Process
 ) -> None:
-    blocker = ask(client, Match(image(client, 2), ("slow",)))
+    blocker = blocked(client)
     with closing(shared_engine.client(name="leaves")) as leaving:
         left = ask(leaving, Match(image(client, 4), TEXTS))
         time.sleep(0.1)
@@ -262,8 +269,7 @@ def test_garbage_on_the_socket_harms_no_job(client: EngineClient, shared_engine:
 
 def test_a_frozen_engine_is_noticed_and_goes_on_when_it_thaws(shared_engine: Process) -> None:
     with closing(shared_engine.client(silence_s=1.5)) as client:
-        blocker = ask(client, Match(image(client, 2), ("slow",)))
-        wait_until(lambda: client._connection and client._connection._started, "its pass")
+        blocker = blocked(client)
         waiting = ask(client, Match(image(client, 2), TEXTS, "itc"))
         shared_engine.popen.send_signal(signal.SIGSTOP)
         try:
@@ -295,7 +301,7 @@ def test_a_killed_pass_names_its_suspects_and_the_next_engine_goes_on(
     checkpoints: dict[str, Path],
 ) -> None:
     with an_engine(**tiny(checkpoints)) as engine, closing(engine.client()) as client:
-        blocker = ask(client, Match(image(client), ("slow",)))
+        blocker = blocked(client)
         killer, beside = (ask(client, Match(image(client), (text,))) for text in ("die", "a cat"))
         later = ask(client, Match(image(client), TEXTS, "itc"))
         blocker.result(60)
@@ -319,7 +325,7 @@ def test_a_killed_pass_names_its_suspects_and_the_next_engine_goes_on(
 
 def test_a_lost_device_ends_it_and_names_the_suspects(checkpoints: dict[str, Path]) -> None:
     with an_engine(**tiny(checkpoints)) as engine, closing(engine.client()) as client:
-        blocker = ask(client, Match(image(client), ("slow",)))
+        blocker = blocked(client)
         lost = ask(client, Match(image(client), ("lost",)))
         later = ask(client, Match(image(client), TEXTS, "itc"))
         blocker.result(60)
