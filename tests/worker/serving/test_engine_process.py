@@ -294,6 +294,17 @@ def test_an_idle_engine_answers_at_once(client: EngineClient) -> None:
     assert min(took) < 50  # far below a beat: on a busy machine, too
 
 
+def test_an_idle_engine_shows_that_it_lives(client: EngineClient) -> None:
+    """Whoever watches it must not take it for frozen: each of its beats differs from the last."""
+    ask(client, Embed("text", None, "a photo")).result(60)
+    for _ in range(3):
+        wait_until(lambda: client.beat is not None, "a beat")
+        last = client.beat
+        wait_until(lambda: client.beat not in (None, last), "the next")
+        assert client.beat is not None
+        assert (client.beat.running, client.beat.progress_s) == (0, 0.0)
+
+
 # --- how it ends ----------------------------------------------------------------------------------
 
 

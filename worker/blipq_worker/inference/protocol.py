@@ -106,7 +106,7 @@ class Known(Plain, frozen=True):
 
 
 class Beat(Plain, frozen=True):
-    """The engine's thread is alive. step: of its count.
+    """The engine's thread is alive. step: counts its turns, of the model and of waiting for it.
 
     progress_s: seconds since what runs last made progress; 0 where nothing runs.
     """

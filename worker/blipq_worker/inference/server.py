@@ -113,7 +113,7 @@ class EngineServer:
         self._look_after()
 
     def progress(self) -> None:
-        """Counts a step of the model; beats tell the fronts."""
+        """Counts a turn of the thread; beats tell the fronts."""
         self._step += 1
 
     def started(self, handles: Iterable[Handle]) -> None:

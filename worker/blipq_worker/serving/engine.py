@@ -137,8 +137,7 @@ class EngineProcess:
 
     def wait(self, timeout_s: float | None) -> None:
         """Serves fronts until one of them has something to do, but at most so long."""
-        if timeout_s == 0:
-            self._server.progress()
+        self._server.progress()  # when idle, too: no two beats are equal while this thread turns
         self._server.poll(BEAT_S if timeout_s is None else timeout_s)
         if self._ends is not None:
             self._drain(self._ends)
