@@ -299,8 +299,7 @@ def test_an_idle_engine_shows_that_it_lives(client: EngineClient) -> None:
     ask(client, Embed("text", None, "a photo")).result(60)
     for _ in range(3):
         wait_until(lambda: client.beat is not None, "a beat")
-        last = client.beat
-        wait_until(lambda: client.beat not in (None, last), "the next")
+        wait_until(lambda last=client.beat: client.beat not in (None, last), "the next")
         assert client.beat is not None
         assert (client.beat.running, client.beat.progress_s) == (0, 0.0)
 

@@ -187,7 +187,8 @@ class Connection:
 
     def _next(self) -> Frame:
         """The next message. Raises EngineGone where the engine says goodbye, or nothing."""
-        due = time.monotonic() + self._silence_s
+        quiet_s = 0.0 if self.beat is None else self.beat.quiet_s
+        due = time.monotonic() + max(self._silence_s, quiet_s)
         while (frame := self._reader.receive()) is None:
             left = due - time.monotonic()
             if left <= 0 or not self._poll.poll(left * 1000):

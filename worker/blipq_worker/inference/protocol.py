@@ -108,13 +108,15 @@ class Known(Plain, frozen=True):
 class Beat(Plain, frozen=True):
     """The engine's thread is alive. step: counts its turns, of the model and of waiting for it.
 
-    progress_s: seconds since what runs last made progress; 0 where nothing runs.
+    progress_s: seconds since what runs last made progress; 0 where nothing runs. quiet_s: for so
+    long it may say nothing after this, and is not hung.
     """
 
     step: Count
     progress_s: Seconds
     waiting: Count
     running: Count
+    quiet_s: Seconds = 0.0
 
 
 class Goodbye(Plain, frozen=True):

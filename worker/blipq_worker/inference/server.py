@@ -116,6 +116,13 @@ class EngineServer:
         """Counts a turn of the thread; beats tell the fronts."""
         self._step += 1
 
+    def be_quiet(self, seconds: float) -> None:
+        """Tells the fronts that ``poll`` may not be called for so long, and that this is no hang.
+
+        Not from within a call of this server's.
+        """
+        self._send_beat(seconds)
+
     def started(self, handles: Iterable[Handle]) -> None:
         """Tells the fronts that a pass begins which these items newly take part in.
 
@@ -294,12 +301,16 @@ class EngineServer:
             return
         self._beat_due = now + BEAT_S
         self._turns.change(self._door.socket, select.EPOLLIN)
-        load = self._backend.load()
-        beat = encoded(Beat(self._step, load.stalled_s, load.waiting, load.running))
         for front in list(self._fronts.values()):
             if (why := self._overdue(front)) is not None:
                 self._cut(front, why)
-            elif front.greeted and not front.has_unread:  # one that does not read needs no beat
+        self._send_beat(0.0)
+
+    def _send_beat(self, quiet_s: float) -> None:
+        load = self._backend.load()
+        beat = encoded(Beat(self._step, load.stalled_s, load.waiting, load.running, quiet_s))
+        for front in list(self._fronts.values()):
+            if front.greeted and not front.has_unread:  # one that does not read needs no beat
                 self._send_data(front, beat)
 
     def _overdue(self, front: Front) -> str | None:

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from blipq_worker.batching.batcher import Idle, Judge
+from blipq_worker.blip2.loading.compiling import LONGEST_S, on_compiling
 from blipq_worker.catalog.models import ModelError
 from blipq_worker.engine.backend import Engine
 from blipq_worker.engine.faults import DeviceLost, Trust
@@ -127,6 +128,7 @@ class EngineProcess:
         """Serves until it is told to end, or may not go on; the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        on_compiling(lambda: self._server.be_quiet(LONGEST_S))
         log.info("engine: ready after %s", START)
         self._batcher.run()
         self._server.poll()  # what was answered last

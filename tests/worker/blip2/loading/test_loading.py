@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import threading
 import time
 from functools import partial
 from itertools import chain
@@ -16,7 +17,12 @@ from safetensors.torch import load_file, save_file
 from blipq_worker.blip2 import Blip2, CheckpointError, GenerateItem, MatchItem
 from blipq_worker.blip2.loading import compiling, precision
 from blipq_worker.blip2.loading import weights as loading
-from blipq_worker.blip2.loading.compiling import LONGEST_S, compile_parts, since_compiling
+from blipq_worker.blip2.loading.compiling import (
+    LONGEST_S,
+    compile_parts,
+    on_compiling,
+    since_compiling,
+)
 from blipq_worker.blip2.loading.precision import choose_precision
 from blipq_worker.catalog.params import resolve
 from worker.tiny_models import save_t5
@@ -230,6 +236,9 @@ def test_compiled_parts_answer_the_same(
     """The tower, traced by the compiler and run without its code generator, which takes minutes."""
     monkeypatch.setattr(loading, "compile_parts", partial(compile_parts, backend="eager"))
     assert since_compiling() == math.inf
+    begun: list[int] = []
+    monkeypatch.setattr(compiling._Clock, "on_begin", compiling._Clock.on_begin)  # put back later
+    on_compiling(lambda: begun.append(threading.get_ident()))
     model = Blip2.load(str(checkpoints["opt"]), dtype="float32", compiled=True)
     ours, theirs = (
         m.generator.vision.patches([m.preprocess(picture) for picture in pictures[:2]])
@@ -237,6 +246,7 @@ def test_compiled_parts_answer_the_same(
     )
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert 0 < since_compiling() < 600, "the watchdog never heard of a compilation"
+    assert set(begun) == {threading.get_ident()}, "told on the thread that waits for it"
 
 
 def test_a_compilation_is_no_stall_until_it_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:

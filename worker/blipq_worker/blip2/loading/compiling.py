@@ -6,6 +6,7 @@ before. Meanwhile the model makes no progress, and yet it is not hung.
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 #: A compilation that takes longer counts as hung from then on.
@@ -24,6 +25,7 @@ class _Clock:
     began: float | None = None
     ended = -math.inf
     watched = False
+    on_begin: Callable[[], None] = staticmethod(lambda: None)
 
 
 def compile_parts(model: Any, backend: str = "inductor") -> None:
@@ -41,6 +43,11 @@ def compile_parts(model: Any, backend: str = "inductor") -> None:
 
 def _is_int8(part: Any) -> bool:
     return any(type(module).__name__ == "Linear8bitLt" for module in part.modules())
+
+
+def on_compiling(call: Callable[[], None]) -> None:
+    """Has ``call`` called when a compilation begins, on the thread that is about to wait for it."""
+    _Clock.on_begin = staticmethod(call)
 
 
 def since_compiling() -> float:
@@ -63,6 +70,7 @@ def _watch() -> None:
 
 def _begin() -> None:
     _Clock.began = time.monotonic()
+    _Clock.on_begin()
 
 
 def _end() -> None:
