@@ -29,6 +29,7 @@ from stacks import local_stack
 from worker.supervision import stand_ins
 
 IMAGE = "s3://uploads/cat.jpg"
+SUCCEEDED = 'blipq_worker_jobs_total{{code="",kind="caption",outcome="succeeded"}} {:.1f}'
 #: Of a death, until its jobs are where another front takes them.
 SOON_S = 2.0
 
@@ -139,6 +140,10 @@ class Split:
             with refused:
                 return refused.code, refused.read().decode()
 
+    def wait_for_count(self, sample: str) -> None:
+        """Waits until ``/metrics`` has it: a job is counted after its result is stored."""
+        self.wait_until(lambda: sample in self.get("/metrics")[1].splitlines(), sample)
+
     def close(self) -> None:
         pids = [self.main.pid, *children(self.main.pid)]
         for pid in filter(None, pids):
@@ -200,8 +205,8 @@ def test_a_worker_with_fronts_is_one_worker(split: Callable[..., Split]) -> None
     assert entry["models"] == ["default", "two"]
     assert worker.get("/healthz")[0] == 200
     assert worker.get("/readyz")[0] == 200
+    worker.wait_for_count(SUCCEEDED.format(1))
     page = worker.get("/metrics")[1]
-    assert 'blipq_worker_jobs_total{code="",kind="caption",outcome="succeeded"} 1.0' in page
     assert "blipq_worker_slots 16.0" in page
     assert 'blipq_worker_process_memory_bytes{process="front-2"}' in page
     assert page.count("# TYPE process_resident_memory_bytes") == 1
@@ -236,8 +241,7 @@ def test_a_dead_front_runs_again_and_goes_on_counting(split: Callable[..., Split
     os.kill(before[0], signal.SIGKILL)
     worker.wait_until(lambda: worker.serving() not in ([], before), "a new front")
     worker.ended(worker.submit("a job"))
-    page = worker.get("/metrics")[1]
-    assert 'blipq_worker_jobs_total{code="",kind="caption",outcome="succeeded"} 2.0' in page
+    worker.wait_for_count(SUCCEEDED.format(2))
     assert worker.engine() == engine
 
 
@@ -254,8 +258,8 @@ def test_a_picture_that_ends_two_fronts_is_invalid_and_its_neighbour_is_not_char
     assert info.attempts == 2
     worker.held_by(neighbour, "claimed")
     assert neighbour.info().attempts == 1
-    page = worker.get("/metrics")[1]
-    assert 'code="image_invalid",kind="caption",outcome="failed"} 1.0' in page
+    sample = 'blipq_worker_jobs_total{code="image_invalid",kind="caption",outcome="failed"} 1.0'
+    worker.wait_for_count(sample)
 
 
 def test_a_picture_whose_front_is_killed_from_outside_is_not_invalid(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from blipq.local.fleet import EXIT_MODEL
 from blipq.local.supervisor import Service
 from blipq_worker.inference import EngineClient, EngineGone, ModelInfo
+from blipq_worker.inference.protocol import Beat
 from blipq_worker.supervision.folder import RunFolder
 from blipq_worker.supervision.silence import Silence
 
@@ -24,6 +25,8 @@ class EngineProcess:
         self._service = service
         self._watchdog_s = watchdog_s
         self._beats, self._idle = Silence(), Silence()
+        self._beat: Beat | None = None
+        self._count = 0  # of beats
         self._models: dict[str, ModelInfo] = {}
         #: Whether the present process, or the one that ended last, has served.
         self._served = False
@@ -89,6 +92,7 @@ class EngineProcess:
 
     def _refused(self) -> int | None:
         if not self._served:
+            log.critical("engine: it cannot serve its models: ending")
             return EXIT_MODEL
         if self.refusal is None:
             self.refusal = self._goodbye or "the engine refuses to serve its models: see its log"
@@ -116,7 +120,10 @@ class EngineProcess:
 
     def _is_frozen(self) -> bool:
         beat = self._client.beat
-        silent_s = self._beats.after(beat)
+        if beat is not self._beat:  # two may be equal
+            self._beat, self._count = beat, self._count + 1
+        quiet_s = 0.0 if beat is None else beat.quiet_s
+        silent_s = self._beats.after(self._count) - quiet_s
         is_busy = beat is not None and beat.running > 0
         # It may count its progress from before it had anything to do.
         busy_s = self._idle.after(None) if is_busy else self._idle.after(object())
