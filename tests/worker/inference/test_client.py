@@ -435,7 +435,6 @@ def test_an_item_that_was_answered_is_forgotten_with_its_pass(holding: Served) -
         assert not holding.server._intake._works
 
 
-@pytest.mark.parametrize("end", ["goodbye", "close"])
 def test_an_engine_that_says_it_will_be_quiet_is_not_taken_for_frozen(holding: Served) -> None:
     def compile() -> None:
         holding.server.be_quiet(60)
@@ -452,6 +451,7 @@ def test_an_engine_that_says_it_will_be_quiet_is_not_taken_for_frozen(holding: S
         wait_until(lambda: not client.connected, "a silence that nobody announced to be noticed")
 
 
+@pytest.mark.parametrize("end", ["goodbye", "close"])
 def test_an_engine_that_ends_in_order_suspects_nobody(holding: Served, end: str) -> None:
     with a_client(holding.path) as client:
         future = ask(client)
