@@ -27,7 +27,7 @@ AnswerOut = TypeVar("AnswerOut", covariant=True)
 
 #: How many times as long as the last batch took the sessions run before a less urgent one.
 _LESS_URGENT_WAITS = 4
-#: How often deadlines are looked at where nothing else does.
+#: How often expired items are cancelled.
 _DEADLINES_S = 0.05
 
 

@@ -1,4 +1,4 @@
-"""The engine process: loads the models, then runs the items of fronts until it is told to end.
+"""The engine process: loads the models, then runs the items of fronts until SIGTERM.
 
 It alone touches the device. It reads no queue and no store: what it may do is to answer whoever
 connects to its socket. One thread does all of it; signals are the exception, and only leave notes.
@@ -110,7 +110,7 @@ class EngineProcess:
         self._options = options
         #: Why nothing more may be run.
         self._problem: str | None = None
-        #: When it ends at the latest, once it was told to (monotonic).
+        #: When it ends at the latest (monotonic); None before SIGTERM.
         self._ends: float | None = None
         engine = engine_of(
             options,
@@ -125,7 +125,7 @@ class EngineProcess:
         self._server = EngineServer(path, engine)
 
     def run(self) -> int:
-        """Serves until it is told to end, or may not go on; the exit code."""
+        """Serves until SIGTERM, or until a model is refused; the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         on_compiling(lambda: self._server.be_quiet(LONGEST_S))
