@@ -131,8 +131,18 @@ def test_a_cancelled_item_takes_no_equal_one_along(
     assert first.cancel()
     time.sleep(0.05)
     model.go.set()
-    assert other.result(10) == "a, shared"
+    assert other.result(10) == "a"  # the pass is its own now
     assert (model.ran, model.left) == (["a"], [])
+
+
+def test_who_comes_and_goes_leaves_nothing_at_an_item_that_runs(
+    batcher: Batcher[Any, Any], model: Model, key: str
+) -> None:
+    running(batcher, model, key)
+    for _ in range(1000):
+        batcher.submit("a", key, same="a").cancel()
+    (entry,) = batcher._in_flight.values()
+    assert len(entry.waiters) == 1
 
 
 def test_an_item_leaves_with_the_last_that_waits_for_it(

@@ -28,7 +28,7 @@ AnswerOut = TypeVar("AnswerOut", covariant=True)
 #: How many times as long as the last batch took the sessions run before a less urgent one.
 _LESS_URGENT_WAITS = 4
 #: How often expired items are cancelled.
-_DEADLINES_S = 0.05
+_DEADLINES_S = 0.1
 
 
 class BatcherFull(Exception):
@@ -304,8 +304,8 @@ class Batcher(Generic[Item, Answer]):
         if not future.cancelled() or (entry := found()) is None:
             return
         with self._lock:
-            entry.live -= 1
-            if entry.live:
+            entry.remove(future)
+            if entry.waiters:
                 return
             self._forget(entry)  # at once: the model may give up what it makes from now on
             if entry.waits:
@@ -356,12 +356,12 @@ class Batcher(Generic[Item, Answer]):
     def _expire(self, now: float) -> None:
         """Cancels items whose deadline has passed."""
         with self._lock:
-            waiting = [entry for entry in self._waiting if now >= entry.due]
+            waiting = [entry for entry in self._waiting if entry.is_due(now)]
         running = [
             entry
             for each in self._sessions.values()
             for entry in each.entries.values()
-            if now >= entry.due
+            if entry.is_due(now)
         ]
         for entry in waiting + running:
             entry.expire(now)
@@ -394,7 +394,7 @@ class Batcher(Generic[Item, Answer]):
     def _put_back(self, entries: list[Entry[Item, Answer]]) -> None:
         with self._lock:
             for entry in entries:
-                if entry.live:
+                if entry.waiters:
                     self._waiting.add(entry)
 
     def _wait(self) -> bool:

@@ -20,10 +20,9 @@ class Entry(Generic[Item, Answer]):
     """An item. Entries sort by urgency, then by arrival. Times are of the monotonic clock.
 
     same: what equal items share, all of which wait for this one; None: it is like no other.
-    waiters: their Futures, which stay pending while the item runs, so that they can be cancelled
-    until there is an answer. live: how many still wait. due: the earliest deadline among them.
-    placed: it takes one of the places for items that wait. waits, started: it is among those that
-    wait; a pass with it has begun.
+    waiters: their Futures with their deadlines; they stay pending while the item runs, so that they
+    can be cancelled until there is an answer, and leave then. placed: it takes one of the places
+    for items that wait. waits, started: it is among those that wait; a pass with it has begun.
     """
 
     ticket: Ticket
@@ -33,8 +32,6 @@ class Entry(Generic[Item, Answer]):
     alone: bool
     same: Hashable | None
     waiters: "list[tuple[Future[Answer], float]]" = field(default_factory=list)
-    live: int = 0
-    due: float = NEVER
     placed: bool = True
     waits: bool = False
     started: bool = False
@@ -48,28 +45,32 @@ class Entry(Generic[Item, Answer]):
         """One more waits for the answer."""
         ends = NEVER if deadline is None else deadline
         self.waiters.append((future, ends))
-        self.live += 1
-        self.due = min(self.due, ends)
+
+    def remove(self, future: "Future[Answer]") -> None:
+        """One of them waits no more."""
+        self.waiters = [each for each in self.waiters if each[0] is not future]
+
+    def is_due(self, now: float) -> bool:
+        """Whether the deadline of one of them has passed."""
+        return any(now >= ends for _, ends in self.waiters)
 
     def expire(self, now: float) -> None:
         """Cancels those whose deadline has passed."""
-        for future, ends in list(self.waiters):
+        for future, ends in self.waiters:
             if now >= ends:
                 future.cancel()
-        self.due = min((ends for future, ends in self.waiters if not future.done()), default=NEVER)
 
     def wanted(self) -> bool:
         """Whether anyone waits for the answer."""
-        if self.due != NEVER and (now := time.monotonic()) >= self.due:
-            self.expire(now)
-        return self.live > 0
+        self.expire(time.monotonic())
+        return bool(self.waiters)
 
     def pending(self) -> "list[Future[Answer]]":
         """The Futures of those that still wait."""
         return [future for future, _ in self.waiters if not future.done()]
 
     def succeed(self, answer: Answer, shared: Callable[[Answer], Answer]) -> None:
-        """The answer, to all. ``shared``: as those hear it whose item was not the one that ran."""
+        """The answer, to all. ``shared``: as all but the first of them hear it."""
         for index, (future, _) in enumerate(self.waiters):
             _settle(future.set_result, shared(answer) if index else answer)
 
