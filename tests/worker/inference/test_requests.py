@@ -251,7 +251,7 @@ def body(value: Any) -> bytes:
 
 
 #: A whole Submit as msgpack has it, to be spoilt.
-GOOD = ["default", "normal", None, ["match", [None, False], ["a cat"], "itm"]]
+GOOD = ["default", "normal", None, ["match", [None, False, 1], ["a cat"], "itm"], False]
 
 
 def spoilt(path: tuple[int, ...], value: Any) -> bytes:
@@ -269,7 +269,11 @@ HOSTILE = {
     "one field too few": body(GOOD[:3]),
     "one field too many": body([*GOOD, 1]),
     "an item with one field too many": spoilt((3,), [*GOOD[3], 1]),
-    "an image with one field too many": spoilt((3, 1), [None, False, 1]),
+    "an image with one field too few": spoilt((3, 1), [None, False]),
+    "an image with one field too many": spoilt((3, 1), [None, False, 1, 1]),
+    "an image whose origin is no number": spoilt((3, 1), [None, False, "1"]),
+    "an image whose origin is below zero": spoilt((3, 1), [None, False, -1]),
+    "an item that is alone in words": spoilt((4,), "yes"),
     "an unknown item": spoilt((3, 0), "burn"),
     "an unknown head": spoilt((3, 3), "all"),
     "an unknown priority": spoilt((1,), "urgent"),
@@ -278,7 +282,7 @@ HOSTILE = {
     "too many texts": spoilt((3, 2), ["a"] * 257),
     "no texts": spoilt((3, 2), []),
     "an embed without its text": spoilt((3,), ["embed", "text", None, None]),
-    "an embed with an image too many": spoilt((3,), ["embed", "text", [None, False], "a"]),
+    "an embed with an image too many": spoilt((3,), ["embed", "text", [None, False, 1], "a"]),
     "two messages": body(GOOD) * 2,
     "lone surrogates": body(GOOD).replace(b"a cat", b"\xed\xa0\x80ab"),
     "no UTF-8": body(GOOD).replace(b"a cat", b"\xff\xff\xff\xff\xff"),
@@ -289,12 +293,17 @@ HOSTILE = {
     ),
     "a map of 4 billion": b"\xdf\xff\xff\xff\xff",
     "deep arrays": b"\x91" * 100_000 + b"\xc0",
-    "deep arrays as an item": b"\x94\xa7default\xa6normal\xc0" + b"\x91" * 100_000 + b"\xc0",
+    "deep arrays as an item": b"\x95\xa7default\xa6normal\xc0" + b"\x91" * 100_000 + b"\xc0",
     "deep maps": b"\x81\xa1a" * 100_000 + b"\xc0",
     "a timestamp": b"\xd6\xff\0\0\0\0",
     "an extension": b"\xc7\xff\x05" + b"a" * 255,
     "reserved": b"\xc1",
 }
+
+
+def test_what_is_spoilt_here_is_good_before() -> None:
+    message = Vocabulary(FROM_FRONTS).decoded(Header(2, 1, len(body(GOOD)), 0), body(GOOD))
+    assert isinstance(message, Submit)
 
 
 @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE.keys())
