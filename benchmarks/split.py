@@ -223,13 +223,23 @@ def _measured(slots: int, mode: Mode, seconds: float, fronts: int, work_ms: floa
         engine.stdout.readline()
         command = [*own, "front", path, str(work_ms)]
         processes = [subprocess.Popen(command) for _ in range(fronts)]
-        time.sleep(WARM_S + 1 + seconds)
+        time.sleep(WARM_S + 1)
+        began = sum(_cpu_s(process.pid) for process in processes)
+        time.sleep(seconds)
+        took = sum(_cpu_s(process.pid) for process in processes) - began
         engine.terminate()
         found = json.loads(engine.communicate(timeout=30)[0])
+        found["fronts_share"] = took / seconds
         for process in processes:
             process.kill()
             process.wait()
         return found
+
+
+def _cpu_s(pid: int) -> float:
+    """CPU time of a process until now."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def split(seconds: float) -> dict[str, Any]:
@@ -254,7 +264,7 @@ def split(seconds: float) -> dict[str, Any]:
 
 def host(cores: int, alone: Mapping[str, float], at_once: Mapping[str, float]) -> dict[str, float]:
     """Jobs a second on a host: what the card does, and what fronts on all other cores bring."""
-    socket_ms = max(0.0, 1000 / at_once["jobs_s"] - FRONT_MS)
+    socket_ms = max(0.0, 1000 * at_once["fronts_share"] / at_once["jobs_s"] - FRONT_MS)
     fronts = (cores - 1) * 1000 / (DECODE_MS + REST_MS + socket_ms)
     return {"card": alone["jobs_s"], "fronts": fronts, "jobs_s": min(alone["jobs_s"], fronts)}
 
