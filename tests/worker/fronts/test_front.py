@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import redis
 from PIL import Image
@@ -18,11 +19,14 @@ from blipq import Client, Job, Settings
 from blipq.ledger.connection import connect
 from blipq.local.stack import LocalStack
 from blipq.local.supervisor import Service
+from blipq_worker.front import share_of
 from blipq_worker.fronts.holdings import Holding, read_holdings
 from blipq_worker.fronts.seat import EXIT_ENGINE_GONE, Seat
 from blipq_worker.fronts.status import FrontStatus, read_status
 from blipq_worker.process.heartbeat import EXIT_HUNG
+from blipq_worker.settings import WorkerSettings
 from conftest import ledger_of, wait_until
+from worker.inference.stand_in import INFO
 
 HERE = Path(__file__).parent
 QUEUE = "blipq.default.normal"
@@ -143,6 +147,20 @@ def rig(stack: LocalStack, apart: Settings) -> Iterator[Rig]:
             rig.close()
 
 
+@pytest.mark.parametrize(
+    ("device", "threads"),
+    [("cpu", 32), ("cuda:0", 256)],
+)
+def test_fronts_hold_what_keeps_the_slots_of_a_gpu_full(device: str, threads: int) -> None:
+    models = {"default": msgspec.structs.replace(INFO, device=device, slots=128)}
+    options = WorkerSettings()
+    for fronts in (1, 3, 16):
+        share = share_of(options, models, fronts)
+        assert share.threads == -(-threads // fronts)
+        assert share.decode_memory_bytes * fronts >= options.decode_memory_bytes
+    assert share_of(options.model_copy(update={"concurrency": 5}), models, 2).threads == 3
+
+
 def test_a_front_serves_jobs_without_torch(rig: Rig) -> None:
     rig.start_engine()
     front = rig.start_taking_front()
@@ -234,6 +252,20 @@ def test_what_an_engine_had_begun_is_suspect_and_all_else_goes_back_uncounted(ri
         assert (rig.field(job, "status"), rig.field(job, "attempts")) == ("queued", "0")
     assert rig.waiting() == 5, "their messages are there for the next front, or another worker"
     assert rig.held() == {}
+
+
+def test_an_outage_of_redis_makes_nobody_suspect_and_clears_nobody(rig: Rig) -> None:
+    engine = rig.start_engine()
+    front = rig.start_taking_front(timeout_s=0.5)
+    begun, queued = rig.submit("run"), rig.submit("wait")
+    rig.says(engine, "begun run")
+    rig.says(engine, "queued wait")
+    rig.redis.client_pause(3000)
+    rig.kill(engine)
+    assert rig.ended(front) == EXIT_ENGINE_GONE, front.last_words(30)
+    for job in (begun, queued):
+        assert (rig.field(job, "status"), rig.field(job, "attempts")) == ("queued", "0")
+    assert (rig.field(begun, "solo"), rig.field(queued, "solo")) == ("1", None)
 
 
 def test_a_job_that_ended_its_engine_alone_keeps_its_lease(rig: Rig) -> None:
