@@ -21,7 +21,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from blipq.contract import Name, Seconds
+from blipq.contract import Name, Seconds, checked_bucket
 from blipq.errors import InvalidRequest
 from blipq.program import blipq
 from blipq.redaction import place_of
@@ -76,6 +76,11 @@ def _parts(value: Any) -> Any:
     return value.replace(",", " ").split() if isinstance(value, str) else value
 
 
+def _stripped(value: Any) -> Any:
+    """A text without the line end that a file or a secret's store leaves behind it."""
+    return value.strip() if isinstance(value, str) else value
+
+
 def _checked_secret(secret: SecretStr) -> SecretStr:
     """``whsec_`` and 24 to 64 bytes in base64, as receivers' libraries read it."""
     prefix, _, text = secret.get_secret_value().partition("_")
@@ -120,10 +125,19 @@ def _checked_broker_url(url: str | None) -> str | None:
     return url
 
 
+def _checked_place(place: str) -> str:
+    if place.startswith("s3://"):
+        checked_bucket(place.removeprefix("s3://").partition("/")[0])
+    elif not place.startswith((".", "/", "~")):
+        raise ValueError("s3://bucket/prefix is expected, or a folder: ./indexes, /data/indexes")
+    return place
+
+
 def checked_endpoint_url(url: str | None) -> str | None:
     """An endpoint of S3 or SQS. Raises ValueError, which repeats no password."""
     if url is None:
         return None
+    url = url.strip()  # as of a file's last line
     if url.partition("://")[0].lower() not in ("http", "https"):
         raise ValueError("it begins with http:// or https://")
     take_apart(url)
@@ -150,7 +164,6 @@ class Settings(BaseSettings):
 
     redis_url: Annotated[str, AfterValidator(_checked_redis_url)] = Field(
         default="redis://localhost:6379/0",
-        pattern=r"^(rediss?|unix|sentinels?)://",
         repr=False,
         description=(
             "Redis that holds the job records: redis://, rediss:// (TLS), unix://, or "
@@ -168,10 +181,10 @@ class Settings(BaseSettings):
         repr=False,
         description="S3 endpoint; by default AWS_ENDPOINT_URL_S3, then AWS itself.",
     )
-    s3_access_key_id: str | None = Field(
+    s3_access_key_id: Annotated[str | None, BeforeValidator(_stripped)] = Field(
         default=None, description="S3 access key; by default AWS's credential chain."
     )
-    s3_secret_access_key: SecretStr | None = Field(
+    s3_secret_access_key: Annotated[SecretStr | None, BeforeValidator(_stripped)] = Field(
         default=None, description="S3 secret key; by default AWS's credential chain."
     )
     s3_region: str | None = Field(
@@ -190,9 +203,8 @@ class Settings(BaseSettings):
             "and older than half of it is written anew. At least twice your longest deadline."
         ),
     )
-    indexes: str = Field(
+    indexes: Annotated[str, AfterValidator(_checked_place)] = Field(
         default="s3://blipq-indexes",
-        pattern=r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?|[./~].*)$",
         description="Where search indexes are: `s3://bucket/prefix`, or a folder.",
     )
     local_paths: bool = Field(

@@ -4,7 +4,7 @@ import os
 import secrets
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from blipq.contract import ImageRef, Options, Request, Turn
+from blipq.contract.wording import sentence
 from blipq.errors import InvalidRequest
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -20,6 +21,8 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 #: An error is for a person, and goes into logs and Redis: so many problems of a request are told,
 #: and so many characters of a name and of a message.
 MOST_TOLD, LONGEST_NAME, LONGEST_MESSAGE = 10, 100, 500
+
+_MEMBER = "constrained-str"
 
 #: An s3:// or https:// URI, a reference with version or etag, a local file, or the file's bytes.
 ImageSource = str | Path | bytes | ImageRef
@@ -45,24 +48,50 @@ def checked(model: type[ModelT], /, **fields: Any) -> ModelT:
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        raise InvalidRequest(explain(error, model)) from None
+        raise InvalidRequest(explain(error, model, given)) from None
 
 
-def explain(error: ValidationError, model: Any = None) -> str:
-    """What is wrong, a field at a time, on one line; ``model``: the type that was expected."""
-    found = error.errors(include_url=False, include_input=False)
-    wrong = [_told(item, model) for item in found[:MOST_TOLD]]
+def explain(error: ValidationError, model: Any = None, given: Collection[str] = ()) -> str:
+    """What is wrong, a field at a time, on one line.
+
+    ``model``: the type that was expected. A setting that is not among the ``given`` arguments came
+    from its variable, and is named by it.
+    """
+    found = _own(error.errors(include_url=False, include_input=False))
+    wrong = [_told(item, model, given) for item in found[:MOST_TOLD]]
     if len(found) > MOST_TOLD:
         wrong.append(f"and {len(found) - MOST_TOLD:,} more")
     return "; ".join(wrong)
 
 
-def _told(item: Any, model: Any) -> str:
+def _own(found: list[Any]) -> list[Any]:
+    """Without lists that are too short only because what they hold is wrong."""
+    places = [item["loc"] for item in found]
+
+    def follows(item: Any) -> bool:
+        size = len(item["loc"])
+        return any(len(place) > size and place[:size] == item["loc"] for place in places)
+
+    return [item for item in found if item["type"] != "too_short" or not follows(item)]
+
+
+def _told(item: Any, model: Any, given: Collection[str]) -> str:
     """One of pydantic's errors. Names of fields and tags are the caller's: of any length."""
-    field = ".".join(shortened(str(part)) for part in item["loc"]) or "request"
+    field = _place(item["loc"], model, given)
     if item["type"] == "extra_forbidden":
         return f"{field}: {_unknown(str(item['loc'][-1]), _fields(model, item['loc'][:-1]))}"
-    return f"{field}: {shortened(item['msg'].removeprefix('Value error, '), LONGEST_MESSAGE)}"
+    return f"{field}: {shortened(sentence(item), LONGEST_MESSAGE)}"
+
+
+def _place(loc: Sequence[int | str], model: Any, given: Collection[str]) -> str:
+    """A field by its path, or a setting by its variable."""
+    # Of a union without tags pydantic names the members, too: constrained-str, tuple[...].
+    named = (str(part) for part in loc)
+    parts = [shortened(part) for part in named if not part.endswith((_MEMBER, "]"))]
+    prefix = getattr(model, "model_config", {}).get("env_prefix")
+    if prefix and parts and parts[0] not in given:
+        parts[0] = f"{prefix}{parts[0].removeprefix(prefix)}".upper()
+    return ".".join(parts) or "request"
 
 
 def shortened(text: str, most: int = LONGEST_NAME) -> str:
@@ -109,10 +138,23 @@ def uploadable(image: ImageSource | None, *, local_paths: bool) -> str | bytes |
     """
     if image is None or isinstance(image, ImageRef) or (isinstance(image, str) and "://" in image):
         return None
-    if isinstance(image, str) and not local_paths:
+    if isinstance(image, str):
+        _check_path(image, local_paths=local_paths)
+    elif not isinstance(image, Path | bytes):
+        raise InvalidRequest(
+            f"image: a text, a Path, bytes or an ImageRef, not {type(image).__name__}"
+        )
+    return os.fspath(image) if isinstance(image, Path) else image
+
+
+def _check_path(image: str, *, local_paths: bool) -> None:
+    if not image.strip():
+        raise InvalidRequest("image: must not be empty")
+    if image.lower().startswith("data:"):
+        raise InvalidRequest("image: a data: URL is not read: decode it, and give its bytes")
+    if not local_paths:
         shown = shortened(image)
         raise InvalidRequest(f"image: {shown!r} is no s3:// or https:// URI (BLIPQ_LOCAL_PATHS)")
-    return os.fspath(image) if isinstance(image, Path) else image
 
 
 def turns(history: Any) -> list[Turn] | None:

@@ -107,7 +107,7 @@ def test_a_worker_says_in_one_line_what_is_wrong_with_its_settings() -> None:
     environment = {"BLIPQ_REDIS_URL": "redis://:Hunter2#secret@127.0.0.1:1/0"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
     assert ran.returncode == 78
-    assert ran.stderr.startswith("blipq worker: redis_url: ")
+    assert ran.stderr.startswith("blipq worker: BLIPQ_REDIS_URL: ")
     assert ran.stderr.count("\n") == 1
     assert "ecret" not in ran.stderr
 

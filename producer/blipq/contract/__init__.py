@@ -7,7 +7,7 @@ older client can read a newer worker's answer. Changes are additive only. JSON a
 from blipq.contract.base import CONTRACT, Kind, Metadata, Name
 from blipq.contract.errors import ErrorCode, JobError
 from blipq.contract.generation import Generation
-from blipq.contract.images import Image, ImageRef, S3Uri, split_s3_uri
+from blipq.contract.images import Image, ImageRef, S3Uri, checked_bucket, split_s3_uri
 from blipq.contract.jobs import TERMINAL_STATUSES, JobInfo, Receipt, Status
 from blipq.contract.options import (
     LONGEST_DEADLINE_S,
@@ -103,6 +103,7 @@ __all__ = [
     "VQARequest",
     "VQAResult",
     "Webhook",
+    "checked_bucket",
     "request_adapter",
     "result_adapter",
     "split_s3_uri",

@@ -2,23 +2,39 @@
 
 import re
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from blipq.contract.base import Input
 from blipq.ssrf import policy as guard
 
-_S3_URI = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(?P<key>.+)", re.DOTALL)
+#: As S3 takes them; old buckets, and those of other stores, may have capitals and underscores.
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
+_HTTP = re.compile(r"(?P<place>https?://[^/?#]*)(?P<path>[^#]*)(#.*)?", re.I | re.DOTALL)
+_TO_ENCODE = re.compile(r"[^\x00-\x7f]+|\x20+")
 
 
 def split_s3_uri(uri: str) -> tuple[str, str]:
     """Bucket and key of ``s3://bucket/key``; ValueError says what is wrong with another text."""
-    match = _S3_URI.fullmatch(uri)
-    if match is None:
+    scheme, _, rest = uri.partition("://")
+    bucket, _, key = rest.partition("/")
+    if scheme != "s3" or not bucket or not key:
         raise ValueError(f"{uri!r} is not of the form s3://bucket/key")
-    if len(match["key"].encode()) > 1024:
+    checked_bucket(bucket)
+    if len(key.encode()) > 1024:
         raise ValueError("an S3 key has at most 1,024 bytes")
-    return match["bucket"], match["key"]
+    return bucket, key
+
+
+def checked_bucket(name: str) -> str:
+    """A bucket's name. Raises ValueError for what no S3 would take."""
+    if _BUCKET.fullmatch(name) is None:
+        raise ValueError(
+            f"{name!r} is no name of a bucket: 3 to 63 letters, digits, '-', '.' and '_', with a "
+            "letter or a digit at both ends"
+        )
+    return name
 
 
 def _checked_s3_uri(uri: str) -> str:
@@ -30,9 +46,11 @@ S3Uri = Annotated[str, AfterValidator(_checked_s3_uri)]
 
 
 def _checked_image_uri(uri: str) -> str:
-    if uri.lower().startswith(("https://", "http://")):
-        guard.parse(uri)
-        return uri
+    if (url := _HTTP.fullmatch(uri)) is not None:
+        # As browsers do; the host is left as it is, for the guard to refuse.
+        encoded = url["place"] + _TO_ENCODE.sub(lambda text: quote(text[0]), url["path"])
+        guard.parse(encoded)
+        return encoded
     return _checked_s3_uri(uri)
 
 
@@ -69,7 +87,14 @@ class ImageRef(Input):
 
 
 def _image_from_text(value: Any) -> Any:
-    return {"uri": value} if isinstance(value, str) else value
+    """A text as a reference, without what a line of a file leaves around it.
+
+    An ``ImageRef`` that a program made is taken as it is: a key may end with a line end.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.lstrip().rstrip("\r\n")
+    return {"uri": f"s3://{text[5:]}" if text[:5].lower() == "s3://" else text}
 
 
 Image = Annotated[ImageRef, BeforeValidator(_image_from_text)]

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Generic, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, model_validator
 
 from blipq.contract.base import Input, Kind, Metadata, MetadataName, MetadataValue, Name
 from blipq.contract.generation import Generation
@@ -33,7 +33,14 @@ Filter = Annotated[
     Field(min_length=1, max_length=16),
 ]
 
-Text = Annotated[str, Field(min_length=1, max_length=4096)]
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be blank")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_not_blank)]
 
 
 def _one_or_many(value: Any) -> Any:

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from blipq.contract import Name, Options, Request, Seconds, request_adapter
+from blipq.contract import Name, Options, Request, Seconds, checked_bucket, request_adapter
 from blipq.errors import InvalidRequest
 from blipq.submission import checked, explain
 from blipq.watch.objects import Upload
@@ -44,6 +44,12 @@ def _lower(value: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(each.lower() for each in value)
 
 
+def _checked_queue(url: str) -> str:
+    if re.match(r"https?://[^/]+/.+", url) is None:
+        raise ValueError("a queue is the URL that SQS gives it: https://HOST/ACCOUNT/NAME")
+    return url
+
+
 ByteCount = Annotated[ByteSize, BeforeValidator(_one_size)]
 #: One or many texts whose case does not matter.
 Endings = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), AfterValidator(_lower)]
@@ -60,7 +66,7 @@ class Rule(_Table):
     """
 
     name: Name
-    bucket: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")]
+    bucket: Annotated[str, AfterValidator(checked_bucket)]
     prefix: str = ""
     suffix: Endings = ()
     content_type: Endings = ()
@@ -138,7 +144,7 @@ class Source(_Table):
     object may be that only this one shows. ``state``: ``redis``, or a file that keeps the cursor.
     """
 
-    queue: Annotated[str, Field(pattern=r"^https?://[^/]+/.+")] | None = None
+    queue: Annotated[str, AfterValidator(_checked_queue)] | None = None
     visibility: Annotated[Seconds, Field(ge=10, le=43200)] = 60.0
     every: Annotated[Seconds, Field(ge=0.1)] = 10.0
     overlap: Annotated[Seconds, Field(ge=0)] = 600.0

@@ -378,7 +378,7 @@ def test_a_command_in_a_hint_can_be_typed_as_it_stands(
             "colour=red",
             "--set colour: unknown (accepted: max_new_tokens, min_new",
         ),
-        ("num_beams=99", "--set num_beams: Input should be less than or equal to 16"),
+        ("num_beams=99", "--set num_beams: must be at most 16"),
     ],
 )
 def test_a_wrong_generation_parameter_is_told_with_those_that_there_are(

@@ -57,7 +57,7 @@ def maybe(item: st.SearchStrategy) -> st.SearchStrategy:
     return st.none() | item
 
 
-texts = st.text(min_size=1, max_size=20)
+texts = st.text(min_size=1, max_size=20).filter(str.strip)
 numbers = st.floats(allow_nan=False, allow_infinity=False, width=32)
 keys = st.text(min_size=1, max_size=60)
 images = st.builds(ImageRef, uri=keys.map(lambda key: f"s3://uploads/{key}"), etag=maybe(texts))
@@ -246,20 +246,60 @@ def test_a_key_may_hold_any_character(key: str) -> None:
     "wrong",
     [
         "",
+        "gs://uploads/a.jpg",
         "cat.jpg",
         "s3://",
         "s3://uploads",
         "s3://uploads/",
         "s3:///key",
-        "s3://UP/key",
         "S3://uploads/key",
-        "s3://u/key",
+        "s3a://uploads/key",
         "file:///etc/passwd",
     ],
 )
 def test_other_image_references_are_refused(wrong: str) -> None:
     with pytest.raises(ValidationError, match="s3://bucket/key"):
         ImageRef(uri=wrong)
+
+
+@pytest.mark.parametrize("bucket", ["my_bucket", "Photos_2015", "a.b-c", "x" * 63])
+def test_a_bucket_may_have_the_name_of_an_old_one(bucket: str) -> None:
+    assert ImageRef(uri=f"s3://{bucket}/a.jpg").bucket == bucket
+
+
+@pytest.mark.parametrize("bucket", ["u", "-ab", "a b", "x" * 64, "größe"])
+def test_what_is_no_name_of_a_bucket_is_named(bucket: str) -> None:
+    with pytest.raises(ValidationError, match=f"'{bucket}' is no name of a bucket"):
+        ImageRef(uri=f"s3://{bucket}/a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("written", "uri"),
+    [
+        (" s3://uploads/a.jpg", "s3://uploads/a.jpg"),
+        ("s3://uploads/a.jpg\r\n", "s3://uploads/a.jpg"),
+        ("S3://uploads/a.jpg", "s3://uploads/a.jpg"),
+        ("s3://uploads/a.jpg ", "s3://uploads/a.jpg "),
+        ("https://example.org/my photo.png?q=ä b#top", None),
+        ("https://example.org/été.png\n", "https://example.org/%C3%A9t%C3%A9.png"),
+        ("https://example.org/%C3%A9?a=%20", "https://example.org/%C3%A9?a=%20"),
+    ],
+)
+def test_an_image_is_named_as_people_write_it(written: str, uri: str | None) -> None:
+    request = CaptionRequest(image=written)
+    assert request.image.uri == (uri or "https://example.org/my%20photo.png?q=%C3%A4%20b")
+    assert CaptionRequest.model_validate_json(request.model_dump_json()) == request
+
+
+def test_a_reference_that_a_program_made_keeps_the_line_end_of_its_key() -> None:
+    image = ImageRef(uri="s3://uploads/a\n")
+    assert CaptionRequest(image=image).image.key == "a\n"
+
+
+@pytest.mark.parametrize("wrong", ["https://exämple.org/", "https://a.org\\@b/", "https://a b/"])
+def test_the_host_of_a_url_is_never_rewritten(wrong: str) -> None:
+    with pytest.raises(ValidationError, match="printable ASCII"):
+        CaptionRequest(image=wrong)
 
 
 def test_an_image_may_be_at_a_url_with_an_etag() -> None:

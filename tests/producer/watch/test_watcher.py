@@ -407,7 +407,7 @@ def test_wrong_rules_exit_2_before_anything_is_watched(
     (tmp_path / "rules.toml").write_text("name = 'w'")
     ran = command()
     assert ran.exit_code == 2
-    assert "rules: Field required" in ran.stderr
+    assert "rules: missing" in ran.stderr
 
 
 def test_a_webhook_that_may_not_be_posted_to_exits_2(

@@ -193,6 +193,13 @@ def test_what_has_no_room_are_the_oldest_turns(
     assert model.notes == [f"{9 - kept} of 9 earlier turns were left out: there was no room"]
 
 
+def test_a_question_with_a_prompt_of_its_own_gets_a_note(model: Model) -> None:
+    questions = ["why?", "Question: what is it?\nAnswer:"]
+    answer(VQARequest.model_validate({"image": IMAGE, "questions": questions}), PIXELS, model)
+    (note,) = model.notes
+    assert "leave these words out" in note
+
+
 def test_the_newest_question_is_never_left_out(model: Model) -> None:
     model.room = 10
     assert chat(model) == vqa_prompt("why?")

@@ -29,12 +29,12 @@ def started(**settings: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"lease_s": "0"}, "lease_s: Input should be greater"),
-        ({"models": "a b=demo"}, "models"),
-        ({"redis_url": "http://localhost"}, "redis_url"),
+        ({"lease_s": "0"}, "BLIPQ_LEASE_S: must be at least 2"),
+        ({"models": "a b=demo"}, "BLIPQ_MODELS"),
+        ({"redis_url": "http://localhost"}, "BLIPQ_REDIS_URL"),
         ({"log_level": "LOUD"}, "BLIPQ_LOG_LEVEL: 'LOUD'"),
-        ({"s3_endpoint_url": "http://"}, "s3_endpoint_url"),
-        ({"s3_endpoint_url": "localhost:9000"}, "s3_endpoint_url"),
+        ({"s3_endpoint_url": "http://"}, "BLIPQ_S3_ENDPOINT_URL"),
+        ({"s3_endpoint_url": "localhost:9000"}, "BLIPQ_S3_ENDPOINT_URL"),
     ],
 )
 def test_a_wrong_setting_is_one_line(settings: dict[str, str], told: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 VQA_PROMPT = "Question: {} Short answer:"
 
+_PROMPT = re.compile(r"question:.*answer:", re.I | re.DOTALL)
 _MATCH_WORDS = 50
 _PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
 _GAPS = re.compile(r"\s{2,}")
@@ -16,7 +17,7 @@ _GAPS = re.compile(r"\s{2,}")
 
 def caption_prompt(prompt: str | None, default: str) -> str:
     """The prompt asked for, or the checkpoint's default when none was."""
-    return default if prompt is None else prompt
+    return default if prompt is None else prompt.strip()
 
 
 def vqa_prompt(question: str, history: Sequence[tuple[str, str]] = ()) -> str:
@@ -24,10 +25,24 @@ def vqa_prompt(question: str, history: Sequence[tuple[str, str]] = ()) -> str:
 
     ``history`` holds (question, answer) pairs, oldest first.
     """
+    question = _on_one_line(question)
     if not history:
         return VQA_PROMPT.replace("{}", question)
-    turns = [f"Question: {asked} Answer: {answered}." for asked, answered in history]
+    turns = [
+        f"Question: {_on_one_line(asked)} Answer: {_on_one_line(answered)}."
+        for asked, answered in history
+    ]
     return " ".join([*turns, f"Question: {question} Answer:"])
+
+
+def has_a_prompt(question: str) -> bool:
+    """Whether a question brings a prompt of its own, which is then put into another one."""
+    return _PROMPT.search(question) is not None
+
+
+def _on_one_line(text: str) -> str:
+    """Single spaces in between and none around: line ends and gaps change answers."""
+    return " ".join(text.split())
 
 
 def match_text(text: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from blipq.contract import Answer, Choice, Kind, VQARequest, VQAResult
-from blipq_worker.catalog.prompts import vqa_prompt
+from blipq_worker.catalog.prompts import has_a_prompt, vqa_prompt
 from blipq_worker.inference.requests import (
     Feature,
     Generate,
@@ -19,6 +19,11 @@ from blipq_worker.kinds.generation import params_of
 from blipq_worker.kinds.spec import Ask, Part, SinglePart
 
 Turns = tuple[tuple[str, str], ...]
+
+PROMPT_NOTE = (
+    "a question holds 'Question: ... Answer:', which blipq writes around each: leave these words "
+    "out, or give the whole as the prompt of a caption"
+)
 
 
 class VqaSpec(SinglePart[VQARequest]):
@@ -49,6 +54,8 @@ class VqaSpec(SinglePart[VQARequest]):
         dropped = len(turns) - min(map(len, kept))
         if dropped:
             ask.note(f"{dropped} of {len(turns)} earlier turns were left out: there was no room")
+        if any(map(has_a_prompt, request.questions)):
+            ask.note(PROMPT_NOTE)
         made = partial(_answers if choices is None else _choices, request)
         return Part("generate", item(*map(vqa_prompt, request.questions, kept)), made)
 

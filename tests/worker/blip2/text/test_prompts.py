@@ -29,6 +29,13 @@ def test_a_question_is_asked_as_the_evaluations_ask_it() -> None:
     assert vqa_prompt("how many {}?") == "Question: how many {}? Short answer:"
 
 
+@pytest.mark.parametrize("written", ["is it red?\n", "  is it red?", "is\r\nit \t red?"])
+def test_white_space_around_a_question_changes_no_answer(written: str) -> None:
+    assert vqa_prompt(written) == vqa_prompt("is it red?")
+    assert vqa_prompt("why?", [(written, "no\n")]) == vqa_prompt("why?", [("is it red?", "no")])
+    assert caption_prompt(" a photo of \n", "") == "a photo of"
+
+
 def test_earlier_turns_come_first_as_in_the_authors_chat() -> None:
     assert vqa_prompt("why?", [("what is it?", "a cat"), ("is it big?", "no")]) == (
         "Question: what is it? Answer: a cat. Question: is it big? Answer: no. "
