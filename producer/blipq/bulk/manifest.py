@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
+from blipq.bulk.sniffing import check_manifest
 from blipq.contract import Options, Request, request_adapter, split_s3_uri
 from blipq.errors import InvalidRequest
 from blipq.s3.refusals import s3_errors
@@ -133,12 +134,16 @@ class S3Object:
 
 
 class JsonLines:
-    """A manifest with a request per line, beside its ``custom_id`` and ``options``."""
+    """A manifest with a request per line, beside its ``custom_id`` and ``options``.
+
+    Raises InvalidRequest for a file of another kind.
+    """
 
     def __init__(self, blocks: LocalFile | S3Object, defaults: Mapping[str, Any]) -> None:
         self.name, self.version, self.size = blocks.name, blocks.version, blocks.size
         self._blocks = blocks
         self._defaults = defaults
+        check_manifest(self.name, blocks.read(0))
 
     def entries(self, number: int, position: str) -> Iterator[Entry]:
         """The entries behind number ``number``, which ended at the offset ``position``."""
@@ -185,7 +190,16 @@ class JsonLines:
 
 def _read(line: bytes) -> Any:
     """A line's JSON. Raises InvalidRequest for what no journal and no S3 key could hold."""
-    asked = json.loads(line.decode())
+    try:
+        asked = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"not UTF-8: byte {error.start + 1} is {line[error.start]:#x}"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(
+            f"not one JSON object: {error.msg} at character {error.pos + 1}"
+        ) from None
     try:
         json.dumps(asked, ensure_ascii=False).encode()
     except UnicodeEncodeError:

@@ -1,6 +1,7 @@
 """A manifest is read line by line, and a line that is wrong is wrong alone."""
 
 import codecs
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,9 @@ def test_a_mark_of_utf8_before_a_line_is_no_part_of_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("hello", "Expecting value"),
+        ("hello", "not one JSON object: Expecting value at character 1"),
         ("[]", "a line is an object"),
-        (b"\xff\xfe", "utf-8"),
+        (b"\xff\xfe", "not UTF-8: byte 1 is 0xff"),
         (line(custom_id=None), "custom_id: a text"),
         (line(custom_id=7), "custom_id: a text"),
         (line(custom_id=""), "custom_id: a text"),
@@ -77,6 +78,37 @@ def test_a_malformed_line_is_an_error_of_that_line(
     assert wrong.number == 2
     assert wrong.work is None
     assert told in str(wrong.error)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (gzip.compress(line().encode()), "gzip: unpack it"),
+        (b"PK\x03\x04" + bytes(100), "a ZIP or a workbook"),
+        (b"PAR1" + bytes(range(256)), "Parquet: export it"),
+        (line().encode("utf-16"), "UTF-16: save it as UTF-8"),
+        (line().encode("utf-16-be"), "UTF-16 or UTF-32: save it"),
+        (f"[{line()}]".encode(), "one JSON array"),
+        (codecs.BOM_UTF8 + b"[\n " + line().encode() + b"\n]", "one JSON array"),
+        (json.dumps(json.loads(line()), indent=1).encode(), "JSON over several lines"),
+        (f"{line('1')}\r{line('2')}\r".encode(), "lines end in CR alone"),
+        (b"custom_id,kind,image\n1,caption,s3://photos/a.jpg\n", "CSV: make an object"),
+        (b'"image";"question"\r\n', "CSV: make an object"),
+        (b"custom_id\timage\n", "TSV: make an object"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_once(tmp_path: Path, data: bytes, told: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        entries(tmp_path, data)
+    assert told in str(raised.value)
+    assert "manifest.jsonl is " in str(raised.value)
+    assert "one JSON object per line" in str(raised.value)
+
+
+@pytest.mark.parametrize("first", ["# photos, an image each", "hello", "7, 8"])
+def test_a_first_line_that_is_no_heading_is_refused_alone(tmp_path: Path, first: str) -> None:
+    found = entries(tmp_path, f"{first}\n{line('2')}")
+    assert [entry.error is None for entry in found] == [False, True]
 
 
 def test_lines_of_any_length_and_ending_are_read(
