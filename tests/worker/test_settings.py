@@ -1,6 +1,10 @@
 """A worker's own options, as they are written in the environment."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
+from PIL import Image
 from pydantic import ValidationError
 
 from blipq.s3.outputs import LOCAL_BUCKET
@@ -68,6 +72,18 @@ def test_a_format_that_is_never_read_is_refused_at_start(
         ValidationError, match=r"image_formats\n.*(no format that Pillow|at least 1)"
     ):
         WorkerSettings()
+
+
+def test_heic_is_read_where_its_package_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLIPQ_IMAGE_FORMATS", "jpg,heic")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # no such package
+    with pytest.raises(ValidationError, match="pip install pillow-heif"):
+        WorkerSettings()
+    registers = SimpleNamespace(
+        register_heif_opener=lambda: monkeypatch.setitem(Image.OPEN, "HEIF", Image.OPEN["PNG"])
+    )
+    monkeypatch.setitem(sys.modules, "pillow_heif", registers)
+    assert WorkerSettings().image_formats == ("JPEG", "HEIF")
 
 
 def test_durations_have_units(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,6 +181,8 @@ def _pictures(base: Base, storage: Storage, inference: Inference, decoding: Budg
         limits=ImageLimits(
             formats=options.image_formats,
             max_pixels=options.max_image_pixels,
+            max_side=options.max_image_side,
+            max_aspect=options.max_image_aspect,
             decode_s=min(DECODE_S, options.watchdog_s / 4),
         ),
         timeout_s=options.job_timeout_s,

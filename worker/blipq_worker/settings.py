@@ -14,6 +14,8 @@ from blipq.settings import Settings
 
 Quantization = Literal["auto", "none", "int8", "nf4"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+#: How people write formats whose names in Pillow are others.
+_OTHER_NAMES = {"JPG": "JPEG", "HEIC": "HEIF", "TIF": "TIFF", "JPEG 2000": "JPEG2000"}
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 
@@ -39,11 +41,23 @@ def _formats(names: tuple[str, ...]) -> tuple[str, ...]:
     from PIL import Image
 
     Image.init()
-    formats = tuple("JPEG" if name.upper() == "JPG" else name.upper() for name in names)
-    for name in formats:
+    formats = tuple(_OTHER_NAMES.get(name.upper(), name.upper()) for name in names)
+    if "HEIF" in formats:
+        _register_heif()
+    for name, given in zip(formats, names, strict=True):
         if name not in Image.OPEN:
-            raise ValueError(f"{name!r} is no format that Pillow reads, such as JPEG, PNG or TIFF")
+            known = ", ".join(sorted(Image.OPEN))
+            raise ValueError(f"{given!r} is no format that Pillow reads: {known}")
     return formats
+
+
+def _register_heif() -> None:
+    """Has Pillow read HEIC and HEIF. Raises ValueError where the package for it is missing."""
+    try:
+        import pillow_heif
+    except ImportError:
+        raise ValueError("HEIC needs a package: pip install pillow-heif") from None
+    pillow_heif.register_heif_opener()
 
 
 class WorkerSettings(BaseSettings):
@@ -157,12 +171,20 @@ class WorkerSettings(BaseSettings):
     max_image_pixels: int = Field(
         default=50_000_000, ge=1, description="Largest image decoded, in pixels."
     )
+    max_image_side: int = Field(
+        default=16_384, ge=1, description="Longest side of an image decoded, in pixels."
+    )
+    max_image_aspect: float = Field(
+        default=100.0, ge=1, description="Longer side over shorter side of an image, at most."
+    )
     image_formats: Annotated[
         tuple[str, ...], NoDecode, BeforeValidator(_names), AfterValidator(_formats)
     ] = Field(
         default=("JPEG", "PNG", "WEBP", "AVIF", "GIF"),
         min_length=1,
-        description="Image formats accepted, by Pillow's names.",
+        description=(
+            "Image formats accepted, by Pillow's names; HEIC needs the package pillow-heif."
+        ),
     )
     fetch_timeout_s: Seconds = Field(
         default=30.0, gt=0, description="Longest one download may take in all, in seconds."

@@ -11,7 +11,7 @@ from blipq.ssrf import policy as guard
 
 #: As S3 takes them; old buckets, and those of other stores, may have capitals and underscores.
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
-_HTTP = re.compile(r"(?P<place>https?://[^/?#]*)(?P<path>[^#]*)(#.*)?", re.I | re.DOTALL)
+_HTTP = re.compile(r"(?P<place>https?://[^/?#]*)(?P<path>[/?][^#]*)(#.*)?", re.I | re.DOTALL)
 _TO_ENCODE = re.compile(r"[^\x00-\x7f]+|\x20+")
 
 
@@ -48,9 +48,10 @@ S3Uri = Annotated[str, AfterValidator(_checked_s3_uri)]
 def _checked_image_uri(uri: str) -> str:
     if (url := _HTTP.fullmatch(uri)) is not None:
         # As browsers do; the host is left as it is, for the guard to refuse.
-        encoded = url["place"] + _TO_ENCODE.sub(lambda text: quote(text[0]), url["path"])
-        guard.parse(encoded)
-        return encoded
+        uri = url["place"] + _TO_ENCODE.sub(lambda text: quote(text[0]), url["path"])
+    if uri.lower().startswith(("https://", "http://")):
+        guard.parse(uri)
+        return uri
     return _checked_s3_uri(uri)
 
 

@@ -7,6 +7,7 @@ any pixel is decoded, the time is bounded, and whatever a decoder raises on host
 
 import io
 import logging
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,12 +15,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from PIL import Image
+from PIL import Image, ImageChops
 from PIL.PngImagePlugin import PngImageFile
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
-from blipq.images.structure import Excessive, check_scans, scans_in, without_metadata
+from blipq.images.structure import (
+    Excessive,
+    check_scans,
+    lacks_end,
+    scans_in,
+    without_metadata,
+)
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +60,14 @@ Image.init()
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 #: The most that decoding held, in bytes per pixel: the decoder's own buffers (WebP's two canvases,
-#: AVIF's planes, a progressive JPEG's coefficients), the picture, and its next form.
-_BYTES_PER_PIXEL = {"WEBP": 18, "AVIF": 14}
+#: AVIF's and HEIF's planes, a progressive JPEG's coefficients), the picture, and its next form.
+_BYTES_PER_PIXEL = {"WEBP": 18, "AVIF": 14, "HEIF": 18}
 _BYTES_PER_PIXEL_OF_OTHERS = 12
+
+_JPEG_END = b"\xff\xd9"
+#: Any coded data, to go on with where a picture is cut; and the same with each bit the other way.
+_ONE_END = bytes(random.Random(7).choices(range(1, 0xFF), k=4096)) + _JPEG_END
+_OTHER_END = bytes(0xFF - byte for byte in _ONE_END[:4096]) + _JPEG_END
 
 _EIGHT_OF_SIXTEEN_BITS = [round(value / 257) for value in range(65_536)]
 
@@ -109,9 +121,16 @@ class _Timed(io.BytesIO):
     """
 
     def __init__(self, data: bytes, seconds: float, until: float) -> None:
-        super().__init__(data)
+        self.lacks_end = lacks_end(data)
+        # A last FF is half of something: of the end, or of a coded FF.
+        super().__init__(data.rstrip(b"\xff") + _ONE_END if self.lacks_end else data)
         self._seconds = seconds
         self._until = until
+
+    def otherwise(self) -> "_Timed":
+        """A file that lacks its end, with the other one: the first bit that is missing differs."""
+        data = self.getvalue().removesuffix(_ONE_END)
+        return _Timed(data + _OTHER_END, self._seconds, self._until)
 
     def read(self, size: int | None = -1, /) -> bytes:
         """The next bytes. Raises PermanentError (image_invalid) when the time is over."""
@@ -125,7 +144,7 @@ def decode(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
 
     EXIF orientation is applied, transparency is laid on white, 16-bit greyscale is scaled to
     8 bits, and CMYK, palettes, greyscale and bitmaps are converted. Damaged metadata (colour
-    profiles, texts, EXIF) is passed over. Thread-safe.
+    profiles, texts, EXIF) is passed over, and so is a JPEG's missing end. Thread-safe.
 
     Raises PermanentError with ``image_too_large`` before any pixel is decoded, or with
     ``image_invalid`` when the bytes are not a whole image of an accepted format.
@@ -152,6 +171,7 @@ def opened(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
 def bytes_to_decode(image: Image.Image) -> int:
     """The most memory that ``decoded`` takes for an opened image, whatever its mode."""
     each = _BYTES_PER_PIXEL.get(image.format or "", _BYTES_PER_PIXEL_OF_OTHERS)
+    each *= 2 if _endless(image) is not None else 1
     return image.width * image.height * each
 
 
@@ -182,7 +202,10 @@ def _changed(image: Image.Image, change: Callable[[Image.Image], Image.Image]) -
 def _load(image: Image.Image) -> None:
     """Decodes the pixels. What is behind them in a PNG are texts and the like: damage ends them."""
     if not isinstance(image, PngImageFile):
+        file = _endless(image)
         image.load()
+        if file is not None:
+            _check_whole(image, file)
         return
     image.load_end = partial(_passed_over, image.load_end)  # type: ignore[method-assign]
     try:
@@ -190,6 +213,24 @@ def _load(image: Image.Image) -> None:
     finally:
         # It refers back to the image, whose pixels would stay until a collection of cycles.
         del image.load_end
+
+
+def _endless(image: Image.Image) -> _Timed | None:
+    """The file of a JPEG whose end is missing, before the image is loaded."""
+    file = getattr(image, "fp", None)
+    return file if isinstance(file, _Timed) and file.lacks_end else None
+
+
+def _check_whole(image: Image.Image, file: _Timed) -> None:
+    """Raises PermanentError if a JPEG without an end lacks pixels, too.
+
+    libjpeg decodes what follows as if it was part of the picture: pixels that differ with it are
+    not there. Of a few bits that are missing in the last block alone nothing may be seen.
+    """
+    with Image.open(file.otherwise(), formats=("JPEG",)) as other:
+        other.load()
+        if ImageChops.difference(image, other).getbbox(alpha_only=False) is not None:
+            raise _invalid("the JPEG image is truncated: pixels are missing at its end")
 
 
 def _passed_over(action: Callable[[], None]) -> None:
@@ -239,7 +280,7 @@ def _why_not_opened(data: bytes, limits: ImageLimits) -> str:
     accepted = ", ".join(limits.formats)
     if found in limits.formats:
         return f"the {found} image has a damaged header"
-    return f"found {found}, where one of {accepted} was expected"
+    return f"found {found}, where one of {accepted} was expected (BLIPQ_IMAGE_FORMATS)"
 
 
 def _sniff(data: bytes) -> str:
@@ -272,11 +313,13 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
     if min(width, height) < 1:
         raise _invalid(f"{found}: it has no pixels")
     if width * height > limits.max_pixels:
-        raise _too_large(f"{found}: at most {limits.max_pixels:,} in all are accepted")
+        most = f"at most {limits.max_pixels:,} in all"
+        raise _too_large(f"{found}: {most} (BLIPQ_MAX_IMAGE_PIXELS)")
     if max(width, height) > limits.max_side:
-        raise _too_large(f"{found}: a side has at most {limits.max_side:,}")
+        raise _too_large(f"{found}: a side has at most {limits.max_side:,} (BLIPQ_MAX_IMAGE_SIDE)")
     if max(width, height) > limits.max_aspect * min(width, height):
-        raise _too_large(f"{found}: sides differ by a factor of at most {limits.max_aspect:g}")
+        factor = f"a factor of at most {limits.max_aspect:g}"
+        raise _too_large(f"{found}: sides differ by {factor} (BLIPQ_MAX_IMAGE_ASPECT)")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -6,6 +6,7 @@ a file may have millions of segments. The counts never fall short of what the de
 
 import re
 import zlib
+from collections.abc import Iterator
 
 #: Segments, chunks or blocks. A file of 20 MiB in blocks of 1 KiB has a fifth of that.
 MOST_PARTS = 100_000
@@ -105,18 +106,29 @@ def _is_whole(chunk: bytes) -> bool:
     return zlib.crc32(chunk[:-4]) == int.from_bytes(chunk[-4:])
 
 
+def lacks_end(data: bytes) -> bool:
+    """Whether a JPEG ends without the marker that says so. Raises Excessive."""
+    if not data.startswith(b"\xff\xd8") or data.endswith(bytes((0xFF, _END))):
+        return False
+    return _END not in _jpeg_markers(data)
+
+
 def _jpeg_scans(data: bytes) -> int:
     """The scans of the first picture: behind its end decoders do not look."""
-    at = parts = scans = 0
+    return sum(code == _SCAN for code in _jpeg_markers(data))
+
+
+def _jpeg_markers(data: bytes) -> Iterator[int]:
+    """The codes of the first picture's markers, up to its end."""
+    at = parts = 0
     while (marker := _JPEG_MARKER.search(data, at)) is not None:
         code, at = marker[1][0], marker.end()
+        yield code
         if code == _END:
             break
         parts = _one_more(parts)
         if code >= _FIRST_WITH_LENGTH and code != _START:
             at += int.from_bytes(data[at : at + 2])
-        scans += code == _SCAN
-    return scans
 
 
 def _check_chunks(data: bytes) -> None:

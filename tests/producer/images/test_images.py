@@ -4,6 +4,7 @@ import base64
 import gc
 import gzip
 import io
+import random
 import struct
 import subprocess
 import sys
@@ -11,11 +12,12 @@ import time
 import tracemalloc
 import weakref
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
@@ -57,6 +59,49 @@ def test_each_accepted_format_decodes_to_rgb(format: str) -> None:
 def test_a_truncated_jpeg_is_image_invalid() -> None:
     data = encoded(Image.effect_noise((200, 200), 60), "JPEG")
     assert "truncated" in refused(data[: len(data) // 2], ErrorCode.IMAGE_INVALID)
+
+
+def noise(mode: str) -> Image.Image:
+    """The same each time."""
+    pixels = random.Random(11).randbytes(200 * 120)
+    return Image.frombytes("L", (200, 120), pixels).convert(mode)
+
+
+JPEGS = [
+    {},
+    {"progressive": True},
+    {"optimize": True},
+    {"quality": 95, "subsampling": 0},
+    {"restart_marker_blocks": 4},
+]
+
+
+@pytest.mark.parametrize("options", JPEGS)
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_that_lacks_only_its_end_has_all_its_pixels(
+    mode: str, options: dict[str, Any]
+) -> None:
+    data = encoded(noise(mode), "JPEG", **options)
+    whole = decode(data).tobytes()
+    for cut in (1, 2):  # the end marker, or its second half
+        assert decode(data[:-cut]).tobytes() == whole
+
+
+@pytest.mark.parametrize("options", JPEGS)
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_jpeg_that_lacks_pixels_is_never_taken_for_whole(
+    mode: str, options: dict[str, Any]
+) -> None:
+    """A few bits of its last block may be missing; wherever else it is cut, it is refused."""
+    data = encoded(noise(mode), "JPEG", **options)
+    whole = decode(data)
+    for cut in (*range(3, 60), len(data) // 3, len(data) // 2):
+        with suppress(PermanentError):
+            read = decode(data[:-cut])
+            assert cut < 8
+            changed = ImageChops.difference(read, whole).getbbox() or (192, 112, 200, 120)
+            assert changed[0] >= 180
+            assert changed[1] >= 100
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "AVIF", "GIF"])

@@ -17,6 +17,7 @@ from blipq.errors import PermanentError, TransientError, WorkError
 from blipq.s3.outputs import is_allowed
 from blipq.s3.refusals import OF_THE_ASKER, Refusal, S3Refused, refusal_of, status_of
 from blipq.s3.storage import Storage
+from blipq_worker.images.coding import TooLong, plain
 from blipq_worker.images.https import HttpsFetcher
 from blipq_worker.images.s3_access import AccessRefused
 
@@ -132,10 +133,13 @@ class Fetcher:
             if length is not None and data.tell() != length:
                 message = f"{image.uri}: the connection was cut after {data.tell():,} bytes"
                 raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, message)
-            return data.getvalue()
         except BaseException:
             body.close()  # unread bytes: the connection cannot be used again
             raise
+        try:
+            return plain(data.getvalue(), response.get("ContentEncoding"), self.max_bytes)
+        except TooLong:
+            raise self._too_large(image) from None
 
     def _too_large(self, image: ImageRef) -> PermanentError:
         message = f"{image.uri} is larger than {self.max_bytes:,} bytes"

@@ -12,9 +12,12 @@ from blipq.contract import ErrorCode, ImageRef
 from blipq.errors import PermanentError, TransientError
 from blipq.ssrf.http import FAILURES, GuardedHttp, header
 from blipq.ssrf.policy import Forbidden
+from blipq_worker.images.coding import TooLong, plain
 
 MAX_REDIRECTS = 3
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
+#: Answers with the whole image; 203 is what a proxy has changed, such as by scaling it down.
+WHOLE = frozenset({200, 203})
 #: Answers that a repetition may change, beside 5xx.
 PASSING = frozenset({408, 425, 429})
 #: Of what a server says an error repeats so many characters.
@@ -81,7 +84,14 @@ class HttpsFetcher:
             data.write(piece)
             if data.tell() > self._max_bytes:
                 raise self._too_large(image)
-        return data.getvalue()
+        return self._plain(image, response, data.getvalue())
+
+    def _plain(self, image: ImageRef, response: httpcore2.Response, data: bytes) -> bytes:
+        coding = header(response, b"content-encoding")
+        try:
+            return plain(data, coding, self._max_bytes)
+        except TooLong:
+            raise self._too_large(image) from None
 
     def _too_large(self, image: ImageRef) -> PermanentError:
         message = f"{_shown(image.uri)} is larger than {self._max_bytes:,} bytes"
@@ -110,7 +120,7 @@ def _joined(url: str, target: str) -> str:
 
 
 def _check_status(image: ImageRef, status: int) -> None:
-    if status == 200:
+    if status in WHOLE:
         return
     message = f"{_shown(image.uri)}: HTTP {status}"
     if status >= 500 or status in PASSING:
