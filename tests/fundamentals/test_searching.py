@@ -111,7 +111,8 @@ def test_indexes_are_listed_and_images_removed(
     assert "demo" in listed
     gone = list(indexed)[7]
     blipq("index", "delete", "renders", "--id", gone, stack=stack)
-    (shown,) = json.loads(blipq("index", "show", "renders", "--json", stack=stack).stdout)
+    told = json.loads(blipq("index", "show", "renders", "--json", stack=stack).stdout)
+    (shown,) = told["indexes"]
     assert shown["images"] == IMAGES - 1
     result = client.search("renders", indexed[gone].caption, top_k=IMAGES).result(timeout=60)
     assert gone not in {hit.id for hit in result.hits}

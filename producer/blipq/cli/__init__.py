@@ -1,8 +1,8 @@
 """The ``blipq`` command. Text for people on a terminal, ``--json`` for programs.
 
-Exit codes: 0 success, 1 anything unexpected, 2 wrong usage or request, 3 the job failed, 4 no such
-job, 5 not ended in time, 6 cancelled or expired, 7 Redis or S3 does not answer or is full,
-130 interrupted.
+Exit codes: 0 success, 1 anything unexpected, 2 wrong usage or request, 3 the job failed (2 with the
+code `invalid_request`), 4 no such job, 5 not ended in time, 6 cancelled or expired, 7 Redis or S3
+does not answer or is full, 130 interrupted.
 """
 
 from typing import Annotated
@@ -34,33 +34,28 @@ app = Group(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (
-    jobs.caption,
-    jobs.vqa,
-    jobs.match,
-    jobs.embed,
-    jobs.describe,
-    search.search,
-    jobs.status,
-    jobs.result,
-    jobs.cancel,
-    overview.wait,
-    watch.watch,
-):
-    app.command()(command)
-plugins.add_command(app, "demo")
-plugins.add_command(app, "bench")
-for command in (doctor.doctor, services.up, services.down, services.env):
-    app.command()(command)
-plugins.add_command(app, "worker")
-app.command()(metrics.metrics)
-app.command("list")(overview.list_)
-app.add_typer(overview.app, name="queue")
-app.add_typer(bulk.app, name="bulk")
-app.add_typer(dead_letters.app, name="dead-letters")
-app.add_typer(index.app, name="index")
-plugins.add_group(app, "models")
-app.add_typer(webhooks.app, name="webhooks")
+_ASK, _FOLLOW, _MANY = "Ask about an image", "Follow jobs", "Many images"
+_RUN, _OPERATE = "Run it", "Operate it"
+
+for command in (jobs.caption, jobs.vqa, jobs.match, jobs.embed, jobs.describe, search.search):
+    app.command(rich_help_panel=_ASK)(command)
+for command in (jobs.status, jobs.result, overview.wait, jobs.cancel):
+    app.command(rich_help_panel=_FOLLOW)(command)
+app.command("list", rich_help_panel=_FOLLOW)(overview.list_)
+app.add_typer(bulk.app, name="bulk", rich_help_panel=_MANY)
+app.command(rich_help_panel=_MANY)(watch.watch)
+app.add_typer(index.app, name="index", rich_help_panel=_MANY)
+plugins.add_command(app, "demo", panel=_RUN)
+for command in (services.up, services.down, services.env):
+    app.command(rich_help_panel=_RUN)(command)
+plugins.add_command(app, "worker", panel=_RUN)
+plugins.add_group(app, "models", panel=_RUN)
+plugins.add_command(app, "bench", panel=_RUN)
+app.command(rich_help_panel=_OPERATE)(doctor.doctor)
+app.add_typer(overview.app, name="queue", rich_help_panel=_OPERATE)
+app.add_typer(dead_letters.app, name="dead-letters", rich_help_panel=_OPERATE)
+app.add_typer(webhooks.app, name="webhooks", rich_help_panel=_OPERATE)
+app.command(rich_help_panel=_OPERATE)(metrics.metrics)
 
 
 def _version(shown: bool) -> None:

@@ -21,7 +21,7 @@ from blipq.contract import Priority, Status
 from blipq.errors import InvalidRequest, QueueUnavailable
 from blipq.program import blipq
 
-app = Group("Many requests from a manifest, a bounded number of them at a time.")
+app = Group("Many requests from a manifest, some at a time.")
 
 JournalArgument = Annotated[
     str, typer.Argument(metavar="JOURNAL", help="The journal, or the manifest it is named after.")

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from blipq.cli.terminal.group import Group
-from blipq.cli.terminal.output import IdArgument, JsonOption, connected, out, status_line
+from blipq.cli.terminal.output import IdArgument, JsonOption, connected, out, print_jobs
 from blipq.errors import JobNotFound
 from blipq.ledger.operator import OperatorLedger
 
@@ -24,13 +24,7 @@ def list_(
     """
     with connected(as_json) as client:
         operator = OperatorLedger.beside(client.ledger)
-        for info in operator.dead_letters(limit):
-            if as_json:
-                print(info.model_dump_json(exclude_none=True))
-            else:
-                out.print(
-                    f"{info.completed_at:%Y-%m-%d %H:%M:%S}  {status_line(info)}", markup=False
-                )
+        print_jobs(operator.dead_letters(limit), as_json)
 
 
 @app.command("show")

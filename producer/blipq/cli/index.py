@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from typer.core import TyperGroup
 
-from blipq.cli.terminal.group import Group
+from blipq.cli.terminal.group import Group, GroupOfCommands
 from blipq.cli.terminal.options import pairs
 from blipq.cli.terminal.output import JsonOption, connected, errors, out, reported
 from blipq.client.sync_client import Client
-from blipq.contract import IndexEntry, Options
+from blipq.contract import IndexEntry, Options, Priority
 from blipq.errors import BlipqError
 from blipq.settings import Settings
 from blipq.submission import checked
@@ -32,7 +31,7 @@ NEEDED = ("lancedb", "numpy")
 DEFAULT = "add"
 
 
-class _DefaultCommand(TyperGroup):
+class _DefaultCommand(GroupOfCommands):
     """``blipq index s3://...`` is ``blipq index add s3://...``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -55,7 +54,7 @@ def add(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="Of every image, to filter by; may be repeated."),
     ] = None,
-    priority: Annotated[str, typer.Option(help="high, normal or low.")] = "low",
+    priority: Annotated[Priority, typer.Option(help="Served round robin.")] = Priority.LOW,
     window: Annotated[int, typer.Option(min=1, help="Most jobs in flight.")] = 512,
     as_json: JsonOption = False,
 ) -> None:
@@ -86,7 +85,7 @@ def list_(as_json: JsonOption = False) -> None:
     with _parts(as_json):
         infos = _indexes().infos()
         if as_json:
-            print(json.dumps([_described(info) for info in infos]))
+            print(json.dumps({"indexes": [_described(info) for info in infos]}))
             return
         out.print(_table(infos) if infos else "no indexes")
 
@@ -101,7 +100,7 @@ def show(name: NameArgument, as_json: JsonOption = False) -> None:
     with _parts(as_json):
         described = [_described(info) for info in _named(_indexes(), name)]
     if as_json:
-        print(json.dumps(described))
+        print(json.dumps({"indexes": described}))
         return
     for each in described:
         for key, value in each.items():

@@ -1,7 +1,7 @@
 """Commands that submit a job, or look one up."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Unpack
 
 import typer
 
@@ -15,9 +15,10 @@ from blipq.cli.terminal.output import (
     print_json,
     status_line,
 )
+from blipq.cli.terminal.several import Several, named
 from blipq.client.job import Job
 from blipq.client.sync_client import Client
-from blipq.contract import Generation
+from blipq.contract import Generation, OptionFields
 from blipq.errors import InvalidRequest
 from blipq.submission import checked
 
@@ -43,21 +44,40 @@ def _generation(texts: list[str] | None) -> dict[str, str] | None:
 @verb
 def caption(
     client: Client,
-    image: ImageArgument,
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            help="s3://bucket/key, https://..., or local files to upload; - reads them from stdin."
+        ),
+    ],
     prompt: Annotated[str | None, typer.Option(help="Text the caption goes on from.")] = None,
     best_of: Annotated[int | None, typer.Option(help="Rank this many captions.")] = None,
     generation: GenerationOption = None,
-    **options: Any,
-) -> Job[Any]:
-    """Describe an image.
+    **options: Unpack[OptionFields],
+) -> Job[Any] | Several:
+    """Describe an image, or several.
+
+    Of several, each line of the answer begins with the image; with --json there is a line for each,
+    with the image as `source`.
 
     Examples:
         blipq caption photo.jpg
+        blipq caption *.jpg --json
+        ls *.jpg | blipq caption -
         blipq caption s3://photos/1.jpg --best-of 3 --set num_beams=1
         blipq caption s3://photos/1.jpg --no-wait --output s3://blipq-outputs/1.json
     """
     parameters = _generation(generation)
-    return client.caption(image, prompt, best_of=best_of, generation=parameters, **options)
+
+    def submit(image: str) -> Job[Any]:
+        return client.caption(image, prompt, best_of=best_of, generation=parameters, **options)
+
+    if len(images) == 1 and images != ["-"]:
+        return submit(images[0])
+    for name in ("idempotency_key", "output"):
+        if options.get(name) is not None:
+            raise InvalidRequest(f"--{name.replace('_', '-')} is of one image: give a single one")
+    return Several(named(images), submit)
 
 
 @verb
@@ -70,7 +90,7 @@ def vqa(
         typer.Option("--choice", help="An answer to choose from; give two or more."),
     ] = None,
     generation: GenerationOption = None,
-    **options: Any,
+    **options: Unpack[OptionFields],
 ) -> Job[Any]:
     """Ask questions about an image.
 
@@ -89,7 +109,7 @@ def match(
     image: ImageArgument,
     texts: Annotated[list[str], typer.Argument(help="One or more texts.")],
     head: Annotated[str, typer.Option(help="itm: a probability; itc: a cosine.")] = "itm",
-    **options: Any,
+    **options: Unpack[OptionFields],
 ) -> Job[Any]:
     """Score texts against an image.
 
@@ -115,9 +135,9 @@ def embed(
     ] = None,
     dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
     index: Annotated[str | None, typer.Option(help="Put the image into this search index.")] = None,
-    **options: Any,
+    **options: Unpack[OptionFields],
 ) -> Job[Any]:
-    """Get the features of an image, of a text, or of both read together.
+    """Get the features of an image, of a text, or of both together.
 
     Examples:
         blipq embed photo.jpg --json
@@ -141,9 +161,9 @@ def describe(
     caption: Annotated[bool, typer.Option(help="Ask for a caption.")] = True,
     embed: Annotated[bool, typer.Option("--embed", help="Ask for the image's features.")] = False,
     generation: GenerationOption = None,
-    **options: Any,
+    **options: Unpack[OptionFields],
 ) -> Job[Any]:
-    """Ask for several things about an image, which is looked at once.
+    """Ask for several things about an image at once.
 
     Examples:
         blipq describe photo.jpg --question "is it red?" --text "a cat"

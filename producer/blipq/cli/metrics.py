@@ -14,9 +14,10 @@ from blipq.submission import checked
 def metrics(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of /metrics.")] = 9464,
 ) -> None:
-    """Serve Prometheus metrics of the queues until SIGTERM: depth, age, workers, dead letters.
+    """Serve Prometheus metrics of the queues until SIGTERM.
 
-    One is enough: workers and senders tell only what they themselves do.
+    Depth, age, workers and dead letters. One is enough: workers and senders tell only what they
+    themselves do.
 
     Examples:
         blipq metrics --port 9464

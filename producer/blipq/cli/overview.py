@@ -5,29 +5,26 @@ import time
 from typing import Annotated
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 from blipq.cli.terminal.group import Group
 from blipq.cli.terminal.output import (
-    EXIT_CODES,
     JsonOption,
     connected,
     errors,
+    exit_code_of,
     out,
+    print_jobs,
     print_json,
     status_line,
 )
 from blipq.contract import Status
-from blipq.errors import JobCancelled, JobExpired, JobFailed
+from blipq.errors import InvalidRequest
 from blipq.ledger.operator import OperatorLedger, QueueState
 
 app = Group("The queues that jobs wait in.")
 
-_CODES = {
-    Status.SUCCEEDED: 0,
-    Status.FAILED: EXIT_CODES[JobFailed],
-    Status.CANCELLED: EXIT_CODES[JobCancelled],
-    Status.EXPIRED: EXIT_CODES[JobExpired],
-}
 _STATUSES = f"Only with this status: {', '.join(Status)}."
 
 
@@ -37,7 +34,10 @@ def list_(
     limit: Annotated[int, typer.Option(min=1, max=1000, help="At most this many.")] = 20,
     as_json: JsonOption = False,
 ) -> None:
-    """List jobs, the newest first: open ones, and the last thousand that ended.
+    """List jobs, the newest first.
+
+    Open ones, and the last thousand that ended, each with its picture and its answer. Times are
+    UTC.
 
     Examples:
         blipq list
@@ -46,12 +46,7 @@ def list_(
     """
     with connected(as_json) as client:
         operator = OperatorLedger.beside(client.ledger)
-        for info in operator.jobs(status=status, model=model, limit=limit):
-            if as_json:
-                print_json(info)
-            else:
-                line = f"{info.created_at:%Y-%m-%d %H:%M:%S}  {info.kind:<8}  {status_line(info)}"
-                out.print(line, markup=False)
+        print_jobs(operator.jobs(status=status, model=model, limit=limit), as_json)
 
 
 def wait(
@@ -59,7 +54,9 @@ def wait(
     timeout: Annotated[float, typer.Option(help="Longest wait for them all, in seconds.")] = 60.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Wait for jobs to end. Exits as `result` does, by the first that did not succeed.
+    """Wait for jobs to end.
+
+    Exits as `result` does, by the first that did not succeed. With --json, a line of JSON for each.
 
     Examples:
         blipq wait job_0197f2a0-5c7e-7d3b-9a51-3c1d6e0f4a2b --timeout 600
@@ -70,7 +67,7 @@ def wait(
     with connected(as_json) as client:
         for id in ids:
             info = client.job(id).wait(max(0.0, deadline - time.monotonic()))
-            code = code or _CODES[info.status]
+            code = code or exit_code_of(info)
             if as_json:
                 print_json(info)
             else:
@@ -97,17 +94,20 @@ def stats(as_json: JsonOption = False) -> None:
     if as_json:
         print(json.dumps({**totals, "queues": [queue.as_dict() for queue in queues]}))
         return
-    for queue in queues:
-        out.print(_line(queue), markup=False)
+    out.print(_table(queues) if queues else "no queues: nothing was ever submitted")
     told = ", ".join(f"{number:,} {name}" for name, number in totals.items())
     errors.print(f"jobs: {told}", style="dim")
 
 
-def _line(queue: QueueState) -> str:
-    line = f"{queue.queue}  {queue.waiting:,} waiting"
-    if queue.oldest_s is not None:
-        line += f", the oldest for {queue.oldest_s:,.0f} s"
-    return f"{line}, {queue.live_workers} live workers"
+def _table(queues: list[QueueState]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("queue", overflow="fold")
+    for name in ("waiting", "oldest", "live workers"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for queue in queues:
+        oldest = "" if queue.oldest_s is None else f"{queue.oldest_s:,.0f} s"
+        table.add_row(Text(queue.queue), f"{queue.waiting:,}", oldest, f"{queue.live_workers:,}")
+    return table
 
 
 @app.command("purge")
@@ -125,6 +125,9 @@ def purge(
     with connected(as_json) as client:
         operator = OperatorLedger.beside(client.ledger)
         known = {state.queue: state.waiting for state in operator.queues()}
+        if queue not in known:
+            there = ", ".join(sorted(known)) or "none"
+            raise InvalidRequest(f"there is no queue {queue!r}; there are: {there}")
         if not yes:
             question = f"Cancel {known.get(queue, 0):,} jobs that wait in {queue}?"
             typer.confirm(question, abort=True, err=True)

@@ -20,21 +20,22 @@ ENTRY_POINTS = "blipq.commands"
 
 #: Names and the first line of their help, as the worker's modules have it.
 COMMANDS = {
-    "demo": "Show it all in a minute: servers, a worker, and pictures whose content is known.",
-    "bench": "Compare the whole service with the bare engine, on your model and machine.",
-    "worker": "Run a worker for the services that the settings name. SIGTERM drains it.",
+    "demo": "Show it all in a minute, on pictures whose content is known.",
+    "bench": "Compare the whole service with the bare engine.",
+    "worker": "Run a worker for the services that the settings name.",
     "models": "Models that can be served.",
 }
 
 
-def add_command(app: typer.Typer, name: str) -> None:
+def add_command(app: typer.Typer, name: str, *, panel: str) -> None:
     """Registers one of the worker's commands by its name and help alone."""
-    typer.Typer.command(app, name, cls=_Command, help=COMMANDS[name])(_stand_in)
+    options: dict[str, Any] = {"help": COMMANDS[name], "rich_help_panel": panel}
+    typer.Typer.command(app, name, cls=_Command, **options)(_stand_in)
 
 
-def add_group(app: typer.Typer, name: str) -> None:
+def add_group(app: typer.Typer, name: str, *, panel: str) -> None:
     """Registers one of the worker's groups of commands by its name and help alone."""
-    app.add_typer(Group(COMMANDS[name]), name=name, cls=_Group)
+    app.add_typer(Group(COMMANDS[name]), name=name, cls=_Group, rich_help_panel=panel)
 
 
 def _stand_in() -> None:

@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Unpack
 
 import typer
 
@@ -11,7 +11,7 @@ from blipq.cli.terminal.options import Then, verb
 from blipq.cli.terminal.output import errors
 from blipq.client.job import Job
 from blipq.client.sync_client import Client
-from blipq.contract import SearchResult
+from blipq.contract import OptionFields, SearchResult
 from blipq.errors import BlipqError, InvalidRequest
 from blipq.s3.storage import Storage
 
@@ -39,7 +39,7 @@ def search(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a page with the pictures.")
     ] = None,
-    **options: Any,
+    **options: Unpack[OptionFields],
 ) -> tuple[Job[Any], Then | None]:
     """Find images in an index by a text, or by an image.
 

@@ -56,11 +56,11 @@ def down() -> None:
 
 
 def env(as_json: JsonOption = False) -> None:
-    """Print how other programs reach Redis and S3: variables for a shell, passwords included.
+    """Print how other programs reach Redis and S3.
 
-    For redis-cli, boto3, the AWS CLI, Celery, Flower and services in other languages: BLIPQ_*,
-    AWS_* and CELERY_BROKER_URL, as the settings or the local stack say. With keys, an AWS session
-    or profile of the shell is unset.
+    As variables for a shell, passwords included. For redis-cli, boto3, the AWS CLI, Celery, Flower
+    and services in other languages: BLIPQ_*, AWS_* and CELERY_BROKER_URL, as the settings or the
+    local stack say. With keys, an AWS session or profile of the shell is unset.
 
     Examples:
         eval "$(blipq env)"

@@ -12,7 +12,7 @@ from collections.abc import (
 from contextlib import aclosing
 from functools import partial
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 from blipq.client.backend import Backend
 from blipq.client.base import ClientBase, embed_fields, request_of, submission_of
@@ -37,6 +37,7 @@ from blipq.contract import (
     JobInfo,
     MatchRequest,
     MatchResult,
+    OptionFields,
     Options,
     Result,
     ResultT,
@@ -120,7 +121,7 @@ class AsyncClient(ClientBase):
         *,
         generation: Generation | Mapping[str, Any] | None = None,
         best_of: int | None = None,
-        **options: Any,
+        **options: Unpack[OptionFields],
     ) -> AsyncJob[CaptionResult]:
         """Asks for a caption, like ``Client.caption``."""
         fields = {"prompt": prompt, "generation": generation, "best_of": best_of}
@@ -134,7 +135,7 @@ class AsyncClient(ClientBase):
         history: Sequence[Turn | tuple[str, str]] | None = None,
         choices: Sequence[str] | None = None,
         generation: Generation | Mapping[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[OptionFields],
     ) -> AsyncJob[VQAResult]:
         """Asks one or many questions about an image, like ``Client.vqa``."""
         fields = {"questions": questions, "history": turns(history), "choices": choices}
@@ -146,7 +147,7 @@ class AsyncClient(ClientBase):
         texts: str | Sequence[str],
         *,
         head: Head = "itm",
-        **options: Any,
+        **options: Unpack[OptionFields],
     ) -> AsyncJob[MatchResult]:
         """Asks how well each text matches, like ``Client.match``."""
         return await self._ask(MatchRequest, image, {"texts": texts, "head": head}, options)
@@ -159,7 +160,7 @@ class AsyncClient(ClientBase):
         mode: EmbedMode | None = None,
         dtype: EmbedDtype = "float16",
         index: str | Mapping[str, Any] | IndexEntry | None = None,
-        **options: Any,
+        **options: Unpack[OptionFields],
     ) -> AsyncJob[EmbedResult]:
         """Asks for features of an image, a text or both, like ``Client.embed``."""
         return await self._ask(
@@ -175,7 +176,7 @@ class AsyncClient(ClientBase):
         texts: str | Sequence[str] = (),
         embed: bool = False,
         generation: Generation | Mapping[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[OptionFields],
     ) -> AsyncJob[DescribeResult]:
         """Asks for several things about an image, like ``Client.describe``."""
         fields = {"caption": caption, "questions": questions, "texts": texts, "embed": embed}
@@ -190,7 +191,7 @@ class AsyncClient(ClientBase):
         top_k: int = 10,
         rerank: int = 128,
         filter: Mapping[str, str | Sequence[str]] | None = None,
-        **options: Any,
+        **options: Unpack[OptionFields],
     ) -> AsyncJob[SearchResult]:
         """Asks for the images of an index that are nearest, like ``Client.search``."""
         fields = {"index": index, "text": text, "top_k": top_k, "rerank": rerank, "filter": filter}

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 from blipq.client.backend import Backend, PerProcess
 from blipq.client.base import ClientBase, embed_fields, request_of, submission_of
@@ -28,6 +28,7 @@ from blipq.contract import (
     JobInfo,
     MatchRequest,
     MatchResult,
+    OptionFields,
     Options,
     Result,
     ResultT,
@@ -115,7 +116,7 @@ class Client(ClientBase):
         *,
         generation: Generation | Mapping[str, Any] | None = None,
         best_of: int | None = None,
-        **options: Any,
+        **options: Unpack[OptionFields],
     ) -> Job[CaptionResult]:
         """Asks for a caption, optionally one that goes on from ``prompt``.
 
@@ -132,7 +133,7 @@ class Client(ClientBase):
         history: Sequence[Turn | tuple[str, str]] | None = None,
         choices: Sequence[str] | None = None,
         generation: Generation | Mapping[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[OptionFields],
     ) -> Job[VQAResult]:
         """Asks one or many questions about an image.
 
@@ -148,7 +149,7 @@ class Client(ClientBase):
         texts: str | Sequence[str],
         *,
         head: Head = "itm",
-        **options: Any,
+        **options: Unpack[OptionFields],
     ) -> Job[MatchResult]:
         """Asks how well each text matches: ``itm`` is a probability, ``itc`` a cosine."""
         return self._ask(MatchRequest, image, {"texts": texts, "head": head}, options)
@@ -161,7 +162,7 @@ class Client(ClientBase):
         mode: EmbedMode | None = None,
         dtype: EmbedDtype = "float16",
         index: str | Mapping[str, Any] | IndexEntry | None = None,
-        **options: Any,
+        **options: Unpack[OptionFields],
     ) -> Job[EmbedResult]:
         """Asks for features of an image, a text, or both read together (``multimodal``).
 
@@ -180,7 +181,7 @@ class Client(ClientBase):
         texts: str | Sequence[str] = (),
         embed: bool = False,
         generation: Generation | Mapping[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[OptionFields],
     ) -> Job[DescribeResult]:
         """Asks for several things about an image, which is looked at once.
 
@@ -198,7 +199,7 @@ class Client(ClientBase):
         top_k: int = 10,
         rerank: int = 128,
         filter: Mapping[str, str | Sequence[str]] | None = None,
-        **options: Any,
+        **options: Unpack[OptionFields],
     ) -> Job[SearchResult]:
         """Asks for the images of an index that are nearest to a text, or to an image.
 

@@ -12,6 +12,7 @@ from blipq.contract.jobs import TERMINAL_STATUSES, JobInfo, Receipt, Status
 from blipq.contract.options import (
     LONGEST_DEADLINE_S,
     JobEvent,
+    OptionFields,
     Options,
     Priority,
     Seconds,
@@ -86,6 +87,7 @@ __all__ = [
     "MatchResult",
     "Metadata",
     "Name",
+    "OptionFields",
     "Options",
     "Priority",
     "Receipt",

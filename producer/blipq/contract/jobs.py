@@ -60,6 +60,7 @@ class Receipt(Output):
 class JobInfo(Output):
     """A job as the ledger has it. Times are UTC; ``attempts`` counts deliveries to a worker.
 
+    ``image`` is where its image is, without the query of a URL, which may hold a signature.
     While the job is open, ``live_workers`` says how many live workers serve its model, ``note``
     what keeps it from being run, if that is known, and ``last_error`` why it is run again.
     """
@@ -73,6 +74,7 @@ class JobInfo(Output):
     completed_at: datetime | None = None
     expires_at: datetime
     attempts: int = 0
+    image: str | None = None
     result: Result | None = None
     error: JobError | None = None
     receipt: Receipt | None = None

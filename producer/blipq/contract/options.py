@@ -1,9 +1,10 @@
 """What every job can be given beside its request."""
 
 import re
+from collections.abc import Mapping
 from datetime import timedelta
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -60,6 +61,18 @@ class Webhook(Input):
 
     url: Annotated[str, Field(max_length=2048), AfterValidator(_checked_webhook_url)]
     events: tuple[JobEvent, ...] = Field(default=_TERMINAL_EVENTS, min_length=1)
+
+
+class OptionFields(TypedDict, total=False):
+    """What ``Options`` takes, as keyword arguments: see there."""
+
+    model: str
+    priority: Priority | Literal["high", "normal", "low"]
+    expires_in: float | str | timedelta | None
+    idempotency_key: str | None
+    webhook: Webhook | Mapping[str, Any] | None
+    output: str | None
+    metadata: Mapping[str, str] | None
 
 
 class Options(Input):

@@ -264,6 +264,15 @@ def paired(flat: Sequence[str]) -> dict[str, str]:
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
+def _image_of(request: Any) -> str | None:
+    """Where a request's image is, without what follows ``?`` in a URL."""
+    image = request.get("image") if isinstance(request, dict) else None
+    uri = image.get("uri") if isinstance(image, dict) else image
+    if not isinstance(uri, str):
+        return None
+    return uri if uri.startswith("s3://") else uri.partition("?")[0]
+
+
 def job_info(id: str, job: Mapping[str, str], *, live_workers: int | None = None) -> JobInfo:
     """A record's fields as everyone sees the job."""
 
@@ -286,6 +295,7 @@ def job_info(id: str, job: Mapping[str, str], *, live_workers: int | None = None
             "completed_at": at("completed_at"),
             "expires_at": at("deadline"),
             "attempts": int(job.get("attempts", 0)),
+            "image": _image_of(loaded("request")),
             "result": loaded("result"),
             "error": loaded("error"),
             "receipt": loaded("receipt"),

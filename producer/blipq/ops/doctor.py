@@ -243,7 +243,10 @@ def _s3(settings: Settings, *, create_bucket: bool) -> Findings:
             storage.create_bucket(settings.inbox_bucket)
         yield from _bucket(storage, settings.inbox_bucket)
     except BotoCoreError as error:
-        advice = "set BLIPQ_S3_ENDPOINT_URL, BLIPQ_S3_ACCESS_KEY_ID and BLIPQ_S3_SECRET_ACCESS_KEY"
+        advice = (
+            f"start S3 or `{blipq('up')}`, or set BLIPQ_S3_ENDPOINT_URL, BLIPQ_S3_ACCESS_KEY_ID "
+            "and BLIPQ_S3_SECRET_ACCESS_KEY"
+        )
         yield Finding("bad", "s3", f"it does not answer: {error}", advice)
 
 
@@ -377,7 +380,9 @@ def _queues(settings: Settings) -> Findings:
         if state.live_workers:
             yield Finding("ok", "queues", message)
         else:
-            advice = f"start a worker: BLIPQ_MODELS={state.model}=... {blipq('worker')}"
+            purge = blipq(f"queue purge {state.queue}")
+            advice = f"start a worker: BLIPQ_MODELS={state.model}=... {blipq('worker')}; "
+            advice += f"or cancel what waits: {purge}"
             yield Finding("bad", "queues", f"{message}, and no live worker", advice)
     yield _dead_letters(dead)
 
@@ -429,6 +434,10 @@ def _machine(ask_torch: bool) -> Findings:
         yield Finding("ok", "torch", f"torch {version}; ask it for CUDA with --torch")
 
 
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 0.1e9 else f"{count / 1e6:.1f} MB"
+
+
 def _weights() -> Findings:
     """The weights of BLIPQ_MODELS, and room for those that are not here yet."""
     command = [sys.executable, "-m", "blipq", "models", "weights"]
@@ -439,7 +448,7 @@ def _weights() -> Findings:
         return
     told = json.loads(answer.stdout)
     for each in told["weights"]:
-        size = "" if each["bytes"] is None else f", {each['bytes'] / 1e9:.1f} GB"
+        size = "" if each["bytes"] is None else f", {_size(each['bytes'])}"
         if each["present"]:
             yield Finding("ok", "weights", f"{each['checkpoint']}{size}")
     missing = [each for each in told["weights"] if not each["present"]]
@@ -506,7 +515,7 @@ def _canary(settings: Settings) -> Findings:
 def _judged(text: str, checkpoint: str | None, took: float) -> Finding:
     """A model may call a red square something else; the demo model, trained on such, may not."""
     missing = [word for word in ("red", "square") if word not in text.lower().split()]
-    message = f"a job in {took:.1f} s, contract {CONTRACT}: expected a red square, got {text!r}"
+    message = f"a job took {took:.1f} s (contract {CONTRACT}): of a red square it says {text!r}"
     if not text.strip() or (missing and checkpoint == "demo"):
         advice = "the model is damaged: fetch its weights again, and look at the worker's log"
         return Finding("bad", "canary", message, advice)

@@ -10,11 +10,14 @@ from contextlib import asynccontextmanager
 
 import httpcore2
 
-from blipq.ssrf.policy import Guard, Policy, Resolver, Target, Unresolved
+from blipq.ssrf.crowd import Crowded, Visit
+from blipq.ssrf.policy import Address, Guard, Policy, Resolver, Target, Unresolved
 
 #: One address of several that does not answer must not use up the whole time.
 CONNECT_TIMEOUT_S = 5.0
 
+#: A name that takes longer has no address now: its servers do not answer.
+RESOLVE_TIMEOUT_S = 5.0
 #: The longest that the resolver of the system takes over a name whose servers do not answer.
 LONGEST_LOOK_UP_S = 30.0
 #: Look-ups at a time, whatever the settings: each is a thread, of which a container may have few.
@@ -32,8 +35,9 @@ FAILURES = (
 class _Pinned(httpcore2.AsyncNetworkBackend):
     """Connects to what the guard judged; SNI, certificate and Host stay those of the name."""
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: Guard, visit: Visit | None) -> None:
         self._guard = guard
+        self._visit = visit
         self._network = httpcore2.AnyIOBackend()
 
     async def connect_tcp(
@@ -45,15 +49,24 @@ class _Pinned(httpcore2.AsyncNetworkBackend):
         socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
         failed: Exception | None = None
-        for address in await self._guard.addresses(host, port):
+        for address in await self._addresses(host, port):
+            if self._visit is not None and not self._visit.enter(address, port):
+                continue
             try:
                 return await self._network.connect_tcp(
                     str(address), port, timeout, local_address, socket_options
                 )
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 failed = error
-        assert failed is not None, "the guard gives at least one address"
-        raise failed
+        raise failed or Crowded(host)
+
+    async def _addresses(self, host: str, port: int) -> list[Address]:
+        try:
+            async with asyncio.timeout(RESOLVE_TIMEOUT_S):
+                return await self._guard.addresses(host, port)
+        except TimeoutError:
+            message = f"{host}: not resolved within {RESOLVE_TIMEOUT_S:g} s"
+            raise Unresolved(message) from None
 
 
 class GuardedHttp:
@@ -78,7 +91,7 @@ class GuardedHttp:
         # request is given up, and names that do not resolve must not hold up anything else.
         most = at_a_time * (1 + math.ceil(LONGEST_LOOK_UP_S / timeout_s))
         self._threads = ThreadPoolExecutor(min(most, MOST_LOOK_UPS), "blipq-resolve")
-        self._backend = _Pinned(Guard(policy, resolve or self._look_up))
+        self._guard = Guard(policy, resolve or self._look_up)
         self._tls = tls
 
     def close(self) -> None:
@@ -87,16 +100,24 @@ class GuardedHttp:
 
     @asynccontextmanager
     async def response(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes = b""
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes = b"",
+        *,
+        visit: Visit | None = None,
     ) -> AsyncIterator[httpcore2.Response]:
         """The answer to one request, its body still to be read; ``timeout_s`` covers that too.
 
-        Raises Forbidden, or one of FAILURES.
+        ``visit``: whom to ask for a place at each address. Raises Forbidden, Crowded, or one of
+        FAILURES.
         """
         target = self._policy.check(url)
         request = _request(method, target, headers, body)
+        backend = _Pinned(self._guard, visit)
         connection = httpcore2.AsyncHTTPConnection(
-            request.url.origin, ssl_context=self._trust(target), network_backend=self._backend
+            request.url.origin, ssl_context=self._trust(target), network_backend=backend
         )
         async with asyncio.timeout(self.timeout_s), connection:
             response = await connection.handle_async_request(request)

@@ -21,7 +21,7 @@ MAX_BODY_BYTES = 20_000
 #: The longest that S3 signs for. The ladder is shorter, and the bytes are the same on each attempt.
 RESULT_URL_S = 7 * 86400
 
-Verdict = Literal["delivered", "retry", "dead", "stop"]
+Verdict = Literal["delivered", "retry", "dead", "stop", "defer"]
 
 
 def webhook_id(event: str) -> str:

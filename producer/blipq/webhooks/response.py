@@ -8,6 +8,7 @@ from typing import Literal
 
 import httpcore2
 
+from blipq.ssrf.crowd import Visit
 from blipq.ssrf.http import FAILURES, GuardedHttp, header
 from blipq.ssrf.policy import Forbidden, Unresolved
 
@@ -25,6 +26,7 @@ Outcome = Literal[
     "unreachable",
     "unresolved",
     "url_forbidden",
+    "crowded",  # too many requests are at its address: nothing was sent, no attempt is counted
 ]
 
 
@@ -42,11 +44,18 @@ class Answer:
         return self.outcome in ("gone", "url_forbidden")
 
 
-async def post(http: GuardedHttp, url: str, headers: Mapping[str, str], body: bytes) -> Answer:
-    """Posts once; whatever happens is an answer."""
+async def post(
+    http: GuardedHttp,
+    url: str,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    visit: Visit | None = None,
+) -> Answer:
+    """Posts once; whatever happens is an answer, unless there is no room: Crowded."""
     told: Answer | None = None
     try:
-        async with http.response("POST", url, headers, body) as response:
+        async with http.response("POST", url, headers, body, visit=visit) as response:
             told = _answer(response)
             await _drain(response)
     except (Forbidden, *FAILURES) as error:

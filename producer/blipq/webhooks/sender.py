@@ -7,6 +7,7 @@ lease is over, under the same id.
 import asyncio
 import logging
 import os
+import random
 import secrets
 import signal
 import socket
@@ -24,6 +25,7 @@ from blipq.program import blipq
 from blipq.redaction import log_to_stderr
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
+from blipq.ssrf.crowd import Crowd, Crowded
 from blipq.ssrf.http import GuardedHttp
 from blipq.webhooks.delivery import Verdict, body_of, signed_headers, verdict_on
 from blipq.webhooks.metrics import SenderMetrics
@@ -36,6 +38,10 @@ POLL_S = 0.1
 ALIVE_S = 15.0
 #: Hosts that timed out and have not answered since; beyond this many, the oldest is forgotten.
 MOST_SLOW_HOSTS = 1000
+#: Hosts that answered when they were last posted to, as many as are remembered.
+MOST_ANSWERED_HOSTS = 10_000
+#: How long a host is left alone that has no room at its address.
+CROWDED_S = 2.0
 
 T = TypeVar("T")
 
@@ -69,6 +75,10 @@ class Sender:
         self._threads = ThreadPoolExecutor(8, "blipq-outbox")
         self._sending: Counter[str] = Counter()
         self._slow: dict[str, None] = {}
+        self._answered: dict[str, None] = {}
+        self._crowd = Crowd()
+        #: Hosts without room at their address, until when they are left alone.
+        self._crowded: dict[str, float] = {}
         self._suspects = 0
         self._freed = asyncio.Event()
         self._registered = -ALIVE_S
@@ -134,12 +144,16 @@ class Sender:
 
         A host that does not answer holds each of its places for the whole timeout, so it has one.
         """
+        now = time.monotonic()
+        self._crowded = {host: until for host, until in self._crowded.items() if until > now}
         most = self._settings.webhook_host_concurrency
-        hosts = {**self._slow, **dict.fromkeys(self._sending)}
-        return {
-            host: max(0, (1 if host in self._slow else most) - self._sending[host])
-            for host in hosts
-        }
+        hosts = {**self._slow, **dict.fromkeys(self._sending), **self._crowded}
+        return {host: self._room_of(host, most) for host in hosts}
+
+    def _room_of(self, host: str, most: int) -> int:
+        if host in self._crowded:
+            return 0
+        return max(0, (1 if host in self._slow else most) - self._sending[host])
 
     # -- send --
 
@@ -151,6 +165,8 @@ class Sender:
             self._note_speed(host, answer)
             self.metrics.attempted(answer.outcome, started)
             await self._record(event, answer, started)
+        except Crowded:
+            await self._defer(event)
         except Lost:
             log.warning("%s: taken over by another sender", event.name)
         except (QueueUnavailable, QueueFull) as error:
@@ -169,7 +185,27 @@ class Sender:
     async def _attempt(self, event: Event) -> Answer:
         body = await self._in_thread(lambda: self._body(event))
         headers = signed_headers(event.webhook_id, body, self._secrets)
-        return await post(self._http, event.record["url"], headers, body)
+        with self._crowd.visit(self._most_of_an_address(event.record["host"])) as visit:
+            return await post(self._http, event.record["url"], headers, body, visit=visit)
+
+    def _most_of_an_address(self, host: str) -> int:
+        """Requests at one address at which a host's further ones wait.
+
+        A single server may have any number of names. Those that answered when they were last asked
+        may have half of all places there, as behind a large proxy; others as many as one host.
+        """
+        if host in self._answered:
+            return max(1, self._settings.webhook_concurrency // 2)
+        return self._settings.webhook_host_concurrency
+
+    async def _defer(self, event: Event) -> None:
+        """Puts an event back for which there is no room: it is no attempt."""
+        host = event.record["host"]
+        if len(self._crowded) < MOST_SLOW_HOSTS:
+            self._crowded[host] = time.monotonic() + CROWDED_S
+        delay = CROWDED_S * random.uniform(1.0, 1.5)
+        with suppress(Lost, QueueUnavailable, QueueFull):  # else it is due after its lease
+            await self._settled(event, Answer("crowded", "no room at its address"), delay, "defer")
 
     def _body(self, event: Event) -> bytes:
         """The bytes to send, fixed before they are sent for the first time."""
@@ -181,12 +217,10 @@ class Sender:
         return body
 
     def _note_speed(self, host: str, answer: Answer) -> None:
-        if answer.outcome == "timeout":
-            self._slow[host] = None
-            if len(self._slow) > MOST_SLOW_HOSTS:
-                del self._slow[next(iter(self._slow))]
-        else:
-            self._slow.pop(host, None)
+        slow = answer.outcome == "timeout"
+        answered = answer.outcome not in ("timeout", "unreachable", "unresolved", "url_forbidden")
+        _remember(self._slow, host, slow, MOST_SLOW_HOSTS)
+        _remember(self._answered, host, answered, MOST_ANSWERED_HOSTS)
 
     # -- record --
 
@@ -225,6 +259,15 @@ class Sender:
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _remember(hosts: dict[str, None], host: str, belongs: bool, most: int) -> None:
+    """Puts a host last among those that belong there, or takes it out; the oldest is forgotten."""
+    hosts.pop(host, None)
+    if belongs:
+        hosts[host] = None
+        if len(hosts) > most:
+            del hosts[next(iter(hosts))]
 
 
 def run(settings: Settings, *, metrics_port: int | None = None) -> None:

@@ -8,9 +8,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,9 +24,11 @@ from blipq import Client, Settings
 from blipq.cli import app
 from blipq.cli.plugins import COMMANDS as OF_THE_WORKER
 from blipq.cli.plugins import loaded
+from blipq.cli.terminal import several
 from blipq.cli.terminal.group import split_help
 from blipq.cli.terminal.output import Terminal, spinner_line
-from blipq.contract import Kind, Options, Request, request_adapter
+from blipq.contract import Kind, Options, Request, Status, request_adapter
+from blipq.ledger.operator import OperatorLedger
 from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.local.stack import free_port
 from blipq.program import blipq
@@ -130,6 +134,84 @@ def test_json_is_one_object_on_stdout_and_silence_on_stderr(
     info = json.loads(ran.stdout)
     assert (info["status"], info["result"]["captions"][0]["text"]) == ("succeeded", "a [red] cat")
     assert ran.stderr == ""
+
+
+@pytest.fixture
+def captioned(client: Client, ledger: WorkerLedger) -> Iterator[list[str]]:
+    """Has every job captioned with the name of its image, but those of "none"; their ids."""
+    done: list[str] = []
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.wait(0.02):
+            for info in OperatorLedger.beside(client.ledger).jobs(status=Status.QUEUED):
+                claim = ledger.claim(info.id, "w1")
+                assert isinstance(claim, Claim)
+                name = str(info.image).rpartition("/")[2]
+                result = {"kind": "caption", "captions": [{"text": f"a {name}"}]}
+                if name == "none":
+                    ledger.fail(claim, json.dumps(ERROR), "{}")
+                else:
+                    ledger.succeed(claim, json.dumps(result), "{}")
+                done.append(info.id)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    yield done
+    stop.set()
+    thread.join()
+
+
+@pytest.mark.usefixtures("captioned")
+def test_several_images_are_captioned_in_their_order(run: Run) -> None:
+    images = [f"s3://uploads/{number}" for number in range(3)]
+    ran = run("caption", *images)
+    assert ran.exit_code == 0
+    assert ran.stdout.splitlines() == [f"{image}: a {image[-1]}" for image in images]
+
+
+def test_images_from_stdin_are_a_bounded_number_of_jobs_at_a_time(
+    run: Run, captioned: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(several, "MOST_OPEN", 2)
+    ahead: list[int] = []
+
+    def lines() -> Iterator[str]:
+        for number in range(12):
+            ahead.append(number - len(captioned))
+            yield f"s3://uploads/{number}\n"
+
+    monkeypatch.setattr(several, "sys", SimpleNamespace(stdin=lines()))
+    ran = run("caption", "-")
+    assert max(ahead) <= several.MOST_OPEN + 1
+    assert ran.stdout.splitlines() == [f"s3://uploads/{n}: a {n}" for n in range(12)]
+
+
+@pytest.mark.usefixtures("captioned")
+def test_of_several_images_one_that_fails_stops_no_other(run: Run, tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing.jpg")
+    images = ["s3://uploads/1", missing, "s3://uploads/none", "s3://uploads/2"]
+    ran = run("caption", *images, "--json")
+    assert ran.exit_code == 2, "of the first that failed"
+    lines = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert {each["source"]: each.get("status") for each in lines} == {
+        "s3://uploads/1": "succeeded",
+        missing: None,
+        "s3://uploads/none": "failed",
+        "s3://uploads/2": "succeeded",
+    }
+    told = run("caption", *images)
+    assert told.stdout.splitlines() == ["s3://uploads/1: a 1", "s3://uploads/2: a 2"]
+    assert "missing.jpg" in told.stderr
+    assert "s3://uploads/none: image_not_found" in told.stderr
+
+
+def test_what_is_of_one_job_is_refused_for_several(run: Run, client: Client) -> None:
+    for option in ("--idempotency-key", "--output"):
+        ran = run("caption", IMAGE, IMAGE, option, "s3://blipq-outputs/1.json")
+        assert ran.exit_code == 2
+        assert f"{option} is of one image" in ran.stderr
+    assert OperatorLedger.beside(client.ledger).jobs() == []
 
 
 def test_nobody_has_to_wait(run: Run, client: Client) -> None:
@@ -278,6 +360,19 @@ def test_a_wrong_request_exits_2(run: Run, arguments: tuple[str, ...]) -> None:
     ran = run(*arguments)
     assert (ran.exit_code, ran.stdout) == (2, "")
     assert ran.stderr
+
+
+def test_a_job_whose_request_was_wrong_exits_2(
+    run: Run, client: Client, ledger: WorkerLedger
+) -> None:
+    """As where the command itself can know it."""
+    claim = ledger.claim(client.caption(IMAGE).id, "w1")
+    assert isinstance(claim, Claim)
+    error = {"code": "invalid_request", "message": "index: there is no index 'a'"}
+    ledger.fail(claim, json.dumps(error), "{}")
+    ran = run("result", claim.id)
+    assert ran.exit_code == run("wait", claim.id).exit_code == 2
+    assert ran.stderr.splitlines()[-1] == "blipq: index: there is no index 'a'"
 
 
 def test_a_failed_job_exits_3(run: Run, client: Client, ledger: WorkerLedger) -> None:
@@ -617,6 +712,13 @@ def test_help_breaks_no_word_and_no_example_on_a_terminal_of_80_columns(
     assert set(examples) <= set(lines)
     assert not re.search(r"<[a-z][^>│\n]*│", shown), "a type or its choices go on in the next line"
     assert not [line for line in shown.splitlines() if len(line) > 80]
+
+
+def test_flags_have_no_type_and_commands_stand_in_groups(run: Run) -> None:
+    assert "<bool>" not in "".join(run(*path, "--help").stdout for path in [(), *COMMANDS])
+    shown = run("--help").stdout
+    for panel in ("Ask about an image", "Follow jobs", "Many images", "Run it", "Operate it"):
+        assert f"─ {panel} ─" in shown
 
 
 def test_every_option_has_help() -> None:

@@ -70,10 +70,10 @@ def test_a_worker_runs_the_doctors_job_end_to_end(tiny_worker: Settings, stack: 
 
 
 @pytest.mark.usefixtures("worker")
-def test_the_canary_says_what_it_expected_and_got(settings: Settings) -> None:
+def test_the_canary_says_what_it_asked_and_got(settings: Settings) -> None:
     canary = found(settings, canary=True)["canary"]
     assert canary.state == "ok"
-    assert "expected a red square, got 'a red square in the center'" in canary.message
+    assert "of a red square it says 'a red square in the center'" in canary.message
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,7 @@ def test_jobs_that_nobody_will_run_are_bad(apart: Settings, client: Client) -> N
     assert finding.state == "bad"
     assert "blipq.forgotten.normal: 1 waiting" in finding.message
     assert "BLIPQ_MODELS=forgotten=" in (finding.advice or "")
+    assert "blipq queue purge blipq.forgotten.normal" in (finding.advice or "")
 
 
 def test_a_draining_worker_does_not_count(apart: Settings, ledger: WorkerLedger) -> None:

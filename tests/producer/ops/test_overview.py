@@ -47,7 +47,7 @@ def jobs(client: Client, ledger: WorkerLedger) -> dict[str, str]:
 
 def listed(ran: Result) -> list[JobInfo]:
     assert ran.exit_code == 0, ran.output
-    return [JobInfo.model_validate_json(line) for line in ran.stdout.splitlines()]
+    return [JobInfo.model_validate(each) for each in json.loads(ran.stdout)["jobs"]]
 
 
 def test_jobs_are_listed_the_newest_first(run: Run, jobs: dict[str, str]) -> None:
@@ -70,9 +70,34 @@ def test_jobs_are_listed_by_model(run: Run, jobs: dict[str, str], client: Client
 
 
 def test_a_list_for_people_says_what_failed(run: Run, jobs: dict[str, str]) -> None:
-    ran = run("list", "--status", "failed")
-    assert jobs["failed"] in ran.stdout
-    assert "image_not_found: no such key" in ran.stdout
+    first, second = run("list", "--status", "failed").stdout.splitlines()
+    assert first.endswith(f"caption   failed     {jobs['failed']}")
+    assert second.strip() == "cat.jpg: failed (image_not_found: no such key)"
+
+
+def test_a_list_for_people_shows_picture_and_answer_and_fits_80_columns(
+    run: Run, jobs: dict[str, str], client: Client
+) -> None:
+    shown = run("list").stdout.splitlines()
+    assert len(shown) == 2 * len(jobs)
+    assert all(len(line) <= 80 for line in shown[::2])
+    assert "cat.jpg: a cat" in [line.strip() for line in shown]
+    digest = "0123456789abcdef" * 4
+    client.caption(f"s3://blipq-inbox/{digest}.png", model="uploads")
+    assert "01234567....png: queued" in run("list", "--model", "uploads").stdout
+
+
+def test_the_image_of_a_job_is_told_without_the_signature_of_its_url(
+    run: Run, client: Client
+) -> None:
+    id = client.caption("https://example.org/cat.jpg?X-Signature=hidden", model="m").id
+    assert client.job(id).info().image == "https://example.org/cat.jpg"
+    assert "hidden" not in run("list").stdout + run("list", "--json").stdout
+
+
+def test_lists_are_one_object_of_json_even_when_empty(run: Run) -> None:
+    assert json.loads(run("list", "--json").stdout) == {"jobs": []}
+    assert json.loads(run("dead-letters", "list", "--json").stdout) == {"jobs": []}
 
 
 def test_only_the_last_thousand_that_ended_are_indexed(
@@ -114,7 +139,17 @@ def test_queues_say_what_waits_and_for_whom(run: Run, jobs: dict[str, str]) -> N
     assert (queue["queue"], queue["waiting"]) == ("blipq.m.normal", 1)
     assert 0 <= queue["oldest_s"] < 60
     assert queue["live_workers"] == 0
-    assert "blipq.m.normal  1 waiting" in run("queue", "stats").stdout
+    heading, line = run("queue", "stats").stdout.splitlines()
+    assert line.split()[:2] == ["blipq.m.normal", "1"]
+    assert len(heading.rstrip()) == len(line.rstrip()) <= 80, "numbers stand under their names"
+
+
+def test_purging_a_queue_that_is_not_there_names_those_that_are(
+    run: Run, jobs: dict[str, str]
+) -> None:
+    ran = run("queue", "purge", "nosuch", "--yes")
+    assert ran.exit_code == 2
+    assert "there is no queue 'nosuch'; there are: blipq.m.normal" in ran.stderr
 
 
 def test_a_purge_asks_first(run: Run, jobs: dict[str, str], client: Client) -> None:

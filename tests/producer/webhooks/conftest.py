@@ -11,6 +11,7 @@ import pytest
 
 from blipq import Client, Settings
 from blipq.ledger.worker import Claim, WorkerLedger
+from blipq.ssrf.http import GuardedHttp
 from blipq.webhooks.outbox import Outbox
 from blipq.webhooks.sender import Sender
 from receivers import SECRET, Receiver, receiving
@@ -50,10 +51,10 @@ def receiver() -> Iterator[Receiver]:
 
 
 @contextmanager
-def sending(settings: Settings) -> Iterator[Sender]:
+def sending(settings: Settings, http: GuardedHttp | None = None) -> Iterator[Sender]:
     """A sender on a thread; it drains at the end."""
     loop, stop = asyncio.new_event_loop(), asyncio.Event()
-    sender = Sender(settings)
+    sender = Sender(settings, http=http)
     thread = threading.Thread(target=loop.run_until_complete, args=(sender.run(stop),))
     thread.start()
     try:

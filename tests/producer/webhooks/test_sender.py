@@ -12,6 +12,7 @@ from blipq import Client, Settings
 from blipq.errors import InvalidRequest
 from blipq.ledger.operator import OperatorLedger
 from blipq.ledger.worker import Claim, WorkerLedger
+from blipq.ssrf.http import GuardedHttp
 from blipq.webhooks.delivery import new_secret, verdict_on, webhook_id
 from blipq.webhooks.outbox import MAX_CRASHES, SUSPECT_AFTER, Outbox
 from blipq.webhooks.response import Answer, _retry_after
@@ -309,6 +310,49 @@ def test_a_host_gets_no_more_than_its_room(outbox: Outbox, end: End) -> None:
     assert (
         outbox.take(10, lease_s=30, most_of_a_host=2, room={"a.example": 0, "b.example": 0}) == []
     )
+
+
+def test_many_names_of_one_server_take_no_more_places_than_one(
+    hooked: Settings, outbox: Outbox, end: End, receiver: Receiver
+) -> None:
+    """Before, names of a server that never answers held all places, for the timeout each."""
+    names = [f"h{number}.evil.example" for number in range(24)]
+    settings = hooked.model_copy(
+        update={
+            "webhook_allow": ("good.example", *names),
+            "webhook_concurrency": 8,
+            "webhook_host_concurrency": 2,
+            "webhook_timeout_s": 60.0,
+        }
+    )
+
+    async def resolve(host: str, port: int) -> list[str]:
+        return ["127.0.0.1"]
+
+    http = GuardedHttp(settings.webhook_policy, timeout_s=60.0, resolve=resolve)
+    with receiving(lambda got: "hang") as tarpit:
+        for name in names:
+            end(f"http://{name}:{tarpit.port}/")
+        with sending(settings, http):
+            wait_until(lambda: tarpit.holding == 2, "the server to hold its places")
+            end(f"http://good.example:{receiver.port}/")
+            wait_until(lambda: len(receiver.got) == 1, "the other receiver to be told")
+            assert (tarpit.most_held, len(tarpit.got)) == (2, 2)
+            put_back = [e["attempts"] for e in outbox.listed(dead=False, limit=50)]
+            assert sorted(put_back)[:-2] == [0] * 22, "what was put back was no attempt"
+            tarpit.close()
+
+
+def test_an_event_that_is_put_back_is_no_attempt_and_due_later(outbox: Outbox, end: End) -> None:
+    end("https://a.example/")
+    for _ in range(MAX_CRASHES + 1):
+        (event,) = take(outbox)
+        assert (event.attempts, event.crashes) == (1, 0)
+        assert outbox.settle(event, "defer", "crowded", "no room")
+    (event,) = take(outbox)
+    assert outbox.settle(event, "defer", "crowded", "no room", 60.0)
+    assert take(outbox) == []
+    assert "crowded" not in outbox.counts()
 
 
 # --- what is kept, and for how long ---------------------------------------------------------------

@@ -121,7 +121,7 @@ def _lack(folder: Path) -> str:
 
 def gigabytes(count: int) -> str:
     """Bytes as people write disk sizes."""
-    return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e9:.1f} GB" if count >= 0.1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _complete_size(folder: Path) -> int | None:

@@ -50,11 +50,11 @@ def bench(
         Path | None, typer.Option(metavar="FILE", help="Where the figures are written.")
     ] = None,
 ) -> None:
-    """Compare the whole service with the bare engine, on your model and machine.
+    """Compare the whole service with the bare engine.
 
-    It starts servers and a worker of its own, with the worker's settings of this environment
-    (BLIPQ_DTYPE, BLIPQ_MAX_BATCH_SIZE, ...), and stops them at the end. Leave the machine alone
-    meanwhile.
+    On your model and machine. It starts servers and a worker of its own, with the worker's settings
+    of this environment (BLIPQ_DTYPE, BLIPQ_MAX_BATCH_SIZE, ...), and stops them at the end. Leave
+    the machine alone meanwhile.
 
     Examples:
         blipq bench

@@ -43,10 +43,11 @@ def demo(
     ] = "demo",
     as_json: JsonOption = False,
 ) -> None:
-    """Show it all in a minute: servers, a worker, and pictures whose content is known.
+    """Show it all in a minute, on pictures whose content is known.
 
-    Every answer is checked and the report shows each beside its picture. Everything runs on this
-    machine and is stopped at the end. Exits 0 if at least 95 % is right and no job failed.
+    It starts servers and a worker of its own. Every answer is checked and the report shows each
+    beside its picture. Everything runs on this machine and is stopped at the end. Exits 0 if at
+    least 95 % is right and no job failed.
 
     Examples:
         blipq demo

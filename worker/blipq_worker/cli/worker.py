@@ -19,11 +19,11 @@ def worker(
         ),
     ] = 1,
 ) -> None:
-    """Run a worker for the services that the settings name. SIGTERM drains it.
+    """Run a worker for the services that the settings name.
 
-    On a GPU a worker is several processes: one runs the model, and BLIPQ_FRONTS others take jobs,
-    fetch and decode. On a CPU it is one, and several workers with few cores each may do more than
-    one with all of them.
+    SIGTERM drains it. On a GPU a worker is several processes: one runs the model, and BLIPQ_FRONTS
+    others take jobs, fetch and decode. On a CPU it is one, and several workers with few cores each
+    may do more than one with all of them.
 
     Examples:
         blipq worker

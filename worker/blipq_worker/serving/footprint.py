@@ -211,7 +211,8 @@ def config_of(checkpoint: str, *, retrieval: bool = False) -> Any:
         return _stored_config(snapshot)
     raise ModelError(
         f"the configuration of {checkpoint!r} is not here: name a known model "
-        f"({', '.join(KNOWN_MODELS)}) or a folder, or run `hf download {checkpoint} config.json`"
+        f"({', '.join((*KNOWN_MODELS, 'demo'))}) or a folder, or run "
+        f"`hf download {checkpoint} config.json`"
     )
 
 

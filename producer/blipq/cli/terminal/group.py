@@ -1,20 +1,42 @@
 """A group of commands whose docstrings are their help: text, then ``Examples:``."""
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+
+class _PlainFlags:
+    """Help that names no type for flags: ``--json``, without ``<bool>``."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for param in getattr(self, "params", ()):
+            _without_type(param)
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return _without_type(super().get_help_option(ctx))  # type: ignore[misc]
+
+
+class Command(_PlainFlags, TyperCommand):
+    """One command."""
+
+
+class GroupOfCommands(_PlainFlags, TyperGroup):
+    """Several commands."""
 
 
 class Group(typer.Typer):
     """As ``typer.Typer``; what stands behind ``Examples:`` in a docstring is shown last."""
 
     def __init__(self, help: str, **options: Any) -> None:
-        super().__init__(help=help, no_args_is_help=True, **options)
+        super().__init__(help=help, **{"no_args_is_help": True, "cls": GroupOfCommands, **options})
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[CommandT], CommandT]:
         """Decorator: registers a function as a command, with its docstring as help."""
@@ -23,8 +45,9 @@ class Group(typer.Typer):
             text, examples = split_help(function)
             # Lines are broken for the terminal's width, not where the docstring has it.
             text = "\n\n".join(" ".join(each.split()) for each in text.split("\n\n"))
-            options["epilog"] = escape("Examples:\n\n" + "\n".join(examples)) if examples else None
-            return super(Group, self).command(name, help=text, **options)(function)
+            given = {"cls": Command, "short_help": _first_sentence(text), **options}
+            given["epilog"] = escape("Examples:\n\n" + "\n".join(examples)) if examples else None
+            return super(Group, self).command(name, help=text, **given)(function)
 
         return register
 
@@ -33,3 +56,13 @@ def split_help(function: Callable[..., Any]) -> tuple[str, list[str]]:
     """A command's text, and its examples, a line each."""
     text, _, examples = (inspect.getdoc(function) or "").partition("Examples:\n")
     return text.strip(), [line.strip() for line in examples.splitlines() if line.strip()]
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
+
+
+def _without_type(param: Any) -> Any:
+    if getattr(param, "is_flag", False) and param.metavar is None:
+        param.metavar = ""
+    return param

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from blipq.cli.terminal.output import JsonOption, connected, follow
+from blipq.cli.terminal.several import Several, follow_all
 from blipq.client.job import Job
 from blipq.client.sync_client import Client
 from blipq.contract import Priority
@@ -63,18 +64,22 @@ Then = Callable[[Job[Any]], None]
 
 
 def verb(
-    submit: Callable[..., Job[Any] | tuple[Job[Any], Then | None]],
+    submit: Callable[..., Job[Any] | Several | tuple[Job[Any], Then | None]],
 ) -> Callable[..., None]:
     """A command that submits a job and follows it.
 
     ``submit`` takes a client, the command's own arguments and the options of every job; the command
-    takes all but the client from the command line. It may also say what is done with the job then.
+    takes all but the client from the command line. It may also say what is done with the job then,
+    or answer with several images.
     """
 
     def command(*, timeout: float, wait: bool, as_json: bool, **given: Any) -> None:
         options = {name: given.pop(name) for name in inspect.signature(job_options).parameters}
         with connected(as_json) as client:
             asked = submit(client, **given, **job_options(**options))
+            if isinstance(asked, Several):
+                follow_all(asked, wait, timeout, as_json)
+                return
             job, then = asked if isinstance(asked, tuple) else (asked, None)
             follow(job, wait, timeout, as_json)
             if then is not None and wait:

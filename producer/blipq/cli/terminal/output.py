@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.segment import Segment
+from rich.text import Text
 
 from blipq.client.job import Job
 from blipq.client.sync_client import Client
@@ -18,10 +20,12 @@ from blipq.contract import (
     CaptionResult,
     DescribeResult,
     EmbedResult,
+    ErrorCode,
     JobInfo,
     MatchResult,
     Result,
     SearchResult,
+    Status,
     VQAResult,
 )
 from blipq.errors import (
@@ -70,6 +74,8 @@ errors = Terminal(stderr=True, highlight=False, soft_wrap=True)
 out = Terminal(highlight=False, soft_wrap=True)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+LONGEST_ANSWER = 300
+_DIGEST = re.compile(r"([0-9a-f]{8})[0-9a-f]{56}(\.\w+)?")
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The job's id.")]
 
 
@@ -112,12 +118,26 @@ def reported(as_json: bool = False) -> Iterator[None]:
                 described["job_id"] = job_id
             print(json.dumps(described))
         else:
-            errors.print(f"blipq: {error}", style="red", markup=False)
-        raise typer.Exit(_exit_code(error)) from None
+            # What is wrong with a request says itself that it is.
+            told = str(error).removeprefix(f"{ErrorCode.INVALID_REQUEST}: ")
+            errors.print(f"blipq: {told}", style="red", markup=False)
+        raise typer.Exit(exit_code(error)) from None
 
 
-def _exit_code(error: BlipqError) -> int:
+def exit_code(error: BlipqError) -> int:
+    """The exit code that an error stands for."""
+    if isinstance(error, JobFailed) and error.code == ErrorCode.INVALID_REQUEST:
+        return EXIT_CODES[InvalidRequest]  # of which only the worker could know
     return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
+
+
+def exit_code_of(info: JobInfo) -> int:
+    """The exit code that a job's end stands for."""
+    if info.status is Status.FAILED:
+        wrong = info.error is not None and info.error.code == ErrorCode.INVALID_REQUEST
+        return EXIT_CODES[InvalidRequest if wrong else JobFailed]
+    ends = {Status.CANCELLED: JobCancelled, Status.EXPIRED: JobExpired}
+    return EXIT_CODES[ends[info.status]] if info.status in ends else 0
 
 
 def follow(job: Job[Any], wait: bool, timeout: float, as_json: bool) -> None:
@@ -247,3 +267,34 @@ def _hits(result: SearchResult) -> Iterator[str]:
 def print_json(info: JobInfo) -> None:
     """The job as one line of JSON."""
     print(info.model_dump_json(exclude_none=True))
+
+
+def print_jobs(infos: Iterable[JobInfo], as_json: bool) -> None:
+    """Jobs as one object of JSON, or two lines each: what they are, and what came of them."""
+    if as_json:
+        jobs = [info.model_dump(mode="json", exclude_none=True) for info in infos]
+        print(json.dumps({"jobs": jobs}, ensure_ascii=False))
+        return
+    for info in infos:
+        at = f"{info.created_at:%m-%d %H:%M:%S}"
+        out.print(f"{at}  {info.kind:<8}  {info.status:<9}  {info.id}", markup=False)
+        line = Text(f"                {_said(info)}", style="dim")
+        if out.is_terminal:  # whole words, and the most important first
+            line.truncate(out.width, overflow="ellipsis")
+        out.print(line)
+
+
+def _picture(uri: str) -> str:
+    """The last part of an image's place; of an upload's digest its start."""
+    name = uri.rpartition("/")[2] or uri
+    return _DIGEST.sub(r"\1...", name)
+
+
+def _said(info: JobInfo) -> str:
+    """A job's picture, and its answer or where it is, on one line."""
+    if info.result is not None:
+        said = "; ".join(" ".join(line.split()) for line in lines_of(info.result))
+    else:
+        said = state_of(info)
+    parts = [_picture(info.image) if info.image else "", said]
+    return ": ".join(" ".join(part.split()) for part in parts if part)[:LONGEST_ANSWER]

@@ -1,11 +1,19 @@
 -- Records what came of an attempt. ARGV: event, token, verdict, outcome, detail, delay ms,
--- dead event ttl ms. Verdicts: delivered, retry, dead, and stop: dead, and so is the URL.
+-- dead event ttl ms. Verdicts: delivered, retry, dead, stop: dead, and so is the URL, and defer:
+-- nothing was sent, so that it is no attempt.
 -- Returns 1, or 0 if the event is no longer this sender's to settle.
 local event, token, verdict, outcome, detail = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local delay, dead_ttl = tonumber(ARGV[6]), tonumber(ARGV[7])
 local record = load_event(event)
 if not record or record.token ~= token then return 0 end
 if not redis.call('ZSCORE', outbox_key(record.host), event) then return 0 end
+
+if verdict == 'defer' then
+  redis.call('HDEL', event_key(event), 'unsettled')
+  redis.call('HINCRBY', event_key(event), 'attempts', -1)
+  schedule(record.host, event, now + delay)
+  return 1
+end
 
 count(outcome)
 if verdict == 'delivered' then
