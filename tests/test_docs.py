@@ -17,7 +17,7 @@ from jsonschema import Draft202012Validator
 
 from blipq import ErrorCode, Settings
 from blipq.cli import app as cli
-from blipq.cli.plugins import loaded
+from blipq.cli.commands import loaded
 from blipq.ledger.connection import connect
 from blipq.local.sample import red_square
 from blipq.local.stack import LocalStack

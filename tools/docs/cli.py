@@ -11,7 +11,7 @@ from tools.docs import DOCS, write_or_check
 
 import blipq.cli
 from blipq.cli import app
-from blipq.cli.plugins import loaded
+from blipq.cli.commands import loaded
 from blipq.cli.terminal.group import split_help
 
 PAGE = DOCS / "cli.md"

@@ -108,7 +108,7 @@ def _loaded() -> "Worker | SplitWorker":
     settings, options = _settings()
     logging.getLogger("blipq_worker").info("using %s", settings.endpoints)
     Storage(settings).check_configuration()
-    require_port(options.health_port)
+    require_port(options.health_port, options.health_host)
     fronts = fronts_of(options)
     if fronts:
         from blipq_worker.supervision.worker import SplitWorker

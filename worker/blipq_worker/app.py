@@ -143,6 +143,7 @@ class Worker:
                 "draining": lambda: "yes" if self._gate.closed else None,
             },
             metrics=metrics.page,
+            host=self._options.health_host,
         )
 
     # -- a model or a device that is not to be trusted; on the model's thread --

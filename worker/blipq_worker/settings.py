@@ -226,6 +226,10 @@ class WorkerSettings(BaseSettings):
     health_port: int | None = Field(
         default=None, ge=0, le=65535, description="Port of /healthz and /readyz; none by default."
     )
+    health_host: str = Field(
+        default="",
+        description="Address that this port is open at; by default all that IPv4 has here.",
+    )
     canary: bool = Field(
         default=True, description="Check at start that the model sees and speaks; refuse if not."
     )

@@ -10,20 +10,7 @@ from typing import Annotated
 import typer
 
 from blipq import __version__
-from blipq.cli import (
-    bulk,
-    dead_letters,
-    doctor,
-    index,
-    jobs,
-    metrics,
-    overview,
-    plugins,
-    search,
-    services,
-    watch,
-    webhooks,
-)
+from blipq.cli import commands
 from blipq.cli.terminal.group import Group
 from blipq.redaction import redact_tracebacks
 
@@ -33,29 +20,7 @@ app = Group(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-_ASK, _FOLLOW, _MANY = "Ask about an image", "Follow jobs", "Many images"
-_RUN, _OPERATE = "Run it", "Operate it"
-
-for command in (jobs.caption, jobs.vqa, jobs.match, jobs.embed, jobs.describe, search.search):
-    app.command(rich_help_panel=_ASK)(command)
-for command in (jobs.status, jobs.result, overview.wait, jobs.cancel):
-    app.command(rich_help_panel=_FOLLOW)(command)
-app.command("list", rich_help_panel=_FOLLOW)(overview.list_)
-app.add_typer(bulk.app, name="bulk", rich_help_panel=_MANY)
-app.command(rich_help_panel=_MANY)(watch.watch)
-app.add_typer(index.app, name="index", rich_help_panel=_MANY)
-plugins.add_command(app, "demo", panel=_RUN)
-for command in (services.up, services.down, services.env):
-    app.command(rich_help_panel=_RUN)(command)
-plugins.add_command(app, "worker", panel=_RUN)
-plugins.add_group(app, "models", panel=_RUN)
-plugins.add_command(app, "bench", panel=_RUN)
-app.command(rich_help_panel=_OPERATE)(doctor.doctor)
-app.add_typer(overview.app, name="queue", rich_help_panel=_OPERATE)
-app.add_typer(dead_letters.app, name="dead-letters", rich_help_panel=_OPERATE)
-app.add_typer(webhooks.app, name="webhooks", rich_help_panel=_OPERATE)
-app.command(rich_help_panel=_OPERATE)(metrics.metrics)
+commands.add_all(app)
 
 
 def _version(shown: bool) -> None:

@@ -7,12 +7,16 @@ from typing import Annotated
 import typer
 
 from blipq.cli.terminal.output import errors, reported
+from blipq.exporter import ANYWHERE, served
 from blipq.settings import Settings
 from blipq.submission import checked
 
 
 def metrics(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of /metrics.")] = 9464,
+    host: Annotated[
+        str, typer.Option(help="Address that this port is open at, such as 127.0.0.1.")
+    ] = ANYWHERE,
 ) -> None:
     """Serve Prometheus metrics of the queues until SIGTERM.
 
@@ -24,7 +28,6 @@ def metrics(
     """
     from prometheus_client import CollectorRegistry
 
-    from blipq.exporter import served
     from blipq.ledger.connection import connect
     from blipq.ops.metrics import LedgerCollector
 
@@ -34,7 +37,7 @@ def metrics(
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         registry = CollectorRegistry()
-        with connect(settings) as client, served(registry, port) as bound:
+        with connect(settings) as client, served(registry, port, host) as bound:
             registry.register(LedgerCollector(client))
             errors.print(f"metrics of {settings.endpoints} on port {bound}")
             while not stop.wait(3600):

@@ -13,6 +13,7 @@ import typer
 from blipq.cli.terminal.group import Group
 from blipq.cli.terminal.output import JsonOption, errors, out, reported
 from blipq.errors import InvalidRequest, JobNotFound
+from blipq.exporter import ANYWHERE
 from blipq.ledger.connection import connect
 from blipq.redaction import redacted
 from blipq.settings import Settings
@@ -32,6 +33,9 @@ def run(
     metrics_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Port of /metrics; none by default.")
     ] = None,
+    metrics_host: Annotated[
+        str, typer.Option(help="Address that this port is open at, such as 127.0.0.1.")
+    ] = ANYWHERE,
 ) -> None:
     """Send webhooks until SIGTERM. Any number may run; they share the work.
 
@@ -41,7 +45,7 @@ def run(
     from blipq.webhooks import sender
 
     with reported():
-        sender.run(checked(Settings), metrics_port=metrics_port)
+        sender.run(checked(Settings), metrics_port=metrics_port, metrics_host=metrics_host)
 
 
 @app.command("test")

@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from blipq.errors import InvalidRequest, QueueFull, QueueUnavailable
-from blipq.exporter import served
+from blipq.exporter import ANYWHERE, served
 from blipq.ledger.connection import connect
 from blipq.program import blipq
 from blipq.redaction import log_to_stderr
@@ -270,18 +270,20 @@ def _remember(hosts: dict[str, None], host: str, belongs: bool, most: int) -> No
             del hosts[next(iter(hosts))]
 
 
-def run(settings: Settings, *, metrics_port: int | None = None) -> None:
+def run(
+    settings: Settings, *, metrics_port: int | None = None, metrics_host: str = ANYWHERE
+) -> None:
     """Sends until SIGTERM or SIGINT. Raises InvalidRequest without a secret."""
     level = os.environ.get("BLIPQ_LOG_LEVEL", "INFO")
     log_to_stderr(level, "%(asctime)s %(levelname)s %(name)s: %(message)s")
-    asyncio.run(_until_told(settings, metrics_port))
+    asyncio.run(_until_told(settings, metrics_port, metrics_host))
 
 
-async def _until_told(settings: Settings, metrics_port: int | None) -> None:
+async def _until_told(settings: Settings, metrics_port: int | None, metrics_host: str) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     sender = Sender(settings)
-    with served(sender.metrics.registry, metrics_port):
+    with served(sender.metrics.registry, metrics_port, metrics_host):
         await sender.run(stop)

@@ -1,5 +1,6 @@
 """What Prometheus reads of the ledger and of a sender, over real HTTP from a real Redis."""
 
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -79,6 +80,16 @@ def test_without_redis_the_exporter_says_so_and_goes_on() -> None:
 def test_a_port_that_is_taken_is_told() -> None:
     with served(CollectorRegistry(), 0) as port, pytest.raises(InvalidRequest, match=str(port)):
         served(CollectorRegistry(), port).__enter__()
+
+
+def test_metrics_may_be_open_at_one_address_alone() -> None:
+    with served(CollectorRegistry(), 0, "127.0.0.1") as port:
+        assert port is not None
+        assert scraped(port) == {}
+        with socket.socket() as other:
+            other.bind(("127.0.0.2", port))  # free: nothing listens at all addresses
+    with pytest.raises(InvalidRequest, match=r"192\.0\.2\.1"):
+        served(CollectorRegistry(), 0, "192.0.2.1").__enter__()
 
 
 def test_the_command_serves_until_sigterm(apart: Settings) -> None:

@@ -83,8 +83,8 @@ def test_a_list_for_people_shows_picture_and_answer_and_fits_80_columns(
     assert all(len(line) <= 80 for line in shown[::2])
     assert "cat.jpg: a cat" in [line.strip() for line in shown]
     digest = "0123456789abcdef" * 4
-    client.caption(f"s3://blipq-inbox/{digest}.png", model="uploads")
-    assert "01234567....png: queued" in run("list", "--model", "uploads").stdout
+    client.caption(f"s3://blipq-inbox/{digest}.png", model="other")
+    assert "01234567....png: queued" in run("list", "--model", "other").stdout
 
 
 def test_the_image_of_a_job_is_told_without_the_signature_of_its_url(

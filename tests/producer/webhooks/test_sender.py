@@ -313,7 +313,7 @@ def test_a_host_gets_no_more_than_its_room(outbox: Outbox, end: End) -> None:
 
 
 def test_many_names_of_one_server_take_no_more_places_than_one(
-    hooked: Settings, outbox: Outbox, end: End, receiver: Receiver
+    hooked: Settings, outbox: Outbox, receiver: Receiver
 ) -> None:
     """Before, names of a server that never answers held all places, for the timeout each."""
     names = [f"h{number}.evil.example" for number in range(24)]
@@ -330,12 +330,17 @@ def test_many_names_of_one_server_take_no_more_places_than_one(
         return ["127.0.0.1"]
 
     http = GuardedHttp(settings.webhook_policy, timeout_s=60.0, resolve=resolve)
-    with receiving(lambda got: "hang") as tarpit:
+    with Client(settings) as client, receiving(lambda got: "hang") as tarpit:
+
+        def end(host: str, port: int) -> None:
+            webhook = {"url": f"http://{host}:{port}/"}
+            client.caption("s3://uploads/cat.jpg", webhook=webhook).cancel()
+
         for name in names:
-            end(f"http://{name}:{tarpit.port}/")
+            end(name, tarpit.port)
         with sending(settings, http):
             wait_until(lambda: tarpit.holding == 2, "the server to hold its places")
-            end(f"http://good.example:{receiver.port}/")
+            end("good.example", receiver.port)
             wait_until(lambda: len(receiver.got) == 1, "the other receiver to be told")
             assert (tarpit.most_held, len(tarpit.got)) == (2, 2)
             put_back = [e["attempts"] for e in outbox.listed(dead=False, limit=50)]

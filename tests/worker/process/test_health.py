@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from blipq_worker.process.health import Checks, HealthServer, PortTaken
+from blipq_worker.process.health import Checks, HealthServer, PortTaken, require_port
 
 
 @contextmanager
@@ -77,3 +77,11 @@ def test_a_port_has_one_server() -> None:
         port = int(url.rpartition(":")[2])
         with pytest.raises(PortTaken, match=f"BLIPQ_HEALTH_PORT: cannot listen on port {port}"):
             HealthServer(port, live={}, ready={})
+
+
+def test_a_port_may_be_open_at_one_address_alone() -> None:
+    server = HealthServer(0, live={}, ready={}, host="127.0.0.1")
+    assert server._server.server_address[0] == "127.0.0.1"
+    server._server.server_close()
+    with pytest.raises(PortTaken, match=r"of 192\.0\.2\.1"):
+        require_port(0, "192.0.2.1")

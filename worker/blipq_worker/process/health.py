@@ -28,18 +28,21 @@ class PortTaken(Exception):
     """The port cannot be listened on, now."""
 
 
-def require_port(port: int | None) -> None:
+def require_port(port: int | None, host: str = "") -> None:
     """Raises PortTaken if the port cannot be had: to be told before minutes go into models."""
     if port is not None:
-        _listening(port, BaseHTTPRequestHandler).server_close()
+        _listening(port, BaseHTTPRequestHandler, host).server_close()
 
 
-def _listening(port: int, handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
+def _listening(
+    port: int, handler: type[BaseHTTPRequestHandler], host: str = ""
+) -> ThreadingHTTPServer:
     try:
-        return ThreadingHTTPServer(("", port), handler)
+        return ThreadingHTTPServer((host, port), handler)
     except OSError as error:
         why = error.strerror or error
-        raise PortTaken(f"BLIPQ_HEALTH_PORT: cannot listen on port {port}: {why}") from error
+        place = f"port {port} of {host}" if host else f"port {port}"
+        raise PortTaken(f"BLIPQ_HEALTH_PORT: cannot listen on {place}: {why}") from error
 
 
 def _checked(checks: Checks) -> Answer:
@@ -99,7 +102,12 @@ class HealthServer:
     """Answers 200 with what was checked, or 503 with what is wrong. Raises PortTaken."""
 
     def __init__(
-        self, port: int, live: Checks, ready: Checks, metrics: Callable[[], bytes] = lambda: b""
+        self,
+        port: int,
+        live: Checks,
+        ready: Checks,
+        metrics: Callable[[], bytes] = lambda: b"",
+        host: str = "",
     ) -> None:
         checks = {"/healthz": live, "/readyz": ready}
 
@@ -124,7 +132,7 @@ class HealthServer:
             def log_message(self, format: str, *args: object) -> None:
                 """A probe every few seconds is no news."""
 
-        self._server = _listening(port, Handler)
+        self._server = _listening(port, Handler, host)
         self._server.daemon_threads = True
         self.port = self._server.server_port
         self._thread = threading.Thread(

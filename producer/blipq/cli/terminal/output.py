@@ -287,7 +287,7 @@ def print_jobs(infos: Iterable[JobInfo], as_json: bool) -> None:
 def _picture(uri: str) -> str:
     """The last part of an image's place; of an upload's digest its start."""
     name = uri.rpartition("/")[2] or uri
-    return _DIGEST.sub(r"\1...", name)
+    return _DIGEST.sub(r"\1...\2", name)
 
 
 def _said(info: JobInfo) -> str:

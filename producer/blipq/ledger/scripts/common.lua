@@ -78,9 +78,16 @@ end
 local TOLD = {'kind', 'model', 'status', 'created_at', 'started_at', 'completed_at', 'deadline',
   'attempts', 'error', 'receipt', 'metadata', 'output'}
 
+-- What an event tells of the request: its image alone, as JSON, or nil.
+local function image_of(job)
+  local sound, request = pcall(cjson.decode, job.request or '')
+  if not sound or type(request) ~= 'table' or not request.image then return nil end
+  return cjson.encode({image = request.image})
+end
+
 -- For an event whose job goes on to change: it tells the job as it is now.
 local function keep_snapshot(event, job)
-  local told = {}
+  local told = {request = image_of(job)}
   for _, field in ipairs(TOLD) do told[field] = job[field] and tostring(job[field]) end
   redis.call('HSET', event_key(event), 'job', cjson.encode(told))
 end

@@ -18,7 +18,7 @@ local function job_of(record)
   local job, told = load(record.id), {}
   if not job then return nil end
   for _, field in ipairs(TOLD) do told[field] = job[field] end
-  told.result = job.result
+  told.result, told.request = job.result, image_of(job)
   return cjson.encode(told)
 end
 
