@@ -83,6 +83,12 @@ def connect_async(settings: Settings, *, reconnects: bool = True) -> "redis.asyn
     return redis.asyncio.Redis.from_pool(url.async_pool(**options))
 
 
+def _hint(error: Exception) -> str:
+    """Redis does not say which key or channel its ACL denies."""
+    denied = isinstance(error, redis.exceptions.NoPermissionError) or "NOPERM" in str(error)
+    return " (`ACL LOG` on the server names what was denied)" if denied else ""
+
+
 @contextmanager
 def redis_errors(job_id: str | None = None) -> Iterator[None]:
     """Raises Redis' exceptions as blipq's, but for replies that a command of ours is wrong."""
@@ -96,12 +102,12 @@ def redis_errors(job_id: str | None = None) -> Iterator[None]:
         raise QueueUnavailable(f"Redis does not answer: {error}", job_id) from error
     except redis.exceptions.ResponseError as error:
         if "DB index" in str(error):
-            raise InvalidRequest(f"redis_url: {error}") from None
+            raise InvalidRequest(f"BLIPQ_REDIS_URL: {error}") from None
         code = _CODE.search(str(error))
         if code and code[1] == "OOM":
             raise QueueFull("Redis has no memory left (maxmemory)") from error
         if isinstance(error, REFUSALS) or (code and code[1] not in MISTAKES):
-            raise QueueUnavailable(f"Redis refuses: {error}", job_id) from error
+            raise QueueUnavailable(f"Redis refuses: {error}{_hint(error)}", job_id) from error
         if _UNKNOWN.search(str(error)):
             raise QueueUnavailable(NO_REDIS, job_id) from None
         raise

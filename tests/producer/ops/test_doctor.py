@@ -20,7 +20,7 @@ from blipq.local.stack import LocalStack
 from blipq.local.supervisor import Service
 from blipq.ops import doctor
 from blipq.ops.doctor import Finding, _tls, examine
-from conftest import blipq, ledger_of, start_worker, wait_for_worker
+from conftest import ROOT, blipq, ledger_of, start_worker, wait_for_worker
 
 
 def found(settings: Settings, *, canary: bool = False) -> dict[str, Finding]:
@@ -122,6 +122,25 @@ def test_a_wrong_password_is_told_as_one_and_not_as_an_absent_redis(own_redis: S
     assert "refuses the user or password" in finding.message
     with Client(settings) as client, pytest.raises(QueueUnavailable, match="user or password"):
         client.caption("s3://uploads/cat.jpg")
+
+
+RULE = "~blipq* ~_kombu* ~unacked* &* +@all -@admin -@dangerous +info"
+
+
+def test_a_user_with_the_documented_rule_submits_and_a_narrower_one_is_told_where_to_look(
+    own_redis: Settings,
+) -> None:
+    assert f"ACL SETUSER blipq on >PASSWORD {RULE}" in (ROOT / "docs" / "production.md").read_text()
+    url = own_redis.redis_url.replace("redis://", "redis://blipq:pw@")
+    settings = own_redis.model_copy(update={"redis_url": url, "timeout_s": 3.0})
+    with connect(own_redis) as raw, Client(settings) as client:
+        raw.execute_command("ACL", "SETUSER", "blipq", "on", ">pw", *RULE.split())
+        job = client.caption("s3://photos/1.jpg")
+        assert job.status() == "queued"
+        assert raw.llen("blipq.default.normal") == 1, "it was published"
+        raw.execute_command("ACL", "SETUSER", "blipq", "resetkeys", "~blipq.*")
+        with pytest.raises(QueueUnavailable, match="ACL LOG"):
+            job.status()
 
 
 def test_a_redis_that_evicts_and_forgets_is_told(own_redis: Settings) -> None:
