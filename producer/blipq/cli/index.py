@@ -218,9 +218,10 @@ def _delete(name: str, ids: list[str] | None) -> int:
 
 
 def _table(infos: "list[IndexInfo]") -> Table:
-    table = Table("index", "images", "size", "checkpoint", "changed", box=None)
+    table = Table("index", "images", "size", "checkpoint", "changed", box=None, pad_edge=False)
     for info in infos:
-        size = f"{info.bytes / 2**20:,.1f} MiB"
+        small = info.bytes < 2**20
+        size = f"{info.bytes / (2**10 if small else 2**20):,.1f} {'KiB' if small else 'MiB'}"
         changed = f"{info.changed_at:%Y-%m-%d %H:%M} UTC"
         table.add_row(info.name, f"{info.images:,}", size, info.checkpoint, changed)
     return table

@@ -99,6 +99,8 @@ def vqa(
         blipq vqa s3://photos/1.jpg "what is it?" "is it red?" --priority high
         blipq vqa photo.jpg "what is it?" --choice cat --choice dog
     """
+    if choices is not None and len(choices) == 1:
+        raise InvalidRequest("--choice: give two or more")
     parameters = _generation(generation)
     return client.vqa(image, questions, choices=choices, generation=parameters, **options)
 

@@ -715,6 +715,27 @@ def test_help_breaks_no_word_and_no_example_on_a_terminal_of_80_columns(
     assert not [line for line in shown.splitlines() if len(line) > 80]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("caption", IMAGE, "--timeout", "soon"), "must be a number"),
+        (("caption", IMAGE, "--priority", "urgent"), "'urgent' is not one of"),
+        (("caption", IMAGE, "--best-of", "two"), "must be a whole number"),
+        (("list", "--limit", "0"), "must be at least 1"),
+        (("index", "add", "s3://b/", "--name", "a", "--priority", "x"), "'x' is not one of"),
+        (("vqa", IMAGE, "why?", "--choice", "red"), "--choice: give two or more"),
+    ],
+)
+def test_a_wrong_argument_is_told_in_words_of_a_request(
+    run: Run, arguments: tuple[str, ...], told: str
+) -> None:
+    ran = run(*arguments)
+    assert ran.exit_code == 2
+    assert told in ran.stderr
+    assert "Input should" not in ran.stderr
+    assert "Value error" not in ran.stderr
+
+
 def test_flags_have_no_type_and_commands_stand_in_groups(run: Run) -> None:
     assert "<bool>" not in "".join(run(*path, "--help").stdout for path in [(), *COMMANDS])
     shown = run("--help").stdout

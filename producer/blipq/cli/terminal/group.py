@@ -12,8 +12,8 @@ from typer.core import TyperCommand, TyperGroup
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 
-class _PlainFlags:
-    """Help that names no type for flags: ``--json``, without ``<bool>``."""
+class _Plain:
+    """Help that names no type for flags, and errors in the words of requests."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -23,12 +23,19 @@ class _PlainFlags:
     def get_help_option(self, ctx: Any) -> Any:
         return _without_type(super().get_help_option(ctx))  # type: ignore[misc]
 
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().make_context(*args, **options)  # type: ignore[misc]
+        except Exception as error:
+            _reword(error)
+            raise
 
-class Command(_PlainFlags, TyperCommand):
+
+class Command(_Plain, TyperCommand):
     """One command."""
 
 
-class GroupOfCommands(_PlainFlags, TyperGroup):
+class GroupOfCommands(_Plain, TyperGroup):
     """Several commands."""
 
 
@@ -60,6 +67,16 @@ def split_help(function: Callable[..., Any]) -> tuple[str, list[str]]:
 
 def _first_sentence(text: str) -> str:
     return re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
+
+
+def _reword(error: Any) -> None:
+    """Typer repeats what pydantic says of an argument: "Input should be a valid number"."""
+    from pydantic import ValidationError
+
+    from blipq.contract.wording import sentence
+
+    if isinstance(error.__cause__, ValidationError) and hasattr(error, "message"):
+        error.message = sentence(error.__cause__.errors()[0])
 
 
 def _without_type(param: Any) -> Any:
