@@ -85,7 +85,8 @@ def connect_async(settings: Settings, *, reconnects: bool = True) -> "redis.asyn
 
 def _hint(error: Exception) -> str:
     """Redis does not say which key or channel its ACL denies."""
-    denied = isinstance(error, redis.exceptions.NoPermissionError) or "NOPERM" in str(error)
+    # redis-py's own class is for the first of Redis' sentences alone, and not for scripts.
+    denied = "permission" in str(error).lower() or "NOPERM" in str(error)
     return " (`ACL LOG` on the server names what was denied)" if denied else ""
 
 
