@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from blipq.bulk.sniffing import check_manifest
 from blipq.contract import Options, Request, request_adapter, split_s3_uri
+from blipq.contract.base import HALF_A_PAIR
 from blipq.errors import InvalidRequest
 from blipq.s3.refusals import s3_errors
 from blipq.s3.storage import Storage
@@ -203,7 +204,7 @@ def _read(line: bytes) -> Any:
     try:
         json.dumps(asked, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise InvalidRequest("half of a surrogate pair (\\ud83d alone) is no text") from None
+        raise InvalidRequest(HALF_A_PAIR) from None
     return asked
 
 

@@ -33,12 +33,16 @@ class Kind(StrEnum):
     SEARCH = "search"
 
 
+#: What is wrong with a text that UTF-8 cannot hold.
+HALF_A_PAIR = "half of a surrogate pair (\\ud83d alone) is no text"
+
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 #: Names of served models and indexes end up in queue names, keys and folders.
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 MetadataName = Annotated[str, Field(max_length=64)]
-MetadataValue = Annotated[str, Field(max_length=512)]
+#: As long as a key of S3, which rules of ``blipq watch`` may put there.
+MetadataValue = Annotated[str, Field(max_length=1024)]
 
 #: At most 16 pairs.
 Metadata = Annotated[dict[MetadataName, MetadataValue], Field(max_length=16)]

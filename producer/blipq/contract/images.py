@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from blipq.contract.base import Input
+from blipq.contract.base import HALF_A_PAIR, Input
 from blipq.ssrf import policy as guard
 
 #: As S3 takes them; old buckets, and those of other stores, may have capitals and underscores.
@@ -22,7 +22,11 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
     if scheme != "s3" or not bucket or not key:
         raise ValueError(f"{uri!r} is not of the form s3://bucket/key")
     checked_bucket(bucket)
-    if len(key.encode()) > 1024:
+    try:
+        size = len(key.encode())
+    except UnicodeEncodeError:
+        raise ValueError(HALF_A_PAIR) from None
+    if size > 1024:
         raise ValueError("an S3 key has at most 1,024 bytes")
     return bucket, key
 

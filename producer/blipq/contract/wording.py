@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from blipq.contract.base import NAME_PATTERN
+from blipq.contract.base import HALF_A_PAIR, NAME_PATTERN
 
 _NAME = (
     "a name is letters, digits, '.', '_' and '-', at most 64 of them, and begins with a letter or "
@@ -24,7 +24,7 @@ _OBJECT = "must be an object with named fields"
 _FIXED = {
     "missing": "missing",
     "string_type": _TEXT,
-    "string_unicode": "half of a surrogate pair (\\ud83d alone) is no text",
+    "string_unicode": HALF_A_PAIR,
     "int_type": _WHOLE,
     "int_parsing": _WHOLE,
     "int_parsing_size": _WHOLE,

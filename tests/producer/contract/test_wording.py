@@ -60,6 +60,7 @@ def told(model: Any, /, **fields: Any) -> str:
         (Options, {"metadata": 5}, "metadata: must be an object with named fields"),
         (Options, {"metadata": {"n": 5}}, "metadata.n: must be a text"),
         (Options, {"idempotency_key": "\ud83d"}, "idempotency_key: half of a surrogate pair"),
+        (Options, {"output": "s3://a-b/\ud83d"}, "output: half of a surrogate pair"),
         (Options, {"model": "a b"}, "model: a name is letters, digits"),
         (
             Options,

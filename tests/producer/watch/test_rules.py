@@ -161,6 +161,13 @@ def test_a_good_file_is_read(loaded: Callable[[str], Rules], mark: str) -> None:
     assert loaded(mark + GOOD).rules[0].name == "captions"
 
 
+def test_metadata_may_hold_any_key(loaded: Callable[[str], Rules]) -> None:
+    (rule,) = loaded(GOOD + 'options = { metadata = { key = "{key}" } }').rules
+    longest = "k" * 1024
+    _, options = rule.job(Upload("photos", longest, "e", 1, datetime.now(UTC)), watch="w")
+    assert options.metadata == {"key": longest}
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
