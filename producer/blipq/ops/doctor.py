@@ -237,7 +237,10 @@ def _s3(settings: Settings, *, create_bucket: bool) -> Findings:
     from botocore.exceptions import BotoCoreError
 
     storage = Storage(settings, read_timeout_s=5)
-    yield _credentials(settings)
+    credentials = _credentials(settings)
+    yield credentials
+    if credentials.state == "bad":
+        return
     try:
         if create_bucket:
             storage.create_bucket(settings.inbox_bucket)
@@ -259,7 +262,10 @@ def _credentials(settings: Settings) -> Finding:
 
     found = boto3.session.Session().get_credentials()
     if found is None:
-        advice = "set BLIPQ_S3_ACCESS_KEY_ID and BLIPQ_S3_SECRET_ACCESS_KEY, or AWS's own variables"
+        advice = (
+            f"start a local stack with `{blipq('up')}`, or set BLIPQ_S3_ACCESS_KEY_ID and "
+            "BLIPQ_S3_SECRET_ACCESS_KEY, or AWS's own variables"
+        )
         return Finding("bad", "s3 credentials", f"none, for {service}", advice)
     return Finding("ok", "s3 credentials", f"from AWS's chain ({found.method}), for {service}")
 

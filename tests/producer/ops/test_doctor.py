@@ -169,6 +169,21 @@ def test_what_does_not_answer_is_bad_and_nothing_rests_on_it(apart: Settings) ->
     assert time.monotonic() - started < 60
 
 
+def test_without_keys_s3_is_not_blamed_for_silence(
+    apart: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    keyless = {"s3_access_key_id": None, "s3_secret_access_key": None}
+    findings = found(apart.model_copy(update=keyless))
+    assert findings["s3 credentials"].state == "bad"
+    assert "blipq up" in (findings["s3 credentials"].advice or "")
+    assert "s3" not in findings
+
+
 def test_a_missing_bucket_is_told_and_can_be_made(apart: Settings, httpserver: HTTPServer) -> None:
     missing = "<Error><Code>NoSuchBucket</Code></Error>"
     probe = f"/{apart.inbox_bucket}/{doctor.PROBE_KEY}"
