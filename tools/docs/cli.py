@@ -21,9 +21,9 @@ HEAD = """\
 
 <!-- Written by `python -m tools.docs.cli`. Change the commands' help, not this page. -->
 
-Results go to stdout, messages to stderr. `--json` makes stdout one JSON object, and stderr silent; what
-reports jobs one after the other (`wait`, `watch`, `caption` of several images) prints one a line. `blipq
-COMMAND --help` shows what is here. Which services it talks to is said in
+Results go to stdout, messages to stderr. `--json` makes stdout one JSON object, and stderr silent;
+what reports jobs one after the other (`wait`, `watch`, `caption` of several images) prints one a
+line. `blipq COMMAND --help` shows what is here. Which services it talks to is said in
 [configuration.md](configuration.md).
 """
 

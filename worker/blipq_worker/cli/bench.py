@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from blipq.cli.terminal.output import errors, reported
+from blipq.cli.terminal.output import JsonOption, errors, reported
 from blipq.errors import BlipqError
 from blipq.local.worker import NO_WORKER
 from blipq.settings import CONNECTION_FIELDS
@@ -46,9 +46,7 @@ def bench(
     latency: Annotated[
         bool, typer.Option("--latency", help="Also at 30, 60 and 90 % load.")
     ] = False,
-    json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where the figures are written.")
-    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare the whole service with the bare engine.
 
@@ -58,11 +56,11 @@ def bench(
 
     Examples:
         blipq bench
-        blipq bench --model opt-2.7b --images photos --json bench.json
+        blipq bench --model opt-2.7b --images photos --json > bench.json
         blipq bench --workload greedy-5-50 --latency
         blipq bench --processes 4
     """
-    with reported():
+    with reported(as_json):
         if not all(map(importlib.util.find_spec, NEEDED)):
             raise BlipqError(f"a part is missing: {NO_WORKER}")
     # Servers and worker are its own, whatever the settings say.
@@ -75,6 +73,7 @@ def bench(
     except (BlipqError, ValueError) as error:
         errors.print(f"blipq bench: {error}", markup=False)
         raise typer.Exit(1) from None
-    Console(highlight=False).print(table(found))
-    if json:
-        json.write_text(dumps(found, indent=1) + "\n")
+    if as_json:
+        print(dumps(found))
+    else:
+        Console(highlight=False).print(table(found))
