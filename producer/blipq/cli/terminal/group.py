@@ -71,11 +71,14 @@ def _first_sentence(text: str) -> str:
 
 def _reword(error: Any) -> None:
     """Typer repeats what pydantic says of an argument: "Input should be a valid number"."""
+    if error.__cause__ is None or not hasattr(error, "message"):
+        return
+    # Only now: `blipq --help` ends in an exception, too, and shall not wait for this.
     from pydantic import ValidationError
 
     from blipq.contract.wording import sentence
 
-    if isinstance(error.__cause__, ValidationError) and hasattr(error, "message"):
+    if isinstance(error.__cause__, ValidationError):
         error.message = sentence(error.__cause__.errors()[0])
 
 
