@@ -90,9 +90,8 @@ class VQARequest(Input, Asks[VQAResult]):
             return self
         if self.generation is not None:
             raise ValueError("generation has no effect on choices: leave one of them out")
-        different = {choice.strip() for choice in self.choices} - {""}
-        if len(different) < len(self.choices):
-            raise ValueError("choices must differ, and none may be blank")
+        if len({choice.strip() for choice in self.choices}) < len(self.choices):
+            raise ValueError("choices must differ")
         return self
 
 

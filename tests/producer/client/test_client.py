@@ -121,7 +121,7 @@ def test_a_local_image_is_uploaded(
         (lambda client: client.vqa(IMAGE, "a\udcff"), "questions"),
         (lambda client: client.vqa(IMAGE, "why?", choices=["one"]), "choices"),
         (lambda client: client.vqa(IMAGE, "why?", choices=["one", "one "]), "choices must differ"),
-        (lambda client: client.vqa(IMAGE, "why?", choices=["one", " "]), "choices must differ"),
+        (lambda client: client.vqa(IMAGE, "why?", choices=["one", " "]), "must not be blank"),
         (
             lambda client: client.vqa(
                 IMAGE, "why?", choices=["one", "two"], generation={"num_beams": 1}
