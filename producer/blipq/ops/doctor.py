@@ -142,6 +142,10 @@ def _redis(settings: Settings) -> Findings:
             advice = f"set BLIPQ_REDIS_URL with its password; `{blipq('env')}` has a local stack's"
             yield Finding("bad", "redis", f"it refuses the user or password: {error}", advice)
             return
+        except redis.ResponseError as error:
+            advice = "set BLIPQ_REDIS_URL to a database and a user that it has"
+            yield Finding("bad", "redis", f"it refuses: {error}", advice)
+            return
         except redis.RedisError as error:
             advice = f"start Redis or `{blipq('up')}`, or set BLIPQ_REDIS_URL"
             yield Finding("bad", "redis", f"it does not answer: {error}", advice)

@@ -124,6 +124,13 @@ def test_a_wrong_password_is_told_as_one_and_not_as_an_absent_redis(own_redis: S
         client.caption("s3://uploads/cat.jpg")
 
 
+def test_a_database_that_is_not_there_is_no_silence(own_redis: Settings) -> None:
+    url = own_redis.redis_url.removesuffix("/0") + "/99"
+    finding = found(own_redis.model_copy(update={"redis_url": url}))["redis"]
+    assert finding.state == "bad"
+    assert finding.message == "it refuses: DB index is out of range"
+
+
 RULE = "~blipq* ~_kombu* ~unacked* &* +@all -@admin -@dangerous +info"
 
 
