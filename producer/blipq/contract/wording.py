@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from blipq.contract.base import HALF_A_PAIR, NAME_PATTERN
+from blipq.contract.base import HALF_A_PAIR, NAME_PATTERN, Kind
 
 _NAME = (
     "a name is letters, digits, '.', '_' and '-', at most 64 of them, and begins with a letter or "
@@ -96,7 +96,7 @@ _COMPUTED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "enum": _one_of,
     "literal_error": _one_of,
     "union_tag_invalid": _kind,
-    "union_tag_not_found": lambda ctx: f"{_tag(ctx)} is missing",
+    "union_tag_not_found": lambda ctx: f"{_tag(ctx)} is missing: one of {', '.join(Kind)}",
 }
 
 

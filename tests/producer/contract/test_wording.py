@@ -84,7 +84,7 @@ def test_a_wrong_field_is_told_in_words_of_a_request(
     ("asked", "sentence"),
     [
         ({"kind": "captoin"}, "request: kind must be one of caption, vqa, match, embed, describe"),
-        ({}, "request: kind is missing"),
+        ({}, "request: kind is missing: one of caption, vqa, match"),
         ({"kind": "caption"}, "caption.image: missing"),
     ],
 )
