@@ -161,7 +161,7 @@ def test_an_upload_that_can_never_have_a_job_is_refused_and_the_others_go_on(
     long = "/".join(["x" * 200] * 3)
     put(long)
     put("cat.jpg")
-    watched = Watched(rules(options={"metadata": {"key": "{key}"}}), client)
+    watched = Watched(rules(options={"metadata": {"key": "{key} {key}"}}), client)
     batch = Script(Told(bucket, long), Told(bucket, "cat.jpg"))
     watched.take(batch)
     assert watched.keys == ["cat.jpg"]

@@ -79,12 +79,11 @@ def test_photos_of_ones_own_are_read(tmp_path: Path) -> None:
 
 
 def test_a_run_compares_the_service_with_the_bare_engine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    figures = tmp_path / "bench.json"
-    bench(jobs=4, processes=2, workload=[Asked.GREEDY], json=figures)
-    found = json.loads(figures.read_text())
+    bench(jobs=4, processes=2, workload=[Asked.GREEDY], as_json=True)
+    found = json.loads(capsys.readouterr().out)
     assert found["bare"]["greedy-20"]["images_per_s"] > 0
     assert found["service"]["greedy-20"]["images_per_s"] > 0
     assert {"machine", "versions", "load_average"} <= found.keys()
