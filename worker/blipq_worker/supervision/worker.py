@@ -204,4 +204,5 @@ class SplitWorker:
                 "draining": lambda: "yes" if whole.state().draining else None,
             },
             metrics=Page(whole, self._folder.metrics),
+            host=self._options.health_host,
         )
