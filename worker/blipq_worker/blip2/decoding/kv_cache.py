@@ -93,16 +93,18 @@ class Slots:
         """The type of keys and values."""
         return self.buffers[0].dtype
 
-    def put(self, running: int, filled: Cache, columns: int) -> None:
-        """Puts newly filled rows behind the ``running`` first ones.
+    def put(self, running: int, filled: Cache, part: slice, columns: int) -> None:
+        """Puts newly filled rows, a part of what was filled, behind the ``running`` first ones.
 
         columns: the most that any of all these rows will need.
         """
         for layer, source in zip(self.cache.layers, filled.layers, strict=True):
-            end, width = running + len(source.keys), source.keys.shape[2]
+            keys, values = source.keys[part], source.values[part]
+            end, width = running + len(keys), keys.shape[2]
+            columns = max(columns, width)  # prompts of other rows may be longer
             if layer.buffer is None or not _holds(layer.buffer, end, columns):
-                layer.grow(source.keys, round_up(end, _ROWS_STEP), round_up(columns, _COLUMNS_STEP))
-            for buffer, new in zip(layer.buffer, (source.keys, source.values), strict=True):
+                layer.grow(keys, round_up(end, _ROWS_STEP), round_up(columns, _COLUMNS_STEP))
+            for buffer, new in zip(layer.buffer, (keys, values), strict=True):
                 buffer[running:end, :, :width] = new
                 buffer[running:end, :, width:] = 0  # nothing is left of who was here before
 

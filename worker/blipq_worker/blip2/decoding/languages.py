@@ -1,39 +1,59 @@
-"""The forward passes of OPT and T5 for rows of all lengths.
+"""The forward passes of OPT and T5 for sequences of all lengths, and for beams beside them.
 
-Both begin with a prefill, which fills caches of its own and gives the scores of each row's first
-token; when all has gone well, the caches are put into slots. Then come steps of one token per row.
+Both begin with a prefill, which fills caches of its own and gives the scores of each prompt's first
+token; when all has gone well, the caches are put into slots. Then come steps of one token per row:
+a sequence alone is a row, and a group of beams as many rows as it has beams (``views``).
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, EncoderDecoderCache
-from transformers.models.t5.modeling_t5 import T5Attention
+from transformers.cache_utils import EncoderDecoderCache
 
+from blipq_worker.blip2.decoding.groups import BeamStep
 from blipq_worker.blip2.decoding.kv_cache import Slots
 from blipq_worker.blip2.decoding.opt_step import OptStep
 from blipq_worker.blip2.decoding.sequences import Row
-from blipq_worker.blip2.loading.attention import bias_of
+from blipq_worker.blip2.decoding.t5_step import T5Step
+from blipq_worker.blip2.decoding.views import Alone, Places, Together, View, Where, width_of
+from blipq_worker.blip2.loading.attention import bias_of, next_token_attention
 
-#: Slots of the rows of a step: all that run, or some of them.
-Where = slice | torch.Tensor
+#: Slots of one kind of rows: self-attention's, and T5's cross attention's.
+Pool = tuple[Slots, ...]
 
 
 class Language(ABC):
-    """A language model and the slots of its running rows."""
+    """A language model and the slots of what runs. alone, groups: of sequences, and of beams."""
 
     #: What penalties count as written before a row's first token.
     start: tuple[int, ...] = ()
+
+    def __init__(self, model: Any, kinds: int) -> None:
+        """kinds: of attention with slots of their own."""
+        self._model = model
+        layers = model.config.num_hidden_layers
+        self.alone: Pool = tuple(Slots(layers) for _ in range(kinds))
+        self.groups: Pool = tuple(Slots(layers) for _ in range(kinds))
+        self._attend = next_token_attention(model.config._attn_implementation)
+
+    @property
+    def slots(self) -> Pool:
+        return (*self.alone, *self.groups)
+
+    @abstractmethod
+    def first(self, row: Row) -> int:
+        """The column of its first new token in self-attention."""
 
     @abstractmethod
     def columns(self, row: Row) -> int:
         """Columns that a row takes when it has reached its longest."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def own_columns(self, row: Row) -> int:
+        """The same of self-attention alone. A last token is never read, and takes none."""
+        return self.first(row) + row.params.num_beams * (row.params.max_new_tokens - 1)
 
     def prefill(self, rows: Sequence[Row]) -> tuple[torch.Tensor, Any]:
         """Scores of the first tokens, (rows, vocabulary), and what ``put`` needs."""
@@ -59,32 +79,87 @@ class Language(ABC):
         """Reads embedded prompts, (rows, longest, hidden)."""
 
     @abstractmethod
-    def put(self, running: Sequence[Row], rows: Sequence[Row], filled: Any) -> None:
-        """Puts prefilled rows into the slots behind the running ones."""
+    def put(
+        self, pool: Pool, running: Sequence[Row], rows: Sequence[Row], filled: Any, part: slice
+    ) -> None:
+        """Puts prefilled rows, ``part`` of what was filled, behind the running ones of a pool."""
+
+    def step(self, alone: Sequence[Row], where: Where, beams: BeamStep | None) -> torch.Tensor:
+        """Scores of the next tokens, (rows, vocabulary), of sequences, then of beams.
+
+        where: the slots of the sequences. May be taken again.
+        """
+        parts = [] if beams is None else [self._of_beams(beams)]
+        if alone:
+            parts.insert(0, self._of_sequences(alone, where))
+        return self._step(parts)
 
     @abstractmethod
-    def step(self, rows: Sequence[Row], where: Where) -> torch.Tensor:
-        """Scores of the next tokens, (rows, vocabulary); may be taken again."""
+    def _step(self, parts: Sequence["Part"]) -> torch.Tensor:
+        """Scores of these rows, (rows, vocabulary)."""
 
-    @property
-    @abstractmethod
-    def slots(self) -> tuple[Slots, ...]: ...
+    def _of_sequences(self, rows: Sequence[Row], where: Where) -> "Part":
+        device = rows[0].queries.device
+        at = [self.first(row) + len(row.tokens) - 1 for row in rows]
+        columns = torch.tensor(at, device=device)
+        width = width_of(max(at) + 1, self.alone[0].buffers)
+        seen = torch.arange(width, device=device) <= columns[:, None]
+        distances = torch.arange(width, device=device) - columns[:, None]
+        bias = self._bias(seen[:, None], distances, self.alone[0].dtype)
+        own = self._places(self.alone[0], where, bias)
+        slots = torch.arange(len(at), device=device) if isinstance(where, slice) else where
+        view = Alone(own, slots, columns, self._cross(self.alone, where, rows))
+        tokens = torch.tensor([row.tokens[-1] for row in rows], device=device)
+        return Part(tokens, columns, view)
+
+    def _of_beams(self, step: BeamStep) -> "Part":
+        device, rows = step.tokens.device, [group.row for group in step.groups]
+        width = width_of(step.seen.shape[2], self.groups[0].buffers)
+        seen = torch.nn.functional.pad(step.seen, (0, width - step.seen.shape[2]))
+        bias = self._bias(seen, step.distances(width), self.groups[0].dtype)
+        own = self._places(self.groups[0], step.where, bias)
+        cross = self._cross(self.groups, step.where, rows)
+        view = Together(own, step.slots, step.columns, step.lanes, step.row, cross)
+        return Part(step.tokens, step.positions, view)
+
+    def _places(self, slots: Slots, where: Where, bias: torch.Tensor) -> Places:
+        return Places(slots.buffers, where, bias, self._attend)
+
+    def _bias(
+        self, seen: torch.Tensor, distances: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """What is added to scores of self-attention, (slots, 1 or heads, beams, columns).
+
+        seen: (slots, beams, columns). distances: to the columns, (slots, columns).
+        """
+        return bias_of(seen, dtype)
+
+    def _cross(self, pool: Pool, where: Where, rows: Sequence[Row]) -> Places | None:
+        """Where cross attention reads the prompts of these rows."""
+        return None
+
+
+class Part(NamedTuple):
+    """Rows of a step. tokens, positions: (rows,), the last tokens, and where they are."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    view: View
 
 
 class Opt(Language):
     """Queries and prompt are the beginning of the text; positions count from it."""
 
     def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        self._slots = Slots(model.config.num_hidden_layers)
-        self._own = OptStep(model) if OptStep.suits(model) else None
+        super().__init__(model, 1)
+        self._own = OptStep(model)
+        self._suits = OptStep.suits(model)
 
-    @property
-    def slots(self) -> tuple[Slots, ...]:
-        return (self._slots,)
+    def first(self, row: Row) -> int:
+        return row.prompt_length
 
     def columns(self, row: Row) -> int:
-        return row.prompt_length + row.params.max_new_tokens - 1
+        return self.own_columns(row)
 
     def _read(self, embeds: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Gaps are at the end, where nobody looks: attention is causal, so it needs no mask."""
@@ -94,24 +169,35 @@ class Opt(Language):
         last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
         return self._model.lm_head(last), cache
 
-    def put(self, running: Sequence[Row], rows: Sequence[Row], filled: Any) -> None:
+    def put(
+        self, pool: Pool, running: Sequence[Row], rows: Sequence[Row], filled: Any, part: slice
+    ) -> None:
         columns = max(self.columns(row) for row in [*running, *rows])
-        self._slots.put(len(running), filled, columns)
+        pool[0].put(len(running), filled, part, columns)
 
-    def step(self, rows: Sequence[Row], where: Where) -> torch.Tensor:
-        device = rows[0].queries.device
-        at = [row.prompt_length + len(row.tokens) - 1 for row in rows]
-        tokens, longest = _last_tokens(rows), max(at) + 1
+    def _step(self, parts: Sequence[Part]) -> torch.Tensor:
+        tokens, positions = (torch.cat(each) for each in list(zip(*parts, strict=True))[:2])
+        return self._own(tokens, positions, [part.view for part in parts])
+
+    def step(self, alone: Sequence[Row], where: Where, beams: BeamStep | None) -> torch.Tensor:
+        if self._suits or not alone:
+            return super().step(alone, where, beams)
+        scores = self._by_the_model(alone, where)
+        return scores if beams is None else torch.cat([scores, super().step([], where, beams)])
+
+    def _by_the_model(self, rows: Sequence[Row], where: Where) -> torch.Tensor:
+        """A step of transformers' decoder, which may be compiled; it knows no groups."""
+        (slots,), device = self.alone, rows[0].queries.device
+        at = [self.first(row) + len(row.tokens) - 1 for row in rows]
         positions = torch.tensor(at, device=device)
-        if self._own is not None:
-            return self._own(tokens, positions, longest, where, self._slots.buffers)
-        self._slots.look(where, positions, longest)
-        seen = torch.arange(longest, device=device) <= positions[:, None]
+        slots.look(where, positions, max(at) + 1)
+        seen = torch.arange(max(at) + 1, device=device) <= positions[:, None]
+        tokens = torch.tensor([row.tokens[-1] for row in rows], device=device)
         hidden = self._model.model.decoder(
             input_ids=tokens[:, None],
             attention_mask=self._mask(seen),
             position_ids=positions[:, None],
-            cache=self._slots.cache,
+            cache=slots.cache,
             use_cache=True,
         ).last_hidden_state
         scores: torch.Tensor = self._model.lm_head(hidden[:, -1])
@@ -120,96 +206,60 @@ class Opt(Language):
     def _mask(self, seen: torch.Tensor) -> torch.Tensor:
         # Flash attention takes out what is not seen; the others add to its scores.
         flash = "flash" in self._model.config._attn_implementation
-        return seen if flash else bias_of(seen, self._slots.dtype)
+        return seen if flash else bias_of(seen, self.alone[0].dtype)
 
 
 class T5(Language):
-    """Queries and prompt go to the encoder; the decoder begins with a start token.
-
-    Its position bias is per row here, which the model's own decoder cannot express (it has one
-    distance for all rows): so the blocks are called one by one.
-    """
+    """Queries and prompt go to the encoder; the decoder begins with a start token."""
 
     def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        self._own, self._cross = (Slots(model.config.num_decoder_layers) for _ in range(2))
+        super().__init__(model, 2)
+        self._own = T5Step(model)
         start = model.generation_config.decoder_start_token_id
         self.start = (model.config.decoder_start_token_id if start is None else start,)
 
-    @property
-    def slots(self) -> tuple[Slots, ...]:
-        return self._own, self._cross
+    def first(self, row: Row) -> int:
+        return 1
 
     def columns(self, row: Row) -> int:
-        return row.prompt_length + row.params.max_new_tokens
+        return row.prompt_length + self.own_columns(row)
 
     def _read(self, embeds: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """The encoder's pass, then the decoder's first step, which fills both caches."""
-        seen = torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None]
+        model, seen = self._model, torch.arange(embeds.shape[1], device=embeds.device)
         # Of a mask with two dimensions transformers asks whether it hides anything, and waits.
-        mask = bias_of(seen, embeds.dtype)
-        encoded = self._model.encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+        mask = bias_of(seen < lengths[:, None], embeds.dtype)
+        encoded = model.encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
         caches = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        first = torch.zeros_like(lengths)
-        tokens = torch.full_like(lengths, self.start[0])
-        return self._decode(tokens, first, 1, encoded, seen, caches), caches
-
-    def put(self, running: Sequence[Row], rows: Sequence[Row], filled: Any) -> None:
-        everyone = [*running, *rows]
-        longest = max(row.params.max_new_tokens for row in everyone)
-        self._own.put(len(running), filled.self_attention_cache, longest)
-        widest = max(row.prompt_length for row in everyone)
-        self._cross.put(len(running), filled.cross_attention_cache, widest)
-
-    def step(self, rows: Sequence[Row], where: Where) -> torch.Tensor:
-        device = rows[0].queries.device
-        at = [len(row.tokens) for row in rows]
-        positions = torch.tensor(at, device=device)
-        lengths = torch.tensor([row.prompt_length for row in rows], device=device)
-        width = max(row.prompt_length for row in rows)
-        self._own.look(where, positions, max(at) + 1)
-        self._cross.look(where, positions, width)
-        seen = torch.arange(width, device=device) < lengths[:, None]
-        # Of what was encoded only the keys and values are needed, and the cross cache has them.
-        encoded = torch.empty((len(rows), width, 0), device=device)
-        caches = EncoderDecoderCache(self._own.cache, self._cross.cache)
-        return self._decode(_last_tokens(rows), positions, max(at) + 1, encoded, seen, caches)
-
-    def _decode(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        length: int,
-        encoded: torch.Tensor,
-        seen: torch.Tensor,
-        caches: Cache,
-    ) -> torch.Tensor:
-        """One token per row, (rows,), at its position; ``seen`` of the encoder, (rows, width)."""
-        decoder = self._model.decoder
-        hidden = decoder.embed_tokens(tokens[:, None])
-        own, cross = self._position_bias(positions, length), bias_of(seen, hidden.dtype)
-        for block in decoder.block:
+        tokens = torch.full_like(lengths, self.start[0])[:, None]
+        hidden = model.decoder.embed_tokens(tokens)
+        own, cross = self._own.position_bias(torch.zeros_like(tokens)), mask.to(hidden.dtype)
+        for block in model.decoder.block:
             hidden, own, cross = block(hidden, None, own, encoded, None, cross, cache=caches)
-        hidden = decoder.final_layer_norm(hidden)[:, -1]
-        if self._model.config.scale_decoder_outputs:
-            hidden = hidden * self._model.config.d_model**-0.5
-        scores: torch.Tensor = self._model.lm_head(hidden)
-        return scores
+        return self._own.scores(hidden[:, -1]), caches
 
-    def _position_bias(self, positions: torch.Tensor, length: int) -> torch.Tensor:
-        """What each row's distances add to its scores, (rows, heads, 1, length); no future."""
-        attention: T5Attention = self._model.decoder.block[0].layer[0].SelfAttention
-        distances = torch.arange(length, device=positions.device) - positions[:, None]
-        buckets = attention._relative_position_bucket(
-            distances,
-            bidirectional=False,
-            num_buckets=attention.relative_attention_num_buckets,
-            max_distance=attention.relative_attention_max_distance,
-        )
-        bias = attention.relative_attention_bias(buckets).permute(0, 2, 1)[:, :, None]
-        biased: torch.Tensor = bias + bias_of(distances <= 0, bias.dtype)
-        return biased
+    def put(
+        self, pool: Pool, running: Sequence[Row], rows: Sequence[Row], filled: Any, part: slice
+    ) -> None:
+        own, cross = pool
+        everyone = [*running, *rows]
+        longest = max(self.own_columns(row) for row in everyone)
+        own.put(len(running), filled.self_attention_cache, part, longest)
+        widest = max(row.prompt_length for row in everyone)
+        cross.put(len(running), filled.cross_attention_cache, part, widest)
 
+    def _step(self, parts: Sequence[Part]) -> torch.Tensor:
+        return self._own(torch.cat([part.tokens for part in parts]), [part.view for part in parts])
 
-def _last_tokens(rows: Sequence[Row]) -> torch.Tensor:
-    return torch.tensor([row.tokens[-1] for row in rows], device=rows[0].queries.device)
+    def _bias(
+        self, seen: torch.Tensor, distances: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        bias = self._own.position_bias(distances)
+        return bias + bias_of(seen, bias.dtype)
+
+    def _cross(self, pool: Pool, where: Where, rows: Sequence[Row]) -> Places:
+        device, width = rows[0].queries.device, max(row.prompt_length for row in rows)
+        lengths = torch.tensor([row.prompt_length for row in rows], device=device)
+        width = width_of(width, pool[1].buffers)
+        seen = torch.arange(width, device=device) < lengths[:, None]
+        return self._places(pool[1], where, bias_of(seen, pool[1].dtype))

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 
-from blipq_worker.blip2.decoding.languages import T5, Language, Opt
+from blipq_worker.blip2.decoding.groups import Groups
+from blipq_worker.blip2.decoding.languages import T5, Language, Opt, Pool
 from blipq_worker.blip2.decoding.sampling import choose
 from blipq_worker.blip2.decoding.sequences import Row
+from blipq_worker.blip2.decoding.views import Where
 
 #: Columns of keys and values per slot, on average: longer rows run with fewer beside them.
 COLUMNS_PER_SLOT = 256
@@ -16,20 +18,32 @@ COLUMNS_PER_SLOT = 256
 class DecodeLoop:
     """Runs up to ``slots`` rows of a language model, OPT or T5. Of one thread.
 
-    ends: end tokens. What raises leaves all rows as they were, and can be tried again with fewer.
+    A row with beams has a slot, too, but takes as many rows of a step as it has beams: together at
+    most ``beams``, where it is not alone. ends: end tokens. What raises leaves all rows as they
+    were, and can be tried again with fewer.
     """
 
-    def __init__(self, model: Any, *, ends: Sequence[int], slots: int = 32) -> None:
-        self._language: Language = T5(model) if model.config.is_encoder_decoder else Opt(model)
-        self._ends = tuple(ends)
-        self._slots = slots
-        #: The rows in the slots, in their order.
-        self.running: list[Row] = []
+    def __init__(
+        self, model: Any, *, ends: Sequence[int], slots: int = 32, beams: int = 80
+    ) -> None:
+        language: Language = T5(model) if model.config.is_encoder_decoder else Opt(model)
+        self._language, self._ends = language, tuple(ends)
+        self._slots, self._most_beams = slots, beams
+        #: The rows without beams in their slots, in order.
+        self._alone: list[Row] = []
+        device = model.get_input_embeddings().weight.device
+        stopping = model.generation_config.early_stopping or False
+        self._groups = Groups(ends, language.start, stopping, device)
+
+    @property
+    def running(self) -> list[Row]:
+        """The rows in slots."""
+        return [*self._alone, *self._groups.rows]
 
     @property
     def free(self) -> int:
         """Slots without a row."""
-        return self._slots - len(self.running)
+        return self._slots - len(self._alone) - len(self._groups.running)
 
     @property
     def bytes(self) -> int:
@@ -44,7 +58,15 @@ class DecodeLoop:
         rows = [*self.running, *beside, row]
         if len(rows) == 1:
             return True
-        columns = len(rows) * max(self._language.columns(each) for each in rows)
+        alone, groups = _by_kind(rows)
+        columns = sum(
+            len(kind) * max(self._language.columns(each) for each in kind)
+            for kind in (alone, groups)
+            if kind
+        )
+        beams = sum(each.params.num_beams for each in groups)
+        if row.has_beams and len(groups) > 1 and beams > self._most_beams:
+            return False
         return len(rows) <= self._slots and columns <= self._slots * COLUMNS_PER_SLOT
 
     @torch.inference_mode()
@@ -52,47 +74,89 @@ class DecodeLoop:
         """Takes rows in and writes the first token of each. They must fit. Returns them."""
         if not rows:
             return []
-        scores, filled = self._language.prefill(rows)
-        tokens = choose(scores, rows, ends=self._ends, start=self._language.start)
-        self._language.put(self.running, rows, filled)
-        self.running.extend(rows)
+        alone, groups = _by_kind(rows)
+        language, number = self._language, len(alone)
+        scores, filled = language.prefill([*alone, *groups])
+        tokens: list[int] = []
+        begun = None
+        if alone:
+            tokens = choose(scores[:number], alone, ends=self._ends, start=language.start)
+            language.put(language.alone, self._alone, alone, filled, slice(number))
+        if groups:
+            firsts = [language.first(row) for row in groups]
+            begun = self._groups.begin(groups, firsts, scores[number:])
+            part = slice(number, None)
+            language.put(language.groups, self._groups.rows, groups, filled, part)
+        self._alone.extend(alone)
+        if begun is not None:
+            self._groups.admit(begun)
         for row in rows:
             row.joined = True
-        return self._write(rows, tokens)
+        self._write(alone, tokens)
+        return list(rows)
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> list[Row]:
         """Writes one more token of each of these running rows. Returns them, by slot."""
         among = set(rows)
-        at = [index for index, row in enumerate(self.running) if row in among]
-        if not at:
+        at, alone, where = self._some(self._alone, among)
+        places, groups, _ = self._some(self._groups.rows, among)
+        if not at and not places:
             return []
-        chosen = [self.running[index] for index in at]
-        everyone = len(at) == len(self.running)
-        where = slice(len(at)) if everyone else torch.tensor(at, device=chosen[0].queries.device)
-        scores = self._language.step(chosen, where)
-        tokens = choose(scores, chosen, ends=self._ends, start=self._language.start)
-        return self._write(chosen, tokens)
+        step = self._groups.ready(places) if places else None
+        scores = self._language.step(alone, where, step)
+        tokens: list[int] = []
+        if alone:
+            some = scores[: len(alone)]
+            tokens = choose(some, alone, ends=self._ends, start=self._language.start)
+        if step is not None:
+            # It may raise, and writes nothing before the others can be written, too.
+            self._groups.write(step, self._groups.choose(step, scores[len(alone) :]))
+        self._write(alone, tokens)
+        return [*alone, *groups]
+
+    def _some(self, running: Sequence[Row], among: set[Row]) -> tuple[list[int], list[Row], Where]:
+        """Which of the running ones are meant: their slots, they, and where a step finds them."""
+        at = [index for index, row in enumerate(running) if row in among]
+        rows = [running[index] for index in at]
+        if len(at) == len(running):
+            return at, rows, slice(len(at))
+        return at, rows, torch.tensor(at, dtype=torch.long, device=running[0].queries.device)
 
     @torch.inference_mode()
     def leave(self, rows: Sequence[Row]) -> None:
         """Frees the slots of rows; the last rows move into the holes."""
         gone = set(rows)
-        left = len(self.running) - sum(row in gone for row in self.running)
-        holes = [index for index, row in enumerate(self.running[:left]) if row in gone]
-        movers = [
-            index for index in range(left, len(self.running)) if self.running[index] not in gone
-        ]
-        for slots in self._language.slots:
-            if not left:
-                slots.clear()
-            elif holes:
-                slots.move(movers, holes)
-        for hole, mover in zip(holes, movers, strict=True):
-            self.running[hole] = self.running[mover]
-        del self.running[left:]
+        order = _without(gone, self._alone, self._language.alone)
+        self._alone = [self._alone[index] for index in order]
+        if gone.intersection(self._groups.rows):
+            self._groups.keep(_without(gone, self._groups.rows, self._language.groups))
 
-    def _write(self, rows: Sequence[Row], tokens: Sequence[int]) -> list[Row]:
+    def _write(self, rows: Sequence[Row], tokens: Sequence[int]) -> None:
         for row, token in zip(rows, tokens, strict=True):
             row.write(token, self._ends)
-        return list(rows)
+
+
+def _by_kind(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows without beams, and rows with some."""
+    alone: list[Row] = []
+    groups: list[Row] = []
+    for row in rows:
+        (groups if row.has_beams else alone).append(row)
+    return alone, groups
+
+
+def _without(gone: set[Row], running: Sequence[Row], pool: Pool) -> list[int]:
+    """Lets rows of a pool go; which of the running ones are in the first slots then, in order."""
+    left = len(running) - sum(row in gone for row in running)
+    order = list(range(left))
+    holes = [index for index in order if running[index] in gone]
+    movers = [index for index in range(left, len(running)) if running[index] not in gone]
+    for hole, mover in zip(holes, movers, strict=True):
+        order[hole] = mover
+    for slots in pool:
+        if not left:
+            slots.clear()
+        elif holes:
+            slots.move(movers, holes)
+    return order

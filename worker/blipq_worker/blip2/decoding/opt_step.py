@@ -1,23 +1,24 @@
 """One more token per row through OPT's layers, with nothing around them.
 
 transformers' decoder prepares masks, checks arguments and calls four modules deep at every layer,
-which counts where a step has few rows (``python -m benchmarks steps``). The layers' own weights and
-code are used, whatever their precision; hooks on them are not called.
+which counts where a step has few rows (``python -m benchmarks steps``), and it knows no beams that
+share a slot. The layers' own weights and code are used, whatever their precision; hooks on them are
+not called.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from blipq_worker.blip2.decoding.kv_cache import round_up
-from blipq_worker.blip2.loading.attention import bias_of, next_token_attention
-
-#: Columns that a step looks at are a multiple of this: vectors without a rest.
-_COLUMNS = 16
+from blipq_worker.blip2.decoding.views import View, through
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _nothing(states: torch.Tensor) -> torch.Tensor:
+    return states
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,38 +30,48 @@ class _Block:
     key: Layer
     value: Layer
     out: Layer
+    norm_after: Layer
     second_norm: Layer
     up: Layer
     activation: Layer
     down: Layer
+    second_norm_after: Layer
 
     @classmethod
     def of(cls, layer: Any) -> "_Block":
-        attention = layer.self_attn
+        attention, before = layer.self_attn, layer.do_layer_norm_before
+        norms = layer.self_attn_layer_norm.forward, layer.final_layer_norm.forward
         return cls(
-            norm=layer.self_attn_layer_norm.forward,
+            norm=norms[0] if before else _nothing,
             query=attention.q_proj.forward,
             key=attention.k_proj.forward,
             value=attention.v_proj.forward,
             out=attention.out_proj.forward,
-            second_norm=layer.final_layer_norm.forward,
+            norm_after=_nothing if before else norms[0],
+            second_norm=norms[1] if before else _nothing,
             up=layer.fc1.forward,
             activation=layer.activation_fn.forward,
             down=layer.fc2.forward,
+            second_norm_after=_nothing if before else norms[1],
         )
 
 
 class OptStep:
-    """The step of an OPT that ``suits``: transformers' ``OPTForCausalLM`` (modeling_opt.py)."""
+    """The step of transformers' ``OPTForCausalLM`` (modeling_opt.py)."""
 
     def __init__(self, model: Any) -> None:
-        self._decoder = model.model.decoder
-        self._blocks = [_Block.of(layer) for layer in self._decoder.layers]
-        self._norm: Layer = self._decoder.final_layer_norm.forward
+        decoder = self._decoder = model.model.decoder
+        self._blocks = [_Block.of(layer) for layer in decoder.layers]
+        project_in, norm, project_out = (
+            _nothing if part is None else part.forward
+            for part in (decoder.project_in, decoder.final_layer_norm, decoder.project_out)
+        )
+        self._project_in: Layer = project_in
+        self._norm: Layer = norm
+        self._project_out: Layer = project_out
         self._head: Layer = model.lm_head.forward
         self._heads = model.config.num_attention_heads
-        self._scaling: float = self._decoder.layers[0].self_attn.scaling
-        self._attend = next_token_attention(model.config._attn_implementation)
+        self._scaling: float = decoder.layers[0].self_attn.scaling
 
     @staticmethod
     def suits(model: Any) -> bool:
@@ -70,53 +81,26 @@ class OptStep:
         return plain and decoder.project_in is None and decoder._compiled_call_impl is None
 
     def __call__(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        longest: int,
-        where: slice | torch.Tensor,
-        buffers: list[torch.Tensor],
+        self, tokens: torch.Tensor, positions: torch.Tensor, views: Sequence[View]
     ) -> torch.Tensor:
         """Scores, (rows, vocabulary), of what follows each row's token at its position.
 
-        tokens, positions: (rows,). longest: the highest position and one. where: the rows' slots in
-        the buffers, each (2, slots, heads, columns, head size); keys and values are written there.
+        tokens, positions: (rows,), in the order of the views, which take in what is written.
         """
-        count = len(tokens)
-        # Layers differ where memory ran out as they grew: the running rows fit into the smallest.
-        width = _width(longest, min(buffer.shape[3] for buffer in buffers))
-        seen = torch.arange(width, device=tokens.device) <= positions[:, None]
-        bias = bias_of(seen, buffers[0].dtype)
-        slots = torch.arange(count, device=tokens.device) if isinstance(where, slice) else where
+        shape = len(tokens), self._heads, -1
         states = self._embedded(tokens, positions)
-        for block, buffer in zip(self._blocks, buffers, strict=True):
+        for index, block in enumerate(self._blocks):
             normed = block.norm(states)
-            query = (block.query(normed) * self._scaling).view(count, self._heads, 1, -1)
-            new = query.shape[0], self._heads, query.shape[3]
-            keys, values = buffer
-            keys[slots, :, positions] = block.key(normed).view(new)
-            values[slots, :, positions] = block.value(normed).view(new)
-            attended = self._attend(
-                query, _part(keys, where, width), _part(values, where, width), bias
-            )
-            states = states + block.out(attended.reshape(count, -1))
+            query = (block.query(normed) * self._scaling).view(shape)
+            key, value = block.key(normed).view(shape), block.value(normed).view(shape)
+            attended = through(views, index, query, key, value)
+            states = block.norm_after(states + block.out(attended))
             raised = block.activation(block.up(block.second_norm(states)))
-            states = states + block.down(raised)
-        return self._head(self._norm(states))
+            states = block.second_norm_after(states + block.down(raised))
+        return self._head(self._project_out(self._norm(states)))
 
     def _embedded(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         table = self._decoder.embed_positions
-        embedded: torch.Tensor = self._decoder.embed_tokens.forward(tokens)
+        embedded: torch.Tensor = self._project_in(self._decoder.embed_tokens.forward(tokens))
         placed: torch.Tensor = embedded + table.weight[positions + table.offset]
         return placed
-
-
-def _width(longest: int, columns: int) -> int:
-    """How many columns a step looks at: all, where a copy of the rest would cost as much."""
-    width = round_up(longest, _COLUMNS)
-    return columns if columns < 1.4 * width else width
-
-
-def _part(states: torch.Tensor, where: slice | torch.Tensor, width: int) -> torch.Tensor:
-    """The first columns of some slots; a view of all of them as far as that can be."""
-    return states[where] if width == states.shape[2] else states[where, :, :width]

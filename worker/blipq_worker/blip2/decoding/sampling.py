@@ -36,8 +36,8 @@ def choose(
     scores = logits.to(torch.float32, copy=True)
     healthy = scores.amax(dim=-1).isfinite()
     for index, row in enumerate(rows):
-        if _is_penalized(row):
-            scores[index] = _penalized(scores[index], row, start)
+        if is_penalized(row):
+            scores[index] = penalized(scores[index][None], row, [[*start, *row.tokens]])[0]
     short = [index for index, row in enumerate(rows) if len(row.tokens) < row.params.min_new_tokens]
     if short:
         banned = torch.tensor(ends, dtype=torch.long, device=scores.device)
@@ -52,20 +52,22 @@ def choose(
     return chosen
 
 
-def _is_penalized(row: Row) -> bool:
+def is_penalized(row: Row) -> bool:
+    """Whether what was written changes what may follow."""
     return row.params.repetition_penalty != 1.0 or row.params.no_repeat_ngram_size > 0
 
 
-def _penalized(scores: torch.Tensor, row: Row, start: Sequence[int]) -> torch.Tensor:
-    """One row's scores, (vocabulary,), after penalties."""
+def penalized(
+    scores: torch.Tensor, row: Row, written: Sequence[Sequence[int]] | torch.Tensor
+) -> torch.Tensor:
+    """Scores, (n, vocabulary), after the penalties of a row for what was written, (n, tokens)."""
     params = row.params
-    written = torch.tensor([[*start, *row.tokens]], dtype=torch.long, device=scores.device)
-    scores = scores[None]
+    before = torch.as_tensor(written, dtype=torch.long, device=scores.device)
     if params.repetition_penalty != 1.0:
-        scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(written, scores)
+        scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(before, scores)
     if params.no_repeat_ngram_size > 0:
-        scores = NoRepeatNGramLogitsProcessor(params.no_repeat_ngram_size)(written, scores)
-    return scores[0]
+        scores = NoRepeatNGramLogitsProcessor(params.no_repeat_ngram_size)(before, scores)
+    return scores
 
 
 def _draw(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:

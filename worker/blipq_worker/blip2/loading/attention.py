@@ -105,9 +105,13 @@ def _fused(
 
 
 def bias_of(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What to add to scores, (rows, 1, 1, columns), so that only what is seen counts."""
+    """What to add to scores, (rows, 1, queries, columns), so that only what is seen counts.
+
+    seen: (rows, queries, columns), or (rows, columns) for one query each.
+    """
     bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return bias.masked_fill(~seen, torch.finfo(dtype).min)[:, None, None]
+    bias = bias.masked_fill(~seen, torch.finfo(dtype).min)
+    return bias[:, None] if bias.dim() == 3 else bias[:, None, None]
 
 
 AttentionInterface.register(_MATRICES, matrices)

@@ -1,0 +1,227 @@
+"""Prompts with several beams in growing slots: a group shares a slot, and its beams take columns.
+
+The prompt is in the first columns of the slot. Behind it each step writes a column for each beam,
+so that the beam of rank r writes its n-th new token into column ``first + (n - 1) * beams + r``.
+``seen`` says which of the columns are in whose past: when a beam goes on from another one, it takes
+over the other's row of this table, and nothing else moves.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from blipq_worker.blip2.decoding.beams import Beams, Chosen, Stopping, choose_beams, stacked
+from blipq_worker.blip2.decoding.sampling import ScoresError, is_penalized, penalized
+from blipq_worker.blip2.decoding.sequences import Row
+from blipq_worker.blip2.decoding.views import Where
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """A prompt and its beams. first: the column behind the prompt. written: new tokens so far."""
+
+    row: Row
+    first: int
+    written: int = 0
+
+    @property
+    def beams(self) -> int:
+        return self.row.params.num_beams
+
+    @property
+    def last(self) -> int:
+        """The position of the last tokens."""
+        return self.first + self.written - 1
+
+    @property
+    def columns(self) -> int:
+        """What is taken of its slot, with what the next step writes."""
+        return self.first + self.written * self.beams
+
+
+@dataclass(frozen=True, slots=True)
+class BeamStep:
+    """What a step reads of some groups. Their beams are its rows, one group after the other.
+
+    where: the groups' slots. tokens, slots, columns: (rows,), the last tokens, and where they go.
+    positions: (rows,), where they are in their texts. lanes, row: see ``views.Together``. seen:
+    (groups, most beams, columns up to the last one).
+    """
+
+    groups: list[Group]
+    where: Where
+    beams: Beams
+    tokens: torch.Tensor
+    slots: torch.Tensor
+    columns: torch.Tensor
+    positions: torch.Tensor
+    lanes: torch.Tensor
+    row: torch.Tensor | None
+    seen: torch.Tensor
+
+    def distances(self, columns: int) -> torch.Tensor:
+        """How far the texts at so many columns are from the last tokens, (groups, columns)."""
+
+        def each(numbers: Iterable[int]) -> torch.Tensor:
+            return torch.tensor(list(numbers), device=self.tokens.device)[:, None]
+
+        first, beams = each(group.first for group in self.groups), self.beams.beams[:, None]
+        at = torch.arange(columns, device=self.tokens.device)
+        at = torch.where(at < first, at, first + (at - first) // beams)
+        return at - each(group.last for group in self.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """Groups with their first tokens, before they are among the running ones."""
+
+    groups: list[Group]
+    chosen: Chosen
+    seen: torch.Tensor
+
+
+class Groups:
+    """The running groups, in the order of their slots. What raises leaves them as they were.
+
+    start: what texts begin with, before new tokens.
+    """
+
+    def __init__(
+        self, ends: Sequence[int], start: Sequence[int], stopping: Stopping, device: torch.device
+    ) -> None:
+        self._ends = torch.tensor(list(ends), dtype=torch.long, device=device)
+        self._start, self._stopping, self._device = tuple(start), stopping, device
+        self.running: list[Group] = []
+        self._beams: Beams | None = None
+        self._tokens = self._seen = torch.empty(0, device=device)
+
+    @property
+    def rows(self) -> list[Row]:
+        return [group.row for group in self.running]
+
+    def begin(self, rows: Sequence[Row], firsts: Sequence[int], scores: torch.Tensor) -> Begun:
+        """The first tokens of prompts, from their scores, (prompts, vocabulary)."""
+        groups = [Group(row, first) for row, first in zip(rows, firsts, strict=True)]
+        beams = Beams.fresh(rows, self._start, self._device)
+        count, most = beams.scores.shape
+        lanes = torch.arange(count, device=self._device)[:, None].expand(-1, most)
+        columns = torch.arange(max(firsts), device=self._device)
+        seen = columns < self._whole(firsts)[:, None]
+        chosen = self._choose(groups, beams, scores, lanes)
+        return Begun(groups, chosen, seen[:, None].expand(-1, most, -1))
+
+    def admit(self, begun: Begun) -> None:
+        """Puts groups behind the running ones."""
+        beams, tokens, seen = begun.chosen.beams, begun.chosen.tokens, begun.seen
+        if self.running:
+            assert self._beams is not None
+            beams = self._beams.beside(beams)
+            tokens, seen = stacked(self._tokens, tokens), stacked(self._seen, seen)
+        self._beams, self._tokens, self._seen = beams, tokens, seen
+        places = range(len(self.running), len(self.running) + len(begun.groups))
+        self.running.extend(begun.groups)
+        self._count(begun.groups, places, begun.chosen.going)
+
+    def ready(self, at: Sequence[int]) -> BeamStep:
+        """What a step of the groups in these slots reads."""
+        assert self._beams is not None
+        groups = [self.running[index] for index in at]
+        everyone = len(at) == len(self.running)
+        where: Where = slice(len(at)) if everyone else self._whole(at)
+        most = self._tokens.shape[1]
+        ranks = [(index, rank) for index, group in enumerate(groups) for rank in range(group.beams)]
+        rows = self._whole([index * most + rank for index, rank in ranks])
+        owners, ranked = rows // most, rows % most
+        columns = self._whole(
+            [groups[index].columns - groups[index].beams + rank for index, rank in ranks]
+        )
+        seen = self._seen_up_to(max(group.columns for group in groups))[where].clone()
+        seen[owners, ranked, columns] = True
+        alike = len(rows) == len(groups) * most
+        lanes = torch.zeros(len(groups) * most, dtype=torch.long, device=self._device)
+        lanes[rows] = torch.arange(len(rows), device=self._device)
+        return BeamStep(
+            groups=groups,
+            where=where,
+            beams=self._beams if everyone else self._beams.take(self._whole(at)),
+            tokens=self._tokens[where].reshape(-1)[rows],
+            slots=owners if everyone else self._whole(at)[owners],
+            columns=columns,
+            positions=self._whole([groups[index].last for index, _ in ranks]),
+            lanes=lanes.view(len(groups), most),
+            row=None if alike else rows,
+            seen=seen,
+        )
+
+    def choose(self, step: BeamStep, scores: torch.Tensor) -> Chosen:
+        """What the beams of a step say next, from the scores of its rows, (rows, vocabulary)."""
+        return self._choose(step.groups, step.beams, scores, step.lanes)
+
+    def write(self, step: BeamStep, chosen: Chosen) -> None:
+        """Takes over what a step has come to."""
+        assert self._beams is not None
+        parents = chosen.parents[..., None].expand_as(step.seen)
+        seen = step.seen.gather(1, parents)
+        if isinstance(step.where, slice):
+            self._beams, self._tokens, self._seen = chosen.beams, chosen.tokens, seen
+        else:
+            self._beams = self._beams.put(step.where, chosen.beams)
+            self._tokens = self._tokens.index_copy(0, step.where, chosen.tokens)
+            self._seen = self._seen_up_to(seen.shape[2]).clone()
+            self._seen[step.where, :, : seen.shape[2]] = seen
+        places = range(len(step.groups)) if isinstance(step.where, slice) else step.where.tolist()
+        self._count(step.groups, places, chosen.going)
+
+    def keep(self, order: Sequence[int]) -> None:
+        """Lets all groups go but these, which become the first ones in this order."""
+        self.running = [self.running[index] for index in order]
+        if not order:
+            self._beams, self._tokens, self._seen = None, self._tokens[:0], self._seen[:0]
+        else:
+            assert self._beams is not None
+            at = self._whole(order)
+            self._beams = self._beams.take(at)
+            self._tokens, self._seen = self._tokens[at], self._seen[at]
+
+    def _count(
+        self, groups: Sequence[Group], places: Sequence[int], going: torch.Tensor
+    ) -> None:
+        assert self._beams is not None
+        for group, place, goes_on in zip(groups, places, going.tolist(), strict=True):
+            group.written += 1
+            if not goes_on:
+                number = group.row.params.num_return_sequences
+                group.row.settle(*self._beams.best_texts(place, number, len(self._start)))
+
+    def _choose(
+        self, groups: Sequence[Group], beams: Beams, scores: torch.Tensor, lanes: torch.Tensor
+    ) -> Chosen:
+        """Penalties and the shortest length come after the softmax, which greedy search has not."""
+        if not bool(scores.amax(dim=-1).isfinite().all()):
+            raise ScoresError("the model's scores are not numbers")
+        logs = torch.log_softmax(scores.float(), dim=-1)
+        for index, group in enumerate(groups):
+            rows = lanes[index, : group.beams] if group.written else lanes[index, :1]
+            if is_penalized(group.row):
+                written = len(self._start) + group.written
+                before = beams.texts[index, : len(rows), :written]
+                logs[rows] = penalized(logs[rows], group.row, before)
+            if group.written < group.row.params.min_new_tokens:
+                logs[rows[:, None], self._ends] = -math.inf
+        return choose_beams(
+            logs,
+            lanes,
+            beams,
+            ends=self._ends,
+            skipped=len(self._start),
+            stopping=self._stopping,
+        )
+
+    def _seen_up_to(self, columns: int) -> torch.Tensor:
+        missing = columns - self._seen.shape[2]
+        return torch.nn.functional.pad(self._seen, (0, missing)) if missing > 0 else self._seen
+
+    def _whole(self, numbers: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=self._device)
