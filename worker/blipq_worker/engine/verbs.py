@@ -73,7 +73,7 @@ def _embedded(arrays: Arrays) -> Embedded:
     )
 
 
-#: In a session each sequence has its own parameters; beams that run together share theirs.
+#: In a session each text has its own parameters; sampled beams that run together share theirs.
 GENERATE = Verb(
     "generate",
     item=lambda item, pixels: GenerateItem(pixels, item.prompts, item.params),

@@ -76,7 +76,7 @@ class Plain(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 class GenerationParams(Plain, frozen=True):
     """How texts are chosen, under Hugging Face's names; lengths count new tokens. top_k 0 is off.
 
-    Beams that run together have equal parameters.
+    Sampled beams that run together have equal parameters.
     """
 
     max_new_tokens: Annotated[int, Meta(ge=1, le=512)] = 30
@@ -94,8 +94,8 @@ class GenerationParams(Plain, frozen=True):
 
     @property
     def in_flight(self) -> bool:
-        """Whether rows are independent of each other: greedy search and sampling, not beams."""
-        return self.num_beams == 1
+        """Whether texts join and leave whatever runs; sampled beams run in batches."""
+        return self.num_beams == 1 or not self.do_sample
 
 
 Prompts = Annotated[tuple[Text, ...], Meta(min_length=1, max_length=64)]

@@ -31,10 +31,9 @@ class Language(ABC):
     #: What penalties count as written before a row's first token.
     start: tuple[int, ...] = ()
 
-    def __init__(self, model: Any, kinds: int) -> None:
+    def __init__(self, model: Any, layers: int, kinds: int) -> None:
         """kinds: of attention with slots of their own."""
         self._model = model
-        layers = model.config.num_hidden_layers
         self.alone: Pool = tuple(Slots(layers) for _ in range(kinds))
         self.groups: Pool = tuple(Slots(layers) for _ in range(kinds))
         self._attend = next_token_attention(model.config._attn_implementation)
@@ -151,7 +150,7 @@ class Opt(Language):
     """Queries and prompt are the beginning of the text; positions count from it."""
 
     def __init__(self, model: Any) -> None:
-        super().__init__(model, 1)
+        super().__init__(model, model.config.num_hidden_layers, 1)
         self._own = OptStep(model)
         self._suits = OptStep.suits(model)
 
@@ -213,7 +212,7 @@ class T5(Language):
     """Queries and prompt go to the encoder; the decoder begins with a start token."""
 
     def __init__(self, model: Any) -> None:
-        super().__init__(model, 2)
+        super().__init__(model, model.config.num_decoder_layers, 2)
         self._own = T5Step(model)
         start = model.generation_config.decoder_start_token_id
         self.start = (model.config.decoder_start_token_id if start is None else start,)

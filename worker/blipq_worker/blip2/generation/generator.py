@@ -1,6 +1,6 @@
 """Captions and answers: one vision pass per image, then one language-model row per prompt.
 
-Greedy and sampled texts are written in flight (``sessions``), beams in batches by ``generate``.
+Texts are written in flight (``sessions``), but sampled beams in batches by ``generate``.
 
 The queries and the prompt enter the language model as embeddings, with no ids: that is what LAVIS
 does (lavis/models/blip2_models/blip2_opt.py and blip2_t5.py), it cannot ignore the image, and
@@ -50,7 +50,7 @@ _LONG_SLOTS = 32
 class Generator:
     """Runs a generation checkpoint. Not thread-safe, except for ``check``.
 
-    slots: most rows in flight. max_beams: most beams (prompts x num_beams) in one pass; one prompt
+    slots: most prompts in flight. max_beams: most beams of all prompts in one pass; one prompt alone
     may have more. static: on a GPU the first session opens static slots; else ``open_slots`` alone.
     """
 
@@ -136,7 +136,7 @@ class Generator:
         return ids
 
     def session(self) -> WritingSession:
-        """Where items without beams are written, each by its own parameters."""
+        """Where items are written, each by its own parameters; without sampled beams."""
         if self._opens_static:
             budget = free_memory(self.model.query_tokens.device)
             self.open_slots(ways(graphs=True), slots=self._slots, budget=budget)
@@ -152,7 +152,8 @@ class Generator:
         # may, runs beside them: while it runs, nobody takes steps that would free them.
         static = None if self._static is None or self._static.running else self._static
         slots = self._slots if static is None else min(self._slots, _LONG_SLOTS)
-        growing = DecodeLoop(self.model.language_model, ends=self._eos, slots=slots)
+        language_model = self.model.language_model
+        growing = DecodeLoop(language_model, ends=self._eos, slots=slots, beams=self._max_beams)
         return growing if static is None else RoutedLoop(static, growing)
 
     def open_slots(self, among: Sequence[Way], *, slots: int | None, budget: int) -> None:
@@ -184,7 +185,7 @@ class Generator:
     ) -> list[list[list[GeneratedText]]]:
         """For each item, for each of its prompts, ``num_return_sequences`` texts, best first.
 
-        With beams all items have equal parameters, else ValueError. A seed decides what an item
+        With sampled beams all items have equal parameters, else ValueError. A seed decides what an item
         says, whatever its neighbours; equal results need the same weights, precision and kind of
         device. Items that are not ``wanted`` any more are given up between two steps: what they
         say is void. Raises PermanentError ``invalid_request`` for a prompt that is too long.
@@ -194,7 +195,7 @@ class Generator:
         if all(item.params.in_flight for item in items):
             return self._generate_in_flight(items, wanted)
         if len({item.params for item in items}) > 1:
-            raise ValueError("items with beams must have equal generation parameters")
+            raise ValueError("items with sampled beams must have equal generation parameters")
         seed = items[0].params.seed
         if seed is None:
             return self._generate_beams(items, wanted)

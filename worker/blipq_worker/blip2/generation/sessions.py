@@ -44,13 +44,19 @@ class _Writing:
     @property
     def waiting(self) -> int:
         """Rows that have had no slot yet."""
-        rows = len(self.ids) * self.item.params.num_return_sequences
+        rows = len(self.ids) * self.each
         return rows - sum(row.joined for row in self.rows) if self.rows else rows
+
+    @property
+    def each(self) -> int:
+        """Rows of a prompt: beams come to all of its alternatives together."""
+        params = self.item.params
+        return 1 if params.num_beams > 1 else params.num_return_sequences
 
     def see(self, queries: torch.Tensor) -> None:
         """Makes the rows: a prompt's alternatives one after the other. Queries: (32, hidden)."""
         params = self.item.params
-        seeds = [row_seed(self.seed, index) for index in range(params.num_return_sequences)]
+        seeds = [row_seed(self.seed, index) for index in range(self.each)]
         self.rows = [Row(queries, ids, params, seed) for ids in self.ids for seed in seeds]
 
 
@@ -70,7 +76,7 @@ class Writer(Protocol):
 
 
 class WritingSession:
-    """Greedy and sampled texts of one generation checkpoint: a ``batching.batcher.Session``.
+    """Texts of one generation checkpoint, but sampled beams: a ``batching.batcher.Session``.
 
     Tickets stand for items; rows of smaller tickets get their slots first.
     """
@@ -172,6 +178,6 @@ class WritingSession:
 
     def _texts(self, ticket: Ticket) -> Texts:
         each = self._items.pop(ticket)
-        texts = [self._generator.text(row.tokens) for row in each.rows]
+        texts = [self._generator.text(said) for row in each.rows for said in row.alternatives]
         number = each.item.params.num_return_sequences
         return [texts[start : start + number] for start in range(0, len(texts), number)]

@@ -103,7 +103,9 @@ class StaticLoop:
 
     def suits(self, row: Row) -> bool:
         """Whether a slot is long enough for it."""
-        return self._step.language.suits(row) and row.params.no_repeat_ngram_size <= LONGEST_NGRAM
+        if row.has_beams or row.params.no_repeat_ngram_size > LONGEST_NGRAM:
+            return False
+        return self._step.language.suits(row)
 
     def fits(self, row: Row, beside: Sequence[Row] = ()) -> bool:
         """Whether there is a slot for a row that ``suits``, after those that join with it."""

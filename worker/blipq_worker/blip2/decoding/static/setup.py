@@ -245,10 +245,10 @@ def _require_same_scores(model: Any, step: StaticStep) -> None:
     scores, filled = growing.prefill(rows)
     loop = StaticLoop(step)
     loop.join(rows)
-    growing.put([], rows, filled)
+    growing.put(growing.alone, [], rows, filled, slice(len(rows)))
     for row, token in zip(rows, scores.argmax(-1).tolist(), strict=True):
         row.tokens = [token]
-    expected = growing.step(rows, slice(len(rows)))
+    expected = growing.step(rows, slice(len(rows)), None)
     state = step.state.first(len(rows))
     state.tokens.copy_(torch.tensor([row.tokens[0] for row in rows]))
     window = min(_WINDOWS[0], step.language.columns)
@@ -291,3 +291,6 @@ class _Greedy:
     top_k: int = 0
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    num_return_sequences: int = 1
