@@ -92,7 +92,9 @@ class Beams:
     def _tensors(self) -> list[torch.Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
 
-    def best_texts(self, index: int, number: int, skipped: int) -> tuple[list[list[int]], list[float]]:
+    def best_texts(
+        self, index: int, number: int, skipped: int
+    ) -> tuple[list[list[int]], list[float]]:
         """The best texts of a prompt, without their first ``skipped`` tokens, and their scores."""
         tokens, lengths = self.found[index, :number].tolist(), self.lengths[index].tolist()
         texts = [each[skipped : skipped + n] for each, n in zip(tokens, lengths, strict=False)]

@@ -185,9 +185,7 @@ class Groups:
             self._beams = self._beams.take(at)
             self._tokens, self._seen = self._tokens[at], self._seen[at]
 
-    def _count(
-        self, groups: Sequence[Group], places: Sequence[int], going: torch.Tensor
-    ) -> None:
+    def _count(self, groups: Sequence[Group], places: Sequence[int], going: torch.Tensor) -> None:
         assert self._beams is not None
         for group, place, goes_on in zip(groups, places, going.tolist(), strict=True):
             group.written += 1

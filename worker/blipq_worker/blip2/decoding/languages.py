@@ -112,7 +112,7 @@ class Language(ABC):
         return Part(tokens, columns, view)
 
     def _of_beams(self, step: BeamStep) -> "Part":
-        device, rows = step.tokens.device, [group.row for group in step.groups]
+        rows = [group.row for group in step.groups]
         width = width_of(step.seen.shape[2], self.groups[0].buffers)
         seen = torch.nn.functional.pad(step.seen, (0, width - step.seen.shape[2]))
         bias = self._bias(seen, step.distances(width), self.groups[0].dtype)
