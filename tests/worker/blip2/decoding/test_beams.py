@@ -147,10 +147,7 @@ def run(loop: Any, todo: Sequence[Row], dice: random.Random, given_up: float = 0
 
 def is_tie(scores: Sequence[float], expected: Sequence[float]) -> bool:
     """Whether only the order of equal scores can be what differs."""
-    near = [
-        abs(above - below) <= TIE * abs(below)
-        for above, below in itertools.pairwise(expected)
-    ]
+    near = [abs(above - below) <= TIE * abs(below) for above, below in itertools.pairwise(expected)]
     return any(near) and scores == pytest.approx(expected, rel=TIE)
 
 
@@ -170,7 +167,7 @@ def test_beams_of_all_parameters_write_what_generate_writes(make: Any, stopping:
         model = model_of(make, ends, stopping)
         some = some_rows(30, seed=len(ends))
         expected = {row: by_generate(model, row, ends) for row in some}
-        run(DecodeLoop(model, ends=ends, slots=9, beams=30), some, random.Random(4))
+        run(DecodeLoop(model, ends=ends, slots=9), some, random.Random(4))
         for row, what in expected.items():
             require_same(row, what)
             limit = row.params.max_new_tokens
@@ -250,12 +247,12 @@ def test_a_step_has_a_largest_number_of_beams() -> None:
     model = model_of(plain_opt, ())
     some = some_rows(6, seed=4)
     for row in some:
-        row.params = DEFAULT
+        row.params = replace(DEFAULT, num_beams=9)
     some[-1].params = replace(DEFAULT, num_beams=1)
-    loop = DecodeLoop(model, ends=(), slots=8, beams=12)
+    loop = DecodeLoop(model, ends=(), slots=4)
     assert loop.fits(some[0])
     loop.join(some[:2])
-    assert not loop.fits(some[2])
+    assert not loop.fits(some[2]), "27 beams, where four slots have 20"
     assert loop.fits(some[-1]), "one without beams is no beam"
 
 

@@ -13,7 +13,7 @@ from blipq.errors import PermanentError
 from blipq_worker.blip2 import Blip2, GenerateItem, WritingSession
 from blipq_worker.blip2.decoding.static import Way
 from blipq_worker.blip2.decoding.static.attention import MaskedAttention
-from blipq_worker.blip2.generation import sessions
+from blipq_worker.blip2.generation import generator, sessions
 from blipq_worker.catalog.params import resolve
 from blipq_worker.engine.backend import Engine
 from blipq_worker.inference.interface import ItemFailed
@@ -30,7 +30,7 @@ def item(model: Blip2, picture: Image.Image, *prompts: str, **overrides: Any) ->
 
 
 def several(model: Blip2, pictures: list[Image.Image]) -> list[GenerateItem]:
-    """Items of all kinds: other limits, penalties, samples, alternatives, numbers of prompts."""
+    """Of all kinds: other limits, penalties, samples, beams, alternatives, numbers of prompts."""
     return [
         item(model, pictures[0]),
         item(model, pictures[1], "a photo of", max_new_tokens=3),
@@ -38,6 +38,8 @@ def several(model: Blip2, pictures: list[Image.Image]) -> list[GenerateItem]:
         item(model, pictures[3], do_sample=True, seed=4, num_return_sequences=3),
         item(model, pictures[0], "", min_new_tokens=5, no_repeat_ngram_size=1),
         item(model, pictures[1], do_sample=True, seed=5, temperature=3.0, top_k=0, top_p=1.0),
+        item(model, pictures[3], num_beams=5, num_return_sequences=2),
+        item(model, pictures[0], "", num_beams=2, length_penalty=-1.0, repetition_penalty=1.3),
         replace(item(model, pictures[2]), prompts=()),
     ]
 
@@ -70,13 +72,13 @@ def open_static_slots(model: Blip2, slots: int = 3) -> None:
 
 
 def with_slots(model: Blip2, slots: int) -> WritingSession:
-    generator = model.generator
-    if generator._static is not None:
+    writer = model.generator
+    if writer._static is not None:
         open_static_slots(model, slots)
-        return generator.session()
-    before, generator._slots = generator._slots, slots
-    session = generator.session()
-    generator._slots = before
+        return writer.session()
+    before, writer._slots = writer._slots, slots
+    session = writer.session()
+    writer._slots = before
     return session
 
 
@@ -87,8 +89,9 @@ def test_items_of_all_kinds_run_together_and_say_what_they_say_alone(
     alone = [either.generate([each])[0] for each in items]
     assert either.generate(items) == alone
     assert texts(with_slots(either, 2), items) == alone
-    assert [len(prompts) for prompts in alone] == [3, 1, 3, 3, 1, 3, 0]
+    assert [len(prompts) for prompts in alone] == [3, 1, 3, 3, 1, 3, 3, 1, 0]
     assert [len(alternatives) for alternatives in alone[3]] == [3, 3, 3]
+    assert [len(alternatives) for alternatives in alone[6]] == [2, 2, 2]
 
 
 def test_an_item_with_more_rows_than_slots_gets_them_one_by_one(
@@ -323,11 +326,25 @@ def test_beams_that_nobody_waits_for_end_and_the_others_stay_as_they_are(
     assert len(steps) == 3 < all_steps
 
 
-def test_a_pass_has_a_largest_number_of_beams(
+def test_sampled_beams_that_nobody_waits_for_end(
     either: Blip2, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = [item(either, picture, num_beams=3) for picture in pictures]
-    expected = either.generate(batch)
+    long = {"num_beams": 3, "do_sample": True, "min_new_tokens": 8}
+    batch = [item(either, picture, **long) for picture in pictures]
+    steps: list[int] = []
+    monkeypatch.setattr(either.generator, "on_step", lambda: steps.append(1))
+    either.generate(batch, lambda index: index != 1 or len(steps) < 3)
+    all_steps = len(steps)
+    steps.clear()
+    either.generate(batch, lambda index: len(steps) < 3)
+    assert len(steps) == 3 < all_steps
+
+
+def test_a_pass_has_a_largest_number_of_sampled_beams(
+    either: Blip2, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = [item(either, picture, num_beams=3, do_sample=True) for picture in pictures]
+    either.generate(batch)
     sizes: list[int] = []
     write: Callable[..., Any] = either.generator._write
 
@@ -337,10 +354,11 @@ def test_a_pass_has_a_largest_number_of_beams(
 
     monkeypatch.setattr(either.generator, "_write", count)
     monkeypatch.setattr(either.generator, "_max_beams", 15)
-    assert either.generate(batch) == expected
+    either.generate(batch)
     assert sizes == [5, 5, 2]
     monkeypatch.setattr(either.generator, "_max_beams", 1)
-    assert either.generate(batch) == expected
+    either.generate(batch)
+    assert sizes[3:] == [1] * 12
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -360,13 +378,31 @@ def test_one_item_that_does_not_fit_into_memory_at_once_is_split(
     assert either.generate([many]) == expected
 
 
-def test_greedy_and_sampled_items_of_all_parameters_share_a_key(opt: Blip2) -> None:
+def test_items_of_all_parameters_share_a_key_but_sampled_beams(opt: Blip2) -> None:
     params = [
         GenerationParams(num_beams=1),
         GenerationParams(num_beams=1, do_sample=True, seed=1),
         GenerationParams(num_beams=2),
+        GenerationParams(num_beams=5, length_penalty=0.0),
+        GenerationParams(num_beams=2, do_sample=True),
     ]
-    assert [each.in_flight for each in params] == [True, True, False]
+    assert [each.in_flight for each in params] == [True, True, True, True, False]
+
+
+def test_what_does_not_fit_keeps_only_its_like_waiting(
+    opt: Blip2, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen beams leave no room for sixteen more in three slots, but for greedy texts."""
+    monkeypatch.setattr(generator, "_LONG_SLOTS", 3)  # with static slots
+    session = with_slots(opt, 3)
+    wide = item(opt, pictures[0], "", num_beams=16, min_new_tokens=8)
+    waits, greedy = item(opt, pictures[1], "", num_beams=16), item(opt, pictures[2], "")
+    for number, each in enumerate((wide, waits, greedy)):
+        session.join((0, number), each)
+    tickets = [(0, 0), (0, 1), (0, 2)]
+    session.step(tickets)
+    joined = [[row.joined for row in session._items[ticket].rows] for ticket in tickets]
+    assert joined == [[True], [False], [True]]
 
 
 def test_where_most_slots_are_taken_rows_join_in_groups(

@@ -13,22 +13,21 @@ from blipq_worker.blip2.decoding.views import Where
 
 #: Columns of keys and values per slot, on average: longer rows run with fewer beside them.
 COLUMNS_PER_SLOT = 256
+#: Beams per slot, on average: by default all slots may have as many. With more, fewer searches run.
+BEAMS_PER_SLOT = 5
 
 
 class DecodeLoop:
     """Runs up to ``slots`` rows of a language model, OPT or T5. Of one thread.
 
-    A row with beams has a slot, too, but takes as many rows of a step as it has beams: together at
-    most ``beams``, where it is not alone. ends: end tokens. What raises leaves all rows as they
-    were, and can be tried again with fewer.
+    A row with beams has one slot, too, and takes as many rows of a step as it has beams. ends: end
+    tokens. What raises leaves all rows as they were, and can be tried again with fewer.
     """
 
-    def __init__(
-        self, model: Any, *, ends: Sequence[int], slots: int = 32, beams: int = 80
-    ) -> None:
+    def __init__(self, model: Any, *, ends: Sequence[int], slots: int = 32) -> None:
         language: Language = T5(model) if model.config.is_encoder_decoder else Opt(model)
         self._language, self._ends = language, tuple(ends)
-        self._slots, self._most_beams = slots, beams
+        self._slots = slots
         #: The rows without beams in their slots, in order.
         self._alone: list[Row] = []
         device = model.get_input_embeddings().weight.device
@@ -65,9 +64,13 @@ class DecodeLoop:
             if kind
         )
         beams = sum(each.params.num_beams for each in groups)
-        if row.has_beams and len(groups) > 1 and beams > self._most_beams:
+        if row.has_beams and len(groups) > 1 and beams > self._slots * BEAMS_PER_SLOT:
             return False
         return len(rows) <= self._slots and columns <= self._slots * COLUMNS_PER_SLOT
+
+    def queue(self, row: Row) -> str:
+        """What else waits where it does: where one row does not fit, others of its queue wait."""
+        return "beams" if row.has_beams else "slots"
 
     @torch.inference_mode()
     def join(self, rows: Sequence[Row]) -> list[Row]:

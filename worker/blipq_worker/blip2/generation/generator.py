@@ -50,8 +50,9 @@ _LONG_SLOTS = 32
 class Generator:
     """Runs a generation checkpoint. Not thread-safe, except for ``check``.
 
-    slots: most prompts in flight. max_beams: most beams of all prompts in one pass; one prompt alone
-    may have more. static: on a GPU the first session opens static slots; else ``open_slots`` alone.
+    slots: most texts in flight. max_beams: most sampled beams (prompts x num_beams) in one pass;
+    one prompt may have more. static: on a GPU the first session opens static slots; else
+    ``open_slots`` alone.
     """
 
     def __init__(
@@ -152,8 +153,7 @@ class Generator:
         # may, runs beside them: while it runs, nobody takes steps that would free them.
         static = None if self._static is None or self._static.running else self._static
         slots = self._slots if static is None else min(self._slots, _LONG_SLOTS)
-        language_model = self.model.language_model
-        growing = DecodeLoop(language_model, ends=self._eos, slots=slots, beams=self._max_beams)
+        growing = DecodeLoop(self.model.language_model, ends=self._eos, slots=slots)
         return growing if static is None else RoutedLoop(static, growing)
 
     def open_slots(self, among: Sequence[Way], *, slots: int | None, budget: int) -> None:

@@ -1,4 +1,4 @@
-"""Which loop a sequence runs in: static slots where they are long enough, else growing ones."""
+"""Which loop a sequence runs in: static slots where they suit it, else growing ones."""
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -9,7 +9,7 @@ from blipq_worker.blip2.decoding.static.loop import StaticLoop
 
 
 class Loop(Protocol):
-    """Runs sequences in slots, greedily or sampled. Of one thread.
+    """Runs sequences in slots, greedily, sampled or with beams. Of one thread.
 
     What raises can be tried again with fewer.
     """
@@ -29,6 +29,9 @@ class Loop(Protocol):
     def fits(self, row: Row, beside: Sequence[Row] = ()) -> bool:
         """Whether a row may join, together with those ``beside``."""
 
+    def queue(self, row: Row) -> str:
+        """Where it waits: rows of one queue join in their order, and pass those of another."""
+
     def join(self, rows: Sequence[Row]) -> list[Row]:
         """Takes rows in. They must fit. Returns them; their first tokens may come later."""
 
@@ -40,10 +43,10 @@ class Loop(Protocol):
 
 
 class RoutedLoop:
-    """Static slots, and beside them a loop with few slots that grow, for long sequences.
+    """Static slots, and beside them a loop with few slots that grow, for long sequences and beams.
 
     A long one is one with more columns than a static slot, or n-grams that a static step cannot
-    forbid. ``free`` counts static slots alone: they are where nearly all sequences run.
+    forbid; those with beams count as long. ``free`` counts static slots alone: they are where nearly all sequences run.
     """
 
     def __init__(self, static: StaticLoop, long: DecodeLoop) -> None:
@@ -72,6 +75,10 @@ class RoutedLoop:
         if self._static.suits(row):
             return self._static.fits(row, beside)
         return self._long.fits(row, self._parts(beside)[1])
+
+    def queue(self, row: Row) -> str:
+        """Where it waits."""
+        return "static" if self._static.suits(row) else self._long.queue(row)
 
     def join(self, rows: Sequence[Row]) -> list[Row]:
         """Takes rows in. They must fit."""

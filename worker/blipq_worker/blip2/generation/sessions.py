@@ -165,12 +165,19 @@ class WritingSession:
                 each.see(queries)
 
     def _next_rows(self, among: Sequence[_Writing]) -> list[Row]:
-        """The rows that join now, in the order of their tickets."""
+        """The rows that join now, in the order of their tickets within each queue."""
         rows: list[Row] = []
+        full: set[str] = set()
         for row in (row for each in among for row in each.rows if not row.joined):
-            if len(rows) == self._joining or not self._loop.fits(row, rows):
+            if len(rows) == self._joining:
                 break
-            rows.append(row)
+            queue = self._loop.queue(row)
+            if queue in full:
+                continue
+            if self._loop.fits(row, rows):
+                rows.append(row)
+            else:
+                full.add(queue)
         return rows
 
     def _is_done(self, ticket: Ticket) -> bool:

@@ -111,6 +111,10 @@ class StaticLoop:
         """Whether there is a slot for a row that ``suits``, after those that join with it."""
         return self.suits(row) and len(beside) < self.free
 
+    def queue(self, row: Row) -> str:
+        """All wait for the next slot."""
+        return "static"
+
     @_on_its_device
     def join(self, rows: Sequence[Row]) -> list[Row]:
         """Takes rows in. They must fit. Returns them.
