@@ -89,6 +89,11 @@ class Slots:
         return sum(buffer.nbytes for buffer in self.buffers)
 
     @property
+    def columns(self) -> int:
+        """Columns of a slot. Layers differ where memory ran out as they grew: of the smallest."""
+        return min(buffer.shape[3] for buffer in self.buffers)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of keys and values."""
         return self.buffers[0].dtype

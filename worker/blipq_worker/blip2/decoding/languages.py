@@ -14,12 +14,20 @@ from transformers import DynamicCache
 from transformers.cache_utils import EncoderDecoderCache
 
 from blipq_worker.blip2.decoding.groups import BeamStep
-from blipq_worker.blip2.decoding.kv_cache import Slots
+from blipq_worker.blip2.decoding.kv_cache import Slots, round_up
 from blipq_worker.blip2.decoding.opt_step import OptStep
 from blipq_worker.blip2.decoding.sequences import Row
 from blipq_worker.blip2.decoding.t5_step import T5Step
-from blipq_worker.blip2.decoding.views import Alone, Places, Together, View, Where, width_of
-from blipq_worker.blip2.loading.attention import bias_of, next_token_attention
+from blipq_worker.blip2.decoding.views import (
+    COLUMNS,
+    Alone,
+    Places,
+    Together,
+    View,
+    Where,
+    width_of,
+)
+from blipq_worker.blip2.loading.attention import beam_attention, bias_of, next_token_attention
 
 #: Slots of one kind of rows: self-attention's, and T5's cross attention's.
 Pool = tuple[Slots, ...]
@@ -37,6 +45,7 @@ class Language(ABC):
         self.alone: Pool = tuple(Slots(layers) for _ in range(kinds))
         self.groups: Pool = tuple(Slots(layers) for _ in range(kinds))
         self._attend = next_token_attention(model.config._attn_implementation)
+        self._attend_beams = beam_attention(model.config._attn_implementation)
 
     @property
     def slots(self) -> Pool:
@@ -101,11 +110,11 @@ class Language(ABC):
         device = rows[0].queries.device
         at = [self.first(row) + len(row.tokens) - 1 for row in rows]
         columns = torch.tensor(at, device=device)
-        width = width_of(max(at) + 1, self.alone[0].buffers)
+        width = width_of(max(at) + 1, self.alone[0].columns)
         seen = torch.arange(width, device=device) <= columns[:, None]
         distances = torch.arange(width, device=device) - columns[:, None]
         bias = self._bias(seen[:, None], distances, self.alone[0].dtype)
-        own = self._places(self.alone[0], where, bias)
+        own = Places(self.alone[0].buffers, where, bias, self._attend)
         slots = torch.arange(len(at), device=device) if isinstance(where, slice) else where
         view = Alone(own, slots, columns, self._cross(self.alone, where, rows))
         tokens = torch.tensor([row.tokens[-1] for row in rows], device=device)
@@ -113,16 +122,13 @@ class Language(ABC):
 
     def _of_beams(self, step: BeamStep) -> "Part":
         rows = [group.row for group in step.groups]
-        width = width_of(step.seen.shape[2], self.groups[0].buffers)
+        width = min(round_up(step.seen.shape[2], COLUMNS), self.groups[0].columns)
         seen = torch.nn.functional.pad(step.seen, (0, width - step.seen.shape[2]))
         bias = self._bias(seen, step.distances(width), self.groups[0].dtype)
-        own = self._places(self.groups[0], step.where, bias)
+        own = Places(self.groups[0].buffers, step.where, bias, self._attend_beams)
         cross = self._cross(self.groups, step.where, rows)
         view = Together(own, step.slots, step.columns, step.lanes, step.row, cross)
         return Part(step.tokens, step.positions, view)
-
-    def _places(self, slots: Slots, where: Where, bias: torch.Tensor) -> Places:
-        return Places(slots.buffers, where, bias, self._attend)
 
     def _bias(
         self, seen: torch.Tensor, distances: torch.Tensor, dtype: torch.dtype
@@ -259,6 +265,7 @@ class T5(Language):
     def _cross(self, pool: Pool, where: Where, rows: Sequence[Row]) -> Places:
         device, width = rows[0].queries.device, max(row.prompt_length for row in rows)
         lengths = torch.tensor([row.prompt_length for row in rows], device=device)
-        width = width_of(width, pool[1].buffers)
+        width = width_of(width, pool[1].columns)
         seen = torch.arange(width, device=device) < lengths[:, None]
-        return self._places(pool[1], where, bias_of(seen, pool[1].dtype))
+        attend = self._attend if pool is self.alone else self._attend_beams
+        return Places(pool[1].buffers, where, bias_of(seen, pool[1].dtype), attend)

@@ -15,7 +15,7 @@ from blipq_worker.blip2.decoding.kv_cache import round_up
 from blipq_worker.blip2.loading.attention import NextTokenAttention
 
 #: Columns that a step reads are a multiple of this: vectors without a rest.
-_COLUMNS = 16
+COLUMNS = 16
 
 #: Slots of a step: the first ones, or some.
 Where = slice | torch.Tensor
@@ -50,16 +50,14 @@ class Places:
         bias: torch.Tensor,
         attend: NextTokenAttention,
     ) -> None:
-        self.buffers, self._where, self._attend = buffers, where, attend
-        # Layers differ where memory ran out as they grew: what runs fits into the smallest.
-        self.bias = bias
+        self.buffers, self._where, self._bias, self._attend = buffers, where, bias, attend
 
     def __call__(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         """(slots, heads, beams, size) to (slots, beams, heads, size)."""
         keys, values = self.buffers[layer]
-        width = self.bias.shape[-1]
+        width = self._bias.shape[-1]
         return self._attend(
-            query, _part(keys, self._where, width), _part(values, self._where, width), self.bias
+            query, _part(keys, self._where, width), _part(values, self._where, width), self._bias
         )
 
 
@@ -68,10 +66,9 @@ def _part(states: torch.Tensor, where: Where, width: int) -> torch.Tensor:
     return states[where] if width == states.shape[2] else states[where, :, :width]
 
 
-def width_of(longest: int, buffers: Sequence[torch.Tensor]) -> int:
-    """How many columns a step reads: all, where a copy of the rest would cost as much."""
-    columns = min(buffer.shape[3] for buffer in buffers)
-    width = round_up(longest, _COLUMNS)
+def width_of(longest: int, columns: int) -> int:
+    """How many of the columns a step reads: all, where a copy of some would cost as much."""
+    width = round_up(longest, COLUMNS)
     return columns if columns < 1.4 * width else width
 
 

@@ -46,7 +46,8 @@ class RoutedLoop:
     """Static slots, and beside them a loop with few slots that grow, for long sequences and beams.
 
     A long one is one with more columns than a static slot, or n-grams that a static step cannot
-    forbid; those with beams count as long. ``free`` counts static slots alone: they are where nearly all sequences run.
+    forbid; those with beams count as long. ``free`` counts static slots alone: they are where
+    nearly all sequences run.
     """
 
     def __init__(self, static: StaticLoop, long: DecodeLoop) -> None:
