@@ -105,8 +105,8 @@ class WorkerSettings(BaseSettings):
         default=None,
         ge=1,
         description=(
-            "Most beams in one pass (prompts x num_beams); by default 5 x max_batch_size. A prompt "
-            "with more runs alone."
+            "Most beams that are sampled in one pass (prompts x num_beams); by default 5 x "
+            "max_batch_size. A prompt with more runs alone."
         ),
     )
     decode_slots: int | None = Field(
@@ -114,9 +114,10 @@ class WorkerSettings(BaseSettings):
         ge=1,
         le=1024,
         description=(
-            "Most greedy or sampled texts in the making at once; by default 32 on a CPU, and up to "
-            "128 on a GPU, by half of the memory that the weights leave. Their keys and values "
-            "take 256 tokens per slot: at most on a CPU, from the start on a GPU."
+            "Most texts in the making at once, a search with beams counting as one; by default 32 "
+            "on a CPU, and up to 128 on a GPU, by half of the memory that the weights leave. Their "
+            "keys and values take 256 tokens per slot: at most on a CPU, from the start on a GPU. "
+            "Together they have at most 5 beams per slot, or 160 on a GPU."
         ),
     )
     graphs: bool = Field(

@@ -243,6 +243,26 @@ def test_a_search_that_needs_more_memory_than_there_is_for_slots_runs_alone() ->
     assert not any(loop.fits(row) for row in others)
 
 
+@pytest.mark.parametrize("make", [plain_opt, plain_t5])
+def test_no_search_takes_more_columns_than_its_beams_can_need(make: Any) -> None:
+    """Of those that share a step with wider ones, too: what is reserved for each is its longest."""
+    model = model_of(make, ())
+    some = some_rows(12, seed=31)
+    loop = DecodeLoop(model, ends=(), slots=12)
+    loop.join([row for row in some if row.has_beams])
+    groups, most = loop._groups, 0
+    while loop.running:
+        loop.step([row for row in loop.running if not row.ended])
+        loop.leave([row for row in loop.running if row.ended])
+        taken = groups._seen.any(1) if groups.running else ()
+        for group, columns in zip(groups.running, taken, strict=True):
+            used = int(columns.nonzero()[-1]) + 1
+            assert used <= loop._language.own_columns(group.row)
+            assert int(columns.sum()) <= group.first + group.beams * (group.written - 1)
+            most = max(most, group.first + group.beams * (group.written - 1) - used)
+    assert most > 50, "hardly any column is taken again"
+
+
 def test_a_step_has_a_largest_number_of_beams() -> None:
     model = model_of(plain_opt, ())
     some = some_rows(6, seed=4)

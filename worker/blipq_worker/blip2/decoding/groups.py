@@ -1,13 +1,13 @@
 """Prompts with several beams in growing slots: a group shares a slot, and its beams take columns.
 
-The prompt is in the first columns of the slot. Behind it each step writes a column for each beam,
-so that the beam of rank r writes its n-th new token into column ``first + (n - 1) * beams + r``.
-``seen`` says which of the columns are in whose past: when a beam goes on from another one, it takes
-over the other's row of this table, and nothing else moves.
+The prompt is in the first columns of the slot. Behind it each step writes a column for each beam:
+the first ones that are in nobody's past. ``seen`` says which columns are in whose: when a beam goes
+on from another one, it takes over the other's row of this table, and nothing else moves. As beams
+soon have most of their past in common, a step reads little more than for one text.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,11 +35,6 @@ class Group:
         """The position of the last tokens."""
         return self.first + self.written - 1
 
-    @property
-    def columns(self) -> int:
-        """What is taken of its slot, with what the next step writes."""
-        return self.first + self.written * self.beams
-
 
 @dataclass(frozen=True, slots=True)
 class BeamStep:
@@ -47,7 +42,8 @@ class BeamStep:
 
     where: the groups' slots. tokens, slots, columns: (rows,), the last tokens, and where they go.
     positions: (rows,), where they are in their texts. lanes, row: see ``views.Together``. seen:
-    (groups, most beams, columns up to the last one).
+    (groups, most beams, columns), up to the last one. depths: (groups, columns), the positions of
+    what is in them.
     """
 
     groups: list[Group]
@@ -60,17 +56,12 @@ class BeamStep:
     lanes: torch.Tensor
     row: torch.Tensor | None
     seen: torch.Tensor
+    depths: torch.Tensor
 
     def distances(self, columns: int) -> torch.Tensor:
         """How far the texts at so many columns are from the last tokens, (groups, columns)."""
-
-        def each(numbers: Iterable[int]) -> torch.Tensor:
-            return torch.tensor(list(numbers), device=self.tokens.device)[:, None]
-
-        first, beams = each(group.first for group in self.groups), self.beams.beams[:, None]
-        at = torch.arange(columns, device=self.tokens.device)
-        at = torch.where(at < first, at, first + (at - first) // beams)
-        return at - each(group.last for group in self.groups)
+        last = torch.tensor([group.last for group in self.groups], device=self.tokens.device)
+        return _up_to(columns, self.depths) - last[:, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +71,7 @@ class Begun:
     groups: list[Group]
     chosen: Chosen
     seen: torch.Tensor
+    depths: torch.Tensor
 
 
 class Groups:
@@ -95,7 +87,7 @@ class Groups:
         self._start, self._stopping, self._device = tuple(start), stopping, device
         self.running: list[Group] = []
         self._beams: Beams | None = None
-        self._tokens = self._seen = torch.empty(0, device=device)
+        self._tokens = self._seen = self._depths = torch.empty(0, device=device)
 
     @property
     def rows(self) -> list[Row]:
@@ -108,18 +100,21 @@ class Groups:
         count, most = beams.scores.shape
         lanes = torch.arange(count, device=self._device)[:, None].expand(-1, most)
         columns = torch.arange(max(firsts), device=self._device)
-        seen = columns < self._whole(firsts)[:, None]
+        seen = columns < self._whole(firsts)[:, None, None]
+        depths = columns.expand(count, -1)
         chosen = self._choose(groups, beams, scores, lanes)
-        return Begun(groups, chosen, seen[:, None].expand(-1, most, -1))
+        return Begun(groups, chosen, seen & _are_beams(beams), depths)
 
     def admit(self, begun: Begun) -> None:
         """Puts groups behind the running ones."""
-        beams, tokens, seen = begun.chosen.beams, begun.chosen.tokens, begun.seen
+        beams, tokens = begun.chosen.beams, begun.chosen.tokens
+        seen, depths = begun.seen, begun.depths
         if self.running:
             assert self._beams is not None
             beams = self._beams.beside(beams)
             tokens, seen = stacked(self._tokens, tokens), stacked(self._seen, seen)
-        self._beams, self._tokens, self._seen = beams, tokens, seen
+            depths = stacked(self._depths, depths)
+        self._beams, self._tokens, self._seen, self._depths = beams, tokens, seen, depths
         places = range(len(self.running), len(self.running) + len(begun.groups))
         self.running.extend(begun.groups)
         self._count(begun.groups, places, begun.chosen.going)
@@ -130,30 +125,40 @@ class Groups:
         groups = [self.running[index] for index in at]
         everyone = len(at) == len(self.running)
         where: Where = slice(len(at)) if everyone else self._whole(at)
-        most = self._tokens.shape[1]
-        ranks = [(index, rank) for index, group in enumerate(groups) for rank in range(group.beams)]
-        rows = self._whole([index * most + rank for index, rank in ranks])
-        owners, ranked = rows // most, rows % most
-        columns = self._whole(
-            [groups[index].columns - groups[index].beams + rank for index, rank in ranks]
+        count, most = len(groups), self._tokens.shape[1]
+        rows = self._whole(
+            [place * most + rank for place, each in enumerate(groups) for rank in range(each.beams)]
         )
-        seen = self._seen_up_to(max(group.columns for group in groups))[where].clone()
-        seen[owners, ranked, columns] = True
-        alike = len(rows) == len(groups) * most
-        lanes = torch.zeros(len(groups) * most, dtype=torch.long, device=self._device)
+        owners, ranks = rows // most, rows % most
+        columns = self._free(where)[owners, ranks]
+        positions = self._whole([each.last for each in groups])[owners]
+        seen = torch.nn.functional.pad(self._seen[where], (0, most))
+        seen[owners, ranks, columns] = True
+        depths = torch.nn.functional.pad(self._depths[where], (0, most))
+        depths[owners, columns] = positions
+        end = int(seen.any(1).any(0).nonzero()[-1]) + 1
+        lanes = torch.zeros(count * most, dtype=torch.long, device=self._device)
         lanes[rows] = torch.arange(len(rows), device=self._device)
         return BeamStep(
             groups=groups,
             where=where,
             beams=self._beams if everyone else self._beams.take(self._whole(at)),
-            tokens=self._tokens[where].reshape(-1)[rows],
+            tokens=self._tokens[where][owners, ranks],
             slots=owners if everyone else self._whole(at)[owners],
             columns=columns,
-            positions=self._whole([groups[index].last for index, _ in ranks]),
-            lanes=lanes.view(len(groups), most),
-            row=None if alike else rows,
-            seen=seen,
+            positions=positions,
+            lanes=lanes.view(count, most),
+            row=None if len(rows) == len(lanes) else rows,
+            seen=seen[:, :, :end],
+            depths=depths[:, :end],
         )
+
+    def _free(self, where: Where) -> torch.Tensor:
+        """The first columns of groups that no beam sees, (groups, most beams)."""
+        most = self._tokens.shape[1]
+        unseen = ~torch.nn.functional.pad(self._seen[where].any(1), (0, most))
+        ordinals = torch.arange(1, most + 1, device=self._device).expand(len(unseen), -1)
+        return torch.searchsorted(unseen.cumsum(1), ordinals.contiguous())
 
     def choose(self, step: BeamStep, scores: torch.Tensor) -> Chosen:
         """What the beams of a step say next, from the scores of its rows, (rows, vocabulary)."""
@@ -163,14 +168,18 @@ class Groups:
         """Takes over what a step has come to."""
         assert self._beams is not None
         parents = chosen.parents[..., None].expand_as(step.seen)
-        seen = step.seen.gather(1, parents)
+        seen = step.seen.gather(1, parents) & _are_beams(chosen.beams)
         if isinstance(step.where, slice):
             self._beams, self._tokens, self._seen = chosen.beams, chosen.tokens, seen
+            self._depths = step.depths
         else:
-            self._beams = self._beams.put(step.where, chosen.beams)
-            self._tokens = self._tokens.index_copy(0, step.where, chosen.tokens)
-            self._seen = self._seen_up_to(seen.shape[2]).clone()
-            self._seen[step.where, :, : seen.shape[2]] = seen
+            width = max(seen.shape[2], self._seen.shape[2])
+            put = step.where
+            self._beams = self._beams.put(put, chosen.beams)
+            self._tokens = self._tokens.index_copy(0, put, chosen.tokens)
+            self._seen = _up_to(width, self._seen).index_copy(0, put, _up_to(width, seen))
+            depths = _up_to(width, step.depths)
+            self._depths = _up_to(width, self._depths).index_copy(0, put, depths)
         places = range(len(step.groups)) if isinstance(step.where, slice) else step.where.tolist()
         self._count(step.groups, places, chosen.going)
 
@@ -178,12 +187,13 @@ class Groups:
         """Lets all groups go but these, which become the first ones in this order."""
         self.running = [self.running[index] for index in order]
         if not order:
-            self._beams, self._tokens, self._seen = None, self._tokens[:0], self._seen[:0]
+            self._beams = None
         else:
             assert self._beams is not None
             at = self._whole(order)
             self._beams = self._beams.take(at)
             self._tokens, self._seen = self._tokens[at], self._seen[at]
+            self._depths = self._depths[at]
 
     def _count(self, groups: Sequence[Group], places: Sequence[int], going: torch.Tensor) -> None:
         assert self._beams is not None
@@ -217,9 +227,16 @@ class Groups:
             stopping=self._stopping,
         )
 
-    def _seen_up_to(self, columns: int) -> torch.Tensor:
-        missing = columns - self._seen.shape[2]
-        return torch.nn.functional.pad(self._seen, (0, missing)) if missing > 0 else self._seen
-
     def _whole(self, numbers: Sequence[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self._device)
+
+
+def _up_to(columns: int, table: torch.Tensor) -> torch.Tensor:
+    """A table with so many columns, or all that it has."""
+    return torch.nn.functional.pad(table, (0, max(0, columns - table.shape[-1])))
+
+
+def _are_beams(beams: Beams) -> torch.Tensor:
+    """Which beams there are, (groups, most beams, 1): what is none must hold no columns."""
+    ranks = torch.arange(beams.scores.shape[1], device=beams.scores.device)
+    return (ranks < beams.beams[:, None])[..., None]
