@@ -9,8 +9,14 @@ from guarantees.rig import Rig
 
 
 @pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    rig = Rig(tmp_path)
+def fronts() -> int:
+    """Of each worker; ``rig.both_forms`` has others."""
+    return 0
+
+
+@pytest.fixture
+def rig(tmp_path: Path, fronts: int) -> Iterator[Rig]:
+    rig = Rig(tmp_path, fronts=fronts)
     try:
         yield rig
         assert rig.keys_without_ttl() == []

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import amqp
+import pytest
 from PIL import Image
 
 from blipq import Client, Job, JobInfo, Status, cli
@@ -22,6 +23,7 @@ from blipq.ledger.operator import OperatorLedger
 from blipq.local.stack import worker_service
 from blipq.local.supervisor import Service
 from conftest import wait_until
+from guarantees import parts
 from guarantees.stand_ins import faulty_worker
 from guarantees.stand_ins.faulty_s3 import FaultyS3
 from guarantees.stand_ins.forked import Forked
@@ -30,13 +32,23 @@ from stacks import BROKER, local_stack
 #: Leases are scaled down, so that a crash costs seconds. The real settings run on demand.
 LEASE_S = float(os.environ.get("GUARANTEES_LEASE_S", "3"))
 
+_FRONTS = os.environ.get("GUARANTEES_FRONTS")
+#: For tests about the lives of workers: in one process, and with fronts.
+both_forms = pytest.mark.parametrize(
+    "fronts", [0, 2] if _FRONTS is None else [int(_FRONTS)], ids=lambda fronts: f"{fronts} fronts"
+)
+
 
 class Rig:
-    """A stack, a client and workers, ``forked`` or started from nothing as in production."""
+    """A stack, a client and workers, ``forked`` or started from nothing as in production.
 
-    def __init__(self, folder: Path, *, forked: bool = True) -> None:
+    fronts: of each worker with the faulty model.
+    """
+
+    def __init__(self, folder: Path, *, forked: bool = True, fronts: int = 0) -> None:
         self.folder = folder
         self._forked = forked
+        self._fronts = fronts
         self.stack = local_stack(folder / "stack")
         self.stack.start()
         self.settings = self.stack.settings()
@@ -45,13 +57,17 @@ class Rig:
         self.image = self.client.storage.upload(png())
         self.s3 = FaultyS3(str(self.settings.s3_endpoint_url))
         self.workers: list[Service] = []
+        self.stops = folder / "stops"
         self._numbers = itertools.count()
 
     # -- workers --
 
     def start_worker(self, **options: Any) -> Service:
         """Starts a worker and waits until it serves."""
-        return self._serving(self.launch_worker(**options))
+        worker = self.launch_worker(**options)
+        if self._fronts:
+            self.wait_for_fronts(worker)
+        return self._serving(worker)
 
     def start_demo_worker(self, **options: Any) -> Service:
         """A worker with the demo model, as in production."""
@@ -60,6 +76,15 @@ class Rig:
         worker.start()
         self.workers.append(worker)
         return self._serving(worker)
+
+    def wait_for_fronts(self, worker: Service) -> None:
+        """Waits until all fronts of a worker take jobs."""
+
+        def all_serve() -> bool:
+            assert worker.exit_code is None, worker.last_words(40)
+            return len(parts.serving(worker)) == self._fronts
+
+        wait_until(all_serve, "fronts that take jobs", timeout=120)
 
     def _serving(self, worker: Service) -> Service:
         name = f"-{worker.pid}-"
@@ -73,9 +98,11 @@ class Rig:
 
         contract: as if it were of another version. device: what is wrong with it (FaultyModel).
         """
-        options = {"lease_s": LEASE_S, "drain_timeout_s": 10, "retry_backoff_s": 0.1} | options
+        own = {"lease_s": LEASE_S, "drain_timeout_s": 10, "retry_backoff_s": 0.1}
+        options = own | {"fronts": self._fronts} | options
         environment = self.stack.environment() | {"OMP_NUM_THREADS": "1"}
         environment["BLIPQ_S3_ENDPOINT_URL"] = self.s3.url
+        environment["FAULTY_STOPS"] = str(self.stops)
         environment |= named(options)
         if contract is not None:
             environment["FAULTY_CONTRACT"] = str(contract)
@@ -198,6 +225,9 @@ class Rig:
 
     def close(self) -> None:
         for worker in self.workers:
+            for each in [*parts.processes(worker, "front"), *parts.processes(worker, "engine")]:
+                each.resume()
+                each.kill()
             worker.signal(signal.SIGCONT)
             worker.signal(signal.SIGKILL)
         for worker in self.workers:

@@ -8,6 +8,7 @@ import psutil
 from blipq import Job, Status
 from blipq.local.supervisor import Service
 from conftest import wait_until
+from guarantees.parts import processes
 from guarantees.rig import Rig
 
 PROMPTS = [f"a photo of number {number}" for number in range(60)]
@@ -17,15 +18,6 @@ def start(rig: Rig) -> Service:
     """Leases outlast the test: nothing here comes back because one ran out."""
     options = {"fronts": 2, "dtype": "float32", "lease_s": 120, "health_port": 0}
     return rig.start_demo_worker(**options)
-
-
-def processes(worker: Service, role: str) -> list[psutil.Process]:
-    """The living processes of a role (``front`` or ``engine``)."""
-    return [
-        each
-        for each in psutil.Process(worker.pid).children()
-        if each.is_running() and role in each.cmdline()[2:5]
-    ]
 
 
 def wait_for_fronts(rig: Rig, worker: Service) -> None:

@@ -1,12 +1,14 @@
-"""A real worker process around a model that does what the caption's prompt tells it.
+"""A real worker around a model that does what the caption's prompt tells it.
 
-Everything but the model is what ships: Celery, ledger, leases, fetch, decode and batcher. Prompts:
-"exit" and "segfault" end the process, "hang" never returns, "raise" raises, "oom" runs out of
-memory, "oom-in-company" only beside other items, "sleep N" takes N seconds, "steps N" takes N
-steps, "clock N" sets the process' clock N seconds on, "lose-device" leaves a device on which every
-later call fails, others answer at once. ``FAULTY_CONTRACT`` makes it a worker of an older or newer
-version. With ``FAULTY_DEVICE=lost`` it has lost its device; with ``FAULTY_DEVICE=nonsense`` every
-job fails, and so does the check of the model.
+Everything but the model is what ships: Celery, ledger, leases, fetch, decode and batcher, in one
+process, or with ``BLIPQ_FRONTS`` in a main process, an engine and fronts. Prompts: "exit" and
+"segfault" end the process, "hang" never returns, "raise" raises, "oom" runs out of memory,
+"oom-in-company" only beside other items, "sleep N" takes N seconds, "steps N" takes N steps, "stop"
+waits where a test stops it, "clock N" sets the process' clock N seconds on, "lose-device" leaves a
+device on which every later call fails, others answer at once. Pictures of two sizes hang and crash
+their decoder. ``FAULTY_CONTRACT`` makes it a worker of an older or newer version. With
+``FAULTY_DEVICE=lost`` it has lost its device; with ``FAULTY_DEVICE=nonsense`` every job fails, and
+so does the check of the model. ``FAULTY_STOPS``: see ``stops``.
 """
 
 import logging
@@ -15,128 +17,37 @@ import secrets
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from blipq.backoff import Backoff
 from blipq.ledger import worker
+from blipq.local import supervisor
 from blipq.settings import Settings
-from blipq_worker.app import Worker
-from blipq_worker.blip2 import GeneratedText, GenerateItem, Pixels
+from blipq_worker import __main__ as program
 from blipq_worker.images import loader
 from blipq_worker.images.fetch import Fetched, Fetcher
-from blipq_worker.inference.requests import ModelInfo, Reading, Recipe
+from blipq_worker.reading import Readers
 from blipq_worker.settings import WorkerSettings
+from guarantees.stand_ins import stops
 
-log = logging.getLogger("faulty_worker")
-
-#: A picture of this size hangs its decoder.
+#: Pictures of these sizes hang their decoder, or crash it.
 HANGING_SIZE = (13, 13)
+CRASHING_SIZE = (11, 11)
 
 
-class FaultyModel:
-    """Stands in for Blip2."""
-
-    info = ModelInfo(
-        checkpoint="faulty",
-        family="opt",
-        dtype="float32",
-        quantization="none",
-        device="cpu",
-        revision="0",
-        default_prompt="",
-        recipe=Recipe(64, 3, "faulty"),
-        reading=Reading("", 512),
-    )
-
-    def on_step(self, call: Callable[[], None]) -> None:
-        self._step = call
-
-    def on_encode(self, call: Any) -> None:
-        """It encodes nothing."""
-
-    def pixels(self, views: Any, *, digest: str | None, whole: bool) -> Pixels:
-        return Pixels(None, digest=digest)
-
-    def recall(self, digest: str, needed: Any) -> None:
-        """Every image is new."""
-
-    def check(self, item: Any) -> None:
-        """Anything will do."""
-
-    def generate(
-        self, items: Sequence[GenerateItem], wanted: Callable[[int], bool]
-    ) -> list[list[list[GeneratedText]]]:
-        _use_device()
-        prompts = [prompt for item in items for prompt in item.prompts]
-        for prompt in prompts:
-            _obey(prompt, self._step, alone=len(prompts) == 1)
-        return [[[GeneratedText(f"did {p}", 1)] for p in item.prompts] for item in items]
-
-    def match(self, items: Sequence[Any]) -> list[list[float]]:
-        _use_device()
-        for text in (text for item in items for text in item.texts):
-            _obey(text, self._step, alone=len(items) == 1)
-        return [[1.0 for _ in item.texts] for item in items]
-
-
-def _use_device() -> None:
-    match os.environ.get("FAULTY_DEVICE"):
-        case "lost":
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        case "nonsense":
-            raise RuntimeError("probability tensor contains either inf, nan or element < 0")
-
-
-def _check(name: str) -> None:
-    _use_device()
-
-
-def _obey(prompt: str, step: Callable[[], None], *, alone: bool) -> None:
-    log.info("runs %r", prompt)
-    match prompt.split():
-        case ["exit" | "segfault" | "lose-device" as way]:
-            _break(way)
-        case ["hang"]:
-            threading.Event().wait()
-        case ["raise"]:
-            raise RuntimeError("the model broke")
-        case ["oom"]:
-            raise MemoryError
-        case ["oom-in-company"] if not alone:
-            raise MemoryError
-        case ["sleep", seconds]:
-            time.sleep(float(seconds))
-        case ["steps", count]:
-            for _ in range(int(count)):
-                time.sleep(0.2)
-                step()
-        case ["clock", seconds]:
-            _set_clock_on(float(seconds))
-
-
-def _break(way: str) -> None:
-    if way == "lose-device":
-        os.environ["FAULTY_DEVICE"] = "lost"
-        _use_device()
-    if way == "exit":
-        os._exit(1)
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def _set_clock_on(seconds: float) -> None:
-    """For all that asks Python for the time of day, as Celery, kombu and blipq do."""
-    true_time = time.time
-    time.time = lambda: true_time() + seconds
-
-
-def _hang_on_one_size() -> None:
+def _break_decoder() -> None:
     pixels_of = loader.pixels_of
 
     def made(image: Any, recipes: Any) -> Any:
+        stops.at("decoding")
         if image.size == HANGING_SIZE:
             threading.Event().wait()
+        if image.size == CRASHING_SIZE:
+            os.kill(os.getpid(), signal.SIGSEGV)
         return pixels_of(image, recipes)
 
     loader.pixels_of = made
@@ -147,21 +58,64 @@ def _make_no_two_images_equal() -> None:
     fetch = Fetcher.fetch
 
     def fetched(self: Fetcher, image: Any, *, unless: str | None = None) -> Fetched:
+        stops.at("fetching")
         found = fetch(self, image)
         return replace(found, digest=secrets.token_hex(32))
 
     Fetcher.fetch = fetched  # type: ignore[method-assign, assignment]
 
 
+def _take_any_text() -> None:
+    """The model has no tokenizer."""
+    Readers.check = lambda self, model, item: None  # type: ignore[method-assign]
+
+
 def main() -> int:
+    """Becomes what the command line names, as ``python -m blipq_worker`` does."""
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if "FAULTY_CONTRACT" in os.environ:
         worker.CONTRACT = int(os.environ["FAULTY_CONTRACT"])
-    _hang_on_one_size()
+    supervisor.RESTARTS = Backoff(0.2, 1.0)  # a day's trouble in minutes
+    _break_decoder()
     _make_no_two_images_equal()
+    match sys.argv[1:]:
+        case ["engine", "--run", folder]:
+            return _engine(Path(folder))
+        case ["front", *_]:
+            _take_any_text()
+            stops.stop_fronts()
+            return program.main()
+        case _:
+            return _worker()
+
+
+def _engine(folder: Path) -> int:
+    from blipq_worker.serving import engine
+    from guarantees.stand_ins import faulty_model
+
+    engine.load_models = _models  # type: ignore[assignment]
+    engine.checker = lambda options, models: faulty_model.check
+    return engine.run_engine(folder, WorkerSettings())
+
+
+def _worker() -> int:
     options = WorkerSettings()
-    models: Any = {name: FaultyModel() for name in options.models}
-    return Worker(Settings(), options, models, check=_check).run()
+    if options.fronts:
+        from blipq_worker.supervision.worker import SplitWorker
+
+        command = [sys.executable, __file__]
+        return SplitWorker(Settings(), options, options.fronts, command).run()
+
+    from blipq_worker.app import Worker
+    from guarantees.stand_ins import faulty_model
+
+    return Worker(Settings(), options, _models(options), check=faulty_model.check).run()
+
+
+def _models(options: WorkerSettings) -> Any:
+    from guarantees.stand_ins.faulty_model import FaultyModel
+
+    return {name: FaultyModel() for name in options.models}
 
 
 if __name__ == "__main__":
