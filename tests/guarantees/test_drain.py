@@ -2,6 +2,7 @@
 
 import hashlib
 import signal
+import time
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from blipq import Job, Status
 from blipq.ledger import codec as records
 from blipq.ledger.script_runner import script_text
+from blipq_worker.process.signals import ECHO_S
 from conftest import wait_until
 from guarantees.rig import Rig
 from guarantees.stand_ins.muted_redis import muted_redis
@@ -50,10 +52,23 @@ def test_a_second_signal_ends_the_worker_at_once_and_loses_nothing(rig: Rig) -> 
     wait_until(lambda: rig.running() == 1, "the job to run")
     worker.signal(signal.SIGTERM)
     wait_until(lambda: "draining" in worker.last_words(), "the drain to begin")
+    time.sleep(ECHO_S)
     worker.signal(signal.SIGTERM)
     rig.wait_for_death(worker, 5)
     rig.start_worker()
     rig.all_succeed([job])
+
+
+def test_a_worker_that_is_told_by_two_at_once_drains(rig: Rig) -> None:
+    """By systemd, which signals all of a unit, and by the supervisor that it signals, too."""
+    worker = rig.start_worker(drain_timeout_s=60)
+    job = rig.submit("sleep 3")
+    wait_until(lambda: rig.running() == 1, "the job to run")
+    worker.signal(signal.SIGTERM)
+    wait_until(lambda: "draining" in worker.last_words(), "the drain to begin")
+    worker.signal(signal.SIGTERM)
+    rig.wait_for_death(worker, 30)
+    assert (job.info().status, job.info().attempts) == (Status.SUCCEEDED, 1)
 
 
 def test_a_worker_killed_while_it_drains_leaves_its_jobs_to_the_next(rig: Rig) -> None:

@@ -2,11 +2,13 @@
 
 import os
 import signal
+import time
 
 import psutil
 
 from blipq import Job, Status
 from blipq.local.supervisor import Service
+from blipq_worker.supervision.worker import PASSED_ON_S
 from conftest import wait_until
 from guarantees.parts import processes
 from guarantees.rig import Rig
@@ -67,6 +69,7 @@ def test_a_drained_worker_with_fronts_hands_back_what_it_cannot_finish(rig: Rig)
     wait_until(lambda: rig.running() >= 32, "jobs that run")
     worker.signal(signal.SIGTERM)
     wait_until(lambda: rig.running() < 32, "an end of the first jobs, or their return", timeout=60)
+    time.sleep(PASSED_ON_S)  # what comes sooner is an echo
     worker.signal(signal.SIGTERM)  # hand back at once
     rig.wait_for_death(worker)
     assert worker.exit_code == 0, worker.last_words()

@@ -263,6 +263,19 @@ def test_64_hostile_pictures_fail_by_themselves(rig: Rig) -> None:
     assert worker.exit_code is None
 
 
+def test_a_group_that_is_told_to_end_as_a_whole_drains(rig: Rig) -> None:
+    """As systemd does it: each process is told directly, and fronts by the main process, too."""
+    worker = start(rig, drain_timeout_s=60)
+    jobs = rig.submit_all(["sleep 0.2"] * 20)
+    wait_until(lambda: rig.running() == 20, "all to run")
+    for each in [*psutil.Process(worker.pid).children(), psutil.Process(worker.pid)]:
+        each.terminate()
+    rig.wait_for_death(worker)
+    assert worker.exit_code == 0
+    assert "handed back" not in worker.last_words(1000)
+    unharmed(rig, jobs, timeout=1)
+
+
 def test_nothing_of_a_killed_main_process_lingers(rig: Rig) -> None:
     worker = start(rig)
     left = parts.processes(worker, "front") + parts.processes(worker, "engine")

@@ -25,6 +25,7 @@ from blipq_worker.messages.revokes import follow_revokes
 from blipq_worker.process.health import BrokerLoop
 from blipq_worker.process.malloc import give_large_blocks_back
 from blipq_worker.process.metrics import WorkerMetrics
+from blipq_worker.process.signals import ECHO_S, EndSignals
 from blipq_worker.startup import START
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Taker:
         self._jobs = jobs
         self._broker_loop = broker_loop
         self._hostname = hostname
+        self._signals = EndSignals(ECHO_S)
         self._door = Door(
             refuse=jobs.foreign.refuse,
             dropped=lambda: metrics.refused("dropped"),
@@ -122,6 +124,8 @@ class Taker:
         signal.signal(signal.SIGINT, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._signals.is_echo():
+            return
         if self._base.gate.closed:
             # Not from this frame: it may have interrupted a lock that handing back needs.
             threading.Thread(target=self._leave_now, daemon=True).start()

@@ -18,6 +18,7 @@ from blipq_worker.process.health import HealthServer
 from blipq_worker.process.metrics import WorkerMetrics, count_in
 from blipq_worker.process.periodic import Periodic
 from blipq_worker.process.reconciler import Reconciler
+from blipq_worker.process.signals import ECHO_S, EndSignals
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.startup import START
 from blipq_worker.supervision.engine import EngineProcess
@@ -37,6 +38,9 @@ TURN_S = 0.1
 LEAVE_S = 10.0
 #: So long without a look at the processes means that this one is stuck.
 LONGEST_TURN_S = 60.0
+#: A second signal is passed on to fronts that must not take it for an echo: they have had the first
+#: one later.
+PASSED_ON_S = ECHO_S + 1.0
 
 
 class SplitWorker:
@@ -83,6 +87,7 @@ class SplitWorker:
             Strays(self._ledger, settings, self.name),
         ]
         self._signals = 0
+        self._echoes = EndSignals(PASSED_ON_S)
         self._looked = time.monotonic()
         self._ready = False
         self._health = self._health_server() if options.health_port is not None else None
@@ -143,7 +148,7 @@ class SplitWorker:
     # -- the end --
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self._signals += 1
+        self._signals += not self._echoes.is_echo()
 
     def _tell_fronts(self) -> None:
         for front in self._fronts:
