@@ -56,8 +56,9 @@ guarantees: $(VENV)/installed-dev  ## Break things on the real stack, and see ea
 
 SEED ?= 7
 JOBS ?= 10000
-chaos: $(VENV)/installed-dev  ## Load with faults at random; SEED=7 JOBS=10000.
-	$(BIN)/python tests/guarantees/soak/chaos.py --seed $(SEED) --jobs $(JOBS)
+FRONTS ?= 0
+chaos: $(VENV)/installed-dev  ## Load with faults at random; SEED=7 JOBS=10000 FRONTS=0.
+	$(BIN)/python tests/guarantees/soak/chaos.py --seed $(SEED) --jobs $(JOBS) --fronts $(FRONTS)
 
 bench: $(VENV)/installed-bench  ## Measure everything and write docs/performance.md (make peers first).
 	$(BIN)/python -m benchmarks

@@ -1,7 +1,9 @@
-"""``make chaos SEED=7 JOBS=10000``: load, faults at random, and an audit of every job.
+"""``make chaos SEED=7 JOBS=10000 FRONTS=0``: load, faults at random, and an audit of every job.
 
 Three workers are kept running by a supervisor while they are killed, frozen and drained, Redis is
-killed, frozen and filled, and S3 answers with errors, drips and cut connections. At the end every
+killed, frozen and filled, and S3 answers with errors, drips and cut connections. With fronts there
+are two workers, whose engines and fronts are killed and frozen, too, sockets are sent garbage, and
+some pictures crash their decoder. At the end every
 job that was ever submitted must have exactly one outcome, one that its request allows; only jobs
 that kill their workers may be dead letters; no key may live for ever. Exit code 0 only if all hold.
 """
@@ -9,6 +11,7 @@ that kill their workers may be dead letters; no key may live for ever. Exit code
 import argparse
 import random
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -19,6 +22,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from blipq import ErrorCode, JobInfo, QueueFull, QueueUnavailable, Status
@@ -27,9 +32,13 @@ from blipq.contract import CaptionRequest, Options, Priority
 from blipq.local import supervisor
 from blipq.local.supervisor import Service
 from blipq.submission import new_id
-from guarantees.rig import LEASE_S, Rig
+from guarantees import parts
+from guarantees.rig import LEASE_S, Rig, png
+from guarantees.stand_ins.faulty_worker import CRASHING_SIZE
 
-WORKERS = 3
+WORKERS, WORKERS_WITH_FRONTS = 3, 2
+#: Of workers with fronts: some of their processes stay frozen until this ends them.
+WATCHDOG_S = 8.0
 SETTLE_S = 240.0
 
 
@@ -64,6 +73,11 @@ RECIPES = (
     Recipe(0.3, "fine", right("succeeded"), fault="dripx1"),
     Recipe(0.03, "exit", right(ErrorCode.ATTEMPTS_EXHAUSTED)),
 )
+#: A front that is killed from outside while the picture runs alone is no proof against it: as for
+#: any job, three such deaths are the end.
+CRASHING = Recipe(
+    0.1, "fine", right(ErrorCode.IMAGE_INVALID, ErrorCode.ATTEMPTS_EXHAUSTED), fault="crash"
+)
 
 
 @dataclass
@@ -73,15 +87,18 @@ class Chaos:
     rig: Rig
     jobs: int
     rng: random.Random
+    fronts: int = 0
     submitted: dict[str, Recipe] = field(default_factory=dict)
     faults: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
 
     def run(self) -> bool:
         """Load and faults, then calm, then the audit; whether it is clean."""
-        workers = [
-            self.rig.launch_worker(max_batch_size=16, fetch_timeout_s=2) for _ in range(WORKERS)
-        ]
+        options = {"max_batch_size": 16, "fetch_timeout_s": 2}
+        if self.fronts:
+            options["watchdog_s"] = WATCHDOG_S
+        count = WORKERS_WITH_FRONTS if self.fronts else WORKERS
+        workers = [self.rig.launch_worker(**options) for _ in range(count)]
         calm, quiet, stop = threading.Event(), threading.Event(), threading.Event()
         supervisor.RESTARTS = Backoff(1.0, 1.0)  # a day's trouble in minutes
         keep = threading.Thread(
@@ -106,15 +123,16 @@ class Chaos:
     # -- load --
 
     def _submit_all(self) -> None:
-        weights = [recipe.weight for recipe in RECIPES]
+        recipes = (*RECIPES, CRASHING) if self.fronts else RECIPES
+        weights = [recipe.weight for recipe in recipes]
         for number in range(self.jobs):
-            self._submit(self.rng.choices(RECIPES, weights)[0])
+            self._submit(self.rng.choices(recipes, weights)[0])
             if number % 1000 == 999:
                 self._say(f"{number + 1} submitted")
 
     def _submit(self, recipe: Recipe) -> None:
         """Submits as a careful service does: the same id again until it is taken."""
-        image = self.rig.image if recipe.fault is None else self.rig.upload(recipe.fault)
+        image = self._image(recipe)
         request = CaptionRequest.model_validate({"image": image, "prompt": recipe.prompt})
         priority = self.rng.choice(tuple(Priority))
         options = Options(priority=priority, expires_in=recipe.expires_in)
@@ -130,6 +148,11 @@ class Chaos:
         if recipe.cancel:
             with suppress(QueueUnavailable, QueueFull):
                 job.cancel()
+
+    def _image(self, recipe: Recipe) -> str:
+        if recipe is CRASHING:
+            return self.rig.upload("none", png(size=CRASHING_SIZE))
+        return self.rig.image if recipe.fault is None else self.rig.upload(recipe.fault)
 
     def _wait_until_most_have_ended(self) -> None:
         """Faults go on until nine jobs in ten have ended."""
@@ -163,7 +186,11 @@ class Chaos:
             "redis full": self._fill_redis,
             "connections cut": self._cut_connections,
         }
-        weights = (4, 2, 2, 1, 1, 1, 2)
+        weights = [4, 2, 2, 1, 1, 1, 2]
+        if self.fronts:
+            own = self._faults_of_parts(workers)
+            kinds |= {kind: fault for kind, (_, fault) in own.items()}
+            weights += [weight for weight, _ in own.values()]
         while not calm.wait(self.rng.uniform(2, 6)):
             kind = self.rng.choices(list(kinds), weights)[0]
             self._say(kind)
@@ -171,6 +198,48 @@ class Chaos:
             kinds[kind]()
         quiet.set()
         stop.wait()
+
+    def _faults_of_parts(self, workers: list[Service]) -> dict[str, tuple[int, Callable[[], None]]]:
+        """Faults of a worker's other processes: how often, and what."""
+
+        def process(role: str) -> psutil.Process | None:
+            found = parts.processes(self.rng.choice(workers), role)
+            return self.rng.choice(found) if found else None
+
+        def kill(role: str) -> None:
+            if (victim := process(role)) is not None:
+                victim.kill()
+
+        def freeze(role: str) -> None:
+            """Half of the time for longer than the watchdog takes to end it."""
+            if (victim := process(role)) is not None:
+                victim.suspend()
+                time.sleep(self.rng.choice((LEASE_S, WATCHDOG_S + 4)))
+                victim.resume()
+
+        def faults(fault: Callable[[str], None], role: str) -> Callable[[], None]:
+            def harmed() -> None:
+                with suppress(psutil.NoSuchProcess):  # it has just ended by itself
+                    fault(role)
+
+            return harmed
+
+        return {
+            "front killed": (4, faults(kill, "front")),
+            "engine killed": (2, faults(kill, "engine")),
+            "front frozen": (1, faults(freeze, "front")),
+            "engine frozen": (1, faults(freeze, "engine")),
+            "garbage on the socket": (2, lambda: self._throw_garbage(self.rng.choice(workers))),
+        }
+
+    def _throw_garbage(self, worker: Service) -> None:
+        with suppress(OSError, IndexError, psutil.NoSuchProcess):
+            path = str(parts.run_folder(worker) / "engine.sock")
+            for size in (0, 1, 24, 70_000, 3_000_000) * 10:
+                with suppress(OSError), socket.socket(socket.AF_UNIX) as raw:
+                    raw.settimeout(1)
+                    raw.connect(path)
+                    raw.sendall(self.rng.randbytes(size))
 
     def _freeze(self, service: Service, seconds: float) -> None:
         service.signal(signal.SIGSTOP)
@@ -202,7 +271,9 @@ class Chaos:
             if outcome not in recipe.right
         )
         dead = {info.id for info in self.rig.operator.dead_letters(10_000)}
-        innocent = [id for id in dead if self.submitted[id].prompt != "exit"]
+        innocent = [
+            id for id in dead if ErrorCode.ATTEMPTS_EXHAUSTED not in self.submitted[id].right
+        ]
         forever = self.rig.keys_without_ttl()
         print(f"jobs {len(self.submitted)}, open {self._open()}, faults {dict(self.faults)}")
         print(f"submits repeated {dict(self.refused)}, dead letters {len(dead)}")
@@ -232,11 +303,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--jobs", type=int, default=10_000)
+    parser.add_argument("--fronts", type=int, default=0, help="of each worker")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rig = Rig(Path(folder), forked=False)
+        rig = Rig(Path(folder), forked=False, fronts=arguments.fronts)
         try:
-            clean = Chaos(rig, arguments.jobs, random.Random(arguments.seed)).run()
+            rng = random.Random(arguments.seed)
+            clean = Chaos(rig, arguments.jobs, rng, arguments.fronts).run()
         finally:
             rig.close()
     print("clean" if clean else "NOT CLEAN")
