@@ -12,11 +12,12 @@ from blipq.ledger import codec as records
 from blipq.ledger.script_runner import script_text
 from blipq_worker.process.signals import ECHO_S
 from conftest import wait_until
-from guarantees.rig import Rig
+from guarantees.rig import Rig, both_forms
 from guarantees.stand_ins.muted_redis import muted_redis
 from stacks import BROKER
 
 
+@both_forms
 def test_a_stopping_worker_finishes_what_runs_and_leaves_the_rest_in_the_queue(rig: Rig) -> None:
     worker = rig.start_worker(max_batch_size=4)
     jobs = rig.submit_all(["sleep 0.2"] * 20)

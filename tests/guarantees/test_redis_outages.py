@@ -17,7 +17,7 @@ import redis
 from blipq import JobNotFound, QueueFull, QueueUnavailable, Status
 from blipq.local.stack import free_port
 from conftest import wait_until
-from guarantees.rig import LEASE_S, Rig
+from guarantees.rig import LEASE_S, Rig, both_forms
 
 
 def test_an_idle_worker_works_again_after_redis_was_away(rig: Rig) -> None:
@@ -29,6 +29,7 @@ def test_an_idle_worker_works_again_after_redis_was_away(rig: Rig) -> None:
     assert worker.exit_code is None
 
 
+@both_forms
 def test_a_job_that_runs_while_redis_is_away_ends_with_one_result(rig: Rig) -> None:
     worker = rig.start_worker()
     job = rig.submit("sleep 3")
@@ -165,6 +166,7 @@ def test_a_worker_outlives_a_redis_that_refuses_and_loses_no_result(
     assert full.exit_code is None
 
 
+@both_forms
 def test_an_outage_longer_than_any_lease_is_no_crash_of_the_jobs_that_end_in_it(rig: Rig) -> None:
     worker = rig.start_worker(max_batch_size=8)
     jobs = rig.submit_all([f"sleep {1 + n / 100}" for n in range(8)])

@@ -12,7 +12,7 @@ from blipq import CaptionRequest, ErrorCode, Job, Status
 from blipq.ledger.codec import Message
 from blipq.s3.outputs import LOCAL_BUCKET
 from conftest import wait_until
-from guarantees.rig import LEASE_S, Rig, png
+from guarantees.rig import LEASE_S, Rig, both_forms, png
 from guarantees.stand_ins.faulty_worker import HANGING_SIZE
 from stacks import BROKER
 
@@ -106,6 +106,7 @@ def test_a_write_that_arrives_late_leaves_a_newer_answer_alone(rig: Rig) -> None
     assert job.info().status is Status.SUCCEEDED
 
 
+@both_forms
 @pytest.mark.parametrize("death", ["exit", "segfault"])
 def test_a_job_that_keeps_killing_workers_becomes_a_dead_letter_and_harms_no_other(
     rig: Rig, death: str
@@ -169,6 +170,7 @@ def test_a_hung_decoder_ends_its_process_and_the_job_goes_on_alone(rig: Rig) -> 
     assert job.wait(LEASE_S + 20).attempts == 2
 
 
+@both_forms
 def test_a_finished_job_that_is_delivered_again_keeps_its_result(rig: Rig) -> None:
     """The worker died between storing the outcome and acknowledging the message."""
     rig.start_worker()
