@@ -34,6 +34,7 @@ class Service:
     """One child process. Its output goes to ``log``, or to this process' own if None.
 
     env: what it has in its environment; this process' own is there as well if it ``inherits``.
+    restarts: pauses before it is started again, by default RESTARTS.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Service:
         env: Mapping[str, str] | None = None,
         inherits: bool = True,
         log: Path | None = None,
+        restarts: Backoff | None = None,
     ) -> None:
         self.name = name
         self.command = list(command)
@@ -51,6 +53,7 @@ class Service:
         self.env = {**(os.environ if inherits else {}), **(env or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
+        self._pauses = restarts
         self._restarts = 0
         self._seen_dead: float | None = None
 
@@ -112,7 +115,7 @@ class Service:
             self._seen_dead = now
             if now - self._started >= STEADY_S:
                 self._restarts = 0
-        if now - self._started < RESTARTS.pause_s(self._restarts):
+        if now - self._started < (self._pauses or RESTARTS).pause_s(self._restarts):
             return False
         self._restarts += 1
         self.start()

@@ -57,9 +57,9 @@ def _make_no_two_images_equal() -> None:
     """So that no two jobs are: each does what its prompt says."""
     fetch = Fetcher.fetch
 
-    def fetched(self: Fetcher, image: Any, *, unless: str | None = None) -> Fetched:
+    def fetched(self: Fetcher, image: Any, *, unless: str | None = None, sized: Any) -> Fetched:
         stops.at("fetching")
-        found = fetch(self, image)
+        found = fetch(self, image, sized=sized)
         return replace(found, digest=secrets.token_hex(32))
 
     Fetcher.fetch = fetched  # type: ignore[method-assign, assignment]

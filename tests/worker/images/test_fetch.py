@@ -279,6 +279,25 @@ def _serve(server: socket.socket, reply: Reply, over: threading.Event) -> None:
                     pass
 
 
+def test_the_length_is_told_before_the_bytes_come(serve: Serve) -> None:
+    """Who waits for memory need not wait for the whole of a slow download."""
+    told = threading.Event()
+
+    def answer(connection: socket.socket) -> object:
+        connection.sendall(OK % 100)
+        told.wait(10)
+        return connection.sendall(b"x" * 100) if told.is_set() else None
+
+    lengths: list[int] = []
+
+    def sized(length: int) -> None:
+        lengths.append(length)
+        told.set()
+
+    assert fetcher(serve(answer)).fetch(ANYWHERE, sized=sized).data == b"x" * 100
+    assert lengths == [100]
+
+
 def test_a_slow_drip_ends_with_the_deadline(serve: Serve) -> None:
     """Each byte comes well within the read timeout; all of them would take for ever."""
     sent = threading.Event()

@@ -64,9 +64,9 @@ class Watched(Fetcher):
         super().__init__(*args, **kwargs)
         self.downloads = self.asked = 0
 
-    def fetch(self, image: ImageRef, *, unless: str | None = None) -> Fetched | None:
+    def fetch(self, image: ImageRef, **options: Any) -> Fetched | None:  # type: ignore[override]
         self.asked += 1
-        fetched = super().fetch(image, unless=unless)
+        fetched: Fetched | None = super().fetch(image, **options)
         self.downloads += fetched is not None
         return fetched
 

@@ -4,7 +4,7 @@ import hashlib
 import io
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, overload
@@ -30,6 +30,9 @@ _PERMANENT = {
     Refusal.ENCRYPTION: ErrorCode.IMAGE_FORBIDDEN,
     Refusal.INVALID: ErrorCode.INVALID_REQUEST,
 }
+
+#: Is told the bytes of an object.
+Sized = Callable[[int], object]
 
 #: Names that ``Storage.upload`` gives: the digest of the content, and an ending.
 _DIGEST_KEY = re.compile(r"(?P<digest>[0-9a-f]{64})(\..*)?")
@@ -63,14 +66,23 @@ class Fetcher:
         self._https = https
 
     @overload
-    def fetch(self, image: ImageRef) -> Fetched: ...
+    def fetch(self, image: ImageRef, *, sized: Sized = ...) -> Fetched: ...
 
     @overload
-    def fetch(self, image: ImageRef, *, unless: str | None) -> Fetched | None: ...
+    def fetch(
+        self, image: ImageRef, *, unless: str | None, sized: Sized = ...
+    ) -> Fetched | None: ...
 
-    def fetch(self, image: ImageRef, *, unless: str | None = None) -> Fetched | None:
+    def fetch(
+        self,
+        image: ImageRef,
+        *,
+        unless: str | None = None,
+        sized: Sized = lambda length: None,
+    ) -> Fetched | None:
         """The image, or None where an object still has the ETag ``unless``.
 
+        sized: is told the length of an object as soon as that is known, before its bytes come.
         Its store says so, who thereby also says that the object exists and may be read. Raises
         PermanentError (image_not_found, image_forbidden, image_changed, image_too_large,
         url_forbidden, invalid_request), TransientError (image_unavailable), or AccessRefused. Bytes
@@ -84,7 +96,8 @@ class Fetcher:
         try:
             response = self._storage.client.get_object(**_arguments(image, unless))
             _check_etag(image, response)
-            fetched = _fetched(self._read(image, response, deadline), response.get("ETag"))
+            data = self._read(image, response, deadline, sized)
+            fetched = _fetched(data, response.get("ETag"))
         except (ClientError, BotoCoreError, S3Refused) as error:
             if unless is not None and _is_unmodified(error):
                 return None
@@ -115,12 +128,14 @@ class Fetcher:
             message = f"{image.uri} is outside BLIPQ_ALLOWED_BUCKETS"
             raise PermanentError(ErrorCode.IMAGE_FORBIDDEN, message)
 
-    def _read(self, image: ImageRef, response: Any, deadline: float) -> bytes:
+    def _read(self, image: ImageRef, response: Any, deadline: float, sized: Sized) -> bytes:
         body = response["Body"]
         try:
             length = response.get("ContentLength")  # none in a chunked answer
             if length is not None and length > self.max_bytes:
                 raise self._too_large(image)
+            if length is not None:
+                sized(length)
             data = io.BytesIO()  # its value is its buffer: the bytes are held once
             # read1-sized steps: a whole chunk of a drip would outlast the deadline unseen.
             while piece := body._raw_stream.read1(CHUNK_BYTES):

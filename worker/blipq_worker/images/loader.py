@@ -113,7 +113,7 @@ class Pictures:
         etag = seen.etag if seen is not None and known else None
         with self._fetching.reserve(self._fetcher.max_bytes, timeout=self._timeout_s) as share:
             with watch.stage("fetch"):
-                fetched = self._fetcher.fetch(image, unless=etag)
+                fetched = self._fetcher.fetch(image, unless=etag, sized=share.shrink)
             if lost.is_set():
                 raise Lost
             if fetched is None:

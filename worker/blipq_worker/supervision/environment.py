@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import AliasChoices
 
+from blipq.backoff import Backoff
 from blipq.local.supervisor import Service
 from blipq.settings import Settings
 from blipq_worker.settings import WorkerSettings
@@ -13,6 +14,9 @@ from blipq_worker.supervision.folder import RunFolder
 
 #: Starts a process of this worker.
 COMMAND = (sys.executable, "-m", "blipq_worker")
+
+#: Of a front, which loads nothing that takes long: pictures may end one after another.
+_RESTARTS = Backoff(0.5, 4.0)
 
 _PREFIXES = ("AWS_", "CELERY_", "REDIS_")
 #: Where a local stack wrote its endpoints, and where fronts count.
@@ -30,7 +34,8 @@ def front_service(
 ) -> Service:
     """The process of a front, not started. number: from 1 on."""
     place = ["--number", str(number), "--of", str(of), "--worker", worker]
-    return Service(f"front {number}", [*command, "front", "--run", str(folder.path), *place])
+    arguments = [*command, "front", "--run", str(folder.path), *place]
+    return Service(f"front {number}", arguments, restarts=_RESTARTS)
 
 
 def engine_environment() -> dict[str, str]:
