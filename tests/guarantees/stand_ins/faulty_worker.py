@@ -47,7 +47,8 @@ def _break_decoder() -> None:
         if image.size == HANGING_SIZE:
             threading.Event().wait()
         if image.size == CRASHING_SIZE:
-            os.kill(os.getpid(), signal.SIGSEGV)
+            # To this thread: sent to the process, it might come after the decoder has returned.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSEGV)
         return pixels_of(image, recipes)
 
     loader.pixels_of = made
