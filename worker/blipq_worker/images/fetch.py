@@ -134,7 +134,7 @@ class Fetcher:
             length = response.get("ContentLength")  # none in a chunked answer
             if length is not None and length > self.max_bytes:
                 raise self._too_large(image)
-            if length is not None:
+            if length is not None and not response.get("ContentEncoding"):  # it may be packed
                 sized(length)
             data = io.BytesIO()  # its value is its buffer: the bytes are held once
             # read1-sized steps: a whole chunk of a drip would outlast the deadline unseen.
