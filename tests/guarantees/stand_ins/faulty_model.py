@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from blipq_worker.blip2 import GeneratedText, GenerateItem, Pixels
-from blipq_worker.inference.requests import ModelInfo, Reading, Recipe
+from blipq_worker.inference.requests import GenerationParams, ModelInfo, Reading, Recipe
 from guarantees.stand_ins import stops
 
 log = logging.getLogger("faulty_worker")
@@ -63,6 +63,11 @@ class FaultyModel:
         for text in (text for item in items for text in item.texts):
             _obey(text, self._step, alone=len(items) == 1)
         return [[1.0 for _ in item.texts] for item in items]
+
+
+def run_batches_alone() -> None:
+    """The model knows no sessions: all of its texts are written in batches."""
+    GenerationParams.in_flight = property(lambda self: False)  # type: ignore[assignment, method-assign]
 
 
 def _use_device() -> None:

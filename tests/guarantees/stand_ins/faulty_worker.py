@@ -114,8 +114,9 @@ def _worker() -> int:
 
 
 def _models(options: WorkerSettings) -> Any:
-    from guarantees.stand_ins.faulty_model import FaultyModel
+    from guarantees.stand_ins.faulty_model import FaultyModel, run_batches_alone
 
+    run_batches_alone()
     return {name: FaultyModel() for name in options.models}
 
 
