@@ -132,7 +132,7 @@ def _restart_until_ended(rig: Rig, job: Job[Any]) -> int:
         return worker.exit_code is not None or job.info().ended
 
     while True:
-        wait_until(settled, "a death or the end", timeout=60)
+        wait_until(settled, "a death or the end", timeout=200)
         if job.info().ended:
             return deaths
         deaths += 1
