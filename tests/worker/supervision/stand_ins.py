@@ -29,7 +29,8 @@ from blipq_worker.process.metrics import WorkerMetrics, count_in
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.supervision.worker import SplitWorker
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[3])]
+sys.path.insert(0, str(Path(__file__).parents[3]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from worker.inference.stand_in import StandIn
 
 QUEUE = "blipq.default.normal"

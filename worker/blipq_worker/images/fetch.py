@@ -82,8 +82,8 @@ class Fetcher:
     ) -> Fetched | None:
         """The image, or None where an object still has the ETag ``unless``.
 
-        sized: is told the length of an object as soon as that is known, before its bytes come.
-        Its store says so, who thereby also says that the object exists and may be read. Raises
+        Its store says so, who thereby also says that the object exists and may be read. sized: is
+        told the length of an object, where its store gives it, before the bytes come. Raises
         PermanentError (image_not_found, image_forbidden, image_changed, image_too_large,
         url_forbidden, invalid_request), TransientError (image_unavailable), or AccessRefused. Bytes
         are counted while they stream, and the deadline covers the whole download: a slow drip never
