@@ -23,7 +23,7 @@ from blipq.ledger.operator import OperatorLedger
 from blipq.local.stack import worker_service
 from blipq.local.supervisor import Service
 from conftest import wait_until
-from guarantees import parts
+from guarantees.fronts import parts
 from guarantees.stand_ins import faulty_worker
 from guarantees.stand_ins.faulty_s3 import FaultyS3
 from guarantees.stand_ins.forked import Forked

@@ -32,7 +32,7 @@ from blipq.contract import CaptionRequest, Options, Priority
 from blipq.local import supervisor
 from blipq.local.supervisor import Service
 from blipq.submission import new_id
-from guarantees import parts
+from guarantees.fronts import parts
 from guarantees.rig import LEASE_S, Rig, png
 from guarantees.stand_ins.faulty_worker import CRASHING_SIZE
 

@@ -10,7 +10,7 @@ from blipq import Job, Status
 from blipq.local.supervisor import Service
 from blipq_worker.supervision.worker import PASSED_ON_S
 from conftest import wait_until
-from guarantees.parts import processes
+from guarantees.fronts.parts import processes
 from guarantees.rig import Rig
 
 PROMPTS = [f"a photo of number {number}" for number in range(60)]

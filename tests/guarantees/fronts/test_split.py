@@ -17,7 +17,7 @@ import pytest
 from blipq import ErrorCode, Job, JobInfo, Status
 from blipq.local.supervisor import Service
 from conftest import wait_until
-from guarantees import parts
+from guarantees.fronts import parts
 from guarantees.rig import LEASE_S, Rig, png
 from guarantees.stand_ins import stops
 from guarantees.stand_ins.faulty_worker import CRASHING_SIZE, HANGING_SIZE

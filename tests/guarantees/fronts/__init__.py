@@ -1,0 +1,1 @@
+"""Workers with fronts, and what ends their processes."""
