@@ -68,7 +68,7 @@ def test_a_drained_worker_with_fronts_hands_back_what_it_cannot_finish(rig: Rig)
     jobs = [rig.submit(prompt, generation=long) for prompt in PROMPTS]
     wait_until(lambda: rig.running() >= 32, "jobs that run")
     worker.signal(signal.SIGTERM)
-    wait_until(lambda: rig.running() < 32, "an end of the first jobs, or their return", timeout=60)
+    wait_until(lambda: rig.running() < 32, "an end of the first jobs, or their return", timeout=100)
     time.sleep(PASSED_ON_S)  # what comes sooner is an echo
     worker.signal(signal.SIGTERM)  # hand back at once
     rig.wait_for_death(worker)
