@@ -227,3 +227,10 @@ def test_holdings_survive_the_kill_of_their_writer_at_any_moment(path: Path) -> 
         }
         for each in found:
             assert (each.token is None) == (each.stage == "taken")
+
+
+def test_a_disk_that_is_full_later_has_a_place_for_all_that_is_noted(path: Path) -> None:
+    """Or a note would end its writer with SIGBUS, as if a picture had done it."""
+    Holdings(path, places=100)
+    found = path.stat()
+    assert found.st_blocks * 512 >= found.st_size > 100 * 2048

@@ -1,6 +1,9 @@
 """What one worker tells Prometheus about itself."""
 
+import subprocess
+import sys
 import urllib.request
+from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -49,3 +52,18 @@ def test_the_health_port_serves_them() -> None:
             assert told(answer.read())["blipq_worker_jobs_held"] == 3
     finally:
         server.stop()
+
+
+def test_a_disk_that_is_full_later_has_a_place_for_all_that_is_counted(tmp_path: Path) -> None:
+    """Or a label set's first count would end its process with SIGBUS."""
+    program = (
+        "import sys; from pathlib import Path; from blipq.contract import Kind;"
+        "from blipq_worker.process.metrics import WorkerMetrics, count_in;"
+        "count_in(Path(sys.argv[1]), 'front-1'); metrics = WorkerMetrics();"
+        "[metrics.done(kind, 'failed', {'batch_size': 1}, f'code{n}')"
+        " for kind in Kind for n in range(20)]"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=60)
+    found = [each.stat() for each in tmp_path.iterdir()]
+    assert len(found) == 2
+    assert all(each.st_blocks * 512 >= each.st_size for each in found)

@@ -247,7 +247,8 @@ def _created(path: Path, size: int) -> mmap.mmap:
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
     file = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        os.truncate(file, size)
+        # A mapped page without a place on a full disk ends its writer with SIGBUS.
+        os.posix_fallocate(file, 0, size)
         mapped = mmap.mmap(file, size)
         mapped[: len(_MAGIC)] = _MAGIC
         fresh.replace(path)
