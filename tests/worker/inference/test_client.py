@@ -410,6 +410,39 @@ def test_a_killed_engine_tells_the_items_of_its_pass_from_those_that_waited(path
         )
 
 
+LARGE_ANSWERS = """
+import os, signal, sys
+from pathlib import Path
+from blipq_worker.inference import Answer, Array, Embedded, EngineServer
+from worker.inference.stand_in import StandIn
+backend = StandIn(hold=True)
+server = EngineServer(Path(sys.argv[1]), backend)
+print("ready", flush=True)
+while len(backend.open) < 64:
+    server.poll(0.02)
+first, second = list(backend.open)[:32], list(backend.open)[32:]
+server.started(first)
+for handle in first:
+    _, done = backend.open.pop(handle)
+    done(Answer(Embedded({"image": Array((32, 256), bytes(32768))}), 1.0, 0.5, 32))
+server.poll()
+server.started(second)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_pass_that_kills_is_known_behind_the_large_answers_of_the_one_before(path: Path) -> None:
+    engine = Process("-c", LARGE_ANSWERS, str(path))
+    try:
+        with a_client(path) as client:
+            futures = [ask(client) for _ in range(64)]
+            gone = [future.exception(10) for future in futures]
+    finally:
+        engine.end()
+    assert gone[:32] == [None] * 32
+    assert all(isinstance(error, EngineGone) and error.started for error in gone[32:])
+
+
 def test_a_frozen_engine_makes_the_items_of_its_pass_suspects(path: Path) -> None:
     with an_engine(path, "hold", "1") as engine, a_client(path, silence_s=1.0) as client:
         futures = ask(client), ask(client)

@@ -78,7 +78,8 @@ class Front:
     """A connection and all that belongs to it. Times are of the server's clock.
 
     begun: when the present message, or the wait for Hello, began. stuck: since when nothing of
-    what is unread has gone out. watched: what epoll tells of.
+    what is unread has gone out. deaf_until: no pass waits for it to read before that. watched: what
+    epoll tells of.
     """
 
     socket: socket.socket
@@ -91,6 +92,7 @@ class Front:
     names: Names = field(default_factory=Names)
     origins: Origins = field(default_factory=WeakValueDictionary)
     stuck: float = 0.0
+    deaf_until: float = 0.0
     watched: int = 0
     reader: Reader = field(init=False)
     _unread: deque[memoryview] = field(default_factory=deque)

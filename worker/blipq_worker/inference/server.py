@@ -43,6 +43,9 @@ CREDITS, MESSAGES_A_TURN, CONNECTIONS_A_TURN = 128, 8, 16
 BEAT_S = 0.25
 #: Longest within a message, from connect to Hello, and without reading anything of what waits.
 WITHIN_MESSAGE_S, UNREAD_S = 5.0, 30.0
+#: Longest that a pass waits until fronts have room to hear of its beginning, and how long one that
+#: was waited for in vain is not waited for again: it takes a hundredth of the time at most.
+HEAR_S, DEAF_S = 0.05, 5.0
 #: A turn may take so long even where ``poll`` must not wait: enough for some messages.
 _TURN_S = 0.001
 
@@ -127,13 +130,15 @@ class EngineServer:
         """Tells the fronts that a pass begins which these items newly take part in.
 
         Before the pass, so that they know what may have caused its end: what a socket has taken
-        outlives this process. Not from within a call of this server's.
+        outlives this process. Behind large answers there may be no room for it: then the pass waits
+        for a moment. Not from within a call of this server's.
         """
         ids: dict[Front, list[int]] = {}
         for work in self._intake.works_of(handles):
             ids.setdefault(work.front, []).append(work.id)
         for front, begun in ids.items():
             self._send(front, Started(tuple(begun)))
+        self._let_read([front for front in ids if front.has_unread])
 
     def wake(self) -> None:
         """Ends the wait of ``poll``. Thread-safe."""
@@ -251,6 +256,31 @@ class EngineServer:
         try:
             front.send(data, self._clock.now)
         except (ProtocolError, OSError) as error:
+            self._cut(front, str(error))
+        else:
+            self._watch(front)
+
+    def _let_read(self, fronts: Iterable[Front]) -> None:
+        """Waits until the socket has all that these fronts are to read, but not for long."""
+        self._clock.tick()
+        waited = [each for each in fronts if self._clock.now >= each.deaf_until]
+        until = time.monotonic() + HEAR_S
+        while waited and (left := until - time.monotonic()) > 0:
+            room = select.poll()
+            for front in waited:
+                room.register(front.socket, select.POLLOUT)
+            room.poll(left * 1000)
+            for front in waited:
+                self._flush(front)
+            waited = [each for each in waited if self._is_served(each) and each.has_unread]
+        for front in waited:
+            front.deaf_until = self._clock.now + DEAF_S
+
+    def _flush(self, front: Front) -> None:
+        """Sends what goes of what waits for a front; one that cannot be sent to is cut."""
+        try:
+            front.flush(self._clock.now)
+        except OSError as error:
             self._cut(front, str(error))
         else:
             self._watch(front)
