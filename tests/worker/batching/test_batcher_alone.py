@@ -128,6 +128,23 @@ def test_several_run_one_after_the_other(batcher: Batcher[Any, Any], log: Log) -
     assert all(log.together(f"{n}") == set() for n in range(6))
 
 
+@pytest.mark.parametrize("key", ["one", "batch"])
+def test_others_have_a_turn_between_two_of_them(
+    batcher: Batcher[Any, Any], log: Log, key: str
+) -> None:
+    """Whoever always has another one that must run alone would have the model to himself."""
+    log.held.clear()
+    batcher.submit(("running", 1), "one")
+    wait_until(lambda: len(log.ran) == 1, "the first step")
+    alone = [batcher.submit((f"{n}", 2), "two", alone=True) for n in range(6)]
+    others = [batcher.submit((name, 1), key, priority=2) for name in ("x", "y")]
+    log.held.set()
+    assert answers([*alone, *others]) == [*"012345", "x", "y"]
+    names = [name for _, together in log.ran for name in together]
+    assert names[:5] == ["running", "0", "0", "x", "y"]
+    assert all(log.together(f"{n}") == set() for n in range(6))
+
+
 def test_one_that_is_given_up_keeps_nobody_waiting(batcher: Batcher[Any, Any], log: Log) -> None:
     log.held.clear()
     batcher.submit(("running", 2), "one")

@@ -187,6 +187,7 @@ class Batcher(Generic[Item, Answer]):
         self._busy_since: float | None = None
         self._sessions: dict[Hashable, _Running[Item, Answer]] = {}
         self._alone: Entry[Item, Answer] | None = None
+        self._alone_was_last = False  # before any others joined or ran
         self._in_batch = 0
         self._batch_took = 0.0
         self._batch_ended = 0.0
@@ -368,10 +369,12 @@ class Batcher(Generic[Item, Answer]):
 
     def _turn(self) -> None:
         self._let_go()
-        if self._alone is not None or self._waiting.alone is not None:
+        if self._is_for_one():
             joined, batch = self._next_alone()
+            self._alone_was_last = self._alone_was_last or bool(joined or batch)
         else:
             joined, batch = self._admit(), self._next_batch()
+            self._alone_was_last = self._alone_was_last and not (joined or batch)
         if batch:
             self._answer_batch(batch)
         self._begin(joined)  # after the batch: had that ended the process, these were not in it
@@ -510,6 +513,14 @@ class Batcher(Generic[Item, Answer]):
         self._step(key, running, tickets[middle:])
 
     # -- items that run alone --
+
+    def _is_for_one(self) -> bool:
+        """Whether this turn is for items that run alone: between two of them others have one."""
+        if self._alone is not None:
+            return True
+        with self._lock:
+            others_wait = len(self._waiting) > self._waiting.count_alone
+            return self._waiting.alone is not None and not (self._alone_was_last and others_wait)
 
     def _next_alone(self) -> tuple[list[Entry[Item, Answer]], list[Entry[Item, Answer]]]:
         """Once nothing else runs, the next item that must run alone: has joined, or is a batch.

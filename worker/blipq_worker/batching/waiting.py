@@ -52,6 +52,11 @@ class Waiting:
         """The most urgent of those that must run alone."""
         return self._alone[0] if self._alone else None
 
+    @property
+    def count_alone(self) -> int:
+        """How many must run alone."""
+        return len(self._alone)
+
     def of(self, key: Hashable) -> list[Entry[Any, Any]]:
         """Those of a key that may have neighbours, most urgent first. Not to be changed."""
         return self._by_key.get(key, [])
