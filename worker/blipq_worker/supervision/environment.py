@@ -40,7 +40,8 @@ def front_service(
 
 def engine_environment() -> dict[str, str]:
     """The environment of this process without what reaches the services: no address, no key."""
-    return {name: value for name, value in os.environ.items() if not _is_of_services(name)}
+    # Settings are read whatever the case of their names.
+    return {name: value for name, value in os.environ.items() if not _is_of_services(name.upper())}
 
 
 def _is_of_services(name: str) -> bool:

@@ -3,6 +3,7 @@
 import logging
 import signal
 
+from blipq.local.fleet import EXIT_MODEL
 from blipq.local.supervisor import Service
 from blipq_worker.fronts.holdings import read_holdings
 from blipq_worker.fronts.status import FrontStatus, read_status
@@ -67,7 +68,8 @@ class FrontProcess:
             self._watch()
             return
         self._settle(code)
-        if revive and self._service.revive():
+        # With EXIT_MODEL the worker ends: that code must stay to be seen.
+        if revive and code != EXIT_MODEL and self._service.revive():
             log.warning("front %d: was started again (pid %s)", self.number, self.pid)
             self._begin()
 
@@ -76,11 +78,12 @@ class FrontProcess:
         self._service.signal(number)
 
     def kill(self) -> None:
-        """Ends the process at once, and settles what it held."""
+        """Ends the process at once, and settles what it held: if it runs, nobody is to blame."""
+        code = self.exit_code
         self._service.signal(signal.SIGKILL)
         self._service.wait(10)
         if self.exit_code is not None:
-            self._settle(self.exit_code)
+            self._settle(0 if code is None else code)
 
     def _begin(self) -> None:
         self._settled = False
