@@ -1,5 +1,6 @@
 """A front's status is read whole or not at all."""
 
+import errno
 from pathlib import Path
 
 import msgspec
@@ -27,6 +28,23 @@ def test_a_status_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_status(path, later)
     assert read_status(path) == later
     assert list(tmp_path.iterdir()) == [path], "nothing else is left in the folder"
+
+
+def test_a_full_disk_keeps_no_status_from_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, data: bytes) -> int:
+        self.touch()  # a name has room where its content has none
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "front-2.json"
+    write_status(path, STATUS)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for problems in ({"redis": "it does not answer at all"}, {}):
+        later = msgspec.structs.replace(STATUS, problems=problems)
+        write_status(path, later)
+        assert read_status(path) == later
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"pid": "x"}'])

@@ -31,10 +31,20 @@ _decoder = msgspec.json.Decoder(FrontStatus)
 
 
 def write_status(path: Path, status: FrontStatus) -> None:
-    """Replaces the file, whole. Raises OSError."""
+    """Replaces the file, whole. Raises OSError.
+
+    On a disk that is full it is written over: a front whose status grows old would be killed.
+    """
+    data = msgspec.json.encode(status)
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    fresh.write_bytes(msgspec.json.encode(status))
-    fresh.replace(path)
+    try:
+        fresh.write_bytes(data)
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        with path.open("r+b") as file:
+            # Its block is its own, and JSON may end in spaces. Who reads half of it reads it again.
+            file.write(data.ljust(path.stat().st_size))
 
 
 def read_status(path: Path) -> FrontStatus | None:
