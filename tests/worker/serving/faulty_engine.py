@@ -1,7 +1,7 @@
 """The engine process, but its matching obeys the texts: ``python -m worker.serving.faulty_engine``.
 
-``slow`` takes a while, ``die`` kills the process, ``lost`` breaks the device, ``bad`` fails, and
-after ``break`` everything does.
+``slow`` takes a while, ``hang`` never ends, ``die`` kills the process, ``lost`` breaks the device,
+``bad`` fails, and after ``break`` everything does.
 """
 
 import os
@@ -25,6 +25,8 @@ def _obey(self: Blip2, items: Sequence[Any]) -> list[list[float]]:
     texts = {text for item in items for text in item.texts}
     if "slow" in texts:
         time.sleep(SLOW_S)
+    if "hang" in texts:
+        time.sleep(3600)
     if "die" in texts:
         os.kill(os.getpid(), signal.SIGKILL)
     if "lost" in texts:

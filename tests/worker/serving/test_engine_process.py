@@ -1,6 +1,7 @@
 """The engine as a process of its own: what fronts get from it, and how it ends."""
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -11,11 +12,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from blipq_worker.blip2 import Blip2
@@ -375,6 +377,50 @@ def test_a_front_that_does_not_leave_is_not_waited_for(checkpoints: dict[str, Pa
         wait_until(lambda: not client.connected, "its end")
         # The next try to connect overwrites it.
         assert "its time to drain is over" in client._why or "no engine at" in client._why
+
+
+MAIN = """
+import json, os, signal, sys
+from pathlib import Path
+from blipq.local.supervisor import Service
+from blipq_worker.inference import EngineClient, Match
+from worker.serving.test_engine_process import SOCKET, ask, image, wait_until
+folder = sys.argv[1]
+command = [sys.executable, "-m", "worker.serving.faulty_engine", "engine", "--run", folder]
+engine = Service("engine", command, env=json.loads(sys.argv[2]), log=Path(folder) / "log")
+engine.start()
+client = EngineClient(Path(folder) / SOCKET, timeout_s=90)
+ask(client, Match(image(client), ("hang",)))
+wait_until(lambda: client._connection._started, "the pass that hangs", 60)
+print(engine.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_an_engine_that_hangs_does_not_outlive_its_main_process(
+    checkpoints: dict[str, Path],
+) -> None:
+    settings = {**tiny(checkpoints), "drain_timeout_s": "0.5"}
+    environment = {f"BLIPQ_{name.upper()}": value for name, value in settings.items()}
+    with tempfile.TemporaryDirectory(prefix="bq") as folder:
+        main = subprocess.run(
+            [sys.executable, "-c", MAIN, folder, json.dumps(environment)],
+            env={**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"},
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+        assert main.returncode == -signal.SIGKILL
+        engine = psutil.Process(int(main.stdout))
+        try:
+            wait_until(
+                lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE,
+                "its end",
+                20,
+            )
+        finally:
+            with suppress(psutil.NoSuchProcess):
+                engine.kill()
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 It alone touches the device. It reads no queue and no store: what it may do is to answer whoever
 connects to its socket. One thread does all of it; signals are the exception, and only leave notes.
+Another one looks whether the main process lives, which ends an engine that hangs.
 """
 
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +39,8 @@ SOCKET = "engine.sock"
 EXIT_MODEL = 78
 #: After fronts had their time to drain, the engine ends even where one is still connected.
 PATIENCE_S = 10.0
+#: How often the engine looks whether its main process lives.
+_PARENT_S = 1.0
 #: Credentials for the hub, which weights are read with. Nothing is read from there later.
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
 
@@ -70,6 +74,7 @@ def run_engine(folder: Path, options: WorkerSettings) -> int:
     1 where it cannot listen. The reason goes to stderr, and to the fronts.
     """
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # nothing is served yet
+    _end_after_parent(options.drain_timeout_s + 2 * PATIENCE_S)
     path = folder / SOCKET
     try:
         check_path(path)
@@ -85,6 +90,23 @@ def run_engine(folder: Path, options: WorkerSettings) -> int:
     except AddressError as error:  # whoever has it may end: starting again can help
         return _ended(1, error)
     return process.run()
+
+
+def _end_after_parent(seconds: float) -> None:
+    """Ends the process so long after its parent, if it is still there: a pass may hang, and nobody
+    is left to kill it. It would keep the device's memory from the next engine.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_S)
+        time.sleep(seconds)
+        log.critical("engine: its main process is gone, and it has not ended in time")
+        logging.shutdown()
+        os._exit(EXIT_HUNG)
+
+    threading.Thread(target=watch, name="blipq-parent", daemon=True).start()
 
 
 def forget_hub_tokens() -> None:
