@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import (
     engine,
+    forms,
     host,
     latency,
     overhead,
@@ -60,6 +61,7 @@ SECTIONS = {
     "roofline": Section(roofline.roofline, 3, 5, 40),
     "host": Section(host.host, 10, 60, 90),
     "split": Section(split.split, 4, 20, 60),
+    "forms": Section(forms.forms, 2, 9, 300),
 }
 #: Seconds for all sections, of a usual and of a long run. Ending a section may take some more.
 USUAL_S, LONG_S = 840.0, 3 * 3600.0

@@ -101,13 +101,20 @@ def test_a_rate_leaves_out_the_first_tenth() -> None:
     assert service._steady(ended) == pytest.approx(10)
 
 
-def test_no_two_pictures_have_the_same_bytes_and_all_can_be_read() -> None:
-    made = [pictures.picture(f"coco/{number}.jpg") for number in range(130)]
-    assert len(set(made)) == 130
-    for each in (made[0], made[-1], pictures.picture("12mp/3.jpg")):
-        with Image.open(io.BytesIO(each)) as image:
+def test_no_two_pictures_have_the_same_pixels_at_a_models_size_and_all_can_be_read() -> None:
+    # 64 and 64 * 5_000 are of the same base as 0, and all are in one run.
+    numbers = [*range(130), 64 * 5_000, 2**24 - 64]
+    made = [_pixels(f"coco/{number}.jpg") for number in numbers]
+    assert len(set(made)) == len(numbers)
+    for size, shape in pictures.SIZES.items():
+        with Image.open(io.BytesIO(pictures.picture(f"{size}/3.jpg"))) as image:
             image.load()
-            assert image.size in pictures.SIZES.values()
+            assert image.size == shape
+
+
+def _pixels(key: str) -> bytes:
+    with Image.open(io.BytesIO(pictures.picture(key))) as image:
+        return image.resize((224, 224), Image.Resampling.BICUBIC).tobytes()
 
 
 def test_a_section_that_fails_is_recorded_and_the_next_one_runs(tmp_path: Path) -> None:

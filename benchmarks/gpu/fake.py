@@ -1,15 +1,18 @@
 """A worker whose model only takes the time of a GPU: ``python -m benchmarks.gpu.fake HOW SLOTS``.
 
-Everything else is real: jobs, pictures from S3, decoding, the batcher. So what the host loses shows
-without a card. The times are those of one H100 80GB with OPT-2.7b in fp16 (docs/gpu.md).
+Everything else is real: jobs, pictures from S3, decoding, the batcher, and with ``BLIPQ_FRONTS``
+the main process, the socket and the fronts. So what the host loses shows without a card. The times
+are those of one H100 80GB with OPT-2.7b in fp16 (docs/gpu.md).
 """
 
 import logging
+import os
 import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,6 +25,7 @@ from blipq_worker.blip2.vision.features import OnEncode
 from blipq_worker.blip2.vision.preprocessing import Preprocessor
 from blipq_worker.inference.requests import Reading
 from blipq_worker.settings import WorkerSettings
+from blipq_worker.supervision.sizing import fronts_of
 
 How = Literal["captured", "launches"]
 Ticket = tuple[int, int]
@@ -153,8 +157,9 @@ class Model:
         self.info = model_info(
             dtype="float16",
             device=device.how,
+            slots=slots,
             recipe=Preprocessor(checkpoint).recipe,
-            reading=Reading(folder, 2016),
+            reading=Reading(str(checkpoint.folder / "tokenizer.json"), 2016),
         )
 
     def on_step(self, call: Callable[[], None]) -> None:
@@ -184,17 +189,30 @@ class Model:
         return Session(self._device, self._slots, self._on_step, self._on_encode)
 
 
-def main(how: How, slots: int) -> int:
-    """Serves until told to stop."""
+def main(how: How, slots: int, *part: str) -> int:
+    """Becomes the worker, or the part of one that is named; the exit code."""
+    if part[:1] == ("front",):  # as it ships, without what this program has imported
+        os.execv(sys.executable, [sys.executable, "-m", "blipq_worker", *part])
     logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    options = WorkerSettings()
+    if part[:2] == ("engine", "--run"):
+        from blipq_worker.serving.engine import SOCKET, EngineProcess
+
+        models = _models(options, how, slots)
+        return EngineProcess(Path(part[2]) / SOCKET, options, models, None).run()
+    if fronts := fronts_of(options):
+        from blipq_worker.supervision.worker import SplitWorker
+
+        command = (sys.executable, "-m", "benchmarks.gpu.fake", how, str(slots))
+        return SplitWorker(Settings(), options, fronts, command).run()
     from blipq_worker.app import Worker
 
-    options = WorkerSettings()
-    models: Any = {
-        name: Model(folder, Device(how), slots) for name, folder in options.models.items()
-    }
-    return Worker(Settings(), options, models).run()
+    return Worker(Settings(), options.filling(slots), _models(options, how, slots)).run()
+
+
+def _models(options: WorkerSettings, how: How, slots: int) -> Any:
+    return {name: Model(folder, Device(how), slots) for name, folder in options.models.items()}
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2])))  # type: ignore[arg-type]
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:]))  # type: ignore[arg-type]
