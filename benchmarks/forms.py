@@ -9,15 +9,16 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 
 from benchmarks.photos import pictures
-from benchmarks.throughput import DEMO, PROCESSES, environment
+from benchmarks.processes import of_worker
+from benchmarks.throughput import PROCESSES, environment
 from blipq import CaptionRequest
 from blipq.contract import Generation, ImageRef, Options
 from blipq.local.supervisor import Service
@@ -91,13 +92,8 @@ class Beside:
 
     def processes(self, form: Form) -> list[tuple[str, psutil.Process]]:
         """The processes of its workers by what they are."""
-        found = []
-        for worker in self._workers[form.model]:
-            main = psutil.Process(worker.pid)
-            children = main.children(recursive=True)
-            found.append(("main" if children else "worker", main))
-            found += [(_name(each), each) for each in children]
-        return found
+        workers = (of_worker(each.pid) for each in self._workers[form.model])
+        return [(name, each) for found in workers for name in found for each in found[name]]
 
     def cpu_s(self, form: Form) -> dict[str, float]:
         """CPU seconds until now by what spent them."""
@@ -120,21 +116,14 @@ class Beside:
         return found
 
 
-def _name(process: psutil.Process) -> str:
-    """What a worker's child is, by its command line."""
-    with suppress(psutil.NoSuchProcess):
-        return next((each for each in ("engine", "front") if each in process.cmdline()), "other")
-    return "other"
-
-
 def forms(rounds: int) -> dict[str, Any]:
     """By form: images a second and CPU by workload, memory by process, the wait of a job alone."""
     source = pictures(8)
-    with _up(environment()) as beside:
+    with running() as stack:
+        beside = Beside(stack, all_forms(), environment())
         beside.warm_up(source)
         runs = [_round(beside, row, source, turn) for turn in range(rounds) for row in ROWS]
         memory = {form.model: beside.memory(form) for form in beside.forms}
-    with _up(DEMO) as beside:
         alone = _alone(beside, beside.stack.upload(source.take(1))[0])
     return {
         form.model: {
@@ -145,12 +134,6 @@ def forms(rounds: int) -> dict[str, Any]:
         }
         for form in all_forms()
     }
-
-
-@contextmanager
-def _up(served: Mapping[str, str]) -> Iterator[Beside]:
-    with running() as stack:
-        yield Beside(stack, all_forms(), served)
 
 
 def _round(beside: Beside, row: Workload, source: Pictures, turn: int) -> dict[str, Any]:
@@ -192,7 +175,10 @@ _RATES = ("per_s", "of_first")
 
 
 def _alone(beside: Beside, image: ImageRef) -> dict[str, dict[str, float]]:
-    """Milliseconds from submit to result of one job at a time; the forms take turns job by job."""
+    """Milliseconds from submit to result of one job at a time; the forms take turns job by job.
+
+    All are about one image, so that what is written is all that the model does.
+    """
     waits: dict[str, list[float]] = {form.model: [] for form in beside.forms}
     for number in range(WARM + ALONE):
         request = CaptionRequest(image=image, prompt=f"number {number}", generation=SHORT)

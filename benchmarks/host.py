@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from benchmarks.gpu import fake, pictures, service, weights
+from benchmarks.processes import of_worker
 
 #: A worker's settings by its slots: as it comes, and with all that fills 128 slots.
 SETTINGS: dict[int, dict[str, str]] = {
@@ -122,7 +123,7 @@ class _Account(threading.Thread):
 
     def __init__(self, pid: int, folder: Path, seconds: int) -> None:
         super().__init__()
-        self._processes = _processes(pid)
+        self._processes = of_worker(pid)
         self._watched = (self._processes.get("front") or self._processes["main"])[0].pid
         self._stacks = folder / "stacks.txt"
         self._seconds = max(1, int(seconds - 2 * WARM_S))
@@ -193,16 +194,6 @@ class _Account(threading.Thread):
             if JOBS in frames and not any(each in innermost for each in WAITING):
                 found[_part(frames)] += int(count)
         return found
-
-
-def _processes(pid: int) -> dict[str, list[psutil.Process]]:
-    """A worker's processes by what they are."""
-    main = psutil.Process(pid)
-    found = {"main": [main]}
-    for child in main.children(recursive=True):
-        name = next((each for each in ("engine", "front") if each in child.cmdline()), "other")
-        found.setdefault(name, []).append(child)
-    return found
 
 
 _PY_SPY = str(Path(sys.executable).with_name("py-spy"))

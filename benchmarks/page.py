@@ -6,7 +6,7 @@ from typing import Any
 
 from tools.docs.page import replace_section
 
-from benchmarks import host, results, split
+from benchmarks import forms, host, results, split
 from benchmarks.latency import POLICIES
 from benchmarks.paper import rows as paper_rows
 from benchmarks.peers.run import PEERS
@@ -246,6 +246,12 @@ def _split(found: Found) -> Iterator[str]:
     yield from table(split.HEAD, split.rows(found))
 
 
+def _forms(found: Found) -> Iterator[str]:
+    yield from table(forms.HEAD, forms.rows(found))
+    yield ""
+    yield from table(forms.MEMORY_HEAD, forms.memory_rows(found))
+
+
 SECTIONS: dict[str, Callable[[Found], Iterator[str]]] = {
     "bare": _bare,
     "profile": _profile,
@@ -260,6 +266,7 @@ SECTIONS: dict[str, Callable[[Found], Iterator[str]]] = {
     "roofline": _roofline,
     "host": _host,
     "split": _split,
+    "forms": _forms,
 }
 
 

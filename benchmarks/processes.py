@@ -1,4 +1,4 @@
-"""Programs that are measured in a process of their own, and end with all that they have started."""
+"""Processes that are measured: how they end with all that they have started, and a worker's own."""
 
 import signal
 import subprocess
@@ -27,3 +27,15 @@ def end(process: "subprocess.Popen[Any]", *, patience_s: float = 30.0) -> int:
             child.kill()
     psutil.wait_procs(children, timeout=20)
     return process.wait(20)
+
+
+def of_worker(pid: int | None) -> dict[str, list[psutil.Process]]:
+    """A worker's processes by what they are: ``main``, and with fronts ``engine`` and ``front``."""
+    main = psutil.Process(pid)
+    found = {"main": [main]}
+    for child in main.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            line = child.cmdline()
+            name = next((each for each in ("engine", "front") if each in line), "other")
+            found.setdefault(name, []).append(child)
+    return found

@@ -21,6 +21,7 @@ import psutil
 import redis
 
 from benchmarks.clients import finish_all
+from benchmarks.processes import of_worker
 from blipq import CaptionRequest, Client, Job, JobInfo, ResultTimeout, Settings
 from blipq.contract import Generation, ImageRef, Status
 from blipq.local.stack import free_ports, redis_command
@@ -123,7 +124,10 @@ class Bench:
             yield self
 
     def start_worker(self) -> dict[str, Any]:
-        """Starts the worker; seconds to its first answer, and when each line of its log came."""
+        """Starts the worker; seconds to its first answer, and when each line of its log came.
+
+        And how many fronts it has: 0 where it is one process.
+        """
         self.log = self.folder / "worker.log"
         env = {**_python_path(), **self.servers.environment, **self.environment}
         self.worker = Service("worker", self.command, env=env, log=self.log)
@@ -138,7 +142,8 @@ class Bench:
             if self.worker.exit_code is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the worker does not serve: {self.worker.last_words()}")
         took = time.monotonic() - started
-        return {"first_answer_s": took, "log_s": _log_times(self.log, began)}
+        fronts = len(of_worker(self.worker.pid).get("front", []))
+        return {"first_answer_s": took, "fronts": fronts, "log_s": _log_times(self.log, began)}
 
     def stop_worker(self) -> None:
         """Ends the worker with its children."""

@@ -91,6 +91,7 @@ def _service(case: str) -> Iterator[Row]:
     yield f"{case}: one job alone, ms from submit to result", alone
     cpu = _value(f"{name}: greedy", "cpu_ms_a_job", "worker", form=".1f")
     yield f"{case}: a worker's CPU a job, ms", cpu
+    yield f"{case}: fronts of the worker", _value(f"{name}: start", "fronts")
     yield f"{case}: from start to the first answer, s", _value(f"{name}: start", "first_answer_s")
 
 

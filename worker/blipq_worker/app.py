@@ -24,11 +24,12 @@ from blipq_worker.assembly import (
 )
 from blipq_worker.blip2.loading.compiling import since_compiling
 from blipq_worker.engine.faults import Trust
+from blipq_worker.images.bottleneck import Bottleneck
 from blipq_worker.inference.local import LocalInference
 from blipq_worker.messages.strays import Strays
 from blipq_worker.process.health import BrokerLoop, HealthServer
 from blipq_worker.process.heartbeat import EXIT_HUNG
-from blipq_worker.process.metrics import WorkerMetrics
+from blipq_worker.process.metrics import DECODE_BOUND, WorkerMetrics
 from blipq_worker.serving.engine import engine_of
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.taking import Taker
@@ -63,11 +64,16 @@ class Worker:
         judge = Trust(lost=self._lose_device, check=check, refuse=self._refuse_jobs)
         self._engine = engine_of(options, models, judge, max_waiting=2 * options.threads)
         self._decoding = decoding_budget(options)
+        slots = max(model.info.slots for model in models.values())
+        self._bottleneck = Bottleneck(lambda: self._decoding.waiting, self._engine.load, slots)
         metrics = self._metrics()
         self._broker_loop = BrokerLoop()
         self._jobs = jobs_of(base, LocalInference(self._engine), self._decoding, metrics)
         self._heartbeat = heartbeat_of(
-            base, self._stalled_for, turning=lambda: self._broker_loop.turning
+            base,
+            self._stalled_for,
+            turning=lambda: self._broker_loop.turning,
+            decode_bound=self._is_decode_bound,
         )
         self._reconciler = reconciler_of(base)
         self._strays = Strays(ledger, settings, name)
@@ -103,11 +109,17 @@ class Worker:
         model = min(self._engine.batcher.stalled_for(), since_compiling())
         return max(model, self._decoding.held_for())
 
+    def _is_decode_bound(self) -> bool:
+        """At each beat."""
+        self._bottleneck.look()
+        return self._bottleneck.holds
+
     def _metrics(self) -> WorkerMetrics:
         metrics = WorkerMetrics()
         metrics.gauge("jobs_held", "Jobs held now.", lambda: len(self._base.held.claims()))
         metrics.gauge("slots", "Jobs that it can hold.", lambda: self._options.threads)
         metrics.gauge("draining", "Whether it takes no more jobs.", lambda: self._gate.closed)
+        metrics.gauge("decode_bound", DECODE_BOUND, lambda: self._bottleneck.holds)
         metrics.gauge("stalled_seconds", "Since the model last progressed.", self._stalled_for)
         return metrics
 

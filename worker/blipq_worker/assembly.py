@@ -103,11 +103,14 @@ def jobs_of(base: Base, inference: Inference, decoding: Budget, metrics: WorkerM
 
 
 def heartbeat_of(
-    base: Base, stalled_for: Callable[[], float], turning: Callable[[], bool]
+    base: Base,
+    stalled_for: Callable[[], float],
+    turning: Callable[[], bool],
+    decode_bound: Callable[[], bool],
 ) -> Heartbeat:
     """What keeps the process and its claims alive in the ledger.
 
-    turning: whether the loop that takes messages is alive.
+    turning: whether the loop that takes messages is alive. decode_bound: see ``Heartbeat``.
     """
     options, gate = base.options, base.gate
     return Heartbeat(
@@ -123,6 +126,7 @@ def heartbeat_of(
         stalled_for=stalled_for,
         taking=lambda: gate.open and turning(),
         draining=lambda: gate.closed,
+        decode_bound=decode_bound,
     )
 
 

@@ -21,6 +21,7 @@ from blipq_worker.claims import Held
 from blipq_worker.fronts.holdings import Holdings
 from blipq_worker.fronts.seat import EXIT_ENGINE_GONE, Seat
 from blipq_worker.fronts.status import FrontStatus, write_status
+from blipq_worker.images.bottleneck import Bottleneck
 from blipq_worker.inference.client import EngineClient
 from blipq_worker.inference.interface import EngineGone
 from blipq_worker.inference.requests import ModelInfo
@@ -71,7 +72,7 @@ class Front:
         if models is None:
             return EXIT_ENGINE_GONE
         options = share_of(self._options, models, self._seat.of)
-        self._serving = _Serving(self._settings, options, self._seat, self._engine, list(models))
+        self._serving = _Serving(self._settings, options, self._seat, self._engine, models)
         if self._lost is not None:  # before there was anybody to be told
             return EXIT_ENGINE_GONE
         return self._serving.run()
@@ -113,15 +114,18 @@ class _Serving:
         options: WorkerSettings,
         seat: Seat,
         engine: EngineClient,
-        models: list[str],
+        models: Mapping[str, ModelInfo],
     ) -> None:
         ledger = WorkerLedger(connect(settings), settings)
         # Messages that wait for their time are in hand beside those that have a thread.
         holdings = Holdings(seat.holdings, 4 * options.threads + 64)
         held = Held(holdings)
         self._seat, self._engine = seat, engine
-        self._base = Base(seat.worker, settings, options, models, ledger, Broker(settings), held)
+        broker = Broker(settings)
+        self._base = Base(seat.worker, settings, options, list(models), ledger, broker, held)
         self._decoding = decoding_budget(options)
+        slots = max(info.slots for info in models.values())
+        self._bottleneck = Bottleneck(lambda: self._decoding.waiting, lambda: engine.beat, slots)
         self._broker_loop = BrokerLoop()
         count_in(seat.metrics, f"front-{seat.number}")
         metrics = WorkerMetrics()
@@ -162,6 +166,7 @@ class _Serving:
     def say(self) -> None:
         """Writes the front's status."""
         gate = self._base.gate
+        self._bottleneck.look()
         away = self._redis_away()
         problems = {
             "redis": away,
@@ -179,6 +184,7 @@ class _Serving:
             draining=gate.closed,
             problems=_found(problems),
             live=_found(live),
+            decode_bound=self._bottleneck.holds,
         )
 
     def _redis_away(self) -> str | None:
@@ -224,6 +230,7 @@ def _say(
     active: int = 0,
     taking: bool = False,
     draining: bool = False,
+    decode_bound: bool = False,
 ) -> None:
     """Writes the front's status; by default that of one which does nothing yet."""
     status = FrontStatus(
@@ -236,6 +243,7 @@ def _say(
         draining=draining,
         problems=problems,
         live=live or {},
+        decode_bound=decode_bound,
     )
     write_status(seat.status, status)
 

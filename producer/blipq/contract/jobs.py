@@ -31,12 +31,15 @@ class Receipt(Output):
 
     ``vision_ms`` is part of the passes beside it: of ``generate_ms`` and the like. It is 0, and
     ``cache_hit`` true, where the image's features were cached; then ``decode_ms`` is missing.
+    ``decode_wait_ms`` is the wait until other images were decoded: where it is long and ``wait_ms``
+    short, the host lacks cores, not the model time.
     ``shared``: the request was coalesced with an equal one that ran at the same time, so this job
     has no passes of its own. ``note`` is a remark on the answer for people.
     """
 
     queue_ms: float | None = None
     fetch_ms: float | None = None
+    decode_wait_ms: float | None = None
     decode_ms: float | None = None
     wait_ms: float | None = None
     vision_ms: float | None = None

@@ -343,6 +343,7 @@ def _workers(settings: Settings) -> Findings:
     for model in models:
         serving = [worker for worker in taking if model in worker["models"]]
         yield _serving(model, serving)
+        yield from _decode_bound(model, serving)
         yield _outputs(model, serving)
     if len(taking) < len(live):
         yield Finding("ok", "workers", f"{len(live) - len(taking)} draining")
@@ -362,6 +363,15 @@ def _serving(model: str, serving: list[dict[str, Any]]) -> Finding:
         return Finding("ok", "workers", message)
     message = f"{message}; {loading} of them load the model again"
     return Finding("warn", "workers", message, "the log of such a worker says why its engine ended")
+
+
+def _decode_bound(model: str, serving: list[dict[str, Any]]) -> Findings:
+    """Where cores are what is short."""
+    bound = sum(bool(worker.get("decode_bound")) for worker in serving)
+    if bound:
+        message = f"{bound} of {len(serving)} for the model {model!r} wait for images to be decoded"
+        advice = "give their hosts more cores, or send smaller images: the model has time to spare"
+        yield Finding("warn", "workers", message, advice)
 
 
 def _outputs(model: str, serving: list[dict[str, Any]]) -> Finding:

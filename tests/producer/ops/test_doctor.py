@@ -112,6 +112,16 @@ def test_a_draining_worker_does_not_count(apart: Settings, ledger: WorkerLedger)
     assert found(apart)["workers"].state == "warn"
 
 
+def test_a_worker_whose_model_waits_for_decoded_images_is_a_warning(
+    apart: Settings, ledger: WorkerLedger
+) -> None:
+    info = {"models": ["default"], "active": 1, "decode_bound": True}
+    ledger.register("short of cores", ["default"], json.dumps(info), ttl_s=30, spare=False)
+    finding = next(each for each in doctor._workers(apart) if each.state == "warn")
+    assert "1 of 1 for the model 'default' wait for images to be decoded" in finding.message
+    assert "more cores" in (finding.advice or "")
+
+
 def test_a_wrong_password_is_told_as_one_and_not_as_an_absent_redis(own_redis: Settings) -> None:
     with connect(own_redis) as raw:
         raw.config_set("requirepass", "right")

@@ -4,7 +4,9 @@ import hashlib
 import io
 import json
 import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,7 @@ from benchmarks.stand_ins import model_info
 from PIL import Image
 
 from blipq import ErrorCode, ImageRef, Settings
+from blipq.contract import Receipt
 from blipq.errors import PermanentError
 from blipq.images.decoding import ImageLimits
 from blipq.s3.storage import Storage
@@ -23,6 +26,7 @@ from blipq_worker.images.memory_budget import Budget
 from blipq_worker.images.s3_access import AccessRefused
 from blipq_worker.inference.requests import ImagePixels, ModelInfo, Recipe
 from blipq_worker.receipt import DEMO_NOTE, Stopwatch
+from conftest import wait_until
 
 PLACE = "s3://blipq-inbox/pictures/a.png"
 
@@ -99,14 +103,14 @@ def storage(settings: Settings) -> Storage:
     return Storage(settings)
 
 
-def made(storage: Storage, **options: Any) -> Parts:
+def made(storage: Storage, decoding: Budget | None = None, **options: Any) -> Parts:
     fetcher = Watched(storage, max_bytes=2**20, timeout_s=10, **options)
     model = Model()
     pictures = Pictures(
         fetcher,
         model,  # type: ignore[arg-type]
         fetching=Budget(2**22, most=4),
-        decoding=Budget(2**28, most=4),
+        decoding=decoding or Budget(2**28, most=4),
         limits=ImageLimits(),
         timeout_s=10,
     )
@@ -131,6 +135,23 @@ def test_what_is_known_is_not_downloaded_or_decoded_again(parts: Parts) -> None:
     assert second.pixels == ()
     assert first.digest == second.digest == hashlib.sha256(SMALL).hexdigest()
     assert parts.counts() == (2, 1, 1), "the store is asked each time"
+
+
+def test_the_wait_until_another_image_was_decoded_is_in_the_receipt(storage: Storage) -> None:
+    storage.put(PLACE, SMALL, content_type="image/png")
+    decoding = Budget(2**28, most=1)
+    parts = made(storage, decoding)
+    with ThreadPoolExecutor(1) as thread:
+        with decoding.reserve(1, timeout=10):
+            loading = thread.submit(parts.load)
+            wait_until(lambda: decoding.waiting == 1, "an image waits")
+            time.sleep(0.2)
+        loading.result(10)
+    receipt = Receipt.model_validate_json(parts.watch.receipt())
+    assert receipt.decode_wait_ms is not None
+    assert receipt.decode_ms is not None
+    assert receipt.decode_wait_ms >= 200
+    assert decoding.waiting == 0
 
 
 def test_what_is_forgotten_is_loaded_again(parts: Parts) -> None:

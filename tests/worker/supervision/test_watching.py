@@ -1,13 +1,17 @@
-"""When a process counts as frozen, and how many fronts there are."""
+"""When a process counts as frozen, how many fronts there are, and what they are as a whole."""
 
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from blipq.local import fleet
+from blipq_worker.fronts.status import FrontStatus
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.supervision import sizing
 from blipq_worker.supervision.silence import Silence
+from blipq_worker.supervision.state import Whole
 
 
 def test_a_sign_that_stays_the_same_is_silence() -> None:
@@ -68,3 +72,31 @@ def test_fronts_share_what_a_worker_has() -> None:
     whole = WorkerSettings(concurrency=32, decode_threads=4, decode_memory_bytes=900)
     share = whole.shared_by(3)
     assert (share.threads, share.decode_threads, share.decode_memory_bytes) == (11, 2, 300)
+
+
+@pytest.mark.parametrize(
+    ("fronts", "bound"),
+    [([], False), ([True, False], False), ([True, True], True)],
+    ids=["none has started", "one of two", "all"],
+)
+def test_a_worker_is_bound_by_decoding_where_all_of_its_fronts_are(
+    fronts: list[bool], bound: bool
+) -> None:
+    engine = SimpleNamespace(serving=True, refusal=None)
+    found = [SimpleNamespace(status=partial(_status, each)) for each in fronts]
+    assert Whole(engine, found).state().decode_bound == bound  # type: ignore[arg-type]
+
+
+def _status(decode_bound: bool) -> FrontStatus:
+    return FrontStatus(
+        pid=1,
+        number=1,
+        beat=0.0,
+        threads=8,
+        active=8,
+        taking=True,
+        draining=False,
+        problems={},
+        live={},
+        decode_bound=decode_bound,
+    )

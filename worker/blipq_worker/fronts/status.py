@@ -13,7 +13,7 @@ class FrontStatus(msgspec.Struct, frozen=True, kw_only=True):
     share. threads: jobs that it can hold; active: those that it holds. taking: whether a message
     that comes now is run at once. draining: it takes no more. problems: why it is not ready, by
     what was checked (``redis``, ``s3``, ``broker loop``, ``engine``). live: what is wrong with it
-    that only its end would mend.
+    that only its end would mend. decode_bound: whether the engine waits for its images.
     """
 
     pid: int
@@ -25,6 +25,7 @@ class FrontStatus(msgspec.Struct, frozen=True, kw_only=True):
     draining: bool
     problems: dict[str, str]
     live: dict[str, str]
+    decode_bound: bool = False
 
 
 _decoder = msgspec.json.Decoder(FrontStatus)

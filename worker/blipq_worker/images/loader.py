@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -138,13 +138,13 @@ class Pictures:
         assert made.digest is not None
         room = bytes_to_decode(image)
         recipes = self._inference.model(model).recipes
-        # The picture is closed before its room goes to the next: whoever else refers to it.
-        with (
-            self._decoding.reserve(room, timeout=self._timeout_s),
-            watch.stage("decode"),
-            marked(),
-            closing(decoded(image)) as picture,
-        ):
+        with ExitStack() as held:
+            with watch.stage("decode_wait"):
+                held.enter_context(self._decoding.reserve(room, timeout=self._timeout_s))
+            held.enter_context(watch.stage("decode"))
+            held.enter_context(marked())
+            # The picture is closed before its room goes to the next: whoever else refers to it.
+            picture = held.enter_context(closing(decoded(image)))
             self._sizes.put(made.digest, picture.size)
             return ImagePixels(made.digest, made.whole, pixels_of(picture, recipes))
 

@@ -58,6 +58,11 @@ class Budget:
             oldest = min((share.since for share in self._held), default=None)
         return 0.0 if oldest is None else time.monotonic() - oldest
 
+    @property
+    def waiting(self) -> int:
+        """How many wait for a share now."""
+        return len(self._waiting)
+
     def _grant(self, amount: int, timeout: float) -> Share:
         place = object()
         with self._changed:

@@ -91,7 +91,8 @@ class LeaseBeat(Periodic):
 class Heartbeat(LeaseBeat):
     """Also says that the worker lives.
 
-    ``taking``: whether a message that comes now would be run at once.
+    ``taking``: whether a message that comes now would be run at once. ``decode_bound``: looked at
+    once a beat.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Heartbeat(LeaseBeat):
         stalled_for: Callable[[], float],
         taking: Callable[[], bool],
         draining: Callable[[], bool],
+        decode_bound: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(
             ledger, held, lease_s=lease_s, watchdog_s=watchdog_s, stalled_for=stalled_for
@@ -117,11 +119,12 @@ class Heartbeat(LeaseBeat):
         self._threads = threads
         self._taking = taking
         self._draining = draining
+        self._decode_bound = decode_bound
         self._registration = Registration(
             ledger, worker, outputs=outputs, grace_s=grace_s, ttl_s=live_s(self._interval_s)
         )
 
     def _beat(self) -> None:
         active = self._renew()
-        state = State(self._threads, active, self._taking(), self._draining())
+        state = State(self._threads, active, self._taking(), self._draining(), self._decode_bound())
         self._registration.renew(self._models, state)

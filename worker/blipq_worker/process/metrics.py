@@ -21,6 +21,8 @@ from blipq.exporter import SECONDS, new_registry
 #: Stages of a job, and the fields of its receipt that say their milliseconds.
 STAGES = {name.removesuffix("_ms"): name for name in Receipt.model_fields if name.endswith("_ms")}
 
+DECODE_BOUND = "Whether the model waits for images to be decoded."
+
 Outcome = Literal[
     "succeeded",
     "failed",

@@ -12,13 +12,15 @@ from blipq.ledger.worker import WorkerLedger
 @dataclass(frozen=True, slots=True)
 class State:
     """How a worker is. threads: jobs that it can hold; active: those that it holds. taking: whether
-    a message that comes now would be run at once.
+    a message that comes now would be run at once. decode_bound: whether its model waits for
+    images to be decoded.
     """
 
     threads: int
     active: int
     taking: bool
     draining: bool
+    decode_bound: bool = False
 
 
 class Registration:
@@ -50,6 +52,7 @@ class Registration:
             "threads": state.threads,
             "active": state.active,
             "draining": state.draining,
+            "decode_bound": state.decode_bound,
             "started_at": self._started,
             **more,
         }

@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from blipq.exporter import new_registry
-from blipq_worker.process.metrics import counted_in
+from blipq_worker.process.metrics import DECODE_BOUND, counted_in
 from blipq_worker.supervision.state import Whole
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -44,6 +44,7 @@ class _Processes(Collector):
         yield _gauge("jobs_held", "Jobs held now.", state.active)
         yield _gauge("slots", "Jobs that it can hold.", state.threads)
         yield _gauge("draining", "Whether it takes no more jobs.", state.draining)
+        yield _gauge("decode_bound", DECODE_BOUND, state.decode_bound)
         yield _gauge("stalled_seconds", "Since the model last progressed.", whole.engine.stalled_s)
         yield _gauge("engine_serving", "Whether the model's process serves.", whole.engine.serving)
         yield _gauge("fronts", "Front processes that run.", whole.live_fronts())

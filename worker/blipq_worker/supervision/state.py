@@ -29,6 +29,8 @@ class Whole:
             active=sum(each.active for each in found),
             taking=self.engine.serving and not self.draining and any(each.taking for each in found),
             draining=self._is_draining(found),
+            # A front alone with large pictures does not hold up the others.
+            decode_bound=bool(found) and all(each.decode_bound for each in found),
         )
 
     def live_fronts(self) -> int:
