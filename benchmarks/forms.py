@@ -199,8 +199,8 @@ def _alone(beside: Beside, image: ImageRef) -> dict[str, dict[str, float]]:
     }
 
 
-HEAD = ["a worker's form", *(row.about for row in ROWS), "CPU of a caption of 20 tokens, ms"]
-HEAD += ["one job alone, p50 ms (more than the first)"]
+HEAD = ["a worker's form", *(row.about for row in ROWS), "CPU ms of the first, by process"]
+HEAD += ["one job alone, p50 / p10, ms", "paired with the first, p50, ms"]
 
 
 def rows(found: Mapping[str, Any]) -> list[list[str]]:
@@ -212,11 +212,13 @@ def _line(form: Mapping[str, Any]) -> list[str]:
     cells = [form["about"]]
     for row in ROWS:
         each = form["rows"][row.name]
-        cells.append(f"{each['per_s']:.1f}, **{each['of_first']:.2f}**")
+        spent = sum(each["cpu_ms"].values())
+        cells.append(f"{each['per_s']:.1f} (**{each['of_first']:.2f}**), {spent:.0f} ms")
     cpu = form["rows"][GREEDY.name]["cpu_ms"]
     cells.append(", ".join(f"{name} {ms:.1f}" for name, ms in cpu.items()))
     alone = form["alone"]
-    return [*cells, f"{alone['p50_ms']:.1f} ({alone['more_ms']:+.1f})"]
+    waits = f"{alone['p50_ms']:.0f} / {alone['p10_ms']:.0f}", f"{alone['more_ms']:+.0f}"
+    return [*cells, *waits]
 
 
 MEMORY_HEAD = ["a worker's form", "process", "resident, MiB", "its alone, MiB"]

@@ -218,7 +218,7 @@ def rows(found: Mapping[str, Any]) -> list[list[str]]:
             f"{each['per_s']:.0f}",
             f"**{each['per_s'] / each['allowed_per_s']:.2f}**",
             f"{each['cores_busy']:.2f}",
-            *(f"{each['worker_ms_by_part'][part]:.1f}" for part in ALL_PARTS),
+            *(f"{each['worker_ms_by_part'].get(part, 0.0):.1f}" for part in ALL_PARTS),
             f"{_elsewhere_ms(each):.1f}",
             f"{each['cpu_ms_a_job']['worker'] / 10:.1f}",
         ]
