@@ -14,7 +14,6 @@ from blipq_worker.process.signals import ECHO_S
 from conftest import wait_until
 from guarantees.rig import Rig, both_forms
 from guarantees.stand_ins.muted_redis import muted_redis
-from stacks import BROKER
 
 
 @both_forms
@@ -29,7 +28,6 @@ def test_a_stopping_worker_finishes_what_runs_and_leaves_the_rest_in_the_queue(r
     assert {info.status for info in infos} == {Status.SUCCEEDED, Status.QUEUED}
     assert rig.running() == 0
     assert all(info.attempts == 0 for info in infos if info.status is Status.QUEUED)
-    assert rig.redis(lambda raw: raw.hlen("unacked")) == 0
     rig.start_worker()
     rig.all_succeed(jobs)
 
@@ -138,25 +136,6 @@ def test_a_rolling_deploy_under_load_loses_and_fails_no_job(
         jobs += deploy_clients()
     rig.all_succeed(jobs, timeout=60)
     assert {job.info().attempts for job in jobs} == {1}, "no job began twice"
-
-
-@pytest.mark.skipif(BROKER != "redis", reason="RabbitMQ gives such messages back by itself")
-def test_a_message_that_a_killed_worker_left_unacknowledged_harms_no_later_worker(
-    rig: Rig,
-) -> None:
-    """It once ended every worker that came an hour after the kill."""
-    first = rig.start_worker()
-    job = rig.submit("sleep 3")
-    wait_until(lambda: rig.running() == 1, "the job to run")
-    rig.kill(first)
-    left = rig.redis(lambda raw: raw.zrange("unacked_index", 0, -1, withscores=True))
-    assert left
-    aged = {tag: score - 2 * 3600 for tag, score in left}
-    rig.redis(lambda raw: raw.zadd("unacked_index", aged))
-    second = rig.start_worker()
-    wait_until(lambda: not rig.redis(lambda raw: raw.zrange("unacked_index", 0, -1)), "its return")
-    rig.all_succeed([job, rig.submit("after")])
-    assert second.exit_code is None
 
 
 def test_a_worker_that_is_shut_down_by_remote_control_drains(rig: Rig) -> None:

@@ -1,5 +1,6 @@
 """Faults 1-3, 6-8 and 11: a worker dies, freezes or hangs, and every job still ends once."""
 
+import json
 import os
 import signal
 import time
@@ -40,6 +41,47 @@ def test_a_job_of_a_killed_worker_is_claimed_again_a_second_after_its_lease_at_m
     waited = time.monotonic() - killed_at
     print(f"claimed again after {waited:.1f} s")  # shown with -s
     assert waited <= LEASE_S + 1
+
+
+@pytest.mark.skipif(BROKER != "redis", reason="RabbitMQ has such messages back at once")
+def test_messages_that_die_with_their_worker_unclaimed_are_back_within_a_grace(rig: Rig) -> None:
+    """Redis keeps no copy of what a worker has in hand, and a busy worker has no room to say so."""
+    rig.start_worker(max_batch_size=1)
+    jobs = rig.submit_all(["sleep 0.2"] * 100)
+    wait_until(lambda: rig.running() == 2, "a full worker")
+    queue = "blipq.default.normal"
+    in_hand = [json.loads(each) for each in rig.redis(lambda raw: raw.rpop(queue, 5))]
+    died_at = time.monotonic()
+    ids = {each["headers"]["id"] for each in in_hand}
+    assert len(ids) == 5
+
+    def listed() -> set[str]:
+        left = rig.redis(lambda raw: raw.lrange(queue, 0, -1))
+        return {json.loads(each)["headers"]["id"] for each in left}
+
+    wait_until(lambda: ids <= listed(), "their messages", LEASE_S + 30)
+    assert time.monotonic() - died_at <= min(10.0, LEASE_S) + 1
+    assert len(listed()) > 20, "the backlog has not gone yet"
+    rig.all_succeed(jobs, timeout=60)
+    assert {job.info().attempts for job in jobs} == {1}
+
+
+def test_a_worker_killed_among_foreign_jobs_loses_at_most_what_it_was_reading(rig: Rig) -> None:
+    """Their messages are all there is of them until they are recorded."""
+    ids = [f"job_foreign_{number}" for number in range(500)]
+    for id in ids:
+        request = {"image": rig.image.uri, "prompt": f"sleep 0.01 {id}"}
+        rig.send({"task": "blipq.caption", "id": id}, json.dumps([[id, request], {}, {}]))
+    for open_jobs in (0, 150, 300):
+        worker = rig.start_worker(max_batch_size=16)
+        ended = partial(rig.redis, lambda raw: raw.zcard("blipq:recent"))
+        wait_until(lambda: ended() >= open_jobs + 20, "jobs to end", timeout=60)
+        rig.kill(worker)
+    rig.start_worker(max_batch_size=16)
+    wait_until(lambda: all(rig.client.ledger.read(id) for id in ids[-20:]), "the last of them", 60)
+    known = [id for id in ids if rig.client.ledger.read(id) is not None]
+    assert len(known) >= len(ids) - 3, "one message for each kill"
+    rig.all_succeed([rig.client.job(id) for id in known], timeout=60)
 
 
 def test_twenty_kills_at_full_rate_lose_and_double_nothing(rig: Rig) -> None:

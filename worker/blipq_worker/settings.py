@@ -241,7 +241,10 @@ class WorkerSettings(BaseSettings):
         ),
     )
     send_events: bool = Field(
-        default=True, description="Celery events and remote control (Flower, celery inspect)."
+        default=False,
+        description=(
+            "Send Celery's events, for Flower's lists of tasks; a sixth of what a job costs Redis."
+        ),
     )
 
     @property

@@ -58,6 +58,7 @@ class Taker:
         self._hostname = hostname
         self._signals = EndSignals(ECHO_S)
         self._door = Door(
+            record=jobs.foreign.receive,
             refuse=jobs.foreign.refuse,
             dropped=lambda: metrics.refused("dropped"),
             problem=problem,

@@ -55,6 +55,11 @@ def taken(queue: str) -> str:
     return f"blipq:taken:{queue}"
 
 
+def passed(queue: str) -> str:
+    """String: when the reconciler noted ``claimed``, what it was, and what it was before that."""
+    return f"blipq:passed:{queue}"
+
+
 def worker(name: str) -> str:
     """String: what a live worker reports of itself, as JSON."""
     return f"blipq:worker:{name}"
@@ -174,7 +179,7 @@ _CONSTANTS = {
     "KOMBU_SEPARATOR": _KOMBU_SEPARATOR,
 }
 _FUNCTIONS: tuple[Callable[[str], str], ...] = (
-    *(job, idempotency, queued, again, claimed, taken),
+    *(job, idempotency, queued, again, claimed, taken, passed),
     *(worker, serving, spare, withdrawn, outbox, event, stopped),
 )
 #: ``model_of``. A pattern, as a model's name may have dots.

@@ -1,6 +1,7 @@
 """Runs the Lua scripts of ``scripts/``, each sent once and then called by its hash."""
 
 import functools
+import re
 from importlib import resources
 from typing import Any, Self
 
@@ -10,13 +11,30 @@ import redis.asyncio
 from blipq.ledger.keys import lua_header
 from blipq.settings import Settings
 
+_COMMENT = re.compile(r"^ *--.*\n|  --.*$", re.M)
+_DEFINITIONS = re.compile(r"^(?=local )", re.M)
+_NAME = re.compile(r"local (?:function )?(\w+)")
+
 
 @functools.cache
 def script_text(*names: str) -> str:
-    """A script, behind the names of keys and the shared functions."""
+    """A script, behind what it uses of the names of keys and of the shared functions."""
     folder = resources.files("blipq.ledger") / "scripts"
-    texts = ((folder / f"{name}.lua").read_text() for name in ("common", *names))
-    return lua_header() + "".join(texts)
+    *shared, script = ((folder / f"{name}.lua").read_text() for name in ("common", *names))
+    return _with_used(lua_header() + "".join(shared), script)
+
+
+def _with_used(shared: str, script: str) -> str:
+    """A script behind those shared definitions that it comes to: Redis runs them at each call.
+
+    A definition begins with ``local`` at the beginning of a line, and uses only those before it.
+    """
+    text = _COMMENT.sub("", script)
+    for definition in reversed(_DEFINITIONS.split(_COMMENT.sub("", shared))):
+        name = _NAME.match(definition)
+        if name and re.search(rf"\b{name[1]}\b", text):
+            text = definition + text
+    return text
 
 
 class ScriptRunner:

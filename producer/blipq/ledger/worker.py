@@ -189,6 +189,11 @@ class WorkerLedger(ProducerLedger):
         """
         return self._finish(id, token, Status.FAILED, {"error": error})
 
+    def put_off(self, id: str, delay_s: float) -> bool:
+        """Has a job that waits published again, and claimed, only later; False if it is not one."""
+        with redis_errors(id):
+            return bool(self._run("put_off", id, ms(delay_s)))
+
     def reconcile(
         self, *, limit: int = 100, grace_s: float = GRACE_S, turn: Turn | None = None
     ) -> Swept:

@@ -1,8 +1,8 @@
 """The Celery app that both sides use: it carries job ids, the ledger decides.
 
-The settings come from measurements: late acks and one message per thread; a visibility timeout far
-above any job, because leases in the ledger do the recovering; no results in Celery; sockets that
-never wait for ever.
+The settings come from measurements: late acks and one message per thread; no copies of messages in
+Redis until they are acknowledged, because leases in the ledger do the recovering; no results in
+Celery; sockets that never wait for ever.
 """
 
 import logging
@@ -38,9 +38,7 @@ PUBLISH_TIMEOUT_S = 1.0
 TELL_EVERY_S = 60.0
 
 REDIS_TRANSPORT = {
-    "visibility_timeout": 3600,
-    "unacked_restore_interval": 10,
-    "unacked_restore_throttle": 1,
+    "ack_emulation": False,
     "health_check_interval": 10,
     "socket_timeout": 10,
     "socket_connect_timeout": 3,

@@ -610,6 +610,33 @@ def test_an_unknown_job_cannot_be_cancelled(ledger: WorkerLedger) -> None:
     assert ledger.cancel("job_9") == "unknown"
 
 
+def test_a_job_that_is_put_off_is_claimed_and_published_only_when_it_is_due(
+    ledger: WorkerLedger,
+) -> None:
+    submitted(ledger)
+    assert ledger.put_off("job_1", SOON_S)
+    assert ledger.claim("job_1", "w1") == "busy"
+    assert published_again(ledger, grace_s=60) == ["job_1"]
+    assert isinstance(ledger.claim("job_1", "w1"), Claim)
+    assert not ledger.put_off("job_1", SOON_S), "it runs"
+
+
+def test_an_ended_job_keeps_what_is_read_of_it_alone(ledger: WorkerLedger) -> None:
+    assert ledger.succeed(running(ledger), RESULT, "{}")
+    left = set(ledger.redis.hkeys("blipq:job:job_1"))
+    promised = {"status", "kind", "model", "queue", "created_at", "started_at", "completed_at"}
+    promised |= {"deadline", "attempts", "request", "result", "receipt", "notify"}
+    assert left == promised | {"digest", "nonce"}
+
+
+def test_a_dead_letter_keeps_what_it_needs_to_run_again(ledger: WorkerLedger) -> None:
+    assert ledger.fail(running(ledger), ERROR, "{}", dead=True)
+    fields = ledger.redis.hgetall("blipq:job:job_1")
+    assert {"contract", "result_ttl", "failed_ttl", "notify"} <= fields.keys()
+    assert OperatorLedger.beside(ledger).retry_dead_letter("job_1") is not None
+    assert ledger.succeed(claimed(ledger), RESULT, "{}")
+
+
 # --- reconcile ------------------------------------------------------------------------------------
 
 
@@ -671,6 +698,21 @@ def test_no_more_is_published_again_than_the_brokers_list_lacks(ledger: WorkerLe
     ledger.register("w1", ["default"], "{}", ttl_s=60, spare=True)
     assert published_again(ledger, grace_s=SOON_S) == ["job_0", "job_1"]
     ledger.redis.delete(QUEUE, f"{QUEUE}\x06\x163")
+
+
+def test_a_job_that_had_its_turn_has_lost_its_message_where_the_list_lacks_one(
+    ledger: WorkerLedger,
+) -> None:
+    """Its worker died with the message in hand: nothing is as young as a grace, nobody idles."""
+    submitted(ledger, "job_1")
+    submitted(ledger, "job_2")
+    running(ledger, "job_3")
+    ledger.redis.lpush(QUEUE, "the message of job_2")
+    assert ledger.reconcile(grace_s=60).messages == []
+    assert published_again(ledger, grace_s=3 * SOON_S) == ["job_1"]
+    ledger.redis.lpush(QUEUE, "the message of job_1, again")
+    assert ledger.reconcile(grace_s=0.003).messages == []
+    ledger.redis.delete(QUEUE)
 
 
 def test_a_job_that_was_published_again_makes_no_other_look_overtaken(ledger: WorkerLedger) -> None:

@@ -39,7 +39,7 @@ def test_celery_gets_the_url_in_its_own_form() -> None:
     assert address.url == "sentinel://app:p%40ss@one:26380/3;sentinel://app:p%40ss@two:26379/3"
     assert options["master_name"] == "jobs"
     assert options["sentinel_kwargs"]["password"] == "other"
-    assert options["visibility_timeout"] == 3600
+    assert options["ack_emulation"] is False
 
 
 @pytest.mark.parametrize("url", ["sentinel://", "sentinel://one/first", "sentinel://one:port"])

@@ -1,5 +1,7 @@
 """Celery's consumer and its remote control, as a worker has them."""
 
+import json
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,12 +12,12 @@ from celery.worker import consumer as celery_consumer
 from celery.worker import control, state
 from celery.worker.consumer.connection import Connection as WorkerConnection
 
-from blipq.errors import QueueUnavailable
+from blipq.errors import QueueFull, QueueUnavailable
 from blipq.settings import Settings
 from blipq.transport.broker import make_app
 from blipq_worker.messages.consumer import Door, consumer_class
 from blipq_worker.messages.controls import REFUSED, refuse_controls
-from blipq_worker.messages.envelope import Malformed
+from blipq_worker.messages.envelope import Malformed, WholeJob
 from blipq_worker.messages.revokes import follow_revokes
 from blipq_worker.process.health import BrokerLoop
 
@@ -24,6 +26,7 @@ class Told:
     """What the worker is told by its consumer."""
 
     def __init__(self) -> None:
+        self.recorded: list[WholeJob] = []
         self.refused: list[Malformed] = []
         self.ended: list[BaseException] = []
         self.dropped = 0
@@ -35,12 +38,18 @@ class Told:
             raise self.away.pop()
         self.refused.append(message)
 
+    def record(self, job: WholeJob) -> None:
+        if self.away:
+            raise self.away.pop()
+        self.recorded.append(job)
+
     def drop(self) -> None:
         self.dropped += 1
 
     def consumer(self) -> Any:
         """A consumer without a connection."""
         door = Door(
+            record=self.record,
             refuse=self.refuse,
             dropped=self.drop,
             problem=lambda: None,
@@ -55,15 +64,19 @@ class Told:
 class Message(SimpleNamespace):
     """One whose envelope is sound."""
 
-    def __init__(self) -> None:
-        headers = {"task": "blipq.caption", "id": "job_1"}
-        super().__init__(headers=headers, body=b'[["job_1"], {}, {}]', outcome="")
+    def __init__(self, *arguments: Any, **headers: Any) -> None:
+        headers = {"task": "blipq.caption", "id": "job_1"} | headers
+        body = json.dumps([["job_1", *arguments], {}, {}]).encode()
+        super().__init__(headers=headers, body=body, outcome="", stuck=0)
         self.content_type, self.content_encoding = "application/json", "utf-8"
 
     def ack_log_error(self, *_: Any) -> None:
         self.outcome = "acknowledged"
 
-    def reject_log_error(self, *_: Any, requeue: bool) -> None:
+    def reject(self, *, requeue: bool) -> None:
+        if self.stuck:  # the broker does not take it
+            self.stuck -= 1
+            raise OSError("the broker is away")
         self.outcome = "given back" if requeue else "rejected"
 
 
@@ -119,6 +132,87 @@ def test_a_malformed_message_goes_back_while_the_ledger_is_away(
     message = Message()
     told.consumer().on_decode_error(message, ValueError("no base64"))
     assert (message.outcome, told.refused) == ("given back", [])
+
+
+REQUEST = {"image": "s3://photos/cat.jpg"}
+
+
+@pytest.fixture
+def taking(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The messages that Celery is given to run."""
+    taken: list[Any] = []
+    monkeypatch.setattr("blipq_worker.messages.consumer.PAUSE_S", 0.0)
+    create = "create_task_handler"
+    monkeypatch.setattr(celery_consumer.Consumer, create, lambda self: taken.append)
+    return taken
+
+
+def test_a_job_that_a_message_brings_whole_is_recorded_before_it_waits_for_a_thread(
+    told: Told, taking: list[Any]
+) -> None:
+    message = Message(REQUEST, {"expires_in": 60})
+    told.consumer().create_task_handler()(message)
+    assert [(each.id, each.request) for each in told.recorded] == [("job_1", REQUEST)]
+    assert taking == [message]
+
+
+def test_a_job_that_is_on_record_is_not_recorded_again(told: Told, taking: list[Any]) -> None:
+    message = Message()
+    told.consumer().create_task_handler()(message)
+    assert (told.recorded, taking) == ([], [message])
+
+
+def test_a_whole_job_goes_back_to_its_queue_while_the_ledger_does_not_take_it(
+    told: Told, taking: list[Any]
+) -> None:
+    told.away.append(QueueFull("too many jobs are open"))
+    message = Message(REQUEST)
+    told.consumer().create_task_handler()(message)
+    assert (message.outcome, told.recorded, taking) == ("given back", [], [])
+
+
+def test_a_whole_job_stays_in_hand_while_neither_ledger_nor_broker_takes_it(
+    told: Told, taking: list[Any]
+) -> None:
+    told.away += [QueueUnavailable("Redis is away")] * 3
+    message = Message(REQUEST)
+    message.stuck = 3
+    told.consumer().create_task_handler()(message)
+    assert [each.id for each in told.recorded] == ["job_1"]
+    assert taking == [message]
+    assert not told.loop.turning, "it says meanwhile that it takes nothing"
+
+
+def at(seconds: float) -> str:
+    return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
+
+
+def test_a_whole_job_for_later_is_left_to_the_ledger(told: Told, taking: list[Any]) -> None:
+    """Celery would hold its message in memory until then."""
+    message = Message(REQUEST, eta=at(60))
+    told.consumer().create_task_handler()(message)
+    assert 50 < told.recorded[0].delay_s <= 60
+    assert (message.outcome, taking) == ("acknowledged", [])
+
+
+def test_a_message_that_has_expired_is_left_to_celery_unrecorded(
+    told: Told, taking: list[Any]
+) -> None:
+    """What follows on Celery's verdict records the job as expired."""
+    message = Message(REQUEST, expires=at(-60))
+    told.consumer().create_task_handler()(message)
+    assert (told.recorded, taking) == ([], [message])
+    assert "expires" in message.headers
+
+
+def test_a_message_that_has_not_expired_as_it_comes_does_so_no_more(
+    told: Told, taking: list[Any]
+) -> None:
+    """Its job is on record from now on: without a message it would wait to be published again."""
+    message = Message(REQUEST, expires=at(60))
+    told.consumer().create_task_handler()(message)
+    assert len(told.recorded) == len(taking) == 1
+    assert "expires" not in message.headers
 
 
 def test_a_malformed_message_that_cannot_be_recorded_is_dropped_and_counted(told: Told) -> None:

@@ -11,7 +11,7 @@ from blipq.ledger.worker import WorkerLedger
 from blipq.submission import Submission, checked, explain
 from blipq_worker.jobs.outages import UNHEARD
 from blipq_worker.jobs.outcomes import job_error
-from blipq_worker.messages.envelope import Malformed
+from blipq_worker.messages.envelope import Malformed, WholeJob
 from blipq_worker.process.metrics import WorkerMetrics
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,12 @@ class ForeignMessages:
     def __init__(self, ledger: WorkerLedger, metrics: WorkerMetrics) -> None:
         self._ledger = ledger
         self._metrics = metrics
+
+    def receive(self, job: WholeJob) -> None:
+        """Records a job as its message comes. Raises QueueUnavailable, QueueFull, RedisError."""
+        self.adopt(job.kind, job.id, job.request, job.options)
+        if job.delay_s:
+            self._ledger.put_off(job.id, job.delay_s)
 
     def adopt(self, kind: Kind, id: str, request: Any, options: Any) -> None:
         """Records a job that a foreign client sent whole, or why it cannot be run.

@@ -13,7 +13,7 @@ from celery.worker import state
 
 from blipq.contract import Kind
 from blipq.errors import QueueFull, QueueUnavailable
-from blipq_worker.messages.envelope import Malformed, Named, malformed, rewrite
+from blipq_worker.messages.envelope import Malformed, Received, WholeJob, malformed, rewrite
 from blipq_worker.process.health import TURN_S, BrokerLoop
 
 log = logging.getLogger(__name__)
@@ -35,13 +35,15 @@ class InHand(Protocol):
 class Door:
     """What the consumer tells the worker.
 
-    refuse: records or drops a malformed message. Raises QueueUnavailable and QueueFull.
+    record: records a job that a message brought whole. Raises QueueUnavailable and QueueFull.
+    refuse: records or drops a malformed message. Raises the same.
     dropped: counts a malformed message that could not be recorded.
     problem: why Redis takes no writes, or None.
     ended: the consumer has ended, by an error or as it was told to.
     in_hand: follows each message that is well-formed, if anybody does.
     """
 
+    record: Callable[[WholeJob], None]
     refuse: Callable[[Malformed], None]
     dropped: Callable[[], None]
     problem: Callable[[], str | None]
@@ -74,10 +76,11 @@ class Consumer(celery_consumer.Consumer):
 
         def on_task_received(message: Any) -> None:
             try:
-                named = rewrite(message)
-                if self.door.in_hand is not None:
-                    _follow(message, named, self.door.in_hand)
-                handle(message)
+                received = rewrite(message)
+                if self._is_to_run(message, received.whole):
+                    if self.door.in_hand is not None:
+                        _follow(message, received, self.door.in_hand)
+                    handle(message)
             except Malformed as error:
                 self._refuse(message, error)
             except Exception as error:
@@ -89,23 +92,52 @@ class Consumer(celery_consumer.Consumer):
 
         return on_task_received
 
+    def _is_to_run(self, message: Any, job: WholeJob | None) -> bool:
+        """Whether Celery is to run a message now; ``job``: what it brings whole.
+
+        Redis keeps no copy of it: a job that nobody has recorded is, before it waits for a thread.
+        """
+        if job is None:
+            return True
+        if not self._is_recorded(message, partial(self.door.record, job)):
+            return False
+        if job.delay_s:  # the ledger has it published when it is due
+            message.ack_log_error(log, self.connection_errors)
+            return False
+        return True
+
     def on_decode_error(self, message: Any, exc: BaseException) -> None:
         """Kombu could not make a message of it."""
         self._refuse(message, malformed(exc, message.headers))
 
     def _refuse(self, message: Any, error: Malformed) -> None:
         try:
-            self.door.refuse(error)
-        except (QueueUnavailable, QueueFull) as away:
-            log.warning("a malformed message stays in its queue: %s", away)
-            time.sleep(PAUSE_S)  # or it would be here again at once
-            message.reject_log_error(log, self.connection_errors, requeue=True)
-            return
+            if not self._is_recorded(message, partial(self.door.refuse, error)):
+                return
         except Exception:
             # It would fail the same way on the next worker, and end one after another.
             self.door.dropped()
             log.exception("a malformed message was dropped: it cannot be recorded")
         message.ack_log_error(log, self.connection_errors)
+
+    def _is_recorded(self, message: Any, record: Callable[[], None]) -> bool:
+        """Whether the ledger took what a message says; if not, the message is in its queue again.
+
+        Until one of the two has worked, nobody else has the message: it waits for Redis.
+        """
+        while True:
+            try:
+                record()
+                return True
+            except (QueueUnavailable, QueueFull) as away:
+                log.warning("a message waits to be recorded: %s", away)
+            time.sleep(PAUSE_S)  # or it would be here again at once
+            try:
+                message.reject(requeue=True)
+                return False
+            except self.connection_errors as away:
+                self.broker_loop.failed(away)
+            state.maybe_shutdown()
 
     # -- the connection --
 
@@ -157,10 +189,10 @@ class Consumer(celery_consumer.Consumer):
         self._turns = self.timer.call_repeatedly(TURN_S, self.broker_loop.turned)
 
 
-def _follow(message: Any, named: Named, in_hand: InHand) -> None:
+def _follow(message: Any, received: Received, in_hand: InHand) -> None:
     """Has a message followed until it is settled, in whichever of the two ways Celery does it."""
-    in_hand.take(named.id, named.kind, str(message.delivery_info.get("routing_key", "")))
-    left = [named.id]
+    in_hand.take(received.id, received.kind, str(message.delivery_info.get("routing_key", "")))
+    left = [received.id]
 
     def settle(settling: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         try:

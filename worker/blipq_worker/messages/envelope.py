@@ -11,7 +11,7 @@ import json
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from kombu.serialization import loads
@@ -105,8 +105,14 @@ class _Body(BaseModel):
 
     @property
     def job(self) -> Any:
-        """The id of the job: its first argument, named or not."""
-        return self.positional[0] if self.positional else self.named.get("id")
+        """The id of the job."""
+        return self.argument(0)
+
+    def argument(self, place: int) -> Any:
+        """An argument, named or not; None where there is none."""
+        if place < len(self.positional):
+            return self.positional[place]
+        return self.named.get(PARAMETERS[place])
 
     @model_validator(mode="after")
     def _judge(self) -> "_Body":
@@ -118,23 +124,52 @@ class _Body(BaseModel):
         return self
 
 
-class Named(NamedTuple):
-    """The job that a message is about."""
+@dataclass(frozen=True, slots=True)
+class WholeJob:
+    """A job that a message of another client brings whole. delay_s: until it may begin."""
+
+    kind: Kind
+    id: str
+    request: Any
+    options: Any
+    delay_s: float
+
+
+class Received(NamedTuple):
+    """The job that a message is about, and the job itself where the message brings it whole."""
 
     id: str
     kind: Kind
+    whole: WholeJob | None = None
 
 
-def rewrite(message: Any) -> Named:
+def rewrite(message: Any) -> Received:
     """Leaves in a message only the job and what Celery needs to run it, in its protocol 2.
 
-    The job that it is about. Raises Malformed.
+    The job that it is about; it is not whole where it has expired. Raises Malformed.
     """
     headers, body = _taken_apart(message)
+    has_expired = _seconds_to(headers.expires, never=1.0) <= 0
+    if not has_expired:
+        headers.expires = None  # judged once: a job on record must not lose its message later
     message.headers = headers.model_dump(exclude_none=True, exclude=AFTERWARDS)
-    message.body = dumps([body.positional, body.named, {}]).encode()
+    # A text, as it would be kept in a list of Redis if the message goes back.
+    message.body = dumps([body.positional, body.named, {}])
     message.content_type, message.content_encoding = "application/json", "utf-8"
-    return Named(body.job, KINDS[headers.task])
+    kind, request, options = KINDS[headers.task], body.argument(1), body.argument(2)
+    if request is None or has_expired:
+        return Received(body.job, kind)
+    delay_s = max(0.0, _seconds_to(headers.eta, never=0.0))
+    return Received(body.job, kind, WholeJob(kind, body.job, request, options, delay_s))
+
+
+def _seconds_to(time: str | None, *, never: float) -> float:
+    """Seconds until a time as Celery writes it, in UTC unless it says otherwise."""
+    if time is None:
+        return never
+    at = datetime.fromisoformat(time)
+    at = at if at.tzinfo is not None else at.replace(tzinfo=UTC)
+    return (at - datetime.now(UTC)).total_seconds()
 
 
 def _taken_apart(message: Any) -> tuple[_Headers, _Body]:

@@ -1,9 +1,9 @@
 """Faults of Celery's transports that would end a worker, mended for this process.
 
 Seen on kombu 5.7: a message that is not one (anybody can push to a list) raises out of the event
-loop; so does an error reply of Redis, as while it fails over; and a confirmation that Redis did not
-take keeps its place among the messages in hand for ever. Celery takes the first two for bugs and
-exits; after enough of the third the worker takes no more messages, and looks well.
+loop; so does an error reply of Redis, as while it fails over. Celery takes both for bugs and exits.
+What is in hand when a connection closes, and cannot go back to its list, is written to a file that
+nobody reads.
 """
 
 import logging
@@ -23,26 +23,38 @@ _loads = kombu_redis.loads  # type: ignore[attr-defined]
 _deliver = virtual.Transport._deliver
 
 
-class _InHand(kombu_redis.QoS):
-    """The messages in hand. One that is done with leaves even if Redis does not hear of it: it is
-    delivered once more when its visibility timeout is over, and finds its job ended.
-    """
+class _InHand(virtual.QoS):
+    """The messages in hand, which Redis has no copy of: the ledger brings back what dies with them.
 
-    def ack(self, delivery_tag: str) -> None:
-        try:
-            super().ack(delivery_tag)
-        finally:
-            virtual.QoS.ack(self, delivery_tag)
+    At the end, and when the connection closes, they go back to their lists, as far as Redis takes
+    them.
+    """
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         try:
             super().reject(delivery_tag, requeue=requeue)
-        finally:
-            virtual.QoS.ack(self, delivery_tag)
+        finally:  # or it would keep its place for ever
+            self.ack(delivery_tag)
+
+    def restore_unacked(self) -> None:
+        restore: Callable[[], Any] = super().restore_unacked
+        if errors := restore():
+            log.warning("messages that Redis did not take back: %d: %s", len(errors), errors[0][0])
+
+
+def _keeping(channel: Any) -> Any:
+    """A class of channels whose messages in hand are kept as above."""
+
+    class Channel(channel):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.QoS = _InHand  # kombu has set its own, without acknowledgements in Redis
+
+    return Channel
 
 
 def harden(dropped: Callable[[], None]) -> None:
-    """Makes the worker outlive all three. ``dropped`` counts messages that are not ones.
+    """Makes the worker outlive them. ``dropped`` counts messages that are not ones.
 
     Every error of Redis is an outage: the consumer connects again until it has passed.
     """
@@ -66,7 +78,7 @@ def harden(dropped: Callable[[], None]) -> None:
 
     kombu_redis.loads = parsed  # type: ignore[attr-defined]
     virtual.Transport._deliver = deliver  # type: ignore[method-assign, assignment]
-    kombu_redis.Channel.QoS = _InHand
     for transport in (kombu_redis.Transport, kombu_redis.SentinelTransport):
+        transport.Channel = _keeping(transport.Channel)
         if RedisError not in transport.connection_errors:
             transport.connection_errors += (RedisError,)

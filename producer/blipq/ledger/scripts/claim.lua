@@ -25,29 +25,38 @@ if job.status == 'running' then
   return claimed(job)
 end
 -- A question that arrives after its claim was given back or withdrawn: nobody hears the answer.
-local is_late = job.nonce == nonce or redis.call('EXISTS', withdrawn_key(nonce)) == 1
+local is_late = job.nonce == nonce
+  or (job.withdrawn and redis.call('EXISTS', withdrawn_key(nonce)) == 1)
 if is_late then return {'busy'} end
 -- A retry waits for its time even if an older message of the job turns up.
-if redis.call('ZSCORE', DELAYED, id) then return {'busy'} end
+if tonumber(job.due or 0) > now then return {'busy'} end
 if tonumber(job.contract) > contract then return {'newer'} end
 
 -- The newest claim of the queue tells the reconciler which older messages must have been lost. Of a
--- job that was published again the first message may be the one that came.
-local published_at = tonumber(redis.call('ZSCORE', again_key(job.queue), id)
-  or redis.call('ZSCORE', queued_key(job.queue), id) or now)
-local newest = tonumber(redis.call('GET', claimed_key(job.queue)) or 0)
-redis.call('SET', claimed_key(job.queue), math.max(newest, published_at), 'PX', INDEX_TTL)
-redis.call('SET', taken_key(job.queue), now, 'PX', INDEX_TTL)
-unqueue(id, job)
+-- job that was published again the first message may be the one that came. It needs to know within
+-- a grace, so a busy queue does not write it at each claim.
+local GRAIN = 100  -- ms
+local published_at = tonumber(job.published_at or job.created_at)
+local seen = redis.call('MGET', claimed_key(job.queue), taken_key(job.queue))
+local newest, taken = tonumber(seen[1] or 0), tonumber(seen[2] or 0)
+if published_at - newest >= GRAIN or now - taken >= GRAIN then
+  redis.call('SET', claimed_key(job.queue), math.max(newest, published_at), 'PX', INDEX_TTL)
+  redis.call('SET', taken_key(job.queue), now, 'PX', INDEX_TTL)
+end
+redis.call('ZREM', queued_key(job.queue), id)
+if job.again then redis.call('ZREM', again_key(job.queue), id) end
+if job.due then redis.call('ZREM', DELAYED, id) end
 
-local key = job_key(id)
 local first = not job.started_at
-job.token = redis.call('HINCRBY', key, 'token', 1)
-job.attempts = redis.call('HINCRBY', key, 'attempts', 1)
+job.attempts = string.format('%d', (job.attempts or 0) + 1)
 job.status, job.nonce, job.started_at = 'running', nonce, job.started_at or now
-redis.call('HSET', key, 'status', 'running', 'worker', worker, 'nonce', nonce,
-  'started_at', job.started_at)
-if job.solo then redis.call('HSET', key, 'waiting', 1) end
+local changed = {'status', 'running', 'worker', worker, 'nonce', nonce,
+  'started_at', job.started_at, 'attempts', job.attempts}
+if job.solo then
+  changed[#changed + 1] = 'waiting'
+  changed[#changed + 1] = 1
+end
+redis.call('HSET', job_key(id), unpack(changed))
 index(RUNNING, now + lease, id)
 local event = first and post_event(id, job, 'job.running')
 if event then keep_snapshot(event, job) end

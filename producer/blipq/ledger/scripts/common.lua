@@ -34,15 +34,29 @@ local function unqueue(id, job)
   redis.call('ZREM', again_key(job.queue), id)
 end
 
+-- Out of all that lists open jobs. A claim has taken one that runs out of its queue.
 local function forget(id, job)
   redis.call('ZREM', OPEN, id)
   redis.call('ZREM', RUNNING, id)
+  if job.status == 'running' then return end
   redis.call('ZREM', DELAYED, id)
   unqueue(id, job)
 end
 
--- What a worker shows to prove that a claim is its own. The counter alone could come twice: a
--- replica that becomes the master may not have seen the last claims.
+-- Fields that nobody reads once a job has ended: for most of its life a record is one of those.
+local OPEN_ONLY = {'contract', 'result_ttl', 'failed_ttl', 'worker', 'published_at', 'again', 'due',
+  'solo', 'waiting', 'withdrawn', 'crashes', 'retries', 'last_error'}
+
+local function shed(id, job)
+  local names = {}
+  for _, name in ipairs(OPEN_ONLY) do
+    if job[name] then names[#names + 1] = name end
+  end
+  if #names > 0 then redis.call('HDEL', job_key(id), unpack(names)) end
+end
+
+-- What a worker shows to prove that a claim is its own: the nonce of that claim. Earlier versions
+-- counted claims, too, under ``token``.
 local function fence(job)
   return (job.token or '') .. '-' .. (job.nonce or '')
 end
@@ -93,8 +107,10 @@ local function keep_snapshot(event, job)
 end
 
 -- The one way a job ends. The caller has checked that it has not ended yet.
-local function end_job(id, job, status, fields)
+-- is_dead: as a dead letter, which may be queued again.
+local function end_job(id, job, status, fields, is_dead)
   local key = job_key(id)
+  if not is_dead then shed(id, job) end  -- first: a hash that has grown does not shrink
   redis.call('HSET', key, 'status', status, 'completed_at', now, unpack(fields))
   forget(id, job)
   local ttl = tonumber(status == 'failed' and job.failed_ttl or job.result_ttl)
@@ -121,12 +137,20 @@ end
 
 -- Back to the queue: seen by the reconciler from now on, and to be published by the caller.
 local function enqueue(id, job, published_at)
-  redis.call('HSET', job_key(id), 'status', 'queued')
+  redis.call('HSET', job_key(id), 'status', 'queued', 'published_at', published_at)
+  redis.call('HDEL', job_key(id), 'due', 'again')
   redis.call('ZREM', RUNNING, id)
   redis.call('ZREM', DELAYED, id)
   redis.call('ZREM', again_key(job.queue), id)
   index(queued_key(job.queue), published_at, id)
   index(QUEUES, now, job.queue)
+end
+
+-- Out of its queue for a while. A message that turns up meanwhile is too early (see claim).
+local function delay_job(id, job, delay)
+  redis.call('HSET', job_key(id), 'due', now + delay)
+  unqueue(id, job)
+  index(DELAYED, now + delay, id)
 end
 
 -- A lease ran out: its worker crashed or hung. Returns true if the job is to be published again.
@@ -140,7 +164,8 @@ local function crashed(id, job, max_crashes, dead_letter_ttl)
   if crashes >= max_crashes then
     local message = 'the worker died or hung ' .. crashes .. ' times while it ran this job'
     end_job(id, job, 'failed', {
-      'error', cjson.encode({code = 'attempts_exhausted', message = message, retryable = false})})
+      'error', cjson.encode({code = 'attempts_exhausted', message = message, retryable = false})},
+      true)
     bury(id, dead_letter_ttl)
     return false
   end

@@ -13,14 +13,13 @@ local function is_stored()
   return true
 end
 
-if is_stored() then return 1 end
-if job.status ~= 'running' then return 0 end
+if job.status ~= 'running' then return is_stored() and 1 or 0 end
 if tonumber(job.deadline) <= now then
   end_job(id, job, 'expired', {})
   return 0
 end
 local fields = {}
 for i = 5, #ARGV do fields[#fields + 1] = ARGV[i] end
-end_job(id, job, status, fields)
+end_job(id, job, status, fields, dead_letter_ttl > 0)
 if dead_letter_ttl > 0 then bury(id, dead_letter_ttl) end
 return 1

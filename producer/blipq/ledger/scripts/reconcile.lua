@@ -64,14 +64,26 @@ for _, id in ipairs(due(DELAYED)) do
   end
 end
 
+-- Where the lists show how many messages are missing, a job is also lost that had its turn: a younger
+-- one was claimed a while ago. That is what a worker leaves that died with messages in hand. Returns
+-- when the youngest one was published that was claimed at least a third of the grace ago.
+local function passed(queue, claimed)
+  local at, mark, before = string.match(
+    redis.call('GET', passed_key(queue)) or '', '^(%d+) (%d+) (%d+)$')
+  if at and now - at < grace / 3 then return tonumber(before) end
+  redis.call('SET', passed_key(queue), string.format('%d %d %d', now, claimed, mark or 0),
+    'PX', INDEX_TTL)
+  return tonumber(mark or 0)
+end
+
 -- A queued job's message is lost if a job published a grace later was claimed (queues are first
 -- in, first out), or if a worker had room for a whole grace in which nobody took anything from the
 -- queue: any other waiting job waits its turn.
 local function horizon(queue)
-  local model = model_of(queue)
-  local taken = tonumber(redis.call('GET', taken_key(queue)) or 0)
-  if redis.call('EXISTS', spare_key(model)) == 1 and taken <= now - grace then return now - grace end
-  return math.min(now, tonumber(redis.call('GET', claimed_key(queue)) or 0)) - grace
+  local seen = redis.call('MGET', claimed_key(queue), taken_key(queue), spare_key(model_of(queue)))
+  local claimed, taken = math.min(now, tonumber(seen[1] or 0)), tonumber(seen[2] or 0)
+  if seen[3] and taken <= now - grace then return now - grace end
+  return math.max(claimed - grace, is_broker and passed(queue, claimed) or 0)
 end
 
 -- No more can be lost than the broker's lists lack. They are named as kombu names them: one for the
@@ -93,7 +105,15 @@ local function lost(queue, waiting)
   return ids
 end
 
+-- An earlier version's sweep does not note ``again`` on the job, so its claim leaves it in the set.
+local function tidy(queue)
+  for _, id in ipairs(redis.call('ZRANGE', again_key(queue), 0, 9)) do
+    if not redis.call('ZSCORE', queued_key(queue), id) then redis.call('ZREM', again_key(queue), id) end
+  end
+end
+
 local function publish_again(queue, id, job)
+  redis.call('HSET', job_key(id), 'again', 1)
   local first = redis.call('ZSCORE', queued_key(queue), id)
   redis.call('ZADD', again_key(queue), 'NX', first, id)
   redis.call('PEXPIRE', again_key(queue), INDEX_TTL)
@@ -109,6 +129,7 @@ for _, queue in ipairs(redis.call('ZRANGEBYSCORE', QUEUES, 0, '+inf')) do
   if waiting == 0 then
     redis.call('ZADD', QUEUES, -redis.call('ZSCORE', QUEUES, queue), queue)
   end
+  tidy(queue)
   for _, id in ipairs(lost(queue, waiting)) do
     local job = load(id)
     if job and job.status == 'queued' then

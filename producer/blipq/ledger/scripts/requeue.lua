@@ -23,8 +23,5 @@ if ARGV[5] and ARGV[5] ~= '' then redis.call('HSET', key, 'last_error', ARGV[5])
 local is_suspect = why == 'suspect' or why == 'lost' and redis.call('HINCRBY', key, 'losses', 1) > 1
 if is_suspect then redis.call('HSET', key, 'solo', 1) end
 enqueue(id, job, now)
-if delay > 0 then
-  unqueue(id, job)
-  index(DELAYED, now + delay, id)
-end
+if delay > 0 then delay_job(id, job, delay) end
 return 1

@@ -1,20 +1,18 @@
 -- Records jobs, each once, in order, and stops at the first that is refused.
 -- ARGV: retention ms, max open jobs, declared models between spaces, then of each job: id, digest,
 -- idempotency key or '', expires_in ms, how many arguments its fields take, and its field/value
--- pairs, the third of which is its model.
+-- pairs, of which the third is its model and the fourth its queue.
 -- Returns of each job that it came to: 'created' | 'waits' | 'exists' | 'conflict' | 'full' |
 -- 'unknown', then an id; behind 'unknown' it is what workers serve. 'waits' is created, too, but no
 -- worker lives that serves the model. The last three are refusals.
 local retention, max_open, declared = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
-local live = {}
+local live, used = {}, {}
 
 local function known(existing, digest)
-  local same = redis.call('HGET', job_key(existing), 'digest')
-  if not same then
-    -- A record without a digest was made for a message that could not be run.
-    return redis.call('EXISTS', job_key(existing)) == 1 and 'conflict' or nil
-  end
-  return same == digest and 'exists' or 'conflict'
+  local found = redis.call('HMGET', job_key(existing), 'status', 'digest')
+  if not found[1] then return nil end
+  -- A record without a digest was made for a message that could not be run.
+  return found[2] == digest and 'exists' or 'conflict'
 end
 
 local function record(id, digest, given_key, expires_in, fields)
@@ -26,7 +24,7 @@ local function record(id, digest, given_key, expires_in, fields)
   end
   local answer = known(id, digest)
   if answer then return answer, id end
-  local model = fields[6]
+  local model, queue = fields[6], fields[8]
   if not is_known(model, declared) then return 'unknown', served_models() end
   if redis.call('ZCARD', OPEN) >= max_open then return 'full', id end
 
@@ -37,10 +35,10 @@ local function record(id, digest, given_key, expires_in, fields)
   if idempotency_record then
     redis.call('SET', idempotency_record, id, 'PX', expires_in + retention)
   end
-  local queue = redis.call('HGET', key, 'queue')
   index(OPEN, now + expires_in, id)
   index(queued_key(queue), now, id)
-  index(QUEUES, now, queue)
+  if not used[queue] then index(QUEUES, now, queue) end
+  used[queue] = true
   live[model] = live[model] or live_workers(model)
   return live[model] > 0 and 'created' or 'waits', id
 end

@@ -8,6 +8,7 @@ for i = 1, #ARGV, 2 do
   local nonce, id = ARGV[i], ARGV[i + 1]
   local job = load(id)
   redis.call('SET', withdrawn_key(nonce), 1, 'PX', LATE)
+  if job and not ended(job) then redis.call('HSET', job_key(id), 'withdrawn', 1) end
   if job and job.status == 'running' and job.nonce == nonce then
     redis.call('HINCRBY', job_key(id), 'attempts', -1)
     enqueue(id, job, now)
