@@ -267,7 +267,7 @@ class AsyncClient(ClientBase):
         notifier = self.notifier
         async with notifier.watch(waiting.open) as inbox:
             while waiting.open:
-                if due := waiting.due(len(notifier)):
+                if due := waiting.due(len(notifier), notifier.hearing_since(inbox)):
                     found = await self._polls.poll(due)
                     if isinstance(found, Polled) and found.elsewhere:
                         notifier.listen(inbox, found.elsewhere.values())

@@ -301,7 +301,7 @@ class Client(ClientBase):
         notifier = self.notifier
         with notifier.watch(waiting.open) as inbox:
             while waiting.open:
-                if due := waiting.due(len(notifier)):
+                if due := waiting.due(len(notifier), notifier.hearing_since(inbox)):
                     found = self._poll(due)
                     if isinstance(found, Polled) and found.elsewhere:
                         notifier.listen(inbox, found.elsewhere.values())

@@ -1,8 +1,9 @@
 """Waiting for many jobs: which of them to poll, and when. Pure, so that every client shares it.
 
-Notifications say which jobs have ended. One can be lost, so open jobs are also polled, the one not
+Notifications say which jobs have ended. Without a subscription open jobs are polled, the one not
 polled for longest first: after 50 ms, backing off to a second, and thousands in turn,
-``MAX_POLLED`` of them a second.
+``MAX_POLLED`` of them a second. While a subscription lives that is older than their last poll, each
+end is told, and jobs are polled every five seconds: a connection can be dead and not say so.
 """
 
 import math
@@ -16,6 +17,8 @@ from blipq.ledger.codec import Polled
 
 POLLS = Backoff(0.05, 1.0, factor=1.5)
 STEP_S = 0.25
+#: Between two polls while a subscription lives.
+HEARING_S = 5.0
 #: The most jobs of one round trip.
 MAX_POLLED = 500
 #: Redis is waited for so much longer than a deadline: it expires jobs when it is back.
@@ -37,6 +40,9 @@ class Waiting:
         self.open = dict.fromkeys(ids)
         self._all = len(self.open)
         self._unseen = dict.fromkeys(self.open)
+        #: All polls of what is open are later than this.
+        self._polled_since = time.monotonic()
+        self._hearing = False
         self._notified: dict[str, None] = {}
         self._timeout = timeout
         self._ending = None if timeout is None else time.monotonic() + timeout
@@ -49,8 +55,16 @@ class Waiting:
         """Poll these next: they were notified of."""
         self._notified.update((id, None) for id in ids if id in self.open)
 
-    def due(self, watched: int = 0) -> list[str]:
-        """The jobs to poll now. ``watched``: how many jobs the whole client waits for."""
+    def due(self, watched: int = 0, hearing_since: float | None = None) -> list[str]:
+        """The jobs to poll now. ``watched``: how many jobs the whole client waits for.
+
+        ``hearing_since``: since when (monotonic) their ends are told; None while they are not.
+        """
+        self._hearing = hearing_since is not None
+        if hearing_since is not None and hearing_since > self._polled_since:
+            # What ended between a poll and the subscription was told to nobody.
+            self._polled_since = time.monotonic()
+            self._unseen = dict.fromkeys(self.open)
         due = dict.fromkeys(_first(self._notified))
         for id in due:
             del self._notified[id]
@@ -65,6 +79,8 @@ class Waiting:
         now, count = time.monotonic(), len(self.open)
         pause = POLLS.pause_s(self._polls)
         turn = max(watched, count) / MAX_POLLED  # seconds until each job of the client was polled
+        if self._hearing:
+            return now + HEARING_S * max(1.0, turn * min(count, MAX_POLLED) / count)
         if turn <= 1:
             return now + pause
         # In step with other waits of the client, so that they share round trips.
@@ -83,6 +99,9 @@ class Waiting:
         if len(ids) < len(self.open):  # the others may have later ones
             last_deadline = max(last_deadline, self._last_deadline)
         self._last_deadline = last_deadline
+        if self._hearing:  # where no worker lives, a poll is what ends a job that is past it
+            soonest = time.monotonic() + POLLS.first_s
+            self._poll_at = min(self._poll_at, max(last_deadline, soonest))
         if found.unknown:
             raise not_found(min(found.unknown))
         for id in ids:

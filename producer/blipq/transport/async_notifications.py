@@ -10,7 +10,7 @@ from typing import Any
 
 import redis.asyncio
 
-from blipq.transport.notifications import PAUSE_S, Outage, Subscribers
+from blipq.transport.notifications import NO_JOB, PAUSE_S, Outage, Subscribers
 
 CHECK_S = 5.0
 
@@ -37,7 +37,7 @@ class AsyncInbox:
                 async with asyncio.timeout(timeout):
                     await self._wake
         told, self._told = self._told, []
-        return told
+        return [id for id in told if id != NO_JOB]
 
 
 async def _end(connection: Any) -> None:
@@ -94,6 +94,10 @@ class AsyncNotifier:
         if self._subscribers.listen(channels, inbox):
             self._wake_up()
 
+    def hearing_since(self, inbox: AsyncInbox) -> float | None:
+        """Since when all that an inbox waits for is told (monotonic); None while it is not."""
+        return self._subscribers.hearing_since(inbox)
+
     def tell(self, id: str) -> None:
         """Wakes those who wait for a job."""
         self._subscribers.tell(id)
@@ -135,8 +139,10 @@ class AsyncNotifier:
                     if message["type"] == "message":
                         self.tell(message["data"])
                     elif message["type"] == "subscribe":
+                        self._subscribers.confirm(message["channel"])
                         self._outage.over()
             finally:
+                self._subscribers.silence()
                 self._leaving = True
                 await _end(pubsub.connection)
 

@@ -1,8 +1,8 @@
 """Hears when jobs end: one subscription per client, on a thread of its own.
 
-It only wakes those who wait; what a job came to is always read from the ledger. Whoever waits also
-looks now and then, so a lost notification, a dropped connection or a restarted Redis delay the
-answer by a look, no more.
+It only wakes those who wait; what a job came to is always read from the ledger. Whoever waits knows
+since when the subscription lives, looks at once when it is made again, and now and then anyway: a
+lost notification, a dropped connection or a restarted Redis delay the answer by a look, no more.
 """
 
 import logging
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 PAUSE_S = 0.5
 #: So many attempts in a row fail before it is an outage; and the least time between two warnings.
 OUTAGE_FAILURES, SILENT_S = 3, 60.0
+#: Wakes who waits without telling of a job.
+NO_JOB = ""
 
 
 class Inbox:
@@ -46,7 +48,7 @@ class Inbox:
             told.append(self._told.get(timeout=timeout) if timeout > 0 else self._told.get_nowait())
             while True:
                 told.append(self._told.get_nowait())
-        return told
+        return [id for id in told if id != NO_JOB]
 
 
 class Subscribers:
@@ -54,7 +56,9 @@ class Subscribers:
 
     def __init__(self, own_channel: str) -> None:
         self.channels = Counter({own_channel: 1})
+        self._own_channel = own_channel
         self._waiting: dict[str, list[Any]] = {}
+        self._heard_since: dict[str, float] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -82,7 +86,35 @@ class Subscribers:
         self.channels.subtract(inbox.channels)
         left = [channel for channel in inbox.channels if not self.channels[channel]]
         self.channels = +self.channels
+        for channel in left:
+            self._heard_since.pop(channel, None)
         return left
+
+    def confirm(self, channel: str) -> None:
+        """A channel is heard from now on."""
+        if channel in self._heard_since:  # redis-py has connected again: something may be missed
+            self._wake()
+        if self.channels[channel]:
+            self._heard_since[channel] = time.monotonic()
+
+    def silence(self) -> None:
+        """The subscription has ended."""
+        if self._heard_since:
+            self._heard_since.clear()
+            self._wake()
+
+    def _wake(self) -> None:
+        """Has all who wait ask since when they are told what they wait for."""
+        inboxes = {id(each): each for waiting in self._waiting.values() for each in waiting}
+        for inbox in inboxes.values():
+            inbox.tell(NO_JOB)
+
+    def hearing_since(self, inbox: Any) -> float | None:
+        """Since when all that an inbox waits for is told (monotonic); None while it is not."""
+        channels = (self._own_channel, *inbox.channels)
+        if not all(channel in self._heard_since for channel in channels):
+            return None
+        return max(self._heard_since[channel] for channel in channels)
 
     def tell(self, id: str) -> None:
         """Tells all who wait for a job."""
@@ -166,6 +198,11 @@ class Notifier:
             if self._subscribers.listen(channels, inbox):
                 self._wake_up()
 
+    def hearing_since(self, inbox: Inbox) -> float | None:
+        """Since when all that an inbox waits for is told (monotonic); None while it is not."""
+        with self._lock:
+            return self._subscribers.hearing_since(inbox)
+
     def tell(self, id: str) -> None:
         """Wakes those who wait for a job."""
         with self._lock:
@@ -221,6 +258,7 @@ class Notifier:
         finally:
             with self._lock:
                 self._wake = None
+                self._subscribers.silence()
             wake.close()
             woken.close()
             pubsub.close()
@@ -242,6 +280,8 @@ class Notifier:
             if message["type"] == "message":
                 self.tell(message["data"])
             elif message["type"] == "subscribe":
+                with self._lock:
+                    self._subscribers.confirm(message["channel"])
                 self._outage.over()
 
 

@@ -362,6 +362,18 @@ def _cancelled(client: Client, job: Job[Any]) -> bool:
         return False
 
 
+def test_a_job_whose_end_is_told_is_not_polled_for_meanwhile(
+    client: Client, ledger: WorkerLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polls, poll = [], client.ledger.poll
+    monkeypatch.setattr(client.ledger, "poll", lambda *a, **k: polls.append(a) or poll(*a, **k))
+    job = client.caption(b"a cat")
+    ending = threading.Timer(2.0, lambda: ledger.succeed(claimed(ledger, job), RESULT, "{}"))
+    ending.start()
+    assert job.result(timeout=30).text == "a cat"
+    assert len(polls) <= 4, "before and after the subscription, perhaps in between, and at its end"
+
+
 # --- when the process forks -----------------------------------------------------------------------
 
 

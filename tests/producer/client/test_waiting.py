@@ -134,3 +134,37 @@ def test_a_look_at_some_of_the_jobs_does_not_shorten_the_wait_for_the_others() -
     waiting = Waiting(ids(MAX_POLLED + 1), None, expire_within=600)
     waiting.polled(waiting.due(), Polled({}, set(), {}, left=1.0))
     assert waiting._last_deadline > time.monotonic() + 500
+
+
+def test_jobs_whose_ends_are_told_are_polled_rarely() -> None:
+    waiting = Waiting(ids(3), timeout=60)
+    waiting.polled(waiting.due(3, time.monotonic() - 1), Polled({}, set(), {}, left=60.0))
+    assert 4 < waiting.pause() <= 5
+    waiting.notify(["job_1"])
+    assert waiting.due(3, time.monotonic() - 1) == ["job_1"]
+
+
+def test_jobs_that_were_polled_before_the_subscription_are_polled_once_more() -> None:
+    """What ended in between was told to nobody."""
+    waiting = Waiting(ids(3), timeout=60)
+    waiting.polled(waiting.due(3), Polled({}, set(), {}, left=60.0))
+    since = time.monotonic()
+    assert waiting.due(3, since) == ids(3)
+    waiting.polled(ids(3), Polled({}, set(), {}, left=60.0))
+    assert waiting.due(3, since) == []
+    assert 4 < waiting.pause() <= 5
+
+
+def test_without_a_subscription_jobs_are_polled_soon() -> None:
+    waiting = Waiting(ids(3), timeout=60)
+    waiting.polled(waiting.due(3, time.monotonic() - 1), Polled({}, set(), {}, left=60.0))
+    waiting._poll_at = 0.0
+    waiting.polled(waiting.due(3, None), Polled({}, set(), {}, left=60.0))
+    assert waiting.pause() < 0.2
+
+
+def test_a_deadline_is_polled_for_though_nobody_tells_of_it() -> None:
+    """Where no worker lives, a poll is what ends the job."""
+    waiting = Waiting(ids(1), timeout=60)
+    waiting.polled(waiting.due(1, time.monotonic() - 1), Polled({}, set(), {}, left=0.3))
+    assert waiting.pause() <= 0.3
