@@ -2,7 +2,8 @@
 
 ``--against FOLDER`` names a checkout of the other commit with a virtual environment of its own in
 ``.venv``. Both are measured by this file, in turn, ``--rounds`` times; their medians are compared.
-The model answers at once and nothing is read from S3, so what is left is the queue.
+The model answers at once and knows every image, and nothing is read from S3: what is left is the
+queue.
 """
 
 import argparse
@@ -19,11 +20,12 @@ from typing import Any
 
 import psutil
 
-from benchmarks.overhead import AT_ONCE, SLEEPING, THREADS, requests
+from benchmarks.overhead import AT_ONCE, THREADS, requests
 from blipq.contract import ImageRef
 from blipq_worker.bench.stack import Stack, running
 
 ROOT = Path(__file__).parents[1]
+WORKER = [sys.executable, __file__, "--worker"]
 #: So many jobs first: the list of the last thousand is full, and every cache is warm.
 WARM, ALONE = 1_100, 60
 TIMEOUT_S = 300.0
@@ -46,11 +48,22 @@ def measured(jobs: int) -> dict[str, float]:
     with running() as stack:
         image = stack.upload([b"nothing"])[0]
         environment = {**AT_ONCE, "BENCH_FETCH": "0", "BLIPQ_CONCURRENCY": str(THREADS)}
-        stack.start_workers(environment, SLEEPING)
+        stack.start_workers(environment, WORKER)
         stack.backlog(requests(image, WARM))
         found = {**_from_submit_to_result(stack, image, jobs), **_drained(stack, image, jobs)}
         found["idle_p50_ms"] = _alone(stack, image)
         return found
+
+
+def _work() -> int:
+    """A worker whose model has seen every image, so that none is decoded."""
+    from benchmarks import workers
+
+    def recall(self: Any, digest: str, needed: Any) -> Any:
+        return workers.Pixels(None, digest=digest)
+
+    workers.SleepingModel.recall = recall  # type: ignore[method-assign]
+    return workers.main("sleeping")
 
 
 def _from_submit_to_result(stack: Stack, image: ImageRef, jobs: int) -> dict[str, float]:
@@ -159,11 +172,14 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="a checkout with a .venv of its own")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2_000)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measured(options.jobs)))
         return
+    if options.worker:
+        sys.exit(_work())
     if options.against is None:
         parser.error("--against FOLDER: a checkout to compare with")
     from benchmarks import results
@@ -176,4 +192,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,6 +1,7 @@
 """A worker's client of the ledger: it claims jobs under leases, and records their outcomes."""
 
-import secrets
+import os
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -25,8 +26,8 @@ Loss = Literal["hand-back", "lost", "suspect", "crash"]
 class Claim:
     """A job taken under a lease. ``token`` fences: a later claim makes this one stale.
 
-    It is a count and a random part: a count alone could come twice, after a failover to a replica
-    that lacks the last claims.
+    It is random: a count could come twice, after a failover to a replica that lacks the last
+    claims.
 
     ``queue_ms`` is how long the job waited, ``expires_in`` the seconds left to its deadline.
     """
@@ -66,9 +67,14 @@ class Swept:
     more: bool
 
 
+#: The system's own source would cost each claim a call that lets other threads take over.
+_random = random.Random()
+os.register_at_fork(after_in_child=_random.seed)
+
+
 def new_nonce() -> str:
-    """The random part of a claim's token."""
-    return secrets.token_hex(8)
+    """What makes a claim's token its own."""
+    return f"{_random.getrandbits(64):016x}"
 
 
 class WorkerLedger(ProducerLedger):
@@ -87,7 +93,7 @@ class WorkerLedger(ProducerLedger):
         """
         nonce = nonce or new_nonce()
         with redis_errors(id):
-            outcome, *pairs = self._run("claim", id, worker, ms(lease_s), CONTRACT, nonce)
+            outcome, *pairs = self._run_combined("claim", id, worker, ms(lease_s), CONTRACT, nonce)
         if outcome != "claimed":
             return cast("Unclaimed", outcome)
         job = paired(pairs)
@@ -153,7 +159,7 @@ class WorkerLedger(ProducerLedger):
     ) -> bool:
         ttl = ms(self.settings.dead_letter_ttl) if dead else 0
         with redis_errors(id):
-            return bool(self._run("finish", id, token, status, ttl, *flat(fields)))
+            return bool(self._run_combined("finish", id, token, status, ttl, *flat(fields)))
 
     def retry(self, claim: Claim, delay_s: float, error: str = "") -> bool:
         """Puts a job back for a later, counted retry; the reconciler publishes it when due.

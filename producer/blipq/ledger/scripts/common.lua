@@ -4,15 +4,16 @@
 -- Redis transport does, never on a Redis Cluster.
 
 local DAY = 86400 * 1000
-local INDEX_TTL = 40 * DAY         -- longer than any job can stay open
+local INDEX_TTL = 41 * DAY         -- longer than any job can stay open
 local OUTBOX_TTL = 14 * DAY        -- how long an event waits for a sender, counted from each attempt
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
+-- Renewed once a day: to read what is left costs less than to write it, which goes to the AOF, too.
 local function index(key, score, member)
   redis.call('ZADD', key, score, member)
-  redis.call('PEXPIRE', key, INDEX_TTL)
+  if redis.call('PTTL', key) < INDEX_TTL - DAY then redis.call('PEXPIRE', key, INDEX_TTL) end
 end
 
 local function load(id)
@@ -120,7 +121,7 @@ local function end_job(id, job, status, fields, is_dead)
   end
   redis.call('PEXPIRE', key, ttl)
   index(RECENT, now, id)
-  redis.call('ZREMRANGEBYRANK', RECENT, 0, -1001)
+  if redis.call('ZCARD', RECENT) > 1100 then redis.call('ZREMRANGEBYRANK', RECENT, 0, -1001) end
   redis.call('PUBLISH', job.notify, id)
 end
 

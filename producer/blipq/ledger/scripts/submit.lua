@@ -15,6 +15,13 @@ local function known(existing, digest)
   return found[2] == digest and 'exists' or 'conflict'
 end
 
+-- The sweep looks at a queue from now on; what a busy one says each second is enough.
+local function use(queue)
+  local last = not used[queue] and tonumber(redis.call('ZSCORE', QUEUES, queue) or 0)
+  if last and last < now - 1000 then index(QUEUES, now, queue) end
+  used[queue] = true
+end
+
 local function record(id, digest, given_key, expires_in, fields)
   local idempotency_record = given_key ~= '' and idempotency_key(given_key)
   if idempotency_record then
@@ -37,8 +44,7 @@ local function record(id, digest, given_key, expires_in, fields)
   end
   index(OPEN, now + expires_in, id)
   index(queued_key(queue), now, id)
-  if not used[queue] then index(QUEUES, now, queue) end
-  used[queue] = true
+  use(queue)
   live[model] = live[model] or live_workers(model)
   return live[model] > 0 and 'created' or 'waits', id
 end
