@@ -182,11 +182,12 @@ def main() -> None:
         sys.exit(_work())
     if options.against is None:
         parser.error("--against FOLDER: a checkout to compare with")
-    from benchmarks import results
+    from benchmarks import page, results
 
     found = results.measure(
         "cost", lambda: compared(options.against.resolve(), options.rounds, options.jobs)
     )
+    page.write()
     for line in rows(found):
         print(" | ".join(line))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tools.docs.page import replace_section
 
-from benchmarks import forms, host, results, split
+from benchmarks import cost, forms, host, results, split
 from benchmarks.latency import POLICIES
 from benchmarks.paper import rows as paper_rows
 from benchmarks.peers.run import PEERS
@@ -164,6 +164,13 @@ def _overhead(found: Found) -> Iterator[str]:
     yield f"The ledger adds {found['ledger_cpu_ms']:.2f} ms of a worker's CPU to a no-op task."
 
 
+def _cost(found: Found) -> Iterator[str]:
+    yield "\nThe same beside an earlier commit, whose checkout `--against` names, measured in turn:"
+    yield f"medians of {found['rounds']} rounds of {found['jobs']:,} jobs. The model answers"
+    yield "at once and knows every image.\n"
+    yield from table(["", "before", "now", "ratio"], cost.rows(found))
+
+
 def _queued(found: Found) -> Iterator[str]:
     rates = f"{found['one_by_one_per_s']:,.0f}", f"{found['many_per_s']:,.0f}"
     grown = (f"{found['grown_mb'][name]:.0f} MB" for name in ("client", "worker"))
@@ -258,6 +265,7 @@ SECTIONS: dict[str, Callable[[Found], Iterator[str]]] = {
     "peers": _peers,
     "latency": _latency,
     "overhead": _overhead,
+    "cost": _cost,
     "queued": _queued,
     "scale": _scale,
     "engine": _engine,

@@ -7,5 +7,6 @@ for i = 5, #ARGV do
   local key = serving_key(ARGV[i])
   redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
   index(key, now + ttl, worker)
+  redis.call('PEXPIRE', key, 40 * DAY)  -- jobs may name the model for so long
   if spare == '1' then redis.call('SET', spare_key(ARGV[i]), worker, 'PX', ttl) end
 end
