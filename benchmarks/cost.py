@@ -185,7 +185,9 @@ def main() -> None:
     from benchmarks import page, results
 
     found = results.measure(
-        "cost", lambda: compared(options.against.resolve(), options.rounds, options.jobs)
+        "cost",
+        lambda: compared(options.against.resolve(), options.rounds, options.jobs),
+        command="python -m benchmarks.cost --against FOLDER",
     )
     page.write()
     for line in rows(found):

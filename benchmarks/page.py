@@ -166,8 +166,9 @@ def _overhead(found: Found) -> Iterator[str]:
 
 def _cost(found: Found) -> Iterator[str]:
     yield "\nThe same beside an earlier commit, whose checkout `--against` names, measured in turn:"
-    yield f"medians of {found['rounds']} rounds of {found['jobs']:,} jobs. The model answers"
-    yield "at once and knows every image.\n"
+    rounds, jobs = found["rounds"], found["jobs"]
+    yield f"medians of {rounds} rounds of {jobs:,} jobs. The model answers at once and knows every"
+    yield "image.\n"
     yield from table(["", "before", "now", "ratio"], cost.rows(found))
 
 

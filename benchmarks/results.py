@@ -14,16 +14,20 @@ FOLDER = Path(__file__).parent / "results"
 
 
 def measure(
-    section: str, measured: Callable[[], dict[str, Any]], *, long: bool = False
+    section: str,
+    measured: Callable[[], dict[str, Any]],
+    *,
+    long: bool = False,
+    command: str = "",
 ) -> dict[str, Any]:
-    """Runs a section and keeps what it found."""
+    """Runs a section and keeps what it found. command: where it is not the usual one."""
     about = about_this_run()
     started = time.monotonic()
     found = measured()
     took = time.monotonic() - started
     kept = {
         "section": section,
-        "command": f"python -m benchmarks {section}{' --long' * long}",
+        "command": command or f"python -m benchmarks {section}{' --long' * long}",
         **about,
         "load_average_after": os.getloadavg()[0],
         "commit": _commit(),

@@ -6,10 +6,8 @@ the first of them makes the next, for all. So a lone call is sent at once, and n
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import redis
 
 #: The most calls of a round trip: Redis serves nobody else meanwhile.
 MOST = 32
@@ -28,10 +26,13 @@ class _Call:
 
 
 class Combined:
-    """Calls of scripts on one Redis. A call takes up to two of the client's timeouts."""
+    """Calls of scripts on one Redis. A call takes up to two of its client's timeouts.
 
-    def __init__(self, client: "redis.Redis") -> None:
-        self._redis = client
+    pipeline: makes a pipeline that is no transaction.
+    """
+
+    def __init__(self, pipeline: Callable[[], Any]) -> None:
+        self._pipeline = pipeline
         self._lock = threading.Lock()
         self._waiting: deque[_Call] = deque()
         self._is_led = False
@@ -69,10 +70,10 @@ class Combined:
                     call.woken.release()
 
     def _answer(self, calls: Sequence[_Call]) -> None:
-        pipeline = self._redis.pipeline(transaction=False)
-        for call in calls:
-            pipeline.evalsha(call.sha, 0, *call.args)
         try:
+            pipeline = self._pipeline()
+            for call in calls:
+                pipeline.evalsha(call.sha, 0, *call.args)
             answers = pipeline.execute(raise_on_error=False)
         except BaseException as error:
             answers = [error] * len(calls)

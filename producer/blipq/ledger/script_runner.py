@@ -39,15 +39,19 @@ def _with_used(shared: str, script: str) -> str:
 
 
 class ScriptRunner:
-    """Base of the ledger's clients. ``shared``: what stands between ``common.lua`` and a script."""
+    """Base of the ledger's clients. ``shared``: what stands between ``common.lua`` and a script.
+
+    ``combined``: scripts that threads run in one round trip with what others run at the same time.
+    """
 
     shared: tuple[str, ...] = ()
+    combined: frozenset[str] = frozenset()
 
     def __init__(self, client: "redis.Redis", settings: Settings) -> None:
         self.redis = client
         self.settings = settings
         self._scripts: dict[str, Any] = {}
-        self._combined = Combined(client)
+        self._combined = Combined(lambda: self.redis.pipeline(transaction=False))
 
     @classmethod
     def beside(cls, ledger: object) -> Self:
@@ -61,11 +65,9 @@ class ScriptRunner:
         self.redis.close()
 
     def _run(self, script: str, *args: str | int | float) -> Any:
-        return self._script(script)(args=args)
-
-    def _run_combined(self, script: str, *args: str | int | float) -> Any:
-        """The same, in one round trip with what other threads run at the same time."""
         found = self._script(script)
+        if script not in self.combined:
+            return found(args=args)
         try:
             return self._combined(found.sha, args)
         except redis.exceptions.NoScriptError:

@@ -84,6 +84,8 @@ class WorkerLedger(ProducerLedger):
     QueueUnavailable and QueueFull, and can then be repeated.
     """
 
+    combined = frozenset({"claim", "finish"})
+
     def claim(
         self, id: str, worker: str, *, lease_s: float = LEASE_S, nonce: str | None = None
     ) -> Claim | Unclaimed:
@@ -93,7 +95,7 @@ class WorkerLedger(ProducerLedger):
         """
         nonce = nonce or new_nonce()
         with redis_errors(id):
-            outcome, *pairs = self._run_combined("claim", id, worker, ms(lease_s), CONTRACT, nonce)
+            outcome, *pairs = self._run("claim", id, worker, ms(lease_s), CONTRACT, nonce)
         if outcome != "claimed":
             return cast("Unclaimed", outcome)
         job = paired(pairs)
@@ -159,7 +161,7 @@ class WorkerLedger(ProducerLedger):
     ) -> bool:
         ttl = ms(self.settings.dead_letter_ttl) if dead else 0
         with redis_errors(id):
-            return bool(self._run_combined("finish", id, token, status, ttl, *flat(fields)))
+            return bool(self._run("finish", id, token, status, ttl, *flat(fields)))
 
     def retry(self, claim: Claim, delay_s: float, error: str = "") -> bool:
         """Puts a job back for a later, counted retry; the reconciler publishes it when due.

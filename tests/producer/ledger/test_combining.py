@@ -28,11 +28,11 @@ class Counting:
         self.trips = 0
         self.going_on = threading.Event()
 
-    def pipeline(self, **options: Any) -> Any:
+    def pipeline(self) -> Any:
         self.trips += 1
         if self.trips == 1:
             assert self.going_on.wait(30)
-        return self._client.pipeline(**options)
+        return self._client.pipeline(transaction=False)
 
 
 @pytest.fixture
@@ -42,22 +42,24 @@ def counting(raw_redis: "redis.Redis") -> Iterator[Counting]:
     counting.going_on.set()
 
 
-def at_once(combined: Combined, count: int, call: Callable[[int], Any]) -> list[Any]:
+def at_once(
+    counting: Counting, combined: Combined, count: int, call: Callable[[int], Any]
+) -> list[Any]:
     """The first call is under way while the others come; what each of them came to."""
     with ThreadPoolExecutor(count) as threads:
         first = threads.submit(call, 0)
-        wait_until(lambda: combined._redis.trips == 1, "the first round trip")  # type: ignore[attr-defined]
+        wait_until(lambda: counting.trips == 1, "the first round trip")
         others = [threads.submit(call, number) for number in range(1, count)]
         wait_until(lambda: len(combined._waiting) == count - 1, "the others to wait")
-        combined._redis.going_on.set()  # type: ignore[attr-defined]
+        counting.going_on.set()
         return [each.exception() or each.result() for each in [first, *others]]
 
 
 def test_calls_that_come_while_one_is_under_way_share_the_next_round_trip(
     counting: Counting, raw_redis: "redis.Redis"
 ) -> None:
-    combined, sha = Combined(counting), raw_redis.script_load(ECHO)  # type: ignore[arg-type]
-    answers = at_once(combined, 20, lambda number: combined(sha, [f"call {number}"]))
+    combined, sha = Combined(counting.pipeline), raw_redis.script_load(ECHO)
+    answers = at_once(counting, combined, 20, lambda number: combined(sha, [f"call {number}"]))
     assert answers == [f"call {number}" for number in range(20)]
     assert counting.trips == 2
 
@@ -65,17 +67,19 @@ def test_calls_that_come_while_one_is_under_way_share_the_next_round_trip(
 def test_more_calls_than_fit_take_further_round_trips(
     counting: Counting, raw_redis: "redis.Redis"
 ) -> None:
-    combined, sha = Combined(counting), raw_redis.script_load(ECHO)  # type: ignore[arg-type]
+    combined, sha = Combined(counting.pipeline), raw_redis.script_load(ECHO)
     count = 2 * MOST + 2
-    answers = at_once(combined, count, lambda number: combined(sha, [str(number)]))
+    answers = at_once(counting, combined, count, lambda number: combined(sha, [str(number)]))
     assert answers == [str(number) for number in range(count)]
     assert counting.trips == 4
 
 
 def test_an_error_is_that_of_its_call_alone(counting: Counting, raw_redis: "redis.Redis") -> None:
-    combined = Combined(counting)  # type: ignore[arg-type]
+    combined = Combined(counting.pipeline)
     scripts = [raw_redis.script_load(ECHO), raw_redis.script_load(FAILING)]
-    answers = at_once(combined, 6, lambda number: combined(scripts[number % 2], [str(number)]))
+    answers = at_once(
+        counting, combined, 6, lambda number: combined(scripts[number % 2], [str(number)])
+    )
     assert [str(answer) for answer in answers] == [str(number) for number in range(6)]
     assert [isinstance(each, redis.ResponseError) for each in answers] == [False, True] * 3
 
@@ -83,7 +87,7 @@ def test_an_error_is_that_of_its_call_alone(counting: Counting, raw_redis: "redi
 def test_what_meets_no_redis_raises_in_every_thread_and_the_next_call_goes_on(
     counting: Counting, raw_redis: "redis.Redis", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    combined, sha = Combined(counting), raw_redis.script_load(ECHO)  # type: ignore[arg-type]
+    combined, sha = Combined(counting.pipeline), raw_redis.script_load(ECHO)
 
     def away(**options: Any) -> Any:
         raise redis.ConnectionError("away")
