@@ -1,6 +1,5 @@
 """Wires a worker that is one process together and runs it from start to drain: knows all parts."""
 
-import gc
 import logging
 import os
 import secrets
@@ -92,7 +91,6 @@ class Worker:
 
     def run(self) -> int:
         """Works until it is told to stop; the exit code."""
-        gc.freeze()  # what is loaded stays: collections need not walk it, with everything stopped
         self._engine.batcher.start()
         self._jobs.writer.start()
         self._heartbeat.start()

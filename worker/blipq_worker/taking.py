@@ -1,5 +1,6 @@
 """Takes jobs from Celery's queues and runs them: what each process that does so has in common."""
 
+import gc
 import logging
 import os
 import signal
@@ -76,6 +77,7 @@ class Taker:
     def run(self) -> int:
         """Takes jobs until it is to stop and those that run have ended; the exit code."""
         options = self._base.options
+        gc.freeze()  # what is loaded stays: collections need not walk it, with everything stopped
         # A receiver, so that Celery leaves logging as the process set it up.
         setup_logging.connect(_keep_logging)
         # Its "succeeded" means that a task returned, also where its job is retried or handed back:
