@@ -1,6 +1,9 @@
 """Where a worker's processes meet."""
 
+import shutil
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,12 @@ from blipq_worker.supervision.folder import RunFolder
 
 
 @pytest.fixture
-def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    return tmp_path
+def parent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a short path: pytest's own are too deep for sockets where tests run at once."""
+    folder = Path(tempfile.mkdtemp(prefix="bq"))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    yield folder
+    shutil.rmtree(folder)
 
 
 def test_a_folder_is_private_and_goes_with_its_worker(parent: Path) -> None:
@@ -46,17 +52,17 @@ def test_a_folder_whose_engine_still_lives_stays(parent: Path) -> None:
 
 
 def test_a_path_too_long_for_a_socket_is_passed_over(
-    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parent: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    deep = tmp_path / ("d" * 100)
+    deep = parent / ("d" * 100)
     deep.mkdir()
-    other = tmp_path / "o"
+    other = parent / "o"
     other.mkdir()
     monkeypatch.setenv("TMPDIR", str(deep))
-    monkeypatch.setattr(module, "_PARENTS", (str(tmp_path / "missing"), str(other)))
+    monkeypatch.setattr(module, "_PARENTS", (str(parent / "missing"), str(other)))
     folder = RunFolder()
     assert folder.path.parent == other
     folder.remove()
-    monkeypatch.setattr(module, "_PARENTS", (str(tmp_path / "missing"),))
+    monkeypatch.setattr(module, "_PARENTS", (str(parent / "missing"),))
     with pytest.raises(InvalidRequest, match="BLIPQ_FRONTS=0 does without"):
         RunFolder()
