@@ -173,8 +173,12 @@ def _turn(turn: Turn | tuple[str, str]) -> Turn:
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A request with its options and its id: however often it is submitted, it is one job."""
+    """A request with its options and its id: however often it is submitted, it is one job.
+
+    tenant: whose job it is, which is written into its record. Idempotency keys are the tenant's.
+    """
 
     request: Request
     options: Options = field(default_factory=Options)
     id: str = field(default_factory=new_id)
+    tenant: str | None = None

@@ -43,6 +43,8 @@ def commands(group: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Every command with its full name."""
     for name in sorted(group.commands):
         command = loaded(group.commands[name])
+        if getattr(command, "invoke_without_command", False):
+            yield f"{path} {name}", command
         if hasattr(command, "commands"):
             yield from commands(command, f"{path} {name}")
         elif not command.hidden:

@@ -48,6 +48,7 @@ _PANELS: dict[str, list[tuple[str, str | None, str]]] = {
         ("bench", None, "Compare the whole service with the bare engine."),
     ],
     "Operate it": [
+        ("api", "api:app", "Answer HTTP until SIGTERM: jobs, uploads, queues, webhooks."),
         ("doctor", "doctor:doctor", "Check everything a job needs."),
         ("queue", "overview:app", "The queues that jobs wait in."),
         ("dead-letters", "dead_letters:app", "Jobs that are out of attempts."),
@@ -55,7 +56,7 @@ _PANELS: dict[str, list[tuple[str, str | None, str]]] = {
         ("metrics", "metrics:metrics", "Serve Prometheus metrics of the queues until SIGTERM."),
     ],
 }
-_GROUPS = frozenset({"bulk", "dead-letters", "index", "models", "queue", "webhooks"})
+_GROUPS = frozenset({"api", "bulk", "dead-letters", "index", "models", "queue", "webhooks"})
 _PLACES = {name: place for panel in _PANELS.values() for name, place, _ in panel}
 
 #: Names and help.

@@ -200,7 +200,11 @@ class AsyncClient(ClientBase):
     # -- any kind --
 
     async def submit(
-        self, request: Asks[ResultT], options: Options | None = None, *, id: str | None = None
+        self,
+        request: Asks[ResultT] | Submission,
+        options: Options | None = None,
+        *,
+        id: str | None = None,
     ) -> AsyncJob[ResultT]:
         """Submits a request of any kind, like ``Client.submit``."""
         submission = submission_of(request, options, id)

@@ -45,8 +45,12 @@ class ClientBase:
         return time.monotonic() + (options.expires_in or self.settings.default_expires_in)
 
 
-def submission_of(request: Asks[Any], options: Options | None, id: str | None) -> Submission:
+def submission_of(
+    request: Asks[Any] | Submission, options: Options | None, id: str | None
+) -> Submission:
     """A submission with the usual options and an id, where none are given."""
+    if isinstance(request, Submission):
+        return request
     return Submission(cast(Request, request), options or Options(), id or new_id())
 
 

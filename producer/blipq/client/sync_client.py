@@ -212,9 +212,15 @@ class Client(ClientBase):
     # -- any kind --
 
     def submit(
-        self, request: Asks[ResultT], options: Options | None = None, *, id: str | None = None
+        self,
+        request: Asks[ResultT] | Submission,
+        options: Options | None = None,
+        *,
+        id: str | None = None,
     ) -> Job[ResultT]:
         """Submits a request of any kind; when this returns, the job will reach an outcome.
+
+        A ``Submission`` brings options and an id of its own.
 
         The same ``id`` or idempotency key with the same request is the same job, so a submit that
         raised QueueUnavailable can be repeated with its ``job_id``. A model that no worker serves

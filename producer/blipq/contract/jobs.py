@@ -66,6 +66,7 @@ class JobInfo(Output):
     ``image`` is where its image is, without the query of a URL, which may hold a signature.
     While the job is open, ``live_workers`` says how many live workers serve its model, ``note``
     what keeps it from being run, if that is known, and ``last_error`` why it is run again.
+    ``tenant`` is whose job it is, where it came through the HTTP door with a key.
     """
 
     id: str
@@ -82,6 +83,7 @@ class JobInfo(Output):
     error: JobError | None = None
     receipt: Receipt | None = None
     metadata: dict[str, str] = Field(default_factory=dict)
+    tenant: str | None = None
     live_workers: int | None = None
     note: str | None = None
     last_error: JobError | None = None

@@ -93,11 +93,12 @@ class Polled:
         )
 
 
-def digest(request: str, options: Options) -> str:
-    """What makes two submits the same: the request and every option but the key itself."""
+def digest(request: str, options: Options, tenant: str | None = None) -> str:
+    """What makes two submits the same: the request, every option but the key itself, the tenant."""
     given = options.model_dump(mode="json", exclude_defaults=True, exclude={"idempotency_key"})
     rest = json.dumps(given, sort_keys=True)  # metadata in another order is the same
-    return hashlib.sha256(f"{request}\n{rest}".encode()).hexdigest()[:32]
+    of = f"\n{tenant}" if tenant is not None else ""
+    return hashlib.sha256(f"{request}\n{rest}{of}".encode()).hexdigest()[:32]
 
 
 def prepare(submission: Submission, settings: Settings, *, notify: str) -> Prepared:
@@ -115,9 +116,11 @@ def prepare(submission: Submission, settings: Settings, *, notify: str) -> Prepa
         "result_ttl": ms(settings.result_ttl),
         "failed_ttl": ms(settings.failed_ttl),
         **_optional_fields(options),
+        **({} if submission.tenant is None else {"tenant": submission.tenant}),
     }
     expires_in_ms = ms(options.expires_in or settings.default_expires_in)
-    return Prepared(submission, digest(text, options), expires_in_ms, fields)
+    same = digest(text, options, submission.tenant)
+    return Prepared(submission, same, expires_in_ms, fields)
 
 
 def only(ids: Iterable[str]) -> str | None:
@@ -138,8 +141,14 @@ def submit_arguments(jobs: Iterable[Prepared], settings: Settings) -> Iterator[s
     yield declared_models(settings)
     for job in jobs:
         pairs = flat(job.fields)
-        key = job.submission.options.idempotency_key or ""
+        key = scoped_key(job.submission) or ""
         yield from (job.submission.id, job.digest, key, job.expires_in_ms, len(pairs), *pairs)
+
+
+def scoped_key(submission: Submission) -> str | None:
+    """The idempotency key as it is kept: tenants share none. A tenant's name has no colon."""
+    key, tenant = submission.options.idempotency_key, submission.tenant
+    return key if key is None or tenant is None else f"{tenant}:{key}"
 
 
 def declared_models(settings: Settings) -> str:
@@ -300,6 +309,7 @@ def job_info(id: str, job: Mapping[str, str], *, live_workers: int | None = None
             "error": loaded("error"),
             "receipt": loaded("receipt"),
             "metadata": loaded("metadata") or {},
+            "tenant": job.get("tenant"),
             "live_workers": live_workers if open_ else None,
             "last_error": loaded("last_error") if open_ else None,
             "note": f"no live worker serves the model {job['model']!r}" if unserved else None,

@@ -53,7 +53,7 @@ class Jobs:
             return codec.recorded(job.submission, *self._submit(job, max_open))
 
     def _submit(self, job: Prepared, max_open: int) -> tuple[codec.Outcome, str]:
-        submission, key = job.submission, job.submission.options.idempotency_key
+        submission, key = job.submission, codec.scoped_key(job.submission)
         for id in filter(None, (self._ids.get(key or ""), submission.id)):
             if (known := self._records.get(id)) is not None:
                 return "exists" if known.digest == job.digest else "conflict", id
@@ -68,6 +68,7 @@ class Jobs:
             created_at=now,
             expires_at=now + timedelta(milliseconds=job.expires_in_ms),
             metadata=submission.options.metadata,
+            tenant=submission.tenant,
         )
         self._records[submission.id] = _Record(submission, job.digest, info)
         if key:

@@ -49,14 +49,28 @@ class Group(typer.Typer):
         """Decorator: registers a function as a command, with its docstring as help."""
 
         def register(function: CommandT) -> CommandT:
-            text, examples = split_help(function)
-            # Lines are broken for the terminal's width, not where the docstring has it.
-            text = "\n\n".join(" ".join(each.split()) for each in text.split("\n\n"))
-            given = {"cls": Command, "short_help": _first_sentence(text), **options}
-            given["epilog"] = escape("Examples:\n\n" + "\n".join(examples)) if examples else None
-            return super(Group, self).command(name, help=text, **given)(function)
+            given = {"cls": Command, **_described(function), **options}
+            return super(Group, self).command(name, **given)(function)
 
         return register
+
+    def callback(self, **options: Any) -> Callable[[CommandT], CommandT]:
+        """Decorator: registers what the group does itself, with its docstring as help."""
+
+        def register(function: CommandT) -> CommandT:
+            given = {**_described(function), **options}
+            return super(Group, self).callback(**given)(function)
+
+        return register
+
+
+def _described(function: Callable[..., Any]) -> dict[str, Any]:
+    """Typer's options for a docstring."""
+    text, examples = split_help(function)
+    # Lines are broken for the terminal's width, not where the docstring has it.
+    text = "\n\n".join(" ".join(each.split()) for each in text.split("\n\n"))
+    epilog = escape("Examples:\n\n" + "\n".join(examples)) if examples else None
+    return {"help": text, "short_help": _first_sentence(text), "epilog": epilog}
 
 
 def split_help(function: Callable[..., Any]) -> tuple[str, list[str]]:

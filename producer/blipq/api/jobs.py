@@ -1,0 +1,283 @@
+"""Jobs: submit, look up, wait, list, cancel, retry, forget."""
+
+import asyncio
+import base64
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from blipq.api.door import (
+    Door,
+    caller_of,
+    door_of,
+    job_answer,
+    read_body,
+    read_json,
+    shown,
+    while_connected,
+)
+from blipq.api.keys import Caller
+from blipq.api.problems import Problem
+from blipq.client.job import result_of
+from blipq.client.waiting import not_found
+from blipq.contract import JobInfo, Kind, Options, Status, request_adapter
+from blipq.contract import Request as JobRequest
+from blipq.errors import InvalidRequest, ResultTimeout
+from blipq.ledger.codec import Message
+from blipq.submission import Submission, explain, new_id
+
+T = TypeVar("T")
+
+LONGEST_WAIT_S = 60.0
+MOST_LISTED = 500
+#: What the ledger knows of jobs at once: all that are listed are among these.
+MOST_KNOWN = 4000
+_PREFER = re.compile(r"(?:^|[,;\s])wait\s*=\s*(\d{1,6})(?:$|[,;\s])", re.I)
+#: Ids that callers choose: no slash, so that a path can hold them.
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{7,127}")
+_METADATA = "metadata."
+
+
+def asked_of(body: Any, key: str | None = None) -> tuple[JobRequest, Options]:
+    """A request and its options from a body: the request's fields, and ``options`` beside them.
+
+    ``key``: an idempotency key that came as a header. Raises InvalidRequest.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequest("request: an object with a kind and its fields is expected")
+    fields: dict[str, Any] = dict(body)
+    options = fields.pop("options", None)
+    options = {} if options is None else options
+    if not isinstance(options, dict):
+        raise InvalidRequest("options: an object is expected")
+    if key is not None and options.get("idempotency_key", key) != key:
+        raise InvalidRequest("options.idempotency_key: the Idempotency-Key header has another")
+    options = options if key is None else {**options, "idempotency_key": key}
+    try:
+        request = request_adapter.validate_python(fields)
+        return request, Options.model_validate(options)
+    except ValidationError as error:
+        raise InvalidRequest(_explained(error)) from None
+
+
+def _explained(error: ValidationError) -> str:
+    if error.title == Options.__name__:
+        return "; ".join(f"options.{each}" for each in explain(error, Options).split("; "))
+    return explain(error, JobRequest)
+
+
+async def submit(request: Request) -> Response:
+    """Records a job, and with ``Prefer: wait`` waits for it."""
+    return await _submit(request, new_id())
+
+
+async def put(request: Request) -> Response:
+    """Records a job under an id of the caller's."""
+    id = request.path_params["id"]
+    if not _ID.fullmatch(id):
+        text = "id: 8 to 128 letters, digits, dots, dashes and underscores are expected"
+        raise InvalidRequest(text)
+    return await _submit(request, id)
+
+
+async def _submit(request: Request, id: str) -> Response:
+    door, caller = door_of(request), caller_of(request)
+    wait = wait_of(request)
+    asked, options = asked_of(await read_json(request), request.headers.get("idempotency-key"))
+    caller.check(asked, options, door.settings.inbox_bucket)
+    job: Any = await door.client.submit(Submission(asked, options, id, caller.tenant))
+    if wait:
+        info = await ended(request, door, job.id, wait)
+        return job_answer(info, Location=_path(request, job.id), Preference_Applied="wait")
+    told = {"id": job.id, **links(request, job.id)}
+    return shown(told, 202, Location=_path(request, job.id))
+
+
+def _path(request: Request, id: str) -> str:
+    return f"{request.scope.get('root_path', '')}/v1/jobs/{id}"
+
+
+def links(request: Request, id: str) -> dict[str, str]:
+    """Where to look a job up, relative to the door's host."""
+    path = _path(request, id)
+    return {
+        "status_url": path,
+        "result_url": f"{path}/result",
+        "events_url": f"{path}/events",
+        "cancel_url": f"{path}/cancel",
+    }
+
+
+def wait_of(request: Request) -> float:
+    """How long the caller wants to wait: ``?wait=30`` or ``Prefer: wait=30``; 0 is not at all."""
+    given = request.query_params.get("wait")
+    if given is None:
+        match = _PREFER.search(request.headers.get("prefer", ""))
+        return min(float(match[1]), LONGEST_WAIT_S) if match else 0.0
+    return min(number(given, "wait", 0, 1_000_000), LONGEST_WAIT_S)
+
+
+def number(text: str, name: str, least: int, most: int) -> int:
+    """A whole number of a query. Raises InvalidRequest."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and least <= int(text) <= most):
+        raise InvalidRequest(f"{name}: a number from {least} to {most} is expected")
+    return int(text)
+
+
+async def known(door: Door, caller: Caller, id: str) -> JobInfo:
+    """The job as it is now. Raises JobNotFound, also for another tenant's."""
+    info = await door.client.ledger.read(id)
+    if info is None or not caller.sees(info.tenant):
+        raise not_found(id[:128])
+    return info
+
+
+async def ended(request: Request, door: Door, id: str, seconds: float) -> JobInfo:
+    """The job when it has ended, or after these seconds."""
+    try:
+        info = await while_connected(request, door, door.client.job(id).wait(seconds))
+    except ResultTimeout:
+        info = None
+    if info is not None:
+        return info
+    return await door.client.job(id).info()
+
+
+async def read(request: Request) -> Response:
+    """A job, at once or when it has ended."""
+    door, id = door_of(request), request.path_params["id"]
+    info = await known(door, caller_of(request), id)
+    if (wait := wait_of(request)) and not info.ended:
+        await read_body(request, 0)
+        return job_answer(await ended(request, door, id, wait), Preference_Applied="wait")
+    return job_answer(info)
+
+
+async def result(request: Request) -> Response:
+    """A job's result alone; the job while it is open."""
+    door, id = door_of(request), request.path_params["id"]
+    info = await known(door, caller_of(request), id)
+    if (wait := wait_of(request)) and not info.ended:
+        await read_body(request, 0)
+        info = await ended(request, door, id, wait)
+    if not info.ended:
+        return job_answer(info)
+    found: Any = result_of(info)
+    return shown(found)
+
+
+async def cancel(request: Request) -> Response:
+    """Cancels a job; one that had ended stays as it is."""
+    door, caller, id = door_of(request), caller_of(request), request.path_params["id"]
+    await known(door, caller, id)
+    await door.client.job(id).cancel()
+    return job_answer(await known(door, caller, id), 200)
+
+
+async def retry(request: Request) -> Response:
+    """Queues a dead letter again."""
+    door, caller, id = door_of(request), caller_of(request), request.path_params["id"]
+    await known(door, caller, id)
+    message = await door.operate(lambda operator: operator.retry_dead_letter(id))
+    if message is None:
+        raise Problem(409, "not_retryable", f"{id} is no dead letter: only those are tried again")
+    await _publish(door, message)
+    return job_answer(await known(door, caller, id), 202)
+
+
+async def _publish(door: Door, message: Message) -> None:
+    """What is not taken in time is published by the reconciler: the job is recorded."""
+    sent = asyncio.wrap_future(door.client.broker.send([message]))
+    await asyncio.wait([sent], timeout=door.settings.timeout_s)
+    if sent.done() and not sent.cancelled() and (error := sent.exception()) is not None:
+        door.client.broker.tell(error)
+
+
+async def forget(request: Request) -> Response:
+    """Deletes the record of a job that has ended."""
+    door, id = door_of(request), request.path_params["id"]
+    info = await known(door, caller_of(request), id)
+    if not info.ended:
+        raise Problem(409, "job_open", f"{id} is {info.status}: cancel it first")
+    if not await door.client.ledger.release([id]):
+        text = f"{id} is kept: it is a dead letter, or its webhook is not delivered yet"
+        raise Problem(409, "job_kept", text)
+    return Response(status_code=204)
+
+
+# -- lists --
+
+
+async def list_(request: Request) -> Response:
+    """Jobs, the newest first: open ones, and the last thousand that ended."""
+    door, caller = door_of(request), caller_of(request)
+    query = dict(request.query_params)
+    limit = number(query.pop("limit", "50"), "limit", 1, MOST_LISTED)
+    after = _cursor(query.pop("cursor", None))
+    status = _one_of(Status, query.pop("status", None), "status")
+    kind = _one_of(Kind, query.pop("kind", None), "kind")
+    model = query.pop("model", None)
+    metadata = {
+        name.removeprefix(_METADATA): query.pop(name)
+        for name in [*query]
+        if name.startswith(_METADATA)
+    }
+    if query:
+        raise InvalidRequest(f"{min(query)[:100]}: no such filter")
+    jobs = await door.operate(
+        lambda operator: operator.jobs(status=status, model=model, limit=MOST_KNOWN)
+    )
+    found = sorted(
+        (
+            info
+            for info in jobs
+            if caller.sees(info.tenant) and kind in (None, info.kind) and _has(info, metadata)
+        ),
+        key=_place,
+        reverse=True,
+    )
+    rest = [info for info in found if after is None or _place(info) < after]
+    page: dict[str, Any] = {"jobs": [_listed(info) for info in rest[:limit]]}
+    if len(rest) > limit:
+        page["next_cursor"] = _cursor_of(rest[limit - 1])
+    return shown(page)
+
+
+def _listed(info: JobInfo) -> dict[str, Any]:
+    """A job without its result, which may be large."""
+    return info.model_dump(mode="json", exclude_none=True, exclude={"result"})
+
+
+def _has(info: JobInfo, metadata: Mapping[str, str]) -> bool:
+    return all(info.metadata.get(name) == value for name, value in metadata.items())
+
+
+def _place(info: JobInfo) -> tuple[float, str]:
+    return info.created_at.timestamp(), info.id
+
+
+def _cursor_of(info: JobInfo) -> str:
+    at, id = _place(info)
+    return base64.urlsafe_b64encode(f"{at!r} {id}".encode()).decode()
+
+
+def _cursor(text: str | None) -> tuple[float, str] | None:
+    if text is None:
+        return None
+    try:
+        at, _, id = base64.b64decode(text, altchars=b"-_", validate=True).decode().partition(" ")
+        return float(at), id
+    except ValueError:
+        raise InvalidRequest("cursor: it is none that a list gave") from None
+
+
+def _one_of(kind: Callable[[str], T], text: str | None, name: str) -> T | None:
+    try:
+        return None if text is None else kind(text)
+    except ValueError:
+        known = ", ".join(cast(Any, kind))
+        raise InvalidRequest(f"{name}: one of {known} is expected") from None

@@ -1,0 +1,228 @@
+"""Who may do what: the file of keys, which holds their digests alone."""
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import time
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from blipq.api.problems import Problem
+from blipq.contract import ImageRef, Name, Options, Request, split_s3_uri
+from blipq.errors import InvalidRequest
+from blipq.s3.outputs import is_allowed
+from blipq.submission import explain
+
+log = logging.getLogger(__name__)
+
+Scope = Literal["submit", "read", "cancel", "admin"]
+ALL_SCOPES: tuple[Scope, ...] = ("submit", "read", "cancel", "admin")
+#: In a list of what is allowed: all of it.
+ANY = "*"
+#: How often the file is looked at, at the most.
+CHECK_EVERY_S = 1.0
+
+
+class Key(BaseModel):
+    """A key's entry in the file.
+
+    buckets and outputs hold buckets, or folders as ``bucket/folder``. ``*`` is all of a kind. What
+    is in the tenant's own part of the inbox may always be read.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    tenant: Name
+    scopes: tuple[Scope, ...] = ("submit", "read", "cancel")
+    models: tuple[str, ...] = ("default",)
+    buckets: tuple[str, ...] = ()
+    image_hosts: tuple[str, ...] = ()
+    indexes: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    webhook_hosts: tuple[str, ...] = ()
+    rate: Annotated[float, Field(gt=0)] | None = None
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    keys: dict[Name, Key] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whoever sends a request: a key, or on loopback without keys this machine's user."""
+
+    name: str
+    tenant: str | None
+    scopes: Sequence[Scope]
+    key: Key | None = None
+
+    def require(self, scope: Scope) -> None:
+        """Raises Problem unless the key has the scope."""
+        if scope not in self.scopes:
+            raise Problem(403, "forbidden", f"the key {self.name!r} lacks the scope {scope!r}")
+
+    def sees(self, tenant: str | None) -> bool:
+        """Whether a job of this tenant exists for the caller."""
+        return self.tenant is None or tenant == self.tenant or "admin" in self.scopes
+
+    @property
+    def folder(self) -> str:
+        """The caller's part of the inbox: "", or the tenant and a slash."""
+        return "" if self.tenant is None else f"{self.tenant}/"
+
+    def check(self, request: Request, options: Options, inbox: str) -> None:
+        """Raises Problem for what the key does not allow. ``inbox``: the name of its bucket."""
+        if self.key is None:
+            return
+        self._check_name("options.model", options.model, self.key.models, "models")
+        if request.image is not None:
+            self._check_image(self.key, request.image, inbox)
+        if (index := _index_of(request)) is not None:
+            self._check_name("index", index, self.key.indexes, "indexes")
+        if options.output is not None:
+            place = split_s3_uri(options.output)
+            self._check_place("options.output", place, self.key.outputs, "outputs")
+        if options.webhook is not None:
+            self._check_host("options.webhook", options.webhook.url, self.key.webhook_hosts)
+
+    def _check_image(self, key: Key, image: ImageRef, inbox: str) -> None:
+        if image.in_s3:
+            allowed = (*key.buckets, f"{inbox}/{self.folder}")
+            self._check_place("image", (image.bucket, image.key), allowed, "buckets")
+        else:
+            self._check_host("image", image.uri, key.image_hosts)
+
+    def _check_place(
+        self, field: str, place: tuple[str, str], allowed: Sequence[str], names: str
+    ) -> None:
+        if ANY not in allowed and not (allowed and is_allowed(*place, allowed)):
+            raise self._forbidden(field, f"s3://{place[0]}/{place[1]}", names)
+
+    def _check_host(self, field: str, url: str, allowed: Sequence[str]) -> None:
+        host = urlsplit(url).hostname or ""
+        self._check_name(field, host, allowed, f"{field.rpartition('.')[2]}_hosts")
+
+    def _check_name(self, field: str, name: str, allowed: Sequence[str], names: str) -> None:
+        if ANY not in allowed and name not in allowed:
+            raise self._forbidden(field, name, names)
+
+    def _forbidden(self, field: str, what: str, names: str) -> Problem:
+        text = f"{field}: {what} is not among the {names} of the key {self.name!r}"
+        return Problem(403, "forbidden", text)
+
+
+def _index_of(request: Request) -> str | None:
+    index = getattr(request, "index", None)
+    return getattr(index, "name", index)
+
+
+#: The caller of a door without keys.
+LOCAL = Caller("local", None, ALL_SCOPES)
+
+
+class Keyring:
+    """The keys of a file, which is read again when it changes. Raises InvalidRequest at first."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._checked_at = time.monotonic()
+        self._stamp = _stamp(path)
+        self._callers = _callers(path)
+
+    def find(self, secret: str) -> Caller | None:
+        """Whose key it is. A digest is looked up: how long that takes says nothing of the key."""
+        self._refresh()
+        return self._callers.get(digest(secret))
+
+    def _refresh(self) -> None:
+        """What cannot be read changes nothing: an edit that went wrong must lock nobody out."""
+        now = time.monotonic()
+        if now < self._checked_at + CHECK_EVERY_S:
+            return
+        self._checked_at = now
+        try:
+            stamp = _stamp(self._path)
+            if stamp != self._stamp:
+                self._callers, self._stamp = _callers(self._path), stamp
+                log.info("%s: %d keys", self._path, len(self._callers))
+        except InvalidRequest as error:
+            log.error("the keys stay as they are: %s", error)
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise InvalidRequest(f"BLIPQ_API_KEYS: cannot read {path}: {error.strerror}") from None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _callers(path: Path) -> dict[str, Caller]:
+    """The callers by the digests of their keys. Raises InvalidRequest."""
+    return {
+        key.sha256: Caller(name, key.tenant, key.scopes, key)
+        for name, key in read_keys(path).items()
+    }
+
+
+def read_keys(path: Path) -> dict[str, Key]:
+    """The entries of a file by name. Raises InvalidRequest, which repeats no digest."""
+    try:
+        told: Any = tomllib.loads(path.read_text())
+        return TypeAdapter(_File).validate_python(told).keys
+    except OSError as error:
+        raise InvalidRequest(f"BLIPQ_API_KEYS: cannot read {path}: {error.strerror}") from None
+    except ValidationError as error:
+        raise InvalidRequest(f"{path}: {explain(error, _File)}") from None
+    except ValueError as error:
+        raise InvalidRequest(f"{path}: {error}") from None
+
+
+def digest(secret: str) -> str:
+    """What the file holds of a key. It has 256 random bits, so that a salt would add nothing."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def add_key(path: Path, name: str, tenant: str, lists: Mapping[str, Iterable[str]]) -> str:
+    """Adds an entry to the file, which is made if need be; the key, which is kept nowhere.
+
+    ``lists``: scopes and what is allowed; an empty one is left to the default. Raises
+    InvalidRequest.
+    """
+    known = read_keys(path) if path.exists() else {}
+    if name in known:
+        raise InvalidRequest(f"{path} has a key {name!r} already")
+    secret = f"blipq_{secrets.token_urlsafe(32)}"
+    entry: dict[str, Any] = {"sha256": digest(secret), "tenant": tenant}
+    entry |= {field: list(values) for field, values in lists.items() if values}
+    try:
+        TypeAdapter(_File).validate_python({"keys": {name: entry}})
+    except ValidationError as error:
+        raise InvalidRequest(explain(error, _File)) from None
+    lines = [f"[keys.{json.dumps(name)}]", *(f"{f} = {json.dumps(v)}" for f, v in entry.items())]
+    before = path.read_text().rstrip("\n") + "\n\n" if path.exists() else ""
+    _replace(path, before + "\n".join(lines) + "\n")
+    return secret
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file that its owner alone reads, whole or not at all."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(text)
+        new.replace(path)
+    except OSError as error:
+        raise InvalidRequest(f"cannot write {path}: {error.strerror}") from None
