@@ -149,9 +149,9 @@ async def ended(request: Request, door: Door, id: str, seconds: float) -> JobInf
 
 async def read(request: Request) -> Response:
     """A job, at once or when it has ended."""
-    door, id = door_of(request), request.path_params["id"]
+    door, id, wait = door_of(request), request.path_params["id"], wait_of(request)
     info = await known(door, caller_of(request), id)
-    if (wait := wait_of(request)) and not info.ended:
+    if wait and not info.ended:
         await read_body(request, 0)
         return job_answer(await ended(request, door, id, wait), Preference_Applied="wait")
     return job_answer(info)
@@ -159,9 +159,9 @@ async def read(request: Request) -> Response:
 
 async def result(request: Request) -> Response:
     """A job's result alone; the job while it is open."""
-    door, id = door_of(request), request.path_params["id"]
+    door, id, wait = door_of(request), request.path_params["id"], wait_of(request)
     info = await known(door, caller_of(request), id)
-    if (wait := wait_of(request)) and not info.ended:
+    if wait and not info.ended:
         await read_body(request, 0)
         info = await ended(request, door, id, wait)
     if not info.ended:

@@ -55,6 +55,13 @@ def start(stack: LocalStack, apart: Settings, tmp_path: Path) -> Iterator[Start]
         service.stop(timeout=30)
 
 
+def beside(stack: LocalStack) -> Settings:
+    """The settings of ``apart``, for what outlives a test."""
+    fields = stack.settings_fields()
+    fields["redis_url"] = fields["redis_url"].removesuffix("/0") + "/1"
+    return Settings.model_validate(fields | {"known_models": KNOWN_MODELS})
+
+
 def service_of(
     stack: LocalStack,
     settings: Settings,
@@ -87,10 +94,7 @@ def running(service: Service) -> DoorProcess:
 
 @pytest.fixture(scope="module")
 def open_door(stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DoorProcess]:
-    fields = stack.settings_fields()
-    fields["redis_url"] = fields["redis_url"].removesuffix("/0") + "/1"
-    settings = Settings.model_validate(fields | {"known_models": KNOWN_MODELS})
-    service = service_of(stack, settings, tmp_path_factory.mktemp("door") / "door.log")
+    service = service_of(stack, beside(stack), tmp_path_factory.mktemp("door") / "door.log")
     yield running(service)
     service.stop(timeout=30)
 

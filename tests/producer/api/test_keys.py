@@ -1,0 +1,284 @@
+"""Who may do what: keys and their tenants, and doors without keys."""
+
+import json
+import re
+import stat
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from blipq import Settings
+from blipq.ledger.worker import WorkerLedger
+from blipq.local.stack import LocalStack
+from conftest import blipq, wait_until
+from producer.api.conftest import CAPTION, DoorProcess, Start, beside, running, service_of
+from producer.api.test_jobs import code_of, finish, submitted
+
+
+def new_key(file: Path, name: str, *options: str) -> str:
+    ran = blipq("api", "keys", "new", name, "--file", str(file), *options)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("keys")
+
+
+@pytest.fixture(scope="module")
+def keys(folder: Path) -> dict[str, str]:
+    """Keys of two tenants, and of an operator, in ``keys.toml``."""
+    file = folder / "keys.toml"
+    return {
+        "shop": new_key(file, "shop", "--bucket", "photos/shop", "--model", "default"),
+        "reader": new_key(file, "reader", "--tenant", "shop", "--scope", "read"),
+        "other": new_key(file, "other", "--bucket", "*"),
+        "operator": new_key(file, "operator", "--scope", "admin", "--scope", "read"),
+    }
+
+
+@pytest.fixture(scope="module")
+def keyed_door(stack: LocalStack, keys: dict[str, str], folder: Path) -> Iterator[DoorProcess]:
+    options = {"api_keys": str(folder / "keys.toml")}
+    service = service_of(stack, beside(stack), folder / "door.log", options=options)
+    yield running(service)
+    service.stop(timeout=30)
+
+
+@pytest.fixture
+def guarded(keyed_door: DoorProcess, apart: Settings) -> DoorProcess:
+    """A door with keys, on a database that is empty."""
+    return keyed_door
+
+
+MINE = {"kind": "caption", "image": "s3://photos/shop/cat.jpg"}
+
+
+def test_a_key_has_256_bits_and_the_file_its_digest_alone(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    key, other = new_key(file, "a"), new_key(file, "b.c", "--bucket", 'x"y')
+    assert re.fullmatch(r"blipq_[\w-]{43}", key)
+    assert key != other
+    assert key not in file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert set(tomllib.loads(file.read_text())["keys"]) == {"a", "b.c"}
+    again = blipq("api", "keys", "new", "a", "--file", str(file))
+    assert (again.returncode, "already" in again.stderr) == (2, True)
+
+
+def test_another_tenants_job_does_not_exist(
+    guarded: DoorProcess, keys: dict[str, str], ledger: WorkerLedger
+) -> None:
+    with guarded.http(keys["shop"]) as shop, guarded.http(keys["other"]) as other:
+        id = submitted(shop, MINE)
+        assert shop.get(f"/v1/jobs/{id}").json()["tenant"] == "shop"
+        for method, path in (
+            ("GET", ""),
+            ("GET", "/result"),
+            ("GET", "/events"),
+            ("DELETE", ""),
+            ("POST", "/cancel"),
+            ("POST", "/retry"),
+            ("POST", "/forget"),
+        ):
+            answer = other.request(method, f"/v1/jobs/{id}{path}")
+            assert code_of(answer) == (404, "job_not_found")
+            assert answer.json()["detail"] == (
+                f"no job {id}: never submitted, or past its retention"
+            )
+        assert other.get("/v1/jobs").json()["jobs"] == []
+        assert [job["id"] for job in shop.get("/v1/jobs").json()["jobs"]] == [id]
+        finish(ledger, id)
+        assert shop.get(f"/v1/jobs/{id}").json()["status"] == "succeeded"
+    with guarded.http(keys["operator"]) as operator:
+        assert operator.get(f"/v1/jobs/{id}").json()["tenant"] == "shop"
+
+
+def test_idempotency_keys_are_the_tenants(guarded: DoorProcess, keys: dict[str, str]) -> None:
+    ids = []
+    for name in ("shop", "other"):
+        with guarded.http(keys[name]) as http:
+            first = submitted(http, MINE, Idempotency_Key="order-1")
+            assert submitted(http, MINE, Idempotency_Key="order-1") == first
+            ids.append(first)
+    assert ids[0] != ids[1]
+
+
+@pytest.mark.parametrize(
+    ("body", "list"),
+    [
+        ({"kind": "caption", "image": "s3://photos/other/cat.jpg"}, "buckets"),
+        ({"kind": "caption", "image": "s3://photos/shop/../other/cat.jpg"}, "buckets"),
+        ({"kind": "caption", "image": "s3://photos/shopping/cat.jpg"}, "buckets"),
+        ({"kind": "caption", "image": "s3://blipq-inbox/other/cat.jpg"}, "buckets"),
+        ({"kind": "caption", "image": "https://example.org/cat.jpg"}, "image_hosts"),
+        ({**MINE, "options": {"model": "m"}}, "models"),
+        ({**MINE, "options": {"output": "s3://photos/shop/cat.json"}}, "outputs"),
+        ({**MINE, "options": {"webhook": {"url": "https://example.org/"}}}, "webhook_hosts"),
+        ({**MINE, "kind": "embed", "index": "photos"}, "indexes"),
+        ({"kind": "search", "index": "photos", "text": "a cat"}, "indexes"),
+    ],
+)
+def test_what_a_key_does_not_list_is_refused(
+    guarded: DoorProcess, keys: dict[str, str], body: dict[str, Any], list: str
+) -> None:
+    with guarded.http(keys["shop"]) as http:
+        answer = http.post("/v1/jobs", json=body)
+        assert code_of(answer) == (403, "forbidden")
+        assert f"{list} of the key 'shop'" in answer.json()["detail"]
+        submitted(http, {"kind": "caption", "image": "s3://blipq-inbox/shop/cat.jpg"})
+
+
+def test_a_key_without_a_scope_may_only_look(guarded: DoorProcess, keys: dict[str, str]) -> None:
+    with guarded.http(keys["shop"]) as shop, guarded.http(keys["reader"]) as reader:
+        id = submitted(shop, MINE)
+        assert reader.get(f"/v1/jobs/{id}").status_code == 202
+        assert code_of(reader.post("/v1/jobs", json=MINE)) == (403, "forbidden")
+        for path in ("cancel", "retry", "forget"):
+            assert code_of(reader.post(f"/v1/jobs/{id}/{path}")) == (403, "forbidden")
+        assert code_of(shop.get("/v1/workers")) == (403, "forbidden")
+        assert code_of(shop.get("/v1/webhooks")) == (403, "forbidden")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": "Bearer blipq_wrong"},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Basic {key}"},
+        {"X-Api-Key": "{key}"},
+    ],
+)
+def test_without_a_key_of_the_door_nothing_is_told(
+    guarded: DoorProcess, keys: dict[str, str], headers: dict[str, str]
+) -> None:
+    sent = {name: value.format(key=keys["shop"]) for name, value in headers.items()}
+    with guarded.http() as http:
+        for path in ("/v1/jobs", "/v1/jobs/job_1", "/v1/nothing"):
+            answer = http.get(path, headers=sent)
+            assert code_of(answer) == (401, "unauthorized")
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert http.get("/health").status_code == 200
+
+
+def test_the_file_is_read_again_when_it_changes_and_a_broken_one_locks_nobody_out(
+    guarded: DoorProcess, keys: dict[str, str], folder: Path
+) -> None:
+    file = folder / "keys.toml"
+
+    def status(key: str) -> int:
+        with guarded.http(key) as http:
+            return http.get("/v1/models").status_code
+
+    fresh = new_key(file, "fresh")
+    wait_until(lambda: status(fresh) == 200, "the new key")
+    whole = file.read_text()
+    file.write_text("keys = 1")
+    wait_until(lambda: status(fresh) == 200 and "stay as they are" in guarded.logged(), "the log")
+    assert status(fresh) == 200
+    entry = tomllib.loads(whole)["keys"]["fresh"]["sha256"]
+    file.write_text(whole.replace(entry, "0" * 64))
+    wait_until(lambda: status(fresh) == 401, "the key's end")
+    assert status(keys["shop"]) == 200
+
+
+def test_a_key_that_sends_too_much_is_told_when_to_come_again(
+    start: Start, keys: dict[str, str], folder: Path
+) -> None:
+    door = start(api_keys=str(folder / "keys.toml"), api_rate="0.5")
+    with door.http(keys["shop"]) as shop, door.http(keys["other"]) as other:
+        first = shop.get("/v1/models")
+        assert (first.headers["ratelimit-limit"], first.headers["ratelimit-remaining"]) == (
+            "1",
+            "0",
+        )
+        answer = shop.get("/v1/models")
+        assert code_of(answer) == (429, "rate_limited")
+        assert 1 <= int(answer.headers["retry-after"]) <= 2
+        assert other.get("/v1/models").status_code == 200
+
+
+def test_the_log_of_requests_tells_the_key_by_name_and_no_query(
+    guarded: DoorProcess, keys: dict[str, str]
+) -> None:
+    with guarded.http(keys["shop"]) as http:
+        http.headers["X-Request-ID"] = "r-1"
+        answer = http.get("/v1/jobs?limit=7&metadata.card=4111")
+        assert answer.headers["x-request-id"] == "r-1"
+        http.headers["X-Request-ID"] = 'r"\x7f'
+        assert re.fullmatch("[0-9a-f]{16}", http.get("/v1/x").headers["x-request-id"])
+    wait_until(lambda: '"/v1/x"' in guarded.logged(), "the log")
+    lines = [json.loads(line) for line in guarded.logged().splitlines() if line.startswith("{")]
+    (line,) = [line for line in lines if line["request_id"] == "r-1"]
+    assert (line["path"], line["status"], line["key"]) == ("/v1/jobs", 200, "shop")
+    assert "4111" not in guarded.logged()
+    assert keys["shop"] not in guarded.logged()
+
+
+# -- without keys --
+
+
+def test_strangers_are_not_served_without_keys(stack: LocalStack) -> None:
+    ran = blipq("api", "--host", "0.0.0.0", "--port", "0", stack=stack)
+    assert ran.returncode == 78, ran.stderr
+    assert "blipq api keys new" in ran.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"Host": "localhost:{port}"}, 200),
+        ({"Host": "[::1]:{port}"}, 200),
+        ({"Host": "attacker.example"}, 421),
+        ({"Host": "127.0.0.1.attacker.example"}, 421),
+        ({"Host": "localhost.attacker.example:{port}"}, 421),
+        ({"Host": "["}, 421),
+        ({"Origin": "http://127.0.0.1:{port}"}, 200),
+        ({"Origin": "https://attacker.example"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 200),
+    ],
+)
+def test_pages_of_other_sites_reach_nothing_on_loopback(
+    http: httpx2.Client, headers: dict[str, str], expected: int
+) -> None:
+    port = str(http.base_url.port)
+    sent = {name: value.format(port=port) for name, value in headers.items()}
+    answer = http.get("/v1/models", headers=sent)
+    assert answer.status_code == expected, answer.text
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_listed_origins_and_hosts_may_call(start: Start) -> None:
+    origin = "https://app.example.org"
+    door = start(api_origins=origin, api_hosts="door.internal")
+    with door.http(Origin=origin) as http:
+        answer = http.post("/v1/jobs", json=CAPTION)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (202, origin)
+        asks = {"Access-Control-Request-Method": "POST"}
+        preflight = http.options("/v1/jobs", headers=asks)
+        assert "Idempotency-Key" in preflight.headers["access-control-allow-headers"]
+        refused = http.options("/v1/jobs", headers={**asks, "Origin": "https://x.example"})
+        assert refused.status_code == 403
+        assert http.get("/v1/models", headers={"Host": "door.internal"}).status_code == 200
+
+
+def test_forwarded_headers_count_from_trusted_proxies_alone(start: Start) -> None:
+    forwarded = {"X-Forwarded-For": "203.0.113.9"}
+    for trusted, expected in (({}, "127.0.0.1"), ({"api_trusted_proxies": "127.0.0.0/8"}, None)):
+        door = start(**trusted)
+        with door.http() as http:
+            http.get("/v1/models", headers=forwarded)
+        wait_until(lambda door=door: '"/v1/models"' in door.logged(), "the log")
+        assert f'"client": "{expected or "203.0.113.9"}"' in door.logged()
