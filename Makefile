@@ -115,7 +115,7 @@ endif
 	@touch $@
 
 $(VENV)/installed: $(VENV)/torch pyproject.toml hatch_build.py producer/pyproject.toml worker/pyproject.toml
-	$(PIP) -c constraints.txt -e '.[worker,local]'
+	$(PIP) -c constraints.txt -e '.[worker,local,api]'
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

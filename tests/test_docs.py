@@ -16,6 +16,7 @@ from celery import Celery
 from jsonschema import Draft202012Validator
 
 from blipq import ErrorCode, Settings
+from blipq.api.settings import ApiSettings
 from blipq.cli import app as cli
 from blipq.cli.commands import loaded
 from blipq.ledger.connection import connect
@@ -88,7 +89,7 @@ def message(id: str, *arguments: Any) -> dict[str, Any]:
     return told
 
 
-@pytest.mark.parametrize("generator", ["configuration", "schemas", "cli", "layout"])
+@pytest.mark.parametrize("generator", ["configuration", "schemas", "cli", "layout", "openapi"])
 def test_generated_pages_are_fresh(generator: str) -> None:
     command = [sys.executable, "-m", f"tools.docs.{generator}", "--check"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -203,7 +204,7 @@ def test_commands_and_options_that_are_named_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_settings_that_are_named_exist(page: Path) -> None:
-    fields = {**Settings.model_fields, **WorkerSettings.model_fields}
+    fields = {**ApiSettings.model_fields, **WorkerSettings.model_fields}
     known = {f"BLIPQ_{name.upper()}" for name in fields} | OTHER_VARIABLES | {"BLIPQ_"}
     named = set(re.findall(r"BLIPQ_[A-Z0-9_]*", page.read_text()))
     assert named <= known, named - known

@@ -1,7 +1,7 @@
 """Writes docs/configuration.md from the settings: ``python -m tools.docs.configuration``."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings
 from tools.docs import DOCS, write_or_check
 
 from blipq import Settings
+from blipq.api.settings import ApiSettings
 from blipq_worker.settings import WorkerSettings
 
 PAGE = DOCS / "configuration.md"
@@ -63,17 +64,19 @@ def page() -> str:
             *_table(Settings),
             "\n## Workers only\n",
             *_table(WorkerSettings),
+            "\n## The HTTP door only\n",
+            *_table(ApiSettings, but={*Settings.model_fields}),
             "",
             TAIL,
         ]
     )
 
 
-def _table(settings: type[BaseSettings]) -> Iterator[str]:
+def _table(settings: type[BaseSettings], but: Set[str] = frozenset()) -> Iterator[str]:
     yield "| variable | default | meaning |"
     yield "|---|---|---|"
     for name, field in settings.model_fields.items():
-        if name not in HIDDEN:
+        if name not in HIDDEN | but:
             variable = f"`BLIPQ_{name.upper()}`"
             yield f"| {variable} | {_default(name, field)} | {_meaning(field)} |"
 

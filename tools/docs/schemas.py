@@ -49,11 +49,9 @@ def _schema(model: type[BaseModel], mode: Literal["validation", "serialization"]
 
 
 def _widen(schema: dict[str, Any], model: type[BaseModel]) -> None:
-    """What the models also take: one text for a list, a URI for an image, text for a duration."""
+    """What the models also take: one text for a list, text for a duration."""
     for name, field in schema.get("properties", {}).items():
-        if name == "image":
-            schema["properties"][name] = {"anyOf": [{"type": "string"}, field]}
-        elif name in ("questions", "texts"):
+        if name in ("questions", "texts"):
             text = {"type": "string", "minLength": 1, "maxLength": 4096}
             if name in schema["required"]:
                 field["minItems"] = 1  # pydantic checks it, and leaves it out of its schema

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import anyio
@@ -11,7 +13,7 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from blipq.api.keys import Caller, Keyring
+from blipq.api.keys import Caller, Keyring, Scope
 from blipq.api.problems import Problem
 from blipq.api.settings import ApiSettings
 from blipq.client.async_client import AsyncClient
@@ -19,6 +21,7 @@ from blipq.contract import JobInfo
 from blipq.contract.base import Output
 from blipq.ledger.connection import connect
 from blipq.ledger.operator import OperatorLedger
+from blipq.s3.presigned import Presigner
 from blipq.webhooks.outbox import Outbox
 
 T = TypeVar("T")
@@ -29,6 +32,8 @@ BODY_TIMEOUT_S = 30.0
 #: Lists read many records, one after the other.
 OPERATOR_THREADS = 4
 UPLOAD_THREADS = 8
+#: Bodies that are held whole at the same time, beside those of single submits.
+LARGE_BODIES = 4
 #: Longest wait for one of the threads.
 TURN_TIMEOUT_S = 10.0
 
@@ -46,6 +51,8 @@ class Door:
         self._outbox = Outbox(redis, settings)
         self._operator_turns = anyio.CapacityLimiter(OPERATOR_THREADS)
         self._upload_turns = anyio.CapacityLimiter(UPLOAD_THREADS)
+        self._large_bodies = anyio.CapacityLimiter(LARGE_BODIES)
+        self.presigner = Presigner(settings, settings.s3_public_endpoint_url)
         self.streams = 0
 
     async def aclose(self) -> None:
@@ -65,18 +72,28 @@ class Door:
         return await self._on_thread(work, self._upload_turns)
 
     async def _on_thread(self, work: Callable[[], T], turns: anyio.CapacityLimiter) -> T:
-        token = object()
-        try:
-            async with asyncio.timeout(TURN_TIMEOUT_S):
-                await turns.acquire_on_behalf_of(token)
-        except TimeoutError:
-            text = "the door is busy with other lists and uploads"
-            raise Problem(503, "busy", text, retry_after_s=TURN_TIMEOUT_S) from None
-        try:
-            # Its own limit is the limiter above: the default one, of 40, is for nobody else here.
+        async with _turn(turns):
+            # The limit is the limiter: the default one, of 40 threads, is for nobody else here.
             return await anyio.to_thread.run_sync(work)
-        finally:
-            turns.release_on_behalf_of(token)
+
+    def large_body(self) -> AbstractAsyncContextManager[None]:
+        """Room for a large body, for as long as it is kept. Raises Problem if there is none."""
+        return _turn(self._large_bodies)
+
+
+@asynccontextmanager
+async def _turn(turns: anyio.CapacityLimiter) -> AsyncIterator[None]:
+    token = object()
+    try:
+        async with asyncio.timeout(TURN_TIMEOUT_S):
+            await turns.acquire_on_behalf_of(token)
+    except TimeoutError:
+        text = "the door is busy with other lists and uploads"
+        raise Problem(503, "busy", text, retry_after_s=TURN_TIMEOUT_S) from None
+    try:
+        yield
+    finally:
+        turns.release_on_behalf_of(token)
 
 
 def door_of(request: Request) -> Door:
@@ -176,3 +193,19 @@ async def _gone(request: Request) -> None:
 
 
 Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One method on one path. Without a scope everybody may."""
+
+    method: str
+    path: str
+    handler: Handler
+    scope: Scope | None
+
+    async def answer(self, request: Request) -> Response:
+        """Raises Problem where the key lacks the scope."""
+        if self.scope is not None:
+            caller_of(request).require(self.scope)
+        return await self.handler(request)

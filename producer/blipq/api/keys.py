@@ -87,7 +87,7 @@ class Caller:
             return
         self._check_name("options.model", options.model, self.key.models, "models")
         if request.image is not None:
-            self._check_image(self.key, request.image, inbox)
+            self.check_read(request.image, "image", inbox)
         if (index := _index_of(request)) is not None:
             self._check_name("index", index, self.key.indexes, "indexes")
         if options.output is not None:
@@ -96,12 +96,15 @@ class Caller:
         if options.webhook is not None:
             self._check_host("options.webhook", options.webhook.url, self.key.webhook_hosts)
 
-    def _check_image(self, key: Key, image: ImageRef, inbox: str) -> None:
-        if image.in_s3:
-            allowed = (*key.buckets, f"{inbox}/{self.folder}")
-            self._check_place("image", (image.bucket, image.key), allowed, "buckets")
+    def check_read(self, what: ImageRef, field: str, inbox: str) -> None:
+        """Raises Problem for what the key may not read."""
+        if self.key is None:
+            return
+        if what.in_s3:
+            allowed = (*self.key.buckets, f"{inbox}/{self.folder}")
+            self._check_place(field, (what.bucket, what.key), allowed, "buckets")
         else:
-            self._check_host("image", image.uri, key.image_hosts)
+            self._check_host(field, what.uri, self.key.image_hosts)
 
     def _check_place(
         self, field: str, place: tuple[str, str], allowed: Sequence[str], names: str

@@ -102,4 +102,6 @@ def _image_from_text(value: Any) -> Any:
     return {"uri": f"s3://{text[5:]}" if text[:5].lower() == "s3://" else text}
 
 
-Image = Annotated[ImageRef, BeforeValidator(_image_from_text)]
+Image = Annotated[
+    ImageRef, BeforeValidator(_image_from_text, json_schema_input_type=str | ImageRef)
+]

@@ -90,8 +90,10 @@ class Storage:
         with suppress(BotoCoreError, ClientError):  # credentials may come later
             _ = self.client
 
-    def upload(self, source: str | Path | bytes) -> ImageRef:
+    def upload(self, source: str | Path | bytes, *, folder: str = "") -> ImageRef:
         """Puts a file or bytes into the inbox bucket under its SHA-256, once.
+
+        ``folder``: the part of the inbox that it goes to, with a slash at its end.
 
         What is there is written anew where it is older than half of ``BLIPQ_INBOX_TTL``, so that
         the bucket's lifecycle rule cannot delete it while its job waits, and where its bytes are
@@ -102,7 +104,7 @@ class Storage:
         """
         data, suffix = _read(source)
         bucket = self.settings.inbox_bucket
-        key = f"{hashlib.sha256(data).hexdigest()}{suffix}"
+        key = f"{folder}{hashlib.sha256(data).hexdigest()}{suffix}"
         content_type = mimetypes.types_map.get(suffix, "application/octet-stream")
         with s3_errors(f"s3://{bucket}"):
             self._put_once(bucket, key, data, content_type)

@@ -35,7 +35,7 @@ _PERMANENT = {
 Sized = Callable[[int], object]
 
 #: Names that ``Storage.upload`` gives: the digest of the content, and an ending.
-_DIGEST_KEY = re.compile(r"(?P<digest>[0-9a-f]{64})(\..*)?")
+_DIGEST_KEY = re.compile(r"(?:.*/)?(?P<digest>[0-9a-f]{64})(\..*)?")
 
 
 @dataclass(frozen=True, slots=True)
