@@ -1,6 +1,7 @@
 """A job's life through the door: a real server, and the ledger in the worker's place."""
 
 import json
+import socket
 import threading
 import time
 from typing import Any
@@ -9,7 +10,8 @@ import httpx2
 import pytest
 import redis
 
-from blipq import Client
+from blipq import Client, InvalidRequest
+from blipq.api.server import bound
 from blipq.contract import ErrorCode, JobError
 from blipq.ledger.worker import Claim, WorkerLedger
 from conftest import wait_until
@@ -345,6 +347,20 @@ def test_a_stream_that_was_cut_goes_on_without_loss_or_repeat(
 
 
 # -- the end --
+
+
+def test_an_answer_in_two_parts_does_not_wait_for_an_acknowledgement() -> None:
+    with bound("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        answering, _ = listening.accept()
+        with answering:
+            assert answering.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with bound("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InvalidRequest, match=f"cannot listen on 127.0.0.1 port {port}"):
+            bound("127.0.0.1", port)
 
 
 def test_a_drain_answers_whoever_waits_and_ends_with_0(start: Start) -> None:
