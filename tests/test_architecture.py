@@ -73,6 +73,15 @@ def test_a_producer_loads_nothing_heavy(statement: str) -> None:
     assert set(loaded).isdisjoint(HEAVY)
 
 
+def test_a_web_server_is_loaded_for_the_door_alone_and_the_door_loads_no_model() -> None:
+    show = "import sys; print(*sys.modules)"
+    web = {"starlette", "uvicorn", "httptools", "anyio"}
+    assert set(python(f"import blipq.cli, blipq.cli.api; {show}").split()).isdisjoint(web)
+    loaded = python(f"import blipq.api.server; {show}").split()
+    assert set(loaded).isdisjoint(HEAVY)
+    assert web <= set(loaded)
+
+
 def test_celery_and_boto3_are_loaded_when_they_are_used() -> None:
     statement = "import blipq; blipq.Client(redis_url='redis://127.0.0.1:1').close()"
     loaded = python(f"{statement}\nimport sys; print(*sys.modules)").split()

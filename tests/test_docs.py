@@ -192,6 +192,8 @@ def test_commands_and_options_that_are_named_exist(page: Path) -> None:
         words = line.partition("#")[0].split()
         command: Any = group
         while words and hasattr(command, "commands"):
+            if words[0].startswith("-") and command.invoke_without_command:
+                break
             name = words.pop(0)
             assert name in command.commands, f"blipq {line}"
             command = loaded(command.commands[name])
