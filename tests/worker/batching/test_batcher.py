@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from blipq_worker.batching.batcher import Batcher, BatcherClosed, BatcherFull
+from blipq_worker.batching.batcher import Batcher
+from blipq_worker.batching.interface import BatcherClosed, BatcherFull
 from conftest import wait_until
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from blipq_worker.batching.batcher import Batcher, BatcherClosed, BatcherFull, Ticket
+from blipq_worker.batching.batcher import Batcher
+from blipq_worker.batching.entries import Ticket
+from blipq_worker.batching.interface import BatcherClosed, BatcherFull
 from conftest import wait_until
 
 SLOTS = 4

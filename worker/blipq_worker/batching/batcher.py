@@ -15,122 +15,27 @@ import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic
 
 from blipq_worker.batching.entries import NEVER, Answer, Entry, Item, Ticket
+from blipq_worker.batching.interface import (
+    BatcherClosed,
+    BatcherFull,
+    Idle,
+    Judge,
+    Run,
+    Running,
+    Session,
+    Sleep,
+    Trusting,
+)
 from blipq_worker.batching.waiting import Waiting
-
-ItemIn = TypeVar("ItemIn", contravariant=True)
-AnswerOut = TypeVar("AnswerOut", covariant=True)
 
 #: How many times as long as the last batch took the sessions run before a less urgent one.
 _LESS_URGENT_WAITS = 4
 #: How often expired items are cancelled.
 _DEADLINES_S = 0.1
-
-
-class BatcherFull(Exception):
-    """No room among the waiting items within the timeout."""
-
-
-class BatcherClosed(Exception):
-    """The batcher takes no more items."""
-
-
-class Session(Protocol[ItemIn, AnswerOut]):
-    """Items that run together and need neither start nor end together. Of one thread."""
-
-    def has_room(self, ticket: Ticket) -> bool:
-        """Whether an item of this urgency would be at work soon; if not, no less urgent one is."""
-
-    def join(self, ticket: Ticket, item: ItemIn) -> None:
-        """Takes an item in. If it raises, the item fails."""
-
-    def leave(self, ticket: Ticket) -> None:
-        """Lets an item go, whatever it has come to. Does not raise."""
-
-    def step(self, tickets: Sequence[Ticket]) -> Sequence[tuple[Ticket, AnswerOut]]:
-        """Takes these items one step further; the answers of those that are done and have left.
-
-        If it raises, the batcher tries halves of them until the item that raises is alone: a step
-        that raised must be one that can be taken again.
-        """
-
-
-class Run(Protocol[ItemIn, AnswerOut]):
-    def __call__(
-        self, key: Hashable, items: Sequence[ItemIn], wanted: Callable[[int], bool]
-    ) -> Sequence[AnswerOut]:
-        """One answer per item, in order. ``wanted(i)`` says whether anyone waits for item ``i``."""
-
-
-class Judge(Protocol):
-    """Hears how items fare, on the batcher's thread, and says whether to go on."""
-
-    def failed(self, key: Hashable, item: Any, error: Exception) -> None:
-        """Items of a key failed; ``item``: the one that failed alone, or None. May not return."""
-
-    def answered(self, key: Hashable) -> None:
-        """Items of a key were answered."""
-
-    def doubts(self) -> bool:
-        """Whether the model is to be checked: nothing starts until then."""
-
-    def trusts(self) -> bool:
-        """Checks the model. False ends the batcher's thread: what waits is left to its owner."""
-
-
-class Trusting:
-    """A judge without doubts."""
-
-    def failed(self, key: Hashable, item: Any, error: Exception) -> None: ...
-
-    def answered(self, key: Hashable) -> None: ...
-
-    def doubts(self) -> bool:
-        return False
-
-    def trusts(self) -> bool:
-        return True
-
-
-class Idle(Protocol):
-    """How the batcher's thread waits, and what it does between two steps."""
-
-    def wait(self, timeout_s: float | None) -> None:
-        """Waits for ``wake``, but at most so long; it may return at any time before that.
-
-        On the batcher's thread: with 0 after each step, to let others in while the model works.
-        """
-
-    def wake(self) -> None:
-        """Ends a wait: the present one, or the next. Thread-safe."""
-
-
-class Sleep:
-    """Waits, and does nothing else."""
-
-    def __init__(self) -> None:
-        self._woken = threading.Event()
-
-    def wait(self, timeout_s: float | None) -> None:
-        """Until ``wake``."""
-        self._woken.wait(timeout_s)
-        self._woken.clear()
-
-    def wake(self) -> None:
-        """Ends a wait."""
-        self._woken.set()
-
-
-@dataclass(slots=True)
-class _Running(Generic[Item, Answer]):
-    """A session and the items in it."""
-
-    session: Session[Item, Answer]
-    entries: dict[Ticket, Entry[Item, Answer]] = field(default_factory=dict)
 
 
 class Batcher(Generic[Item, Answer]):
@@ -185,7 +90,7 @@ class Batcher(Generic[Item, Answer]):
         # Of the thread that runs.
         self._orders = itertools.count()
         self._busy_since: float | None = None
-        self._sessions: dict[Hashable, _Running[Item, Answer]] = {}
+        self._sessions: dict[Hashable, Running[Item, Answer]] = {}
         self._alone: Entry[Item, Answer] | None = None
         self._alone_was_last = False  # before any others joined or ran
         self._in_batch = 0
@@ -358,12 +263,7 @@ class Batcher(Generic[Item, Answer]):
         """Cancels items whose deadline has passed."""
         with self._lock:
             waiting = [entry for entry in self._waiting if entry.is_due(now)]
-        running = [
-            entry
-            for each in self._sessions.values()
-            for entry in each.entries.values()
-            if entry.is_due(now)
-        ]
+        running = [entry for each in self._sessions.values() for entry in each.due(now)]
         for entry in waiting + running:
             entry.expire(now)
 
@@ -478,7 +378,7 @@ class Batcher(Generic[Item, Answer]):
         running = self._sessions.get(entry.key)
         try:
             if running is None:
-                running = self._sessions[entry.key] = _Running(self._openers[entry.key]())
+                running = self._sessions[entry.key] = Running(self._openers[entry.key]())
             running.session.join(entry.ticket, entry.item)
         except Exception as error:
             self._judge.failed(entry.key, entry.item, error)
@@ -487,7 +387,7 @@ class Batcher(Generic[Item, Answer]):
         running.entries[entry.ticket] = entry
         return True
 
-    def _step(self, key: Hashable, running: _Running[Item, Answer], tickets: list[Ticket]) -> None:
+    def _step(self, key: Hashable, running: Running[Item, Answer], tickets: list[Ticket]) -> None:
         if self._judge.doubts():
             return
         try:
@@ -570,14 +470,7 @@ class Batcher(Generic[Item, Answer]):
 
     def _company(self, key: Hashable) -> list[Entry[Item, Answer]]:
         """The most urgent entries of a key, as many as fit into a batch."""
-        batch: list[Entry[Item, Answer]] = []
-        left = self._max_batch_cost
-        for entry in self._waiting.of(key):
-            left -= self._cost(entry.item)
-            if len(batch) == self._max_batch_size or (batch and left < 0):
-                break
-            batch.append(entry)
-        return batch
+        return self._waiting.batch(key, self._max_batch_size, self._cost, self._max_batch_cost)
 
     def _is_full(self, key: Hashable) -> bool:
         batch = self._company(key)

@@ -13,8 +13,9 @@ from msgspec.structs import replace
 
 from blipq.contract import ErrorCode
 from blipq.errors import WorkError
-from blipq_worker.batching.batcher import Batcher, BatcherClosed, Idle, Judge
+from blipq_worker.batching.batcher import Batcher
 from blipq_worker.batching.entries import Ticket
+from blipq_worker.batching.interface import BatcherClosed, Idle, Judge
 from blipq_worker.blip2 import Blip2, GenerateItem, Pixels
 from blipq_worker.blip2 import Item as ModelItem
 from blipq_worker.blip2.loading.compiling import since_compiling
@@ -254,7 +255,7 @@ class _Joined:
 
 
 class Writing:
-    """A session of a model (a ``batching.batcher.Session``), with what its answers took."""
+    """A session of a model (a ``batching.interface.Session``), with what its answers took."""
 
     def __init__(self, model: Blip2, times: VisionTimes) -> None:
         #: Tasks of the fullest step so far that all of these were in.

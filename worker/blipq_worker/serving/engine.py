@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from blipq_worker.batching.batcher import Idle, Judge
+from blipq_worker.batching.interface import Idle, Judge
 from blipq_worker.blip2.loading.compiling import LONGEST_S, on_compiling
 from blipq_worker.catalog.models import ModelError
 from blipq_worker.engine.backend import Engine
