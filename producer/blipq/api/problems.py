@@ -70,7 +70,7 @@ class Problem(Exception):
     def body(self, request_id: str) -> dict[str, Any]:
         """The members of the problem."""
         return {
-            "type": f"urn:blipq:problem:{self.code}",
+            "type": f"urn:problem:blipq:{self.code}",
             "title": HTTPStatus(self.status).phrase,
             "status": self.status,
             "detail": redacted(str(self)),

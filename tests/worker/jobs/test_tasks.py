@@ -36,7 +36,7 @@ from blipq_worker.images.memory_budget import Budget
 from blipq_worker.images.s3_access import AccessRefused, S3Access
 from blipq_worker.index.writer import IndexWriter
 from blipq_worker.inference.local import LocalInference
-from blipq_worker.inference.requests import ImagePixels, Recipe
+from blipq_worker.inference.requests import GenerationParams, ImagePixels, Recipe
 from blipq_worker.jobs.claiming import Claiming
 from blipq_worker.jobs.errors import HandBack, JobFailedTask
 from blipq_worker.jobs.execution import Execution
@@ -185,6 +185,8 @@ def parts(
     apart: Settings, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Parts]:
     monkeypatch.setattr("blipq_worker.images.loader.pixels_of", sizes)
+    # The model knows no sessions: all of its texts are written in batches.
+    monkeypatch.setattr(GenerationParams, "in_flight", property(lambda self: False))
     with Client(apart, backend=Sharing(storage)) as client:
         ledger = ledger_of(client)
         model, held, gate, metrics = Model(), Held(), Gate(), WorkerMetrics()

@@ -92,7 +92,7 @@ class EngineProcess:
 
     def _refused(self) -> int | None:
         if not self._served:
-            log.critical("engine: it cannot serve its models: ending")
+            log.info("engine: it cannot serve its models: ending")  # it has said why itself
             return EXIT_MODEL
         if self.refusal is None:
             self.refusal = self._goodbye or "the engine refuses to serve its models: see its log"
