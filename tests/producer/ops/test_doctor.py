@@ -18,8 +18,14 @@ from blipq.ledger.connection import connect
 from blipq.ledger.worker import WorkerLedger
 from blipq.local.stack import LocalStack
 from blipq.local.supervisor import Service
-from blipq.ops import doctor
-from blipq.ops.doctor import Finding, _tls, examine
+from blipq.ops.doctor import Finding, examine
+from blipq.ops.doctor.canary import _judged
+from blipq.ops.doctor.examination import _each, _without_secrets
+from blipq.ops.doctor.findings import skew
+from blipq.ops.doctor.machine import _gpu_findings
+from blipq.ops.doctor.redis import check_tls
+from blipq.ops.doctor.storage import PROBE_KEY
+from blipq.ops.doctor.workers import check_workers
 from conftest import ROOT, blipq, ledger_of, start_worker, wait_for_worker
 
 
@@ -87,7 +93,7 @@ def test_the_canary_says_what_it_asked_and_got(settings: Settings) -> None:
     ],
 )
 def test_a_caption_that_does_not_fit_is_told(text: str, checkpoint: str, state: str) -> None:
-    assert doctor._judged(text, checkpoint, 0.1).state == state
+    assert _judged(text, checkpoint, 0.1).state == state
 
 
 def test_without_a_worker_it_says_how_to_start_one(apart: Settings) -> None:
@@ -117,7 +123,7 @@ def test_a_worker_whose_model_waits_for_decoded_images_is_a_warning(
 ) -> None:
     info = {"models": ["default"], "active": 1, "decode_bound": True}
     ledger.register("short of cores", ["default"], json.dumps(info), ttl_s=30, spare=False)
-    finding = next(each for each in doctor._workers(apart) if each.state == "warn")
+    finding = next(each for each in check_workers(apart) if each.state == "warn")
     assert "1 of 1 for the model 'default' wait for images to be decoded" in finding.message
     assert "more cores" in (finding.advice or "")
 
@@ -203,7 +209,7 @@ def test_without_keys_s3_is_not_blamed_for_silence(
 
 def test_a_missing_bucket_is_told_and_can_be_made(apart: Settings, httpserver: HTTPServer) -> None:
     missing = "<Error><Code>NoSuchBucket</Code></Error>"
-    probe = f"/{apart.inbox_bucket}/{doctor.PROBE_KEY}"
+    probe = f"/{apart.inbox_bucket}/{PROBE_KEY}"
     httpserver.expect_request(probe).respond_with_data(missing, status=404)
     httpserver.expect_oneshot_request(f"/{apart.inbox_bucket}", method="PUT").respond_with_data()
     settings = apart.model_copy(update={"s3_endpoint_url": httpserver.url_for("").rstrip("/")})
@@ -245,12 +251,12 @@ def test_it_says_where_outputs_may_go(
 def test_an_s3_without_conditional_writes_is_told(apart: Settings, httpserver: HTTPServer) -> None:
     """It answers 200 to everything, three hours ago."""
     late = {"Date": "Tue, 24 Nov 2026 00:00:00 GMT"}
-    httpserver.expect_request(
-        f"/{apart.inbox_bucket}/{doctor.PROBE_KEY}", method="PUT"
-    ).respond_with_data(headers=late)
-    httpserver.expect_request(
-        f"/{apart.inbox_bucket}/{doctor.PROBE_KEY}", method="GET"
-    ).respond_with_data("other")
+    httpserver.expect_request(f"/{apart.inbox_bucket}/{PROBE_KEY}", method="PUT").respond_with_data(
+        headers=late
+    )
+    httpserver.expect_request(f"/{apart.inbox_bucket}/{PROBE_KEY}", method="GET").respond_with_data(
+        "other"
+    )
     settings = apart.model_copy(update={"s3_endpoint_url": httpserver.url_for("").rstrip("/")})
     findings = found(settings)
     assert findings["s3 conditional write"].state == "warn"
@@ -258,7 +264,7 @@ def test_an_s3_without_conditional_writes_is_told(apart: Settings, httpserver: H
 
 
 def test_a_clock_that_is_off_is_told() -> None:
-    assert [doctor._skew("clock", seconds).state for seconds in (0.2, -60.0, 3600.0)] == [
+    assert [skew("clock", seconds).state for seconds in (0.2, -60.0, 3600.0)] == [
         "ok",
         "warn",
         "bad",
@@ -286,7 +292,7 @@ def test_no_secret_is_printed(apart: Settings, stack: LocalStack) -> None:
 
 def test_an_answer_that_echoes_a_secret_is_cut() -> None:
     settings = Settings(redis_url="redis://:hush@127.0.0.1:1/0")
-    finding = doctor._without_secrets(settings, Finding("bad", "redis", "no hush here", "hush"))
+    finding = _without_secrets(settings, Finding("bad", "redis", "no hush here", "hush"))
     assert (finding.message, finding.advice) == ("no *** here", "***")
 
 
@@ -295,16 +301,16 @@ def test_a_check_that_breaks_is_a_finding(apart: Settings) -> None:
         raise redis.ResponseError("NOPERM")
         yield
 
-    (finding,) = doctor._each(apart, "redis", broken)
+    (finding,) = _each(apart, "redis", broken)
     assert (finding.state, finding.message) == ("bad", "ResponseError: NOPERM")
 
 
 def test_gpus_are_read_as_nvidia_smi_lists_them() -> None:
     listed = subprocess.CompletedProcess([], 0, "NVIDIA L4, 550.54.15, 23034, 22500\n", "")
-    (finding,) = doctor._gpu_findings(listed)
+    (finding,) = _gpu_findings(listed)
     assert finding.message == "NVIDIA L4, driver 550.54.15, 22500 of 23034 MiB free"
     lost = subprocess.CompletedProcess([], 9, "", "NVIDIA-SMI has failed\n")
-    assert next(doctor._gpu_findings(lost)).state == "bad"
+    assert next(_gpu_findings(lost)).state == "bad"
 
 
 def test_looking_needs_neither_torch_nor_pillow() -> None:
@@ -323,12 +329,12 @@ def test_looking_needs_neither_torch_nor_pillow() -> None:
     ],
 )
 def test_a_server_that_is_not_verified_is_told(url: str, told: list[str]) -> None:
-    found = list(_tls(Settings(redis_url=url)))
+    found = list(check_tls(Settings(redis_url=url)))
     assert [finding.message.split(": ")[1] for finding in found] == [
         f"{what} is not verified" for what in told
     ]
     assert all(finding.state == "warn" for finding in found)
     query = "?ssl_cert_reqs=none"
     for broker_url in (f"amqps://h//{query}", f"amqps://h//{query};amqps://i//{query}"):
-        (finding,) = _tls(Settings(broker_url=broker_url))
+        (finding,) = check_tls(Settings(broker_url=broker_url))
         assert finding.message.startswith("broker_url: the server is not verified")

@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from blipq import Settings
 from blipq.cli import app
-from blipq.ops.doctor import _webhooks
+from blipq.ops.doctor.workers import check_webhooks
 from blipq.webhooks.outbox import Outbox
 from conftest import wait_until
 from producer.webhooks.conftest import End, sending
@@ -98,7 +98,7 @@ def test_the_doctor_says_that_events_wait_and_nobody_sends(
     hooked: Settings, outbox: Outbox, end: End
 ) -> None:
     end("https://example.org/")
-    (waiting,) = _webhooks(hooked)
+    (waiting,) = check_webhooks(hooked)
     assert (waiting.state, waiting.message) == ("warn", "1 events wait, 0 live senders")
     outbox.register("s1", 5)
-    assert [finding.state for finding in _webhooks(hooked)] == ["ok"]
+    assert [finding.state for finding in check_webhooks(hooked)] == ["ok"]
