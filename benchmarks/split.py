@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.stand_ins import model_info
+from benchmarks.stand_ins import LOOK_S, STEP_S, model_info
 from blipq_worker.inference import (
     Answer,
     EngineClient,
@@ -46,9 +46,8 @@ from blipq_worker.inference import (
     Recipe,
 )
 
-#: Seconds of a step by slots, of a look at an image, and the most images of one look.
-STEP_S: Mapping[int, float] = {32: 0.0036, 128: 0.0046}
-LOOK_S, MOST_LOOKED_AT, TOKENS = 0.0013, 32, 20
+#: The most images of one look, and the tokens of a text.
+MOST_LOOKED_AT, TOKENS = 32, 20
 FRONTS, FRONT_MS = 2, 8.0
 #: Milliseconds of a core that a job of 640 x 480 pixels takes in a front: the JPEG, decoded and
 #: resized, and all else but the socket, which is measured here.

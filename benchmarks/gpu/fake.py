@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.stand_ins import model_info
+from benchmarks import stand_ins
+from benchmarks.stand_ins import LOOK_S, model_info
 from blipq.settings import Settings
 from blipq_worker.blip2 import GeneratedText, GenerateItem, Pixels
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
@@ -31,10 +32,9 @@ How = Literal["captured", "launches"]
 Ticket = tuple[int, int]
 Texts = list[list[GeneratedText]]
 
-LOOK_S = 0.0013
 #: Seconds of a step with up to 32 and with 128 sequences.
 STEP_S: dict[How, tuple[float, float]] = {
-    "captured": (0.0036, 0.0046),
+    "captured": (stand_ins.STEP_S[32], stand_ins.STEP_S[128]),
     "launches": (0.008, 0.012),
 }
 LAUNCHES = 500

@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.stand_ins import model_info
+
 from blipq_worker.blip2 import GeneratedText, GenerateItem, Pixels
-from blipq_worker.inference.requests import GenerationParams, ModelInfo, Reading, Recipe
+from blipq_worker.inference.requests import GenerationParams, Recipe
 from guarantees.stand_ins import stops
 
 log = logging.getLogger("faulty_worker")
@@ -19,17 +21,7 @@ log = logging.getLogger("faulty_worker")
 class FaultyModel:
     """Stands in for Blip2."""
 
-    info = ModelInfo(
-        checkpoint="faulty",
-        family="opt",
-        dtype="float32",
-        quantization="none",
-        device="cpu",
-        revision="0",
-        default_prompt="",
-        recipe=Recipe(64, 3, "faulty"),
-        reading=Reading("", 512),
-    )
+    info = model_info(checkpoint="faulty", recipe=Recipe(64, 3, "faulty"))
 
     def on_step(self, call: Callable[[], None]) -> None:
         self._step = call

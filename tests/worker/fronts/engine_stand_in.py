@@ -15,6 +15,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[3]))
+
+from benchmarks.stand_ins import model_info
+
 from blipq_worker.inference import (
     Answer,
     EngineServer,
@@ -33,14 +37,7 @@ from blipq_worker.inference import (
 )
 
 ROOT = Path(__file__).parents[3]
-INFO = ModelInfo(
-    checkpoint="stand-in",
-    family="opt",
-    dtype="float32",
-    quantization="none",
-    device="cpu",
-    revision="1",
-    default_prompt="",
+INFO = model_info(
     recipe=Recipe(64, 3, "stand-in"),
     reading=Reading(str(ROOT / "worker/blipq_worker/demo/models/opt"), 512),
 )
