@@ -1,4 +1,4 @@
-"""Tiny BLIP-2 checkpoints with random weights, saved with their processors.
+"""Tiny BLIP-2 checkpoints with random weights, saved with their processors; language models alone.
 
 The weights are large enough that different pictures and prompts give different outputs.
 """
@@ -16,6 +16,7 @@ from transformers import (
     Blip2QFormerConfig,
     Blip2VisionConfig,
     OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -24,12 +25,48 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 SIDE = 28
 QUERIES = 32
+PLAIN_WIDTH = 32
 WIDTH = 64  # a block of nf4: narrower layers cannot be quantized
 _WORDS = (
     *("a", "photo", "of", "question", "answer", "short", "what", "is", "how", "many", "the"),
     *("color", "red", "green", "blue", "cat", "dog", "circle", "square", "above", "below"),
     *("left", "right", "yes", "no", "one", "two", "three", "in", "on", "where"),
 )
+
+
+def plain_opt(words: int, *, positions: int, spread: float) -> OPTForCausalLM:
+    """A language model alone, in training mode; ``spread``: the deviation of its weights."""
+    config = OPTConfig(
+        vocab_size=words,
+        hidden_size=PLAIN_WIDTH,
+        word_embed_proj_dim=PLAIN_WIDTH,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=positions,
+        dropout=0.0,
+        init_std=spread,
+    )
+    return OPTForCausalLM(config)
+
+
+def plain_t5(words: int, *, spread: float) -> T5ForConditionalGeneration:
+    """A language model alone with an output layer of its own, in training mode."""
+    config = T5Config(
+        vocab_size=words,
+        d_model=PLAIN_WIDTH,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+        initializer_factor=spread,
+    )
+    return T5ForConditionalGeneration(config)
 
 
 def save_opt(folder: Path, **changes: Any) -> Path:

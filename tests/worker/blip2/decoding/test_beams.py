@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from msgspec.structs import replace
-from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
 from blipq_worker.blip2 import Blip2
 from blipq_worker.blip2.decoding import DecodeLoop, Row
@@ -21,51 +20,27 @@ from blipq_worker.blip2.decoding.sampling import ScoresError
 from blipq_worker.blip2.generation.generator import _quiet_about_penalties
 from blipq_worker.inference.requests import GenerationParams
 from worker.in_flight import every_penalty, rows
+from worker.tiny_models import PLAIN_WIDTH, plain_opt, plain_t5
 
-WIDTH, VOCABULARY = 32, 300
+VOCABULARY = 300
 #: Seen as equal, by the larger score.
 TIE = 1e-6
 DEFAULT = GenerationParams()
 
 
-def plain_opt() -> Any:
-    config = OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        word_embed_proj_dim=WIDTH,
-        ffn_dim=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=700,
-        dropout=0.0,
-        init_std=0.25,
-    )
-    return OPTForCausalLM(config)
+def small_opt() -> Any:
+    return plain_opt(VOCABULARY, positions=700, spread=0.25)
 
 
-def plain_t5() -> Any:
-    config = T5Config(
-        vocab_size=VOCABULARY,
-        d_model=WIDTH,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_decoder_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        decoder_start_token_id=0,
-        initializer_factor=1.0,
-    )
-    return T5ForConditionalGeneration(config)
+def small_t5() -> Any:
+    return plain_t5(VOCABULARY, spread=1.0)
 
 
 def model_of(make: Any, ends: Sequence[int], stopping: Any = None, seed: int = 3) -> Any:
     """Random weights under which texts end now and then."""
     torch.manual_seed(seed)
     model = make().eval().requires_grad_(False)
-    head = torch.randn(VOCABULARY, WIDTH) * (0.4 if make is plain_opt else 0.6)
+    head = torch.randn(VOCABULARY, PLAIN_WIDTH) * (0.4 if make is small_opt else 0.6)
     head[list(ends)] *= 1.6
     model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
     model.generation_config.early_stopping = stopping
@@ -90,7 +65,7 @@ def some_rows(number: int, seed: int, **options: Any) -> list[Row]:
     dice, numbers = random.Random(seed), torch.Generator().manual_seed(seed)
     return [
         Row(
-            torch.randn(8, WIDTH, generator=numbers) * 0.7,
+            torch.randn(8, PLAIN_WIDTH, generator=numbers) * 0.7,
             [dice.randrange(8, VOCABULARY) for _ in range(dice.randint(1, 9))],
             of_all_kinds(dice, **options),
         )
@@ -159,7 +134,7 @@ def require_same(row: Row, expected: tuple[list[list[int]], list[float]]) -> Non
 
 
 @pytest.mark.parametrize("stopping", [None, True, "never"])
-@pytest.mark.parametrize("make", [plain_opt, plain_t5])
+@pytest.mark.parametrize("make", [small_opt, small_t5])
 def test_beams_of_all_parameters_write_what_generate_writes(make: Any, stopping: Any) -> None:
     """Together and beside greedy texts, as they come; with one end token, with three and none."""
     cut_short = 0
@@ -177,7 +152,7 @@ def test_beams_of_all_parameters_write_what_generate_writes(make: Any, stopping:
 
 def test_in_float64_texts_and_scores_are_those_of_generate_bit_for_bit() -> None:
     """Of rows that join and step one by one: no sum has another order then."""
-    for make in (plain_opt, plain_t5):
+    for make in (small_opt, small_t5):
         model = model_of(make, (5,)).double()
         some = [replace_queries(row) for row in some_rows(12, seed=8)]
         for row in some:
@@ -192,7 +167,7 @@ def replace_queries(row: Row) -> Row:
     return Row(row.queries.double(), row.ids, row.params)
 
 
-@pytest.mark.parametrize("make", [plain_opt, plain_t5])
+@pytest.mark.parametrize("make", [small_opt, small_t5])
 def test_who_is_given_up_changes_nobody(make: Any) -> None:
     model = model_of(make, (5,))
     some = some_rows(30, seed=11)
@@ -220,7 +195,7 @@ def test_texts_of_trained_models_are_those_of_generate(demo: Blip2, twin: Blip2)
 # --- the widest that the contract has ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [plain_opt, plain_t5])
+@pytest.mark.parametrize("make", [small_opt, small_t5])
 def test_sixteen_beams_may_write_to_the_last_position(make: Any) -> None:
     params = GenerationParams(num_beams=16, max_new_tokens=512, min_new_tokens=512)
     model = model_of(make, (5,))
@@ -234,7 +209,7 @@ def test_sixteen_beams_may_write_to_the_last_position(make: Any) -> None:
 
 
 def test_a_search_that_needs_more_memory_than_there_is_for_slots_runs_alone() -> None:
-    model = model_of(plain_opt, ())
+    model = model_of(small_opt, ())
     wide, *others = some_rows(3, seed=4)
     wide.params = GenerationParams(num_beams=16, max_new_tokens=512)
     loop = DecodeLoop(model, ends=(), slots=8)
@@ -243,7 +218,7 @@ def test_a_search_that_needs_more_memory_than_there_is_for_slots_runs_alone() ->
     assert not any(loop.fits(row) for row in others)
 
 
-@pytest.mark.parametrize("make", [plain_opt, plain_t5])
+@pytest.mark.parametrize("make", [small_opt, small_t5])
 def test_no_search_takes_more_columns_than_its_beams_can_need(make: Any) -> None:
     """Of those that share a step with wider ones, too: what is reserved for each is its longest."""
     model = model_of(make, ())
@@ -264,7 +239,7 @@ def test_no_search_takes_more_columns_than_its_beams_can_need(make: Any) -> None
 
 
 def test_a_step_has_a_largest_number_of_beams() -> None:
-    model = model_of(plain_opt, ())
+    model = model_of(small_opt, ())
     some = some_rows(6, seed=4)
     for row in some:
         row.params = replace(DEFAULT, num_beams=9)
@@ -278,7 +253,7 @@ def test_a_step_has_a_largest_number_of_beams() -> None:
 
 def test_only_beams_that_live_are_computed() -> None:
     """A group takes as many rows of a step as it has beams, whatever its neighbours have."""
-    model = model_of(plain_opt, ())
+    model = model_of(small_opt, ())
     some = some_rows(3, seed=4)
     for row, beams in zip(some, (1, 2, 7), strict=True):
         row.params = replace(DEFAULT, num_beams=beams, max_new_tokens=9)
@@ -292,7 +267,7 @@ def test_only_beams_that_live_are_computed() -> None:
 
 
 def test_a_prompt_is_read_once_for_all_of_its_beams(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of(plain_opt, ())
+    model = model_of(small_opt, ())
     (row,) = some_rows(1, seed=4)
     row.params = DEFAULT
     read: list[tuple[int, ...]] = []
@@ -311,7 +286,7 @@ def test_a_prompt_is_read_once_for_all_of_its_beams(monkeypatch: pytest.MonkeyPa
 
 
 def test_scores_that_are_no_numbers_raise_and_leave_all_as_it_was() -> None:
-    model = model_of(plain_opt, (5,))
+    model = model_of(small_opt, (5,))
     some = some_rows(5, seed=21, longest=30)
     for row in some[:3]:
         row.params = replace(DEFAULT, min_new_tokens=20, max_new_tokens=30)
@@ -332,7 +307,7 @@ def test_scores_that_are_no_numbers_raise_and_leave_all_as_it_was() -> None:
 
 
 def test_a_search_that_breaks_fails_alone() -> None:
-    model = model_of(plain_opt, (5,))
+    model = model_of(small_opt, (5,))
     good, bad = some_rows(2, seed=3)
     good.params = bad.params = DEFAULT
     bad.queries = bad.queries * float("nan")

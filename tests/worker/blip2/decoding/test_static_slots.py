@@ -5,6 +5,7 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from msgspec.structs import replace
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import OPTForCausalLM
 
 from blipq_worker.blip2 import Blip2
 from blipq_worker.blip2.cuda.capture import Run
@@ -37,6 +38,7 @@ from blipq_worker.blip2.generation.routing import RoutedLoop
 from blipq_worker.inference.requests import GenerationParams
 from blipq_worker.serving import loader as load
 from blipq_worker.settings import WorkerSettings
+from worker import tiny_models
 from worker.in_flight import GREEDY, alone, every_penalty, rows, write
 
 EAGER = Way(MaskedAttention, None)
@@ -70,38 +72,14 @@ def written(loop: Any, some: Sequence[Row], **options: Any) -> list[list[int]]:
 def plain_opt() -> Any:
     """An OPT with layers that nobody packed and 2,048 positions, as the published ones."""
     torch.manual_seed(3)
-    config = OPTConfig(
-        vocab_size=1500,
-        hidden_size=32,
-        word_embed_proj_dim=32,
-        ffn_dim=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=2048,
-        dropout=0.0,
-        init_std=0.3,
-    )
-    return OPTForCausalLM(config).eval().requires_grad_(False)
+    model = tiny_models.plain_opt(1500, positions=2048, spread=0.3)
+    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def plain_t5() -> Any:
     torch.manual_seed(3)
-    config = T5Config(
-        vocab_size=1500,
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_decoder_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        decoder_start_token_id=0,
-        initializer_factor=2.0,
-    )
-    return T5ForConditionalGeneration(config).eval().requires_grad_(False)
+    return tiny_models.plain_t5(1500, spread=2.0).eval().requires_grad_(False)
 
 
 @pytest.fixture(params=["plain_opt", "plain_t5"])
@@ -364,12 +342,18 @@ def test_the_counter_of_waits_finds_those_of_growing_slots(plain: Any) -> None:
     assert len(waits.names) > 1
 
 
-@pytest.mark.parametrize("language", [StaticOpt, StaticT5])
-def test_steps_and_joins_run_where_no_number_can_be_read(language: Any) -> None:
+@pytest.mark.parametrize(
+    ("language", "model"),
+    [
+        (StaticOpt, partial(tiny_models.plain_opt, 1500, positions=2048, spread=0.3)),
+        (StaticT5, partial(tiny_models.plain_t5, 1500, spread=2.0)),
+    ],
+)
+def test_steps_and_joins_run_where_no_number_can_be_read(language: Any, model: Any) -> None:
     """On the device that has shapes only, and with no tensor of the host among its own."""
     device = torch.device("meta")
     with device:
-        static = language(_on_meta(language))
+        static = language(model().eval())
     with torch.inference_mode():
         static.reserve(8, 256, device)
         state = SlotState.empty(8, 256, static.vocabulary, device)
@@ -387,18 +371,6 @@ def test_steps_and_joins_run_where_no_number_can_be_read(language: Any) -> None:
         state.place(at, fresh)
         state.release(at)
         assert step.chosen.is_meta
-
-
-def _on_meta(language: Any) -> Any:
-    if language is StaticOpt:
-        small = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64}
-        return OPTForCausalLM(
-            OPTConfig(vocab_size=1500, num_hidden_layers=2, num_attention_heads=2, **small)
-        ).eval()
-    small = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    return T5ForConditionalGeneration(
-        T5Config(vocab_size=1500, decoder_start_token_id=0, **small)
-    ).eval()
 
 
 def test_an_opt_step_launches_few_kernels(plain_opt: Any) -> None:
