@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from blipq.api.door import Door, caller_of, door_of, json_of, media_type, read_body, read_json
-from blipq.api.jobs import asked_of
+from blipq.api.jobs import job_request_of
 from blipq.api.keys import Caller
 from blipq.api.problems import Problem, problem_of
 from blipq.bulk.manifest import LONGEST_LINE, S3Object
@@ -49,10 +49,10 @@ async def _body(request: Request, door: Door, caller: Caller) -> bytes:
     if kind != "application/json":
         text = f"{LINES[0]}, or application/json with a manifest, is expected"
         raise Problem(415, "unsupported_media_type", text)
-    told = await read_json(request)
-    if not (isinstance(told, dict) and set(told) == {"manifest"}):
+    body = await read_json(request)
+    if not (isinstance(body, dict) and set(body) == {"manifest"}):
         raise InvalidRequest("request: an object with manifest, an s3:// URI, is expected")
-    uri = checked(ImageRef, uri=told["manifest"])
+    uri = checked(ImageRef, uri=body["manifest"])
     if not uri.in_s3:
         raise InvalidRequest("manifest: an s3:// URI is expected")
     caller.check_read(uri, "manifest", door.settings.inbox_bucket)
@@ -117,12 +117,12 @@ def _checked(door: Door, caller: Caller, line: bytes) -> tuple[str | None, _Item
     try:
         if len(line) > LONGEST_LINE:
             raise Problem(413, "too_large", f"a line has at most {LONGEST_LINE:,} bytes")
-        told = json_of(line)
-        if isinstance(told, dict):
-            custom_id = _custom_id(told.pop("custom_id", None))
-        asked, options = asked_of(told)
-        caller.check(asked, options, door.settings.inbox_bucket)
-        submission = Submission(asked, options, new_id(), caller.tenant)
+        body = json_of(line)
+        if isinstance(body, dict):
+            custom_id = _custom_id(body.pop("custom_id", None))
+        job_request, options = job_request_of(body)
+        caller.check(job_request, options, door.settings.inbox_bucket)
+        submission = Submission(job_request, options, new_id(), caller.tenant)
         door.client.ledger.prepare(submission, notify="")  # raises for a forbidden URL
         return custom_id, submission
     except (BlipqError, Problem) as error:
@@ -136,15 +136,15 @@ def _custom_id(value: Any) -> str | None:
 
 
 def _answer(number: int, custom_id: str | None, outcome: str | Problem) -> str:
-    told: dict[str, Any] = {"line": number}
+    answer: dict[str, Any] = {"line": number}
     if custom_id is not None:
-        told["custom_id"] = custom_id
+        answer["custom_id"] = custom_id
     if isinstance(outcome, str):
-        told["id"] = outcome
+        answer["id"] = outcome
     else:
-        told["error"] = {
+        answer["error"] = {
             "code": outcome.code,
             "detail": str(outcome),
             "retryable": outcome.retry_after_s is not None,
         }
-    return json.dumps(told) + "\n"
+    return json.dumps(answer) + "\n"

@@ -22,7 +22,7 @@ from blipq.errors import InvalidRequest, QueueUnavailable
 #: A stream ends after this; whoever wants more comes again with the last number.
 LONGEST_STREAM_S = 600.0
 HEARTBEAT_S = 15.0
-#: Between two looks at an open job: longer the more streams there are, up to the second number.
+#: Between two reads of an open job: longer the more streams there are, up to the second number.
 PAUSE_S, LONGEST_PAUSE_S = 0.25, 10.0
 #: Looks of one door in a second, at most.
 LOOKS_PER_S = 400
@@ -45,7 +45,7 @@ class Stage:
 
 
 def stages(info: JobInfo) -> Iterator[Stage]:
-    """All stages that a record tells of, in order.
+    """All stages that a record shows, in order.
 
     Four numbers for each delivery to a worker: 4n it waits after n of them, 4n - 1 the n-th runs,
     and 4n + 1 the end. Of earlier deliveries only that they were is known.
@@ -60,15 +60,15 @@ def stages(info: JobInfo) -> Iterator[Stage]:
         if not last or info.status is Status.QUEUED:
             yield Stage(4 * attempt, "retrying", _retrying(info, attempt, last=last))
     if info.ended:
-        told = info.model_dump(mode="json", exclude_none=True)
-        yield Stage(4 * info.attempts + 1, str(info.status), told)
+        record = info.model_dump(mode="json", exclude_none=True)
+        yield Stage(4 * info.attempts + 1, str(info.status), record)
 
 
 def _retrying(info: JobInfo, attempt: int, *, last: bool) -> dict[str, Any]:
-    told: dict[str, Any] = {"id": info.id, "status": "queued", "attempt": attempt}
+    retrying: dict[str, Any] = {"id": info.id, "status": "queued", "attempt": attempt}
     if last and info.last_error is not None:
-        told["error"] = info.last_error.model_dump(mode="json")
-    return told
+        retrying["error"] = info.last_error.model_dump(mode="json")
+    return retrying
 
 
 async def events(request: Request) -> Response:

@@ -42,7 +42,7 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{7,127}")
 _METADATA = "metadata."
 
 
-def asked_of(body: Any, key: str | None = None) -> tuple[JobRequest, Options]:
+def job_request_of(body: Any, key: str | None = None) -> tuple[JobRequest, Options]:
     """A request and its options from a body: the request's fields, and ``options`` beside them.
 
     ``key``: an idempotency key that came as a header. Raises InvalidRequest.
@@ -87,14 +87,16 @@ async def put(request: Request) -> Response:
 async def _submit(request: Request, id: str) -> Response:
     door, caller = door_of(request), caller_of(request)
     wait = wait_of(request)
-    asked, options = asked_of(await read_json(request), request.headers.get("idempotency-key"))
-    caller.check(asked, options, door.settings.inbox_bucket)
-    job: Any = await door.client.submit(Submission(asked, options, id, caller.tenant))
+    job_request, options = job_request_of(
+        await read_json(request), request.headers.get("idempotency-key")
+    )
+    caller.check(job_request, options, door.settings.inbox_bucket)
+    job: Any = await door.client.submit(Submission(job_request, options, id, caller.tenant))
     if wait:
         info = await ended(request, door, job.id, wait)
         return job_answer(info, Location=_path(request, job.id), Preference_Applied="wait")
-    told = {"id": job.id, **links(request, job.id)}
-    return shown(told, 202, Location=_path(request, job.id))
+    body = {"id": job.id, **links(request, job.id)}
+    return shown(body, 202, Location=_path(request, job.id))
 
 
 def _path(request: Request, id: str) -> str:

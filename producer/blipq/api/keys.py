@@ -182,8 +182,8 @@ def _callers(path: Path) -> dict[str, Caller]:
 def read_keys(path: Path) -> dict[str, Key]:
     """The entries of a file by name. Raises InvalidRequest, which repeats no digest."""
     try:
-        told: Any = tomllib.loads(path.read_text())
-        return TypeAdapter(_File).validate_python(told).keys
+        tables: Any = tomllib.loads(path.read_text())
+        return TypeAdapter(_File).validate_python(tables).keys
     except OSError as error:
         raise InvalidRequest(f"BLIPQ_API_KEYS: cannot read {path}: {error.strerror}") from None
     except ValidationError as error:

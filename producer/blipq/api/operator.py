@@ -62,7 +62,7 @@ async def queues(request: Request) -> Response:
 async def workers(request: Request) -> Response:
     """The live workers, with what each reports of itself."""
     found = await door_of(request).operate(lambda operator: operator.workers())
-    return shown({"workers": [{"name": name, **told} for name, told in sorted(found.items())]})
+    return shown({"workers": [{"name": name, **report} for name, report in sorted(found.items())]})
 
 
 async def webhooks(request: Request) -> Response:

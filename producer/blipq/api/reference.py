@@ -25,8 +25,8 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     contract.DescribeRequest,
     contract.SearchRequest,
 )
-_ASKED: tuple[type[BaseModel], ...] = (*_REQUESTS, contract.Options, PresignRequest)
-_TOLD: tuple[type[BaseModel], ...] = (contract.JobInfo, Uploaded, Presigned)
+_INPUTS: tuple[type[BaseModel], ...] = (*_REQUESTS, contract.Options, PresignRequest)
+_OUTPUTS: tuple[type[BaseModel], ...] = (contract.JobInfo, Uploaded, Presigned)
 
 #: What every operation may answer, and what those with a body may.
 _ALWAYS = ("400", "401", "403", "408", "413", "421", "422", "429", "503")
@@ -284,8 +284,8 @@ def document(operations: Iterable[Operation]) -> dict[str, Any]:
         path = operation.path.replace(":path", "")
         if (described := _OPERATIONS.get((operation.method, path))) is not None:
             text = " ".join((operation.handler.__doc__ or "").split())
-            told = _operation(described, operation.scope, text)
-            paths.setdefault(path, {})[operation.method.lower()] = told
+            entry = _operation(described, operation.scope, text)
+            paths.setdefault(path, {})[operation.method.lower()] = entry
     return {
         "openapi": "3.1.0",
         "info": {
@@ -303,17 +303,17 @@ def document(operations: Iterable[Operation]) -> dict[str, Any]:
 
 def _operation(described: _Described, scope: str | None, text: str) -> dict[str, Any]:
     parameters, bodies, answers, problems = described
-    told: dict[str, Any] = {"summary": text.partition(". ")[0].rstrip("."), "description": text}
+    entry: dict[str, Any] = {"summary": text.partition(". ")[0].rstrip("."), "description": text}
     if parameters:
-        told["parameters"] = [_without_x(each) for each in parameters if "x-names" not in each]
+        entry["parameters"] = [_without_x(each) for each in parameters if "x-names" not in each]
     if bodies:
-        told["requestBody"] = {"required": True, "content": bodies}
+        entry["requestBody"] = {"required": True, "content": bodies}
     codes = sorted({*_ALWAYS, *problems})
-    told["responses"] = answers | {code: _problem(code) for code in codes}
+    entry["responses"] = answers | {code: _problem(code) for code in codes}
     if scope is not None:
-        told["security"] = [{"key": []}, {}]
-        told["description"] += f" Needs the scope `{scope}` where the door has keys."
-    return told
+        entry["security"] = [{"key": []}, {}]
+        entry["description"] += f" Needs the scope `{scope}` where the door has keys."
+    return entry
 
 
 def _without_x(parameter: dict[str, Any]) -> dict[str, Any]:
@@ -327,9 +327,9 @@ def _problem(code: str) -> dict[str, Any]:
 
 def _schemas() -> dict[str, Any]:
     """The contract's models, and the door's own shapes."""
-    asked = [(model, "validation") for model in _ASKED]
-    told = [(model, "serialization") for model in _TOLD]
-    _, found = models_json_schema([*asked, *told], ref_template=_REF + "{model}")  # type: ignore[list-item]
+    inputs = [(model, "validation") for model in _INPUTS]
+    outputs = [(model, "serialization") for model in _OUTPUTS]
+    _, found = models_json_schema([*inputs, *outputs], ref_template=_REF + "{model}")  # type: ignore[list-item]
     schemas: dict[str, Any] = dict(found["$defs"])
     results = schemas["JobInfo"]["properties"]["result"]["anyOf"][0]
     return {
@@ -410,19 +410,22 @@ def page(document: dict[str, Any]) -> str:
     """The whole page. All text in it is ours, and is escaped all the same."""
     parts = [_HEAD]
     for path, methods in document["paths"].items():
-        for method, told in methods.items():
+        for method, operation in methods.items():
             name = html.escape(f"{method.upper()} {path}")
             parts.append(f'<h2 id="{name}"><span>{method.upper()}</span> {html.escape(path)}</h2>')
-            parts.append(f"<p>{_code(told['description'])}</p>")
+            parts.append(f"<p>{_code(operation['description'])}</p>")
             parts.append(
                 _table(
                     "Parameters",
-                    [(each["name"], each["description"]) for each in told.get("parameters", ())],
+                    [
+                        (each["name"], each["description"])
+                        for each in operation.get("parameters", ())
+                    ],
                 )
             )
-            bodies = told.get("requestBody", {}).get("content", {})
+            bodies = operation.get("requestBody", {}).get("content", {})
             parts.append(_table("Bodies", [(each, "") for each in bodies]))
-            answers = told["responses"]
+            answers = operation["responses"]
             parts.append(
                 _table(
                     "Answers", [(code, answers[code]["description"]) for code in sorted(answers)]

@@ -101,20 +101,20 @@ async def _file_of_form(request: Request) -> bytes:
 
 
 async def _presign(request: Request) -> Response:
-    told = await read_json(request)
-    if not isinstance(told, dict):
+    body = await read_json(request)
+    if not isinstance(body, dict):
         raise InvalidRequest("request: an object is expected")
-    asked = checked(PresignRequest, **told)
+    upload = checked(PresignRequest, **body)
     door, bucket = door_of(request), door_of(request).settings.inbox_bucket
-    suffix = _SUFFIXES.get(asked.content_type, "")
-    key = f"{caller_of(request).folder}{asked.sha256}{suffix}"
+    suffix = _SUFFIXES.get(upload.content_type, "")
+    key = f"{caller_of(request).folder}{upload.sha256}{suffix}"
     expires_at = datetime.now(UTC) + timedelta(seconds=PRESIGNED_FOR_S)
     put = await door.store(
         lambda: door.presigner.put(
             key,
-            digest=asked.sha256,
-            size=asked.bytes,
-            content_type=asked.content_type,
+            digest=upload.sha256,
+            size=upload.bytes,
+            content_type=upload.content_type,
             expires_in=PRESIGNED_FOR_S,
         )
     )

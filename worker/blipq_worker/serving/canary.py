@@ -1,9 +1,9 @@
-"""Checks that a model sees and speaks before its worker takes jobs.
+"""Checks that a model describes pictures before its worker takes jobs.
 
 Quantization, a wrong library version or a damaged checkpoint can leave a model that loads and
-answers nonsense; such a worker must refuse work. Two plain pictures are shown to the model. Where a
-golden is known, it must say about them what it said then; in any case what it says must be numbers
-and words, and depend on the picture.
+answers nonsense; such a worker must refuse work. The model gets two plain pictures. Where a golden
+is known, its answers must agree with it; in any case they must be finite numbers and words that do
+not repeat, and depend on the picture.
 """
 
 import logging
@@ -37,13 +37,13 @@ class CanaryError(BlipqError):
 
 
 def check(model: Blip2, golden: Golden | None = None) -> Observation:
-    """What the model says about two pictures. Raises CanaryError unless that makes sense."""
-    said = observe(model)
-    log.info("canary: %s", "; ".join(said.captions + said.answers))
-    _require_sense(said)
+    """What the model makes of two pictures. Raises CanaryError unless that makes sense."""
+    observation = observe(model)
+    log.info("canary: %s", "; ".join(observation.captions + observation.answers))
+    _require_sense(observation)
     if golden is not None:
-        _require_the_same(model.info, golden, said)
-    return said
+        _require_the_same(model.info, golden, observation)
+    return observation
 
 
 def observe(model: Blip2) -> Observation:
@@ -60,7 +60,7 @@ def observe(model: Blip2) -> Observation:
     likelihoods = tuple(_rounded(item[0]) for item in ranked)
     params = resolve("caption", model.info, {"num_beams": 1, "max_new_tokens": TOKENS})
     prompts = [(prompt, vqa_prompt(question)) for question in QUESTIONS]
-    said = model.generate(
+    written = model.generate(
         [GenerateItem(*both, params) for both in zip(pixels, prompts, strict=True)]
     )
     matches = None
@@ -68,8 +68,8 @@ def observe(model: Blip2) -> Observation:
         items = [MatchItem(each, TEXTS, "itm") for each in pixels]
         matches = tuple(_rounded(scores) for scores in model.match(items))
     return Observation(
-        captions=tuple(texts[0].text for texts, _ in said),
-        answers=tuple(texts[0].text for _, texts in said),
+        captions=tuple(texts[0].text for texts, _ in written),
+        answers=tuple(texts[0].text for _, texts in written),
         likelihoods=likelihoods,
         matches=matches,
     )
@@ -88,38 +88,40 @@ def warm(model: Blip2) -> None:
 
 
 def golden_of(model: Blip2) -> Golden:
-    """What the model says now, to be held against it later. Raises CanaryError for nonsense."""
-    said, info = check(model), model.info
+    """What the model answers now, for later comparisons. Raises CanaryError for nonsense."""
+    observation, info = check(model), model.info
     revisions = tuple(each for each in (info.revision, info.retrieval_revision) if each)
-    return Golden(dtype=info.dtype, quantization=info.quantization, revisions=revisions, said=said)
+    return Golden(
+        dtype=info.dtype, quantization=info.quantization, revisions=revisions, said=observation
+    )
 
 
-def _require_sense(said: Observation) -> None:
-    numbers = [value for row in said.likelihoods for value in row]
+def _require_sense(observation: Observation) -> None:
+    numbers = [value for row in observation.likelihoods for value in row]
     if not all(map(math.isfinite, numbers)):
-        raise CanaryError(f"its log-likelihoods are {said.likelihoods}")
-    if all(abs(a - b) < _SAME for a, b in zip(*said.likelihoods, strict=True)):
+        raise CanaryError(f"its log-likelihoods are {observation.likelihoods}")
+    if all(abs(a - b) < _SAME for a, b in zip(*observation.likelihoods, strict=True)):
         raise CanaryError("two different pictures make no difference to what it would say")
-    for text in said.captions:
+    for text in observation.captions:
         if not text.strip():
             raise CanaryError("it writes nothing about a picture")
         if _REPEATS.fullmatch(text.strip()):
             raise CanaryError(f"it repeats itself: {text!r}")
-    for row in said.matches or ():
+    for row in observation.matches or ():
         if not all(0.0 <= probability <= 1.0 for probability in row):
-            raise CanaryError(f"its matching probabilities are {said.matches}")
+            raise CanaryError(f"its matching probabilities are {observation.matches}")
 
 
-def _require_the_same(info: ModelInfo, golden: Golden, said: Observation) -> None:
+def _require_the_same(info: ModelInfo, golden: Golden, observation: Observation) -> None:
     allowed = tolerance((golden.dtype, golden.quantization), (info.dtype, info.quantization))
-    found = difference(golden.said, said, allowed)
+    found = difference(golden.said, observation, allowed)
     if found is None:
         return
     now = {each for each in (info.revision, info.retrieval_revision) if each}
     if now <= set(golden.revisions):
         raise CanaryError(found)
     raise CanaryError(
-        f"{found}. Its weights are others than those recorded: after a change on purpose, "
+        f"{found}. Its weights differ from those recorded: if they were changed on purpose, run "
         f"`blipq models record-golden {info.checkpoint}`"
     )
 
