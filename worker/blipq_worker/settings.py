@@ -125,7 +125,7 @@ class WorkerSettings(BaseSettings):
         description="Take decode steps as CUDA graphs, where the GPU and the model allow it.",
     )
     batch_wait_timeout_s: Seconds = Field(
-        default=0.005, ge=0, description="Longest a job waits for company, in seconds."
+        default=0.005, ge=0, description="Longest a job waits for others of its batch, in seconds."
     )
     concurrency: int | None = Field(
         default=None,
@@ -162,8 +162,8 @@ class WorkerSettings(BaseSettings):
         default=256 * 2**20,
         ge=0,
         description=(
-            "Host memory for what the model made of images, in bytes: what is asked about again is "
-            "not downloaded, decoded or looked at. 0.1 MB an image, 0.7 to 2 MB with matches."
+            "Host memory for what the model made of images, in bytes: an image that is used again "
+            "is not downloaded, decoded or encoded. 0.1 MB an image, 0.7 to 2 MB with matches."
         ),
     )
     max_image_bytes: int = Field(
@@ -232,7 +232,8 @@ class WorkerSettings(BaseSettings):
         description="Address that this port is open at; by default all that IPv4 has here.",
     )
     canary: bool = Field(
-        default=True, description="Check at start that the model sees and speaks; refuse if not."
+        default=True,
+        description="Check at start that the model describes two plain pictures; refuse if not.",
     )
     goldens: Path | None = Field(
         default=None,
