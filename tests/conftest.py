@@ -29,6 +29,10 @@ ROOT = Path(__file__).parent.parent
 # Before anything imports Triton: its kernels run on a CPU then.
 os.environ["TRITON_INTERPRET"] = "1"
 
+# Before anything imports torch, here and in the processes that tests start: tests share the cores,
+# and a tiny model's threads would spend their time waiting for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # Settings of the person who runs the tests must not reach them.
 for name in [name for name in os.environ if name.startswith(("BLIPQ_", "AWS_"))]:
     del os.environ[name]
