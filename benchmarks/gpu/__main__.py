@@ -132,7 +132,8 @@ def service(options: Options) -> Any:
                     recorder.run("checkpoint", partial(_written, writing, model))
                 _serve(bench, recorder, name)
                 if name == "as it comes":
-                    recorder.run("S3's stand-ins alone", bench.stubs_alone)
+                    seconds = 0.5 if options.tiny else 3.0
+                    recorder.run("S3's stand-ins alone", partial(bench.stubs_alone, seconds))
                     jobs = 100 if options.tiny else 4_000
                     recorder.run("the client alone", partial(bench.client_alone, jobs))
 
@@ -157,7 +158,11 @@ def _bench(whole: Any, options: Options, name: str, env: Mapping[str, str]) -> A
     scratch.mkdir()
     if not options.tiny:
         return whole.Bench(scratch, env)
-    work = {key: whole.Work(each.generation, each.size, 3) for key, each in whole.WORK.items()}
+    seconds = {"greedy": 1.5, "default": 1.5, "12 MP": 3.0}
+    work = {
+        key: whole.Work(each.generation, each.size, seconds[key])
+        for key, each in whole.WORK.items()
+    }
     return whole.Bench(scratch, env, work=work, warm=8)
 
 
@@ -182,7 +187,7 @@ def engine(options: Options) -> Any:
 
     card = side.Card(options.folder, options.tiny)
     greedy, beams = side.GREEDY, side.BEAMS
-    seconds = 0.5 if options.tiny else 3.0
+    seconds = 0.2 if options.tiny else 3.0
 
     def run(recorder: record.Record) -> None:
         peak: dict[str, float] = {}

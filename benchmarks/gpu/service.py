@@ -207,7 +207,7 @@ class Bench:
             time.sleep(0.05)
         return {"p50_ms": sorted(waits)[len(waits) // 2], "longest_ms": max(waits)}
 
-    def stubs_alone(self, seconds: float = 3.0) -> dict[str, float]:
+    def stubs_alone(self, seconds: float) -> dict[str, float]:
         """Pictures a second that the stand-ins for S3 give away, read by as many processes."""
         with ProcessPoolExecutor(STUBS, mp_context=get_context("spawn")) as pool:
             ports = [self.servers.s3_port] * STUBS
