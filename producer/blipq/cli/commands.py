@@ -30,7 +30,9 @@ _PANELS: dict[str, list[tuple[str, str | None, str]]] = {
         ("status", "jobs:status", "Show where a job is, and when no live worker serves its model."),
         ("result", "jobs:result", "Wait for a job and print its result."),
         ("wait", "overview:wait", "Wait for jobs to end."),
-        ("cancel", "jobs:cancel", "Cancel a job, wherever it is."),
+        ("cancel", "changes:cancel", "Cancel jobs: those of ids, or all that match."),
+        ("retry", "changes:retry", "Queue jobs again that ended without a result."),
+        ("expedite", "changes:expedite", "Move jobs that wait into another priority's queue."),
         ("list", "overview:list_", "List jobs, the newest first."),
     ],
     "Many images": [

@@ -1,6 +1,5 @@
 """Commands that submit a job, or look one up."""
 
-import json
 from typing import Annotated, Any, Unpack
 
 import typer
@@ -204,18 +203,3 @@ def result(id: IdArgument, timeout: TimeoutOption = 60.0, as_json: JsonOption = 
     """
     with connected(as_json) as client:
         follow(client.job(id), True, timeout, as_json)
-
-
-def cancel(id: IdArgument, as_json: JsonOption = False) -> None:
-    """Cancel a job, wherever it is.
-
-    Examples:
-        blipq cancel job_0197f2a0-5c7e-7d3b-9a51-3c1d6e0f4a2b
-    """
-    with connected(as_json) as client:
-        job = client.job(id)
-        cancelled = job.cancel()
-        if as_json:
-            print(json.dumps({"id": id, "cancelled": cancelled, "status": job.status()}))
-        else:
-            out.print("cancelled" if cancelled else f"it had ended: {job.status()}")

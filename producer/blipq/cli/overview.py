@@ -104,10 +104,41 @@ def _table(queues: list[QueueState]) -> Table:
     table.add_column("queue", overflow="fold")
     for name in ("waiting", "oldest", "live workers"):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("state")
     for queue in queues:
         oldest = "" if queue.oldest_s is None else f"{queue.oldest_s:,.0f} s"
-        table.add_row(Text(queue.queue), f"{queue.waiting:,}", oldest, f"{queue.live_workers:,}")
+        live, state = f"{queue.live_workers:,}", "paused" if queue.paused else ""
+        table.add_row(Text(queue.queue), f"{queue.waiting:,}", oldest, live, state)
     return table
+
+
+QueueArgument = Annotated[
+    list[str], typer.Argument(metavar="QUEUE...", help="Queues, such as blipq.default.low.")
+]
+
+
+@app.command("pause")
+def pause(queues: QueueArgument) -> None:
+    """Let no worker take a job from these queues. Jobs that run end; others come and wait.
+
+    Examples:
+        blipq queue pause blipq.default.low
+    """
+    with connected() as client:
+        for queue in queues:
+            out.print(f"{queue}: paused, {client.pause(queue):,} waiting", markup=False)
+
+
+@app.command("resume")
+def resume(queues: QueueArgument) -> None:
+    """Let workers take jobs from these queues again.
+
+    Examples:
+        blipq queue resume blipq.default.low
+    """
+    with connected() as client:
+        for queue in queues:
+            out.print(f"{queue}: resumed, {client.resume(queue):,} waiting", markup=False)
 
 
 @app.command("purge")

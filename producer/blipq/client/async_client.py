@@ -34,11 +34,13 @@ from blipq.contract import (
     Head,
     ImageRef,
     IndexEntry,
+    JobFilter,
     JobInfo,
     MatchRequest,
     MatchResult,
     OptionFields,
     Options,
+    Priority,
     Result,
     ResultT,
     SearchRequest,
@@ -48,6 +50,7 @@ from blipq.contract import (
     VQAResult,
 )
 from blipq.errors import QueueFull, QueueUnavailable
+from blipq.ledger.changes import Change, Changing
 from blipq.ledger.codec import Message, Polled
 from blipq.ledger.protocols import AsyncProducer
 from blipq.s3.storage import Storage
@@ -279,6 +282,44 @@ class AsyncClient(ClientBase):
                         yield info
                 if waiting.open:
                     waiting.notify(await inbox.take(waiting.pause()))
+
+    # -- queues, and many jobs, for operators --
+
+    async def pause(self, queue: str) -> int:
+        """Lets no worker take a job from a queue, like ``Client.pause``."""
+        return await self.ledger.pause(queue)
+
+    async def resume(self, queue: str) -> int:
+        """Lets workers take jobs from a queue again; how many wait."""
+        return await self.ledger.resume(queue)
+
+    async def cancel_all(self, which: JobFilter | Sequence[str], *, dry_run: bool = False) -> int:
+        """Cancels jobs of a filter, or of ids, like ``Client.cancel_all``."""
+        return await self._change(Change.of("cancel", which, dry_run=dry_run))
+
+    async def retry_all(self, which: JobFilter | Sequence[str], *, dry_run: bool = False) -> int:
+        """Queues jobs again that ended without a result, like ``Client.retry_all``."""
+        return await self._change(Change.of("retry", which, dry_run=dry_run))
+
+    async def expedite(
+        self,
+        which: JobFilter | Sequence[str],
+        priority: Priority = Priority.HIGH,
+        *,
+        dry_run: bool = False,
+    ) -> int:
+        """Moves jobs that wait to another priority, like ``Client.expedite``."""
+        options = {"priority": Priority(priority), "dry_run": dry_run}
+        return await self._change(Change.of("move", which, **options))
+
+    async def _change(self, change: Change) -> int:
+        changing = Changing(change)
+        while (chunk := changing.next()) is not None:
+            changed = await self.ledger.change(chunk)
+            if changed.messages:
+                await self._publish(changed.messages)
+            changing.took(changed)
+        return changing.count
 
     async def _poll(self, ids: list[str]) -> Polled | QueueUnavailable:
         try:

@@ -25,11 +25,13 @@ from blipq.contract import (
     Head,
     ImageRef,
     IndexEntry,
+    JobFilter,
     JobInfo,
     MatchRequest,
     MatchResult,
     OptionFields,
     Options,
+    Priority,
     Result,
     ResultT,
     SearchRequest,
@@ -39,6 +41,7 @@ from blipq.contract import (
     VQAResult,
 )
 from blipq.errors import QueueFull, QueueUnavailable
+from blipq.ledger.changes import Change, Changing
 from blipq.ledger.codec import Message, Polled
 from blipq.ledger.protocols import Producer
 from blipq.s3.storage import Storage
@@ -314,6 +317,56 @@ class Client(ClientBase):
                     yield from waiting.polled(due, found)
                 if waiting.open:
                     waiting.notify(inbox.take(waiting.pause()))
+
+    # -- queues, and many jobs, for operators --
+
+    def pause(self, queue: str) -> int:
+        """Lets no worker take a job from a queue, such as ``blipq.default.low``.
+
+        Jobs that run end, others go on to come and wait, and their deadlines go on. Returns how
+        many wait. Raises UnknownModel, and InvalidRequest for what is no queue.
+        """
+        return self.ledger.pause(queue)
+
+    def resume(self, queue: str) -> int:
+        """Lets workers take jobs from a queue again; how many wait."""
+        return self.ledger.resume(queue)
+
+    def cancel_all(self, which: JobFilter | Sequence[str], *, dry_run: bool = False) -> int:
+        """Cancels jobs: all of a filter that have not ended, or those of these ids.
+
+        Returns how many. A ``dry_run`` only counts them. The jobs are gone through in chunks: one
+        that is submitted meanwhile may be missed.
+        """
+        return self._change(Change.of("cancel", which, dry_run=dry_run))
+
+    def retry_all(self, which: JobFilter | Sequence[str], *, dry_run: bool = False) -> int:
+        """Queues jobs again that failed, expired or were cancelled, with fresh attempts.
+
+        Like ``cancel_all``. Their deadline is ``default_expires_in`` from now. Raises QueueFull
+        where too many jobs are open for all of them.
+        """
+        return self._change(Change.of("retry", which, dry_run=dry_run))
+
+    def expedite(
+        self,
+        which: JobFilter | Sequence[str],
+        priority: Priority = Priority.HIGH,
+        *,
+        dry_run: bool = False,
+    ) -> int:
+        """Moves jobs that wait into the queue of another priority, like ``cancel_all``."""
+        options = {"priority": Priority(priority), "dry_run": dry_run}
+        return self._change(Change.of("move", which, **options))
+
+    def _change(self, change: Change) -> int:
+        changing = Changing(change)
+        while (chunk := changing.next()) is not None:
+            changed = self.ledger.change(chunk)
+            if changed.messages:
+                self.broker.publish_all(changed.messages)
+            changing.took(changed)
+        return changing.count
 
     def _poll(self, ids: list[str]) -> Polled | QueueUnavailable:
         try:

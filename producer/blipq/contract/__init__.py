@@ -6,6 +6,7 @@ older client can read a newer worker's answer. Changes are additive only. JSON a
 
 from blipq.contract.base import CONTRACT, Kind, Metadata, Name
 from blipq.contract.errors import ErrorCode, JobError
+from blipq.contract.filters import JobFilter
 from blipq.contract.generation import Generation
 from blipq.contract.images import Image, ImageRef, S3Uri, checked_bucket, split_s3_uri
 from blipq.contract.jobs import TERMINAL_STATUSES, JobInfo, Receipt, Status
@@ -81,6 +82,7 @@ __all__ = [
     "IndexEntry",
     "JobError",
     "JobEvent",
+    "JobFilter",
     "JobInfo",
     "Kind",
     "MatchRequest",

@@ -119,6 +119,8 @@ def prepare(submission: Submission, settings: Settings, *, notify: str) -> Prepa
         **({} if submission.tenant is None else {"tenant": submission.tenant}),
     }
     expires_in_ms = ms(options.expires_in or settings.default_expires_in)
+    if key := scoped_key(submission):
+        fields["idempotency_key"] = key
     same = digest(text, options, submission.tenant)
     return Prepared(submission, same, expires_in_ms, fields)
 
@@ -169,7 +171,7 @@ def recorded(submission: Submission, outcome: Outcome, id: str) -> Recorded | Bl
     if outcome == "full":
         return QueueFull("too many jobs are open (BLIPQ_MAX_OPEN_JOBS)")
     if outcome == "unknown":
-        return _unknown_model(submission.options.model, id)
+        return unknown_model(submission.options.model, id)
     if outcome == "exists":
         return id
     return replace(message_of(submission), served=outcome == "created")
@@ -185,10 +187,10 @@ def check(answer: Sequence[str]) -> None:
     """Raises UnknownModel if the unknown_models script named one."""
     served, *unknown = answer
     if unknown:
-        raise _unknown_model(unknown[0], served)
+        raise unknown_model(unknown[0], served)
 
 
-def _unknown_model(model: str, served: str) -> UnknownModel:
+def unknown_model(model: str, served: str) -> UnknownModel:
     """Why a job for this model is refused. ``served``: 'name=live workers', with spaces between."""
     named = [pair.rpartition("=") for pair in served.split()]
     known = [f"{name!r} ({_workers(int(live))})" for name, _, live in named]
@@ -228,8 +230,8 @@ def job_of(id: str, answer: Sequence[Any]) -> JobInfo | None:
     """The read script's reply: the job, or None for an unknown id."""
     if not answer:
         return None
-    live, *pairs = answer
-    return job_info(id, paired(pairs), live_workers=int(live))
+    live, paused, *pairs = answer
+    return job_info(id, paired(pairs), live_workers=int(live), paused=paused == 1)
 
 
 def _request_text(request: Request) -> str:
@@ -282,8 +284,16 @@ def _image_of(request: Any) -> str | None:
     return uri if uri.startswith("s3://") else uri.partition("?")[0]
 
 
-def job_info(id: str, job: Mapping[str, str], *, live_workers: int | None = None) -> JobInfo:
-    """A record's fields as everyone sees the job."""
+def messages(found: Sequence[str]) -> list[Message]:
+    """Messages from kind, id and queue in turn, as scripts return them."""
+    triples = zip(found[::3], found[1::3], found[2::3], strict=True)
+    return [Message(Kind(kind), id, queue) for kind, id, queue in triples]
+
+
+def job_info(
+    id: str, job: Mapping[str, str], *, live_workers: int | None = None, paused: bool = False
+) -> JobInfo:
+    """A record's fields as everyone sees the job. ``paused``: whether its queue is."""
 
     def loaded(field: str) -> Any:
         return json.loads(job[field]) if field in job else None
@@ -292,7 +302,11 @@ def job_info(id: str, job: Mapping[str, str], *, live_workers: int | None = None
         return float(job[field]) / 1000 if field in job else None
 
     open_ = "completed_at" not in job
-    unserved = open_ and live_workers == 0
+    note = None
+    if open_ and live_workers == 0:
+        note = f"no live worker serves the model {job['model']!r}"
+    elif job["status"] == "queued" and paused:
+        note = f"the queue {job['queue']} is paused"
     return JobInfo.model_validate(
         {
             "id": id,
@@ -312,6 +326,6 @@ def job_info(id: str, job: Mapping[str, str], *, live_workers: int | None = None
             "tenant": job.get("tenant"),
             "live_workers": live_workers if open_ else None,
             "last_error": loaded("last_error") if open_ else None,
-            "note": f"no live worker serves the model {job['model']!r}" if unserved else None,
+            "note": note,
         }
     )

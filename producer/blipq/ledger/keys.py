@@ -60,6 +60,11 @@ def passed(queue: str) -> str:
     return f"blipq:passed:{queue}"
 
 
+def paused(queue: str) -> str:
+    """String: 0 while a queue is paused, then when it was resumed."""
+    return f"blipq:paused:{queue}"
+
+
 def worker(name: str) -> str:
     """String: what a live worker reports of itself, as JSON."""
     return f"blipq:worker:{name}"
@@ -128,6 +133,14 @@ def queues_of(model: str) -> list[str]:
     return [queue_name(model, priority) for priority in Priority]
 
 
+_QUEUE = re.compile(rf"blipq\.(?P<model>.+)\.(?:{'|'.join(Priority)})")
+
+
+def is_queue(name: str) -> bool:
+    """Whether it is the name of a queue, of whatever model."""
+    return _QUEUE.fullmatch(name) is not None
+
+
 def model_of(queue: str) -> str:
     """The served model of a queue."""
     return queue.removeprefix("blipq.").rpartition(".")[0]
@@ -179,7 +192,7 @@ _CONSTANTS = {
     "KOMBU_SEPARATOR": _KOMBU_SEPARATOR,
 }
 _FUNCTIONS: tuple[Callable[[str], str], ...] = (
-    *(job, idempotency, queued, again, claimed, taken, passed),
+    *(job, idempotency, queued, again, claimed, taken, passed, paused),
     *(worker, serving, spare, withdrawn, outbox, event, stopped),
 )
 #: ``model_of``. A pattern, as a model's name may have dots.

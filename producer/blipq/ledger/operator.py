@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from blipq.contract import TERMINAL_STATUSES, JobInfo, Kind, Status
-from blipq.ledger import codec, keys
+from blipq.contract import TERMINAL_STATUSES, JobInfo, Status
+from blipq.ledger import changes, codec, keys
+from blipq.ledger.changes import Change, Changing
 from blipq.ledger.codec import Message
 from blipq.ledger.connection import redis_errors
 from blipq.ledger.script_runner import ScriptRunner
@@ -23,6 +24,7 @@ class QueueState:
     waiting: int
     oldest_s: float | None
     live_workers: int
+    paused: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, as JSON has them."""
@@ -112,6 +114,7 @@ class OperatorLedger(ScriptRunner):
             waiting=int(self.redis.zcard(keys.queued(queue))),
             oldest_s=now - min(since) / 1000 if since else None,
             live_workers=int(self.redis.zcount(serving, now * 1000, "+inf")),
+            paused=self.redis.get(keys.paused(queue)) == "0",
         )
 
     def purge(self, queue: str) -> int:
@@ -151,14 +154,16 @@ class OperatorLedger(ScriptRunner):
     def retry_dead_letter(self, id: str) -> Message | None:
         """Queues a dead letter again, alone, with fresh attempts; the message to publish.
 
-        None if the id is not one of a dead letter.
+        None if the id is not one of a dead letter. Raises QueueFull.
         """
-        expires_in = codec.ms(self.settings.default_expires_in)
+        changing = Changing(Change.of("retry", [id], dead=True))
+        chunk = changing.next()
+        assert chunk is not None, "an id is one chunk"
         with redis_errors(id):
-            if not self._run("revive", id, expires_in, codec.retention_ms(self.settings)):
-                return None
-            kind, queue = cast("list[str]", self.redis.hmget(keys.job(id), "kind", "queue"))
-        return Message(Kind(kind), id, queue)
+            answer = self._run("change", *changes.arguments(chunk, self.settings))
+        changed = changes.changed(answer)
+        changing.took(changed)
+        return next(iter(changed.messages), None)
 
     def drop_dead_letter(self, id: str) -> bool:
         """Deletes a dead letter and its job; False if the id is not one of a dead letter."""

@@ -5,7 +5,8 @@ from typing import cast
 
 from blipq.contract import JobInfo
 from blipq.errors import BlipqError
-from blipq.ledger import codec
+from blipq.ledger import changes, codec
+from blipq.ledger.changes import Changed, Chunk
 from blipq.ledger.codec import Cancelled, Polled, Prepared, Recorded
 from blipq.ledger.connection import redis_errors
 from blipq.ledger.script_runner import ScriptRunner
@@ -53,6 +54,25 @@ class ProducerLedger(ScriptRunner):
         """Cancels a job."""
         with redis_errors(id):
             return cast(Cancelled, self._run("cancel", id))
+
+    def pause(self, queue: str) -> int:
+        """Lets no worker take a job from a queue."""
+        return self._pause(queue, True)
+
+    def resume(self, queue: str) -> int:
+        """Lets workers take jobs from a queue again."""
+        return self._pause(queue, False)
+
+    def _pause(self, queue: str, pause: bool) -> int:
+        arguments = changes.pause_arguments(queue, pause, self.settings)
+        with redis_errors():
+            answer = self._run("pause", *arguments)
+        return changes.waiting(queue, answer)
+
+    def change(self, chunk: Chunk) -> Changed:
+        """Makes one chunk of a change."""
+        with redis_errors():
+            return changes.changed(self._run("change", *changes.arguments(chunk, self.settings)))
 
     def release(self, ids: Sequence[str]) -> int:
         """Deletes the records of jobs that have ended."""

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from blipq.contract import JobInfo
 from blipq.errors import BlipqError
+from blipq.ledger.changes import Changed, Chunk
 from blipq.ledger.codec import Cancelled, Polled, Prepared, Recorded
 from blipq.submission import Submission
 
@@ -44,6 +45,18 @@ class Producer(Protocol):
     def cancel(self, id: str) -> Cancelled:
         """Cancels a job at once, whether it waits or runs."""
 
+    def pause(self, queue: str) -> int:
+        """Lets no worker take a job from a queue until it is resumed; how many jobs wait in it.
+
+        Raises InvalidRequest for what is no queue, and UnknownModel.
+        """
+
+    def resume(self, queue: str) -> int:
+        """Lets workers take jobs from a queue again; how many wait. Raises as ``pause``."""
+
+    def change(self, chunk: Chunk) -> Changed:
+        """Makes one chunk of a change of many jobs."""
+
     def release(self, ids: Sequence[str]) -> int:
         """Deletes the records of ended jobs whose outcome the caller keeps; returns how many.
 
@@ -77,6 +90,15 @@ class AsyncProducer(Protocol):
 
     async def cancel(self, id: str) -> Cancelled:
         """As ``Producer.cancel``."""
+
+    async def pause(self, queue: str) -> int:
+        """As ``Producer.pause``."""
+
+    async def resume(self, queue: str) -> int:
+        """As ``Producer.resume``."""
+
+    async def change(self, chunk: Chunk) -> Changed:
+        """As ``Producer.change``."""
 
     async def release(self, ids: Sequence[str]) -> int:
         """As ``Producer.release``."""

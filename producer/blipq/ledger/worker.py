@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from blipq.contract import CONTRACT, Kind, Status
-from blipq.ledger.codec import Message, flat, ms, paired
+from blipq.ledger.codec import Message, flat, messages, ms, paired
 from blipq.ledger.connection import redis_errors
 from blipq.ledger.producer import ProducerLedger
 
@@ -17,7 +17,7 @@ GRACE_S = 10.0
 MAX_CRASHES = 3
 MAX_RETRIES = 5
 
-Unclaimed = Literal["unknown", "ended", "busy", "newer"]
+Unclaimed = Literal["unknown", "ended", "busy", "newer", "paused"]
 #: What the death of a process means for a job that it held (see ``requeue.lua``).
 Loss = Literal["hand-back", "lost", "suspect", "crash"]
 
@@ -121,7 +121,7 @@ class WorkerLedger(ProducerLedger):
         now, for callers that cannot return theirs to the broker.
         """
         with redis_errors():
-            return _messages(self._run("withdraw", *flat(unanswered)))
+            return messages(self._run("withdraw", *flat(unanswered)))
 
     def begin(self, claim: Claim) -> bool:
         """Marks the begin of a claim that is ``solo``; False if it is no longer held.
@@ -215,7 +215,7 @@ class WorkerLedger(ProducerLedger):
         owned = () if turn is None else (turn.owner, ms(turn.ttl_s), ms(turn.patience_s))
         with redis_errors():
             more, *found = self._run("reconcile", *options, *owned)
-        return Swept(_messages(found), bool(more))
+        return Swept(messages(found), bool(more))
 
     def register(
         self, worker: str, models: Sequence[str], info: str, *, ttl_s: float, spare: bool
@@ -233,9 +233,3 @@ class WorkerLedger(ProducerLedger):
             answer: int = self._run("lock", key, owner, ms(ttl_s))
         outcomes: tuple[Literal["taken", "kept", "new"], ...] = ("taken", "kept", "new")
         return outcomes[answer]
-
-
-def _messages(found: Sequence[str]) -> list[Message]:
-    """Messages from kind, id and queue in turn, as scripts return them."""
-    triples = zip(found[::3], found[1::3], found[2::3], strict=True)
-    return [Message(Kind(kind), id, queue) for kind, id, queue in triples]

@@ -58,6 +58,7 @@ class LedgerCollector(Collector):
         with self._redis.pipeline(transaction=False) as pipe:
             for queue in queues:
                 pipe.zcard(keys.queued(queue))
+                pipe.get(keys.paused(queue))
                 for key in keys.waiting(queue):
                     pipe.zrange(key, 0, 0, withscores=True)
             seconds, micros = self._redis.time()
@@ -69,15 +70,19 @@ class LedgerCollector(Collector):
         age = GaugeMetricFamily(
             "blipq_oldest_queued_seconds", "Since the oldest was published.", labels=["queue"]
         )
+        paused = GaugeMetricFamily(
+            "blipq_queue_paused", "Whether workers take no jobs from it.", labels=["queue"]
+        )
         for place, queue in enumerate(queues):
-            size, *first = found[3 * place : 3 * place + 3]
+            size, pause, *first = found[4 * place : 4 * place + 4]
+            paused.add_metric([queue], pause == "0")
             since = [score for each in first for _, score in each]
             depth.add_metric([queue], size)
             age.add_metric([queue], max(0.0, now - min(since) / 1000) if since else 0)
         workers = GaugeMetricFamily("blipq_workers", "Live workers of a model.", labels=["model"])
-        for model, count in zip(models, found[3 * len(queues) :], strict=True):
+        for model, count in zip(models, found[4 * len(queues) :], strict=True):
             workers.add_metric([model], count)
-        yield from (depth, age, workers)
+        yield from (depth, age, paused, workers)
 
     def _webhooks(self) -> "Iterator[Metric]":
         hosts = cast("list[str]", self._redis.zrange(keys.OUTBOX, 0, -1))

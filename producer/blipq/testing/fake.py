@@ -29,7 +29,7 @@ class FakeBlipq(Backend):
     def __init__(self) -> None:
         #: Objects by their s3:// URI: uploads, and what jobs wrote to ``output``.
         self.objects: dict[str, bytes] = {}
-        self._jobs = Jobs(self._notify)
+        self._jobs = Jobs(self._notify, self.deliver)
         self._notifiers: list[InMemoryNotifier | InMemoryAsyncNotifier] = []
         self._answers: dict[Kind, list[Answer]] = {}
         self._running = True

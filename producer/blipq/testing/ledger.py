@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from blipq.contract import JobInfo, Kind, Status
+from blipq.contract import JobFilter, JobInfo, Kind, Priority, Status
 from blipq.errors import BlipqError
 from blipq.ledger import codec
-from blipq.ledger.codec import Cancelled, Polled, Prepared, Recorded
+from blipq.ledger.changes import Change, Changed, Chunk, check_queue
+from blipq.ledger.codec import Cancelled, Message, Polled, Prepared, Recorded
+from blipq.ledger.keys import queue_name
 from blipq.settings import Settings
 from blipq.submission import Submission
 
@@ -21,18 +23,51 @@ class _Record:
     submission: Submission
     digest: str
     info: JobInfo
+    priority: Priority
+
+    @property
+    def message(self) -> Message:
+        """What is published of it."""
+        return Message(self.info.kind, self.info.id, queue_name(self.info.model, self.priority))
+
+    def meets(self, where: JobFilter) -> bool:
+        """Whether it meets every condition."""
+        code = None if self.info.error is None else self.info.error.code
+        found = {"code": code, "priority": self.priority, **self.info.model_dump()}
+        named = where.model_dump(exclude_none=True, exclude={"metadata"})
+        return (where.metadata or {}).items() <= self.info.metadata.items() and all(
+            found[name] == value for name, value in named.items()
+        )
+
+    def is_for(self, change: Change) -> bool:
+        """Whether a change is for a job that is where this one is."""
+        match change.action:
+            case "cancel":
+                return not self.info.ended
+            case "retry":
+                return self.info.ended and self.info.status is not Status.SUCCEEDED
+            case "move":
+                is_queued = self.info.status is Status.QUEUED
+                return is_queued and self.priority is not change.priority
+            case "match":
+                return True
 
 
 class Jobs:
     """The jobs of one fake, for all of its clients and its worker.
 
-    ``notify`` is called with the id of each job that ends. Each call is atomic, as a script is.
+    ``notify`` is called with the id of each job that ends, ``publish`` with the messages of a queue
+    that is resumed. Each call is atomic, as a script is.
     """
 
-    def __init__(self, notify: Callable[[str], None]) -> None:
+    def __init__(
+        self, notify: Callable[[str], None], publish: Callable[[list[Message]], None]
+    ) -> None:
         self._notify = notify
+        self._publish = publish
         self._records: dict[str, _Record] = {}
         self._ids: dict[str, str] = {}  # by idempotency key
+        self._paused: set[str] = set()
         self._lock = threading.RLock()
 
     def submissions(self) -> list[Submission]:
@@ -70,7 +105,9 @@ class Jobs:
             metadata=submission.options.metadata,
             tenant=submission.tenant,
         )
-        self._records[submission.id] = _Record(submission, job.digest, info)
+        self._records[submission.id] = _Record(
+            submission, job.digest, info, submission.options.priority
+        )
         if key:
             self._ids[key] = submission.id
         return "created", submission.id
@@ -105,13 +142,58 @@ class Jobs:
             del self._records[id]
             return True
 
+    def pause(self, queue: str) -> int:
+        """Pauses a queue; how many jobs wait in it."""
+        with self._lock:
+            self._paused.add(queue)
+            return len(self._waiting(queue))
+
+    def resume(self, queue: str) -> int:
+        """Resumes a queue; how many jobs wait in it."""
+        with self._lock:
+            self._paused.discard(queue)
+            waiting = self._waiting(queue)
+        self._publish([record.message for record in waiting])
+        return len(waiting)
+
+    def _waiting(self, queue: str) -> list[_Record]:
+        waiting = [each for each in self._records.values() if each.message.queue == queue]
+        return [each for each in waiting if each.info.status is Status.QUEUED]
+
+    def change(self, chunk: Chunk, settings: Settings) -> Changed:
+        """Makes all of a change at once, or a chunk of its ids."""
+        change = chunk.change
+        with self._lock:
+            ids = chunk.ids if change.where is None else list(self._records)
+            found = [self._records[id] for id in ids if self.read(id) is not None]
+            meant = [each for each in found if change.where is None or each.meets(change.where)]
+            eligible = [each for each in meant if each.is_for(change)]
+            changed = Changed([each.info.id for each in eligible])
+            if change.dry_run or change.action == "match":
+                return changed
+            for record in eligible:
+                self._make(change, record, settings)
+            if change.action != "cancel":
+                changed.messages.extend(record.message for record in eligible)
+            return changed
+
+    def _make(self, change: Change, record: _Record, settings: Settings) -> None:
+        if change.action == "cancel":
+            self._end(record, Status.CANCELLED)
+        elif change.action == "retry":
+            record.info = record.info.model_copy(update=_fresh(settings))
+        elif change.priority is not None:
+            record.priority = change.priority
+
     # -- the worker --
 
     def begin(self, id: str) -> Submission | None:
-        """Starts a job; None if it is not queued any more."""
+        """Starts a job; None if it is not queued any more, or its queue is paused."""
         with self._lock:
             info = self.read(id)
             if info is None or info.status is not Status.QUEUED:
+                return None
+            if self._records[id].message.queue in self._paused:
                 return None
             running = {"status": Status.RUNNING, "attempts": 1, "started_at": datetime.now(UTC)}
             record = self._records[id]
@@ -131,6 +213,13 @@ class Jobs:
         fields |= {"status": status, "completed_at": datetime.now(UTC)}
         record.info = record.info.model_copy(update=fields)
         self._notify(record.info.id)
+
+
+def _fresh(settings: Settings) -> dict[str, Any]:
+    """What a job that is tried again is like."""
+    expires_at = datetime.now(UTC) + timedelta(seconds=settings.default_expires_in)
+    gone = dict.fromkeys(("completed_at", "error", "receipt"))
+    return {"status": Status.QUEUED, "expires_at": expires_at, **gone}
 
 
 class InMemoryLedger:
@@ -182,6 +271,20 @@ class InMemoryLedger:
         """Cancels a job."""
         return self._jobs.cancel(id)
 
+    def pause(self, queue: str) -> int:
+        """Lets the worker take no job from a queue."""
+        check_queue(queue)
+        return self._jobs.pause(queue)
+
+    def resume(self, queue: str) -> int:
+        """Lets the worker take jobs from a queue again."""
+        check_queue(queue)
+        return self._jobs.resume(queue)
+
+    def change(self, chunk: Chunk) -> Changed:
+        """Makes one chunk of a change."""
+        return self._jobs.change(chunk, self._settings)
+
     def release(self, ids: Sequence[str]) -> int:
         """Forgets jobs that have ended."""
         return sum(map(self._jobs.release, ids))
@@ -222,6 +325,18 @@ class InMemoryAsyncLedger:
     async def cancel(self, id: str) -> Cancelled:
         """Cancels a job."""
         return self._ledger.cancel(id)
+
+    async def pause(self, queue: str) -> int:
+        """Lets the worker take no job from a queue."""
+        return self._ledger.pause(queue)
+
+    async def resume(self, queue: str) -> int:
+        """Lets the worker take jobs from a queue again."""
+        return self._ledger.resume(queue)
+
+    async def change(self, chunk: Chunk) -> Changed:
+        """Makes one chunk of a change."""
+        return self._ledger.change(chunk)
 
     async def release(self, ids: Sequence[str]) -> int:
         """Forgets jobs that have ended."""

@@ -29,6 +29,7 @@ from blipq import (
     JobError,
     JobExpired,
     JobFailed,
+    JobFilter,
     JobNotFound,
     Options,
     QueueFull,
@@ -84,6 +85,8 @@ class RealWorld(FakeBlipq):
             if taken is not None:
                 self._may_run.wait()
                 self._run(json.loads(taken[1])["headers"]["id"])
+            for message in self._ledger.reconcile().messages:
+                self._run(message.id)
 
     def _run(self, id: str) -> None:
         claim = self._ledger.claim(id, "played")
@@ -367,3 +370,93 @@ def test_both_have_the_same_names_and_arguments(sync: type, asynchronous: type) 
     for name, part in there.items():
         if not isinstance(here[renamed.get(name, name)], property):
             assert signature(part) == signature(here[renamed.get(name, name)]), name
+
+
+# --- queues, and many jobs, for operators ---------------------------------------------------------
+
+
+def test_a_paused_queue_keeps_its_jobs_until_it_is_resumed(client: Any) -> None:
+    assert client.pause("blipq.default.low") == 0
+    waits = client.caption(IMAGE, priority="low")
+    assert client.caption(IMAGE).result(timeout=20) == CAT  # another queue goes on
+    with pytest.raises(ResultTimeout):
+        waits.result(timeout=0.3)
+    assert client.resume("blipq.default.low") == 1
+    assert waits.result(timeout=20) == CAT
+    assert client.caption(IMAGE, priority="low").result(timeout=20) == CAT
+
+
+@pytest.mark.parametrize("name", ["default", "blipq.default", "blipq.default.urgent", ""])
+def test_only_a_queue_can_be_paused(client: Any, name: str) -> None:
+    for call in (client.pause, client.resume):
+        with pytest.raises(InvalidRequest, match=r"not of the form blipq.MODEL.PRIORITY"):
+            call(name)
+
+
+def test_jobs_that_match_are_cancelled_and_counted_first(client: Any, world: FakeBlipq) -> None:
+    world.stop_worker()
+    jobs = [client.caption(IMAGE, metadata={"user": user, "n": "1"}) for user in "aab"]
+    where = JobFilter(metadata={"user": "a"})
+    assert client.cancel_all(where, dry_run=True) == 2
+    assert {job.status() for job in jobs} == {"queued"}
+    assert client.cancel_all(where) == 2
+    assert [job.status() for job in jobs] == ["cancelled", "cancelled", "queued"]
+    assert client.cancel_all(where) == 0
+    assert client.cancel_all([jobs[2].id, jobs[0].id, "job_unknown"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "count"),
+    [
+        ({"status": "queued"}, 3),
+        ({"status": "succeeded"}, 0),
+        ({"kind": "caption"}, 2),
+        ({"kind": "caption", "priority": "high"}, 1),
+        ({"priority": "low"}, 0),
+        ({"model": "default"}, 3),
+        ({"metadata": {"n": "2"}}, 1),
+        ({"metadata": {"n": "2", "user": "b"}}, 0),
+        ({"code": "image_not_found"}, 0),
+    ],
+)
+def test_a_filter_means_jobs_that_meet_all_conditions(
+    client: Any, world: FakeBlipq, where: Any, count: int
+) -> None:
+    world.stop_worker()
+    client.caption(IMAGE, metadata={"n": "1"})
+    client.caption(IMAGE, metadata={"n": "2", "user": "a"}, priority="high")
+    client.vqa(IMAGE, "why?")
+    assert client.cancel_all(JobFilter(**where), dry_run=True) == count
+
+
+def test_jobs_that_failed_are_tried_again(client: Any, world: FakeBlipq) -> None:
+    world.answer("caption", PermanentError(ErrorCode.IMAGE_NOT_FOUND, "no such key"), CAT)
+    failed, done = client.caption(IMAGE), client.caption(IMAGE)
+    assert failed.wait(timeout=20).status == "failed"
+    assert done.wait(timeout=20).status == "succeeded"
+    assert client.retry_all(JobFilter(code="image_forbidden")) == 0
+    assert client.retry_all([done.id, "job_unknown"]) == 0
+    assert client.retry_all(JobFilter(code="image_not_found"), dry_run=True) == 1
+    assert failed.status() == "failed"
+    assert client.retry_all(JobFilter(code="image_not_found")) == 1
+    assert client.job(failed.id).result(timeout=20) == CAT
+
+
+def test_waiting_jobs_move_to_another_priority(client: Any, world: FakeBlipq) -> None:
+    world.stop_worker()
+    low, high = client.caption(IMAGE, priority="low"), client.caption(IMAGE, priority="high")
+    client.pause("blipq.default.low")
+    client.pause("blipq.default.normal")
+    assert client.expedite(JobFilter(model="default"), dry_run=True) == 1
+    assert client.expedite([low.id, high.id]) == 1
+    assert client.expedite([low.id]) == 0
+    world.start_worker()
+    assert low.result(timeout=20) == CAT
+    assert high.result(timeout=20) == CAT
+
+
+def test_jobs_are_named_by_a_filter_with_conditions_or_by_a_list(client: Any) -> None:
+    with pytest.raises(ValueError, match="at least one condition"):
+        JobFilter()
+    with pytest.raises(InvalidRequest, match="a list of ids"):
+        client.cancel_all("job_1")

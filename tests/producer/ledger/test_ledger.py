@@ -13,6 +13,7 @@ import redis
 from redis._parsers.base import BaseParser
 
 from blipq import (
+    Client,
     IdempotencyConflict,
     JobInfo,
     Options,
@@ -629,12 +630,24 @@ def test_an_ended_job_keeps_what_is_read_of_it_alone(ledger: WorkerLedger) -> No
     assert left == promised | {"digest", "nonce"}
 
 
-def test_a_dead_letter_keeps_what_it_needs_to_run_again(ledger: WorkerLedger) -> None:
-    assert ledger.fail(running(ledger), ERROR, "{}", dead=True)
+@pytest.mark.parametrize("ended", ["failed", "dead", "cancelled", "expired"])
+def test_a_job_without_a_result_keeps_what_it_needs_to_run_again(
+    ledger: WorkerLedger, client: Client, ended: str
+) -> None:
+    if ended == "expired":
+        submitted(ledger, expires_in="1ms")
+        wait_until(lambda: read(ledger).ended, "the deadline")
+    elif ended == "cancelled":
+        submitted(ledger)
+        ledger.cancel("job_1")
+    else:
+        assert ledger.fail(running(ledger), ERROR, "{}", dead=ended == "dead")
     fields = ledger.redis.hgetall("blipq:job:job_1")
     assert {"contract", "result_ttl", "failed_ttl", "notify"} <= fields.keys()
-    assert OperatorLedger.beside(ledger).retry_dead_letter("job_1") is not None
+    assert not {"worker", "published_at", "retries", "last_error"} & fields.keys()
+    assert client.retry_all(["job_1"]) == 1
     assert ledger.succeed(claimed(ledger), RESULT, "{}")
+    assert ledger.redis.ttl("blipq:job:job_1") > 86000
 
 
 # --- reconcile ------------------------------------------------------------------------------------

@@ -85,14 +85,14 @@ def verb(
             if then is not None and wait:
                 then(job)
 
-    parameters = _parameters(submit, job_options, _waiting)
+    parameters = parameters_of(submit, job_options, _waiting)
     command.__name__, command.__doc__ = submit.__name__, submit.__doc__
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters}
     return command
 
 
-def _parameters(*functions: Callable[..., Any]) -> list[inspect.Parameter]:
+def parameters_of(*functions: Callable[..., Any]) -> list[inspect.Parameter]:
     """The parameters of functions that come from the command line."""
     return [
         each.replace(kind=inspect.Parameter.KEYWORD_ONLY)

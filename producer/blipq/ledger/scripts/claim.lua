@@ -1,6 +1,6 @@
 -- Takes a job under a lease. ARGV: id, worker, lease ms, contract, nonce.
 -- A claim that is repeated with its nonce is the same claim: its answer was lost.
--- Returns {'claimed', field, value, ...} or {reason}: unknown, ended, busy, newer.
+-- Returns {'claimed', field, value, ...} or {reason}: unknown, ended, busy, newer, paused.
 local id, worker, lease, contract = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local nonce = ARGV[5]
 
@@ -32,12 +32,14 @@ if is_late then return {'busy'} end
 if tonumber(job.due or 0) > now then return {'busy'} end
 if tonumber(job.contract) > contract then return {'newer'} end
 
+local seen = redis.call('MGET', claimed_key(job.queue), taken_key(job.queue), paused_key(job.queue))
+if seen[3] == '0' then return {'paused'} end
+
 -- The newest claim of the queue tells the reconciler which older messages must have been lost. Of a
 -- job that was published again the first message may be the one that came. It needs to know within
 -- a grace, so a busy queue does not write it at each claim.
 local GRAIN = 100  -- ms
 local published_at = tonumber(job.published_at or job.created_at)
-local seen = redis.call('MGET', claimed_key(job.queue), taken_key(job.queue))
 local newest, taken = tonumber(seen[1] or 0), tonumber(seen[2] or 0)
 if published_at - newest >= GRAIN or now - taken >= GRAIN then
   redis.call('SET', claimed_key(job.queue), math.max(newest, published_at), 'PX', INDEX_TTL)

@@ -44,14 +44,23 @@ local function forget(id, job)
   unqueue(id, job)
 end
 
--- Fields that nobody reads once a job has ended: for most of its life a record is one of those.
-local OPEN_ONLY = {'contract', 'result_ttl', 'failed_ttl', 'worker', 'published_at', 'again', 'due',
-  'solo', 'waiting', 'withdrawn', 'crashes', 'retries', 'last_error'}
+-- Nobody takes a job from a paused queue: its message is dropped, and the job waits in the ledger.
+local function is_paused(queue)
+  return redis.call('GET', paused_key(queue)) == '0'
+end
 
-local function shed(id, job)
+-- Fields that nobody reads once a job has ended: for most of its life a record is one of those. A
+-- job that has no result may be tried again, which takes the others.
+local OPEN_ONLY = {'worker', 'published_at', 'again', 'due', 'waiting', 'withdrawn', 'crashes',
+  'retries', 'last_error'}
+local FOR_RETRY = {'contract', 'result_ttl', 'failed_ttl', 'solo'}
+
+local function shed(id, job, status)
   local names = {}
-  for _, name in ipairs(OPEN_ONLY) do
-    if job[name] then names[#names + 1] = name end
+  for _, fields in ipairs({OPEN_ONLY, status == 'succeeded' and FOR_RETRY or {}}) do
+    for _, name in ipairs(fields) do
+      if job[name] then names[#names + 1] = name end
+    end
   end
   if #names > 0 then redis.call('HDEL', job_key(id), unpack(names)) end
 end
@@ -108,10 +117,9 @@ local function keep_snapshot(event, job)
 end
 
 -- The one way a job ends. The caller has checked that it has not ended yet.
--- is_dead: as a dead letter, which may be queued again.
-local function end_job(id, job, status, fields, is_dead)
+local function end_job(id, job, status, fields)
   local key = job_key(id)
-  if not is_dead then shed(id, job) end  -- first: a hash that has grown does not shrink
+  shed(id, job, status)  -- first: a hash that has grown does not shrink
   redis.call('HSET', key, 'status', status, 'completed_at', now, unpack(fields))
   forget(id, job)
   local ttl = tonumber(status == 'failed' and job.failed_ttl or job.result_ttl)
@@ -165,8 +173,7 @@ local function crashed(id, job, max_crashes, dead_letter_ttl)
   if crashes >= max_crashes then
     local message = 'the worker died or hung ' .. crashes .. ' times while it ran this job'
     end_job(id, job, 'failed', {
-      'error', cjson.encode({code = 'attempts_exhausted', message = message, retryable = false})},
-      true)
+      'error', cjson.encode({code = 'attempts_exhausted', message = message, retryable = false})})
     bury(id, dead_letter_ttl)
     return false
   end

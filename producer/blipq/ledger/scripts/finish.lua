@@ -20,6 +20,6 @@ if tonumber(job.deadline) <= now then
 end
 local fields = {}
 for i = 5, #ARGV do fields[#fields + 1] = ARGV[i] end
-end_job(id, job, status, fields, dead_letter_ttl > 0)
+end_job(id, job, status, fields)
 if dead_letter_ttl > 0 then bury(id, dead_letter_ttl) end
 return 1

@@ -73,7 +73,10 @@ def check_queues(settings: Settings) -> Findings:
         if state.oldest_s is None:
             continue
         message = f"{state.queue}: {state.waiting} waiting, the oldest for {state.oldest_s:.0f} s"
-        if state.live_workers:
+        if state.paused:
+            advice = f"when they are to run: {blipq(f'queue resume {state.queue}')}"
+            yield Finding("warn", "queues", f"{message}, and it is paused", advice)
+        elif state.live_workers:
             yield Finding("ok", "queues", message)
         else:
             purge = blipq(f"queue purge {state.queue}")
