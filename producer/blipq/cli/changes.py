@@ -1,17 +1,22 @@
 """Commands that change jobs: those of ids, or all that match a filter."""
 
+import importlib.util
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
+from blipq.cli.index import NEEDED
 from blipq.cli.terminal.options import pairs, parameters_of
 from blipq.cli.terminal.output import JsonOption, connected, errors, out
+from blipq.client.forgetting import Forgotten, Unindex
 from blipq.client.sync_client import Client
 from blipq.contract import ErrorCode, JobFilter, Kind, Priority, Status
 from blipq.errors import InvalidRequest
+from blipq.settings import Settings
 from blipq.submission import checked
 
 _PANEL = "Which jobs"
@@ -154,3 +159,57 @@ def expedite(
         blipq expedite --metadata campaign=spring --to low --yes
     """
     return lambda dry_run: client.expedite(which, to, dry_run=dry_run)
+
+
+def forget(
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Jobs' ids.")] = None,
+    metadata: Annotated[
+        list[str] | None, _option("All with this pair; may be repeated.", "NAME=VALUE")
+    ] = None,
+    tenant: Annotated[
+        str | None, _option("All that came with a key of this tenant.", "TENANT")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count the jobs, and erase nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Erase jobs with all that they left.
+
+    That is results, events, uploads, outputs and entries of indexes. Open jobs are cancelled first.
+    Says what it cannot delete.
+
+    Examples:
+        blipq forget job_0197f2a0-5c7e-7d3b-9a51-3c1d6e0f4a2b
+        blipq forget --metadata user=42 --dry-run
+    """
+    with connected(as_json) as client:
+        which = which_jobs(ids=ids, metadata=metadata, tenant=tenant)
+        found = len(which) if isinstance(which, list) else client.count(which)
+        if not (dry_run or yes):
+            typer.confirm(f"Erase {found:,} jobs for good?", abort=True, err=True)
+        if dry_run:
+            print(json.dumps({"jobs": found})) if as_json else out.print(f"{found:,} would go")
+            return
+        _show_forgotten(client.forget(which, unindex=_unindex(client.settings)), as_json)
+
+
+def _show_forgotten(report: Forgotten, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(report)))
+        return
+    counts = {"events": report.events, "objects": len(report.objects), "entries": report.entries}
+    told = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    out.print(f"{len(report.jobs):,} jobs erased" + (f", with {told}" if told else ""))
+    for line in report.left:
+        errors.print(f"left: {line}", style="yellow", markup=False)
+
+
+def _unindex(settings: Settings) -> Unindex | None:
+    """Removes images from search indexes, where the parts for that are installed."""
+    if not all(map(importlib.util.find_spec, NEEDED)):
+        return None
+    from blipq.index.store import Indexes
+
+    return Indexes(settings).remove

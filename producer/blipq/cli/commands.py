@@ -33,6 +33,7 @@ _PANELS: dict[str, list[tuple[str, str | None, str]]] = {
         ("cancel", "changes:cancel", "Cancel jobs: those of ids, or all that match."),
         ("retry", "changes:retry", "Queue jobs again that ended without a result."),
         ("expedite", "changes:expedite", "Move jobs that wait into another priority's queue."),
+        ("forget", "changes:forget", "Erase jobs with all that they left."),
         ("list", "overview:list_", "List jobs, the newest first."),
     ],
     "Many images": [

@@ -204,17 +204,13 @@ def _show_tally(tally: "Tally", as_json: bool) -> None:
 
 def _delete(name: str, ids: list[str] | None) -> int:
     """Deletes an index, or images from it; how many images went."""
-    from blipq.index.store import Space
-
     indexes = _indexes()
-    images = 0
-    for info in _named(indexes, name):
-        if ids:
-            images += indexes.open(info.name, Space(info.checkpoint, info.revision)).delete(ids)
-        else:
-            images += info.images
-            indexes.delete(info)
-    return images
+    infos = _named(indexes, name)
+    if ids:
+        return indexes.remove(name, ids)
+    for info in infos:
+        indexes.delete(info)
+    return sum(info.images for info in infos)
 
 
 def _table(infos: "list[IndexInfo]") -> Table:

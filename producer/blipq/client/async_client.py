@@ -17,6 +17,7 @@ from typing import Any, Unpack, cast
 from blipq.client.backend import Backend
 from blipq.client.base import ClientBase, embed_fields, request_of, submission_of
 from blipq.client.coalescing import CoalescedPolls
+from blipq.client.forgetting import Forgetting, Forgotten, Unindex
 from blipq.client.job import AsyncJob, last_expiry
 from blipq.client.progress import Progress
 from blipq.client.submitting import Submitting
@@ -52,6 +53,7 @@ from blipq.contract import (
 from blipq.errors import QueueFull, QueueUnavailable
 from blipq.ledger.changes import Change, Changing
 from blipq.ledger.codec import Message, Polled
+from blipq.ledger.erasure import CHUNK as ERASED_AT_ONCE
 from blipq.ledger.protocols import AsyncProducer
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
@@ -293,6 +295,10 @@ class AsyncClient(ClientBase):
         """Lets workers take jobs from a queue again; how many wait."""
         return await self.ledger.resume(queue)
 
+    async def count(self, where: JobFilter) -> int:
+        """How many jobs match, like ``Client.count``."""
+        return await self._change(Change.of("match", where))
+
     async def cancel_all(self, which: JobFilter | Sequence[str], *, dry_run: bool = False) -> int:
         """Cancels jobs of a filter, or of ids, like ``Client.cancel_all``."""
         return await self._change(Change.of("cancel", which, dry_run=dry_run))
@@ -311,6 +317,26 @@ class AsyncClient(ClientBase):
         """Moves jobs that wait to another priority, like ``Client.expedite``."""
         options = {"priority": Priority(priority), "dry_run": dry_run}
         return await self._change(Change.of("move", which, **options))
+
+    async def forget(
+        self, which: JobFilter | Sequence[str], *, unindex: Unindex | None = None
+    ) -> Forgotten:
+        """Erases jobs, and what they left, like ``Client.forget``."""
+        forgetting = Forgetting(self.storage, unindex)
+        changing = Changing(Change.of("match", which))
+        while (chunk := changing.next()) is not None:
+            changed = await self.ledger.change(chunk)
+            for at in range(0, len(changed.ids), ERASED_AT_ONCE):
+                await self._forget(forgetting, changed.ids[at : at + ERASED_AT_ONCE])
+            changing.took(changed)
+        return forgetting.report
+
+    async def _forget(self, forgetting: Forgetting, ids: Sequence[str]) -> None:
+        jobs = await self.ledger.forget(ids, erase=False)
+        uploads = forgetting.uploads(jobs)
+        named = await self.ledger.named(uploads)
+        await asyncio.to_thread(forgetting.clear, jobs, uploads, named)
+        forgetting.erased(await self.ledger.forget(ids, erase=True))
 
     async def _change(self, change: Change) -> int:
         changing = Changing(change)

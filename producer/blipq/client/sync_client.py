@@ -8,6 +8,7 @@ from typing import Any, Unpack, cast
 
 from blipq.client.backend import Backend, PerProcess
 from blipq.client.base import ClientBase, embed_fields, request_of, submission_of
+from blipq.client.forgetting import Forgetting, Forgotten, Unindex
 from blipq.client.job import Job, last_expiry
 from blipq.client.progress import Progress
 from blipq.client.submitting import Submitting
@@ -43,6 +44,7 @@ from blipq.contract import (
 from blipq.errors import QueueFull, QueueUnavailable
 from blipq.ledger.changes import Change, Changing
 from blipq.ledger.codec import Message, Polled
+from blipq.ledger.erasure import CHUNK as ERASED_AT_ONCE
 from blipq.ledger.protocols import Producer
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
@@ -332,6 +334,10 @@ class Client(ClientBase):
         """Lets workers take jobs from a queue again; how many wait."""
         return self.ledger.resume(queue)
 
+    def count(self, where: JobFilter) -> int:
+        """How many jobs match, open ones and those that are kept; some may be counted twice."""
+        return self._change(Change.of("match", where))
+
     def cancel_all(self, which: JobFilter | Sequence[str], *, dry_run: bool = False) -> int:
         """Cancels jobs: all of a filter that have not ended, or those of these ids.
 
@@ -358,6 +364,34 @@ class Client(ClientBase):
         """Moves jobs that wait into the queue of another priority, like ``cancel_all``."""
         options = {"priority": Priority(priority), "dry_run": dry_run}
         return self._change(Change.of("move", which, **options))
+
+    def forget(
+        self, which: JobFilter | Sequence[str], *, unindex: Unindex | None = None
+    ) -> Forgotten:
+        """Erases jobs: all of a filter, or those of these ids, and what they left.
+
+        Open ones are cancelled first, without an event. Then go the images that clients uploaded
+        for them, unless open jobs name them, their outputs, records, results, events and
+        idempotency keys. ``unindex`` removes images from search indexes, such as
+        ``blipq.index.store.Indexes(settings).remove``. Needs s3:DeleteObject for what is in S3.
+
+        ``left`` tells what it may not delete. Raises QueueUnavailable: it can be repeated then.
+        """
+        forgetting = Forgetting(self.storage, unindex)
+        changing = Changing(Change.of("match", which))
+        while (chunk := changing.next()) is not None:
+            changed = self.ledger.change(chunk)
+            for at in range(0, len(changed.ids), ERASED_AT_ONCE):
+                self._forget(forgetting, changed.ids[at : at + ERASED_AT_ONCE])
+            changing.took(changed)
+        return forgetting.report
+
+    def _forget(self, forgetting: Forgetting, ids: Sequence[str]) -> None:
+        jobs = self.ledger.forget(ids, erase=False)
+        uploads = forgetting.uploads(jobs)
+        named = self.ledger.named(uploads)
+        forgetting.clear(jobs, uploads, named)
+        forgetting.erased(self.ledger.forget(ids, erase=True))
 
     def _change(self, change: Change) -> int:
         changing = Changing(change)

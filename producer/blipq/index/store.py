@@ -150,6 +150,11 @@ class Indexes:
         with _answering():
             self._database.drop_table(_table_name(info.name, info.revision))
 
+    def remove(self, name: str, ids: Sequence[str]) -> int:
+        """Removes images from every index of a name; how many were there."""
+        spaces = [Space(info.checkpoint, info.revision) for info in self.infos(name)]
+        return sum(self.open(name, space).delete(ids) for space in spaces)
+
     def _unknown(self, name: str, space: Space) -> UnknownIndex:
         others = [f"{info.checkpoint} ({_short(info.revision)})" for info in self.infos(name)]
         if not others:

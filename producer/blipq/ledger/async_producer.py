@@ -9,6 +9,7 @@ from blipq.ledger import changes, codec
 from blipq.ledger.changes import Changed, Chunk
 from blipq.ledger.codec import Cancelled, Polled, Prepared, Recorded
 from blipq.ledger.connection import redis_errors
+from blipq.ledger.erasure import Erased, erased, named, named_arguments
 from blipq.ledger.script_runner import AsyncScriptRunner
 from blipq.submission import Submission
 
@@ -74,6 +75,25 @@ class AsyncProducerLedger(AsyncScriptRunner):
         arguments = changes.arguments(chunk, self.settings)
         with redis_errors():
             return changes.changed(await self._run("change", *arguments))
+
+    async def forget(self, ids: Sequence[str], *, erase: bool) -> list[Erased]:
+        """Ends jobs, or erases their records."""
+        with redis_errors():
+            answer = await self._run("forget", "erase" if erase else "close", *ids)
+        return erased(answer)
+
+    async def named(self, uris: Sequence[str]) -> set[str]:
+        """Which of these images open jobs name."""
+        found: set[str] = set()
+        cursor = "0"
+        while uris:
+            with redis_errors():
+                answer = await self._run("named", *named_arguments(cursor, uris))
+            cursor, more = named(answer)
+            found |= more
+            if cursor == "0":
+                break
+        return found
 
     async def release(self, ids: Sequence[str]) -> int:
         """Deletes the records of jobs that have ended."""

@@ -9,6 +9,7 @@ from blipq.ledger import changes, codec
 from blipq.ledger.changes import Changed, Chunk
 from blipq.ledger.codec import Cancelled, Polled, Prepared, Recorded
 from blipq.ledger.connection import redis_errors
+from blipq.ledger.erasure import Erased, erased, named, named_arguments
 from blipq.ledger.script_runner import ScriptRunner
 from blipq.submission import Submission
 
@@ -73,6 +74,25 @@ class ProducerLedger(ScriptRunner):
         """Makes one chunk of a change."""
         with redis_errors():
             return changes.changed(self._run("change", *changes.arguments(chunk, self.settings)))
+
+    def forget(self, ids: Sequence[str], *, erase: bool) -> list[Erased]:
+        """Ends jobs, or erases their records."""
+        with redis_errors():
+            answer = self._run("forget", "erase" if erase else "close", *ids)
+        return erased(answer)
+
+    def named(self, uris: Sequence[str]) -> set[str]:
+        """Which of these images open jobs name."""
+        found: set[str] = set()
+        cursor = "0"
+        while uris:
+            with redis_errors():
+                answer = self._run("named", *named_arguments(cursor, uris))
+            cursor, more = named(answer)
+            found |= more
+            if cursor == "0":
+                break
+        return found
 
     def release(self, ids: Sequence[str]) -> int:
         """Deletes the records of jobs that have ended."""

@@ -7,6 +7,7 @@ from blipq.contract import JobInfo
 from blipq.errors import BlipqError
 from blipq.ledger.changes import Changed, Chunk
 from blipq.ledger.codec import Cancelled, Polled, Prepared, Recorded
+from blipq.ledger.erasure import Erased
 from blipq.submission import Submission
 
 
@@ -57,6 +58,15 @@ class Producer(Protocol):
     def change(self, chunk: Chunk) -> Changed:
         """Makes one chunk of a change of many jobs."""
 
+    def forget(self, ids: Sequence[str], *, erase: bool) -> list[Erased]:
+        """Ends those of some jobs that are open, or erases them all; those that are known.
+
+        At most ``erasure.CHUNK`` at once.
+        """
+
+    def named(self, uris: Sequence[str]) -> set[str]:
+        """Which of these images open jobs name."""
+
     def release(self, ids: Sequence[str]) -> int:
         """Deletes the records of ended jobs whose outcome the caller keeps; returns how many.
 
@@ -99,6 +109,12 @@ class AsyncProducer(Protocol):
 
     async def change(self, chunk: Chunk) -> Changed:
         """As ``Producer.change``."""
+
+    async def forget(self, ids: Sequence[str], *, erase: bool) -> list[Erased]:
+        """As ``Producer.forget``."""
+
+    async def named(self, uris: Sequence[str]) -> set[str]:
+        """As ``Producer.named``."""
 
     async def release(self, ids: Sequence[str]) -> int:
         """As ``Producer.release``."""

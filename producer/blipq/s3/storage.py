@@ -171,6 +171,12 @@ class Storage:
             raise
         return True
 
+    def delete(self, uri: str) -> None:
+        """Deletes an object, if it is there. Of a bucket with versions, the others stay."""
+        bucket, key = split_s3_uri(uri)
+        with s3_errors(uri):
+            self.client.delete_object(Bucket=bucket, Key=key)
+
     @property
     def longest_write_s(self) -> float:
         """How long one attempt at writing an object may take: to connect, to send, to be told."""

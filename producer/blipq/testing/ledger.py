@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from blipq.contract import JobFilter, JobInfo, Kind, Priority, Status
+from blipq.contract import EmbedRequest, JobFilter, JobInfo, Kind, Priority, Status
 from blipq.errors import BlipqError
 from blipq.ledger import codec
 from blipq.ledger.changes import Change, Changed, Chunk, check_queue
 from blipq.ledger.codec import Cancelled, Message, Polled, Prepared, Recorded
+from blipq.ledger.erasure import Erased
 from blipq.ledger.keys import queue_name
 from blipq.settings import Settings
 from blipq.submission import Submission
@@ -29,6 +30,15 @@ class _Record:
     def message(self) -> Message:
         """What is published of it."""
         return Message(self.info.kind, self.info.id, queue_name(self.info.model, self.priority))
+
+    @property
+    def erased(self) -> Erased:
+        """What an erasure is told of it."""
+        asked, output = self.submission.request, self.submission.options.output
+        uri = None if asked.image is None else asked.image.uri
+        index = asked.index if isinstance(asked, EmbedRequest) else None
+        entry = None if index is None else (index.name, index.id or uri or "")
+        return Erased(self.info.id, self.info.status, uri, output, entry, events=0)
 
     def meets(self, where: JobFilter) -> bool:
         """Whether it meets every condition."""
@@ -155,6 +165,25 @@ class Jobs:
             waiting = self._waiting(queue)
         self._publish([record.message for record in waiting])
         return len(waiting)
+
+    def forget(self, ids: Sequence[str], *, erase: bool) -> list[Erased]:
+        """Ends jobs, or erases them."""
+        with self._lock:
+            found = [self._records[id] for id in ids if self.read(id) is not None]
+            told = [record.erased for record in found]
+            for record in found:
+                if not record.info.ended:
+                    self._end(record, Status.CANCELLED)
+                if erase:
+                    self._ids.pop(codec.scoped_key(record.submission) or "", None)
+                    del self._records[record.info.id]
+            return told
+
+    def named(self, uris: Sequence[str]) -> set[str]:
+        """Which of these images open jobs name."""
+        with self._lock:
+            open_ = [each for each in self._records.values() if not each.info.ended]
+            return {each.erased.image or "" for each in open_}.intersection(uris)
 
     def _waiting(self, queue: str) -> list[_Record]:
         waiting = [each for each in self._records.values() if each.message.queue == queue]
@@ -285,6 +314,14 @@ class InMemoryLedger:
         """Makes one chunk of a change."""
         return self._jobs.change(chunk, self._settings)
 
+    def forget(self, ids: Sequence[str], *, erase: bool) -> list[Erased]:
+        """Ends jobs, or erases them."""
+        return self._jobs.forget(ids, erase=erase)
+
+    def named(self, uris: Sequence[str]) -> set[str]:
+        """Which of these images open jobs name."""
+        return self._jobs.named(uris)
+
     def release(self, ids: Sequence[str]) -> int:
         """Forgets jobs that have ended."""
         return sum(map(self._jobs.release, ids))
@@ -337,6 +374,14 @@ class InMemoryAsyncLedger:
     async def change(self, chunk: Chunk) -> Changed:
         """Makes one chunk of a change."""
         return self._ledger.change(chunk)
+
+    async def forget(self, ids: Sequence[str], *, erase: bool) -> list[Erased]:
+        """Ends jobs, or erases them."""
+        return self._ledger.forget(ids, erase=erase)
+
+    async def named(self, uris: Sequence[str]) -> set[str]:
+        """Which of these images open jobs name."""
+        return self._ledger.named(uris)
 
     async def release(self, ids: Sequence[str]) -> int:
         """Forgets jobs that have ended."""

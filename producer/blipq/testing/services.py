@@ -43,6 +43,10 @@ class InMemoryStorage(Storage):
         """Writes an object."""
         self._objects[uri] = data
 
+    def delete(self, uri: str) -> None:
+        """Deletes an object, if it is there."""
+        self._objects.pop(uri, None)
+
     def _put_once(self, bucket: str, key: str, data: bytes, content_type: str) -> None:
         self._objects.setdefault(f"s3://{bucket}/{key}", data)
 

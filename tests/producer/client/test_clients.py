@@ -4,6 +4,7 @@ On the real stack the test plays the worker: it takes the messages that were pub
 the same answers as the fake.
 """
 
+import hashlib
 import inspect
 import itertools
 import json
@@ -453,6 +454,51 @@ def test_waiting_jobs_move_to_another_priority(client: Any, world: FakeBlipq) ->
     world.start_worker()
     assert low.result(timeout=20) == CAT
     assert high.result(timeout=20) == CAT
+
+
+def test_a_job_is_erased_with_what_it_left(client: Any, world: FakeBlipq) -> None:
+    gone = client.caption(b"a cat", idempotency_key="k", metadata={"user": "42"})
+    stays = client.caption(b"a dog")
+    assert {gone.wait(timeout=20).status, stays.wait(timeout=20).status} == {"succeeded"}
+    cat = f"s3://blipq-inbox/{hashlib.sha256(b'a cat').hexdigest()}"
+    assert client.count(JobFilter(metadata={"user": "42"})) == 1
+    report = client.forget(JobFilter(metadata={"user": "42"}))
+    assert (report.jobs, report.objects, report.left) == ([gone.id], [cat], [])
+    with pytest.raises(JobNotFound):
+        client.job(gone.id).info()
+    assert stays.info().status == "succeeded"
+    # Its key is free, too, and the picture is uploaded again.
+    assert client.caption(b"a cat", idempotency_key="k").result(timeout=20) == CAT
+    assert client.forget([gone.id, "job_unknown"]).jobs == []
+
+
+def test_an_open_job_is_cancelled_before_it_is_erased(client: Any, world: FakeBlipq) -> None:
+    world.stop_worker()
+    job = client.caption(IMAGE, metadata={"user": "42"})
+    assert client.forget([job.id]).jobs == [job.id]
+    world.start_worker()
+    assert client.count(JobFilter(metadata={"user": "42"})) == 0
+
+
+def test_an_upload_that_an_open_job_names_is_left(client: Any, world: FakeBlipq) -> None:
+    done = client.caption(b"a cat")
+    assert done.wait(timeout=20).status == "succeeded"
+    world.stop_worker()
+    client.caption(b"a cat", "a photo of")
+    report = client.forget([done.id])
+    assert report.objects == []
+    assert "an open job names it" in report.left[0]
+
+
+def test_entries_of_an_index_are_removed_or_told(client: Any, world: FakeBlipq) -> None:
+    world.answer("embed", JobError(code=ErrorCode.MODEL_UNAVAILABLE, message="none here"))
+    jobs = [client.embed(IMAGE, index="photos") for _ in range(2)]
+    for job in jobs:
+        job.wait(timeout=20)
+    assert client.forget([jobs[0].id]).left == [f"{IMAGE}: in the index photos"]
+    removed: list[Any] = []
+    report = client.forget([jobs[1].id], unindex=lambda *entry: removed.append(entry))
+    assert (removed, report.entries, report.left) == ([("photos", [IMAGE])], 1, [])
 
 
 def test_jobs_are_named_by_a_filter_with_conditions_or_by_a_list(client: Any) -> None:

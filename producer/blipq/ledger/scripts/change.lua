@@ -47,8 +47,9 @@ function changes.cancel(id, job)
 end
 
 function changes.retry(id, job)
-  -- A record of a message that could not be run has no contract.
-  if not ended(job) or job.status == 'succeeded' or not job.contract then return false end
+  -- A record of a message that could not be run has no contract; one that is closed is being erased.
+  local is_retryable = ended(job) and job.status ~= 'succeeded' and job.contract and not job.closed
+  if not is_retryable then return false end
   if options.dead and not redis.call('ZSCORE', DEAD_LETTERS, id) then return false end
   if options.dry then return true end
   if redis.call('ZCARD', OPEN) >= options.max_open then

@@ -1,0 +1,72 @@
+-- Erases jobs, in two steps: what lies outside of Redis is deleted in between, by their records.
+-- ARGV: 'close' (open ones end, and say nothing to anybody but who waits) or 'erase', then ids.
+-- Returns {id, status, request, output, events that wait or are kept} of each job that is known.
+local step = ARGV[1]
+local told = {}
+
+local EVENTS = {'running', 'succeeded', 'failed', 'cancelled', 'expired'}
+
+local function drop_event(name)
+  local host = redis.call('HGET', event_key(name), 'host')
+  if not host then return 0 end
+  redis.call('ZREM', outbox_key(host), name)
+  redis.call('ZREM', DEAD_EVENTS, name)
+  redis.call('DEL', event_key(name))
+  return 1
+end
+
+-- For each event of a job, from before it was tried again, too; how many.
+local function each_event(id, job, act)
+  local count = 0
+  for _, event in ipairs(EVENTS) do
+    count = count + act(id .. '/job.' .. event)
+    for n = 1, tonumber(job.revivals or 0) do
+      count = count + act(id .. '/job.' .. event .. '/' .. n)
+    end
+  end
+  return count
+end
+
+local function close(id, job)
+  job.webhook_events = nil
+  redis.call('HSET', job_key(id), 'closed', 1)
+  end_job(id, job, 'cancelled', {})
+  -- Kept until it is erased, which may have to be tried again.
+  redis.call('PEXPIRE', job_key(id), math.max(tonumber(job.deadline) - now, DAY))
+end
+
+-- A message of a job that was open may be on its way, with the whole request in it: what is left
+-- has no content, and keeps it from being taken for a new job.
+local function leave_mark(id, job)
+  redis.call('HSET', job_key(id), 'status', 'cancelled', 'kind', job.kind, 'model', job.model,
+    'created_at', job.created_at, 'completed_at', job.completed_at, 'deadline', job.deadline)
+  redis.call('PEXPIRE', job_key(id), math.max(tonumber(job.deadline) - now, DAY))
+end
+
+local function erase(id, job)
+  each_event(id, job, drop_event)
+  if job.queue then forget(id, job) end
+  redis.call('ZREM', DEAD_LETTERS, id)
+  redis.call('ZREM', RECENT, id)
+  local key = job.idempotency_key and idempotency_key(job.idempotency_key)
+  if key and redis.call('GET', key) == id then redis.call('DEL', key) end
+  redis.call('DEL', job_key(id))
+  if job.closed then leave_mark(id, job) end
+end
+
+local function exists(event) return redis.call('EXISTS', event_key(event)) end
+
+for i = 2, #ARGV do
+  local id = ARGV[i]
+  local job = load(id)
+  if job then
+    told[#told + 1] = {id, job.status, job.request or '', job.output or '',
+      each_event(id, job, exists)}
+    if step == 'erase' then
+      erase(id, job)
+    elseif not ended(job) then
+      close(id, job)
+    end
+  end
+end
+return told

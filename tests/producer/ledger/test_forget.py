@@ -1,0 +1,176 @@
+"""What an erasure leaves in Redis and S3: nothing of the job, and no way to bring it back."""
+
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+import redis
+from typer.testing import CliRunner
+
+from blipq import Client, JobCancelled, JobFilter, Options, QueueUnavailable, Settings, Submission
+from blipq.cli import app
+from blipq.contract import CaptionRequest
+from blipq.ledger import keys
+from blipq.ledger.worker import Claim, WorkerLedger
+from blipq.s3.refusals import Refusal, S3Refused, S3Unavailable
+from blipq.s3.storage import Storage
+
+IMAGE = "s3://uploads/secret-name.jpg"
+REQUEST = CaptionRequest.model_validate({"image": IMAGE, "prompt": "secret prompt"})
+RESULT = json.dumps({"kind": "caption", "captions": [{"text": "secret answer"}]})
+ERROR = json.dumps({"code": "image_not_found", "message": "secret key"})
+OPTIONS = Options.model_validate(
+    {
+        "idempotency_key": "secret-key",
+        "metadata": {"user": "secret-user"},
+        "webhook": {"url": "https://example.org/secret", "events": ["job.running", "job.failed"]},
+    }
+)
+
+
+def submitted(ledger: WorkerLedger, id: str = "job_1") -> None:
+    ledger.submit(Submission(REQUEST, OPTIONS, id), notify="test")
+
+
+def claimed(ledger: WorkerLedger, id: str = "job_1") -> Claim:
+    claim = ledger.claim(id, "w1")
+    assert isinstance(claim, Claim)
+    return claim
+
+
+def dumped(raw: "redis.Redis") -> Iterator[str]:
+    """Every key of ours, with what is in it."""
+    readers = {"hash": raw.hgetall, "string": raw.get, "zset": lambda key: raw.zrange(key, 0, -1)}
+    for key in raw.scan_iter("blipq:*"):
+        yield f"{key} {readers[str(raw.type(key))](key)}"
+
+
+def test_nothing_of_a_job_is_left_in_redis(
+    client: Client, ledger: WorkerLedger, raw_redis: "redis.Redis"
+) -> None:
+    submitted(ledger)
+    ledger.fail(claimed(ledger), ERROR, "{}", dead=True)
+    client.retry_all(["job_1"])
+    ledger.fail(claimed(ledger), ERROR, "{}")
+    raw_redis.hset(keys.event("job_1/job.failed"), "body", "secret body")
+    assert any("secret" in line for line in dumped(raw_redis))
+    report = client.forget(JobFilter(metadata={"user": "secret-user"}))
+    assert (report.jobs, report.events) == (["job_1"], 3)
+    about = [line for line in dumped(raw_redis) if "secret" in line or "job_1" in line]
+    assert about == []
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_message_cannot_bring_back_a_job_that_was_open(
+    client: Client, ledger: WorkerLedger, raw_redis: "redis.Redis", runs: bool
+) -> None:
+    """A foreign client's message holds the whole request, and may be delivered again."""
+    submitted(ledger)
+    claim = claimed(ledger) if runs else None
+    client.forget(["job_1"])
+    assert ledger.claim("job_1", "w2") == "ended"
+    if claim is not None:
+        assert ledger.renew({"job_1": claim.token}) == ["job_1"]
+        assert not ledger.succeed(claim, RESULT, "{}")
+    assert not any("secret" in line for line in dumped(raw_redis))
+    with pytest.raises(JobCancelled):
+        client.job("job_1").result(timeout=1)
+
+
+def test_an_erased_job_posts_no_event(
+    client: Client, ledger: WorkerLedger, raw_redis: "redis.Redis"
+) -> None:
+    submitted(ledger)
+    claimed(ledger)
+    client.forget(["job_1"])
+    assert raw_redis.exists(keys.event("job_1/job.running")) == 0
+    assert raw_redis.zcard(keys.outbox("example.org")) == 0
+
+
+def test_a_job_that_is_being_erased_is_not_tried_again(
+    client: Client, ledger: WorkerLedger, raw_redis: "redis.Redis"
+) -> None:
+    submitted(ledger)
+    ledger.forget(["job_1"], erase=False)
+    assert client.retry_all(["job_1"]) == 0
+    ledger.forget(["job_1"], erase=True)
+    assert not any("secret" in line for line in dumped(raw_redis))
+
+
+def test_jobs_of_a_tenant_are_erased_with_their_keys(
+    client: Client, ledger: WorkerLedger, raw_redis: "redis.Redis"
+) -> None:
+    for tenant in ("shop", "zoo"):
+        job = Submission(REQUEST, OPTIONS, f"job_{tenant}", tenant)
+        ledger.submit(job, notify="test")
+        ledger.fail(claimed(ledger, job.id), ERROR, "{}")
+    assert client.forget(JobFilter(tenant="shop")).jobs == ["job_shop"]
+    left = raw_redis.keys(keys.idempotency("*"))
+    assert left == [keys.idempotency("zoo:secret-key")]
+
+
+def test_the_record_stays_until_s3_has_deleted(
+    client: Client, ledger: WorkerLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = client.caption(b"a picture")
+    ledger.succeed(claimed(ledger, job.id), RESULT, "{}")
+
+    def away(self: Storage, uri: str) -> None:
+        raise S3Unavailable("S3 does not answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "delete", away)
+        with pytest.raises(QueueUnavailable):
+            client.forget([job.id])
+    assert job.status() == "succeeded"
+    assert len(client.forget([job.id]).objects) == 1
+
+
+def test_what_s3_refuses_to_delete_is_told(
+    client: Client, ledger: WorkerLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = client.caption(b"another picture")
+    ledger.succeed(claimed(ledger, job.id), RESULT, "{}")
+
+    def refused(self: Storage, uri: str) -> None:
+        raise S3Refused("no s3:DeleteObject", Refusal.FORBIDDEN)
+
+    monkeypatch.setattr(Storage, "delete", refused)
+    report = client.forget([job.id])
+    assert (report.jobs, report.objects) == ([job.id], [])
+    assert "no s3:DeleteObject" in report.left[0]
+
+
+def test_only_an_output_that_the_job_wrote_is_deleted(client: Client, ledger: WorkerLedger) -> None:
+    """A job that was refused may name any object there is."""
+    uri = f"s3://{client.settings.inbox_bucket}/answers/1.json"
+    client.storage.put(uri, b"{}", content_type="application/json")
+    refused, wrote = (client.caption(IMAGE, output=uri) for _ in range(2))
+    ledger.fail(claimed(ledger, refused.id), ERROR, "{}")
+    ledger.succeed(claimed(ledger, wrote.id), RESULT, "{}")
+    assert client.forget([refused.id]).left == [f"{uri}: job {refused.id} may have written it"]
+    assert client.forget([wrote.id]).objects == [uri]
+
+
+def test_the_log_has_no_content(
+    client: Client, ledger: WorkerLedger, caplog: pytest.LogCaptureFixture
+) -> None:
+    submitted(ledger)
+    with caplog.at_level(logging.INFO):
+        client.forget(["job_1"])
+    assert "job_1: forgotten" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_the_command_counts_asks_and_erases(
+    apart: Settings, ledger: WorkerLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BLIPQ_REDIS_URL", apart.redis_url)
+    submitted(ledger)
+    where = ["forget", "--metadata", "user=secret-user"]
+    assert CliRunner().invoke(app, [*where, "--dry-run"]).stdout == "1 would go\n"
+    assert CliRunner().invoke(app, where, input="n\n").exit_code != 0
+    ran = CliRunner().invoke(app, [*where, "--yes", "--json"])
+    assert json.loads(ran.stdout)["jobs"] == ["job_1"]
+    assert ledger.claim("job_1", "w1") == "ended"
