@@ -237,6 +237,13 @@ class Settings(BaseSettings):
     dead_letter_ttl: Seconds = Field(
         default=14 * 86400.0, gt=0, description="How long a dead letter is kept, in seconds."
     )
+    keep_delivered: bool = Field(
+        default=True,
+        description=(
+            "Whether a result stays in Redis once its webhook is delivered or its `output` "
+            "written. Without, `result_uri` names the output, and one by webhook alone is gone."
+        ),
+    )
     max_open_jobs: int = Field(
         default=1_000_000, ge=1, description="Open jobs beyond which submit raises QueueFull."
     )

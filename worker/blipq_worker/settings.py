@@ -205,6 +205,21 @@ class WorkerSettings(BaseSettings):
         ),
     )
 
+    results: (
+        Annotated[str, Field(pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?$")] | None
+    ) = Field(
+        default=None,
+        description=(
+            "Where results over BLIPQ_RESULT_BYTES go, as `s3://bucket/prefix`; by default they "
+            "stay in Redis. Give it a lifecycle rule. Producers need to read there."
+        ),
+    )
+    result_bytes: int = Field(
+        default=64 * 2**10,
+        ge=1024,
+        description="Largest result kept in Redis where BLIPQ_RESULTS is set, in bytes.",
+    )
+
     lease_s: Seconds = Field(
         default=30.0,
         ge=2,  # long enough to write an output in

@@ -22,7 +22,7 @@ from blipq.api.door import (
 )
 from blipq.api.keys import Caller
 from blipq.api.problems import Problem
-from blipq.client.job import result_of
+from blipq.client.job import fetched, is_elsewhere, result_of
 from blipq.client.waiting import not_found
 from blipq.contract import JobInfo, Kind, Options, Status, request_adapter
 from blipq.contract import Request as JobRequest
@@ -168,6 +168,9 @@ async def result(request: Request) -> Response:
         info = await ended(request, door, id, wait)
     if not info.ended:
         return job_answer(info)
+    if is_elsewhere(info):
+        elsewhere = info
+        info = await door.store(lambda: fetched(elsewhere, door.client.storage))
     found: Any = result_of(info)
     return shown(found)
 

@@ -175,10 +175,11 @@ class Journal:
 
         When this returns they are on disk.
         """
+        kept = {"result", "result_uri", "error"}
         with self._changing():
             self._note({"collected": [info.id for _, info in infos]})
             for number, info in infos:
-                told = info.model_dump(mode="json", include={"result", "error"}, exclude_none=True)
+                told = info.model_dump(mode="json", include=kept, exclude_none=True)
                 self._end(number, info.status, told)
 
     def refuse(self, refused: Sequence[tuple[int, str]]) -> None:

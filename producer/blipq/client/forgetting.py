@@ -56,6 +56,8 @@ class Forgetting:
             else:
                 self._delete(uri)
         for job in jobs:
+            if job.result_uri is not None and job.result_uri != job.output:
+                self._delete(job.result_uri)
             self._clear_output(job)
         self._clear_entries(jobs)
 

@@ -1,13 +1,18 @@
 """A job's handle: an id and how to look it up."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 from typing import Generic, Protocol, cast
 
+from pydantic import ValidationError
+
 from blipq.client.waiting import not_found
-from blipq.contract import JobInfo, ResultT, Status
-from blipq.errors import JobCancelled, JobExpired, JobFailed, ResultTimeout
+from blipq.contract import JobInfo, ResultT, Status, result_adapter
+from blipq.errors import JobCancelled, JobExpired, JobFailed, JobNotFound, ResultTimeout
 from blipq.ledger.protocols import AsyncProducer, Producer
+from blipq.s3.refusals import Refusal, S3Refused
+from blipq.s3.storage import Storage
 
 
 class _Client(Protocol):
@@ -15,6 +20,9 @@ class _Client(Protocol):
 
     @property
     def ledger(self) -> Producer: ...
+
+    @property
+    def storage(self) -> Storage: ...
 
     def outcomes(
         self, ids: Iterable[str], timeout: float | None = None, *, expires: float | None = None
@@ -26,6 +34,9 @@ class _AsyncClient(Protocol):
 
     @property
     def ledger(self) -> AsyncProducer: ...
+
+    @property
+    def storage(self) -> Storage: ...
 
     def outcomes(
         self, ids: Iterable[str], timeout: float | None = None, *, expires: float | None = None
@@ -104,9 +115,13 @@ class Job(_Handle, Generic[ResultT]):
     def result(self, timeout: float | None = None) -> ResultT:
         """The job's result, waiting for it like ``wait``.
 
-        Raises ResultTimeout, JobNotFound, JobFailed, JobCancelled or JobExpired.
+        One that the ledger has given to S3 is read there. Raises ResultTimeout, JobNotFound (also
+        where the result is kept no longer), JobFailed, JobCancelled or JobExpired.
         """
-        return cast(ResultT, result_of(self.wait(timeout)))
+        info = self.wait(timeout)
+        if is_elsewhere(info):
+            info = fetched(info, self._client.storage)
+        return cast(ResultT, result_of(info))
 
     def cancel(self) -> bool:
         """Cancels the job at once, wherever it is; False if it had ended. Raises JobNotFound."""
@@ -160,7 +175,10 @@ class AsyncJob(_Handle, Generic[ResultT]):
 
     async def result(self, timeout: float | None = None) -> ResultT:
         """The job's result, waiting for it, like ``Job.result``."""
-        return cast(ResultT, result_of(await self.wait(timeout)))
+        info = await self.wait(timeout)
+        if is_elsewhere(info):
+            info = await asyncio.to_thread(fetched, info, self._client.storage)
+        return cast(ResultT, result_of(info))
 
     async def cancel(self) -> bool:
         """Cancels the job at once, wherever it is; False if it had ended. Raises JobNotFound."""
@@ -186,11 +204,35 @@ def still_open(info: JobInfo, timeout: float | None) -> str:
     return text
 
 
+def is_elsewhere(info: JobInfo) -> bool:
+    """Whether the result is in S3, and not in the ledger."""
+    return info.result is None and info.result_uri is not None
+
+
+def fetched(info: JobInfo, storage: Storage) -> JobInfo:
+    """The job with its result from S3. Raises JobNotFound, S3Refused and S3Unavailable."""
+    uri = cast(str, info.result_uri)
+    try:
+        result = result_adapter.validate_json(storage.read(uri))
+    except S3Refused as error:
+        if error.refusal is not Refusal.MISSING:
+            raise
+        raise JobNotFound(f"job {info.id} succeeded; its result is gone from {uri}") from error
+    except ValidationError as error:
+        raise JobNotFound(f"job {info.id} succeeded; what is at {uri} is no result") from error
+    return info.model_copy(update={"result": result})
+
+
 def result_of(info: JobInfo) -> object:
-    """The result of a job that has ended. Raises JobFailed, JobCancelled or JobExpired."""
-    if info.status is Status.SUCCEEDED and info.result is not None:
-        return info.result
-    raise _ending(info)
+    """The result of a job that has ended.
+
+    Raises JobFailed, JobCancelled, JobExpired, or JobNotFound where it is kept no longer.
+    """
+    if info.status is not Status.SUCCEEDED:
+        raise _ending(info)
+    if info.result is None:
+        raise JobNotFound(f"job {info.id} succeeded: {info.note}")
+    return info.result
 
 
 def _ending(info: JobInfo) -> Exception:

@@ -109,6 +109,7 @@ class Waiting:
             if id in self.open:  # to the end: it is the one polled last
                 del self.open[id]
                 self.open[id] = None
+        self.notify(found.later)
         for id in found.ended:
             self.open.pop(id, None)
         return list(found.ended.values())

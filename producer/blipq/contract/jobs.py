@@ -67,6 +67,7 @@ class JobInfo(Output):
     While the job is open, ``live_workers`` says how many live workers serve its model, ``note``
     what keeps it from being run, if that is known, and ``last_error`` why it is run again.
     ``tenant`` is whose job it is, where it came through the HTTP door with a key.
+    ``result_uri``: the s3:// object that holds the result, where that is not in the ledger.
     """
 
     id: str
@@ -80,6 +81,7 @@ class JobInfo(Output):
     attempts: int = 0
     image: str | None = None
     result: Result | None = None
+    result_uri: str | None = None
     error: JobError | None = None
     receipt: Receipt | None = None
     metadata: dict[str, str] = Field(default_factory=dict)

@@ -81,6 +81,8 @@ class Options(Input):
     model: the served model that runs it. expires_in: after this nobody wants the answer.
     idempotency_key: the same key with the same request gives the same job.
     output: an s3:// object that the result is written to before the job ends.
+    keep: how long the job is kept once it has ended, where that is shorter than the deployment's
+    own times. Until then its id and idempotency key mean this job.
     metadata: at most 16 pairs that come back with the job.
     """
 
@@ -90,4 +92,5 @@ class Options(Input):
     idempotency_key: str | None = Field(default=None, min_length=1, max_length=255)
     webhook: Webhook | None = None
     output: S3Uri | None = None
+    keep: Annotated[Seconds, Field(gt=0, le=LONGEST_DEADLINE_S)] | None = None
     metadata: Metadata = Field(default_factory=dict)

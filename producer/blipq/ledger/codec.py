@@ -74,13 +74,15 @@ class Polled:
     """What a poll found. Jobs that are open, and notify this client, are in none of the fields.
 
     ``elsewhere`` holds jobs that notify on another client's channel, with that channel.
-    ``left`` is how many seconds the open ones have until the last of their deadlines.
+    ``left`` is how many seconds the open ones have until the last of their deadlines. Those in
+    ``later`` have ended, too, and did not fit into the reply.
     """
 
     ended: dict[str, JobInfo]
     unknown: set[str]
     elsewhere: dict[str, str]
     left: float = 0.0
+    later: frozenset[str] = frozenset()
 
     def about(self, ids: Iterable[str]) -> "Polled":
         """The part that is about these jobs."""
@@ -90,6 +92,7 @@ class Polled:
             self.unknown.intersection(ids),
             {id: self.elsewhere[id] for id in ids if id in self.elsewhere},
             self.left,
+            self.later.intersection(ids),
         )
 
 
@@ -113,9 +116,9 @@ def prepare(submission: Submission, settings: Settings, *, notify: str) -> Prepa
         "queue": queue_name(options.model, options.priority),
         "request": text,
         "notify": ended_channel(notify),
-        "result_ttl": ms(settings.result_ttl),
-        "failed_ttl": ms(settings.failed_ttl),
-        **_optional_fields(options),
+        "result_ttl": ms(_kept_for(settings.result_ttl, options)),
+        "failed_ttl": ms(_kept_for(settings.failed_ttl, options)),
+        **_optional_fields(options, settings),
         **({} if submission.tenant is None else {"tenant": submission.tenant}),
     }
     expires_in_ms = ms(options.expires_in or settings.default_expires_in)
@@ -221,9 +224,9 @@ def poll_arguments(ids: Iterable[str], notify: str) -> Iterator[str]:
 
 def polled(answer: Sequence[Any]) -> Polled:
     """The poll script's reply."""
-    ended, unknown, elsewhere, left = answer
+    ended, unknown, elsewhere, left, later = answer
     infos = {id: job_info(id, paired(pairs)) for id, pairs in ended}
-    return Polled(infos, set(unknown), dict(elsewhere), left / 1000)
+    return Polled(infos, set(unknown), dict(elsewhere), left / 1000, frozenset(later))
 
 
 def job_of(id: str, answer: Sequence[Any]) -> JobInfo | None:
@@ -240,7 +243,12 @@ def _request_text(request: Request) -> str:
     return json.dumps({"kind": request.kind, **given}, separators=(",", ":"))
 
 
-def _optional_fields(options: Options) -> dict[str, str]:
+def _kept_for(ttl: float, options: Options) -> float:
+    """How long a job is kept: a job may shorten the time to live, and not stretch it."""
+    return ttl if options.keep is None else min(options.keep, ttl)
+
+
+def _optional_fields(options: Options, settings: Settings) -> dict[str, str]:
     fields = {}
     if options.output:
         fields["output"] = options.output
@@ -249,6 +257,8 @@ def _optional_fields(options: Options) -> dict[str, str]:
     if options.webhook:
         fields["webhook_url"] = options.webhook.url
         fields["webhook_events"] = " ".join(options.webhook.events)
+    if (options.output or options.webhook) and not settings.keep_delivered:
+        fields["drop"] = "1"
     return fields
 
 
@@ -305,6 +315,8 @@ def job_info(
     note = None
     if open_ and live_workers == 0:
         note = f"no live worker serves the model {job['model']!r}"
+    elif "delivered" in job:
+        note = "the result was delivered by webhook, and is kept no longer"
     elif job["status"] == "queued" and paused:
         note = f"the queue {job['queue']} is paused"
     return JobInfo.model_validate(
@@ -320,6 +332,7 @@ def job_info(
             "attempts": int(job.get("attempts", 0)),
             "image": _image_of(loaded("request")),
             "result": loaded("result"),
+            "result_uri": job.get("result_uri"),
             "error": loaded("error"),
             "receipt": loaded("receipt"),
             "metadata": loaded("metadata") or {},

@@ -22,6 +22,7 @@ class Erased:
     status: Status
     image: str | None
     output: str | None
+    result_uri: str | None
     entry: tuple[str, str] | None
     events: int
 
@@ -31,7 +32,9 @@ def erased(answer: Iterable[Sequence[Any]]) -> list[Erased]:
     return [_erased(*each) for each in answer]
 
 
-def _erased(id: str, status: str, request: str, output: str, events: int) -> Erased:
+def _erased(
+    id: str, status: str, request: str, output: str, result_uri: str, events: int
+) -> Erased:
     asked = json.loads(request) if request else {}
     image = asked.get("image") or {}
     index = asked.get("index")
@@ -39,7 +42,7 @@ def _erased(id: str, status: str, request: str, output: str, events: int) -> Era
     entry = None
     if isinstance(index, dict):  # a search names its index by a text
         entry = (str(index["name"]), str(index.get("id") or uri))
-    return Erased(id, Status(status), uri, output or None, entry, events)
+    return Erased(id, Status(status), uri, output or None, result_uri or None, entry, events)
 
 
 def named_arguments(cursor: str, uris: Iterable[str]) -> Iterator[str | int]:

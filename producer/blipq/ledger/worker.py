@@ -146,10 +146,15 @@ class WorkerLedger(ProducerLedger):
             lost = self._run("renew", ms(lease_s), *flat(held))
         return cast("list[str]", lost)
 
-    def succeed(self, claim: Claim, result: str, receipt: str) -> bool:
-        """Ends a job with its result (JSON); False if it is no longer this worker's to end."""
-        fields = {"result": result, "receipt": receipt}
-        return self._finish(claim.id, claim.token, Status.SUCCEEDED, fields)
+    def succeed(
+        self, claim: Claim, result: str, receipt: str, *, result_uri: str | None = None
+    ) -> bool:
+        """Ends a job with its result (JSON); False if it is no longer this worker's to end.
+
+        With a ``result_uri``, of an object that holds it, the ledger keeps that alone.
+        """
+        held = {"result": result} if result_uri is None else {"result_uri": result_uri}
+        return self._finish(claim.id, claim.token, Status.SUCCEEDED, {**held, "receipt": receipt})
 
     def fail(self, claim: Claim, error: str, receipt: str, *, dead: bool = False) -> bool:
         """Ends a job with an error (JSON), as a dead letter if it is out of attempts."""

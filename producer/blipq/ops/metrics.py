@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from blipq.ledger import keys
+from blipq.ops.forecast import forecast
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -31,7 +32,7 @@ class LedgerCollector(Collector):
     def collect(self) -> "Iterator[Metric]":
         """All of it, or only ``blipq_ledger_up 0``."""
         try:
-            families = [*self._jobs(), *self._queues(), *self._webhooks()]
+            families = [*self._jobs(), *self._queues(), *self._webhooks(), *self._memory()]
         except redis.RedisError:
             yield GaugeMetricFamily("blipq_ledger_up", "Whether Redis answers.", 0)
             return
@@ -83,6 +84,17 @@ class LedgerCollector(Collector):
         for model, count in zip(models, found[4 * len(queues) :], strict=True):
             workers.add_metric([model], count)
         yield from (depth, age, paused, workers)
+
+    def _memory(self) -> "Iterator[Metric]":
+        if (found := forecast(self._redis)) is None:
+            return
+        for name, text, value in (
+            ("blipq_redis_memory_bytes", "What Redis holds.", found.used),
+            ("blipq_redis_memory_limit_bytes", "What it may hold, or its machine.", found.limit),
+            ("blipq_redis_memory_forecast_bytes", "What it will hold at this rate.", found.later),
+            ("blipq_jobs_ended_per_second", "Jobs that ended, of those kept.", found.rate),
+        ):
+            yield GaugeMetricFamily(name, text, value)
 
     def _webhooks(self) -> "Iterator[Metric]":
         hosts = cast("list[str]", self._redis.zrange(keys.OUTBOX, 0, -1))

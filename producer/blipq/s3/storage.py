@@ -4,7 +4,7 @@ import hashlib
 import mimetypes
 import re
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import cached_property
@@ -170,6 +170,17 @@ class Storage:
                 return False
             raise
         return True
+
+    def read(self, uri: str) -> bytes:
+        """An object's bytes. Raises S3Refused, also for one that is too large to be of ours."""
+        bucket, key = split_s3_uri(uri)
+        with s3_errors(uri):
+            answer = self.client.get_object(Bucket=bucket, Key=key)
+            with closing(answer["Body"]) as body:
+                data: bytes = body.read(MAX_UPLOAD_BYTES + 1)
+        if len(data) > MAX_UPLOAD_BYTES:
+            raise S3Refused(f"{uri} is too large: over {MAX_UPLOAD_BYTES:,} bytes", Refusal.INVALID)
+        return data
 
     def delete(self, uri: str) -> None:
         """Deletes an object, if it is there. Of a bucket with versions, the others stay."""

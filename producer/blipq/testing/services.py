@@ -43,6 +43,10 @@ class InMemoryStorage(Storage):
         """Writes an object."""
         self._objects[uri] = data
 
+    def read(self, uri: str) -> bytes:
+        """An object's bytes."""
+        return self._objects[uri]
+
     def delete(self, uri: str) -> None:
         """Deletes an object, if it is there."""
         self._objects.pop(uri, None)

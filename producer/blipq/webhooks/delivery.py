@@ -39,6 +39,8 @@ def body_of(record: Mapping[str, str], job: Mapping[str, str], storage: Storage)
     """
     info = job_info(record["id"], job)
     data = info.model_dump(mode="json", exclude_none=True)
+    if info.result_uri is not None:
+        data |= _presigned(info.result_uri, storage)
     body = _encoded(record, data)
     if len(body) <= MAX_BODY_BYTES or "result" not in data:
         return body

@@ -71,6 +71,19 @@ def test_a_job_is_submitted_read_and_its_result_fetched(
     assert http.get(told["result_url"]).json() == json.loads(RESULT)
 
 
+def test_a_result_that_is_in_s3_alone_is_read_there(
+    http: httpx2.Client, client: Client, ledger: WorkerLedger
+) -> None:
+    uri = f"s3://{client.settings.inbox_bucket}/results/1.json"
+    client.storage.put(uri, RESULT.encode(), content_type="application/json")
+    id = submitted(http)
+    assert ledger.succeed(claim(ledger, id), RESULT, "{}", result_uri=uri)
+    assert http.get(f"/v1/jobs/{id}").json()["result_uri"] == uri
+    assert http.get(f"/v1/jobs/{id}/result").json() == json.loads(RESULT)
+    client.storage.delete(uri)
+    assert code_of(http.get(f"/v1/jobs/{id}/result")) == (404, "job_not_found")
+
+
 def test_each_of_a_hundred_jobs_is_readable_at_once(http: httpx2.Client) -> None:
     for _ in range(100):
         assert http.get(f"/v1/jobs/{submitted(http)}").status_code == 202

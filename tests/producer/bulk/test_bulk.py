@@ -132,6 +132,17 @@ def test_every_line_has_one_outcome_in_the_order_of_the_manifest(
     assert "webhook.url" in webhook["error"]["message"]
 
 
+def test_an_outcome_names_the_object_of_a_result_that_is_not_in_redis(
+    bulk: Bulk, ledger: WorkerLedger, client: Client
+) -> None:
+    bulk.write(line("a", options={"output": "s3://blipq-outputs/a.json"}))
+    bulk.client = Client(client.settings.model_copy(update={"keep_delivered": False}))
+    with worker(ledger), bulk.client:
+        bulk.driver().run()
+    (outcome,) = bulk.outcomes()
+    assert (outcome["status"], outcome["result_uri"]) == ("succeeded", "s3://blipq-outputs/a.json")
+
+
 def test_never_more_than_the_window_is_in_flight_and_nothing_stays_in_redis(
     bulk: Bulk, ledger: WorkerLedger
 ) -> None:

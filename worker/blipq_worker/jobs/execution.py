@@ -3,6 +3,7 @@
 import logging
 import threading
 from concurrent.futures import CancelledError
+from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
 
@@ -26,6 +27,14 @@ from blipq_worker.receipt import Stopwatch
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A result as JSON, and the object that holds it where the ledger is not to."""
+
+    result: str
+    uri: str | None = None
+
+
 class Execution:
     """Computes results. timeout_s: longest wait for the model or an index."""
 
@@ -46,8 +55,8 @@ class Execution:
         self._held = held
         self._timeout_s = timeout_s
 
-    def result(self, claim: Claim, watch: Stopwatch) -> str:
-        """The job's result as JSON. Raises WorkError for every failure, and Lost."""
+    def result(self, claim: Claim, watch: Stopwatch) -> Made:
+        """The job's result. Raises WorkError for every failure, and Lost."""
         try:
             with engine_errors():
                 return self._result(claim, watch)
@@ -64,7 +73,7 @@ class Execution:
         except Exception as error:
             _raise_internal(claim, error)
 
-    def _result(self, claim: Claim, watch: Stopwatch) -> str:
+    def _result(self, claim: Claim, watch: Stopwatch) -> Made:
         request = _parsed(claim.request)
         spec = spec_of(request)
         lost = self._held.event(claim)
@@ -84,7 +93,7 @@ class Execution:
         if asker.shared:
             watch.say(shared=True)
         self._outputs.write(claim, result)
-        return result
+        return Made(result, self._outputs.place(claim, result))
 
     def _asker(
         self,

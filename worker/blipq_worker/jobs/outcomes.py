@@ -53,9 +53,12 @@ class Outcomes:
         #: Tokens of claims whose jobs may have ended the engine, until they have gone back.
         self._suspects: set[str] = set()
 
-    def succeeded(self, claim: Claim, result: str, watch: Stopwatch) -> None:
-        """Stores a result."""
-        write = partial(self._ledger.succeed, claim, result, watch.receipt())
+    def succeeded(
+        self, claim: Claim, result: str, watch: Stopwatch, *, result_uri: str | None = None
+    ) -> None:
+        """Stores a result, or where it is."""
+        receipt = watch.receipt()
+        write = partial(self._ledger.succeed, claim, result, receipt, result_uri=result_uri)
         self._finish(write, claim, watch, "succeeded")
 
     def lost(self, claim: Claim, watch: Stopwatch) -> None:

@@ -5,6 +5,7 @@ longer than a write can take, write on condition that the same is there still. A
 frozen before its write then finds another's newer answer and leaves it alone.
 """
 
+import hashlib
 import logging
 import time
 from typing import Any
@@ -50,6 +51,8 @@ class Outputs:
         self._storage = storage
         self._ledger = ledger
         self._allowed = options.allowed_outputs
+        self._results = options.results
+        self._result_bytes = options.result_bytes
         self._lease_s = options.lease_s
 
     def check(self, claim: Claim, image: ImageRef | None) -> None:
@@ -57,6 +60,8 @@ class Outputs:
         if not claim.output:
             return
         why = why_refused(claim.output, self._allowed, self._storage.settings, image)
+        if why is None and self._results and claim.output.startswith(self._results):
+            why = f"{claim.output} is among the results of other jobs (BLIPQ_RESULTS)"
         if why is not None:
             raise PermanentError(ErrorCode.INVALID_REQUEST, f"output: {why}")
 
@@ -65,19 +70,36 @@ class Outputs:
 
         Raises Lost when the claim is gone, and WorkError.
         """
-        if not claim.output:
-            return
+        if claim.output:
+            self._write(claim, claim.output, result)
+
+    def place(self, claim: Claim, result: str) -> str | None:
+        """Where a result is that is too large for the ledger, None for any other.
+
+        It is written there, unless it is at the job's output already. Raises as ``write``.
+        """
+        if self._results is None or len(result) <= self._result_bytes:
+            return None
+        if claim.output:
+            return claim.output
+        # An id may have any printable characters.
+        name = hashlib.sha256(claim.id.encode()).hexdigest()
+        uri = f"{self._results.rstrip('/')}/{name}.json"
+        self._write(claim, uri, result)
+        return uri
+
+    def _write(self, claim: Claim, uri: str, result: str) -> None:
         for _ in range(TRIES):
             with work_errors("output"):
                 # Before the claim is checked: what a later owner writes is then another thing.
-                there = self._there(claim.output)
+                there = self._there(uri)
             self._confirm(claim)
             with work_errors("output"):
                 if self._storage.put_over(
-                    claim.output, result.encode(), there, content_type="application/json"
+                    uri, result.encode(), there, content_type="application/json"
                 ):
                     return
-        raise TransientError(ErrorCode.INTERNAL, f"output: others keep writing {claim.output}")
+        raise TransientError(ErrorCode.INTERNAL, f"output: others keep writing {uri}")
 
     def _there(self, uri: str) -> str | None:
         """The ETag of what is there, "" if nothing is, None if that may not be seen."""

@@ -65,8 +65,8 @@ class Runner:
         """Runs a claimed job to its outcome, or leaves it to whoever claims it next."""
         watch = Stopwatch(queue_ms=claim.queue_ms, worker=self._claiming.worker)
         try:
-            result = self._execution.result(claim, watch)
-            self._outcomes.succeeded(claim, result, watch)
+            made = self._execution.result(claim, watch)
+            self._outcomes.succeeded(claim, made.result, watch, result_uri=made.uri)
         except Lost:
             self._outcomes.lost(claim, watch)
         except WorkError as error:

@@ -29,6 +29,9 @@ def job_options(
     expires_in: Annotated[str | None, _option("Deadline, such as 90s, 10m or 2d.")] = None,
     idempotency_key: Annotated[str | None, _option("The same key gives the same job.")] = None,
     output: Annotated[str | None, _option("s3:// object to write the result to.")] = None,
+    keep: Annotated[
+        str | None, _option("How long the job is kept once it has ended, such as 1h.")
+    ] = None,
     webhook: Annotated[
         str | None, _option("Where to post the job's end, signed.", metavar="URL")
     ] = None,
@@ -44,6 +47,7 @@ def job_options(
         "expires_in": expires_in,
         "idempotency_key": idempotency_key,
         "output": output,
+        "keep": keep,
         "webhook": {"url": webhook} if webhook else None,
         "metadata": pairs(metadata, "--metadata"),
     }

@@ -155,7 +155,7 @@ def follow(job: Job[Any], wait: bool, timeout: float, as_json: bool) -> None:
         _go_on(job, as_json)
         raise typer.Exit(130) from None
     if as_json:
-        print_json(info)
+        print_json(info.model_copy(update={"result": found}))
         return
     for line in lines_of(found):
         out.print(line, markup=False)

@@ -100,7 +100,7 @@ end
 
 -- The fields of a job that an event tells, without its result.
 local TOLD = {'kind', 'model', 'status', 'created_at', 'started_at', 'completed_at', 'deadline',
-  'attempts', 'error', 'receipt', 'metadata', 'output'}
+  'attempts', 'error', 'receipt', 'metadata', 'output', 'result_uri'}
 
 -- What an event tells of the request: its image alone, as JSON, or nil.
 local function image_of(job)
@@ -116,6 +116,20 @@ local function keep_snapshot(event, job)
   redis.call('HSET', event_key(event), 'job', cjson.encode(told))
 end
 
+-- The result of a job that may do without it, once somebody else has it. Its status, digest and keys
+-- keep their time: they are what a repeated submit meets.
+local function drop_result(id, job, delivered)
+  if not job.drop or job.result_uri then return end
+  if job.output then
+    redis.call('HSET', job_key(id), 'result_uri', job.output)
+  elseif delivered then
+    redis.call('HSET', job_key(id), 'delivered', 1)
+  else
+    return
+  end
+  redis.call('HDEL', job_key(id), 'result')
+end
+
 -- The one way a job ends. The caller has checked that it has not ended yet.
 local function end_job(id, job, status, fields)
   local key = job_key(id)
@@ -126,6 +140,8 @@ local function end_job(id, job, status, fields)
   if post_event(id, job, 'job.' .. status) then
     redis.call('HSET', key, 'keep_until', now + ttl)
     ttl = math.max(ttl, OUTBOX_TTL)
+  elseif status == 'succeeded' then
+    drop_result(id, job, false)
   end
   redis.call('PEXPIRE', key, ttl)
   index(RECENT, now, id)

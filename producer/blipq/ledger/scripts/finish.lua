@@ -4,11 +4,13 @@ local id, token, status, dead_letter_ttl = ARGV[1], ARGV[2], ARGV[3], tonumber(A
 local job = load(id)
 if not job or fence(job) ~= token then return 0 end
 
--- Told again by a worker that has not heard the answer: it is stored already.
+-- Told again by a worker that has not heard the answer: it is stored already. The result itself may
+-- have been dropped since.
 local function is_stored()
   if job.status ~= status then return false end
   for i = 5, #ARGV, 2 do
-    if job[ARGV[i]] ~= ARGV[i + 1] then return false end
+    local dropped = ARGV[i] == 'result' and (job.result_uri or job.delivered)
+    if job[ARGV[i]] ~= ARGV[i + 1] and not dropped then return false end
   end
   return true
 end

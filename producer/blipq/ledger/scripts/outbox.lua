@@ -10,7 +10,10 @@ end
 local function release_job(event, id)
   local job = load(id)
   if not job or not job.keep_until or event_id(id, job, 'job.' .. job.status) ~= event then return end
-  redis.call('PEXPIREAT', job_key(id), math.max(tonumber(job.keep_until), now + DAY))
+  -- Less than a day only where the job is not to be kept for one.
+  local keep_until = tonumber(job.keep_until)
+  local longer = math.min(DAY, keep_until - tonumber(job.completed_at))
+  redis.call('PEXPIREAT', job_key(id), math.max(keep_until, now + longer))
 end
 
 local function keep_job(id, ttl)

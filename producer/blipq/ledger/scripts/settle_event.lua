@@ -8,6 +8,15 @@ local record = load_event(event)
 if not record or record.token ~= token then return 0 end
 if not redis.call('ZSCORE', outbox_key(record.host), event) then return 0 end
 
+-- A body with a pointer to this ledger has not delivered the result.
+local function drop_delivered(event, record)
+  local job = load(record.id)
+  if not job or job.status ~= 'succeeded' or not record.body then return end
+  if event_id(record.id, job, 'job.succeeded') ~= event then return end
+  if string.find(record.body, '"result_omitted"', 1, true) then return end
+  drop_result(record.id, job, true)
+end
+
 if verdict == 'defer' then
   redis.call('HDEL', event_key(event), 'unsettled')
   redis.call('HINCRBY', event_key(event), 'attempts', -1)
@@ -19,6 +28,7 @@ count(outcome)
 if verdict == 'delivered' then
   redis.call('ZREM', outbox_key(record.host), event)
   redis.call('DEL', event_key(event))
+  drop_delivered(event, record)
   release_job(event, record.id)
 elseif verdict == 'retry' then
   redis.call('HDEL', event_key(event), 'unsettled')

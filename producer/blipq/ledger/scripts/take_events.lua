@@ -11,6 +11,8 @@ local FIRST_HOST = 8
 local room = {}
 for i = FIRST_HOST, #ARGV, 2 do room[ARGV[i]] = tonumber(ARGV[i + 1]) end
 local taken = {}
+-- Bytes of the reply, beyond which no more are taken: results may be large.
+local MOST_BYTES, bytes = 4 * 1024 * 1024, 0
 
 local function job_of(record)
   if record.body then return '' end
@@ -23,6 +25,7 @@ local function job_of(record)
 end
 
 local function take(host, event)
+  if bytes > MOST_BYTES then return end
   local record = load_event(event)
   local job = record and job_of(record)
   if not job then
@@ -53,7 +56,9 @@ local function take(host, event)
   local attempts = redis.call('HINCRBY', key, 'attempts', 1)
   -- Due again when the lease is over: that is all a sender's death needs.
   index(outbox_key(host), now + lease, event)
-  taken[#taken + 1] = {event, token, attempts, crashes, cjson.encode(record), job}
+  local told = cjson.encode(record)
+  bytes = bytes + #told + #job
+  taken[#taken + 1] = {event, token, attempts, crashes, told, job}
 end
 
 local known = (#ARGV - FIRST_HOST + 1) / 2

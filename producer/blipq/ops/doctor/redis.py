@@ -7,6 +7,7 @@ import redis
 
 from blipq.ledger.connection import connect
 from blipq.ops.doctor.findings import Finding, Findings, skew
+from blipq.ops.forecast import Forecast, forecast
 from blipq.program import blipq
 from blipq.redaction import place_of
 from blipq.redis.url import tls_of
@@ -49,6 +50,7 @@ def check_redis(settings: Settings) -> Findings:
         yield _redis_version(info, took)
         yield from _redis_settings(info)
         yield from _redis_memory(info)
+        yield from _redis_forecast(forecast(client))
         before = time.time()
         seconds, microseconds = cast("tuple[int, int]", client.time())
         here = (before + time.time()) / 2
@@ -96,6 +98,22 @@ def _redis_memory(info: dict[str, Any]) -> Findings:
         yield Finding("warn", "redis memory", message, "add workers, or raise maxmemory")
     else:
         yield Finding("ok", "redis memory", f"{message} of {most / 2**20:.0f} MiB")
+
+
+def _redis_forecast(found: Forecast | None) -> Findings:
+    if found is None:
+        return
+    jobs = (
+        f"{found.rate:.1f} jobs/s of {found.size:,.0f} bytes, kept for {found.kept_s / 3600:.1f} h"
+    )
+    message = f"{jobs}: {found.later / 2**20:,.0f} MiB in the end"
+    if found.limit:
+        message += f", of {found.limit / 2**20:,.0f} MiB"
+    advice = (
+        "shorten BLIPQ_RESULT_TTL or the jobs' keep, set BLIPQ_KEEP_DELIVERED=0 or BLIPQ_RESULTS, "
+        "or give Redis more memory"
+    )
+    yield Finding("warn" if found.too_much else "ok", "redis forecast", message, advice)
 
 
 def check_broker(settings: Settings) -> Findings:
