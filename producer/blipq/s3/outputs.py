@@ -46,13 +46,17 @@ def never(uri: str, settings: Settings, source: ImageRef | None = None) -> str |
         return f"{uri} has a part that is '..'"
     if bucket == settings.inbox_bucket:
         return f"{uri} is in the inbox, which holds uploads alone"
-    if settings.indexes.startswith("s3://") and any(
-        _is_in(spelling, [settings.indexes.removeprefix("s3://")]) for spelling in spellings
-    ):
+    if settings.indexes.startswith("s3://") and lies_in(uri, settings.indexes):
         return f"{uri} is among the search indexes ({settings.indexes})"
     if source is not None and source.in_s3 and _spellings(source.bucket, source.key) & spellings:
         return f"{uri} is the image that the job is about"
     return None
+
+
+def lies_in(uri: str, folder: str) -> bool:
+    """Whether an object is in a folder (``s3://bucket/prefix``), however it is spelled."""
+    place = folder.removeprefix("s3://")
+    return any(_is_in(spelling, [place]) for spelling in _spellings(*split_s3_uri(uri)))
 
 
 def _spellings(bucket: str, key: str) -> set[str]:

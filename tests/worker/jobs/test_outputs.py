@@ -1,5 +1,6 @@
 """A result's object in S3: written by whoever holds the job, and nowhere else than allowed."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from blipq import Client, ImageRef, Settings
+from blipq.contract import CaptionRequest
 from blipq.errors import PermanentError, QueueUnavailable, TransientError
 from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.s3.outputs import why_all_refuse, why_refused
@@ -105,6 +107,52 @@ def test_a_worker_frozen_before_its_write_leaves_a_newer_answer_alone(
     with pytest.raises(Lost):
         Outputs(frozen, ledger_of(client), OPTIONS).write(claim, "older")
     assert stored(storage, uri) == "newer"
+
+
+# --- large results --------------------------------------------------------------------------------
+
+LARGE = OPTIONS.model_copy(update={"results": f"s3://{BUCKET}/large/", "result_bytes": 1024})
+
+
+def test_a_large_result_goes_to_s3_and_a_small_one_does_not(
+    client: Client, storage: Storage
+) -> None:
+    ledger = ledger_of(client)
+    job = client.submit(CaptionRequest.model_validate({"image": IMAGE}), id="../a job?#")
+    claim = ledger.claim(job.id, "w1")
+    assert isinstance(claim, Claim)
+    outputs = Outputs(storage, ledger, LARGE)
+    assert outputs.place(claim, "x" * 1024) is None
+    uri = outputs.place(claim, "x" * 1025)
+    assert uri == f"s3://{BUCKET}/large/{hashlib.sha256(job.id.encode()).hexdigest()}.json"
+    assert stored(storage, uri) == "x" * 1025
+    assert Outputs(storage, ledger, OPTIONS).place(claim, "x" * 10**6) is None
+
+
+def test_a_large_result_that_is_at_its_output_is_not_written_twice(
+    client: Client, storage: Storage, uri: str
+) -> None:
+    assert Outputs(storage, ledger_of(client), LARGE).place(claimed(client, uri), "x" * 9999) == uri
+
+
+def test_a_lost_claim_writes_no_large_result(client: Client, storage: Storage) -> None:
+    job = client.caption(IMAGE)
+    ledger = ledger_of(client)
+    claim = ledger.claim(job.id, "w1")
+    assert isinstance(claim, Claim)
+    job.cancel()
+    with pytest.raises(Lost):
+        Outputs(storage, ledger, LARGE).place(claim, "x" * 9999)
+
+
+@pytest.mark.parametrize("key", ["large/1.json", "./large/1.json", "large//1.json"])
+def test_no_output_is_among_the_results_of_other_jobs(
+    client: Client, storage: Storage, key: str
+) -> None:
+    outputs = Outputs(storage, ledger_of(client), LARGE)
+    with pytest.raises(PermanentError, match="among the results of other jobs"):
+        outputs.check(claimed(client, f"s3://{BUCKET}/{key}"), None)
+    outputs.check(claimed(client, f"s3://{BUCKET}/larger/1.json"), None)
 
 
 @pytest.mark.parametrize("how", ["cancelled", "taken over"])

@@ -612,6 +612,20 @@ def test_an_output_is_the_result_as_json(parts: Parts, picture: bytes) -> None:
     }
 
 
+def test_a_large_result_is_read_where_the_ledger_points(
+    parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = {"results": "s3://blipq-outputs/large", "result_bytes": 10}
+    outputs = Outputs(parts.client.storage, parts.ledger, TINY.model_copy(update=update))
+    monkeypatch.setattr(parts.execution, "_outputs", outputs)
+    job = parts.client.caption(picture)
+    info = parts.run(job)
+    assert (info.status, info.result) == ("succeeded", None)
+    assert info.result_uri.startswith("s3://blipq-outputs/large/")
+    assert job.result(timeout=1).text == "30 x 20"
+    assert parts.client.forget([job.id]).objects[-1] == info.result_uri
+
+
 def test_an_output_is_there_before_the_job_ends(
     parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

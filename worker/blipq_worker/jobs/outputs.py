@@ -13,7 +13,7 @@ from typing import Any
 from blipq.contract import ErrorCode, ImageRef, split_s3_uri
 from blipq.errors import PermanentError, QueueFull, QueueUnavailable, TransientError
 from blipq.ledger.worker import Claim, WorkerLedger
-from blipq.s3.outputs import why_refused
+from blipq.s3.outputs import lies_in, why_refused
 from blipq.s3.refusals import Refusal, S3Refused
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
@@ -60,7 +60,7 @@ class Outputs:
         if not claim.output:
             return
         why = why_refused(claim.output, self._allowed, self._storage.settings, image)
-        if why is None and self._results and claim.output.startswith(self._results):
+        if why is None and self._results and lies_in(claim.output, self._results):
             why = f"{claim.output} is among the results of other jobs (BLIPQ_RESULTS)"
         if why is not None:
             raise PermanentError(ErrorCode.INVALID_REQUEST, f"output: {why}")
