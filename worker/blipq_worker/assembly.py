@@ -63,6 +63,7 @@ class Jobs:
     outcomes: Outcomes
     access: S3Access
     writer: IndexWriter
+    pictures: Pictures
 
 
 def decoding_budget(options: WorkerSettings) -> Budget:
@@ -90,16 +91,17 @@ def jobs_of(base: Base, inference: Inference, decoding: Budget, metrics: WorkerM
         access,
         retry_backoff_s=options.retry_backoff_s,
     )
+    pictures = _pictures(base, storage, inference, decoding)
     execution = Execution(
         inference,
-        _pictures(base, storage, inference, decoding),
+        pictures,
         Outputs(output_storage(base.settings, options), base.ledger, options),
         IndexAccess(indexes, writer),
         base.held,
         timeout_s=options.job_timeout_s,
     )
     runner = Runner(_claiming(base, foreign, outcomes), execution, outcomes, base.gate)
-    return Jobs(runner, foreign, outcomes, access, writer)
+    return Jobs(runner, foreign, outcomes, access, writer, pictures)
 
 
 def heartbeat_of(

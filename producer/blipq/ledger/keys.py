@@ -21,6 +21,7 @@ MODELS = "blipq:models"  # zset: model -> when a worker last registered it
 OUTBOX = "blipq:outbox"  # zset: host -> when its next webhook event is due
 DEAD_EVENTS = "blipq:dead-events"  # zset: event id -> when it was given up
 EVENT_COUNTS = "blipq:event-counts"  # hash: outcome of an attempt -> count
+FORGOTTEN = "blipq:forgotten"  # zset: SHA-1 of an image's URI -> when its job was erased
 SWEEPER = "blipq:reconciler"  # string: since when which worker sweeps
 STRAYS_LOCK = "blipq:strays"  # string: the worker that scans for stray queues
 
@@ -186,6 +187,7 @@ _CONSTANTS = {
     "RECENT": RECENT,
     "MODELS": MODELS,
     "OUTBOX": OUTBOX,
+    "FORGOTTEN": FORGOTTEN,
     "SWEEPER": SWEEPER,
     "DEAD_EVENTS": DEAD_EVENTS,
     "EVENT_COUNTS": EVENT_COUNTS,

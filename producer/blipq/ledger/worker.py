@@ -9,6 +9,7 @@ from typing import Literal, cast
 from blipq.contract import CONTRACT, Kind, Status
 from blipq.ledger.codec import Message, flat, messages, ms, paired
 from blipq.ledger.connection import redis_errors
+from blipq.ledger.keys import FORGOTTEN
 from blipq.ledger.producer import ProducerLedger
 
 LEASE_S = 30.0
@@ -228,6 +229,16 @@ class WorkerLedger(ProducerLedger):
         """Registers a live worker for ``ttl_s``. ``spare``: whether it could take more jobs now."""
         with redis_errors():
             self._run("register", worker, ms(ttl_s), int(spare), info, *models)
+
+    def forgotten(self, since: float) -> tuple[float, set[str]]:
+        """The time now, and SHA-1 digests of the URIs of images whose jobs were erased since then.
+
+        Times are Redis' own, in milliseconds. Each digest is kept for an hour.
+        """
+        with redis_errors():
+            seconds, micros = self.redis.time()  # first: what comes meanwhile is told again
+            found = self.redis.zrangebyscore(FORGOTTEN, f"({since:.0f}", "+inf")
+        return seconds * 1000 + micros // 1000, set(cast("list[str]", found))
 
     def lock(self, key: str, owner: str, ttl_s: float) -> Literal["taken", "kept", "new"]:
         """Takes or renews a lock that its owner's death cannot keep.

@@ -57,6 +57,7 @@ def test_nothing_of_a_job_is_left_in_redis(
     assert any("secret" in line for line in dumped(raw_redis))
     report = client.forget(JobFilter(metadata={"user": "secret-user"}))
     assert (report.jobs, report.events) == (["job_1"], 3)
+    assert raw_redis.ttl(keys.FORGOTTEN) > 0  # it names the image by a digest, for workers
     about = [line for line in dumped(raw_redis) if "secret" in line or "job_1" in line]
     assert about == []
 

@@ -14,19 +14,20 @@ import pytest
 from benchmarks.stand_ins import model_info
 from PIL import Image
 
-from blipq import ErrorCode, ImageRef, Settings
+from blipq import Client, ErrorCode, ImageRef, Settings
 from blipq.contract import Receipt
 from blipq.errors import PermanentError
 from blipq.images.decoding import ImageLimits
 from blipq.s3.storage import Storage
 from blipq_worker.claims import Lost
 from blipq_worker.images.fetch import Fetched, Fetcher
-from blipq_worker.images.loader import Pictures, Recent
+from blipq_worker.images.forgetting import Forgetting
+from blipq_worker.images.loader import Pictures, Recent, mark_of
 from blipq_worker.images.memory_budget import Budget
 from blipq_worker.images.s3_access import AccessRefused
 from blipq_worker.inference.requests import ImagePixels, ModelInfo, Recipe
 from blipq_worker.receipt import DEMO_NOTE, Stopwatch
-from conftest import wait_until
+from conftest import ledger_of, wait_until
 
 PLACE = "s3://blipq-inbox/pictures/a.png"
 
@@ -127,6 +128,35 @@ def refusal(parts: Parts, **fields: Any) -> ErrorCode:
     with pytest.raises(PermanentError) as caught:
         parts.load(**fields)
     return caught.value.code
+
+
+def test_an_image_is_forgotten_by_the_mark_of_its_uri(parts: Parts, storage: Storage) -> None:
+    other = PLACE.replace("a.png", "b.png")
+    storage.put(other, LARGE, content_type="image/png")
+    parts.load()
+    parts.load(other)
+    assert parts.pictures.forget({mark_of("s3://other/a.png")}) == set()
+    assert parts.pictures.forget({mark_of(PLACE)}) == {hashlib.sha256(SMALL).hexdigest()}
+    assert parts.pictures.forget({mark_of(PLACE)}) == set()
+    parts.load()
+    parts.load(other)
+    assert parts.counts() == (4, 3, 2)  # downloaded again, the other one is not
+
+
+def test_a_worker_drops_what_it_knows_of_images_whose_jobs_were_erased(
+    parts: Parts, apart: Settings
+) -> None:
+    dropped: list[str] = []
+    with Client(apart) as client:
+        forgetting = Forgetting(ledger_of(client), parts.pictures, dropped.append)
+        job = client.caption(PLACE)
+        parts.load()
+        forgetting.tick()
+        assert dropped == []
+        client.forget([job.id])
+        forgetting.tick()
+        forgetting.tick()
+    assert dropped == [hashlib.sha256(SMALL).hexdigest()]
 
 
 def test_what_is_known_is_not_downloaded_or_decoded_again(parts: Parts) -> None:

@@ -1,8 +1,9 @@
 """From a reference to what the model takes: fetched, decoded and preprocessed, or known already."""
 
+import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -44,6 +45,16 @@ class Recent(Generic[Key, Value]):
                 self._entries.move_to_end(key)
             return self._entries.get(key)
 
+    def drop(self, keys: Iterable[Key]) -> list[Value]:
+        """Forgets entries; what they were."""
+        with self._lock:
+            return [self._entries.pop(key) for key in keys if key in self._entries]
+
+    def known(self) -> list[Key]:
+        """What there is an entry for."""
+        with self._lock:
+            return list(self._entries)
+
     def put(self, key: Key, value: Value) -> None:
         """Remembers; the least recently used entry goes."""
         with self._lock:
@@ -51,6 +62,11 @@ class Recent(Generic[Key, Value]):
             self._entries.move_to_end(key)
             if len(self._entries) > self._size:
                 self._entries.popitem(last=False)
+
+
+def mark_of(uri: str) -> str:
+    """What the ledger calls an image by whose jobs were erased."""
+    return hashlib.sha1(uri.encode(), usedforsecurity=False).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +144,15 @@ class Pictures:
         if fetched.etag is not None:
             self._places.put(place, _Seen(fetched.etag, fetched.digest))
         return self._noted(made, model, watch)
+
+    def forget(self, marks: Collection[str]) -> set[str]:
+        """Forgets images by the SHA-1 digests of their URIs; the SHA-256 digests of their bytes."""
+        if not marks:
+            return set()
+        gone = [place for place in self._places.known() if mark_of(place[0]) in marks]
+        digests = {seen.digest for seen in self._places.drop(gone)}
+        self._sizes.drop(digests)
+        return digests
 
     def _is_known(self, model: str, digest: str, needed: Collection[Feature]) -> bool:
         return all(self._inference.knows(model, [digest], needed))

@@ -44,7 +44,18 @@ local function leave_mark(id, job)
   redis.call('PEXPIRE', job_key(id), math.max(tonumber(job.deadline) - now, DAY))
 end
 
+-- Workers drop what they know of the image. Its name is not to be read here, either.
+local HEARD = 60 * 60 * 1000  -- ms until every worker that has the image has heard of it
+local function forget_image(request)
+  local image = cjson.decode(request).image
+  if type(image) ~= 'table' or type(image.uri) ~= 'string' then return end
+  redis.call('ZADD', FORGOTTEN, now, redis.sha1hex(image.uri))
+  redis.call('PEXPIRE', FORGOTTEN, HEARD)
+  redis.call('ZREMRANGEBYSCORE', FORGOTTEN, '-inf', now - HEARD)
+end
+
 local function erase(id, job)
+  if job.request then forget_image(job.request) end
   each_event(id, job, drop_event)
   if job.queue then forget(id, job) end
   redis.call('ZREM', DEAD_LETTERS, id)

@@ -364,6 +364,19 @@ def test_what_is_larger_than_the_cache_is_not_kept() -> None:
     assert (len(cache), cache.bytes) == (1, 32)
 
 
+def test_an_image_is_forgotten_with_all_its_features_and_no_other_is() -> None:
+    cache = FeatureCache(100)
+    held = numbers(26)  # too large to be kept, and found while it is held
+    cache.put("a", "tower", held)
+    cache.put("a", "queries", numbers(8))
+    cache.put("b", "queries", numbers(8))
+    cache.forget("a")
+    cache.forget("never seen")
+    assert (cache.get("a", "tower"), cache.get("a", "queries")) == (None, None)
+    assert cache.get("b", "queries") is not None
+    assert (len(cache), cache.bytes) == (1, 32)
+
+
 def test_what_is_put_twice_counts_once() -> None:
     cache = FeatureCache(100)
     cache.put("a", "queries", numbers(8))

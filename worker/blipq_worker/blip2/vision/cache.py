@@ -36,6 +36,15 @@ class FeatureCache:
             self._tensors.move_to_end((image, feature))
             return tensor
 
+    def forget(self, image: str) -> None:
+        """Drops all that is known of an image; what an item holds is the item's."""
+        with self._lock:
+            for tensors in (self._tensors, self._held):
+                for key in [key for key in tensors if key[0] == image]:
+                    tensor = tensors.pop(key, None)
+                    if tensors is self._tensors and tensor is not None:
+                        self.bytes -= tensor.nbytes
+
     def put(self, image: str, feature: str, tensor: torch.Tensor) -> None:
         """Remembers a tensor in host memory that shares its own with no other."""
         with self._lock:
