@@ -50,6 +50,9 @@ class SleepingModel:
         """As the real one, but without their values."""
         return Pixels(None, digest=digest)
 
+    def forget(self, digest: str) -> None:
+        """It remembers no image."""
+
     def recall(self, digest: str, needed: Any) -> None:
         """It remembers nothing."""
 

@@ -178,6 +178,9 @@ class Model:
         made = torch.frombuffer(bytearray(views[0]), dtype=torch.uint8).view(side, side, 3)
         return Pixels(made, digest=digest)
 
+    def forget(self, digest: str) -> None:
+        """It remembers no image."""
+
     def recall(self, digest: str, needed: Any) -> None:
         """It remembers nothing."""
 

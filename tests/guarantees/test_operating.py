@@ -2,7 +2,7 @@
 
 from blipq import JobFilter, Status
 from conftest import wait_until
-from guarantees.rig import Rig
+from guarantees.rig import Rig, png
 
 QUEUE = "blipq.default.normal"
 
@@ -39,3 +39,20 @@ def test_jobs_are_moved_and_cancelled_beside_a_worker_that_takes_them(rig: Rig) 
     assert statuses.count(Status.CANCELLED) == cancelled
     assert set(statuses) <= {Status.CANCELLED, Status.SUCCEEDED}
     rig.all_succeed(jobs)
+
+
+def test_a_job_that_is_erased_while_it_runs_leaves_nothing_behind(rig: Rig) -> None:
+    worker = rig.start_worker(max_batch_size=2)
+    job = rig.submit("sleep 2", metadata={"user": "42"}, idempotency_key="key-of-42")
+    wait_until(lambda: rig.running() == 1, "the job to run")
+    queued = rig.submit_all(["sleep 2"] * 8, metadata={"user": "42"}, priority="low")
+    report = rig.client.forget(JobFilter(metadata={"user": "42"}))
+    assert set(report.jobs) == {job.id, *(each.id for each in queued)}
+    assert report.objects == [rig.image.uri]  # nobody else names it
+    rig.image = rig.client.storage.upload(png())
+    rig.all_succeed([rig.submit("after it")])
+    assert worker.exit_code is None
+    assert rig.client.count(JobFilter(metadata={"user": "42"})) == 0
+    assert rig.redis(lambda raw: raw.exists("blipq:idempotency:key-of-42")) == 0
+    assert job.info().attempts == 0  # what stays of it has no content
+    assert job.info().receipt is None

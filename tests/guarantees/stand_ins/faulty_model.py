@@ -32,6 +32,9 @@ class FaultyModel:
     def pixels(self, views: Any, *, digest: str | None, whole: bool) -> Pixels:
         return Pixels(None, digest=digest)
 
+    def forget(self, digest: str) -> None:
+        """It remembers no image."""
+
     def recall(self, digest: str, needed: Any) -> None:
         """Every image is new."""
 
