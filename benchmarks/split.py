@@ -113,6 +113,9 @@ class Device:
         """It knows no image."""
         return [False] * len(digests)
 
+    def forget(self, model: str, digests: Collection[str]) -> None:
+        """Nothing: it knows no image."""
+
     def load(self) -> Load:
         """What there is to do."""
         return Load(len(self._waiting), len(self._running))

@@ -25,7 +25,6 @@ from blipq_worker.assembly import (
 from blipq_worker.blip2.loading.compiling import since_compiling
 from blipq_worker.engine.faults import Trust
 from blipq_worker.images.bottleneck import Bottleneck
-from blipq_worker.images.forgetting import Forgetting
 from blipq_worker.inference.local import LocalInference
 from blipq_worker.messages.strays import Strays
 from blipq_worker.process.health import BrokerLoop, HealthServer
@@ -78,7 +77,6 @@ class Worker:
         )
         self._reconciler = reconciler_of(base)
         self._strays = Strays(ledger, settings, name)
-        self._forgetting = Forgetting(ledger, self._jobs.pictures, drop_from(models))
         self._health = (
             self._health_server(ledger, metrics) if options.health_port is not None else None
         )
@@ -98,7 +96,7 @@ class Worker:
         self._heartbeat.start()
         self._reconciler.start()
         self._strays.start()
-        self._forgetting.start()
+        self._jobs.forgetting.start()
         if self._health is not None:
             self._health.start()
         code = self._taker.run()
@@ -181,7 +179,7 @@ class Worker:
 
     def _stop(self) -> None:
         self._strays.stop()
-        self._forgetting.stop()
+        self._jobs.forgetting.stop()
         self._reconciler.stop()
         self._engine.batcher.close(timeout=5)
         self._jobs.writer.close()
@@ -189,13 +187,3 @@ class Worker:
         if self._health is not None:
             self._health.stop()
         self._base.broker.close()
-
-
-def drop_from(models: Mapping[str, "Blip2"]) -> Callable[[str], None]:
-    """Has all models forget an image."""
-
-    def drop(digest: str) -> None:
-        for model in models.values():
-            model.forget(digest)
-
-    return drop

@@ -12,6 +12,7 @@ from blipq.ssrf.http import GuardedHttp
 from blipq.transport.broker import Broker
 from blipq_worker.claims import Held
 from blipq_worker.images.fetch import Fetcher
+from blipq_worker.images.forgetting import Forgetting
 from blipq_worker.images.https import HttpsFetcher
 from blipq_worker.images.loader import Pictures
 from blipq_worker.images.memory_budget import Budget
@@ -63,7 +64,7 @@ class Jobs:
     outcomes: Outcomes
     access: S3Access
     writer: IndexWriter
-    pictures: Pictures
+    forgetting: Forgetting
 
 
 def decoding_budget(options: WorkerSettings) -> Budget:
@@ -101,7 +102,8 @@ def jobs_of(base: Base, inference: Inference, decoding: Budget, metrics: WorkerM
         timeout_s=options.job_timeout_s,
     )
     runner = Runner(_claiming(base, foreign, outcomes), execution, outcomes, base.gate)
-    return Jobs(runner, foreign, outcomes, access, writer, pictures)
+    forgetting = Forgetting(base.ledger, pictures, inference)
+    return Jobs(runner, foreign, outcomes, access, writer, forgetting)
 
 
 def heartbeat_of(

@@ -144,7 +144,9 @@ class _Serving:
     def run(self) -> int:
         self._jobs.writer.start()
         self._beat.start()
+        self._jobs.forgetting.start()
         code = self._taker.run()
+        self._jobs.forgetting.stop()
         self._jobs.writer.close()
         self._beat.stop()
         self._engine.close()

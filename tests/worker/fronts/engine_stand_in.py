@@ -79,6 +79,9 @@ class Backend:
     ) -> Sequence[bool]:
         return [False for _ in digests]
 
+    def forget(self, model: str, digests: Collection[str]) -> None:
+        print(f"forgets {len(digests)} of {model}", flush=True)
+
     def load(self) -> Load:
         return Load(0, len(self._open))
 

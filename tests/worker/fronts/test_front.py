@@ -180,6 +180,15 @@ def test_a_front_serves_jobs_without_torch(rig: Rig) -> None:
     assert rig.ended(front) == 0
 
 
+def test_a_front_has_its_engine_forget_the_image_of_an_erased_job(rig: Rig) -> None:
+    engine = rig.start_engine()
+    rig.start_taking_front()
+    job = rig.submit("hello")
+    job.result(30)
+    rig.client.forget([job.id])
+    rig.says(engine, "forgets 1 of default")
+
+
 def test_a_front_serves_jobs_with_the_engine_as_it_ships(rig: Rig) -> None:
     """Also those that it judges by itself, which the engine never sees."""
     engine = rig.start_demo_engine()

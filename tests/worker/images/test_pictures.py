@@ -5,7 +5,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +57,9 @@ class Model:
 
     def model(self, name: str) -> ModelInfo:
         return self.info
+
+    def forget(self, digests: Collection[str]) -> None:
+        self.known -= set(digests)
 
     def knows(self, model: str, digests: Sequence[str], features: Any) -> tuple[bool, ...]:
         return tuple(digest in self.known for digest in digests)
@@ -146,17 +149,19 @@ def test_an_image_is_forgotten_by_the_mark_of_its_uri(parts: Parts, storage: Sto
 def test_a_worker_drops_what_it_knows_of_images_whose_jobs_were_erased(
     parts: Parts, apart: Settings
 ) -> None:
-    dropped: list[str] = []
+    digest = hashlib.sha256(SMALL).hexdigest()
     with Client(apart) as client:
-        forgetting = Forgetting(ledger_of(client), parts.pictures, dropped.append)
+        forgetting = Forgetting(ledger_of(client), parts.pictures, parts.model)  # type: ignore[arg-type]
         job = client.caption(PLACE)
         parts.load()
         forgetting.tick()
-        assert dropped == []
+        assert parts.model.known == {digest}
         client.forget([job.id])
         forgetting.tick()
+        assert parts.model.known == set()
+        parts.load()
         forgetting.tick()
-    assert dropped == [hashlib.sha256(SMALL).hexdigest()]
+        assert parts.model.known == {digest}  # what has been erased is dropped once
 
 
 def test_what_is_known_is_not_downloaded_or_decoded_again(parts: Parts) -> None:

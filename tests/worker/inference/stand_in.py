@@ -121,6 +121,9 @@ class StandIn:
     ) -> Sequence[bool]:
         return [digest in self.seen for digest in digests]
 
+    def forget(self, model: str, digests: Collection[str]) -> None:
+        self.seen -= set(digests)
+
     def load(self) -> Load:
         return Load(0, len(self.open))
 

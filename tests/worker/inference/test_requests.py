@@ -41,6 +41,7 @@ from blipq_worker.inference.protocol import (
     Answers,
     Beat,
     Cancel,
+    Forget,
     Goodbye,
     Header,
     Hello,
@@ -102,6 +103,7 @@ counts = st.integers(0, 2**53 - 1)
 from_fronts = st.one_of(
     st.builds(Hello, counts, st.from_regex(r"[A-Za-z0-9._@:-]{1,64}", fullmatch=True)),
     st.builds(Cancel),
+    st.builds(Forget, several(digests, least=0)),
     st.builds(
         Knows,
         st.just("default"),

@@ -31,9 +31,11 @@ from blipq_worker.inference import (
 )
 from blipq_worker.inference.protocol import (
     FROM_ENGINES,
+    MOST_DIGESTS,
     Answers,
     Beat,
     Cancel,
+    Forget,
     Goodbye,
     Hello,
     Known,
@@ -239,6 +241,37 @@ def test_a_front_has_no_more_names_than_are_bounded(
         assert known_to(raw, *called) == (True, False, True)
 
 
+def test_an_image_is_forgotten_by_the_name_that_its_front_has_given_it(served: Served) -> None:
+    other, unknown = "b" * 64, "c" * 64
+    with closing(Raw(served, HELLO)) as raw:
+        for id, name in ((1, NAME), (2, other)):
+            raw.send(Submit("default", "normal", None, item(name=name)), id, bytes([id]) * SIZE)
+        raw.outcomes(2)
+        assert known_to(raw, NAME, other) == (True, True)
+        raw.send(Forget((NAME, unknown)))
+        assert known_to(raw, NAME, other) == (False, True)
+    assert served.backend.seen == {hashlib.sha256(bytes([2]) * SIZE).hexdigest()}
+
+
+def test_no_front_can_have_an_image_forgotten_that_it_has_not_sent(served: Served) -> None:
+    with closing(Raw(served, HELLO)) as honest, closing(Raw(served, HELLO)) as hostile:
+        honest.send(Submit("default", "normal", None, item(name=NAME)), 1, bytes([7]) * SIZE)
+        honest.outcomes(1)
+        hostile.send(Forget((NAME, hashlib.sha256(bytes([7]) * SIZE).hexdigest())))
+        assert known_to(hostile, NAME) == (False,)  # it has been read
+        assert known_to(honest, NAME) == (True,)
+
+
+def test_what_a_client_has_forgotten_is_bounded_by_message_alone(served: Served) -> None:
+    names = [f"{number:064x}" for number in range(MOST_DIGESTS + 1)]
+    image = ImagePixels(names[-1], False, item().image.pixels)
+    with closing(EngineClient(served.path, timeout_s=10)) as client:
+        client.submit("default", Match(image, ("a",)), "normal").result(10)
+        assert client.knows("default", names[-1:], ["generation"]) == (True,)
+        client.forget(names)
+        assert client.knows("default", names[-1:], ["generation"]) == (False,)
+
+
 GARBAGE: dict[str, tuple[bytes, str]] = {
     "zeros": (bytes(64), "no messages of blipq"),
     "http": (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", "no messages of blipq"),
@@ -258,6 +291,10 @@ GARBAGE: dict[str, tuple[bytes, str]] = {
     "a question about an unknown model": (
         HELLO + encoded(Knows("nobody", (NAME,), ("patches",)), 1),
         "no model 'nobody'",
+    ),
+    "more images to forget than one message names": (
+        HELLO + encoded(Forget((NAME,) * (MOST_DIGESTS + 1))),
+        "length <= 256",
     ),
     "NaN for a deadline": (
         HELLO + encoded(msgspec.structs.replace(ITEM, seconds=float("nan")), 1, SIZE),

@@ -174,10 +174,10 @@ class Blip2:
         matched = made[-1] if self.info.retrieval_recipe is not None else None
         return Pixels(made[0], matched, digest=digest, whole=whole)
 
-    def forget(self, digest: str) -> None:
-        """Drops what is known of an image, named by the SHA-256 of its file."""
+    def forget(self, digests: Collection[str]) -> None:
+        """Drops what is known of images. Thread-safe."""
         if self._cache is not None:
-            self._cache.forget(digest)
+            self._cache.forget(digests)
 
     def recall(self, digest: str, needed: Collection[Feature]) -> Pixels | None:
         """An image seen before, if all that is needed of it is still known. Thread-safe."""

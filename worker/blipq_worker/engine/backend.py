@@ -178,6 +178,10 @@ class Engine:
         recall = self._models[model].recall
         return [recall(digest, features) is not None for digest in digests]
 
+    def forget(self, model: str, digests: Collection[str]) -> None:
+        """Drops what is known of these images, but not what an item holds."""
+        self._models[model].forget(digests)
+
     def load(self) -> Load:
         """What there is to do. A model that compiles makes progress."""
         stalled_s = min(self.batcher.stalled_for(), since_compiling())

@@ -1,29 +1,30 @@
-"""Drops what the process knows of images whose jobs were erased."""
+"""Drops what is known of images whose jobs were erased: here, and in the engine."""
 
-from collections.abc import Callable
+from contextlib import suppress
 
 from blipq.ledger.worker import WorkerLedger
 from blipq_worker.images.loader import Pictures
+from blipq_worker.inference.interface import EngineGone, Inference
 from blipq_worker.process.periodic import Periodic
 
 BEAT_S = 5.0
 
 
 class Forgetting(Periodic):
-    """Reads every few seconds what was erased. ``drop``: has models forget an image, by SHA-256."""
+    """Reads every few seconds what was erased. Of each process that loads images."""
 
-    def __init__(
-        self, ledger: WorkerLedger, pictures: Pictures, drop: Callable[[str], object]
-    ) -> None:
+    def __init__(self, ledger: WorkerLedger, pictures: Pictures, inference: Inference) -> None:
         super().__init__("blipq-forgetting", BEAT_S)
         self._ledger = ledger
         self._pictures = pictures
-        self._drop = drop
+        self._inference = inference
         self._since = 0.0
 
     def tick(self) -> None:
         """What has been erased since the last time."""
         now, marks = self._ledger.forgotten(self._since)
-        for digest in self._pictures.forget(marks):
-            self._drop(digest)
+        digests = self._pictures.forget(marks)
+        if digests:
+            with suppress(EngineGone):  # and with it all that it knew
+                self._inference.forget(digests)
         self._since = now

@@ -15,7 +15,15 @@ from blipq_worker.inference.address import check_path
 from blipq_worker.inference.bounds import require_sendable
 from blipq_worker.inference.connection import Connection
 from blipq_worker.inference.interface import EngineGone, UnknownModel
-from blipq_worker.inference.protocol import Beat, Hello, Knows, Submit, checked
+from blipq_worker.inference.protocol import (
+    MOST_DIGESTS,
+    Beat,
+    Forget,
+    Hello,
+    Knows,
+    Submit,
+    checked,
+)
 from blipq_worker.inference.requests import (
     Answer,
     Feature,
@@ -118,6 +126,12 @@ class EngineClient:
             return future.result(self._timeout_s)
         except TimeoutError as error:
             raise EngineGone(f"the engine did not answer for {self._timeout_s:g} s") from error
+
+    def forget(self, digests: Collection[str]) -> None:
+        """See ``Inference.forget``. Waits for a connection."""
+        connection, names = self._connected(), tuple(digests)
+        for start in range(0, len(names), MOST_DIGESTS):
+            connection.tell(checked(Forget(names[start : start + MOST_DIGESTS]), 0))
 
     def check(self, model: str, item: Item) -> None:
         """See ``Inference.check``."""

@@ -114,6 +114,10 @@ class Connection:
         self._send([data])
         return future
 
+    def tell(self, data: bytes) -> None:
+        """Sends what has no answer. Raises EngineGone."""
+        self._send([data])
+
     def cancel(self, id: int) -> None:
         """Tells the engine that nobody waits for an item, unless it was answered."""
         with self._changed:

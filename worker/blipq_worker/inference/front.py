@@ -48,6 +48,10 @@ class Names:
             self._put((model, name), digest)
         return digest
 
+    def forget(self, model: str, name: str) -> str | None:
+        """Drops a name; the digest that it led to."""
+        return self._digests.pop((model, name), None)
+
     def _put(self, key: tuple[str, str], digest: str) -> None:
         self._digests.pop(key, None)  # the latest used is the last
         self._digests[key] = digest

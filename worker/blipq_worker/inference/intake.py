@@ -10,7 +10,7 @@ import msgspec
 
 from blipq_worker.inference.front import Front, Work
 from blipq_worker.inference.interface import Backend, Handle, ItemFailed, Rows
-from blipq_worker.inference.protocol import Known, Knows, ProtocolError, Submit
+from blipq_worker.inference.protocol import Forget, Known, Knows, ProtocolError, Submit
 from blipq_worker.inference.requests import Failure, ImagePixels, Item, ModelInfo, Outcome
 from blipq_worker.inference.stream import Frame
 
@@ -85,6 +85,16 @@ class Intake:
         named = [digest for digest in digests if digest is not None]
         known = iter(self._backend.knows(message.model, named, message.features))
         return Known(tuple(digest is not None and next(known) for digest in digests))
+
+    def forget(self, front: Front, message: Forget) -> None:
+        """Drops what is known of images, of those that the front has named before.
+
+        Other fronts may use the same pixels under their own names: they send them again.
+        """
+        for model in self.models:
+            digests = [front.names.forget(model, name) for name in message.digests]
+            if named := {digest for digest in digests if digest is not None}:
+                self._backend.forget(model, named)
 
     def works_of(self, handles: Iterable[Handle]) -> list[Work]:
         """Those of these items that have no answer yet."""

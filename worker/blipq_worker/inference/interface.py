@@ -90,6 +90,12 @@ class Inference(Protocol):
         Later some may be forgotten. Raises EngineGone, UnknownModel.
         """
 
+    def forget(self, digests: Collection[str]) -> None:
+        """Has all models drop what is known of these images; waits for no answer.
+
+        What an item holds that runs is not dropped. Raises EngineGone.
+        """
+
     def check(self, model: str, item: Item) -> None:
         """Raises ItemFailed where an item could not run, whatever its image: a text is too long, or
         the model has no checkpoint for it.
@@ -141,6 +147,9 @@ class Backend(Protocol):
         self, model: str, digests: Sequence[str], features: Collection[Feature]
     ) -> Sequence[bool]:
         """For each image whether all these features of it are known."""
+
+    def forget(self, model: str, digests: Collection[str]) -> None:
+        """Drops what is known of these images, but not what an item holds; must not wait."""
 
     def load(self) -> Load:
         """What there is to do."""

@@ -72,6 +72,11 @@ class LocalInference:
         self.model(model)
         return tuple(self._backend.knows(model, digests, features))
 
+    def forget(self, digests: Collection[str]) -> None:
+        """See ``Inference.forget``."""
+        for model in self._models:
+            self._backend.forget(model, digests)
+
     def check(self, model: str, item: Item) -> None:
         """See ``Inference.check``. Also of what no message could carry."""
         self.model(model)

@@ -38,6 +38,10 @@ MOST_TOLD, MOST_SMALL = 16 * 2**20, 32 * 1024
 #: Answers go together until their bodies are so long.
 ANSWERS_TOGETHER = 256 * 1024
 
+#: The most images that one message names.
+MOST_DIGESTS = 256
+Digests = Annotated[tuple[Digest, ...], Meta(max_length=MOST_DIGESTS)]
+
 _HEADER = struct.Struct("<2sBBQII")
 _MAGIC = b"bq"
 HEADER_SIZE = _HEADER.size
@@ -75,8 +79,14 @@ class Knows(Plain, frozen=True):
     """Which of these images need no look for these features?"""
 
     model: Name
-    digests: Annotated[tuple[Digest, ...], Meta(max_length=256)]
+    digests: Digests
     features: Annotated[tuple[Feature, ...], Meta(min_length=1, max_length=3)]
+
+
+class Forget(Plain, frozen=True):
+    """Nothing is to be known of these images any more. It has no answer."""
+
+    digests: Digests
 
 
 class Welcome(Plain, frozen=True):
@@ -125,7 +135,7 @@ class Goodbye(Plain, frozen=True):
     reason: Annotated[str, Meta(max_length=512)]
 
 
-FrontMessage = Hello | Submit | Cancel | Knows
+FrontMessage = Hello | Submit | Cancel | Knows | Forget
 EngineMessage = Welcome | Started | Answers | Known | Beat | Goodbye
 Message = FrontMessage | EngineMessage
 
@@ -144,6 +154,7 @@ FROM_FRONTS = (
     Kind(2, Submit, MOST_SUBMITTED),
     Kind(3, Cancel, 16),
     Kind(4, Knows, MOST_SMALL),
+    Kind(5, Forget, MOST_SMALL),
 )
 FROM_ENGINES = (
     Kind(17, Welcome, 2**20),

@@ -23,6 +23,7 @@ from blipq_worker.inference.interface import Backend, Handle, HeapRows, Rows
 from blipq_worker.inference.protocol import (
     Beat,
     Cancel,
+    Forget,
     Hello,
     Knows,
     Message,
@@ -221,6 +222,8 @@ class EngineServer:
                     self._intake.cancel(front.works[frame.id])
             case Knows():
                 self._send(front, self._intake.known(front, message), frame.id)
+            case Forget():
+                self._intake.forget(front, message)
 
     # -- answers --
 

@@ -370,8 +370,7 @@ def test_an_image_is_forgotten_with_all_its_features_and_no_other_is() -> None:
     cache.put("a", "tower", held)
     cache.put("a", "queries", numbers(8))
     cache.put("b", "queries", numbers(8))
-    cache.forget("a")
-    cache.forget("never seen")
+    cache.forget({"a", "never seen"})
     assert (cache.get("a", "tower"), cache.get("a", "queries")) == (None, None)
     assert cache.get("b", "queries") is not None
     assert (len(cache), cache.bytes) == (1, 32)

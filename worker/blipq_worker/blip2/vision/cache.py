@@ -2,6 +2,7 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Collection
 from weakref import WeakValueDictionary
 
 import torch
@@ -36,14 +37,13 @@ class FeatureCache:
             self._tensors.move_to_end((image, feature))
             return tensor
 
-    def forget(self, image: str) -> None:
-        """Drops all that is known of an image; what an item holds is the item's."""
+    def forget(self, images: Collection[str]) -> None:
+        """Drops all that is known of images; what an item holds is the item's."""
         with self._lock:
-            for tensors in (self._tensors, self._held):
-                for key in [key for key in tensors if key[0] == image]:
-                    tensor = tensors.pop(key, None)
-                    if tensors is self._tensors and tensor is not None:
-                        self.bytes -= tensor.nbytes
+            for key in [key for key in self._tensors if key[0] in images]:
+                self.bytes -= self._tensors.pop(key).nbytes
+            for key in [key for key in self._held if key[0] in images]:
+                self._held.pop(key, None)  # its item may have ended meanwhile
 
     def put(self, image: str, feature: str, tensor: torch.Tensor) -> None:
         """Remembers a tensor in host memory that shares its own with no other."""
