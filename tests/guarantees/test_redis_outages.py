@@ -1,5 +1,6 @@
 """Faults 12-18: Redis is killed, frozen, emptied, full, or answers with errors."""
 
+import asyncio
 import json
 import re
 import signal
@@ -14,10 +15,22 @@ from typing import Any
 import pytest
 import redis
 
-from blipq import JobNotFound, QueueFull, QueueUnavailable, Status
+from blipq import (
+    AsyncClient,
+    CaptionRequest,
+    JobNotFound,
+    QueueFull,
+    QueueUnavailable,
+    Status,
+)
+from blipq.client.submitting import MAX_JOBS
 from blipq.local.stack import free_port
 from conftest import wait_until
 from guarantees.rig import LEASE_S, Rig, both_forms
+
+#: Jobs of clients that submit and await many.
+COUNT = 3 * MAX_JOBS
+AWAY_S = 5.0
 
 
 def test_an_idle_worker_works_again_after_redis_was_away(rig: Rig) -> None:
@@ -187,3 +200,65 @@ def test_a_backlog_is_not_published_again(rig: Rig) -> None:
     rig.all_succeed(jobs, timeout=90)
     again = re.findall(r"published again: (\d+)", worker.last_words(10_000))
     assert sum(map(int, again)) <= 1
+
+
+# -- under clients that submit and await many jobs --
+
+
+def with_an_outage(rig: Rig) -> Iterator[CaptionRequest]:
+    """Requests, while Redis dies in the middle and comes back."""
+
+    def come_back() -> None:
+        time.sleep(AWAY_S)
+        rig.start_redis()
+        time.sleep(300)  # the server ends with the thread that started it
+
+    for number in range(COUNT):
+        if number == MAX_JOBS + MAX_JOBS // 2:
+            rig.kill_redis()
+            threading.Thread(target=come_back, daemon=True).start()
+        yield CaptionRequest(image=rig.image, prompt=f"job {number}")
+
+
+def recorded(rig: Rig) -> int:
+    return rig.redis(lambda raw: sum(1 for _ in raw.scan_iter("blipq:job:*", count=1000)))
+
+
+def test_many_are_submitted_once_each_through_an_outage_of_redis(rig: Rig) -> None:
+    rig.start_worker()
+    jobs = rig.client.submit_many(with_an_outage(rig), timeout=60)
+    ended = rig.client.wait_all(jobs, timeout=120)
+    assert {job.status() for job in ended} == {Status.SUCCEEDED}
+    texts = [job.result().text for job in ended]
+    assert texts == [f"did job {number}" for number in range(COUNT)]
+    assert recorded(rig) == COUNT
+
+
+def test_an_event_loop_submits_and_awaits_many_through_an_outage_of_redis(rig: Rig) -> None:
+    rig.start_worker()
+
+    async def main() -> list[str]:
+        async with AsyncClient(rig.settings) as client:
+            jobs = await client.submit_many(with_an_outage(rig), timeout=60)
+            results = await asyncio.gather(*[job.result(timeout=120) for job in jobs])
+            return [result.text for result in results]
+
+    assert asyncio.run(main()) == [f"did job {number}" for number in range(COUNT)]
+    assert recorded(rig) == COUNT
+
+
+def test_waits_for_many_outlive_an_outage_of_redis(rig: Rig) -> None:
+    jobs = rig.client.submit_many(
+        CaptionRequest(image=rig.image, prompt=f"job {number}") for number in range(100)
+    )
+    ended: list[str] = []
+    waiting = threading.Thread(
+        target=lambda: ended.extend(job.id for job in rig.client.as_completed(jobs, timeout=120))
+    )
+    waiting.start()
+    rig.kill_redis()
+    time.sleep(AWAY_S)
+    rig.start_redis()
+    rig.start_worker()
+    waiting.join()
+    assert set(ended) == {job.id for job in jobs}
