@@ -233,11 +233,11 @@ class WorkerLedger(ProducerLedger):
     def forgotten(self, since: float) -> tuple[float, set[str]]:
         """The time now, and SHA-1 digests of the URIs of images whose jobs were erased since then.
 
-        Times are Redis' own, in milliseconds. Each digest is kept for an hour.
+        Times are Redis' own, in milliseconds. Each digest is kept for an hour. One may come twice.
         """
         with redis_errors():
-            seconds, micros = self.redis.time()  # first: what comes meanwhile is told again
-            found = self.redis.zrangebyscore(FORGOTTEN, f"({since:.0f}", "+inf")
+            seconds, micros = self.redis.time()  # first: what is added meanwhile is found next time
+            found = self.redis.zrangebyscore(FORGOTTEN, f"{since:.0f}", "+inf")
         return seconds * 1000 + micros // 1000, set(cast("list[str]", found))
 
     def lock(self, key: str, owner: str, ttl_s: float) -> Literal["taken", "kept", "new"]:

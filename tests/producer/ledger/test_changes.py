@@ -6,7 +6,17 @@ import time
 import pytest
 import redis
 
-from blipq import Client, JobFilter, Options, QueueFull, Settings, Submission, UnknownModel, Webhook
+from blipq import (
+    Client,
+    JobFilter,
+    Options,
+    Priority,
+    QueueFull,
+    Settings,
+    Submission,
+    UnknownModel,
+    Webhook,
+)
 from blipq.contract import CaptionRequest
 from blipq.ledger import keys
 from blipq.ledger.changes import CHUNK, Change, Changing
@@ -152,6 +162,18 @@ def test_a_job_that_waits_for_a_retry_moves_and_goes_on_to_wait(
     raw_redis.zadd(keys.DELAYED, {"job_1": 0})
     (message,) = ledger.reconcile().messages
     assert message.queue == "blipq.default.high"
+
+
+def test_a_moved_job_makes_no_other_of_its_new_queue_look_lost(ledger: WorkerLedger) -> None:
+    """The message that was claimed may be that of its former queue."""
+    submitted(ledger, "job_1", priority="low")
+    time.sleep(0.02)
+    submitted(ledger, "job_2")
+    move = Changing(Change.of("move", ["job_2"], priority=Priority.LOW)).next()
+    assert move is not None
+    assert ledger.change(move).ids == ["job_2"]
+    claimed(ledger, "job_2")
+    assert ledger.reconcile(grace_s=0.005).messages == []
 
 
 def test_a_job_that_runs_is_not_moved(ledger: WorkerLedger, client: Client) -> None:

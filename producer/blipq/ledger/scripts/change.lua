@@ -68,7 +68,11 @@ function changes.move(id, job)
   job.queue = queue
   redis.call('HSET', job_key(id), 'queue', queue)
   -- One that waits for a retry goes on to wait.
-  if not redis.call('ZSCORE', DELAYED, id) then enqueue_and_publish(id, job) end
+  if redis.call('ZSCORE', DELAYED, id) then return true end
+  enqueue_and_publish(id, job)
+  -- The message that is claimed may be the one in its former queue. That says nothing about the
+  -- messages of this one (see claim).
+  redis.call('HSET', job_key(id), 'published_at', 0)
   return true
 end
 
