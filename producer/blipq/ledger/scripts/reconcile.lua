@@ -79,17 +79,11 @@ end
 -- A queued job's message is lost if a job published a grace later was claimed (queues are first
 -- in, first out), or if a worker had room for a whole grace in which nobody took anything from the
 -- queue: any other waiting job waits its turn.
-local function horizon_of_claims(queue)
+local function horizon(queue)
   local seen = redis.call('MGET', claimed_key(queue), taken_key(queue), spare_key(model_of(queue)))
   local claimed, taken = math.min(now, tonumber(seen[1] or 0)), tonumber(seen[2] or 0)
   if seen[3] and taken <= now - grace then return now - grace end
   return math.max(claimed - grace, is_broker and passed(queue, claimed) or 0)
-end
-
--- Of what was published before its queue was resumed, workers dropped the messages.
-local function horizon(queue)
-  local resumed = tonumber(redis.call('GET', paused_key(queue)) or 0)
-  return math.max(resumed, horizon_of_claims(queue))
 end
 
 -- No more can be lost than the broker's lists lack. They are named as kombu names them: one for the
@@ -104,13 +98,16 @@ local function missing(queue, waiting)
 end
 
 local function lost(queue, waiting)
-  if is_paused(queue) then
+  local paused = redis.call('GET', paused_key(queue))
+  if paused == '0' then
     redis.call('PEXPIRE', paused_key(queue), INDEX_TTL)  -- while there is anyone to heed it
     return {}
   end
   local most = math.min(limit, missing(queue, waiting))
   if most <= 0 then return {} end
-  local ids = redis.call('ZRANGEBYSCORE', queued_key(queue), '-inf', horizon(queue), 'LIMIT', 0, most)
+  -- Workers dropped the messages that were published before the queue was resumed.
+  local before = math.max(tonumber(paused or 0), horizon(queue))
+  local ids = redis.call('ZRANGEBYSCORE', queued_key(queue), '-inf', before, 'LIMIT', 0, most)
   if is_broker and #ids == limit then publish[1] = 1 end
   return ids
 end
