@@ -77,7 +77,7 @@ def _sleeping(options: WorkerSettings) -> dict[str, Any]:
     if os.environ.get("BENCH_FETCH") == "0":
         data = _picture()
 
-        def fetch(self: Fetcher, image: ImageRef, *, unless: str | None = None) -> Fetched:
+        def fetch(self: Fetcher, image: ImageRef, **options: Any) -> Fetched:
             return Fetched(data, hashlib.sha256(data).hexdigest(), None)
 
         Fetcher.fetch = fetch  # type: ignore[method-assign]
