@@ -23,6 +23,9 @@ COMMAND = [sys.executable, "-m", "blipq_worker"]
 #: Microseconds of CPU in a period, and the period (cgroup v2); "max" where there is no quota.
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
+#: Where GPUs show.
+DEVICES = Path("/dev")
+
 MOST_FRONTS = 16
 
 #: A worker's model cannot be loaded, or answers nonsense: starting it again would not help.
@@ -45,7 +48,9 @@ def run_many(gpus: str | None, processes: int) -> int:
     """
     _require_worker()
     if gpus is None:
-        places = [("worker", shares_of_cores(processes))]
+        device = os.environ.get("BLIPQ_DEVICE", "auto")
+        fronts = shares_of_fronts(processes) if on_gpu(device) else {}
+        places = [("worker", {**shares_of_cores(processes), **fronts})]
     else:
         indexes = _all_gpus() if gpus == "all" else _indexes(gpus)
         share = shares_of_fronts(len(indexes) * processes)
@@ -81,6 +86,18 @@ def shares_of_fronts(workers: int) -> dict[str, str]:
 def fronts_on(cores: int) -> int:
     """How many fronts a worker on a GPU has, for so many cores: one core is the model's."""
     return max(1, min(MOST_FRONTS, cores - 1))
+
+
+def on_gpu(device: str) -> bool:
+    """Whether a model will run on a GPU, as far as can be told without importing torch.
+
+    device: as BLIPQ_DEVICE has it.
+    """
+    if device != "auto":
+        return device.startswith("cuda")
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return False
+    return any(DEVICES.glob("nvidia[0-9]*"))
 
 
 def cores() -> int:

@@ -15,8 +15,8 @@ from conftest import wait_until
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[Service]:
-    """The services that would be started."""
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Service]:
+    """The services that would be started, on a machine without a GPU."""
     started: list[Service] = []
 
     def run(services: Sequence[Service], *, drain_s: float) -> int:
@@ -26,6 +26,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Service]:
     monkeypatch.setattr(fleet, "run_supervised", run)
     for name in ("OMP_NUM_THREADS", "BLIPQ_FRONTS", "BLIPQ_HEALTH_PORT", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("BLIPQ_DEVICE", raising=False)
+    monkeypatch.setattr(fleet, "DEVICES", tmp_path)
     monkeypatch.setattr(fleet, "cores", lambda: 8)
     return started
 
@@ -80,6 +82,31 @@ def test_workers_on_gpus_share_the_cores_for_their_fronts(
 ) -> None:
     fleet.run_many(gpus, processes)
     assert set(_values(started, "BLIPQ_FRONTS")) == {fronts}
+
+
+@pytest.mark.parametrize(
+    ("processes", "device", "fronts"),
+    [(2, None, "3"), (9, None, "1"), (2, "cuda:1", "3"), (2, "cpu", None)],
+)
+def test_workers_on_the_one_gpu_of_a_host_share_its_cores_for_their_fronts(
+    tmp_path: Path,
+    started: list[Service],
+    monkeypatch: pytest.MonkeyPatch,
+    processes: int,
+    device: str | None,
+    fronts: str | None,
+) -> None:
+    """Nobody need name the GPU: each worker would have a front for every core but one."""
+    (tmp_path / "nvidia0").touch()
+    if device is not None:
+        monkeypatch.setenv("BLIPQ_DEVICE", device)
+    fleet.run_many(None, processes)
+    assert set(_values(started, "BLIPQ_FRONTS")) == {fronts}
+
+
+def test_workers_on_a_cpu_get_no_fronts(started: list[Service]) -> None:
+    fleet.run_many(None, 2)
+    assert set(_values(started, "BLIPQ_FRONTS")) == {None}
 
 
 def test_fronts_that_are_set_stay_as_they_are(

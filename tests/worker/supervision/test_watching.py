@@ -47,7 +47,7 @@ def test_a_worker_on_a_gpu_has_a_front_for_each_core_but_one(
     fronts: int,
 ) -> None:
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(sizing, "_DEVICES", tmp_path)
+    monkeypatch.setattr(fleet, "DEVICES", tmp_path)
     monkeypatch.setattr(sizing, "cores", lambda: 8)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
@@ -59,7 +59,7 @@ def test_a_worker_on_a_gpu_has_a_front_for_each_core_but_one(
 def test_a_machine_without_a_gpu_needs_no_fronts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sizing, "_DEVICES", tmp_path)
+    monkeypatch.setattr(fleet, "DEVICES", tmp_path)
     assert sizing.fronts_of(WorkerSettings()) == 0
 
 
