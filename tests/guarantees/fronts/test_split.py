@@ -120,7 +120,7 @@ def test_jobs_of_a_worker_whose_processes_all_die_at_once_succeed_on_the_next(ri
 
 
 def test_one_killer_among_128_suspects_costs_few_reloads_and_no_other_job(rig: Rig) -> None:
-    """Leases are short: it is charged when they run out, and that takes three times."""
+    """Leases are short: it is charged when they run out, and that takes two times."""
     worker = rig.start_worker(max_batch_size=128, lease_s=LEASE_S)
     seen = set(parts.processes(worker, "engine"))
     blocker = stopped_at(rig, ("in the pass",))  # so that all others are in one pass
@@ -137,6 +137,7 @@ def test_one_killer_among_128_suspects_costs_few_reloads_and_no_other_job(rig: R
     infos = rig.outcomes(jobs + blocker)
     assert {(info.status, info.attempts) for info in infos} == {(Status.SUCCEEDED, 1)}
     assert killer.info().error.code is ErrorCode.ATTEMPTS_EXHAUSTED  # type: ignore[union-attr]
+    assert killer.info().attempts == 2
     assert [letter.id for letter in rig.operator.dead_letters()] == [killer.id]
     assert len(seen) - 1 <= 8
 

@@ -387,6 +387,24 @@ def test_a_settled_crash_is_counted_and_the_last_one_ends_the_job(ledger: Worker
     assert ledger.redis.zscore("blipq:dead-letters", "job_1") is not None
 
 
+@pytest.mark.parametrize("losses", [["suspect"], ["lost", "lost"], ["suspect", "suspect"]])
+def test_a_suspect_is_charged_for_two_crashes_alone(
+    ledger: WorkerLedger, losses: list[Loss]
+) -> None:
+    """As any job: one whose first crash was counted in company has two more as well."""
+    submitted(ledger)
+    for loss in losses:
+        claim = claimed(ledger)
+        ledger.settle(claim.id, claim.token, loss)
+    for left in (True, False):
+        claim = claimed(ledger)
+        ledger.begin(claim)
+        assert ledger.settle(claim.id, claim.token, "crash") is left
+    info = read(ledger)
+    assert info.error is not None
+    assert (info.error.code, info.attempts) == ("attempts_exhausted", 2)
+
+
 def test_a_crash_of_a_job_that_waits_to_run_alone_is_not_its_own(ledger: WorkerLedger) -> None:
     suspect = running(ledger)
     ledger.settle(suspect.id, suspect.token, "suspect")

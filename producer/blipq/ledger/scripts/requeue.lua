@@ -21,7 +21,12 @@ local key = job_key(id)
 redis.call('HINCRBY', key, why == 'retry' and 'retries' or 'attempts', why == 'retry' and 1 or -1)
 if ARGV[5] and ARGV[5] ~= '' then redis.call('HSET', key, 'last_error', ARGV[5]) end
 local is_suspect = why == 'suspect' or why == 'lost' and redis.call('HINCRBY', key, 'losses', 1) > 1
-if is_suspect then redis.call('HSET', key, 'solo', 1) end
+if is_suspect then
+  redis.call('HSET', key, 'solo', 1)
+  -- One death is accounted for: it is charged for as many crashes alone as a job whose first death
+  -- was a crash in company.
+  redis.call('HSETNX', key, 'crashes', 1)
+end
 enqueue(id, job, now)
 if delay > 0 then delay_job(id, job, delay) end
 return 1
