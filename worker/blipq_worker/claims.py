@@ -27,6 +27,9 @@ class Notes(Protocol):
     def decoding(self, id: str) -> AbstractContextManager[None]:
         """While a picture of a claimed job is decoded."""
 
+    def suspect(self, id: str) -> None:
+        """A claimed job may have ended its engine."""
+
     def unclaimed(self, id: str) -> None:
         """A claim has ended, or none was granted."""
 
@@ -44,6 +47,9 @@ class NoNotes:
         """See ``Notes``."""
         return nullcontext()
 
+    def suspect(self, id: str) -> None:
+        """See ``Notes``."""
+
     def unclaimed(self, id: str) -> None:
         """See ``Notes``."""
 
@@ -57,6 +63,7 @@ class Held:
         self._lock = threading.Lock()
         self._asked: dict[str, str] = {}
         self._claims: dict[str, _Entry] = {}
+        self._suspects: set[str] = set()  # tokens
 
     @contextmanager
     def asking(self, id: str, nonce: str) -> Iterator[None]:
@@ -87,6 +94,18 @@ class Held:
     def decoding(self, claim: Claim) -> AbstractContextManager[None]:
         """While a picture of the claim's job is decoded: it may end the process."""
         return self._notes.decoding(claim.id)
+
+    def suspect(self, claim: Claim) -> None:
+        """Has a claim's job taken for one that may have ended its engine, while it is held."""
+        with self._lock:
+            if self._entry(claim) is not None:
+                self._notes.suspect(claim.id)
+                self._suspects.add(claim.token)
+
+    def is_suspect(self, claim: Claim) -> bool:
+        """Whether a claim's job may have ended its engine."""
+        with self._lock:
+            return claim.token in self._suspects
 
     def event(self, claim: Claim) -> threading.Event:
         """The event that is set when the claim is lost."""
@@ -119,6 +138,7 @@ class Held:
             if self._entry(claim) is None:
                 return False
             del self._claims[claim.id]
+            self._suspects.discard(claim.token)
             self._notes.unclaimed(claim.id)
             return True
 

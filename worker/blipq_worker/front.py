@@ -19,7 +19,7 @@ from blipq.transport.broker import Broker
 from blipq_worker.assembly import Base, decoding_budget, jobs_of
 from blipq_worker.claims import Held
 from blipq_worker.fronts.holdings import Holdings
-from blipq_worker.fronts.seat import EXIT_ENGINE_GONE, Seat
+from blipq_worker.fronts.seat import EXIT_ENGINE_GONE, EXIT_SHUT_DOWN, Seat
 from blipq_worker.fronts.status import FrontStatus, write_status
 from blipq_worker.images.bottleneck import Bottleneck
 from blipq_worker.inference.client import EngineClient
@@ -139,6 +139,7 @@ class _Serving:
             hostname=f"blipq@{seat.worker}.{seat.number}",
             problem=lambda: self._beat.problem,
             in_hand=holdings,
+            shut_down=EXIT_SHUT_DOWN,
         )
 
     def run(self) -> int:

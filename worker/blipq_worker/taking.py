@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from celery.exceptions import Reject
+from celery.exceptions import Reject, WorkerShutdown
 from celery.signals import setup_logging, worker_ready
 
 from blipq.contract import Kind
@@ -39,7 +39,7 @@ class Taker:
     """Celery's worker around a process's jobs, from start to drain. One in a process.
 
     hostname: this process to Celery. problem: why Redis takes no writes, or None. in_hand: follows
-    each message until it is settled.
+    each message until it is settled. shut_down: the exit code where remote control ends it.
     """
 
     def __init__(
@@ -52,12 +52,15 @@ class Taker:
         hostname: str,
         problem: Callable[[], str | None],
         in_hand: InHand | None = None,
+        shut_down: int = 0,
     ) -> None:
         self._base = base
         self._jobs = jobs
         self._broker_loop = broker_loop
         self._hostname = hostname
         self._signals = EndSignals(ECHO_S)
+        self._shut_down = shut_down
+        self._is_shut_down = False
         self._door = Door(
             record=jobs.foreign.receive,
             refuse=jobs.foreign.refuse,
@@ -97,7 +100,7 @@ class Taker:
             quiet=True,
         )
         worker.start()
-        return int(worker.exitcode or 0)
+        return self._shut_down if self._is_shut_down else int(worker.exitcode or 0)
 
     def end(self, code: int, within_s: float) -> None:
         """Takes no more jobs, and ends with ``code`` once those that run have ended.
@@ -127,20 +130,25 @@ class Taker:
         signal.signal(signal.SIGINT, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signals.is_echo():
-            return
+        is_first = not self._signals.has_come
+        if self._signals.is_echo() or (is_first and self._is_shut_down):
+            return  # what ends the rest of the worker says what remote control has said
         if self._base.gate.closed:
             # Not from this frame: it may have interrupted a lock that handing back needs.
-            threading.Thread(target=self._leave_now, daemon=True).start()
+            code = self._shut_down if self._is_shut_down else 0
+            threading.Thread(target=self._leave_now, args=[code], daemon=True).start()
             return
         self._drain(0, self._base.options.drain_timeout_s)
         _stop_celery(0)
 
     def _on_ended(self, error: BaseException) -> None:
         """Celery takes no more messages: by an error, or as a signal or remote control said."""
-        if not self._base.gate.closed:
-            code = 1 if isinstance(error, Exception) else 0
-            self._drain(code, self._base.options.drain_timeout_s)
+        if self._base.gate.closed:
+            return
+        self._is_shut_down = isinstance(error, WorkerShutdown)
+        otherwise = 1 if isinstance(error, Exception) else 0
+        code = self._shut_down if self._is_shut_down else otherwise
+        self._drain(code, self._base.options.drain_timeout_s)
 
     def _drain(self, code: int, within_s: float) -> None:
         self._base.gate.close()  # first: the next signal must find it closed

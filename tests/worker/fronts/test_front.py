@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,10 +22,12 @@ from blipq.local.stack import LocalStack
 from blipq.local.supervisor import Service
 from blipq_worker.front import share_of
 from blipq_worker.fronts.holdings import Holding, read_holdings
-from blipq_worker.fronts.seat import EXIT_ENGINE_GONE, Seat
+from blipq_worker.fronts.seat import EXIT_ENGINE_GONE, EXIT_SHUT_DOWN, Seat
 from blipq_worker.fronts.status import FrontStatus, read_status
 from blipq_worker.process.heartbeat import EXIT_HUNG
+from blipq_worker.process.metrics import WorkerMetrics
 from blipq_worker.settings import WorkerSettings
+from blipq_worker.supervision.settling import Settler
 from conftest import ledger_of, wait_until
 from worker.inference.stand_in import INFO
 
@@ -277,8 +280,54 @@ def test_an_outage_of_redis_makes_nobody_suspect_and_clears_nobody(rig: Rig) -> 
     assert (rig.field(begun, "solo"), rig.field(queued, "solo")) == ("1", None)
 
 
+def test_a_front_that_gives_up_on_redis_leaves_on_record_who_is_suspect(rig: Rig) -> None:
+    """Or a job that ends engines would do so again in company, each time Redis is away, too."""
+    engine = rig.start_engine()
+    front = rig.start_taking_front(timeout_s=0.5)
+    begun, queued = rig.submit("run"), rig.submit("wait")
+    rig.says(engine, "begun run")
+    rig.says(engine, "queued wait")
+    rig.redis.client_pause(60_000)
+    try:
+        rig.kill(engine)
+        assert rig.ended(front) == EXIT_ENGINE_GONE, front.last_words(30)
+    finally:
+        rig.redis.execute_command("CLIENT", "UNPAUSE")
+    assert (rig.stage(begun), rig.stage(queued)) == ("suspect", "claimed")
+    settler = Settler(ledger_of(rig.client), rig.client.broker, WorkerMetrics())
+    settler.settle(list(rig.held().values()), EXIT_ENGINE_GONE)
+    settler.close(30)
+    for job in (begun, queued):
+        assert (rig.field(job, "status"), rig.field(job, "attempts")) == ("queued", "0")
+    assert (rig.field(begun, "solo"), rig.field(queued, "solo")) == ("1", None)
+
+
+def test_remote_control_drains_a_front_and_ends_its_worker(rig: Rig) -> None:
+    """A signal behind it says the same: it is no second one, which would end it at once."""
+    engine = rig.start_engine()
+    front = rig.start_taking_front()
+    job = rig.submit("run")
+    rig.says(engine, "begun run")
+    rig.client.broker.app.control.shutdown()
+    wait_until(lambda: (found := rig.status) is not None and found.draining, "the drain")
+    front.signal(signal.SIGTERM)
+    time.sleep(1.5)  # beyond an echo
+    assert front.exit_code is None
+    assert rig.stage(job) == "claimed"
+    front.signal(signal.SIGTERM)
+    assert rig.ended(front) == EXIT_SHUT_DOWN, front.last_words(30)
+    assert (rig.field(job, "status"), rig.field(job, "attempts")) == ("queued", "0")
+
+
+def test_remote_control_ends_a_front_that_has_nothing_left_to_do(rig: Rig) -> None:
+    rig.start_engine()
+    front = rig.start_taking_front()
+    rig.client.broker.app.control.shutdown()
+    assert rig.ended(front) == EXIT_SHUT_DOWN, front.last_words(30)
+
+
 def test_a_job_that_ended_its_engine_alone_keeps_its_lease(rig: Rig) -> None:
-    """It counts as a crash when that runs out, and after the third it is a dead letter."""
+    """It counts as a crash when that runs out, and after the second it is a dead letter."""
     engine = rig.start_engine()
     front = rig.start_taking_front()
     killer = rig.submit("die now")

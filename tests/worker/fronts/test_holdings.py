@@ -71,6 +71,22 @@ def test_a_job_is_marked_until_the_last_of_its_pictures_is_decoded(
     assert [each.stage for each in read_holdings(path)] == ["claimed"]
 
 
+def test_a_suspect_is_on_record_until_its_claim_ends(holdings: Holdings, path: Path) -> None:
+    held = Held(holdings)
+    for id in ("a", "b"):
+        holdings.take(id, Kind.CAPTION, QUEUE)
+        held.add(claim_of(id))
+    held.suspect(claim_of("a"))
+    with held.decoding(claim_of("b")):
+        held.suspect(claim_of("b"))
+    assert [each.stage for each in read_holdings(path)] == ["suspect"] * 2
+    assert held.is_suspect(claim_of("a"))
+    held.remove(claim_of("a"))
+    held.suspect(claim_of("a"))  # too late
+    assert [each.stage for each in read_holdings(path)] == ["taken", "suspect"]
+    assert not held.is_suspect(claim_of("a"))
+
+
 def test_a_second_message_of_a_job_does_not_end_the_record_of_its_claim(
     holdings: Holdings, path: Path
 ) -> None:

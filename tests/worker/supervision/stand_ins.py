@@ -3,8 +3,9 @@
 As a script it is any of the three: ``main FRONTS``, and what the main process starts. Fronts take
 messages from Redis, note and claim as real ones do, and do what the caption's prompt says: "hold"
 keeps the claim, "decode" keeps decoding, "segfault" and "hang" end the process while they decode,
-"unclaimed" never claims, others succeed. On SIGTERM a front gives back what it holds and ends. The
-engine refuses its model at SIGUSR1, or at once with ``STAND_IN_REFUSES``.
+"unclaimed" never claims, "shut down" ends the process as Celery's remote control does, others
+succeed. On SIGTERM a front gives back what it holds and ends. The engine refuses its model at
+SIGUSR1, or at once with ``STAND_IN_REFUSES``.
 """
 
 import json
@@ -148,6 +149,9 @@ class Front:
             case "segfault":
                 with self._holdings.decoding(claim.id):
                     os.kill(os.getpid(), signal.SIGSEGV)
+            case "shut down":
+                self._ledger.hand_back(claim)
+                os._exit(79)
             case "hang":
                 with self._holdings.decoding(claim.id):
                     os._exit(70)

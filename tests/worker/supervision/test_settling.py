@@ -4,9 +4,9 @@ import pytest
 
 from blipq.contract import Kind
 from blipq_worker.fronts.holdings import Holding, Stage
-from blipq_worker.supervision.settling import Verdict, verdicts
+from blipq_worker.supervision.settling import verdicts
 
-SEGFAULT, KILLED, HUNG, ENGINE_GONE, RAISED = -11, -9, 70, 75, 1
+SEGFAULT, KILLED, HUNG, ENGINE_GONE, SHUT_DOWN, RAISED = -11, -9, 70, 75, 79, 1
 
 
 def held(stage: Stage, *, solo: bool = False) -> Holding:
@@ -40,18 +40,20 @@ def test_a_death_that_is_not_the_decoders_makes_no_picture_invalid(code: int) ->
     assert verdicts(holdings, code) == ["suspect", "lost", "crash"]
 
 
-@pytest.mark.parametrize("code", [SEGFAULT, KILLED, HUNG, ENGINE_GONE, RAISED])
+@pytest.mark.parametrize("code", [SEGFAULT, KILLED, HUNG, RAISED])
 def test_a_job_that_ran_alone_is_to_blame(code: int) -> None:
     assert verdicts([held("claimed", solo=True)], code) == ["crash"]
 
 
-@pytest.mark.parametrize(
-    ("code", "expected"),
-    [(0, ["hand-back"] * 3), (ENGINE_GONE, ["hand-back", "hand-back", "crash"])],
-)
-def test_a_front_that_ends_in_order_blames_nobody_but_who_ran_alone_in_a_dead_engine(
-    code: int, expected: list[Verdict]
+@pytest.mark.parametrize("code", [0, ENGINE_GONE, SHUT_DOWN])
+def test_a_front_that_ends_in_order_blames_nobody(code: int) -> None:
+    """Who ran alone when the engine ended is not held any more: its lease runs out."""
+    holdings = [held("claimed"), held("decoding"), held("claimed", solo=True)]
+    assert verdicts(holdings, code) == ["hand-back"] * 3
+
+
+@pytest.mark.parametrize("code", [0, SEGFAULT, KILLED, HUNG, ENGINE_GONE, SHUT_DOWN, RAISED])
+def test_a_job_that_may_have_ended_its_engine_stays_suspect_however_its_front_ends(
+    code: int,
 ) -> None:
-    assert (
-        verdicts([held("claimed"), held("decoding"), held("claimed", solo=True)], code) == expected
-    )
+    assert verdicts([held("claimed"), held("suspect")], code)[1] == "suspect"

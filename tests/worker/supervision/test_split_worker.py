@@ -272,14 +272,14 @@ def test_a_picture_whose_front_is_killed_from_outside_is_not_invalid(
     worker = split(1).start()
     job = worker.submit("decode")
     pids = set()
-    for _ in range(4):  # once uncounted, then alone
+    for _ in range(3):  # once uncounted, then alone
         pid = worker.held_by(job, "decoding")
         pids.add(pid)
         os.kill(pid, signal.SIGKILL)
         worker.wait_until(lambda pid=pid: not alive(pid), "its death")
     info = worker.ended(job)
     assert info.error.code == "attempts_exhausted"
-    assert len(pids) == 4
+    assert len(pids) == 3
 
 
 def test_a_frozen_front_is_ended_and_its_jobs_go_on(split: Callable[..., Split]) -> None:
@@ -352,6 +352,19 @@ def test_a_drained_worker_leaves_nothing_behind(split: Callable[..., Split]) -> 
     assert not any(alive(pid) for pid in processes)
     assert not list(worker.temporary.iterdir())
     assert (job.info().status, job.info().attempts) == (Status.QUEUED, 0)
+
+
+def test_a_front_that_remote_control_ends_ends_its_worker(split: Callable[..., Split]) -> None:
+    """It goes to every front: each would be started again, and the worker run on."""
+    worker = split(2).start()
+    held = worker.submit("hold")
+    worker.held_by(held, "claimed")
+    job = worker.submit("shut down")
+    worker.wait_until(lambda: worker.main.exit_code is not None, "the end")
+    assert worker.main.exit_code == 0
+    assert not list(worker.temporary.iterdir())
+    for each in (held, job):
+        assert (each.info().status, each.info().attempts) == (Status.QUEUED, 0)
 
 
 def test_a_killed_main_process_takes_all_others_with_it_and_the_next_one_cleans_up(

@@ -29,13 +29,18 @@ from blipq.ledger.worker import Claim
 
 log = logging.getLogger(__name__)
 
-Stage = Literal["taken", "claimed", "decoding"]
+Stage = Literal["taken", "claimed", "decoding", "suspect"]
 
 _MAGIC = b"blipq holdings 1"
 #: The file begins with the magic and fills one record: all others are aligned.
 _RECORD = 2048
-_FREE, _TAKEN, _CLAIMED, _DECODING = range(4)
-_STAGES: dict[int, Stage] = {_TAKEN: "taken", _CLAIMED: "claimed", _DECODING: "decoding"}
+_FREE, _TAKEN, _CLAIMED, _DECODING, _SUSPECT = range(5)
+_STAGES: dict[int, Stage] = {
+    _TAKEN: "taken",
+    _CLAIMED: "claimed",
+    _DECODING: "decoding",
+    _SUSPECT: "suspect",
+}
 _HEAD = Struct("<IH")  # checksum and length of a part
 
 
@@ -59,8 +64,9 @@ class Holding:
     """A message that a front had not acknowledged, and what had become of its job.
 
     queue: where the message came from, and once it is claimed the job's own. token, solo: of the
-    claim; None and False in stage ``taken``. nonce: in stage ``taken``, that of a claim which was
-    asked for and may have been granted: it is to be withdrawn.
+    claim; None and False in stage ``taken``. A ``suspect`` is claimed, and may have ended its
+    engine. nonce: in stage ``taken``, that of a claim which was asked for and may have been
+    granted: it is to be withdrawn.
     """
 
     id: str
@@ -129,6 +135,14 @@ class Holdings:
                     place.pictures -= 1
                     if place.pictures == 0:
                         self._move(id, place, _DECODING, _CLAIMED)
+
+    def suspect(self, id: str) -> None:
+        """Notes that a claimed job may have ended its engine."""
+        with self._lock:
+            place = self._places.get(id)
+            # A stage "decoding" is of an engine that is gone as well: nobody waits for its picture.
+            if place is not None and self._map[place.offset] != _TAKEN:
+                self._map[place.offset] = _SUSPECT
 
     def unclaimed(self, id: str) -> None:
         """The claim has ended, or none was granted. The message, if any, is still to be settled."""

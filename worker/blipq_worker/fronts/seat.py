@@ -5,6 +5,8 @@ from pathlib import Path
 
 #: The engine is gone: the front is to be started again, and waits for the next one.
 EXIT_ENGINE_GONE = 75
+#: Celery's remote control has ended the front: its whole worker is to end.
+EXIT_SHUT_DOWN = 79
 
 
 @dataclass(frozen=True, slots=True)

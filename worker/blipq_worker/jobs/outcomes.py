@@ -50,8 +50,6 @@ class Outcomes:
         self._metrics = metrics
         self._access = access
         self._retry_backoff_s = retry_backoff_s
-        #: Tokens of claims whose jobs may have ended the engine, until they have gone back.
-        self._suspects: set[str] = set()
 
     def succeeded(
         self, claim: Claim, result: str, watch: Stopwatch, *, result_uri: str | None = None
@@ -83,10 +81,7 @@ class Outcomes:
 
     def hand_back(self, claim: Claim) -> None:
         """Gives a job back, uncounted, through an outage of Redis if need be."""
-        self._give_back(claim)
-
-    def _give_back(self, claim: Claim, *, suspect: bool = False) -> None:
-        if self._taken_back(claim, time.monotonic() + claim.expires_in, suspect=suspect):
+        if self._taken_back(claim, time.monotonic() + claim.expires_in):
             self._broker.publish(_message(claim))
 
     def hand_back_all(self) -> int:
@@ -97,8 +92,7 @@ class Outcomes:
         """
         # First what is asked for: an answer that comes in between is among the claims.
         asked = self._held.asked()
-        claims = [(claim, claim.token in self._suspects) for claim in self._held.claims()]
-        return self._hand_back_each(claims, asked)
+        return self._hand_back_each(self._held.claims(), asked)
 
     def hand_back_lost(self) -> None:
         """Gives back what runs on a device that is lost.
@@ -111,8 +105,10 @@ class Outcomes:
             asked = self._held.has_asked(claim)
             if asked and claim.solo:
                 log.error("%s: the device was lost while it ran alone", claim.id)
-            else:
-                given.append((claim, asked))
+                continue
+            if asked:
+                self._held.suspect(claim)
+            given.append(claim)
         self._hand_back_each(given, unheard)
 
     def _fail(self, claim: Claim, error: WorkError, watch: Stopwatch) -> NoReturn:
@@ -153,10 +149,9 @@ class Outcomes:
             log.error("%s: the engine ended while it ran alone: %s", claim.id, error)
             return
         log.warning("%s: %s%s", claim.id, error, ": it may be why" if error.started else "")
-        if error.started:
-            self._suspects.add(claim.token)  # also for who gives it back before this thread can
-        self._give_back(claim, suspect=error.started)
-        self._suspects.discard(claim.token)
+        if error.started:  # also for who gives it back before this thread can, or in its place
+            self._held.suspect(claim)
+        self.hand_back(claim)
 
     def withdraw(self, asked: Mapping[str, str], until: float | None = None) -> list[Message]:
         """Takes claims back that were asked for and not heard (nonce to id).
@@ -169,17 +164,15 @@ class Outcomes:
         withdraw = partial(self._ledger.withdraw, asked)
         return written(withdraw, ", ".join(asked.values()), until) or []
 
-    def _hand_back_each(
-        self, claims: Sequence[tuple[Claim, bool]], asked: Mapping[str, str]
-    ) -> int:
-        """Gives jobs back, each with whether it is suspect; how many Redis took in time.
+    def _hand_back_each(self, claims: Sequence[Claim], asked: Mapping[str, str]) -> int:
+        """Gives jobs back; how many Redis took in time.
 
         asked: claims whose answers have not come yet (nonce to id); these are not counted.
         """
         until = time.monotonic() + HAND_BACK_FOR_S
         count, given = 0, []
-        for claim, suspect in claims:
-            taken = self._taken_back(claim, until, suspect=suspect)
+        for claim in claims:
+            taken = self._taken_back(claim, until)
             if taken is None:
                 log.error("not handed back in time: %d", len(claims) - count)
                 break
@@ -191,13 +184,13 @@ class Outcomes:
             self._broker.publish_all(given)
         return count
 
-    def _taken_back(self, claim: Claim, until: float, *, suspect: bool = False) -> bool | None:
+    def _taken_back(self, claim: Claim, until: float) -> bool | None:
         """Whether a job went back uncounted; None if Redis did not say so ``until`` (monotonic).
 
         Only its answer lets go of the claim. A lease that ran out while this process lives would
         count as a crash.
         """
-        give = partial(self._ledger.hand_back, claim, suspect=suspect)
+        give = partial(self._ledger.hand_back, claim, suspect=self._held.is_suspect(claim))
         taken = written(give, claim.id, until)
         if taken is None:
             return None

@@ -19,6 +19,11 @@ class EndSignals:
         self._clock = clock
         self._first: float | None = None
 
+    @property
+    def has_come(self) -> bool:
+        """Whether there was a signal."""
+        return self._first is not None
+
     def is_echo(self) -> bool:
         """Notes a signal; whether it says nothing new."""
         if self._first is None:

@@ -6,6 +6,7 @@ import signal
 from blipq.local.fleet import EXIT_MODEL
 from blipq.local.supervisor import Service
 from blipq_worker.fronts.holdings import read_holdings
+from blipq_worker.fronts.seat import EXIT_SHUT_DOWN
 from blipq_worker.fronts.status import FrontStatus, read_status
 from blipq_worker.supervision.folder import RunFolder
 from blipq_worker.supervision.settling import Settler
@@ -15,6 +16,9 @@ log = logging.getLogger(__name__)
 
 #: A front that has not begun to write its status is given so long: it imports.
 _START_S = 120.0
+#: With these codes of a front its worker ends: a setting is wrong, or remote control has said so.
+#: They stay to be seen.
+ENDS_WORKER = (EXIT_MODEL, EXIT_SHUT_DOWN)
 
 
 class FrontProcess:
@@ -68,8 +72,7 @@ class FrontProcess:
             self._watch()
             return
         self._settle(code)
-        # With EXIT_MODEL the worker ends: that code must stay to be seen.
-        if revive and code != EXIT_MODEL and self._service.revive():
+        if revive and code not in ENDS_WORKER and self._service.revive():
             log.warning("front %d: was started again (pid %s)", self.number, self.pid)
             self._begin()
 

@@ -14,7 +14,7 @@ from blipq.ledger.codec import Message
 from blipq.ledger.worker import Loss, WorkerLedger
 from blipq.transport.broker import Broker
 from blipq_worker.fronts.holdings import Holding
-from blipq_worker.fronts.seat import EXIT_ENGINE_GONE
+from blipq_worker.fronts.seat import EXIT_ENGINE_GONE, EXIT_SHUT_DOWN
 from blipq_worker.process.heartbeat import EXIT_HUNG
 from blipq_worker.process.metrics import WorkerMetrics
 
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 Verdict = Loss | Literal["publish", "image_invalid"]
 
 _OF_ITSELF = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
+#: In order: what such a front holds, Redis, being away, did not take back.
+_IN_ORDER = (0, EXIT_ENGINE_GONE, EXIT_SHUT_DOWN)
 _RETRIES = Backoff(0.1, 5.0)
 
 
@@ -30,10 +32,10 @@ def verdicts(holdings: Sequence[Holding], code: int) -> list[Verdict]:
     """What each job means to the death of a front that held them all. code: of its exit, or minus
     the signal.
 
-    A front that ends in order holds what Redis, being away, did not take back: nobody is to blame.
-    Otherwise a job that ran alone is. So is the one whose picture was being decoded, if the decoder
-    crashed or hung; of several all are suspects, and each runs alone from now on. One that merely
-    was there is not, unless it happens to it again.
+    A job that may have ended the engine before stays suspect, however its front ended. A front that
+    ends in order blames nobody. Otherwise a job that ran alone is to blame. So is the one whose
+    picture was being decoded, if the decoder crashed or hung; of several all are suspects, and each
+    runs alone from now on. One that merely was there is not, unless it happens to it again.
     """
     decoding = sum(each.stage == "decoding" for each in holdings)
     return [_verdict(each, code, decoding) for each in holdings]
@@ -42,13 +44,13 @@ def verdicts(holdings: Sequence[Holding], code: int) -> list[Verdict]:
 def _verdict(holding: Holding, code: int, decoding: int) -> Verdict:
     if holding.token is None:
         return "publish"
-    if code == 0:
+    if holding.stage == "suspect":
+        return "suspect"
+    if code in _IN_ORDER:
         return "hand-back"
     by_decoder = holding.stage == "decoding" and (code == EXIT_HUNG or -code in _OF_ITSELF)
     if holding.solo:
         return "image_invalid" if by_decoder else "crash"
-    if code == EXIT_ENGINE_GONE:
-        return "hand-back"
     if holding.stage == "decoding":
         return "crash" if by_decoder and decoding == 1 else "suspect"
     return "lost"

@@ -24,7 +24,7 @@ from blipq_worker.startup import START
 from blipq_worker.supervision.engine import EngineProcess
 from blipq_worker.supervision.environment import COMMAND, engine_service, front_service
 from blipq_worker.supervision.folder import RunFolder
-from blipq_worker.supervision.front import FrontProcess
+from blipq_worker.supervision.front import ENDS_WORKER, FrontProcess
 from blipq_worker.supervision.metrics import Page
 from blipq_worker.supervision.registry import Registry
 from blipq_worker.supervision.settling import Settler
@@ -119,8 +119,9 @@ class SplitWorker:
             self._refuse_if_told()
             for front in self._fronts:
                 front.look(revive=not self._whole.draining)
-                if front.exit_code == EXIT_MODEL:  # a setting is wrong
-                    return EXIT_MODEL
+            ends = [each.exit_code for each in self._fronts if each.exit_code in ENDS_WORKER]
+            if ends:
+                return EXIT_MODEL if EXIT_MODEL in ends else 0
             self._tell_when_ready()
             self._wait()
         log.info("draining: at most %g s", self._options.drain_timeout_s)
