@@ -1,9 +1,12 @@
 """Images whose bodies are compressed, by a server on their way or by whoever stored them."""
 
 import gzip
+import sys
 import zlib
 
+import brotli
 import pytest
+from backports import zstd
 from pytest_httpserver import HTTPServer
 
 from blipq import ErrorCode, ImageRef, Settings
@@ -11,11 +14,15 @@ from blipq.errors import PermanentError
 from blipq.s3.storage import Storage
 from blipq.ssrf.http import GuardedHttp
 from blipq.ssrf.policy import Policy
+from blipq_worker.images.coding import plain
 from blipq_worker.images.fetch import Fetcher
 from blipq_worker.images.https import HttpsFetcher
 
 BYTES = bytes(range(256)) * 400
 MOST = 2**20
+#: It has its reader keep 128 MiB.
+_greedy = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: 27})
+GREEDY = _greedy.compress(BYTES) + _greedy.flush()
 CODINGS = [
     ("gzip", gzip.compress(BYTES)),
     ("x-gzip", gzip.compress(BYTES)),
@@ -25,10 +32,20 @@ CODINGS = [
     ("deflate, gzip", gzip.compress(zlib.compress(BYTES))),
     ("identity", BYTES),
     ("gzip", BYTES),  # servers say so of what they have unpacked, too
+    ("br", brotli.compress(BYTES)),
+    ("zstd", zstd.compress(BYTES)),
+    ("zstd", BYTES),
+    ("zstd, br", brotli.compress(zstd.compress(BYTES))),
 ]
 WRONG = [
-    ("br", BYTES, ErrorCode.IMAGE_INVALID, "'br' is not read"),
-    ("zstd", BYTES, ErrorCode.IMAGE_INVALID, "'zstd' is not read"),
+    ("compress", BYTES, ErrorCode.IMAGE_INVALID, "'compress' is not read"),
+    ("br", b"no brotli at all", ErrorCode.IMAGE_INVALID, "is damaged"),
+    ("br", brotli.compress(BYTES)[:-20], ErrorCode.IMAGE_INVALID, "are cut"),
+    ("br", brotli.compress(bytes(200 * MOST)), ErrorCode.IMAGE_TOO_LARGE, "1,048,576"),
+    ("zstd", zstd.compress(BYTES)[:-20], ErrorCode.IMAGE_INVALID, "are cut"),
+    ("zstd", b"\x28\xb5\x2f\xfd" + bytes([255] * 99), ErrorCode.IMAGE_INVALID, "is damaged"),
+    ("zstd", zstd.compress(bytes(200 * MOST)), ErrorCode.IMAGE_TOO_LARGE, "1,048,576"),
+    ("zstd", GREEDY, ErrorCode.IMAGE_INVALID, "is damaged.*memory"),
     ("gzip", gzip.compress(BYTES)[:-20], ErrorCode.IMAGE_INVALID, "are cut"),
     ("gzip", b"\x1f\x8b" + bytes(99), ErrorCode.IMAGE_INVALID, "is damaged"),
     ("gzip", gzip.compress(bytes(MOST + 1)), ErrorCode.IMAGE_TOO_LARGE, "1,048,576"),
@@ -79,6 +96,22 @@ def test_another_coding_is_named_and_no_bomb_is_unpacked(
     with pytest.raises(PermanentError, match=told) as of_https:
         over_https().fetch(served(httpserver, coding, data))
     assert (of_s3.value.code, of_https.value.code) == (code, code)
+
+
+@pytest.mark.parametrize(
+    ("coding", "data", "module", "package"),
+    [
+        ("br", brotli.compress(BYTES), "brotli", "brotli"),
+        ("zstd", zstd.compress(BYTES), "backports", "backports.zstd"),
+    ],
+)
+def test_a_coding_without_its_package_names_it(
+    monkeypatch: pytest.MonkeyPatch, coding: str, data: bytes, module: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # no such package
+    with pytest.raises(PermanentError, match=f"pip install '{package}") as raised:
+        plain(data, coding, MOST)
+    assert raised.value.code is ErrorCode.IMAGE_INVALID
 
 
 def test_a_proxys_version_of_an_image_is_read(httpserver: HTTPServer) -> None:

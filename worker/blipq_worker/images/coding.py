@@ -1,16 +1,19 @@
 """Bodies that are compressed on their way, or were stored so: ``Content-Encoding``."""
 
 import zlib
+from collections.abc import Callable
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
 
 #: What says nothing about the bytes: S3's name for its own chunks among them.
 _NONE = frozenset({"", "identity", "aws-chunked"})
-_DEFLATED = frozenset({"gzip", "x-gzip", "deflate"})
 #: How gzip and zlib begin. Servers name a coding for bytes that have none, too.
 _GZIP, _ZLIB = b"\x1f\x8b", (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+_ZSTD = b"\x28\xb5\x2f\xfd"
+#: Log2 of the memory that a zstd stream may ask for: 8 MiB, as RFC 9659 has it for HTTP.
+_ZSTD_WINDOW = 23
 
 
 class TooLong(Exception):
@@ -20,16 +23,19 @@ class TooLong(Exception):
 def plain(data: bytes, coding: str | None, most: int) -> bytes:
     """The bytes without the codings that a header names, ``most`` of them at most.
 
-    Raises PermanentError (image_invalid) for another coding or damage, and TooLong.
+    br and zstd are read where the packages for them are installed. Raises PermanentError
+    (image_invalid) for another coding or damage, and TooLong.
     """
     for name in reversed((coding or "").lower().split(",")):
         name = name.strip()
-        if name in _DEFLATED:
-            data = _inflated(data, most)
-        elif name not in _NONE:
+        if name in _NONE:
+            continue
+        decoder = _DECODERS.get(name)
+        if decoder is None:
             raise _invalid(
                 f"Content-Encoding {name[:40]!r} is not read: store the image without it"
             )
+        data = decoder(data, most)
     return data
 
 
@@ -40,12 +46,64 @@ def _inflated(data: bytes, most: int) -> bytes:
     try:
         found = inflater.decompress(data, most + 1)
     except zlib.error as error:
-        raise _invalid(f"its Content-Encoding is damaged: {error}") from None
+        raise _damaged(str(error)) from None
+    return _whole(found, most, is_all=inflater.eof)
+
+
+def _unbrotlied(data: bytes, most: int) -> bytes:
+    try:
+        import brotli
+    except ImportError:
+        raise _missing("br", "brotli>=1.2") from None
+    decoder = brotli.Decompressor()
+    try:
+        found = decoder.process(data, output_buffer_limit=most + 1)
+    except brotli.error as error:
+        raise _damaged(str(error)) from None
+    return _whole(found, most, is_all=decoder.is_finished())
+
+
+def _unzstded(data: bytes, most: int) -> bytes:
+    if not data.startswith(_ZSTD):
+        return data
+    try:
+        from backports import zstd
+    except ImportError:
+        raise _missing("zstd", "backports.zstd") from None
+    decoder = zstd.ZstdDecompressor(
+        options={zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW}
+    )
+    try:
+        found = decoder.decompress(data, most + 1)
+    except zstd.ZstdError as error:
+        raise _damaged(str(error)) from None
+    return _whole(found, most, is_all=decoder.eof)
+
+
+def _whole(found: bytes, most: int, *, is_all: bool) -> bytes:
     if len(found) > most:
         raise TooLong
-    if not inflater.eof:
-        raise _invalid("its Content-Encoding is damaged: the compressed bytes are cut")
+    if not is_all:
+        raise _damaged("the compressed bytes are cut")
     return found
+
+
+_DECODERS: dict[str, Callable[[bytes, int], bytes]] = {
+    **dict.fromkeys(("gzip", "x-gzip", "deflate"), _inflated),
+    "br": _unbrotlied,
+    "zstd": _unzstded,
+}
+
+
+def _missing(name: str, package: str) -> PermanentError:
+    return _invalid(
+        f"Content-Encoding {name!r} is not read here: store the image without it, or install a "
+        f"package on the workers: pip install '{package}'"
+    )
+
+
+def _damaged(why: str) -> PermanentError:
+    return _invalid(f"its Content-Encoding is damaged: {why}")
 
 
 def _invalid(message: str) -> PermanentError:
