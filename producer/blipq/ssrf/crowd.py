@@ -1,4 +1,6 @@
-"""How many requests are at each address: many names may lead to one server that never answers."""
+"""How many requests are at each address, and of each submitter: many names may lead to one server
+that never answers, and many such servers may be named by one submitter.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -24,8 +26,14 @@ class Visit:
 
     def enter(self, address: Address, port: int) -> bool:
         """Takes a place at an address, if there is one."""
-        place = _place(address), port
-        if self._places[place] >= self._most:
+        return self._take((_place(address), port), self._most)
+
+    def enter_for(self, submitter: str, most: int) -> bool:
+        """Takes one of a submitter's places, of which there are ``most``."""
+        return self._take(submitter, most)
+
+    def _take(self, place: object, most: int) -> bool:
+        if self._places[place] >= most:
             return False
         self._places[place] += 1
         self._taken.append(place)

@@ -50,6 +50,10 @@ class Lost(Exception):
     """Another sender has the event now."""
 
 
+class OverQuota(Exception):
+    """The tenant's other events take all the places that it may have. Nothing was sent."""
+
+
 class Sender:
     """One process that sends. ``http`` is replaceable for its resolver and its trust in TLS."""
 
@@ -165,7 +169,11 @@ class Sender:
             self._note_speed(host, answer)
             self.metrics.attempted(answer.outcome, started)
             await self._record(event, answer, started)
+        except OverQuota:
+            await self._defer(event)
         except Crowded:
+            if len(self._crowded) < MOST_SLOW_HOSTS:
+                self._crowded[host] = time.monotonic() + CROWDED_S
             await self._defer(event)
         except Lost:
             log.warning("%s: taken over by another sender", event.name)
@@ -183,9 +191,12 @@ class Sender:
             self._freed.set()
 
     async def _attempt(self, event: Event) -> Answer:
-        body = await self._in_thread(lambda: self._body(event))
-        headers = signed_headers(event.webhook_id, body, self._secrets)
-        with self._crowd.visit(self._most_of_an_address(event.record["host"])) as visit:
+        host, tenant = event.record["host"], event.record.get("tenant")
+        with self._crowd.visit(self._most_of_an_address(host)) as visit:
+            if tenant is not None and not visit.enter_for(tenant, self._most_of_a_tenant(host)):
+                raise OverQuota
+            body = await self._in_thread(lambda: self._body(event))
+            headers = signed_headers(event.webhook_id, body, self._secrets)
             return await post(self._http, event.record["url"], headers, body, visit=visit)
 
     def _most_of_an_address(self, host: str) -> int:
@@ -198,14 +209,19 @@ class Sender:
             return max(1, self._settings.webhook_concurrency // 2)
         return self._settings.webhook_host_concurrency
 
+    def _most_of_a_tenant(self, host: str) -> int:
+        """Requests of a tenant at which further ones wait, its look-ups of names included.
+
+        Half of all, but a quarter where the host has not answered when it was last asked: any
+        number of servers that never answer cost only some places.
+        """
+        return max(1, self._settings.webhook_concurrency // (2 if host in self._answered else 4))
+
     async def _defer(self, event: Event) -> None:
         """Puts an event back for which there is no room: it is no attempt."""
-        host = event.record["host"]
-        if len(self._crowded) < MOST_SLOW_HOSTS:
-            self._crowded[host] = time.monotonic() + CROWDED_S
         delay = CROWDED_S * random.uniform(1.0, 1.5)
         with suppress(Lost, QueueUnavailable, QueueFull):  # else it is due after its lease
-            await self._settled(event, Answer("crowded", "no room at its address"), delay, "defer")
+            await self._settled(event, Answer("crowded", "no room"), delay, "defer")
 
     def _body(self, event: Event) -> bytes:
         """The bytes to send, fixed before they are sent for the first time."""

@@ -24,6 +24,17 @@ def test_an_address_has_so_many_places_and_gets_them_back() -> None:
         assert later.enter(address, 443)
 
 
+def test_a_submitter_has_so_many_places_wherever_they_are() -> None:
+    crowd = Crowd()
+    with crowd.visit(9) as first, crowd.visit(9) as second, crowd.visit(9) as third:
+        assert first.enter_for("one", 2)
+        assert first.enter(ip_address("192.0.2.1"), 443)
+        assert second.enter_for("one", 2)
+        assert not third.enter_for("one", 2)
+        assert third.enter_for("another", 2)
+    assert len(crowd) == 0
+
+
 def test_the_addresses_of_one_ipv6_network_are_one() -> None:
     crowd = Crowd()
     with crowd.visit(1) as first, crowd.visit(1) as second:

@@ -1,5 +1,6 @@
 """What a sender does with events: sends, records, retries, gives up, on real HTTP receivers."""
 
+import asyncio
 import json
 import time
 from typing import Any
@@ -8,11 +9,12 @@ import pytest
 import redis
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from blipq import Client, Settings
+from blipq import CaptionRequest, Client, Options, Settings
 from blipq.errors import InvalidRequest
 from blipq.ledger.operator import OperatorLedger
 from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.ssrf.http import GuardedHttp
+from blipq.submission import Submission
 from blipq.webhooks.delivery import new_secret, verdict_on, webhook_id
 from blipq.webhooks.outbox import MAX_CRASHES, SUSPECT_AFTER, Outbox
 from blipq.webhooks.response import Answer, _retry_after
@@ -346,6 +348,49 @@ def test_many_names_of_one_server_take_no_more_places_than_one(
             put_back = [e["attempts"] for e in outbox.listed(dead=False, limit=50)]
             assert sorted(put_back)[:-2] == [0] * 22, "what was put back was no attempt"
             tarpit.close()
+
+
+def test_a_tenant_with_many_silent_servers_holds_up_no_other(
+    hooked: Settings, outbox: Outbox, receiver: Receiver
+) -> None:
+    """Each name has an address of its own: before, they held all places, for the timeout each."""
+    names = [f"h{number}.evil.example" for number in range(24)]
+    settings = hooked.model_copy(
+        update={
+            "webhook_allow": ("good.example", *names),
+            "webhook_concurrency": 8,
+            "webhook_host_concurrency": 8,
+            "webhook_timeout_s": 60.0,
+        }
+    )
+    asked: list[str] = []
+
+    async def resolve(host: str, port: int) -> list[str]:
+        if host != "good.example":
+            asked.append(host)
+            await asyncio.sleep(3600)  # which the sender gives 5 s
+        return ["127.0.0.1"]
+
+    http = GuardedHttp(settings.webhook_policy, timeout_s=60.0, resolve=resolve)
+    with Client(settings) as client:
+
+        def end(host: str, tenant: str) -> None:
+            request = CaptionRequest(image="s3://uploads/cat.jpg")
+            options = Options(webhook={"url": f"http://{host}:{receiver.port}/"})
+            client.submit(Submission(request, options, tenant=tenant)).cancel()
+
+        for name in names:
+            end(name, "evil")
+        with sending(settings, http):
+            wait_until(lambda: len(asked) == 2, "the tenant to have its places")
+            end("good.example", "good")
+            wait_until(lambda: len(receiver.got) == 1, "the other tenant to be told")
+            waiting = outbox.listed(dead=False, limit=50)
+            assert sorted(event["attempts"] for event in waiting)[:20] == [0] * 20
+            # A host that answers is not held up by a tenant that has no place.
+            end("good.example", "evil")
+            end("good.example", "good")
+            wait_until(lambda: len(receiver.got) == 3, "both to be told", 30)
 
 
 def test_an_event_that_is_put_back_is_no_attempt_and_due_later(outbox: Outbox, end: End) -> None:

@@ -92,7 +92,7 @@ local function post_event(id, job, event)
   local name = event_id(id, job, event)
   local host = string.lower(string.match(job.webhook_url, '^%a+://([^/?]+)') or '?')
   redis.call('HSET', event_key(name), 'id', id, 'type', event, 'url', job.webhook_url,
-    'host', host, 'at', now)
+    'host', host, 'at', now, unpack(job.tenant and {'tenant', job.tenant} or {}))
   redis.call('PEXPIRE', event_key(name), OUTBOX_TTL)
   schedule(host, name, now)
   return name
