@@ -17,7 +17,9 @@ DELAYED = "blipq:delayed"  # zset: id -> when the retry is due
 QUEUES = "blipq:queues"  # zset: queue -> last use; negative while no job waits in it
 DEAD_LETTERS = "blipq:dead-letters"  # zset: id -> when it was given up
 RECENT = "blipq:recent"  # zset: id -> when it ended, of the last thousand
+WORKERS = "blipq:workers"  # zset: worker -> until when it counts as live
 MODELS = "blipq:models"  # zset: model -> when a worker last registered it
+SENDERS = "blipq:senders"  # zset: sender of webhooks -> until when it counts as live
 OUTBOX = "blipq:outbox"  # zset: host -> when its next webhook event is due
 DEAD_EVENTS = "blipq:dead-events"  # zset: event id -> when it was given up
 EVENT_COUNTS = "blipq:event-counts"  # hash: outcome of an attempt -> count
@@ -101,11 +103,6 @@ def stopped(digest: str) -> str:
     return f"blipq:stopped:{digest}"
 
 
-def sender(name: str) -> str:
-    """String: exists while a sender of webhooks is alive."""
-    return f"blipq:sender:{name}"
-
-
 def watch(name: str) -> str:
     """String: how far a watch has listed, as JSON."""
     return f"blipq:watch:{name}"
@@ -185,6 +182,7 @@ _CONSTANTS = {
     "QUEUES": QUEUES,
     "DEAD_LETTERS": DEAD_LETTERS,
     "RECENT": RECENT,
+    "WORKERS": WORKERS,
     "MODELS": MODELS,
     "OUTBOX": OUTBOX,
     "FORGOTTEN": FORGOTTEN,

@@ -135,12 +135,13 @@ class OperatorLedger(ScriptRunner):
     def workers(self) -> dict[str, dict[str, Any]]:
         """The live workers by name, with what each reports of itself."""
         with redis_errors():
-            found = list(self.redis.scan_iter(keys.worker("*"), count=1000))
+            names = cast("list[str]", self.redis.zrange(keys.WORKERS, 0, -1))
+            found = list(map(keys.worker, names))
             texts = cast("list[str | None]", self.redis.mget(found)) if found else []
         return {
-            key.removeprefix(keys.worker("")): json.loads(text)
-            for key, text in zip(found, texts, strict=True)
-            if text is not None
+            name: json.loads(text)
+            for name, text in zip(names, texts, strict=True)
+            if text is not None  # a dead one is taken off the list by the next beat of another
         }
 
     # -- dead letters: jobs that are out of attempts --

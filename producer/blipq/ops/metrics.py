@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from blipq.ledger import keys
 from blipq.ops.forecast import forecast
+from blipq.webhooks.outbox import redis_ms
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -103,7 +104,7 @@ class LedgerCollector(Collector):
                 pipe.zcard(keys.outbox(host))
             pending = sum(pipe.execute())
         dead = self._redis.zcard(keys.DEAD_EVENTS)
-        senders = sum(1 for _ in self._redis.scan_iter(keys.sender("*"), count=1000))
+        senders = self._redis.zcount(keys.SENDERS, redis_ms(self._redis), "+inf")
         counts = cast("dict[str, str]", self._redis.hgetall(keys.EVENT_COUNTS))
         yield GaugeMetricFamily("blipq_webhooks_pending", "Events not delivered yet.", pending)
         yield GaugeMetricFamily("blipq_webhooks_dead", "Events given up, still kept.", dead)

@@ -3,13 +3,16 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from blipq.ledger import keys
 from blipq.ledger.codec import ms
 from blipq.ledger.connection import redis_errors
 from blipq.ledger.script_runner import ScriptRunner
 from blipq.webhooks.delivery import Verdict, webhook_id
+
+if TYPE_CHECKING:
+    import redis
 
 DEAD_EVENT_TTL_S = 14 * 86400.0
 #: At most this many in one script, so that no other script waits long.
@@ -166,11 +169,22 @@ class Outbox(ScriptRunner):
     # -- senders --
 
     def register(self, sender: str, ttl_s: float) -> None:
-        """Says that a sender lives."""
-        with redis_errors():
-            self.redis.set(keys.sender(sender), "", px=ms(ttl_s))
+        """Says that a sender lives, for ``ttl_s`` from now on."""
+        with redis_errors(), self.redis.pipeline() as pipe:
+            now = redis_ms(self.redis)
+            pipe.zremrangebyscore(keys.SENDERS, "-inf", now)
+            pipe.zadd(keys.SENDERS, {sender: now + ms(ttl_s)})
+            pipe.pexpire(keys.SENDERS, ms(ttl_s))
+            pipe.execute()
 
     def senders(self) -> Sequence[str]:
+        """The live senders."""
         with redis_errors():
-            found = self.redis.scan_iter(keys.sender("*"), count=1000)
-            return sorted(key.removeprefix(keys.sender("")) for key in found)
+            now = redis_ms(self.redis)
+            return sorted(cast("list[str]", self.redis.zrangebyscore(keys.SENDERS, now, "+inf")))
+
+
+def redis_ms(client: "redis.Redis") -> int:
+    """Milliseconds on Redis' clock, by which all its times are."""
+    seconds, micros = cast("tuple[int, int]", client.time())
+    return seconds * 1000 + micros // 1000

@@ -23,6 +23,15 @@ def ids(count: int) -> list[str]:
     return [f"job_{number}" for number in range(count)]
 
 
+def test_what_had_no_room_in_an_answer_is_polled_again_at_once() -> None:
+    waiting = Waiting(["a", "b", "c"], timeout=60)
+    due = waiting.due(hearing_since=time.monotonic())
+    found = ended("a")
+    waiting.polled(due, Polled(found.ended, set(), {}, 60.0, frozenset(["c"])))
+    assert waiting.pause() == 0
+    assert waiting.due(hearing_since=time.monotonic() - 1) == ["c"]
+
+
 def test_every_job_is_polled_once_without_a_pause() -> None:
     waiting = Waiting(ids(3 * MAX_POLLED), timeout=60)
     seen: list[str] = []

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import redis
@@ -14,7 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from blipq import Client, InvalidRequest, Settings
 from blipq.exporter import served
 from blipq.ledger.connection import connect
+from blipq.ledger.operator import OperatorLedger
 from blipq.ops.metrics import LedgerCollector
+from blipq.webhooks.outbox import Outbox
 from conftest import ledger_of
 
 IMAGE = "s3://uploads/cat.jpg"
@@ -39,6 +42,31 @@ def scrape(apart: Settings) -> Iterator[Scrape]:
         registry.register(LedgerCollector(raw))
         assert port is not None
         yield lambda: scraped(port)
+
+
+def test_who_lives_is_found_without_a_walk_over_all_keys(
+    apart: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A million jobs that are kept made each scrape a thousand round trips."""
+    commands: list[str] = []
+    execute = redis.Redis.execute_command
+
+    def noted(client: "redis.Redis", *command: Any, **options: Any) -> Any:
+        commands.append(str(command[0]))
+        return execute(client, *command, **options)
+
+    monkeypatch.setattr(redis.Redis, "execute_command", noted)
+    with connect(apart) as raw, Client(apart) as client:
+        ledger_of(client).register("w1", ["default"], ttl_s=30, spare=True, info='{"pid": 1}')
+        outbox = Outbox(raw, apart)
+        outbox.register("s1", 30)
+        outbox.register("s2", -1)
+        assert OperatorLedger(raw, apart).workers() == {"w1": {"pid": 1}}
+        assert outbox.senders() == ["s1"]
+        told = {family.name: family for family in LedgerCollector(raw).collect()}
+        assert told["blipq_webhook_senders"].samples[0].value == 1
+    assert "SCAN" not in commands
+    assert "ZCOUNT" in commands
 
 
 def test_the_exporter_counts_what_the_ledger_holds(apart: Settings, scrape: Scrape) -> None:

@@ -1,6 +1,8 @@
 -- A worker says that it lives. ARGV: worker, ttl ms, spare (1 or 0), info JSON, then its models.
 local worker, ttl, spare, info = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4]
 redis.call('SET', worker_key(worker), info, 'PX', ttl)
+redis.call('ZREMRANGEBYSCORE', WORKERS, '-inf', now)
+index(WORKERS, now + ttl, worker)
 redis.call('ZREMRANGEBYSCORE', MODELS, '-inf', now - INDEX_TTL)
 for i = 5, #ARGV do
   index(MODELS, now, ARGV[i])
