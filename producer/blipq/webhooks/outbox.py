@@ -186,5 +186,5 @@ class Outbox(ScriptRunner):
 
 def redis_ms(client: "redis.Redis") -> int:
     """Milliseconds on Redis' clock, by which all its times are."""
-    seconds, micros = cast("tuple[int, int]", client.time())
+    seconds, micros = client.time()
     return seconds * 1000 + micros // 1000

@@ -287,7 +287,7 @@ def test_a_front_that_gives_up_on_redis_leaves_on_record_who_is_suspect(rig: Rig
     begun, queued = rig.submit("run"), rig.submit("wait")
     rig.says(engine, "begun run")
     rig.says(engine, "queued wait")
-    rig.redis.client_pause(60_000)
+    rig.redis.client_pause(60_000, all=False)
     try:
         rig.kill(engine)
         assert rig.ended(front) == EXIT_ENGINE_GONE, front.last_words(30)
