@@ -279,6 +279,9 @@ def _why_not_opened(data: bytes, limits: ImageLimits) -> str:
     found = _sniff(data)
     accepted = ", ".join(limits.formats)
     if found in limits.formats:
+        told = int.from_bytes(data[4:8], "little") + 8  # by a RIFF's header
+        if found == "WEBP" and told > len(data):
+            return f"the WEBP image is truncated: {len(data):,} of {told:,} bytes"
         return f"the {found} image has a damaged header"
     return f"found {found}, where one of {accepted} was expected (BLIPQ_IMAGE_FORMATS)"
 

@@ -203,5 +203,7 @@ def s3_errors(place: str = "") -> Iterator[None]:
 def _told(error: Exception, place: str) -> S3Refused | S3Unavailable:
     refusal = refusal_of(error)
     usual = "S3 does not answer" if refusal is Refusal.PASSING else "S3 refuses"
+    if "(NoSuchBucket)" in str(error):
+        usual = "S3 has no such bucket: make it, or name another"
     message = ": ".join(filter(None, (_TODO.get(refusal, usual), place, str(error))))
     return (S3Unavailable if refusal in FOR_NOW else S3Refused)(message, refusal)

@@ -635,6 +635,7 @@ def test_a_filter_gives_each_name_its_values(run: Run, client: Client) -> None:
 def test_indexing_needs_no_word_for_adding(run: Run, arguments: tuple[str, ...]) -> None:
     ran = run("index", *arguments)
     assert (ran.exit_code, "NoSuchBucket" in ran.stderr) == (2, True), ran.stderr
+    assert "make it, or name another" in ran.stderr
 
 
 def test_without_its_parts_indexing_says_what_to_install(

@@ -156,6 +156,15 @@ def test_a_damaged_header_is_image_invalid() -> None:
     assert "damaged header" in refused(data, ErrorCode.IMAGE_INVALID)
 
 
+def test_a_webp_that_is_cut_is_told_as_truncated() -> None:
+    data = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(data, "WEBP")
+    cut = data.getvalue()[:-10]
+    assert f"truncated: {len(cut):,} of {len(cut) + 10:,} bytes" in refused(
+        cut, ErrorCode.IMAGE_INVALID
+    )
+
+
 @pytest.mark.parametrize("side", [30_000, 9_000])
 def test_a_png_bomb_is_image_too_large_before_it_is_decoded(side: int) -> None:
     assert "50,000,000" in refused(png_claiming(side, side), ErrorCode.IMAGE_TOO_LARGE)

@@ -1258,6 +1258,8 @@ def test_a_job_sent_to_the_queue_of_another_model_waits_in_its_own(
         ({"image": "s3://uploads/a.png"}, {"\ud800": 1}),
         ({"image": "s3://uploads/a.png", "\ud800": 1}, None),
         ({"image": "s3://uploads/a\ud800.png"}, None),
+        ({"image": "s3://uploads/a.png", "kind": "vqa"}, None),  # its task says caption
+        ({"image": "s3://uploads/a.png", "kind": ["caption"]}, None),
         ({"image": "s3://uploads/a.png"}, {"expires_in": float("nan")}),
     ],
 )

@@ -39,7 +39,7 @@ class ForeignMessages:
         Raises QueueUnavailable, QueueFull, RedisError.
         """
         try:
-            parsed = _parsed({**request, "kind": kind} if isinstance(request, dict) else request)
+            parsed = _parsed(_of_kind(kind, request) if isinstance(request, dict) else request)
             if not isinstance(options or {}, dict):
                 raise InvalidRequest("options: must be an object")
             given = checked(Options, **(options or {}))
@@ -98,6 +98,13 @@ class ForeignMessages:
             self.adopt(kind, id, request, options)
         except UNHEARD as error:
             log.warning("%s: expired, and not recorded: %s", id, error)
+
+
+def _of_kind(kind: Kind, request: dict[str, Any]) -> dict[str, Any]:
+    """The request with the kind of its task. Raises InvalidRequest where it brings another one."""
+    if (own := request.get("kind", kind)) != kind:
+        raise InvalidRequest(f"request.kind: {own!r:.40} is not that of the task, {kind.value!r}")
+    return {**request, "kind": kind}
 
 
 def _parsed(value: Any) -> Request:
