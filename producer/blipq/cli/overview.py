@@ -104,10 +104,10 @@ def _table(queues: list[QueueState]) -> Table:
     table.add_column("queue", overflow="fold")
     for name in ("waiting", "oldest", "live workers"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("state")
+    table.add_column("state", justify="right", no_wrap=True)
     for queue in queues:
         oldest = "" if queue.oldest_s is None else f"{queue.oldest_s:,.0f} s"
-        live, state = f"{queue.live_workers:,}", "paused" if queue.paused else ""
+        live, state = f"{queue.live_workers:,}", "paused" if queue.paused else "active"
         table.add_row(Text(queue.queue), f"{queue.waiting:,}", oldest, live, state)
     return table
 

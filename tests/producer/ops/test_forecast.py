@@ -10,7 +10,7 @@ from blipq import Client, Settings
 from blipq.contract import CaptionRequest
 from blipq.ledger import keys
 from blipq.ledger.worker import Claim, WorkerLedger
-from blipq.ops.doctor import _redis
+from blipq.ops.doctor.redis import check_redis
 from blipq.ops.forecast import DRAWN, FEWEST, Record, expected, forecast
 
 DAY = 86400.0
@@ -65,5 +65,5 @@ def test_a_real_redis_is_sampled(
     assert 500 < found.size < 3000
     assert found.kept_s == pytest.approx(DAY, rel=0.01)
     assert 0.1 < found.rate < 0.3
-    (told,) = [each for each in _redis(apart) if each.check == "redis forecast"]
+    (told,) = [each for each in check_redis(apart) if each.check == "redis forecast"]
     assert "jobs/s of" in told.message
