@@ -30,6 +30,7 @@ from blipq_worker.jobs.runner import Runner
 from blipq_worker.process.heartbeat import Heartbeat
 from blipq_worker.process.metrics import WorkerMetrics
 from blipq_worker.process.reconciler import Reconciler
+from blipq_worker.process.usage import Usage
 from blipq_worker.settings import WorkerSettings
 
 #: A picture is given up after so much CPU time, long before the watchdog ends the process.
@@ -48,6 +49,7 @@ class Base:
     broker: Broker
     held: Held = field(default_factory=Held)
     gate: Gate = field(default_factory=Gate)
+    usage: Usage = field(default_factory=Usage)
 
     @property
     def grace_s(self) -> float:
@@ -90,6 +92,7 @@ def jobs_of(base: Base, inference: Inference, decoding: Budget, metrics: WorkerM
         base.held,
         metrics,
         access,
+        usage=base.usage,
         retry_backoff_s=options.retry_backoff_s,
     )
     pictures = _pictures(base, storage, inference, decoding)
@@ -122,6 +125,7 @@ def heartbeat_of(
         base.held,
         base.name,
         base.models,
+        usage=base.usage,
         outputs=options.allowed_outputs,
         threads=options.threads,
         lease_s=options.lease_s,

@@ -206,6 +206,7 @@ class _Beat(LeaseBeat):
         super().__init__(
             base.ledger,
             base.held,
+            usage=base.usage,
             lease_s=options.lease_s,
             watchdog_s=options.watchdog_s,
             stalled_for=serving.stalled_for,

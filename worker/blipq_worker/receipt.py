@@ -21,6 +21,7 @@ class Stopwatch:
     def __init__(self, *, queue_ms: float, worker: str) -> None:
         self._fields: dict[str, float | int | str] = {"queue_ms": queue_ms, "worker": worker}
         self._notes: list[str] = []
+        self._started = time.monotonic()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -49,6 +50,11 @@ class Stopwatch:
         """Warns who sent a photo to the demo model: its own pictures are small."""
         if checkpoint == DEMO and max(size) > DEMO_LARGEST_PX:
             self.note(DEMO_NOTE)
+
+    @property
+    def run_ms(self) -> float:
+        """Milliseconds since the job was claimed."""
+        return (time.monotonic() - self._started) * 1000
 
     @property
     def took(self) -> Mapping[str, float | int | str]:

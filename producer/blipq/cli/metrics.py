@@ -2,6 +2,8 @@
 
 import signal
 import threading
+from contextlib import ExitStack
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -20,8 +22,9 @@ def metrics(
 ) -> None:
     """Serve Prometheus metrics of the queues until SIGTERM.
 
-    Depth, age, workers and dead letters. One is enough: workers and senders tell only what they
-    themselves do.
+    Depth, age, workers, dead letters and predicted work. /work/MODEL has that as JSON for an
+    autoscaler: waiting_s, running_s and total_s of GPU time. One exporter is enough: workers and
+    senders tell only what they themselves do.
 
     Examples:
         blipq metrics --port 9464
@@ -30,6 +33,7 @@ def metrics(
 
     from blipq.ledger.connection import connect
     from blipq.ops.metrics import LedgerCollector
+    from blipq.ops.outlook import work_page
 
     stop = threading.Event()
     with reported():
@@ -37,7 +41,10 @@ def metrics(
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         registry = CollectorRegistry()
-        with connect(settings) as client, served(registry, port, host) as bound:
+        with ExitStack() as stack:
+            client = stack.enter_context(connect(settings))
+            pages = {"work": partial(work_page, client)}
+            bound = stack.enter_context(served(registry, port, host, pages))
             registry.register(LedgerCollector(client))
             errors.print(f"metrics of {settings.endpoints} on port {bound}")
             while not stop.wait(3600):

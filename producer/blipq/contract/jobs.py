@@ -33,6 +33,7 @@ class Receipt(Output):
     ``cache_hit`` true, where the image's features were cached; then ``decode_ms`` is missing.
     ``decode_wait_ms`` is the wait until other images were decoded: where it is long and ``wait_ms``
     short, the host lacks cores, not the model time.
+    ``gpu_ms`` is the job's share of the passes that it ran in, with other jobs beside it.
     ``shared``: the request was coalesced with an equal one that ran at the same time, so this job
     has no passes of its own. ``note`` is a remark on the answer for people.
     """
@@ -48,6 +49,7 @@ class Receipt(Output):
     embed_ms: float | None = None
     index_ms: float | None = None
     rerank_ms: float | None = None
+    gpu_ms: float | None = None
     tokens: int | None = None
     batch_size: int | None = None
     cache_hit: bool | None = None
@@ -66,6 +68,8 @@ class JobInfo(Output):
     ``image`` is where its image is, without the query of a URL, which may hold a signature.
     While the job is open, ``live_workers`` says how many live workers serve its model, ``note``
     what keeps it from being run, if that is known, and ``last_error`` why it is run again.
+    ``eta`` is when it should end, predicted from jobs like it and from what is ahead of it; missing
+    where no such job has ended yet, and while no worker lives that serves its model.
     ``tenant`` is whose job it is, where it came through the HTTP door with a key.
     ``result_uri``: the s3:// object that holds the result, where that is not in the ledger.
     """
@@ -78,6 +82,7 @@ class JobInfo(Output):
     started_at: datetime | None = None
     completed_at: datetime | None = None
     expires_at: datetime
+    eta: datetime | None = None
     attempts: int = 0
     image: str | None = None
     result: Result | None = None

@@ -44,7 +44,7 @@ class AsyncProducerLedger(AsyncScriptRunner):
     async def read(self, id: str) -> JobInfo | None:
         """A job as it is now; None for an unknown id."""
         with redis_errors(id):
-            return codec.job_of(id, await self._run("read", id))
+            return codec.job_of(id, await self._run("read", id, 1))
 
     async def poll(self, ids: Sequence[str], *, notify: str) -> Polled:
         """Which of these jobs have ended."""

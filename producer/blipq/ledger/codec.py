@@ -18,6 +18,7 @@ from blipq.errors import (
     UnknownModel,
 )
 from blipq.ledger.keys import ended_channel, model_of, queue_name
+from blipq.ledger.work import eta_of, shape_of
 from blipq.settings import Settings
 from blipq.ssrf.policy import Forbidden
 from blipq.submission import Submission
@@ -109,11 +110,12 @@ def prepare(submission: Submission, settings: Settings, *, notify: str) -> Prepa
     options = submission.options
     _check_urls(submission.request, options, settings)
     text = _request_text(submission.request)
-    fields: dict[str, str | int] = {  # the submit script reads the model by its place
+    fields: dict[str, str | int] = {  # the submit script reads some by their places
         "contract": CONTRACT,
         "kind": submission.request.kind,
         "model": options.model,
         "queue": queue_name(options.model, options.priority),
+        "work": shape_of(submission.request),
         "request": text,
         "notify": ended_channel(notify),
         "result_ttl": ms(_kept_for(settings.result_ttl, options)),
@@ -233,8 +235,10 @@ def job_of(id: str, answer: Sequence[Any]) -> JobInfo | None:
     """The read script's reply: the job, or None for an unknown id."""
     if not answer:
         return None
-    live, paused, *pairs = answer
-    return job_info(id, paired(pairs), live_workers=int(live), paused=paused == 1)
+    live, paused, outlook, *pairs = answer
+    job = paired(pairs)
+    eta = None if paused == 1 else eta_of(job, int(live), outlook)
+    return job_info(id, job, live_workers=int(live), paused=paused == 1, eta=eta)
 
 
 def _request_text(request: Request) -> str:
@@ -301,7 +305,12 @@ def messages(found: Sequence[str]) -> list[Message]:
 
 
 def job_info(
-    id: str, job: Mapping[str, str], *, live_workers: int | None = None, paused: bool = False
+    id: str,
+    job: Mapping[str, str],
+    *,
+    live_workers: int | None = None,
+    paused: bool = False,
+    eta: float | None = None,
 ) -> JobInfo:
     """A record's fields as everyone sees the job. ``paused``: whether its queue is."""
 
@@ -329,6 +338,7 @@ def job_info(
             "started_at": at("started_at"),
             "completed_at": at("completed_at"),
             "expires_at": at("deadline"),
+            "eta": eta,
             "attempts": int(job.get("attempts", 0)),
             "image": _image_of(loaded("request")),
             "result": loaded("result"),

@@ -22,6 +22,7 @@ MODELS = "blipq:models"  # zset: model -> when a worker last registered it
 SENDERS = "blipq:senders"  # zset: sender of webhooks -> until when it counts as live
 OUTBOX = "blipq:outbox"  # zset: host -> when its next webhook event is due
 DEAD_EVENTS = "blipq:dead-events"  # zset: event id -> when it was given up
+SENDERS = "blipq:senders"  # zset: sender of webhooks -> until when it counts as live
 EVENT_COUNTS = "blipq:event-counts"  # hash: outcome of an attempt -> count
 FORGOTTEN = "blipq:forgotten"  # zset: SHA-1 of an image's URI -> when its job was erased
 SWEEPER = "blipq:reconciler"  # string: since when which worker sweeps
@@ -81,6 +82,26 @@ def serving(model: str) -> str:
 def spare(model: str) -> str:
     """String: exists while a worker of the model has had room for a whole grace period."""
     return f"blipq:spare:{model}"
+
+
+def work(model: str) -> str:
+    """Hash: shape -> how many open jobs of a model have it. See ``blipq.ledger.work``."""
+    return f"blipq:work:{model}"
+
+
+def working(model: str) -> str:
+    """Hash: shape -> how many of these a worker holds."""
+    return f"blipq:working:{model}"
+
+
+def cost(model: str) -> str:
+    """Hash: shape -> what such jobs of a model took; ``error`` -> how far predictions were off."""
+    return f"blipq:cost:{model}"
+
+
+def used(model: str) -> str:
+    """Hash: tenant -> the GPU milliseconds that its jobs took of a model."""
+    return f"blipq:used:{model}"
 
 
 def withdrawn(nonce: str) -> str:
@@ -194,6 +215,7 @@ _CONSTANTS = {
 _FUNCTIONS: tuple[Callable[[str], str], ...] = (
     *(job, idempotency, queued, again, claimed, taken, passed, paused),
     *(worker, serving, spare, withdrawn, outbox, event, stopped),
+    *(work, working, cost, used),
 )
 #: ``model_of``. A pattern, as a model's name may have dots.
 _MODEL_OF = r"local function model_of(queue) return string.match(queue, '^blipq%.(.+)%.%a+$') end"

@@ -31,6 +31,7 @@ class Claim:
     claims.
 
     ``queue_ms`` is how long the job waited, ``expires_in`` the seconds left to its deadline.
+    ``work`` is its shape (see ``blipq.ledger.work``), empty where an earlier version submitted it.
     """
 
     id: str
@@ -45,6 +46,8 @@ class Claim:
     solo: bool
     queue_ms: float
     expires_in: float
+    work: str = ""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,8 @@ class WorkerLedger(ProducerLedger):
             solo=job["solo"] == "1",
             queue_ms=float(job["now"]) - float(job["created_at"]),
             expires_in=(float(job["deadline"]) - float(job["now"])) / 1000,
+            work=job["work"],
+            tenant=job["tenant"],
         )
 
     def withdraw(self, unanswered: Mapping[str, str]) -> list[Message]:
@@ -239,6 +244,11 @@ class WorkerLedger(ProducerLedger):
             seconds, micros = self.redis.time()  # first: what is added meanwhile is found next time
             found = self.redis.zrangebyscore(FORGOTTEN, f"{since:.0f}", "+inf")
         return seconds * 1000 + micros // 1000, set(cast("list[str]", found))
+
+    def learn(self, taken: str) -> None:
+        """Adds what jobs have taken (JSON): see ``learn.lua``."""
+        with redis_errors():
+            self._run("learn", taken)
 
     def lock(self, key: str, owner: str, ttl_s: float) -> Literal["taken", "kept", "new"]:
         """Takes or renews a lock that its owner's death cannot keep.

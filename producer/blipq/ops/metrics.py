@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from blipq.ledger import keys
 from blipq.ops.forecast import forecast
+from blipq.ops.outlook import outlooks
 from blipq.webhooks.outbox import redis_ms
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ class LedgerCollector(Collector):
     def collect(self) -> "Iterator[Metric]":
         """All of it, or only ``blipq_ledger_up 0``."""
         try:
-            families = [*self._jobs(), *self._queues(), *self._webhooks(), *self._memory()]
+            families = [
+                *(*self._jobs(), *self._queues(), *self._work()),
+                *(*self._webhooks(), *self._memory()),
+            ]
         except redis.RedisError:
             yield GaugeMetricFamily("blipq_ledger_up", "Whether Redis answers.", 0)
             return
@@ -96,6 +100,29 @@ class LedgerCollector(Collector):
             ("blipq_jobs_ended_per_second", "Jobs that ended, of those kept.", found.rate),
         ):
             yield GaugeMetricFamily(name, text, value)
+
+    def _work(self) -> "Iterator[Metric]":
+        backlog = GaugeMetricFamily(
+            "blipq_backlog_gpu_seconds",
+            "Predicted GPU time of the jobs that wait, and of those that run.",
+            labels=["model", "state"],
+        )
+        error = GaugeMetricFamily(
+            "blipq_prediction_error_ratio",
+            "How far predictions were off lately, as a share of what the jobs took.",
+            labels=["model"],
+        )
+        used = CounterMetricFamily(
+            "blipq_gpu_seconds", "GPU time that jobs took.", labels=["model", "tenant"]
+        )
+        for model, outlook in outlooks(self._redis).items():
+            backlog.add_metric([model, "waiting"], outlook.work.waiting_s)
+            backlog.add_metric([model, "running"], outlook.work.running_s)
+            if outlook.error is not None:
+                error.add_metric([model], outlook.error)
+            for tenant, ms in sorted(outlook.used_ms.items()):
+                used.add_metric([model, tenant], ms / 1000)
+        yield from (backlog, error, used)
 
     def _webhooks(self) -> "Iterator[Metric]":
         hosts = cast("list[str]", self._redis.zrange(keys.OUTBOX, 0, -1))

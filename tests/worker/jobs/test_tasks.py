@@ -48,6 +48,7 @@ from blipq_worker.jobs.quarantine import Gate
 from blipq_worker.jobs.runner import Runner
 from blipq_worker.messages.envelope import Malformed
 from blipq_worker.process.metrics import WorkerMetrics
+from blipq_worker.process.usage import Usage
 from blipq_worker.settings import WorkerSettings
 from conftest import ledger_of, wait_until
 
@@ -216,6 +217,7 @@ def parts(
             held,
             metrics,
             S3Access(client.storage),
+            usage=Usage(),
             retry_backoff_s=TINY.retry_backoff_s,
         )
         claiming = Claiming(

@@ -18,6 +18,7 @@ from blipq.ledger.worker import Claim, Turn, WorkerLedger
 from blipq_worker.claims import Held
 from blipq_worker.process.heartbeat import EXIT_HUNG, Heartbeat, beat_s
 from blipq_worker.process.reconciler import Reconciler
+from blipq_worker.process.usage import Usage
 from conftest import ledger_of, wait_until
 
 IMAGE = "s3://uploads/cat.jpg"
@@ -49,7 +50,12 @@ def claimed(client: Client, *, lease_s: float = 30.0, **options: Any) -> Claim:
 
 def heartbeat(ledger: WorkerLedger, held: Held, **changes: Any) -> Heartbeat:
     options = {"threads": 2, "lease_s": 30.0, "grace_s": 0.0, "watchdog_s": 60.0}
-    options |= {"stalled_for": lambda: 0.0, "taking": lambda: True, "draining": lambda: False}
+    options |= {
+        "usage": Usage(),
+        "stalled_for": lambda: 0.0,
+        "taking": lambda: True,
+        "draining": lambda: False,
+    }
     return Heartbeat(ledger, held, "w1", ["default"], **(options | changes))  # type: ignore[arg-type]
 
 
@@ -219,9 +225,9 @@ def test_a_heart_outlives_an_outage_of_redis(apart: Settings, ledger: WorkerLedg
 
 def test_a_worker_whose_model_hangs_ends() -> None:
     code = (
-        "from blipq_worker.process.heartbeat import Heartbeat, Held\n"
-        "Heartbeat(None, Held(), 'w1', [], threads=1, lease_s=30, grace_s=1, watchdog_s=1,"
-        " stalled_for=lambda: 2.0, taking=bool, draining=bool).tick()"
+        "from blipq_worker.process.heartbeat import Heartbeat, Held, Usage\n"
+        "Heartbeat(None, Held(), 'w1', [], usage=Usage(), threads=1, lease_s=30,"
+        " grace_s=1, watchdog_s=1, stalled_for=lambda: 2.0, taking=bool, draining=bool).tick()"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ended.returncode == EXIT_HUNG, ended.stderr

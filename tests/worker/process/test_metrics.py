@@ -25,18 +25,21 @@ def told(page: bytes) -> dict[str, float]:
 
 def test_jobs_are_counted_with_what_their_receipts_say() -> None:
     metrics = WorkerMetrics()
-    took = {"fetch_ms": 20.0, "generate_ms": 300.0, "batch_size": 4, "tokens": 9, "worker": "w1"}
-    metrics.done(Kind.CAPTION, "succeeded", took)
-    metrics.done(Kind.VQA, "failed", {"fetch_ms": 5.0}, "image_not_found")
-    metrics.done(Kind.CAPTION, "succeeded", {**took, "cache_hit": True})
+    took = {"queue_ms": 500.0, "fetch_ms": 20.0, "generate_ms": 300.0, "gpu_ms": 75.0}
+    took |= {"batch_size": 4, "tokens": 9, "worker": "w1"}
+    metrics.done(Kind.CAPTION, "succeeded", took, model="m", run_ms=700)
+    metrics.done(Kind.VQA, "failed", {"fetch_ms": 5.0}, "image_not_found", model="m")
+    metrics.done(Kind.CAPTION, "succeeded", {**took, "cache_hit": True}, model="m", run_ms=300)
     page = told(metrics.page())
-    assert page["blipq_worker_jobs_total  caption succeeded"] == 2
-    assert page["blipq_worker_jobs_total image_not_found vqa failed"] == 1
-    assert page["blipq_worker_stage_seconds_count fetch"] == 3
-    assert page["blipq_worker_stage_seconds_sum generate"] == 0.6
-    assert page["blipq_worker_batch_size_sum"] == 8
-    assert page["blipq_worker_tokens_total"] == 18
-    assert page["blipq_worker_feature_cache_total hit"] == 1
+    assert page["blipq_worker_jobs_total  caption m succeeded"] == 2
+    assert page["blipq_worker_jobs_total image_not_found vqa m failed"] == 1
+    assert page["blipq_worker_stage_seconds_count caption fetch"] == 2
+    assert page["blipq_worker_stage_seconds_sum caption generate"] == 0.6
+    assert page["blipq_worker_job_seconds_sum caption m"] == 2
+    assert page["blipq_worker_gpu_seconds_total caption m"] == 0.15
+    assert page["blipq_worker_batch_size_sum m"] == 8
+    assert page["blipq_worker_job_tokens_sum caption m"] == 18
+    assert page["blipq_worker_feature_cache_total hit m"] == 1
     assert page["process_resident_memory_bytes"] > 0
 
 
@@ -60,8 +63,9 @@ def test_a_disk_that_is_full_later_has_a_place_for_all_that_is_counted(tmp_path:
         "import sys; from pathlib import Path; from blipq.contract import Kind;"
         "from blipq_worker.process.metrics import WorkerMetrics, count_in;"
         "count_in(Path(sys.argv[1]), 'front-1'); metrics = WorkerMetrics();"
-        "[metrics.done(kind, 'failed', {'batch_size': 1}, f'code{n}')"
-        " for kind in Kind for n in range(20)]"
+        "from blipq_worker.process.metrics import STAGES; all = dict.fromkeys(STAGES.values(), 1);"
+        "[metrics.done(kind, 'failed', {'batch_size': 1, 'tokens': 1, 'gpu_ms': 1, **all}, f'code{n}',"
+        " model=model, run_ms=1) for kind in Kind for n in range(20) for model in 'ab']"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=60)
     found = [each.stat() for each in tmp_path.iterdir()]

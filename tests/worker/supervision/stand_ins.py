@@ -157,7 +157,7 @@ class Front:
                     os._exit(70)
             case _:
                 self._ledger.succeed(claim, RESULT, "{}")
-                self._metrics.done(claim.kind, "succeeded", {})
+                self._metrics.done(claim.kind, "succeeded", {}, model=claim.model)
                 self._holdings.unclaimed(claim.id)
                 self._holdings.release(claim.id)
 

@@ -213,8 +213,15 @@ class Engine:
         started = time.monotonic()
         raw: Sequence[Any] = run(given, wanted) if key.verb is GENERATE else run(given)
         took = (time.monotonic() - started) * 1000
+        of_one = took / sum(task.cost for task in items)
         return [
-            Answer(key.verb.value(each), took, self._times.of(task), len(items))
+            Answer(
+                value=key.verb.value(each),
+                pass_ms=took,
+                vision_ms=self._times.of(task),
+                batch_size=len(items),
+                device_ms=of_one * task.cost,
+            )
             for task, each in zip(items, raw, strict=True)
         ]
 
@@ -251,10 +258,14 @@ def _settle(done: Callable[[Outcome], None], future: "Future[Answer]") -> None:
 
 @dataclass(slots=True)
 class _Joined:
-    """A task in a session: since when, and the most tasks that ran together with it."""
+    """A task in a session: since when, and the most tasks that ran together with it.
+
+    before: what the session's clock (``Writing``) showed.
+    """
 
     task: Task
     since: float
+    before: float
     neighbours: int = 0
 
 
@@ -267,19 +278,24 @@ class Writing:
         self._session = model.session()
         self._times = times
         self._tasks: dict[Ticket, _Joined] = {}
+        #: The rows of all these, and a clock of what one of them has cost so far: each step adds
+        #: its milliseconds divided by the rows, so that nothing is counted task by task.
+        self._rows = 0
+        self._row_ms = 0.0
         self.has_room = self._session.has_room
 
     def join(self, ticket: Ticket, task: Task) -> None:
         """Takes a task in."""
         assert isinstance(task.item, GenerateItem)
         self._session.join(ticket, task.item)
-        self._tasks[ticket] = _Joined(task, time.monotonic())
+        self._tasks[ticket] = _Joined(task, time.monotonic(), self._row_ms)
+        self._rows += task.cost
         self._most = 0
 
     def leave(self, ticket: Ticket) -> None:
         """Lets a task go."""
         self._session.leave(ticket)
-        del self._tasks[ticket]
+        self._rows -= self._tasks.pop(ticket).task.cost
 
     def step(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, Answer]]:
         """One step."""
@@ -288,11 +304,19 @@ class Writing:
             for ticket in tickets:
                 joined = self._tasks[ticket]
                 joined.neighbours = max(joined.neighbours, len(tickets))
+        started = time.monotonic()
         done = self._session.step(tickets)
+        self._row_ms += (time.monotonic() - started) * 1000 / self._rows
         return [(ticket, self._answer(ticket, texts)) for ticket, texts in done]
 
     def _answer(self, ticket: Ticket, texts: Any) -> Answer:
         joined = self._tasks.pop(ticket)
+        self._rows -= joined.task.cost
         took = (time.monotonic() - joined.since) * 1000
-        vision_ms = self._times.of(joined.task)
-        return Answer(GENERATE.value(texts), took, vision_ms, joined.neighbours)
+        return Answer(
+            value=GENERATE.value(texts),
+            pass_ms=took,
+            vision_ms=self._times.of(joined.task),
+            batch_size=joined.neighbours,
+            device_ms=(self._row_ms - joined.before) * joined.task.cost,
+        )

@@ -207,6 +207,8 @@ class Answer(Plain, frozen=True, tag="answer"):
     pass_ms: from its start on the device to its end. vision_ms: of these, looking at the image; 0
     where all was known. batch_size: the most items that ran together with it, itself included.
     shared: an equal item that was in flight was computed, and this one waited for its answer.
+    device_ms: its share of the passes and steps that it took part in, by its rows: over all items
+    these come to the time that the device was at work.
     """
 
     value: Value
@@ -214,6 +216,7 @@ class Answer(Plain, frozen=True, tag="answer"):
     vision_ms: float
     batch_size: int
     shared: bool = False
+    device_ms: float = 0.0
 
 
 class Failure(Plain, frozen=True, tag="failure"):

@@ -162,6 +162,7 @@ class Asker:
 
     def _record(self, part: Part[Any], answer: Answer) -> None:
         self._watch.add(f"{part.stage}_ms", answer.pass_ms)
+        self._watch.add("gpu_ms", answer.device_ms)
         self._watch.say(batch_size=answer.batch_size)
         if isinstance(answer.value, Generated):
             texts = [text for texts in answer.value.texts for text in texts]

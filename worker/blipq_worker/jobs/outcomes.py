@@ -18,6 +18,7 @@ from blipq_worker.jobs.errors import EngineLost, JobFailedTask
 from blipq_worker.jobs.outages import written
 from blipq_worker.messages.envelope import encodable
 from blipq_worker.process.metrics import Outcome, WorkerMetrics
+from blipq_worker.process.usage import Usage
 from blipq_worker.receipt import Stopwatch
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Outcomes:
         metrics: WorkerMetrics,
         access: S3Access,
         *,
+        usage: Usage,
         retry_backoff_s: float,
     ) -> None:
         self._ledger = ledger
@@ -49,6 +51,7 @@ class Outcomes:
         self._held = held
         self._metrics = metrics
         self._access = access
+        self._usage = usage
         self._retry_backoff_s = retry_backoff_s
 
     def succeeded(
@@ -62,7 +65,7 @@ class Outcomes:
     def lost(self, claim: Claim, watch: Stopwatch) -> None:
         """Nobody waits for the job any more, or another worker has it."""
         log.info("%s: cancelled, expired or taken over", claim.id)
-        self._metrics.done(claim.kind, "lost", watch.took)
+        self._count(claim, "lost", watch)
 
     def failed(self, claim: Claim, error: WorkError, watch: Stopwatch) -> None:
         """Fails the job, tries it later, or gives it back, whichever the error calls for.
@@ -198,7 +201,7 @@ class Outcomes:
             return False
         if taken:
             log.info("%s: handed back", claim.id)
-            self._metrics.done(claim.kind, "handed_back", {})
+            self._metrics.done(claim.kind, "handed_back", {}, model=claim.model)
         return taken
 
     def _finish(
@@ -223,7 +226,13 @@ class Outcomes:
         else:
             why = f": {error.code}: {error}" if error else ""
             log.info("%s: %s%s", claim.id, outcome.replace("_", " "), why)
-        self._metrics.done(claim.kind, outcome, watch.took, error.code if error else "")
+        self._count(claim, outcome, watch, error.code if error else "")
+
+    def _count(self, claim: Claim, outcome: Outcome, watch: Stopwatch, code: str = "") -> None:
+        """Counts a job that has run here, and what it took of the device, whatever came of it."""
+        took, run_ms = watch.took, watch.run_ms
+        self._metrics.done(claim.kind, outcome, took, code, model=claim.model, run_ms=run_ms)
+        self._usage.add(claim, took, run_ms, succeeded=outcome == "succeeded")
 
 
 def _message(claim: Claim) -> Message:

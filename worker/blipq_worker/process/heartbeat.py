@@ -3,11 +3,14 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
+from blipq.errors import BlipqError
 from blipq.ledger.worker import WorkerLedger
 from blipq_worker.claims import Held
 from blipq_worker.process.periodic import Periodic
 from blipq_worker.process.registration import Registration, State
+from blipq_worker.process.usage import Usage
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ class LeaseBeat(Periodic):
         ledger: WorkerLedger,
         held: Held,
         *,
+        usage: Usage,
         lease_s: float,
         watchdog_s: float,
         stalled_for: Callable[[], float],
@@ -46,6 +50,7 @@ class LeaseBeat(Periodic):
         super().__init__("blipq-heartbeat", beat_s(lease_s))
         self._ledger = ledger
         self._held = held
+        self._usage = usage
         self._lease_s = lease_s
         self._watchdog_s = watchdog_s
         self._stalled_for = stalled_for
@@ -66,9 +71,16 @@ class LeaseBeat(Periodic):
             raise
         self._problem = None
 
+    def stop(self) -> None:
+        """Stops the thread, and says what the last jobs took."""
+        super().stop()
+        with suppress(BlipqError):
+            self._usage.flush(self._ledger)
+
     def _beat(self) -> None:
         """What a beat does in Redis. Raises what the ledger raises."""
         self._renew()
+        self._usage.flush(self._ledger)
 
     def _renew(self) -> int:
         """Renews the leases; how many claims are held."""
@@ -102,6 +114,7 @@ class Heartbeat(LeaseBeat):
         worker: str,
         models: Sequence[str],
         *,
+        usage: Usage,
         outputs: Sequence[str] = (),
         threads: int,
         lease_s: float,
@@ -113,7 +126,12 @@ class Heartbeat(LeaseBeat):
         decode_bound: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(
-            ledger, held, lease_s=lease_s, watchdog_s=watchdog_s, stalled_for=stalled_for
+            ledger,
+            held,
+            usage=usage,
+            lease_s=lease_s,
+            watchdog_s=watchdog_s,
+            stalled_for=stalled_for,
         )
         self._models = list(models)
         self._threads = threads
@@ -128,3 +146,4 @@ class Heartbeat(LeaseBeat):
         active = self._renew()
         state = State(self._threads, active, self._taking(), self._draining(), self._decode_bound())
         self._registration.renew(self._models, state)
+        self._usage.flush(self._ledger)

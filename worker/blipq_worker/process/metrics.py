@@ -19,7 +19,11 @@ from blipq.contract import Kind, Receipt
 from blipq.exporter import SECONDS, new_registry
 
 #: Stages of a job, and the fields of its receipt that say their milliseconds.
-STAGES = {name.removesuffix("_ms"): name for name in Receipt.model_fields if name.endswith("_ms")}
+STAGES = {
+    name.removesuffix("_ms"): name
+    for name in Receipt.model_fields
+    if name.endswith("_ms") and name != "gpu_ms"  # that is a share of stages
+}
 
 DECODE_BOUND = "Whether the model waits for images to be decoded."
 
@@ -33,7 +37,7 @@ Outcome = Literal[
 
 
 #: Room of a process for its counters, and for its histograms: many times what they take.
-_ROOM = 128 * 1024
+_ROOM = 1024 * 1024
 
 
 def count_in(folder: Path, process: str) -> None:
@@ -65,7 +69,7 @@ class WorkerMetrics:
         self._jobs = Counter(
             "blipq_worker_jobs",
             "Jobs by what came of them here; code says why they failed or are retried.",
-            ["kind", "outcome", "code"],
+            ["model", "kind", "outcome", "code"],
             registry=self._registry,
         )
         self._refused = Counter(
@@ -77,21 +81,41 @@ class WorkerMetrics:
         self._stages = Histogram(
             "blipq_worker_stage_seconds",
             "Time of a job in each stage, as its receipt says.",
-            ["stage"],
+            ["kind", "stage"],
             buckets=SECONDS,
+            registry=self._registry,
+        )
+        self._seconds = Histogram(
+            "blipq_worker_job_seconds",
+            "From a job's submission to its end here, retries included.",
+            ["model", "kind"],
+            buckets=SECONDS,
+            registry=self._registry,
+        )
+        self._gpu = Counter(
+            "blipq_worker_gpu_seconds",
+            "GPU time of jobs: their shares of the passes that they ran in.",
+            ["model", "kind"],
             registry=self._registry,
         )
         self._batch = Histogram(
             "blipq_worker_batch_size",
             "Jobs in the pass that a job ran in.",
+            ["model"],
             buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
             registry=self._registry,
         )
-        self._tokens = Counter("blipq_worker_tokens", "Tokens generated.", registry=self._registry)
+        self._tokens = Histogram(
+            "blipq_worker_job_tokens",
+            "Tokens generated for a job.",
+            ["model", "kind"],
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096),
+            registry=self._registry,
+        )
         self._cache = Counter(
             "blipq_worker_feature_cache",
             "Jobs whose image's features were kept (hit) or not (miss).",
-            ["found"],
+            ["model", "found"],
             registry=self._registry,
         )
 
@@ -103,17 +127,35 @@ class WorkerMetrics:
         """A number that is asked for at each scrape."""
         Gauge(f"blipq_worker_{name}", text, registry=self._registry).set_function(value)
 
-    def done(self, kind: Kind, outcome: Outcome, took: Mapping[str, Any], code: str = "") -> None:
-        """Counts a job that this worker is done with. ``took`` is what its receipt has so far."""
-        self._jobs.labels(kind, outcome, code).inc()
+    def done(
+        self,
+        kind: Kind,
+        outcome: Outcome,
+        took: Mapping[str, Any],
+        code: str = "",
+        *,
+        model: str,
+        run_ms: float | None = None,
+    ) -> None:
+        """Counts a job that this worker is done with.
+
+        took: what its receipt has so far. run_ms: since its claim, where it has run.
+        """
+        self._jobs.labels(model, kind, outcome, code).inc()
         for stage, name in STAGES.items():
             if name in took:
-                self._stages.labels(stage).observe(took[name] / 1000)
+                self._stages.labels(kind, stage).observe(took[name] / 1000)
         if "batch_size" in took:
-            self._batch.observe(took["batch_size"])
+            self._batch.labels(model).observe(took["batch_size"])
         if "cache_hit" in took:
-            self._cache.labels("hit" if took["cache_hit"] else "miss").inc()
-        self._tokens.inc(took.get("tokens", 0))
+            self._cache.labels(model, "hit" if took["cache_hit"] else "miss").inc()
+        if "tokens" in took:
+            self._tokens.labels(model, kind).observe(took["tokens"])
+        if "gpu_ms" in took:
+            self._gpu.labels(model, kind).inc(took["gpu_ms"] / 1000)
+        if run_ms is not None and outcome in ("succeeded", "failed"):
+            seconds = (took.get("queue_ms", 0.0) + run_ms) / 1000
+            self._seconds.labels(model, kind).observe(seconds)
 
     def page(self) -> bytes:
         """The text that Prometheus reads."""

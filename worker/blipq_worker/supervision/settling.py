@@ -11,6 +11,7 @@ from blipq.backoff import Backoff
 from blipq.contract import ErrorCode, JobError
 from blipq.errors import BlipqError
 from blipq.ledger.codec import Message
+from blipq.ledger.keys import model_of
 from blipq.ledger.worker import Loss, WorkerLedger
 from blipq.transport.broker import Broker
 from blipq_worker.fronts.holdings import Holding
@@ -123,7 +124,7 @@ class Settler:
         waits = self._ledger.settle(holding.id, holding.token, verdict)
         log.warning("%s: %s: %s", holding.id, verdict, "waits again" if waits else "ended, or gone")
         if waits:
-            self._metrics.done(holding.kind, "handed_back", {})
+            self._metrics.done(holding.kind, "handed_back", {}, model=model_of(holding.queue))
         return [message] if waits else []
 
     def _fail(self, holding: Holding, token: str, code: int) -> None:
@@ -131,7 +132,8 @@ class Settler:
         error = JobError(code=ErrorCode.IMAGE_INVALID, message=why)
         if self._ledger.fail_lost(holding.id, token, error.model_dump_json()):
             log.error("%s: failed: %s: %s", holding.id, error.code, why)
-            self._metrics.done(holding.kind, "failed", {}, error.code)
+            model = model_of(holding.queue)
+            self._metrics.done(holding.kind, "failed", {}, error.code, model=model)
 
 
 def _ended(code: int) -> str:

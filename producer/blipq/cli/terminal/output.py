@@ -203,6 +203,8 @@ def state_of(info: JobInfo) -> str:
         line += f" ({info.error.code}: {info.error.message})"
     if info.note is not None:
         line += f", {info.note}"
+    if info.eta is not None:
+        line += f", should end at {info.eta.astimezone():%H:%M:%S}"
     if info.attempts > 1:
         line += f", attempt {info.attempts}"
     if info.last_error is not None:

@@ -30,6 +30,7 @@ local function revive(id, job)
     redis.call('PEXPIRE', idempotency_key(job.idempotency_key), expires_in + options.retention)
   end
   index(OPEN, now + expires_in, id)
+  tally(work_key(job.model), job.work, 1)
   enqueue_and_publish(id, job)
 end
 

@@ -8,7 +8,7 @@ local function claimed(job)
   return {'claimed', 'token', fence(job), 'attempts', job.attempts, 'kind', job.kind,
     'model', job.model, 'queue', job.queue, 'request', job.request, 'output', job.output or '',
     'solo', job.solo or '0', 'retries', job.retries or '0', 'deadline', job.deadline, 'now', now,
-    'created_at', job.created_at}
+    'created_at', job.created_at, 'work', job.work or '', 'tenant', job.tenant or ''}
 end
 
 local job = load(id)
@@ -59,6 +59,7 @@ if job.solo then
   changed[#changed + 1] = 1
 end
 redis.call('HSET', job_key(id), unpack(changed))
+tally(working_key(job.model), job.work, 1)
 index(RUNNING, now + lease, id)
 local event = first and post_event(id, job, 'job.running')
 if event then keep_snapshot(event, job) end

@@ -29,6 +29,18 @@ local function ended(job)
   return status == 'succeeded' or status == 'failed' or status == 'cancelled' or status == 'expired'
 end
 
+-- Counts a job by its shape among those of its model that are open, or that a worker holds: what the
+-- prediction of work starts from. A record of an earlier version has no shape, and is not counted.
+local function tally(key, shape, by)
+  if not shape then return end
+  local count = redis.call('HINCRBY', key, shape, by)
+  if count <= 0 then
+    redis.call('HDEL', key, shape)
+  elseif by > 0 and redis.call('PTTL', key) < INDEX_TTL - DAY then
+    redis.call('PEXPIRE', key, INDEX_TTL)
+  end
+end
+
 -- Out of its queue. Only a job that was published again is in the second set.
 local function unqueue(id, job)
   redis.call('ZREM', queued_key(job.queue), id)
@@ -39,7 +51,11 @@ end
 local function forget(id, job)
   redis.call('ZREM', OPEN, id)
   redis.call('ZREM', RUNNING, id)
-  if job.status == 'running' then return end
+  tally(work_key(job.model), job.work, -1)
+  if job.status == 'running' then
+    tally(working_key(job.model), job.work, -1)
+    return
+  end
   redis.call('ZREM', DELAYED, id)
   unqueue(id, job)
 end
@@ -53,7 +69,7 @@ end
 -- job that has no result may be tried again, which takes the others.
 local OPEN_ONLY = {'worker', 'published_at', 'again', 'due', 'waiting', 'withdrawn', 'crashes',
   'retries', 'last_error'}
-local FOR_RETRY = {'contract', 'result_ttl', 'failed_ttl', 'solo'}
+local FOR_RETRY = {'contract', 'result_ttl', 'failed_ttl', 'solo', 'work'}
 
 local function shed(id, job, status)
   local names = {}
@@ -164,6 +180,7 @@ end
 local function enqueue(id, job, published_at)
   redis.call('HSET', job_key(id), 'status', 'queued', 'published_at', published_at)
   redis.call('HDEL', job_key(id), 'due', 'again')
+  if job.status == 'running' then tally(working_key(job.model), job.work, -1) end
   redis.call('ZREM', RUNNING, id)
   redis.call('ZREM', DELAYED, id)
   redis.call('ZREM', again_key(job.queue), id)

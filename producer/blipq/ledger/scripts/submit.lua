@@ -1,7 +1,7 @@
 -- Records jobs, each once, in order, and stops at the first that is refused.
 -- ARGV: retention ms, max open jobs, declared models between spaces, then of each job: id, digest,
 -- idempotency key or '', expires_in ms, how many arguments its fields take, and its field/value
--- pairs, of which the third is its model and the fourth its queue.
+-- pairs, of which the third is its model, the fourth its queue and the fifth its shape.
 -- Returns of each job that it came to: 'created' | 'waits' | 'exists' | 'conflict' | 'full' |
 -- 'unknown', then an id; behind 'unknown' it is what workers serve. 'waits' is created, too, but no
 -- worker lives that serves the model. The last three are refusals.
@@ -33,7 +33,10 @@ local function record(id, digest, given_key, expires_in, fields)
   if answer then return answer, id end
   local model, queue = fields[6], fields[8]
   if not is_known(model, declared) then return 'unknown', served_models() end
-  if redis.call('ZCARD', OPEN) >= max_open then return 'full', id end
+  local open = redis.call('ZCARD', OPEN)
+  if open >= max_open then return 'full', id end
+  -- Workers of an earlier version do not take off what they end.
+  if open == 0 then redis.call('DEL', work_key(model), working_key(model)) end
 
   local key = job_key(id)
   redis.call('HSET', key, 'digest', digest, 'status', 'queued', 'created_at', now,
@@ -45,6 +48,7 @@ local function record(id, digest, given_key, expires_in, fields)
   index(OPEN, now + expires_in, id)
   index(queued_key(queue), now, id)
   use(queue)
+  tally(work_key(model), fields[9] == 'work' and fields[10], 1)
   live[model] = live[model] or live_workers(model)
   return live[model] > 0 and 'created' or 'waits', id
 end
