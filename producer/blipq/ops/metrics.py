@@ -36,13 +36,21 @@ class LedgerCollector(Collector):
         try:
             families = [
                 *(*self._jobs(), *self._queues(), *self._work()),
-                *(*self._webhooks(), *self._memory()),
+                *(*self._webhooks(), *self._memory(), *self._forecast()),
             ]
         except redis.RedisError:
             yield GaugeMetricFamily("blipq_ledger_up", "Whether Redis answers.", 0)
             return
         yield GaugeMetricFamily("blipq_ledger_up", "Whether Redis answers.", 1)
         yield from families
+
+    def _memory(self) -> "Iterator[Metric]":
+        found = cast("dict[str, int]", self._redis.info("memory"))
+        limit = found.get("maxmemory") or found.get("total_system_memory") or 0
+        yield GaugeMetricFamily("blipq_redis_memory_bytes", "What Redis holds.", found["used_memory"])
+        yield GaugeMetricFamily(
+            "blipq_redis_memory_limit_bytes", "What it may hold, or its machine.", limit
+        )
 
     def _jobs(self) -> "Iterator[Metric]":
         counted = (
@@ -90,12 +98,10 @@ class LedgerCollector(Collector):
             workers.add_metric([model], count)
         yield from (depth, age, paused, workers)
 
-    def _memory(self) -> "Iterator[Metric]":
+    def _forecast(self) -> "Iterator[Metric]":
         if (found := forecast(self._redis)) is None:
             return
         for name, text, value in (
-            ("blipq_redis_memory_bytes", "What Redis holds.", found.used),
-            ("blipq_redis_memory_limit_bytes", "What it may hold, or its machine.", found.limit),
             ("blipq_redis_memory_forecast_bytes", "What it will hold at this rate.", found.later),
             ("blipq_jobs_ended_per_second", "Jobs that ended, of those kept.", found.rate),
         ):

@@ -64,7 +64,8 @@ def test_a_disk_that_is_full_later_has_a_place_for_all_that_is_counted(tmp_path:
         "from blipq_worker.process.metrics import WorkerMetrics, count_in;"
         "count_in(Path(sys.argv[1]), 'front-1'); metrics = WorkerMetrics();"
         "from blipq_worker.process.metrics import STAGES; all = dict.fromkeys(STAGES.values(), 1);"
-        "[metrics.done(kind, 'failed', {'batch_size': 1, 'tokens': 1, 'gpu_ms': 1, **all}, f'code{n}',"
+        "all |= {'batch_size': 1, 'tokens': 1, 'gpu_ms': 1};"
+        "[metrics.done(kind, 'failed', all, f'code{n}',"
         " model=model, run_ms=1) for kind in Kind for n in range(20) for model in 'ab']"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=60)
