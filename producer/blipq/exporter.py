@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from socketserver import ThreadingMixIn
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import redis
@@ -58,7 +58,7 @@ def _app(registry: CollectorRegistry, pages: Pages) -> "WSGIApplication":
     def app(environ: "WSGIEnvironment", start: "StartResponse") -> "Iterable[bytes]":
         first, _, rest = environ.get("PATH_INFO", "").lstrip("/").partition("/")
         if first not in pages:
-            return metrics(environ, start)
+            return cast("Iterable[bytes]", metrics(environ, start))
         try:
             status, body = "200 OK", json.dumps(pages[first](rest))
         except redis.RedisError as error:

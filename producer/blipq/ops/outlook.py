@@ -1,6 +1,6 @@
 """How much work is ahead of a fleet, model by model: what metrics tell, and what scales on it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -35,11 +35,8 @@ def outlooks(client: "redis.Redis") -> dict[str, Outlook]:
             for queue in keys.queues_of(model):
                 pipe.zcard(keys.queued(queue))
         found = pipe.execute()
-    each = len(found) // len(models) if models else 0
-    return {
-        model: _outlook(*found[place * each : place * each + 4], sum(found[place * each + 4 :][:3]))
-        for place, model in enumerate(models)
-    }
+    parts = [found[at : at + 7] for at in range(0, len(found), 7)]
+    return {model: _outlook(part[:4], part[4:]) for model, part in zip(models, parts, strict=True)}
 
 
 def work_page(client: "redis.Redis", model: str) -> dict[str, float]:
@@ -53,13 +50,9 @@ def work_page(client: "redis.Redis", model: str) -> dict[str, float]:
     return {"waiting_s": work.waiting_s, "running_s": work.running_s, "total_s": work.total_s}
 
 
-def _outlook(
-    open_: Mapping[str, str],
-    working: Mapping[str, str],
-    learned: Mapping[str, str],
-    used: Mapping[str, str],
-    waiting: int,
-) -> Outlook:
+def _outlook(hashes: Sequence[Mapping[str, str]], waiting: Sequence[int]) -> Outlook:
+    """From a model's hashes, and how many jobs wait in each of its queues."""
+    open_, working, learned, used = hashes
     costs = Costs(learned)
     used_ms = {tenant: float(ms) for tenant, ms in used.items()}
-    return Outlook(work_of(costs, open_, working, waiting), costs.error, used_ms)
+    return Outlook(work_of(costs, open_, working, sum(waiting)), costs.error, used_ms)

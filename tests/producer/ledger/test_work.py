@@ -17,6 +17,7 @@ from blipq.contract import (
     VQARequest,
 )
 from blipq.ledger import keys
+from blipq.ledger.operator import OperatorLedger
 from blipq.ledger.work import FIRST_GUESS_S, Costs, shape_of, work_of
 from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.ops.outlook import outlooks
@@ -98,7 +99,7 @@ def test_a_dead_letter_that_is_tried_again_is_work_again(
     error = json.dumps({"code": "internal", "message": "no"})
     assert ledger.fail(claim, error, "{}", dead=True)
     assert open_work() == ({}, {})
-    assert client.retry(job.id)
+    assert OperatorLedger.beside(ledger).retry_dead_letter(job.id)
     assert open_work() == ({CAPTION: "1"}, {})
 
 
