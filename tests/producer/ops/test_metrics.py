@@ -1,11 +1,14 @@
 """What Prometheus reads of the ledger and of a sender, over real HTTP from a real Redis."""
 
+import json
 import socket
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 import redis
@@ -17,6 +20,7 @@ from blipq.exporter import served
 from blipq.ledger.connection import connect
 from blipq.ledger.operator import OperatorLedger
 from blipq.ops.metrics import LedgerCollector
+from blipq.ops.outlook import work_page
 from blipq.webhooks.outbox import Outbox
 from conftest import ledger_of
 
@@ -129,3 +133,58 @@ def test_the_command_serves_until_sigterm(apart: Settings) -> None:
         assert scraped(int(line.rsplit(" ", 1)[1]))["blipq_ledger_up"] == 1
         process.terminate()
         assert process.wait(20) == 0
+
+
+def test_the_exporter_says_what_work_is_ahead(apart: Settings, scrape: Scrape) -> None:
+    with Client(apart) as client:
+        ledger = ledger_of(client)
+        ran = ["default", "caption.1.8.32.0", 4, 2000.0, 0, 0.0, 8000.0]
+        used = [["default", "shop", 1500.0], ["default", "", 500.0]]
+        for _ in range(2):
+            ledger.learn(json.dumps({"ran": [ran], "used": used}))
+        first, _, _ = (client.caption(IMAGE) for _ in range(3))
+        ledger.claim(first.id, "w1")
+        told = scrape()
+        assert told["blipq_backlog_gpu_seconds default waiting"] == pytest.approx(1)
+        assert told["blipq_backlog_gpu_seconds default running"] == pytest.approx(0.5)
+        assert told["blipq_prediction_error_ratio default"] == 0
+        assert told["blipq_gpu_seconds_total default shop"] == 3
+        assert told["blipq_gpu_seconds_total default "] == 1
+        assert told["blipq_redis_memory_bytes"] > 0
+
+
+def test_an_autoscaler_reads_the_work_of_a_model_as_json(apart: Settings) -> None:
+    with Client(apart) as client, connect(apart) as raw:
+        client.caption(IMAGE)
+        pages = {"work": partial(work_page, raw)}
+        with served(CollectorRegistry(), 0, "127.0.0.1", pages) as port:
+
+            def work(model: str) -> object:
+                url = f"http://127.0.0.1:{port}/work/{model}"
+                with urllib.request.urlopen(url, timeout=10) as answer:
+                    return json.load(answer)
+
+            assert work("default") == {"waiting_s": 1, "running_s": 0, "total_s": 1}
+            assert work("no.body") == {"waiting_s": 0, "running_s": 0, "total_s": 0}
+
+
+def test_an_autoscaler_is_not_told_of_no_work_while_redis_is_away() -> None:
+    pages = {"work": partial(work_page, redis.Redis(port=1))}
+    with served(CollectorRegistry(), 0, "127.0.0.1", pages) as port:
+        with (
+            pytest.raises(HTTPError) as error,
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/work/default", timeout=10),
+        ):
+            pass
+        with error.value:
+            assert error.value.code == 503
+
+
+def test_a_scrape_never_scans_the_keys(apart: Settings, scrape: Scrape) -> None:
+    with Client(apart) as client, connect(apart) as raw:
+        client.caption(IMAGE)
+        Outbox(raw, apart).register("s1", 30)
+        raw.config_resetstat()
+        assert scrape()["blipq_webhook_senders"] == 1
+        commands = {name.upper() for name in raw.info("commandstats")}
+        assert not {name for name in commands if "SCAN" in name or "KEYS" in name}

@@ -35,8 +35,6 @@ local function record(id, digest, given_key, expires_in, fields)
   if not is_known(model, declared) then return 'unknown', served_models() end
   local open = redis.call('ZCARD', OPEN)
   if open >= max_open then return 'full', id end
-  -- Workers of an earlier version do not take off what they end.
-  if open == 0 then redis.call('DEL', work_key(model), working_key(model)) end
 
   local key = job_key(id)
   redis.call('HSET', key, 'digest', digest, 'status', 'queued', 'created_at', now,
@@ -48,6 +46,9 @@ local function record(id, digest, given_key, expires_in, fields)
   index(OPEN, now + expires_in, id)
   index(queued_key(queue), now, id)
   use(queue)
+  -- What workers of an earlier version ended is counted still. Not before the first write above: one
+  -- that needs no memory would let a script of a full Redis go on.
+  if open == 0 then redis.call('DEL', work_key(model), working_key(model)) end
   tally(work_key(model), fields[9] == 'work' and fields[10], 1)
   live[model] = live[model] or live_workers(model)
   return live[model] > 0 and 'created' or 'waits', id
