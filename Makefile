@@ -120,6 +120,7 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml hatch_build.py producer/pyprojec
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) -c constraints.txt --group dev
+	$(BIN)/python -m tools.deploy.helm
 	@touch $@
 
 $(VENV)/installed-bench: $(VENV)/installed-dev

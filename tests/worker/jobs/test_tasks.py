@@ -271,7 +271,7 @@ def test_a_caption_is_stored_with_its_receipt(parts: Parts, picture: bytes) -> N
     info = parts.run(parts.client.caption(picture))
     assert (info.status, info.attempts) == ("succeeded", 1)
     assert info.result.text == "30 x 20"
-    assert b'kind="caption",outcome="succeeded"} 1.0' in parts.metrics.page()
+    assert b'kind="caption",model="default",outcome="succeeded"} 1.0' in parts.metrics.page()
     receipt = info.receipt
     assert (receipt.worker, receipt.checkpoint, receipt.dtype) == ("w1", "fake", "float32")
     assert (receipt.tokens, receipt.batch_size) == (3, 1)

@@ -31,7 +31,9 @@ from stacks import local_stack
 from worker.supervision import stand_ins
 
 IMAGE = "s3://uploads/cat.jpg"
-SUCCEEDED = 'blipq_worker_jobs_total{{code="",kind="caption",outcome="succeeded"}} {:.1f}'
+SUCCEEDED = (
+    'blipq_worker_jobs_total{{code="",kind="caption",model="default",outcome="succeeded"}} {:.1f}'
+)
 #: Of a death, until its jobs are where another front takes them.
 SOON_S = 2.0
 
@@ -262,7 +264,8 @@ def test_a_picture_that_ends_two_fronts_is_invalid_and_its_neighbour_is_not_char
     assert info.attempts == 2
     worker.held_by(neighbour, "claimed")
     assert neighbour.info().attempts == 1
-    sample = 'blipq_worker_jobs_total{code="image_invalid",kind="caption",outcome="failed"} 1.0'
+    labels = 'code="image_invalid",kind="caption",model="default",outcome="failed"'
+    sample = f"blipq_worker_jobs_total{{{labels}}} 1.0"
     worker.wait_for_count(sample)
 
 
