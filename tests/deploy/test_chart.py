@@ -141,9 +141,12 @@ def test_wrong_values_are_refused_by_name(values: Any, named: str) -> None:
 
 
 @pytest.mark.parametrize("values", SETS.values(), ids=SETS.keys())
-def test_no_pod_has_rights_or_a_token(values: Any) -> None:
+def test_no_pod_is_privileged_and_none_but_a_scaling_exporter_has_a_token(values: Any) -> None:
     for pod in pods(rendered(values)):
-        assert pod["automountServiceAccountToken"] is False
+        (name,) = (container["name"] for container in pod["containers"])
+        token = pod["automountServiceAccountToken"]
+        assert token is (name == "exporter" and "--deletion-costs" in str(pod))
+        assert ("serviceAccountName" in pod) is token
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         for container in pod["containers"]:
@@ -192,6 +195,22 @@ def test_workers_scale_on_the_work_of_their_models_and_the_exporter_stays() -> N
     deployments = of_kind(objects, "Deployment")
     assert "replicas" not in deployments["shop-worker-large"]["spec"]  # else an upgrade resets it
     assert deployments["shop-exporter"]["spec"]["replicas"] == 1
+
+
+def test_the_exporter_may_say_which_workers_pods_are_idle_and_nothing_else() -> None:
+    objects = rendered(TWO | SCALING)
+    (role,) = of_kind(objects, "Role").values()
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "patch"]}]
+    (exporter,) = (pod for pod in pods(objects) if "serviceAccountName" in pod)
+    selector = exporter["containers"][0]["command"][-1]
+    wanted = {tuple(pair.split("=")) for pair in selector.split(",")}
+    chosen = [
+        name
+        for name, each in of_kind(objects, "Deployment").items()
+        if wanted <= each["spec"]["template"]["metadata"]["labels"].items()
+    ]
+    assert chosen == ["shop-worker-large", "shop-worker-small"]
+    assert not of_kind(rendered({}), "Role")
 
 
 def test_a_service_reaches_the_pods_of_its_part() -> None:

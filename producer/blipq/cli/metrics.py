@@ -19,6 +19,13 @@ def metrics(
     host: Annotated[
         str, typer.Option(help="Address that this port is open at, such as 127.0.0.1.")
     ] = ANYWHERE,
+    deletion_costs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SELECTOR",
+            help="In Kubernetes: labels of the workers' pods, whose deletion costs are written.",
+        ),
+    ] = None,
 ) -> None:
     """Serve Prometheus metrics of the queues until SIGTERM.
 
@@ -32,6 +39,7 @@ def metrics(
     from prometheus_client import CollectorRegistry
 
     from blipq.ledger.connection import connect
+    from blipq.ops.deletion_costs import PAUSE_S, DeletionCosts, Pods
     from blipq.ops.metrics import LedgerCollector
     from blipq.ops.outlook import work_page
 
@@ -45,7 +53,9 @@ def metrics(
             client = stack.enter_context(connect(settings))
             pages = {"work": partial(work_page, client)}
             bound = stack.enter_context(served(registry, port, host, pages))
+            pods = Pods(deletion_costs) if deletion_costs else None
             registry.register(LedgerCollector(client))
             errors.print(f"metrics of {settings.endpoints} on port {bound}")
-            while not stop.wait(3600):
-                pass
+            while not stop.wait(PAUSE_S):
+                if pods is not None:
+                    DeletionCosts(client, pods).tick()

@@ -738,7 +738,7 @@ def test_a_job_goes_back_uncounted_however_often_s3_refuses_its_worker(
         info = parts.run(job)
         assert (info.status, info.attempts) == ("queued", 0)
     assert parts.held.claims() == []
-    assert b'kind="caption",outcome="handed_back"' in parts.metrics.page()
+    assert b'kind="caption",model="default",outcome="handed_back"' in parts.metrics.page()
 
 
 @pytest.mark.usefixtures("refused")
@@ -976,7 +976,7 @@ def test_a_hand_back_whose_answer_is_lost_is_no_crash(
     assert all(held)
     assert parts.held.claims() == []
     assert parts.ledger.redis.zcard("blipq:running") == 0
-    assert b'kind="caption",outcome="handed_back"} 1.0' in parts.metrics.page()
+    assert b'kind="caption",model="default",outcome="handed_back"} 1.0' in parts.metrics.page()
 
 
 def test_a_job_that_waits_to_run_alone_goes_back_through_lost_answers(

@@ -78,6 +78,8 @@ class WorkerMetrics:
             ["outcome"],
             registry=self._registry,
         )
+        for outcome in ("recorded", "dropped"):  # so that the first of them is an increase
+            self._refused.labels(outcome)
         self._stages = Histogram(
             "blipq_worker_stage_seconds",
             "Time of a job in each stage, as its receipt says.",

@@ -21,14 +21,17 @@ app.kubernetes.io/component: {{ .component }}
 {{ .Values.image.worker.repository }}:{{ .Values.image.worker.tag | default .Chart.AppVersion }}
 {{- end }}
 
-{{- /* Of a pod: no token, no rights. */ -}}
+{{- /* Of a pod: no rights, and no token but for an account of its own. */ -}}
 {{- define "blipq.podSecurity" -}}
-automountServiceAccountToken: false
+automountServiceAccountToken: {{ ternary "true" "false" (not (empty .account)) }}
+{{- with .account }}
+serviceAccountName: {{ . }}
+{{- end }}
 enableServiceLinks: false
-{{- with .Values.imagePullSecrets }}
+{{- with .root.Values.imagePullSecrets }}
 imagePullSecrets: {{ toYaml . | nindent 2 }}
 {{- end }}
-{{- with .Values.priorityClassName }}
+{{- with .root.Values.priorityClassName }}
 priorityClassName: {{ . }}
 {{- end }}
 securityContext:
