@@ -154,15 +154,15 @@ ALERTS = [
     ),
     Alert(
         name="BlipqRedisMemory",
-        expr="blipq_redis_memory_bytes / (blipq_redis_memory_max_bytes > 0) > 0.7",
+        expr="blipq_redis_memory_bytes / (blipq_redis_memory_limit_bytes > 0) > 0.7",
         minutes=5,
         severity="page",
-        summary="Redis uses {{ $value | humanizePercentage }} of its maxmemory.",
+        summary="Redis uses {{ $value | humanizePercentage }} of what it may hold.",
         meaning="At 100 % submits raise `QueueFull`. A rewrite of the append-only file needs room,"
         " too.",
         action="Raise maxmemory, lower `BLIPQ_MAX_OPEN_JOBS`, or shorten `BLIPQ_RESULT_TTL`, which"
         " is also how long idempotency keys hold.",
-        series={"blipq_redis_memory_bytes": "8x40", "blipq_redis_memory_max_bytes": "10x40"},
+        series={"blipq_redis_memory_bytes": "8x40", "blipq_redis_memory_limit_bytes": "10x40"},
     ),
     Alert(
         name="BlipqPredictionOff",

@@ -79,7 +79,7 @@ FLEET = [
     ),
     Panel(
         "Redis memory",
-        {"used": "blipq_redis_memory_bytes", "maxmemory": "blipq_redis_memory_max_bytes"},
+        {"used": "blipq_redis_memory_bytes", "limit": "blipq_redis_memory_limit_bytes"},
         "bytes",
     ),
     Panel("Redis answers", {"up": "blipq_ledger_up"}),
