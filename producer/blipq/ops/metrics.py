@@ -47,7 +47,9 @@ class LedgerCollector(Collector):
     def _memory(self) -> "Iterator[Metric]":
         found = cast("dict[str, int]", self._redis.info("memory"))
         limit = found.get("maxmemory") or found.get("total_system_memory") or 0
-        yield GaugeMetricFamily("blipq_redis_memory_bytes", "What Redis holds.", found["used_memory"])
+        yield GaugeMetricFamily(
+            "blipq_redis_memory_bytes", "What Redis holds.", found["used_memory"]
+        )
         yield GaugeMetricFamily(
             "blipq_redis_memory_limit_bytes", "What it may hold, or its machine.", limit
         )
