@@ -22,7 +22,6 @@ MODELS = "blipq:models"  # zset: model -> when a worker last registered it
 SENDERS = "blipq:senders"  # zset: sender of webhooks -> until when it counts as live
 OUTBOX = "blipq:outbox"  # zset: host -> when its next webhook event is due
 DEAD_EVENTS = "blipq:dead-events"  # zset: event id -> when it was given up
-SENDERS = "blipq:senders"  # zset: sender of webhooks -> until when it counts as live
 EVENT_COUNTS = "blipq:event-counts"  # hash: outcome of an attempt -> count
 FORGOTTEN = "blipq:forgotten"  # zset: SHA-1 of an image's URI -> when its job was erased
 SWEEPER = "blipq:reconciler"  # string: since when which worker sweeps
