@@ -11,10 +11,11 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels ./producer ./worker
 
 FROM python:3.11-slim AS producer
 ENV PYTHONUNBUFFERED=1
-RUN useradd --create-home --uid 1000 blipq
+RUN useradd --create-home --uid 1000 blipq && \
+    install --directory --owner=blipq --mode=0700 /keys
 COPY constraints.txt /tmp/constraints.txt
 RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
-    pip install --no-cache-dir -c /tmp/constraints.txt /wheels/blipq-*.whl
+    pip install --no-cache-dir -c /tmp/constraints.txt "$(echo /wheels/blipq-*.whl)[api]"
 USER blipq
 CMD ["blipq", "--help"]
 

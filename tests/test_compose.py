@@ -15,8 +15,15 @@ import yaml
 from pydantic import ValidationError
 
 from blipq import Settings
+from blipq.api.settings import ApiSettings
 from blipq.ledger.connection import connect
-from blipq.local.stack import _INNER_PORTS, free_port, redis_command, s3_command
+from blipq.local.stack import (
+    _INNER_PORTS,
+    LocalStack,
+    free_port,
+    redis_command,
+    s3_command,
+)
 from blipq.local.supervisor import Service
 from blipq.s3.storage import Storage
 from blipq.settings import Settings as ProducerSettings
@@ -189,6 +196,37 @@ def test_every_setting_exists_and_is_valid(
                 pytest.fail(str(error))
         assert settings.redis_url == "redis://:hush@redis:6379/0"
         assert options.models == {"default": "opt-2.7b" if name == "worker" else "demo"}
+
+
+def test_the_door_makes_a_key_and_its_probe_follows_its_health(
+    compose: dict[str, Any], stack: LocalStack, tmp_path: Path
+) -> None:
+    service = compose["services"]["api"]
+    program, *arguments = service["command"]
+    _, python, *probe = service["healthcheck"]["test"]
+    assert (program, python, service["volumes"]) == ("blipq", "python", ["keys:/keys"])
+    options = dict(service["environment"])
+    assert set(options.pop("<<", {}) | options) <= {
+        f"BLIPQ_{name.upper()}" for name in ApiSettings.model_fields
+    }
+    assert float(options["BLIPQ_API_DRAIN_S"]) < seconds(service["stop_grace_period"])
+    port = free_port()
+    own = options | stack.environment() | {"BLIPQ_API_KEYS": str(tmp_path / "keys.toml")}
+    command = [sys.executable, "-m", "blipq", *arguments, "--port", str(port)]
+    door = Service("api", command, env=own, log=tmp_path / "log")
+    door.start()
+    try:
+        healthy = [sys.executable, *(each.replace(":8321", f":{port}") for each in probe)]
+
+        def is_healthy() -> bool:
+            assert door.exit_code is None, door.last_words()
+            return subprocess.run(healthy, capture_output=True, timeout=30).returncode == 0
+
+        wait_until(is_healthy, "the door")
+        assert (tmp_path / "keys.key").exists()
+    finally:
+        door.stop(timeout=30)
+    assert subprocess.run(healthy, capture_output=True, timeout=30).returncode != 0
 
 
 def test_services_that_stay_up_restart_and_are_probed(compose: dict[str, Any]) -> None:

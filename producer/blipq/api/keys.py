@@ -27,6 +27,10 @@ Scope = Literal["submit", "read", "cancel", "admin"]
 ALL_SCOPES: tuple[Scope, ...] = ("submit", "read", "cancel", "admin")
 #: In a list of what is allowed: all of it.
 ANY = "*"
+#: The lists of what a key's jobs may name.
+LISTS = ("models", "buckets", "image_hosts", "indexes", "outputs", "webhook_hosts")
+#: Name and tenant of the key that a local stack and the compose file make.
+FIRST = "admin"
 #: How often the file is looked at, at the most.
 CHECK_EVERY_S = 1.0
 
@@ -197,16 +201,42 @@ def digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def add_key(path: Path, name: str, tenant: str, lists: Mapping[str, Iterable[str]]) -> str:
+def make_first_key(path: Path) -> Path | None:
+    """Makes the file with one key that may do everything; where that key is kept.
+
+    None if the file is there already. The key itself is beside it, for its owner alone to read, and
+    is written first: a process that dies in between leaves no digest of a key that nobody has.
+    """
+    if path.exists():
+        return None
+    kept = path.with_suffix(".key")
+    secret = kept.read_text().strip() if kept.exists() else _new_secret()
+    _replace(kept, secret + "\n")
+    lists = {name: [ANY] for name in LISTS} | {"scopes": ALL_SCOPES}
+    add_key(path, FIRST, FIRST, lists, secret)
+    return kept
+
+
+def _new_secret() -> str:
+    return f"blipq_{secrets.token_urlsafe(32)}"
+
+
+def add_key(
+    path: Path,
+    name: str,
+    tenant: str,
+    lists: Mapping[str, Iterable[str]],
+    secret: str | None = None,
+) -> str:
     """Adds an entry to the file, which is made if need be; the key, which is kept nowhere.
 
-    ``lists``: scopes and what is allowed; an empty one is left to the default. Raises
-    InvalidRequest.
+    ``lists``: scopes and what is allowed; an empty one is left to the default. ``secret``: the key,
+    if it is not to be a new one. Raises InvalidRequest.
     """
     known = read_keys(path) if path.exists() else {}
     if name in known:
         raise InvalidRequest(f"{path} has a key {name!r} already")
-    secret = f"blipq_{secrets.token_urlsafe(32)}"
+    secret = secret or _new_secret()
     entry: dict[str, Any] = {"sha256": digest(secret), "tenant": tenant}
     entry |= {field: list(values) for field, values in lists.items() if values}
     try:

@@ -26,15 +26,23 @@ def api(
         str, typer.Option(help="Address to listen on. Any but loopback's needs keys.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8321,
+    make_key: Annotated[
+        bool,
+        typer.Option(
+            "--make-key",
+            help="Where the file of keys is missing, make it, with one key that may do everything.",
+        ),
+    ] = False,
 ) -> None:
     """Answer HTTP until SIGTERM: jobs, uploads, queues, webhooks. Exit code 78 without keys.
 
     Without BLIPQ_API_KEYS it serves this machine alone. The log of requests goes to stdout, a JSON
-    object a line.
+    object a line. --make-key keeps the new key beside the file, as keys.key for keys.toml.
 
     Examples:
         blipq api
         BLIPQ_API_KEYS=keys.toml blipq api --host 0.0.0.0
+        BLIPQ_API_KEYS=keys.toml blipq api --host 0.0.0.0 --make-key
     """
     if context.invoked_subcommand is not None:
         return
@@ -47,11 +55,23 @@ def api(
                 raise
             raise BlipqError(NOT_INSTALLED) from None
         settings = checked(ApiSettings)
+        if make_key:
+            _make_key(settings.api_keys)
         if settings.api_keys is None and not server.is_loopback(host):
             text = f"{host} is not loopback: set BLIPQ_API_KEYS, and make a key with "
             errors.print(f"blipq: {text}{blipq('api keys new NAME')}", style="red", markup=False)
             raise typer.Exit(server.EXIT_NO_KEYS)
         server.run(settings, host, port, lambda text: errors.print(text, markup=False))
+
+
+def _make_key(file: Path | None) -> None:
+    from blipq.api.keys import make_first_key
+
+    if file is None:
+        raise InvalidRequest("--make-key: set BLIPQ_API_KEYS to the file of keys")
+    kept = make_first_key(file)
+    if kept is not None:
+        errors.print(f"made {file}; its key is in {kept}", markup=False)
 
 
 @keys.command("new")

@@ -18,10 +18,14 @@ from blipq.submission import checked
 def up(
     redis_port: Annotated[int | None, typer.Option(help="Redis port.")] = None,
     s3_port: Annotated[int | None, typer.Option(help="S3 port.")] = None,
+    api_port: Annotated[int | None, typer.Option(help="Port of the HTTP door.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Where data and logs are kept.")] = None,
     worker: Annotated[bool, typer.Option(help="Also start a worker.")] = True,
 ) -> None:
-    """Start a local stack: Redis, S3 and a worker. Ctrl-C stops it all.
+    """Start a local stack: Redis, S3, a worker and the HTTP door. Ctrl-C stops it all.
+
+    The door has a key of its own, which is shown when it is made and kept in the folder. Without
+    the extra blipq[api] there is no door.
 
     Examples:
         blipq up
@@ -30,7 +34,7 @@ def up(
     from blipq.local import up as stack
 
     with reported():
-        raise typer.Exit(stack.run(redis_port, s3_port, folder, with_worker=worker))
+        raise typer.Exit(stack.run(redis_port, s3_port, api_port, folder, with_worker=worker))
 
 
 def down() -> None:

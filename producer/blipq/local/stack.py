@@ -31,6 +31,7 @@ from blipq.settings import Settings, born, stack_file
 
 REDIS_PORT = 16379
 S3_PORT = 18333
+API_PORT = 8321
 START_TIMEOUT_S = 30.0
 START_TRIES = 3
 
@@ -72,6 +73,16 @@ def free_ports(count: int) -> list[int]:
 def free_port() -> int:
     """A port that nobody listens on now."""
     return free_ports(1)[0]
+
+
+def check_port(name: str, port: int | None) -> None:
+    """Raises StackError for a port that is taken. ``name``: of the option that gives another."""
+    with socket.socket() as probe:
+        if port is not None and probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise StackError(
+                f"port {port} is taken: stop what listens there ({blipq('down')}?), "
+                f"or choose another with --{name}-port"
+            )
 
 
 def redis_command() -> str:
@@ -256,13 +267,8 @@ class LocalStack:
         return Service("s3", command, log=self.folder / "s3.log")
 
     def _check_ports(self) -> None:
-        for name, port in (("Redis", self.redis_port), ("S3", self.s3_port)):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    raise StackError(
-                        f"port {port} is taken: stop what listens there ({blipq('down')}?), "
-                        f"or choose another with --{name.lower()}-port"
-                    )
+        for name, port in (("redis", self.redis_port), ("s3", self.s3_port)):
+            check_port(name, port)
 
     def _redis_answers(self) -> bool:
         settings = self.settings()

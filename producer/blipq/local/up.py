@@ -1,6 +1,7 @@
 """``blipq up``: the local stack in the foreground, with a worker that is restarted if it dies.
 
-Where BLIPQ_WEBHOOK_SECRETS is set it also sends webhooks.
+Where the extra ``blipq[api]`` is installed it also answers HTTP, and where BLIPQ_WEBHOOK_SECRETS is
+set it also sends webhooks.
 """
 
 import os
@@ -16,16 +17,30 @@ import redis
 from blipq.errors import BlipqError
 from blipq.ledger.connection import connect
 from blipq.ledger.operator import OperatorLedger
+from blipq.local.door import LocalDoor, has_door
 from blipq.local.fleet import EXIT_MODEL
 from blipq.local.sample import red_square
-from blipq.local.stack import REDIS_PORT, S3_PORT, LocalStack, sender_service, worker_service
+from blipq.local.stack import (
+    API_PORT,
+    REDIS_PORT,
+    S3_PORT,
+    LocalStack,
+    check_port,
+    sender_service,
+    worker_service,
+)
 from blipq.local.supervisor import Service, supervise
 from blipq.program import blipq
 from blipq.settings import cache_folder, read_stack_file
 
 
 def run(
-    redis_port: int | None, s3_port: int | None, folder: Path | None, *, with_worker: bool
+    redis_port: int | None,
+    s3_port: int | None,
+    api_port: int | None,
+    folder: Path | None,
+    *,
+    with_worker: bool,
 ) -> int:
     """Runs the stack until SIGINT or SIGTERM; the exit code."""
     running = read_stack_file()
@@ -37,10 +52,13 @@ def run(
         redis_port=redis_port or REDIS_PORT,
         s3_port=s3_port or S3_PORT,
     )
+    door = LocalDoor(stack.folder, api_port or API_PORT) if has_door() else None
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     tell(f"starting a local stack in {stack.folder}")
+    if door is not None:
+        check_port("api", door.port)
     stack.start()
     started: list[Service] = []
     try:
@@ -50,11 +68,17 @@ def run(
             started.append(worker_service(stack.environment(), None))
         if stack.settings().webhook_secrets:
             started.append(sender_service(stack.environment()))
+        if door is not None:
+            started.append(door.service(stack.environment()))
         for service in started:
             service.start()
         tell("blipq commands and Client() on this machine use it now; Ctrl-C stops it")
         tell(f'for redis-cli, boto3, Celery, Flower and others: eval "$({blipq("env")})"')
         threading.Thread(target=_greet, args=(stack, stop), daemon=True).start()
+        if door is not None:
+            threading.Thread(target=door.introduce, args=(tell, stop), daemon=True).start()
+        else:
+            tell("no HTTP door: pip install 'blipq[api]' adds it")
         return supervise([*started, *stack.services], stop, tell=tell, give_up_on=(EXIT_MODEL,))
     finally:
         tell("stopping")

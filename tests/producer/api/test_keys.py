@@ -12,6 +12,7 @@ import httpx2
 import pytest
 
 from blipq import Settings
+from blipq.api.keys import Keyring, make_first_key
 from blipq.ledger.worker import WorkerLedger
 from blipq.local.stack import LocalStack
 from conftest import blipq, wait_until
@@ -69,6 +70,36 @@ def test_a_key_has_256_bits_and_the_file_its_digest_alone(tmp_path: Path) -> Non
     assert set(tomllib.loads(file.read_text())["keys"]) == {"a", "b.c"}
     again = blipq("api", "keys", "new", "a", "--file", str(file))
     assert (again.returncode, "already" in again.stderr) == (2, True)
+
+
+def test_a_first_key_is_made_once_and_may_do_everything(start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "keys.toml"
+    kept = file.with_suffix(".key")
+    door = start("--host", "0.0.0.0", "--make-key", api_keys=str(file))
+    key = kept.read_text().strip()
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (file, kept)] == [0o600, 0o600]
+    assert key not in file.read_text()
+    assert key not in door.logged()
+    url = door.url.replace("0.0.0.0", "127.0.0.1")
+    anything = {"index": "i", "image": "https://example.org/cat.jpg", "kind": "embed"}
+    options = {"model": "m", "output": "s3://a/b", "webhook": {"url": "https://example.org/"}}
+    with DoorProcess(door.service, url, door.log).http(key) as http:
+        submitted(http, {**anything, "options": options})
+        assert http.get("/v1/workers").status_code == 200
+    start("--make-key", api_keys=str(file))
+    assert kept.read_text().strip() == key
+
+
+def test_a_first_key_whose_making_was_cut_off_is_made_to_the_end(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    kept = make_first_key(file)
+    assert kept is not None
+    key = kept.read_text()
+    file.unlink()
+    assert make_first_key(file) == kept
+    assert kept.read_text() == key
+    assert Keyring(file).find(key.strip()) is not None
+    assert make_first_key(file) is None
 
 
 def test_another_tenants_job_does_not_exist(

@@ -9,6 +9,8 @@ import stat
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -134,7 +136,8 @@ def cache(tmp_path: Path) -> dict[str, str]:
 
 
 def up(cache: dict[str, str], folder: Path, *more: str) -> subprocess.Popen[str]:
-    ports = ("--redis-port", str(free_port()), "--s3-port", str(free_port()))
+    names = ("--redis-port", "--s3-port", "--api-port")
+    ports = [part for name in names for part in (name, str(free_port()))]
     command = [sys.executable, "-m", "blipq", "up", "--folder", str(folder), *ports, *more]
     return subprocess.Popen(command, env={**os.environ, **cache}, stderr=subprocess.PIPE, text=True)
 
@@ -158,6 +161,39 @@ def test_up_serves_this_machine_until_down(tmp_path: Path, cache: dict[str, str]
     _, told = running.communicate(timeout=30)
     assert running.returncode == 0, told
     assert not Path(cache["BLIPQ_STACK_FILE"]).exists()
+
+
+def test_up_answers_http_with_a_key_that_it_shows_once(
+    tmp_path: Path, cache: dict[str, str]
+) -> None:
+    folder = tmp_path / "stack"
+    kept = folder / "api" / "keys.key"
+    shown = []
+    for _ in range(2):
+        running = up(cache, folder, "--no-worker")
+        assert running.stderr is not None
+        lines: list[str] = []
+        while not lines or "its key" not in lines[-1]:
+            lines.append(running.stderr.readline())
+            assert lines[-1], "".join(lines)
+        (address,) = re.findall(r"HTTP at (http://[\d.:]+)", lines[-2])
+        key = kept.read_text().strip()
+        request = urllib.request.Request(f"{address}/v1/jobs")
+        with pytest.raises(urllib.error.HTTPError, match="401") as refused:
+            urllib.request.urlopen(request, timeout=10)
+        refused.value.close()
+        request.add_header("Authorization", f"Bearer {key}")
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            assert json.load(answer)["jobs"] == []
+        shown.append(key in "".join(lines))
+        assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+        stopped = blipq("down", **cache)
+        assert (stopped.returncode, stopped.stderr) == (0, "stopped\n")
+        running.communicate(timeout=30)
+        with pytest.raises(urllib.error.URLError):
+            urllib.request.urlopen(f"{address}/health", timeout=5)
+    assert shown == [True, False]
+    assert key not in (folder / "api.log").read_text()
 
 
 def test_up_says_how_to_reach_it_and_ends_its_start_with_a_line_to_try(
@@ -221,7 +257,8 @@ def test_up_on_a_taken_port_fails_with_one_line(tmp_path: Path, cache: dict[str,
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
         folder = str(tmp_path / "stack")
-        failed = blipq("up", "--no-worker", "--folder", folder, "--redis-port", port, **cache)
+        ports = ("--redis-port", port, "--api-port", str(free_port()))
+        failed = blipq("up", "--no-worker", "--folder", folder, *ports, **cache)
     assert failed.returncode == 1
     assert f"port {port} is taken" in failed.stderr
     assert "Traceback" not in failed.stderr

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 import blipq
+from blipq.local.stack import API_PORT
 from blipq_worker.demo.plots import stage_plot, throughput_plot
 from blipq_worker.demo.score import PASS_SHARE, Answered, Run, Tally
 from blipq_worker.demo.world import Demonstration, render, with_article
@@ -67,6 +68,7 @@ def render_report(run: Run) -> str:
         stages=stage_plot(run.answers),
         batch_size=batch_size(run),
         cards=cards(run),
+        door=f"http://127.0.0.1:{API_PORT}",
     )
 
 
