@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import redis
 
 from blipq import CaptionRequest, ErrorCode, Job, Status
 from blipq.ledger.codec import Message
@@ -73,8 +74,12 @@ def test_a_worker_killed_among_foreign_jobs_loses_at_most_what_it_was_reading(ri
         request = {"image": rig.image.uri, "prompt": f"sleep 0.01 {id}"}
         rig.send({"task": "blipq.caption", "id": id}, json.dumps([[id, request], {}, {}]))
 
+    def count_ended(raw: "redis.Redis") -> int:
+        lists = raw.scan_iter("blipq:listed:*:succeeded", count=1000)
+        return sum(int(raw.zcard(each)) for each in lists)
+
     def ended(at_least: int) -> bool:
-        return rig.redis(lambda raw: raw.zcard("blipq:recent")) >= at_least
+        return rig.redis(count_ended) >= at_least
 
     for at_least in (20, 170, 320):
         worker = rig.start_worker(max_batch_size=16)

@@ -3,7 +3,8 @@
 import asyncio
 import base64
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
@@ -28,14 +29,15 @@ from blipq.contract import JobInfo, Kind, Options, Status, request_adapter
 from blipq.contract import Request as JobRequest
 from blipq.errors import InvalidRequest, ResultTimeout
 from blipq.ledger.codec import Message
+from blipq.ledger.listing import Place, Wanted
 from blipq.submission import Submission, explain, new_id
 
 T = TypeVar("T")
 
 LONGEST_WAIT_S = 60.0
 MOST_LISTED = 500
-#: What the ledger knows of jobs at once: all that are listed are among these.
-MOST_KNOWN = 4000
+#: Times of lists lie before the year 2300.
+LATEST_S = 10_413_792_000
 _PREFER = re.compile(r"(?:^|[,;\s])wait\s*=\s*(\d{1,6})(?:$|[,;\s])", re.I)
 #: Ids that callers choose: no slash, so that a path can hold them.
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{7,127}")
@@ -218,38 +220,60 @@ async def forget(request: Request) -> Response:
 
 
 async def list_(request: Request) -> Response:
-    """Jobs, the newest first: open ones, and the last thousand that ended."""
+    """Jobs, the newest first, by status, kind, model, tenant, time and metadata."""
     door, caller = door_of(request), caller_of(request)
     query = dict(request.query_params)
     limit = number(query.pop("limit", "50"), "limit", 1, MOST_LISTED)
     after = _cursor(query.pop("cursor", None))
-    status = _one_of(Status, query.pop("status", None), "status")
-    kind = _one_of(Kind, query.pop("kind", None), "kind")
-    model = query.pop("model", None)
-    metadata = {
-        name.removeprefix(_METADATA): query.pop(name)
-        for name in [*query]
-        if name.startswith(_METADATA)
-    }
+    wanted = wanted_of(query, caller)
     if query:
         raise InvalidRequest(f"{min(query)[:100]}: no such filter")
-    jobs = await door.operate(
-        lambda operator: operator.jobs(status=status, model=model, limit=MOST_KNOWN)
+    if wanted is None:
+        return shown({"jobs": [], "read": 0})
+    page = await door.operate(
+        lambda operator: operator.listing.page(wanted, limit=limit, after=after)
     )
-    found = sorted(
-        (
-            info
-            for info in jobs
-            if caller.sees(info.tenant) and kind in (None, info.kind) and _has(info, metadata)
-        ),
-        key=_place,
-        reverse=True,
+    answer: dict[str, Any] = {"jobs": [_listed(info) for info in page.jobs], "read": page.read}
+    if page.next is not None:
+        answer["next_cursor"] = _cursor_of(page.next)
+        answer["next_from"] = page.next.at.isoformat(timespec="milliseconds")
+    return shown(answer)
+
+
+def wanted_of(query: dict[str, str], caller: Caller) -> Wanted | None:
+    """What is listed, of which the filters are taken out of the query; None of nothing.
+
+    Raises InvalidRequest.
+    """
+    tenant, own = query.pop("tenant", None), caller.only_tenant
+    wanted = Wanted(
+        status=_one_of(Status, query.pop("status", None), "status"),
+        kind=_one_of(Kind, query.pop("kind", None), "kind"),
+        model=query.pop("model", None),
+        tenant=tenant if own is None else own,
+        since=_time(query.pop("since", None), "since"),
+        until=_time(query.pop("until", None), "until"),
+        metadata={
+            name.removeprefix(_METADATA): query.pop(name)
+            for name in [*query]
+            if name.startswith(_METADATA)
+        },
     )
-    rest = [info for info in found if after is None or _place(info) < after]
-    page: dict[str, Any] = {"jobs": [_listed(info) for info in rest[:limit]]}
-    if len(rest) > limit:
-        page["next_cursor"] = _cursor_of(rest[limit - 1])
-    return shown(page)
+    return wanted if own is None or tenant in (None, own) else None
+
+
+def _time(text: str | None, name: str) -> datetime | None:
+    """A time of RFC 3339; one without an offset is UTC."""
+    if text is None:
+        return None
+    try:
+        time = datetime.fromisoformat(text)
+        time = time if time.tzinfo is not None else time.replace(tzinfo=UTC)
+        if not 0 <= time.timestamp() < LATEST_S:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise InvalidRequest(f"{name}: a time such as 2026-01-31T12:00:00Z is expected") from None
+    return time
 
 
 def _listed(info: JobInfo) -> dict[str, Any]:
@@ -257,25 +281,18 @@ def _listed(info: JobInfo) -> dict[str, Any]:
     return info.model_dump(mode="json", exclude_none=True, exclude={"result"})
 
 
-def _has(info: JobInfo, metadata: Mapping[str, str]) -> bool:
-    return all(info.metadata.get(name) == value for name, value in metadata.items())
+def _cursor_of(place: Place) -> str:
+    return base64.urlsafe_b64encode(f"{place.ms} {place.id}".encode()).decode()
 
 
-def _place(info: JobInfo) -> tuple[float, str]:
-    return info.created_at.timestamp(), info.id
-
-
-def _cursor_of(info: JobInfo) -> str:
-    at, id = _place(info)
-    return base64.urlsafe_b64encode(f"{at!r} {id}".encode()).decode()
-
-
-def _cursor(text: str | None) -> tuple[float, str] | None:
+def _cursor(text: str | None) -> Place | None:
     if text is None:
         return None
     try:
-        at, _, id = base64.b64decode(text, altchars=b"-_", validate=True).decode().partition(" ")
-        return float(at), id
+        ms, _, id = base64.b64decode(text, altchars=b"-_", validate=True).decode().partition(" ")
+        if not (ms.isdecimal() and ms.isascii() and int(ms) < LATEST_S * 1000):
+            raise ValueError
+        return Place(int(ms), id)
     except ValueError:
         raise InvalidRequest("cursor: it is none that a list gave") from None
 

@@ -81,6 +81,11 @@ class Caller:
         return self.tenant is None or tenant == self.tenant or "admin" in self.scopes
 
     @property
+    def only_tenant(self) -> str | None:
+        """The tenant whose jobs alone exist for the caller; None if all do."""
+        return None if "admin" in self.scopes else self.tenant
+
+    @property
     def folder(self) -> str:
         """The caller's part of the inbox: "", or the tenant and a slash."""
         return "" if self.tenant is None else f"{self.tenant}/"

@@ -90,12 +90,16 @@ _KEY = _parameter(
     ("The same key with the same body is the same job; with another body it is a 409."),
 )
 _LIMIT = _parameter("limit", "query", _of("integer", minimum=1, maximum=500), "The most to list.")
+_TIME = _of("string", format="date-time")
 _LISTING = (
     _LIMIT,
     _parameter("cursor", "query", _TEXT, "`next_cursor` of the page before."),
     _parameter("status", "query", _of("string", enum=[*Status]), "Only with this status."),
     _parameter("kind", "query", _of("string", enum=[*Kind]), "Only of this kind."),
     _parameter("model", "query", _TEXT, "Only of this served model."),
+    _parameter("tenant", "query", _TEXT, "Only of this tenant."),
+    _parameter("since", "query", _TIME, "Only submitted at this time or later."),
+    _parameter("until", "query", _TIME, "Only submitted before this time."),
     {
         **_parameter(
             "metadata",
@@ -351,7 +355,13 @@ def _schemas() -> dict[str, Any]:
             **dict.fromkeys(("id", "status_url", "result_url", "events_url"), _TEXT),
             cancel_url=_TEXT,
         ),
-        "JobPage": _object(["jobs"], jobs=_of("array", items=_ref("JobInfo")), next_cursor=_TEXT),
+        "JobPage": _object(
+            ["jobs", "read"],
+            jobs=_of("array", items=_ref("JobInfo")),
+            read=_of("integer"),
+            next_cursor=_TEXT,
+            next_from=_TIME,
+        ),
         "Problem": _object(
             ["type", "title", "status", "detail", "code", "retryable", "request_id"],
             type=_TEXT,

@@ -36,8 +36,7 @@ def list_(
 ) -> None:
     """List jobs, the newest first.
 
-    Open ones, and the last thousand that ended, each with its picture and its answer. Times are
-    UTC.
+    Each with its picture and its answer, as long as its record is kept. Times are UTC.
 
     Examples:
         blipq list

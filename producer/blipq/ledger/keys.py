@@ -16,8 +16,8 @@ RUNNING = "blipq:running"  # zset: id -> end of the lease
 DELAYED = "blipq:delayed"  # zset: id -> when the retry is due
 QUEUES = "blipq:queues"  # zset: queue -> last use; negative while no job waits in it
 DEAD_LETTERS = "blipq:dead-letters"  # zset: id -> when it was given up
-RECENT = "blipq:recent"  # zset: id -> when it ended, of the last thousand
 WORKERS = "blipq:workers"  # zset: worker -> until when it counts as live
+LISTS = "blipq:lists"  # zset: name of a list of jobs -> the hour in which they were submitted
 MODELS = "blipq:models"  # zset: model -> when a worker last registered it
 SENDERS = "blipq:senders"  # zset: sender of webhooks -> until when it counts as live
 OUTBOX = "blipq:outbox"  # zset: host -> when its next webhook event is due
@@ -66,6 +66,11 @@ def passed(queue: str) -> str:
 def paused(queue: str) -> str:
     """String: 0 while a queue is paused, then when it was resumed."""
     return f"blipq:paused:{queue}"
+
+
+def listed(name: str) -> str:
+    """Zset: id -> when it was submitted, of the jobs of a list (see ``ListName``)."""
+    return f"blipq:listed:{name}"
 
 
 def worker(name: str) -> str:
@@ -201,8 +206,8 @@ _CONSTANTS = {
     "DELAYED": DELAYED,
     "QUEUES": QUEUES,
     "DEAD_LETTERS": DEAD_LETTERS,
-    "RECENT": RECENT,
     "WORKERS": WORKERS,
+    "LISTS": LISTS,
     "MODELS": MODELS,
     "OUTBOX": OUTBOX,
     "FORGOTTEN": FORGOTTEN,
@@ -212,7 +217,7 @@ _CONSTANTS = {
     "KOMBU_SEPARATOR": _KOMBU_SEPARATOR,
 }
 _FUNCTIONS: tuple[Callable[[str], str], ...] = (
-    *(job, idempotency, queued, again, claimed, taken, passed, paused),
+    *(job, idempotency, queued, again, claimed, taken, passed, paused, listed),
     *(worker, serving, spare, withdrawn, outbox, event, stopped),
     *(work, working, cost, used),
 )

@@ -5,11 +5,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from blipq.contract import TERMINAL_STATUSES, JobInfo, Status
+from blipq.contract import JobInfo, Status
 from blipq.ledger import changes, codec, keys
 from blipq.ledger.changes import Change, Changing
 from blipq.ledger.codec import Message
 from blipq.ledger.connection import redis_errors
+from blipq.ledger.listing import Listing, Wanted
 from blipq.ledger.script_runner import ScriptRunner
 
 #: The most members of one index that are read for a list or purged in a round trip.
@@ -39,6 +40,11 @@ class QueueState:
 class OperatorLedger(ScriptRunner):
     """Reads the ledger's indexes, and changes many jobs. Raises QueueUnavailable."""
 
+    @property
+    def listing(self) -> Listing:
+        """Lists of jobs, in pages."""
+        return Listing(self.redis, self.settings)
+
     # -- jobs --
 
     def read(self, id: str) -> JobInfo | None:
@@ -65,28 +71,10 @@ class OperatorLedger(ScriptRunner):
     def jobs(
         self, *, status: Status | None = None, model: str | None = None, limit: int = 100
     ) -> list[JobInfo]:
-        """Jobs, the newest first: of those that ended, the last thousand are known."""
+        """At most ``limit`` jobs with their results, the newest first."""
+        page = self.listing.page(Wanted(status=status, model=model), limit=limit)
         with redis_errors():
-            ids = dict.fromkeys(self._candidates(status))
-        infos = [
-            info
-            for info in self._read_all(ids)
-            if status in (None, info.status) and model in (None, info.model)
-        ]
-        return sorted(infos, key=lambda info: info.created_at, reverse=True)[:limit]
-
-    def _candidates(self, status: Status | None) -> Iterator[str]:
-        """Ids of jobs that may have the status: for open ones, the latest deadlines first."""
-        if status is Status.RUNNING:
-            yield from self._newest(keys.RUNNING)
-        elif status is Status.QUEUED:
-            for queue in self._queue_names():
-                yield from self._newest(keys.queued(queue))
-            yield from self._newest(keys.DELAYED)
-        elif status is None:
-            yield from self._newest(keys.OPEN)
-        if status is None or status in TERMINAL_STATUSES:
-            yield from self._newest(keys.RECENT)
+            return list(self._read_all(info.id for info in page.jobs))
 
     def _newest(self, key: str, limit: int = CHUNK) -> list[str]:
         return cast("list[str]", self.redis.zrevrange(key, 0, limit - 1))

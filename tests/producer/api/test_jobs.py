@@ -238,7 +238,12 @@ def test_lists_filter_and_go_on_behind_a_cursor(http: httpx2.Client, ledger: Wor
     assert listed(status="succeeded") == [ids[0]]
     assert listed(**{"metadata.n": "1"}) == [ids[5], ids[3], ids[1]]
     assert listed(model="other") == []
-    for wrong in ({"statsu": "queued"}, {"status": "done"}, {"limit": "0"}, {"cursor": "!"}):
+    assert listed(until="2020-01-01T00:00:00") == listed(since="2200-01-01T00:00:00Z") == []
+    assert listed(since="2020-01-01T00:00:00+02:00", kind="vqa", tenant="") == [vqa]
+    assert listed(tenant="shop") == []
+    wrong_times = ({"since": "now"}, {"until": "0001-01-01"}, {"since": "9999-12-31"})
+    wrong_queries = ({"statsu": "queued"}, {"status": "done"}, {"limit": "0"}, {"cursor": "!"})
+    for wrong in (*wrong_times, *wrong_queries):
         assert code_of(http.get("/v1/jobs", params=wrong)) == (422, "invalid_request")
 
 

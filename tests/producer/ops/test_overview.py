@@ -100,18 +100,6 @@ def test_lists_are_one_object_of_json_even_when_empty(run: Run) -> None:
     assert json.loads(run("dead-letters", "list", "--json").stdout) == {"jobs": []}
 
 
-def test_only_the_last_thousand_that_ended_are_indexed(
-    client: Client, raw_redis: "redis.Redis"
-) -> None:
-    """The index is for people; it must not grow with the load."""
-    raw_redis.zadd("blipq:recent", {f"job_{n}": n for n in range(1500)})
-    id = client.caption(IMAGE).id
-    client.job(id).cancel()
-    assert raw_redis.zcard("blipq:recent") == 1000
-    assert raw_redis.zrevrange("blipq:recent", 0, 0) == [id]
-    assert [info.id for info in OperatorLedger.beside(client.ledger).jobs()] == [id]
-
-
 @pytest.mark.parametrize(
     ("names", "code"),
     [

@@ -29,6 +29,8 @@ local function revive(id, job)
   if job.idempotency_key then
     redis.call('PEXPIRE', idempotency_key(job.idempotency_key), expires_in + options.retention)
   end
+  unlist_job(id, job, job.status)
+  list_job(id, job, 'open', expires_in + options.retention)
   index(OPEN, now + expires_in, id)
   tally(work_key(job.model), job.work, 1)
   enqueue_and_publish(id, job)

@@ -41,6 +41,40 @@ local function tally(key, shape, by)
   end
 end
 
+-- Lists for people: of the jobs of an hour, tenant, model, kind and status, by when they were
+-- submitted. A status is 'open' until a job has ended. A list ends with the last of its records, as
+-- far as their times to live tell, and LISTS has the names of all.
+local HOUR = 3600 * 1000
+
+local function list_of(job, status)
+  return string.format('%d:%s:%s:%s:%s', math.floor(job.created_at / HOUR), job.tenant or '',
+    job.model, job.kind, status)
+end
+
+-- A name goes with its list. Ten are looked at for each new one, so that none is left for long.
+local function add_list(name, hour, ttl)
+  if redis.call('ZADD', LISTS, hour, name) == 1 then
+    for _, old in ipairs(redis.call('ZRANGE', LISTS, 0, 9)) do
+      if redis.call('EXISTS', listed_key(old)) == 0 then redis.call('ZREM', LISTS, old) end
+    end
+  end
+  if redis.call('PTTL', LISTS) < ttl then redis.call('PEXPIRE', LISTS, ttl) end
+end
+
+-- ttl: ms that the record is kept. An hour more is given, so that it is written rarely.
+local function list_job(id, job, status, ttl)
+  local name = list_of(job, status)
+  local key = listed_key(name)
+  redis.call('ZADD', key, job.created_at, id)
+  if redis.call('PTTL', key) >= ttl then return end
+  redis.call('PEXPIRE', key, ttl + HOUR)
+  add_list(name, math.floor(job.created_at / HOUR), ttl + HOUR)
+end
+
+local function unlist_job(id, job, status)
+  redis.call('ZREM', listed_key(list_of(job, status)), id)
+end
+
 -- Out of its queue. Only a job that was published again is in the second set.
 local function unqueue(id, job)
   redis.call('ZREM', queued_key(job.queue), id)
@@ -51,6 +85,7 @@ end
 local function forget(id, job)
   redis.call('ZREM', OPEN, id)
   redis.call('ZREM', RUNNING, id)
+  unlist_job(id, job, 'open')
   tally(work_key(job.model), job.work, -1)
   if job.status == 'running' then
     tally(working_key(job.model), job.work, -1)
@@ -153,6 +188,7 @@ local function end_job(id, job, status, fields)
   redis.call('HSET', key, 'status', status, 'completed_at', now, unpack(fields))
   forget(id, job)
   local ttl = tonumber(status == 'failed' and job.failed_ttl or job.result_ttl)
+  list_job(id, job, status, ttl)
   if post_event(id, job, 'job.' .. status) then
     redis.call('HSET', key, 'keep_until', now + ttl)
     ttl = math.max(ttl, OUTBOX_TTL)
@@ -160,12 +196,11 @@ local function end_job(id, job, status, fields)
     drop_result(id, job, false)
   end
   redis.call('PEXPIRE', key, ttl)
-  index(RECENT, now, id)
-  if redis.call('ZCARD', RECENT) > 1100 then redis.call('ZREMRANGEBYRANK', RECENT, 0, -1001) end
   redis.call('PUBLISH', job.notify, id)
 end
 
-local function bury(id, ttl)
+local function bury(id, job, ttl)
+  list_job(id, job, 'failed', ttl)
   redis.call('ZREMRANGEBYSCORE', DEAD_LETTERS, '-inf', now - ttl)
   index(DEAD_LETTERS, now, id)
   local key = job_key(id)
@@ -207,7 +242,7 @@ local function crashed(id, job, max_crashes, dead_letter_ttl)
     local message = 'the worker died or hung ' .. crashes .. ' times while it ran this job'
     end_job(id, job, 'failed', {
       'error', cjson.encode({code = 'attempts_exhausted', message = message, retryable = false})})
-    bury(id, dead_letter_ttl)
+    bury(id, job, dead_letter_ttl)
     return false
   end
   redis.call('HSET', job_key(id), 'solo', 1, 'last_error', cjson.encode({

@@ -23,5 +23,5 @@ end
 local fields = {}
 for i = 5, #ARGV do fields[#fields + 1] = ARGV[i] end
 end_job(id, job, status, fields)
-if dead_letter_ttl > 0 then bury(id, dead_letter_ttl) end
+if dead_letter_ttl > 0 then bury(id, job, dead_letter_ttl) end
 return 1

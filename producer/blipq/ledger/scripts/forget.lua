@@ -59,7 +59,7 @@ local function erase(id, job)
   each_event(id, job, drop_event)
   if job.queue then forget(id, job) end
   redis.call('ZREM', DEAD_LETTERS, id)
-  redis.call('ZREM', RECENT, id)
+  if ended(job) then unlist_job(id, job, job.status) end
   local key = job.idempotency_key and idempotency_key(job.idempotency_key)
   if key and redis.call('GET', key) == id then redis.call('DEL', key) end
   redis.call('DEL', job_key(id))

@@ -7,4 +7,7 @@ for i = 3, #ARGV do fields[#fields + 1] = ARGV[i] end
 redis.call('HSET', job_key(id), 'status', 'failed', 'created_at', now, 'completed_at', now,
   'deadline', now + ttl, unpack(fields))
 redis.call('PEXPIRE', job_key(id), ttl)
+local job = {created_at = now}
+for i = 3, #ARGV, 2 do job[ARGV[i]] = ARGV[i + 1] end
+list_job(id, job, 'failed', ttl)
 return 1

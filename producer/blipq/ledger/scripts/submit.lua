@@ -1,7 +1,8 @@
 -- Records jobs, each once, in order, and stops at the first that is refused.
 -- ARGV: retention ms, max open jobs, declared models between spaces, then of each job: id, digest,
 -- idempotency key or '', expires_in ms, how many arguments its fields take, and its field/value
--- pairs, of which the third is its model, the fourth its queue and the fifth its shape.
+-- pairs: the second is its kind, the third its model, the fourth its queue, the fifth its shape, and
+-- the last its tenant, if it has one.
 -- Returns of each job that it came to: 'created' | 'waits' | 'exists' | 'conflict' | 'full' |
 -- 'unknown', then an id; behind 'unknown' it is what workers serve. 'waits' is created, too, but no
 -- worker lives that serves the model. The last three are refusals.
@@ -20,6 +21,12 @@ local function use(queue)
   local last = not used[queue] and tonumber(redis.call('ZSCORE', QUEUES, queue) or 0)
   if last and last < now - 1000 then index(QUEUES, now, queue) end
   used[queue] = true
+end
+
+-- What its list needs to know of a job. Its tenant, if it has one, is the last field.
+local function job_of(fields)
+  local tenant = fields[#fields - 1] == 'tenant' and fields[#fields] or nil
+  return {created_at = now, tenant = tenant, model = fields[6], kind = fields[4]}
 end
 
 local function record(id, digest, given_key, expires_in, fields)
@@ -45,6 +52,7 @@ local function record(id, digest, given_key, expires_in, fields)
   end
   index(OPEN, now + expires_in, id)
   index(queued_key(queue), now, id)
+  list_job(id, job_of(fields), 'open', expires_in + retention)
   use(queue)
   -- What workers of an earlier version ended is counted still. Not before the first write above: one
   -- that needs no memory would let a script of a full Redis go on.
