@@ -30,6 +30,7 @@ OPERATIONS = (
     Operation("GET", "/v1/models", operator.models, "read"),
     Operation("GET", "/v1/queues", operator.queues, "read"),
     Operation("GET", "/v1/workers", operator.workers, "admin"),
+    Operation("GET", "/v1/actions", operator.actions, "admin"),
     Operation("GET", "/v1/webhooks", operator.webhooks, "admin"),
     Operation("POST", "/v1/webhooks/{id:path}/replay", operator.replay, "admin"),
     Operation("GET", "/health", operator.health, None),

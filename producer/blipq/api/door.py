@@ -19,6 +19,7 @@ from blipq.api.settings import ApiSettings
 from blipq.client.async_client import AsyncClient
 from blipq.contract import JobInfo
 from blipq.contract.base import Output
+from blipq.ledger.acting import acting
 from blipq.ledger.connection import connect
 from blipq.ledger.operator import OperatorLedger
 from blipq.s3.presigned import Presigner
@@ -206,6 +207,9 @@ class Operation:
 
     async def answer(self, request: Request) -> Response:
         """Raises Problem where the key lacks the scope."""
-        if self.scope is not None:
-            caller_of(request).require(self.scope)
-        return await self.handler(request)
+        if self.scope is None:
+            return await self.handler(request)
+        caller = caller_of(request)
+        caller.require(self.scope)
+        with acting(caller.name, "api"):
+            return await self.handler(request)

@@ -11,6 +11,7 @@ from blipq.api.jobs import number
 from blipq.api.keys import ANY
 from blipq.api.problems import Problem
 from blipq.errors import InvalidRequest
+from blipq.ledger.actions import ActionLog, is_action_id
 from blipq.ledger.operator import OperatorLedger, QueueState
 from blipq.redaction import redacted
 
@@ -63,6 +64,24 @@ async def workers(request: Request) -> Response:
     """The live workers, with what each reports of itself."""
     found = await door_of(request).operate(lambda operator: operator.workers())
     return shown({"workers": [{"name": name, **report} for name, report in sorted(found.items())]})
+
+
+async def actions(request: Request) -> Response:
+    """Who cancelled, queued again, dropped, forgot or replayed what, the newest first."""
+    query = dict(request.query_params)
+    limit = number(query.pop("limit", "50"), "limit", 1, 500)
+    cursor = query.pop("cursor", None)
+    if query:
+        raise InvalidRequest(f"{min(query)[:100]}: no such filter")
+    if cursor is not None and not is_action_id(cursor):
+        raise InvalidRequest("cursor: it is none that a list gave")
+    found = await door_of(request).operate(
+        lambda operator: ActionLog.beside(operator).latest(limit, cursor)
+    )
+    page: dict[str, Any] = {"actions": [action.as_dict() for action in found]}
+    if len(found) == limit:
+        page["next_cursor"] = found[-1].id
+    return shown(page)
 
 
 async def webhooks(request: Request) -> Response:

@@ -90,10 +90,11 @@ _KEY = _parameter(
     ("The same key with the same body is the same job; with another body it is a 409."),
 )
 _LIMIT = _parameter("limit", "query", _of("integer", minimum=1, maximum=500), "The most to list.")
+_CURSOR = _parameter("cursor", "query", _TEXT, "`next_cursor` of the page before.")
 _TIME = _of("string", format="date-time")
 _LISTING = (
     _LIMIT,
-    _parameter("cursor", "query", _TEXT, "`next_cursor` of the page before."),
+    _CURSOR,
     _parameter("status", "query", _of("string", enum=[*Status]), "Only with this status."),
     _parameter("kind", "query", _of("string", enum=[*Kind]), "Only of this kind."),
     _parameter("model", "query", _TEXT, "Only of this served model."),
@@ -258,6 +259,12 @@ _OPERATIONS: dict[tuple[str, str], _Described] = {
         },
         (),
     ),
+    ("GET", "/v1/actions"): (
+        (_LIMIT, _CURSOR),
+        {},
+        {"200": _json(_ref("ActionPage"), "A page of the log of actions.")},
+        (),
+    ),
     ("GET", "/v1/webhooks"): (
         (_LIMIT, _parameter("dead", "query", _of("boolean"), "Those that were given up.")),
         {},
@@ -361,6 +368,18 @@ def _schemas() -> dict[str, Any]:
             read=_of("integer"),
             next_cursor=_TEXT,
             next_from=_TIME,
+        ),
+        "ActionPage": _object(
+            ["actions"],
+            actions=_of(
+                "array",
+                items=_object(
+                    at=_TIME,
+                    count=_COUNT,
+                    **dict.fromkeys(("id", "name", "via", "action", "target"), _TEXT),
+                ),
+            ),
+            next_cursor=_TEXT,
         ),
         "Problem": _object(
             ["type", "title", "status", "detail", "code", "retryable", "request_id"],

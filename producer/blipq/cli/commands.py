@@ -43,7 +43,7 @@ _PANELS: dict[str, list[tuple[str, str | None, str]]] = {
     ],
     "Run it": [
         ("demo", None, "Show it all in a minute, on pictures whose content is known."),
-        ("up", "services:up", "Start a local stack: Redis, S3 and a worker."),
+        ("up", "services:up", "Start a local stack: Redis, S3, a worker and the HTTP door."),
         ("down", "services:down", "Stop the local stack that `blipq up` started."),
         ("env", "services:env", "Print how other programs reach Redis and S3."),
         ("worker", None, "Run a worker for the services that the settings name."),
@@ -55,6 +55,7 @@ _PANELS: dict[str, list[tuple[str, str | None, str]]] = {
         ("doctor", "doctor:doctor", "Check everything a job needs."),
         ("queue", "overview:app", "The queues that jobs wait in."),
         ("dead-letters", "dead_letters:app", "Jobs that are out of attempts."),
+        ("log", "overview:log", "List who did what to jobs, queues and webhooks."),
         ("webhooks", "webhooks:app", "Outcomes by signed webhook."),
         ("metrics", "metrics:metrics", "Serve Prometheus metrics of the queues until SIGTERM."),
     ],

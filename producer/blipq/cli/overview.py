@@ -21,6 +21,7 @@ from blipq.cli.terminal.output import (
 )
 from blipq.contract import Status
 from blipq.errors import InvalidRequest
+from blipq.ledger.actions import ActionLog
 from blipq.ledger.operator import OperatorLedger, QueueState
 
 app = Group("The queues that jobs wait in.")
@@ -72,6 +73,33 @@ def wait(
             else:
                 out.print(status_line(info), markup=False)
     raise typer.Exit(code)
+
+
+def log(
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most this many.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """List who did what to jobs, queues and webhooks, the newest first.
+
+    Who cancelled, queued again, dropped, forgot or replayed what in the last 30 days, by a client,
+    by commands or by the HTTP door. Times are UTC.
+
+    Examples:
+        blipq log
+        blipq log --limit 1000 --json
+    """
+    with connected(as_json) as client:
+        found = ActionLog.beside(client.ledger).latest(limit)
+    if as_json:
+        print(json.dumps({"actions": [action.as_dict() for action in found]}))
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("at", "who", "by", "action", "jobs", "what"):
+        table.add_column(name, overflow="fold")
+    for each in found:
+        texts = (f"{each.at:%Y-%m-%d %H:%M:%S}", each.name, each.via, each.action)
+        table.add_row(*map(Text, (*texts, f"{each.count:,}", each.target)))
+    out.print(table if found else "nothing was done")
 
 
 @app.command("stats")

@@ -111,6 +111,19 @@ def arguments(chunk: Chunk, settings: Settings) -> Iterator[str | int]:
     yield from (chunk.cursor, CHUNK) if change.where is not None else ("ids", *chunk.ids)
 
 
+def noted(chunk: Chunk) -> tuple[str, str] | None:
+    """What the log of actions says of a chunk: its action, and the filter or the ids.
+
+    None where nothing is changed.
+    """
+    change = chunk.change
+    if change.dry_run or change.action == "match":
+        return None
+    if change.where is None:
+        return change.action, " ".join(chunk.ids)
+    return change.action, change.where.model_dump_json(exclude_none=True)
+
+
 def changed(answer: Sequence[Any]) -> Changed:
     """The change script's reply."""
     cursor, full, ids, found = answer

@@ -24,6 +24,7 @@ OUTBOX = "blipq:outbox"  # zset: host -> when its next webhook event is due
 DEAD_EVENTS = "blipq:dead-events"  # zset: event id -> when it was given up
 EVENT_COUNTS = "blipq:event-counts"  # hash: outcome of an attempt -> count
 FORGOTTEN = "blipq:forgotten"  # zset: SHA-1 of an image's URI -> when its job was erased
+ACTIONS = "blipq:actions"  # stream: the log of actions
 SWEEPER = "blipq:reconciler"  # string: since when which worker sweeps
 STRAYS_LOCK = "blipq:strays"  # string: the worker that scans for stray queues
 
@@ -208,6 +209,7 @@ _CONSTANTS = {
     "DEAD_LETTERS": DEAD_LETTERS,
     "WORKERS": WORKERS,
     "LISTS": LISTS,
+    "ACTIONS": ACTIONS,
     "MODELS": MODELS,
     "OUTBOX": OUTBOX,
     "FORGOTTEN": FORGOTTEN,

@@ -116,7 +116,7 @@ class OperatorLedger(ScriptRunner):
                 ids = cast("list[str]", self.redis.zrange(keys.queued(queue), 0, CHUNK - 1))
                 if not ids:
                     return cancelled
-                cancelled += int(self._run("purge", queue, *ids))
+                cancelled += int(self._act("purge", queue, "purge", queue, *ids))
 
     # -- workers --
 
@@ -149,7 +149,7 @@ class OperatorLedger(ScriptRunner):
         chunk = changing.next()
         assert chunk is not None, "an id is one chunk"
         with redis_errors(id):
-            answer = self._run("change", *changes.arguments(chunk, self.settings))
+            answer = self._act("retry", id, "change", *changes.arguments(chunk, self.settings))
         changed = changes.changed(answer)
         changing.took(changed)
         return next(iter(changed.messages), None)
@@ -157,7 +157,12 @@ class OperatorLedger(ScriptRunner):
     def drop_dead_letter(self, id: str) -> bool:
         """Deletes a dead letter and its job; False if the id is not one of a dead letter."""
         with redis_errors(id):
-            if not self.redis.zrem(keys.DEAD_LETTERS, id):
-                return False
-            self.redis.delete(keys.job(id))
-        return True
+            return bool(self._act("drop", id, "drop", id))
+
+    def forget(self, id: str) -> bool:
+        """Deletes the record of a job that has ended.
+
+        False if it is a dead letter, or has a webhook event that is not delivered yet.
+        """
+        with redis_errors(id):
+            return bool(self._act("forget", id, "release", id))

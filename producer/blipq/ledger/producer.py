@@ -54,7 +54,7 @@ class ProducerLedger(ScriptRunner):
     def cancel(self, id: str) -> Cancelled:
         """Cancels a job."""
         with redis_errors(id):
-            return cast(Cancelled, self._run("cancel", id))
+            return cast(Cancelled, self._act("cancel", id, "cancel", id))
 
     def pause(self, queue: str) -> int:
         """Lets no worker take a job from a queue."""
@@ -67,18 +67,24 @@ class ProducerLedger(ScriptRunner):
     def _pause(self, queue: str, pause: bool) -> int:
         arguments = changes.pause_arguments(queue, pause, self.settings)
         with redis_errors():
-            answer = self._run("pause", *arguments)
+            answer = self._act("pause" if pause else "resume", queue, "pause", *arguments)
         return changes.waiting(queue, answer)
 
     def change(self, chunk: Chunk) -> Changed:
         """Makes one chunk of a change."""
+        arguments = changes.arguments(chunk, self.settings)
+        noted = changes.noted(chunk)
         with redis_errors():
-            return changes.changed(self._run("change", *changes.arguments(chunk, self.settings)))
+            if noted is None:
+                return changes.changed(self._run("change", *arguments))
+            return changes.changed(self._act(*noted, "change", *arguments))
 
     def forget(self, ids: Sequence[str], *, erase: bool) -> list[Erased]:
         """Ends jobs, or erases their records."""
         with redis_errors():
-            answer = self._run("forget", "erase" if erase else "close", *ids)
+            if not erase:  # the first of two steps, which is no action yet
+                return erased(self._run("forget", "close", *ids))
+            answer = self._act("forget", " ".join(ids), "forget", "erase", *ids)
         return erased(answer)
 
     def named(self, uris: Sequence[str]) -> set[str]:

@@ -8,6 +8,7 @@ from typing import Any, Self
 import redis
 import redis.asyncio
 
+from blipq.ledger.acting import note_of
 from blipq.ledger.combining import Combined
 from blipq.ledger.keys import lua_header
 from blipq.settings import Settings
@@ -18,10 +19,15 @@ _NAME = re.compile(r"local (?:function )?(\w+)")
 
 
 @functools.cache
-def script_text(*names: str) -> str:
-    """A script, behind what it uses of the names of keys and of the shared functions."""
+def script_text(*names: str, noted: bool = False) -> str:
+    """A script, behind what it uses of the names of keys and of the shared functions.
+
+    noted: what it does is noted in the log of actions, by its last argument.
+    """
     folder = resources.files("blipq.ledger") / "scripts"
     *shared, script = ((folder / f"{name}.lua").read_text() for name in ("common", *names))
+    if noted:
+        script = (folder / "noted.lua").read_text().replace("--SCRIPT--", script)
     return _with_used(lua_header() + "".join(shared), script)
 
 
@@ -50,7 +56,7 @@ class ScriptRunner:
     def __init__(self, client: "redis.Redis", settings: Settings) -> None:
         self.redis = client
         self.settings = settings
-        self._scripts: dict[str, Any] = {}
+        self._scripts: dict[tuple[str, bool], Any] = {}
         self._combined = Combined(lambda: self.redis.pipeline(transaction=False))
 
     @classmethod
@@ -73,12 +79,16 @@ class ScriptRunner:
         except redis.exceptions.NoScriptError:
             return found(args=args)
 
-    def _script(self, script: str) -> Any:
-        if script not in self._scripts:
+    def _act(self, action: str, target: str, script: str, *args: str | int | float) -> Any:
+        """Runs a script, and notes in the log of actions who did it to what."""
+        return self._script(script, noted=True)(args=[*args, note_of(action, target, script)])
+
+    def _script(self, script: str, *, noted: bool = False) -> Any:
+        if (script, noted) not in self._scripts:
             # redis-py loads it again where Redis lost it.
-            text = script_text(*self.shared, script)
-            self._scripts[script] = self.redis.register_script(text)
-        return self._scripts[script]
+            text = script_text(*self.shared, script, noted=noted)
+            self._scripts[script, noted] = self.redis.register_script(text)
+        return self._scripts[script, noted]
 
 
 class AsyncScriptRunner:
@@ -87,13 +97,21 @@ class AsyncScriptRunner:
     def __init__(self, client: "redis.asyncio.Redis", settings: Settings) -> None:
         self.redis = client
         self.settings = settings
-        self._scripts: dict[str, Any] = {}
+        self._scripts: dict[tuple[str, bool], Any] = {}
 
     async def aclose(self) -> None:
         """Closes the connections."""
         await self.redis.aclose(close_connection_pool=True)
 
     async def _run(self, script: str, *args: str | int | float) -> Any:
-        if script not in self._scripts:
-            self._scripts[script] = self.redis.register_script(script_text(script))
-        return await self._scripts[script](args=args)
+        return await self._script(script)(args=args)
+
+    async def _act(self, action: str, target: str, script: str, *args: str | int | float) -> Any:
+        """Runs a script, and notes in the log of actions who did it to what."""
+        return await self._script(script, noted=True)(args=[*args, note_of(action, target, script)])
+
+    def _script(self, script: str, *, noted: bool = False) -> Any:
+        if (script, noted) not in self._scripts:
+            text = script_text(script, noted=noted)
+            self._scripts[script, noted] = self.redis.register_script(text)
+        return self._scripts[script, noted]

@@ -95,7 +95,9 @@ class Outbox(ScriptRunner):
     def replay(self, id: str) -> list[str]:
         """Sends again what an event's id, a webhook-id or a job's id names; the events' ids."""
         with redis_errors():
-            return [name for name in self._named(id) if self._run("replay_event", name)]
+            return [
+                name for name in self._named(id) if self._act("replay", name, "replay_event", name)
+            ]
 
     def _named(self, id: str) -> Iterator[str]:
         if "/job." in id:

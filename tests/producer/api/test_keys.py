@@ -82,7 +82,7 @@ def test_a_first_key_is_made_once_and_may_do_everything(start: Start, tmp_path: 
     assert key not in door.logged()
     url = door.url.replace("0.0.0.0", "127.0.0.1")
     anything = {"index": "i", "image": "https://example.org/cat.jpg", "kind": "embed"}
-    options = {"model": "m", "output": "s3://a/b", "webhook": {"url": "https://example.org/"}}
+    options = {"model": "m", "output": "s3://results/b", "webhook": {"url": "https://example.org/"}}
     with DoorProcess(door.service, url, door.log).http(key) as http:
         submitted(http, {**anything, "options": options})
         assert http.get("/v1/workers").status_code == 200
@@ -313,3 +313,25 @@ def test_forwarded_headers_count_from_trusted_proxies_alone(start: Start) -> Non
             http.get("/v1/models", headers=forwarded)
         wait_until(lambda door=door: '"/v1/models"' in door.logged(), "the log")
         assert f'"client": "{expected or "203.0.113.9"}"' in door.logged()
+
+
+def test_the_log_of_actions_names_keys_and_is_for_operators(
+    guarded: DoorProcess, keys: dict[str, str], ledger: WorkerLedger
+) -> None:
+    with guarded.http(keys["shop"]) as shop, guarded.http(keys["operator"]) as operator:
+        first, second = submitted(shop, MINE), submitted(shop, MINE)
+        assert shop.post(f"/v1/jobs/{first}/cancel").status_code == 200
+        finish(ledger, second)
+        assert shop.post(f"/v1/jobs/{second}/forget").status_code == 204
+        assert code_of(shop.get("/v1/actions")) == (403, "forbidden")
+        page = operator.get("/v1/actions", params={"limit": "1"}).json()
+        (newest,) = page["actions"]
+        (oldest,) = operator.get("/v1/actions", params={"cursor": page["next_cursor"]}).json()[
+            "actions"
+        ]
+        for wrong in ({"limit": "0"}, {"cursor": "x"}, {"by": "shop"}):
+            assert code_of(operator.get("/v1/actions", params=wrong)) == (422, "invalid_request")
+    found = [
+        (each["name"], each["via"], each["action"], each["target"]) for each in (oldest, newest)
+    ]
+    assert found == [("shop", "api", "cancel", first), ("shop", "api", "forget", second)]

@@ -39,6 +39,7 @@ from blipq.errors import (
     QueueUnavailable,
     ResultTimeout,
 )
+from blipq.ledger.acting import acting, this_user
 from blipq.printable import printable
 from blipq.program import blipq
 from blipq.settings import Settings
@@ -88,7 +89,8 @@ def connected(as_json: bool = False) -> Iterator[Client]:
             logging.getLogger("blipq").addHandler(logging.NullHandler())  # stderr is silent
         else:
             errors.print(f"using {settings.endpoints}", style="dim")
-        with _hint_at_a_stack(settings), Client(settings) as client:
+        user = acting(this_user(), "cli")
+        with _hint_at_a_stack(settings), Client(settings) as client, user:
             yield client
 
 

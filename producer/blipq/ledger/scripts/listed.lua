@@ -3,7 +3,7 @@
 -- ...} of each, {} of an unknown one.
 local FIELDS = {'kind', 'model', 'status', 'created_at', 'started_at', 'completed_at', 'deadline',
   'attempts', 'request', 'error', 'receipt', 'metadata', 'tenant', 'last_error', 'result_uri',
-  'queue'}
+  'delivered', 'queue'}
 local live, answers = {}, {}
 
 local function waits_paused(found)

@@ -1,0 +1,111 @@
+"""The log of actions: by client, command and door, with the action or not at all."""
+
+import getpass
+import socket
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import redis
+
+from blipq import AsyncClient, Client, Settings
+from blipq.ledger.acting import acting
+from blipq.ledger.actions import ActionLog
+from blipq.ledger.operator import OperatorLedger
+from blipq.ledger.worker import Claim, WorkerLedger
+from blipq.webhooks.outbox import Outbox
+
+IMAGE = "s3://photos/cat.jpg"
+ERROR = '{"code": "internal", "message": "no", "retryable": true}'
+ME = f"{getpass.getuser()}@{socket.gethostname()}"
+
+
+@pytest.fixture
+def log(ledger: WorkerLedger) -> ActionLog:
+    return ActionLog.beside(ledger)
+
+
+def lines(log: ActionLog) -> list[tuple[str, str, str, str, int]]:
+    """The oldest first, without times."""
+    found = reversed(log.latest(100))
+    return [(each.name, each.via, each.action, each.target, each.count) for each in found]
+
+
+def dead_letter(client: Client, ledger: WorkerLedger, webhook: str | None = None) -> str:
+    hook = None if webhook is None else {"url": webhook}
+    id = client.caption(IMAGE, webhook=hook).id
+    claimed = ledger.claim(id, "w1")
+    assert isinstance(claimed, Claim)
+    assert ledger.fail(claimed, ERROR, "{}", dead=True)
+    return id
+
+
+def test_each_action_is_noted_with_who_did_it(
+    client: Client, ledger: WorkerLedger, log: ActionLog
+) -> None:
+    operator, outbox = OperatorLedger.beside(ledger), Outbox.beside(ledger)
+    first, second = client.caption(IMAGE).id, client.caption(IMAGE).id
+    client.job(first).cancel()
+    dead, dropped = dead_letter(client, ledger, "https://example.org/"), dead_letter(client, ledger)
+    with acting("shop", "api"):
+        (event,) = outbox.replay(dead)
+        assert operator.retry_dead_letter(dead)
+        assert operator.drop_dead_letter(dropped)
+    with acting("ann@host", "cli"):
+        assert operator.purge("blipq.default.normal") == 2
+        assert operator.forget(second)
+    assert lines(log) == [
+        (ME, "client", "cancel", first, 1),
+        ("shop", "api", "replay", event, 1),
+        ("shop", "api", "retry", dead, 1),
+        ("shop", "api", "drop", dropped, 1),
+        ("ann@host", "cli", "purge", "blipq.default.normal", 2),
+        ("ann@host", "cli", "forget", second, 1),
+    ]
+    now = datetime.now(UTC)
+    assert all(now - timedelta(minutes=1) < each.at <= now for each in log.latest(100))
+
+
+async def test_a_client_of_an_event_loop_is_noted_too(apart: Settings, log: ActionLog) -> None:
+    async with AsyncClient(apart) as client:
+        job = await client.caption(IMAGE)
+        with acting("shop", "api"):
+            await job.cancel()
+    assert lines(log) == [("shop", "api", "cancel", job.id, 1)]
+
+
+def test_what_came_to_nothing_is_not_noted(
+    client: Client, ledger: WorkerLedger, log: ActionLog
+) -> None:
+    operator = OperatorLedger.beside(ledger)
+    job = client.caption(IMAGE)
+    assert job.cancel()
+    assert not job.cancel()
+    assert ledger.cancel("job_unknown") == "unknown"
+    assert operator.retry_dead_letter(job.id) is None
+    assert not operator.drop_dead_letter("job_unknown")
+    assert not operator.forget("job_unknown")
+    assert Outbox.beside(ledger).replay("job_unknown/job.failed") == []
+    assert [line[2] for line in lines(log)] == ["cancel"]
+    client.ledger.release([job.id])  # a program's own housekeeping is no action of anybody
+    assert len(lines(log)) == 1
+
+
+def test_the_log_is_read_in_pages_and_has_a_bound_and_an_end(
+    client: Client, log: ActionLog, raw_redis: "redis.Redis"
+) -> None:
+    for n in range(5):
+        fields = {"name": "a", "via": "cli", "action": "drop", "target": str(n), "count": 1}
+        raw_redis.xadd("blipq:actions", fields, id=f"{n + 1}-0")  # long ago
+    raw_redis.expire("blipq:actions", 60)
+    first = log.latest(3)
+    assert [each.target for each in first] == ["4", "3", "2"]
+    assert [each.target for each in log.latest(3, first[-1].id)] == ["1", "0"]
+    job = client.caption("s3://photos/" + "x" * 500)
+    job.cancel()
+    assert log.latest(1)[0].target == job.id
+    assert 29 * 86400 < raw_redis.ttl("blipq:actions") <= 30 * 86400
+    for n in range(11_000):
+        raw_redis.xadd("blipq:actions", fields)
+    client.caption(IMAGE).cancel()
+    assert raw_redis.xlen("blipq:actions") <= 10_200
+    assert raw_redis.xrange("blipq:actions", count=1)[0][0] > "1000"
