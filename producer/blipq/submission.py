@@ -176,9 +176,11 @@ class Submission:
     """A request with its options and its id: however often it is submitted, it is one job.
 
     tenant: whose job it is, which is written into its record. Idempotency keys are the tenant's.
+    rights: what the job may name (see ``Rights.text``), for its worker to check; None is anything.
     """
 
     request: Request
     options: Options = field(default_factory=Options)
     id: str = field(default_factory=new_id)
     tenant: str | None = None
+    rights: str | None = None

@@ -121,8 +121,8 @@ def _checked(door: Door, caller: Caller, line: bytes) -> tuple[str | None, _Item
         if isinstance(body, dict):
             custom_id = _custom_id(body.pop("custom_id", None))
         job_request, options = job_request_of(body)
-        caller.check(job_request, options, door.settings.inbox_bucket)
-        submission = Submission(job_request, options, new_id(), caller.tenant)
+        inbox = door.settings.inbox_bucket
+        submission = caller.submission(job_request, options, new_id(), inbox)
         door.client.ledger.prepare(submission, notify="")  # raises for a forbidden URL
         return custom_id, submission
     except (BlipqError, Problem) as error:

@@ -30,7 +30,7 @@ from blipq.contract import Request as JobRequest
 from blipq.errors import InvalidRequest, ResultTimeout
 from blipq.ledger.codec import Message
 from blipq.ledger.listing import Place, Wanted
-from blipq.submission import Submission, explain, new_id
+from blipq.submission import explain, new_id
 
 T = TypeVar("T")
 
@@ -92,8 +92,8 @@ async def _submit(request: Request, id: str) -> Response:
     job_request, options = job_request_of(
         await read_json(request), request.headers.get("idempotency-key")
     )
-    caller.check(job_request, options, door.settings.inbox_bucket)
-    job: Any = await door.client.submit(Submission(job_request, options, id, caller.tenant))
+    submission = caller.submission(job_request, options, id, door.settings.inbox_bucket)
+    job: Any = await door.client.submit(submission)
     if wait:
         info = await ended(request, door, job.id, wait)
         return job_answer(info, Location=_path(request, job.id), Preference_Applied="wait")

@@ -11,35 +11,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from blipq.api.problems import Problem
-from blipq.contract import ImageRef, Name, Options, Request, split_s3_uri
+from blipq.contract import ImageRef, Name, Options, Request
 from blipq.errors import InvalidRequest
-from blipq.s3.outputs import is_allowed
-from blipq.submission import explain
+from blipq.rights import ANY, Named, Refusal, Rights
+from blipq.submission import Submission, explain
 
 log = logging.getLogger(__name__)
 
 Scope = Literal["submit", "read", "cancel", "admin"]
 ALL_SCOPES: tuple[Scope, ...] = ("submit", "read", "cancel", "admin")
-#: In a list of what is allowed: all of it.
-ANY = "*"
 #: The lists of what a key's jobs may name.
-LISTS = ("models", "buckets", "image_hosts", "indexes", "outputs", "webhook_hosts")
+LISTS = tuple(Rights.model_fields)
 #: Name and tenant of the key that a local stack and the compose file make.
 FIRST = "admin"
 #: How often the file is looked at, at the most.
 CHECK_EVERY_S = 1.0
 
 
-class Key(BaseModel):
-    """A key's entry in the file.
+class Key(Rights):
+    """A key's entry in the file: whose it is, and what its jobs may name.
 
-    buckets and outputs hold buckets, or folders as ``bucket/folder``. ``*`` is all of a kind. What
-    is in the tenant's own part of the inbox may always be read.
+    What is in the tenant's own part of the inbox may always be read.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,12 +43,6 @@ class Key(BaseModel):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     tenant: Name
     scopes: tuple[Scope, ...] = ("submit", "read", "cancel")
-    models: tuple[str, ...] = ("default",)
-    buckets: tuple[str, ...] = ()
-    image_hosts: tuple[str, ...] = ()
-    indexes: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
-    webhook_hosts: tuple[str, ...] = ()
     rate: Annotated[float, Field(gt=0)] | None = None
 
 
@@ -90,53 +80,28 @@ class Caller:
         """The caller's part of the inbox: "", or the tenant and a slash."""
         return "" if self.tenant is None else f"{self.tenant}/"
 
-    def check(self, request: Request, options: Options, inbox: str) -> None:
-        """Raises Problem for what the key does not allow. ``inbox``: the name of its bucket."""
+    def submission(self, request: Request, options: Options, id: str, inbox: str) -> Submission:
+        """A job of the caller's. ``inbox``: the name of its bucket.
+
+        Raises Problem for what the key does not allow.
+        """
         if self.key is None:
-            return
-        self._check_name("options.model", options.model, self.key.models, "models")
-        if request.image is not None:
-            self.check_read(request.image, "image", inbox)
-        if (index := _index_of(request)) is not None:
-            self._check_name("index", index, self.key.indexes, "indexes")
-        if options.output is not None:
-            place = split_s3_uri(options.output)
-            self._check_place("options.output", place, self.key.outputs, "outputs")
-        if options.webhook is not None:
-            self._check_host("options.webhook", options.webhook.url, self.key.webhook_hosts)
+            return Submission(request, options, id, self.tenant)
+        webhook = "" if options.webhook is None else options.webhook.url
+        named = Named(options.model, options.output or "", webhook)
+        rights = self.key.with_folder(f"{inbox}/{self.folder}")
+        self._raise(rights.refusal(request, named))
+        return Submission(request, options, id, self.tenant, rights.text)
 
     def check_read(self, what: ImageRef, field: str, inbox: str) -> None:
         """Raises Problem for what the key may not read."""
-        if self.key is None:
-            return
-        if what.in_s3:
-            allowed = (*self.key.buckets, f"{inbox}/{self.folder}")
-            self._check_place(field, (what.bucket, what.key), allowed, "buckets")
-        else:
-            self._check_host(field, what.uri, self.key.image_hosts)
+        if self.key is not None:
+            rights = self.key.with_folder(f"{inbox}/{self.folder}")
+            self._raise(rights.of_image(what, field))
 
-    def _check_place(
-        self, field: str, place: tuple[str, str], allowed: Sequence[str], names: str
-    ) -> None:
-        if ANY not in allowed and not (allowed and is_allowed(*place, allowed)):
-            raise self._forbidden(field, f"s3://{place[0]}/{place[1]}", names)
-
-    def _check_host(self, field: str, url: str, allowed: Sequence[str]) -> None:
-        host = urlsplit(url).hostname or ""
-        self._check_name(field, host, allowed, f"{field.rpartition('.')[2]}_hosts")
-
-    def _check_name(self, field: str, name: str, allowed: Sequence[str], names: str) -> None:
-        if ANY not in allowed and name not in allowed:
-            raise self._forbidden(field, name, names)
-
-    def _forbidden(self, field: str, what: str, names: str) -> Problem:
-        text = f"{field}: {what} is not among the {names} of the key {self.name!r}"
-        return Problem(403, "forbidden", text)
-
-
-def _index_of(request: Request) -> str | None:
-    index = getattr(request, "index", None)
-    return getattr(index, "name", index)
+    def _raise(self, refusal: Refusal | None) -> None:
+        if refusal is not None:
+            raise Problem(403, "forbidden", f"{refusal} of the key {self.name!r}")
 
 
 #: The caller of a door without keys.

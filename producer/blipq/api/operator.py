@@ -8,12 +8,12 @@ from starlette.responses import Response
 
 from blipq.api.door import caller_of, door_of, shown
 from blipq.api.jobs import number
-from blipq.api.keys import ANY
 from blipq.api.problems import Problem
 from blipq.errors import InvalidRequest
 from blipq.ledger.actions import ActionLog, is_action_id
 from blipq.ledger.operator import OperatorLedger, QueueState
 from blipq.redaction import redacted
+from blipq.rights import ANY
 
 
 async def health(request: Request) -> Response:

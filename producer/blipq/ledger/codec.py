@@ -121,6 +121,7 @@ def prepare(submission: Submission, settings: Settings, *, notify: str) -> Prepa
         "result_ttl": ms(_kept_for(settings.result_ttl, options)),
         "failed_ttl": ms(_kept_for(settings.failed_ttl, options)),
         **_optional_fields(options, settings),
+        **({} if submission.rights is None else {"rights": submission.rights}),
         **({} if submission.tenant is None else {"tenant": submission.tenant}),
     }
     expires_in_ms = ms(options.expires_in or settings.default_expires_in)

@@ -122,7 +122,7 @@ class Listing(ScriptRunner):
     def page(self, wanted: Wanted, *, limit: int, after: Place | None = None) -> Page:
         """At most ``limit`` jobs behind a place. Results are left out: they may be large."""
         with redis_errors():
-            seconds, _ = cast("tuple[int, int]", self.redis.time())
+            seconds, _ = self.redis.time()
             start = Place((seconds + 1) * 1000, "")
             if wanted.until is not None:
                 start = min(start, Place(_ms(wanted.until), ""))

@@ -30,7 +30,9 @@ class Claim:
     It is random: a count could come twice, after a failover to a replica that lacks the last
     claims.
 
-    ``queue_ms`` is how long the job waited, ``expires_in`` the seconds left to its deadline.
+    ``rights`` (JSON) is what a job of the HTTP door may name, ``webhook_url`` of such a job what it
+    names; "" where there is none. ``queue_ms`` is how long the job waited, ``expires_in`` the
+    seconds left to its deadline.
     ``work`` is its shape (see ``blipq.ledger.work``), empty where an earlier version submitted it.
     """
 
@@ -48,6 +50,8 @@ class Claim:
     expires_in: float
     work: str = ""
     tenant: str = ""
+    rights: str = ""
+    webhook_url: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,8 @@ class WorkerLedger(ProducerLedger):
             expires_in=(float(job["deadline"]) - float(job["now"])) / 1000,
             work=job["work"],
             tenant=job["tenant"],
+            rights=job["rights"],
+            webhook_url=job["webhook_url"],
         )
 
     def withdraw(self, unanswered: Mapping[str, str]) -> list[Message]:

@@ -17,7 +17,7 @@ from blipq.ledger.worker import WorkerLedger
 from blipq.local.stack import LocalStack
 from conftest import blipq, wait_until
 from producer.api.conftest import CAPTION, DoorProcess, Start, beside, running, service_of
-from producer.api.test_jobs import code_of, finish, submitted
+from producer.api.test_jobs import claim, code_of, finish, submitted
 
 
 def new_key(file: Path, name: str, *options: str) -> str:
@@ -335,3 +335,18 @@ def test_the_log_of_actions_names_keys_and_is_for_operators(
         (each["name"], each["via"], each["action"], each["target"]) for each in (oldest, newest)
     ]
     assert found == [("shop", "api", "cancel", first), ("shop", "api", "forget", second)]
+
+
+def test_a_jobs_record_holds_what_its_key_allows_for_its_worker(
+    guarded: DoorProcess, keys: dict[str, str], ledger: WorkerLedger
+) -> None:
+    with guarded.http(keys["shop"]) as shop:
+        single = submitted(shop, MINE)
+        batch = shop.post(
+            "/v1/batches",
+            content=json.dumps(MINE),
+            headers={"Content-Type": "application/x-ndjson"},
+        )
+    for id in (single, batch.json()["id"]):
+        held = claim(ledger, id)
+        assert json.loads(held.rights) == {"buckets": ["photos/shop", "blipq-inbox/shop/"]}

@@ -18,7 +18,19 @@ from benchmarks.stand_ins import model_info
 from botocore.exceptions import ClientError
 from PIL import Image
 
-from blipq import Client, ErrorCode, Job, JobInfo, Kind, Settings
+from blipq import (
+    CaptionRequest,
+    Client,
+    EmbedRequest,
+    ErrorCode,
+    IndexEntry,
+    Job,
+    JobInfo,
+    Kind,
+    Options,
+    Settings,
+    Submission,
+)
 from blipq.client.backend import Backend, Services
 from blipq.errors import PermanentError, TransientError
 from blipq.images.decoding import ImageLimits
@@ -700,6 +712,75 @@ def test_a_huge_message_is_cut(parts: Parts, picture: bytes) -> None:
 
     parts.model.before = shout
     assert len(parts.fail(parts.client.caption(picture)).error.message) == 2000
+
+
+OUTPUT = "s3://blipq-outputs/rights.json"
+HOOK = {"url": "https://example.org/hook"}
+ALL = {
+    "models": ["*"],
+    "buckets": ["*"],
+    "indexes": ["*"],
+    "outputs": ["*"],
+    "webhook_hosts": ["*"],
+}
+
+
+def with_rights(parts: Parts, request: Any, rights: str, **options: Any) -> Job[Any]:
+    """A job of a key, whose door has checked nothing."""
+    given = Options.model_validate(options)
+    return parts.client.submit(Submission(request, given, tenant="shop", rights=rights))
+
+
+@pytest.mark.parametrize(
+    ("missing", "code"),
+    [
+        ("models", "invalid_request"),
+        ("buckets", "image_forbidden"),
+        ("indexes", "invalid_request"),
+        ("outputs", "invalid_request"),
+        ("webhook_hosts", "invalid_request"),
+    ],
+)
+def test_a_job_that_names_what_its_key_does_not_allow_fails_and_writes_nothing(
+    parts: Parts, picture: bytes, storage: Storage, missing: str, code: str
+) -> None:
+    storage.client.delete_object(Bucket="blipq-outputs", Key="rights.json")
+    image = parts.client.storage.upload(picture)
+    request = EmbedRequest(image=image, index=IndexEntry(name="photos", id="1"))
+    rights = json.dumps(ALL | {missing: ["x"]})
+    job = with_rights(parts, request, rights, output=OUTPUT, webhook=HOOK)
+    info = parts.fail(job)
+    assert info.error is not None
+    assert info.error.code == code
+    assert f"is not among the {missing} of its key" in info.error.message
+    assert storage.head("blipq-outputs", "rights.json") is None
+    assert parts.indexes.infos() == []
+
+
+def test_a_job_that_names_what_its_key_allows_runs_and_its_record_sheds_the_lists(
+    parts: Parts, picture: bytes
+) -> None:
+    image = parts.client.storage.upload(picture)
+    job = with_rights(parts, CaptionRequest(image=image), json.dumps(ALL), output=OUTPUT)
+    assert parts.run(job).status == "succeeded"
+    left = parts.ledger.redis.hkeys(f"blipq:job:{job.id}")
+    assert "tenant" in left
+    assert "rights" not in left
+
+
+def test_an_https_image_of_another_host_than_its_keys_is_forbidden(parts: Parts) -> None:
+    request = CaptionRequest.model_validate({"image": "https://example.org/cat.jpg"})
+    info = parts.fail(with_rights(parts, request, json.dumps(ALL)))
+    assert info.error is not None
+    assert info.error.code == "url_forbidden"
+
+
+def test_lists_that_cannot_be_read_allow_nothing(parts: Parts, picture: bytes) -> None:
+    image = parts.client.storage.upload(picture)
+    job = with_rights(parts, CaptionRequest(image=image), '{"buckets": 1}')
+    info = parts.fail(job)
+    assert info.error is not None
+    assert info.error.message == "rights: they cannot be read"
 
 
 def test_an_output_that_cannot_be_written_fails_the_job(

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from blipq.contract import ErrorCode, ImageRef, Request, request_adapter
 from blipq.errors import PermanentError, TransientError, WorkError
 from blipq.ledger.worker import Claim
+from blipq.rights import Named, Rights
 from blipq.submission import explain
 from blipq_worker.claims import Held, Lost
 from blipq_worker.engine.faults import is_out_of_memory
@@ -75,6 +76,7 @@ class Execution:
 
     def _result(self, claim: Claim, watch: Stopwatch) -> Made:
         request = _parsed(claim.request)
+        _check_rights(claim, request)
         spec = spec_of(request)
         lost = self._held.event(claim)
         ref = spec.image_of(request)
@@ -132,6 +134,26 @@ def _parsed(text: str) -> Request:
         return request_adapter.validate_json(text)
     except ValidationError as error:
         raise PermanentError(ErrorCode.INVALID_REQUEST, explain(error, Request)) from None
+
+
+def _check_rights(claim: Claim, request: Request) -> None:
+    """What the key of a job's submitter allows holds here, too, whoever wrote the record."""
+    if not claim.rights:
+        return
+    try:
+        rights = Rights.model_validate_json(claim.rights)
+    except ValidationError:
+        message = "rights: they cannot be read"
+        raise PermanentError(ErrorCode.INVALID_REQUEST, message) from None
+    named = Named(claim.model, claim.output, claim.webhook_url)
+    refusal = rights.refusal(request, named)
+    if refusal is not None:
+        code = _CODES.get(refusal.list, ErrorCode.INVALID_REQUEST)
+        raise PermanentError(code, f"{refusal} of its key")
+
+
+#: Of what a job may not name, by the list that lacks it.
+_CODES = {"buckets": ErrorCode.IMAGE_FORBIDDEN, "image_hosts": ErrorCode.URL_FORBIDDEN}
 
 
 def _log_fault(claim: Claim, error: WorkError) -> None:

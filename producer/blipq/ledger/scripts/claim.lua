@@ -8,7 +8,9 @@ local function claimed(job)
   return {'claimed', 'token', fence(job), 'attempts', job.attempts, 'kind', job.kind,
     'model', job.model, 'queue', job.queue, 'request', job.request, 'output', job.output or '',
     'solo', job.solo or '0', 'retries', job.retries or '0', 'deadline', job.deadline, 'now', now,
-    'created_at', job.created_at, 'work', job.work or '', 'tenant', job.tenant or ''}
+    'created_at', job.created_at, 'work', job.work or '', 'tenant', job.tenant or '',
+    'rights', job.rights or '',
+    'webhook_url', job.rights and job.webhook_url or ''}
 end
 
 local job = load(id)

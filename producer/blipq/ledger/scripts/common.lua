@@ -104,7 +104,7 @@ end
 -- job that has no result may be tried again, which takes the others.
 local OPEN_ONLY = {'worker', 'published_at', 'again', 'due', 'waiting', 'withdrawn', 'crashes',
   'retries', 'last_error'}
-local FOR_RETRY = {'contract', 'result_ttl', 'failed_ttl', 'solo', 'work'}
+local FOR_RETRY = {'contract', 'result_ttl', 'failed_ttl', 'solo', 'work', 'rights'}
 
 local function shed(id, job, status)
   local names = {}
