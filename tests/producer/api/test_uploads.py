@@ -251,7 +251,12 @@ def test_the_checked_in_description_is_openapi(tmp_path: Path) -> None:
 
 # -- the examples --
 
-EXAMPLES = {"jobs.sh": ("sh", "curl"), "jobs.mjs": ("node", "node")}
+#: How each is run, and the program that this needs.
+EXAMPLES = {
+    "jobs.sh": (["sh"], "curl"),
+    "jobs.mjs": (["node"], "node"),
+    "jobs.go": (["go", "run"], "go"),
+}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -263,7 +268,7 @@ def test_an_example_finishes_all_six_kinds(served: DoorProcess, tmp_path: Path, 
     picture = tmp_path / "square.png"
     picture.write_bytes(PICTURE)
     ran = subprocess.run(
-        [program, str(ROOT / "examples" / "http" / name), str(picture)],
+        [*program, str(ROOT / "examples" / "http" / name), str(picture)],
         env={**os.environ, "BLIPQ_URL": served.url},
         capture_output=True,
         text=True,

@@ -1174,17 +1174,20 @@ class Faults:
     def __init__(self, ledger: WorkerLedger, script: str, *errors: Exception, ran: bool) -> None:
         self.left = list(errors)
         self.calls = 0
-        run = ledger._run
 
-        def faulty(name: str, *args: Any) -> Any:
-            if name != script or not self.left:
-                return run(name, *args)
-            self.calls += 1
-            if ran:
-                run(name, *args)
-            raise self.left.pop(0)
+        def faulty(run: Callable[..., Any], place: int) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                if args[place] != script or not self.left:
+                    return run(*args)
+                self.calls += 1
+                if ran:
+                    run(*args)
+                raise self.left.pop(0)
 
-        ledger._run = faulty  # type: ignore[method-assign]
+            return call
+
+        ledger._run = faulty(ledger._run, 0)  # type: ignore[method-assign]
+        ledger._act = faulty(ledger._act, 2)  # type: ignore[method-assign]
 
 
 LOST = redis.TimeoutError("the answer did not come")
