@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import redis
 
-from blipq import AsyncClient, Client, Settings
+from blipq import AsyncClient, Client, JobFilter, Settings
 from blipq.ledger.acting import acting
 from blipq.ledger.actions import ActionLog
 from blipq.ledger.operator import OperatorLedger
@@ -76,6 +76,28 @@ def test_a_client_of_an_event_loop_is_noted_too(apart: Settings, log: ActionLog)
 
     id = asyncio.run(cancelled())
     assert lines(log) == [("shop", "api", "cancel", id, 1)]
+
+
+def test_pauses_changes_of_many_and_erasures_are_noted_and_dry_runs_are_not(
+    client: Client, log: ActionLog
+) -> None:
+    queue = "blipq.default.normal"
+    ids = [client.caption(IMAGE).id for _ in range(3)]
+    client.pause(queue)
+    client.resume(queue)
+    where = JobFilter(model="default")
+    assert client.cancel_all(where, dry_run=True) == 3
+    assert client.cancel_all(ids[:1]) == 1
+    assert client.cancel_all(where) == 2
+    client.forget(ids[:1])
+    found = [(action, target, count) for _, _, action, target, count in lines(log)]
+    assert found == [
+        ("pause", queue, 1),
+        ("resume", queue, 1),
+        ("cancel", ids[0], 1),
+        ("cancel", '{"model":"default"}', 2),
+        ("forget", ids[0], 1),
+    ]
 
 
 def test_what_came_to_nothing_is_not_noted(

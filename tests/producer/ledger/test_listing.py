@@ -82,7 +82,7 @@ def test_jobs_are_listed_by_status_kind_model_tenant_and_time(
     submit(ledger, "job_a")
     submit(ledger, "job_b", MATCH, "shop")
     submit(ledger, "job_c", CAPTION, "shop", model="m")
-    submit(ledger, "job_d", CAPTION, "other")
+    submit(ledger, "job_d", CAPTION, "other", idempotency_key="order-1")
     submit(ledger, "job_e")
     claim(ledger, "job_a")
     finish(ledger, "job_d")

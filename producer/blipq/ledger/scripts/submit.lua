@@ -1,8 +1,7 @@
 -- Records jobs, each once, in order, and stops at the first that is refused.
 -- ARGV: retention ms, max open jobs, declared models between spaces, then of each job: id, digest,
 -- idempotency key or '', expires_in ms, how many arguments its fields take, and its field/value
--- pairs: the second is its kind, the third its model, the fourth its queue, the fifth its shape, and
--- the last its tenant, if it has one.
+-- pairs: the second is its kind, the third its model, the fourth its queue and the fifth its shape.
 -- Returns of each job that it came to: 'created' | 'waits' | 'exists' | 'conflict' | 'full' |
 -- 'unknown', then an id; behind 'unknown' it is what workers serve. 'waits' is created, too, but no
 -- worker lives that serves the model. The last three are refusals.
@@ -23,10 +22,13 @@ local function use(queue)
   used[queue] = true
 end
 
--- What its list needs to know of a job. Its tenant, if it has one, is the last field.
+-- What its list needs to know of a job.
 local function job_of(fields)
-  local tenant = fields[#fields - 1] == 'tenant' and fields[#fields] or nil
-  return {created_at = now, tenant = tenant, model = fields[6], kind = fields[4]}
+  local job = {created_at = now, model = fields[6], kind = fields[4]}
+  for i = 9, #fields, 2 do
+    if fields[i] == 'tenant' then job.tenant = fields[i + 1] end
+  end
+  return job
 end
 
 local function record(id, digest, given_key, expires_in, fields)
