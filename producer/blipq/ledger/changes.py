@@ -114,14 +114,18 @@ def arguments(chunk: Chunk, settings: Settings) -> Iterator[str | int]:
 def noted(chunk: Chunk) -> tuple[str, str] | None:
     """What the log of actions says of a chunk: its action, and the filter or the ids.
 
-    None where nothing is changed.
+    None where nothing is changed. Metadata is named without its values: the log outlives the jobs,
+    also those that are erased.
     """
     change = chunk.change
     if change.dry_run or change.action == "match":
         return None
     if change.where is None:
         return change.action, " ".join(chunk.ids)
-    return change.action, change.where.model_dump_json(exclude_none=True)
+    where = change.where.model_dump(mode="json", exclude_none=True)
+    if "metadata" in where:
+        where["metadata"] = sorted(where["metadata"])
+    return change.action, json.dumps(where)
 
 
 def changed(answer: Sequence[Any]) -> Changed:

@@ -82,10 +82,10 @@ def test_pauses_changes_of_many_and_erasures_are_noted_and_dry_runs_are_not(
     client: Client, log: ActionLog
 ) -> None:
     queue = "blipq.default.normal"
-    ids = [client.caption(IMAGE).id for _ in range(3)]
+    ids = [client.caption(IMAGE, metadata={"order": "secret"}).id for _ in range(3)]
     client.pause(queue)
     client.resume(queue)
-    where = JobFilter(model="default")
+    where = JobFilter(model="default", metadata={"order": "secret"})
     assert client.cancel_all(where, dry_run=True) == 3
     assert client.cancel_all(ids[:1]) == 1
     assert client.cancel_all(where) == 2
@@ -95,7 +95,7 @@ def test_pauses_changes_of_many_and_erasures_are_noted_and_dry_runs_are_not(
         ("pause", queue, 1),
         ("resume", queue, 1),
         ("cancel", ids[0], 1),
-        ("cancel", '{"model":"default"}', 2),
+        ("cancel", '{"model": "default", "metadata": ["order"]}', 2),
         ("forget", ids[0], 1),
     ]
 
