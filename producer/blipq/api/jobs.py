@@ -29,7 +29,7 @@ from blipq.contract import JobInfo, Kind, Options, Status, request_adapter
 from blipq.contract import Request as JobRequest
 from blipq.errors import InvalidRequest, ResultTimeout
 from blipq.ledger.codec import Message
-from blipq.ledger.listing import Place, Wanted
+from blipq.ledger.views.listing import Place, Wanted
 from blipq.submission import explain, new_id
 
 T = TypeVar("T")

@@ -10,8 +10,8 @@ from blipq.api.door import caller_of, door_of, shown
 from blipq.api.jobs import number
 from blipq.api.problems import Problem
 from blipq.errors import InvalidRequest
-from blipq.ledger.actions import ActionLog, is_action_id
 from blipq.ledger.operator import OperatorLedger, QueueState
+from blipq.ledger.views.actions import ActionLog, is_action_id
 from blipq.redaction import redacted
 from blipq.rights import ANY
 

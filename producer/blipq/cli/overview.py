@@ -21,8 +21,8 @@ from blipq.cli.terminal.output import (
 )
 from blipq.contract import Status
 from blipq.errors import InvalidRequest
-from blipq.ledger.actions import ActionLog
 from blipq.ledger.operator import OperatorLedger, QueueState
+from blipq.ledger.views.actions import ActionLog
 
 app = Group("The queues that jobs wait in.")
 

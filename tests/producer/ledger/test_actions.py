@@ -10,8 +10,8 @@ import redis
 
 from blipq import AsyncClient, Client, JobFilter, Settings
 from blipq.ledger.acting import acting
-from blipq.ledger.actions import ActionLog
 from blipq.ledger.operator import OperatorLedger
+from blipq.ledger.views.actions import ActionLog
 from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.webhooks.outbox import Outbox
 

@@ -9,9 +9,9 @@ import redis
 
 from blipq import Options, Status, Submission
 from blipq.contract import CaptionRequest, Kind, MatchRequest
-from blipq.ledger import listing
-from blipq.ledger.listing import HOUR_MS, Listing, ListName, Place, Wanted
 from blipq.ledger.operator import OperatorLedger
+from blipq.ledger.views import listing
+from blipq.ledger.views.listing import HOUR_MS, Listing, ListName, Place, Wanted
 from blipq.ledger.worker import Claim, WorkerLedger
 
 CAPTION = CaptionRequest.model_validate({"image": "s3://photos/cat.jpg"})

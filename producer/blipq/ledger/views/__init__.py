@@ -1,0 +1,1 @@
+"""What people look at: lists of jobs, and the log of actions."""
