@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from blipq import Settings
 from blipq.api.settings import ApiSettings
-from blipq.ledger.connection import connect
+from blipq.ledger.connection import COMPACT_FIELD, connect
 from blipq.local.stack import (
     _INNER_PORTS,
     LocalStack,
@@ -96,6 +96,8 @@ def test_redis_takes_its_flags(compose: dict[str, Any], tmp_path: Path) -> None:
         assert raw.config_get("maxmemory")["maxmemory"] == str(2 * 2**30)
         assert raw.config_get("appendonly")["appendonly"] == "yes"
         assert raw.config_get("save")["save"] == ""
+        size = raw.config_get("hash-max-listpack-value")["hash-max-listpack-value"]
+        assert size == str(COMPACT_FIELD)
 
 
 def test_seaweedfs_takes_its_flags_and_makes_the_buckets(

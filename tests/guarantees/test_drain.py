@@ -118,7 +118,7 @@ def test_a_rolling_deploy_under_load_loses_and_fails_no_job(
     rig: Rig, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def deploy_clients() -> list[Job[Any]]:
-        monkeypatch.setattr(records, "CONTRACT", 2)
+        monkeypatch.setattr(records, "contract_of", lambda request, options: 2)
         return rig.submit_all(["sleep 0.05"] * 40)
 
     old = [rig.start_worker(contract=1) for _ in range(2)]

@@ -1,4 +1,7 @@
-"""Measures what a job takes of Redis' memory: ``python -m tools.docs.job_bytes [JOBS]``."""
+"""Measures what a job takes of Redis' memory: ``python -m tools.docs.job_bytes [JOBS]``.
+
+Of a Redis as it comes, and of one that keeps records compactly.
+"""
 
 import json
 import subprocess
@@ -11,7 +14,7 @@ from typing import cast
 import redis
 
 from blipq import CaptionRequest, Settings
-from blipq.ledger.connection import connect
+from blipq.ledger.connection import COMPACT_FIELD, connect
 from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.local.stack import free_port, redis_command
 from blipq.submission import Submission, new_id
@@ -26,11 +29,19 @@ RECEIPT = json.dumps(
 
 
 def main(count: int) -> None:
+    """Prints bytes per job for both."""
+    print("as it comes:")
+    _on_a_redis(count)
+    print(f"with hash-max-listpack-value {COMPACT_FIELD}:")
+    _on_a_redis(count, "--hash-max-ziplist-value", str(COMPACT_FIELD))
+
+
+def _on_a_redis(count: int, *flags: str) -> None:
     """Submits jobs to a Redis of its own, then ends them, and prints bytes per job."""
     port = free_port()
     settings = Settings(redis_url=f"redis://127.0.0.1:{port}/0", max_open_jobs=10 * count)
     with tempfile.TemporaryDirectory() as folder:
-        command = [redis_command(), "--port", str(port), "--dir", folder, "--save", ""]
+        command = [redis_command(), "--port", str(port), "--dir", folder, "--save", "", *flags]
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
             with connect(settings, timeout_s=10) as raw:

@@ -54,6 +54,7 @@ from blipq.contract.results import (
     VQAResult,
     result_adapter,
 )
+from blipq.contract.versions import contract_of
 
 __all__ = [
     "CONTRACT",
@@ -108,6 +109,7 @@ __all__ = [
     "VQAResult",
     "Webhook",
     "checked_bucket",
+    "contract_of",
     "request_adapter",
     "result_adapter",
     "split_s3_uri",

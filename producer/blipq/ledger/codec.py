@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
-from blipq.contract import CONTRACT, JobInfo, Kind, Options, Request
+from blipq.contract import JobInfo, Kind, Options, Request, contract_of
 from blipq.errors import (
     BlipqError,
     IdempotencyConflict,
@@ -111,7 +111,7 @@ def prepare(submission: Submission, settings: Settings, *, notify: str) -> Prepa
     _check_urls(submission.request, options, settings)
     text = _request_text(submission.request)
     fields: dict[str, str | int] = {  # the submit script reads some by their places
-        "contract": CONTRACT,
+        "contract": contract_of(submission.request, options),
         "kind": submission.request.kind,
         "model": options.model,
         "queue": queue_name(options.model, options.priority),

@@ -14,7 +14,7 @@ from blipq.contract import Kind, Priority
 OPEN = "blipq:open"  # zset: id -> deadline, of each job that has not ended
 RUNNING = "blipq:running"  # zset: id -> end of the lease
 DELAYED = "blipq:delayed"  # zset: id -> when the retry is due
-QUEUES = "blipq:queues"  # zset: queue -> last use; negative while no job waits in it
+QUEUES = "blipq:queues"  # zset: queue -> last use
 DEAD_LETTERS = "blipq:dead-letters"  # zset: id -> when it was given up
 WORKERS = "blipq:workers"  # zset: worker -> until when it counts as live
 LISTS = "blipq:lists"  # zset: name of a list of jobs -> the hour in which they were submitted
@@ -183,6 +183,9 @@ _BROKER_KEY = re.compile(
 )
 #: Matches every key of ``broker_key``, and some others.
 BROKER_KEYS = "*blipq.*"
+#: Where kombu kept copies of unacknowledged messages, for workers of earlier versions.
+UNACKED = "unacked"  # hash: tag -> [message, exchange, queue] as JSON
+UNACKED_INDEX = "unacked_index"  # zset: tag -> when it was taken, in seconds
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from pathlib import Path
 import redis
 
 from blipq.errors import BlipqError
+from blipq.ledger.connection import COMPACT_FIELD
 from blipq.local.supervisor import Service
 from blipq.local.worker import NO_WORKER, has_worker
 from blipq.program import blipq
@@ -230,6 +231,8 @@ class LocalStack:
             "appendonly": "yes" if self.persistent else "no",
             "save": '""',
             "maxmemory-policy": "noeviction",
+            # Its name before Redis 7, which all versions take.
+            "hash-max-ziplist-value": COMPACT_FIELD,
         }
         config.write_text("".join(f"{name} {value}\n" for name, value in lines.items()))
         return Service("redis", [redis_command(), str(config)], log=self.folder / "redis.log")

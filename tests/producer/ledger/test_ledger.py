@@ -26,7 +26,7 @@ from blipq import (
 )
 from blipq.contract import CONTRACT, CaptionRequest, Kind, MatchRequest
 from blipq.ledger.codec import Message
-from blipq.ledger.connection import connect, redis_errors
+from blipq.ledger.connection import COMPACT_FIELD, connect, redis_errors
 from blipq.ledger.operator import OperatorLedger
 from blipq.ledger.worker import MAX_CRASHES, Claim, Loss, Turn, WorkerLedger
 from conftest import wait_until
@@ -152,6 +152,24 @@ def test_a_redis_without_memory_is_a_full_queue(own_redis: Settings) -> None:
             submitted(WorkerLedger(raw, own_redis))
 
 
+def test_jobs_carry_the_lowest_contract_that_they_need(ledger: WorkerLedger) -> None:
+    """A worker of contract 1 leaves the others in the queue: it would fail them."""
+    submitted(ledger, "job_1", metadata={"order": "x" * 600})
+    submitted(ledger, "job_2", output="s3://Results_1/2.json")
+    assert ledger.redis.hget("blipq:job:job_1", "contract") == "1"
+    assert ledger.redis.hget("blipq:job:job_2", "contract") == "2"
+
+
+def test_a_record_that_has_ended_is_one_block_of_memory(own_redis: Settings) -> None:
+    """On a Redis with the setting that the local stack, compose and the docs have."""
+    receipt = json.dumps({"worker": "w" * 60, "revision": "0" * 40, "note": "n" * 300})
+    with connect(own_redis) as raw:
+        raw.config_set("hash-max-ziplist-value", COMPACT_FIELD)
+        ledger = WorkerLedger(raw, own_redis)
+        assert ledger.succeed(running(ledger), RESULT, receipt)
+        assert raw.object("encoding", "blipq:job:job_1") == "listpack"
+
+
 def test_a_job_takes_at_most_two_kilobytes(ledger: WorkerLedger, raw_redis: "redis.Redis") -> None:
     submitted(ledger, "job_0")
     before = raw_redis.info("memory")["used_memory_dataset"]
@@ -267,6 +285,27 @@ def test_a_stale_worker_cannot_finish_a_job(ledger: WorkerLedger) -> None:
     assert not ledger.retry(stale, 0)
     assert not ledger.hand_back(stale)
     assert read(ledger).status is Status.RUNNING
+
+
+def test_a_claim_makes_the_token_of_an_earlier_version_stale(ledger: WorkerLedger) -> None:
+    """Workers of that version show ``token`` alone: one that was frozen would end this claim."""
+    submitted(ledger)
+    ledger.redis.hset("blipq:job:job_1", "token", 1)
+    claim = claimed(ledger)
+    assert ledger.redis.hget("blipq:job:job_1", "token") == "2"
+    assert ledger.renew({"job_1": claim.token}) == []
+    assert ledger.succeed(claim, RESULT, "{}")
+
+
+def test_an_outcome_that_is_told_again_is_stored_once(ledger: WorkerLedger) -> None:
+    """Its answer was lost. Another outcome of the same job is not this one."""
+    claim = running(ledger)
+    assert ledger.succeed(claim, RESULT, '{"queue_ms":1.5}')
+    before = ledger.redis.hgetall("blipq:job:job_1")
+    assert ledger.succeed(claim, RESULT, '{"queue_ms":1.5}')
+    assert not ledger.succeed(claim, RESULT, '{"queue_ms":2.5}')
+    assert not ledger.fail(claim, ERROR, "{}")
+    assert ledger.redis.hgetall("blipq:job:job_1") == before
 
 
 def test_a_claim_repeated_with_its_nonce_is_the_same_claim(ledger: WorkerLedger) -> None:
@@ -644,8 +683,8 @@ def test_an_ended_job_keeps_what_is_read_of_it_alone(ledger: WorkerLedger) -> No
     assert ledger.succeed(running(ledger), RESULT, "{}")
     left = set(ledger.redis.hkeys("blipq:job:job_1"))
     promised = {"status", "kind", "model", "queue", "created_at", "started_at", "completed_at"}
-    promised |= {"deadline", "attempts", "request", "result", "receipt", "notify"}
-    assert left == promised | {"digest", "nonce"}
+    promised |= {"deadline", "attempts", "request", "result", "receipt"}
+    assert left == promised | {"digest"}
 
 
 @pytest.mark.parametrize("ended", ["failed", "dead", "cancelled", "expired"])
@@ -772,13 +811,21 @@ def test_the_age_of_a_job_counts_from_its_first_message(ledger: WorkerLedger) ->
     assert OperatorLedger.beside(ledger).queues()[0].oldest_s is None
 
 
-def test_a_queue_without_jobs_is_passed_over_until_it_has_one(ledger: WorkerLedger) -> None:
+def test_a_queue_stays_listed_while_no_job_waits_in_it(ledger: WorkerLedger) -> None:
+    """Workers of an earlier version give a job back without listing its queue, and their sweep drops
+    queues of low scores: the job's next message could be lost unseen.
+    """
     claim = running(ledger)
+    used = ledger.redis.zscore("blipq:queues", QUEUE)
     ledger.reconcile()
-    assert ledger.redis.zscore("blipq:queues", QUEUE) < 0
+    assert ledger.redis.zscore("blipq:queues", QUEUE) == used
     assert [queue.queue for queue in OperatorLedger.beside(ledger).queues()] == [QUEUE]
-    ledger.hand_back(claim)
-    assert ledger.redis.zscore("blipq:queues", QUEUE) > 0
+    ledger.redis.hset("blipq:job:job_1", "status", "queued")
+    ledger.redis.zrem("blipq:running", claim.id)
+    ledger.redis.zadd(f"blipq:queued:{QUEUE}", {claim.id: now_ms(ledger)})
+    ledger.redis.delete(f"blipq:taken:{QUEUE}")
+    ledger.register("w1", ["default"], "{}", ttl_s=60, spare=True)
+    assert published_again(ledger, grace_s=SOON_S) == ["job_1"]
 
 
 def test_a_sweep_is_bounded(ledger: WorkerLedger) -> None:

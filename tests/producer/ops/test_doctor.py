@@ -14,7 +14,7 @@ from pytest_httpserver import HTTPServer
 
 from blipq import Client, Settings
 from blipq.errors import QueueUnavailable
-from blipq.ledger.connection import connect
+from blipq.ledger.connection import COMPACT_FIELD, connect
 from blipq.ledger.worker import WorkerLedger
 from blipq.local.stack import LocalStack
 from blipq.local.supervisor import Service
@@ -128,6 +128,16 @@ def test_a_worker_whose_model_waits_for_decoded_images_is_a_warning(
     assert "more cores" in (finding.advice or "")
 
 
+def test_workers_of_an_earlier_contract_are_a_warning(
+    apart: Settings, ledger: WorkerLedger
+) -> None:
+    info: dict[str, Any] = {"models": ["default"], "active": 0}
+    ledger.register("earlier", ["default"], json.dumps(info), ttl_s=30, spare=False)
+    ledger.register("new", ["default"], json.dumps(info | {"contract": 2}), ttl_s=30, spare=False)
+    finding = next(each for each in check_workers(apart) if each.state == "warn")
+    assert "1 of 2 for the model 'default' lack contract 2" in finding.message
+
+
 def test_a_wrong_password_is_told_as_one_and_not_as_an_absent_redis(own_redis: Settings) -> None:
     with connect(own_redis) as raw:
         raw.config_set("requirepass", "right")
@@ -172,6 +182,16 @@ def test_a_redis_that_evicts_and_forgets_is_told(own_redis: Settings) -> None:
     findings = found(own_redis)
     assert findings["redis eviction"].state == "bad"
     assert findings["redis persistence"].state == "warn"
+
+
+def test_a_redis_that_takes_twice_the_memory_is_told(own_redis: Settings) -> None:
+    with connect(own_redis) as raw:
+        raw.config_set("hash-max-ziplist-value", 64)
+        assert "twice the memory" in found(own_redis)["redis memory"].message
+        raw.config_set("hash-max-ziplist-value", COMPACT_FIELD)
+        assert found(own_redis)["redis memory"].state == "ok"
+        raw.execute_command("ACL", "SETUSER", "default", "-config")
+    assert found(own_redis)["redis memory"].state == "ok", "a managed Redis does not say"
 
 
 def test_a_redis_that_fills_is_told(own_redis: Settings) -> None:

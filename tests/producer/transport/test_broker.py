@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from blipq import CaptionRequest, Client, Priority, Settings
-from blipq.contract import Kind
+from blipq.contract import CONTRACT, Kind
 from blipq.ledger.codec import Message
 from blipq.ledger.keys import queues_of
 from blipq.transport.broker import PUBLISH_TIMEOUT_S, Broker
@@ -31,7 +31,7 @@ def test_a_message_carries_the_id_and_the_contract(
     message = json.loads(raw_redis.lindex("blipq.default.normal", 0))
     assert message["headers"]["task"] == "blipq.caption"
     assert message["headers"]["id"] == "job_1"
-    assert message["headers"]["contract"] == 1
+    assert message["headers"]["contract"] == CONTRACT
     assert len(json.dumps(message)) < 700, "no more than a worker needs"
     assert message["properties"]["delivery_info"]["routing_key"] == "blipq.default.normal"
     broker.close()

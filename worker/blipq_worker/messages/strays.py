@@ -1,9 +1,10 @@
-"""Messages in queues that nobody reads: a foreign client made up the name of a model.
+"""Messages that nobody would read: a foreign client made up the name of a model, for instance.
 
 Python's clients are refused at submit. A client of another language pushes to a list of Celery's,
 and one of a model that no worker serves would stay for ever, without a record. One worker at a time
 looks through the broker's keys for such lists, a slice a beat, and records each message's job as
-failed. A list of a known model is left alone: its jobs wait for a worker.
+failed. A list of a known model is left alone: its jobs wait for a worker. The same worker puts back
+what those of earlier versions have left (see ``leftovers``).
 """
 
 import json
@@ -18,6 +19,7 @@ from blipq.ledger.worker import WorkerLedger
 from blipq.redis.url import SCHEMES
 from blipq.settings import Settings
 from blipq_worker.messages.envelope import is_id
+from blipq_worker.messages.leftovers import Leftovers
 from blipq_worker.process.periodic import Periodic
 
 log = logging.getLogger(__name__)
@@ -45,11 +47,13 @@ class Strays(Periodic):
         self._broker: Any = (
             connect(settings.model_copy(update={"redis_url": url})) if is_redis else None
         )
+        self._leftovers = Leftovers(self._broker)
 
     def tick(self) -> None:
         """Looks at the next keys, if the lock is ours."""
         if self._broker is None or not self._is_ours():
             return
+        self._leftovers.put_back()
         with redis_errors():
             found = self._broker.scan(self._cursor, match=keys.BROKER_KEYS, count=SLICE)
         self._cursor, names = found

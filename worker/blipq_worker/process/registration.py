@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from blipq.contract import CONTRACT
 from blipq.ledger.worker import WorkerLedger
 
 
@@ -48,6 +49,7 @@ class Registration:
         info = {
             "pid": os.getpid(),
             "models": list(models),
+            "contract": CONTRACT,
             "outputs": self._outputs,
             "threads": state.threads,
             "active": state.active,

@@ -56,6 +56,12 @@ job.attempts = string.format('%d', (job.attempts or 0) + 1)
 job.status, job.nonce, job.started_at = 'running', nonce, job.started_at or now
 local changed = {'status', 'running', 'worker', worker, 'nonce', nonce,
   'started_at', job.started_at, 'attempts', job.attempts}
+-- A worker of an earlier version, which had the job before, must not end this claim with its token.
+if job.token then
+  job.token = string.format('%d', job.token + 1)
+  changed[#changed + 1] = 'token'
+  changed[#changed + 1] = job.token
+end
 if job.solo then
   changed[#changed + 1] = 'waiting'
   changed[#changed + 1] = 1

@@ -104,7 +104,8 @@ end
 -- job that has no result may be tried again, which takes the others.
 local OPEN_ONLY = {'worker', 'published_at', 'again', 'due', 'waiting', 'withdrawn', 'crashes',
   'retries', 'last_error'}
-local FOR_RETRY = {'contract', 'result_ttl', 'failed_ttl', 'solo', 'work', 'rights'}
+local FOR_RETRY = {'contract', 'result_ttl', 'failed_ttl', 'solo', 'work', 'rights', 'notify',
+  'nonce', 'token'}
 
 local function shed(id, job, status)
   local names = {}
@@ -116,8 +117,8 @@ local function shed(id, job, status)
   if #names > 0 then redis.call('HDEL', job_key(id), unpack(names)) end
 end
 
--- What a worker shows to prove that a claim is its own: the nonce of that claim. Earlier versions
--- counted claims, too, under ``token``.
+-- What a worker shows to prove that a claim is its own: the nonce of that claim. Workers of earlier
+-- versions show ``token`` alone, which counts their claims, and those of jobs that they have claimed.
 local function fence(job)
   return (job.token or '') .. '-' .. (job.nonce or '')
 end

@@ -2,10 +2,10 @@
 -- then field/value pairs. Returns 1, or 0 if the job is no longer this worker's to end.
 local id, token, status, dead_letter_ttl = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local job = load(id)
-if not job or fence(job) ~= token then return 0 end
+if not job then return 0 end
 
 -- Told again by a worker that has not heard the answer: it is stored already. The result itself may
--- have been dropped since.
+-- have been dropped since, and so has the token; a receipt has the times of one run.
 local function is_stored()
   if job.status ~= status then return false end
   for i = 5, #ARGV, 2 do
@@ -15,7 +15,8 @@ local function is_stored()
   return true
 end
 
-if job.status ~= 'running' then return is_stored() and 1 or 0 end
+if ended(job) then return is_stored() and 1 or 0 end
+if job.status ~= 'running' or fence(job) ~= token then return 0 end
 if tonumber(job.deadline) <= now then
   end_job(id, job, 'expired', {})
   return 0

@@ -9,7 +9,7 @@ if waiting == 0 and not is_paused(queue) and not is_known(model_of(queue), decla
 end
 if wish == 'pause' then
   redis.call('SET', key, 0, 'PX', INDEX_TTL)
-  redis.call('ZADD', QUEUES, 'NX', -now, queue)  -- so that it is listed
+  redis.call('ZADD', QUEUES, 'NX', now, queue)  -- so that it is listed
   redis.call('PEXPIRE', QUEUES, INDEX_TTL)
 elseif is_paused(queue) then
   redis.call('SET', key, now, 'PX', INDEX_TTL)

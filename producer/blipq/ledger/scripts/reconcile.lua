@@ -128,16 +128,13 @@ local function publish_again(queue, id, job)
   add(id, job)
 end
 
--- A queue in which no job waits is passed over until one does; it is forgotten when long unused.
-redis.call('ZREMRANGEBYSCORE', QUEUES, 0, now - INDEX_TTL)
-redis.call('ZREMRANGEBYSCORE', QUEUES, INDEX_TTL - now, 0)
-for _, queue in ipairs(redis.call('ZRANGEBYSCORE', QUEUES, 0, '+inf')) do
+-- A queue is forgotten when long unused, not when it is empty: an earlier version's worker that gives
+-- a job back does not list its queue.
+redis.call('ZREMRANGEBYSCORE', QUEUES, '-inf', now - INDEX_TTL)
+for _, queue in ipairs(redis.call('ZRANGE', QUEUES, 0, -1)) do
   local waiting = redis.call('ZCARD', queued_key(queue))
-  if waiting == 0 then
-    redis.call('ZADD', QUEUES, -redis.call('ZSCORE', QUEUES, queue), queue)
-  end
   tidy(queue)
-  for _, id in ipairs(lost(queue, waiting)) do
+  for _, id in ipairs(waiting > 0 and lost(queue, waiting) or {}) do
     local job = load(id)
     if job and job.status == 'queued' then
       publish_again(queue, id, job)

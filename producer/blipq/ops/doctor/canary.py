@@ -3,7 +3,6 @@
 import time
 
 from blipq.client.sync_client import Client
-from blipq.contract import CONTRACT
 from blipq.errors import BlipqError, ResultTimeout
 from blipq.local.sample import red_square
 from blipq.ops.doctor.findings import Finding, Findings
@@ -35,7 +34,7 @@ def check_canary(settings: Settings) -> Findings:
 def _judged(text: str, checkpoint: str | None, took: float) -> Finding:
     """A model may call a red square something else; the demo model, trained on such, may not."""
     missing = [word for word in ("red", "square") if word not in text.lower().split()]
-    message = f"a job took {took:.1f} s (contract {CONTRACT}): of a red square it says {text!r}"
+    message = f"a job took {took:.1f} s: of a red square it says {text!r}"
     if not text.strip() or (missing and checkpoint == "demo"):
         advice = "the model is damaged: fetch its weights again, and look at the worker's log"
         return Finding("bad", "canary", message, advice)

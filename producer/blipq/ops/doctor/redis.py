@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import redis
 
-from blipq.ledger.connection import connect
+from blipq.ledger.connection import COMPACT_FIELD, connect
 from blipq.ops.doctor.findings import Finding, Findings, skew
 from blipq.ops.forecast import Forecast, forecast
 from blipq.program import blipq
@@ -50,6 +50,7 @@ def check_redis(settings: Settings) -> Findings:
         yield _redis_version(info, took)
         yield from _redis_settings(info)
         yield from _redis_memory(info)
+        yield from _redis_encoding(client)
         yield from _redis_forecast(forecast(client))
         before = time.time()
         seconds, microseconds = cast("tuple[int, int]", client.time())
@@ -98,6 +99,19 @@ def _redis_memory(info: dict[str, Any]) -> Findings:
         yield Finding("warn", "redis memory", message, "add workers, or raise maxmemory")
     else:
         yield Finding("ok", "redis memory", f"{message} of {most / 2**20:.0f} MiB")
+
+
+def _redis_encoding(client: "redis.Redis") -> Findings:
+    """Whether records of jobs are kept compactly. Managed servers may not let it be read."""
+    try:
+        found = cast("dict[str, str]", client.config_get("hash-max-*-value"))
+    except redis.ResponseError:
+        return
+    if any(int(size) < COMPACT_FIELD for size in found.values()):
+        message = "records of ended jobs take twice the memory that they need"
+        name = next(iter(found))  # it depends on the version
+        advice = f"redis-cli CONFIG SET {name} {COMPACT_FIELD}, and in redis.conf"
+        yield Finding("warn", "redis memory", message, advice)
 
 
 def _redis_forecast(found: Forecast | None) -> Findings:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from blipq.contract import CONTRACT
 from blipq.ledger import keys
 from blipq.ledger.connection import connect
 from blipq.ledger.operator import OperatorLedger
@@ -21,6 +22,7 @@ def check_workers(settings: Settings) -> Findings:
         yield _serving(model, serving)
         yield from _decode_bound(model, serving)
         yield _outputs(model, serving)
+        yield from _contracts(model, serving)
     if len(taking) < len(live):
         yield Finding("ok", "workers", f"{len(live) - len(taking)} draining")
     if "default" not in models:
@@ -63,6 +65,15 @@ def _outputs(model: str, serving: list[dict[str, Any]]) -> Finding:
         return Finding("ok", "outputs", f"jobs for {model!r} may write to {places[0]}")
     message = f"jobs for {model!r} with an output are refused (BLIPQ_ALLOWED_OUTPUTS names none)"
     return Finding("ok", "outputs", message if places else f"workers of {model!r} do not say")
+
+
+def _contracts(model: str, serving: list[dict[str, Any]]) -> Findings:
+    """Whether workers of an earlier contract serve the model. Those of contract 1 do not say."""
+    earlier = sum(worker.get("contract", 1) < CONTRACT for worker in serving)
+    if earlier:
+        message = f"{earlier} of {len(serving)} for the model {model!r} lack contract {CONTRACT}"
+        message += ": they leave jobs that need it in the queue"
+        yield Finding("warn", "workers", message, "deploy this version to them, too")
 
 
 def check_queues(settings: Settings) -> Findings:
