@@ -72,7 +72,11 @@ class Rig:
     def start_demo_worker(self, **options: Any) -> Service:
         """A worker with the demo model, as in production."""
         environment = self.stack.environment() | {"BLIPQ_MODELS": "default=demo"} | named(options)
-        worker = worker_service(environment, self.folder / f"worker-{next(self._numbers)}.log")
+        log = self.folder / f"worker-{next(self._numbers)}.log"
+        return self.serve(worker_service(environment, log))
+
+    def serve(self, worker: Service) -> Service:
+        """Starts any worker process, and waits until it serves."""
         worker.start()
         self.workers.append(worker)
         return self._serving(worker)

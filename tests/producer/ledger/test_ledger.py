@@ -812,7 +812,7 @@ def test_the_age_of_a_job_counts_from_its_first_message(ledger: WorkerLedger) ->
 
 
 def test_a_queue_stays_listed_while_no_job_waits_in_it(ledger: WorkerLedger) -> None:
-    """Workers of an earlier version give a job back without listing its queue, and their sweep drops
+    """Workers of an earlier version give jobs back without listing the queue, and their sweep drops
     queues of low scores: the job's next message could be lost unseen.
     """
     claim = running(ledger)

@@ -1,0 +1,1 @@
+"""The version before this one beside it."""
