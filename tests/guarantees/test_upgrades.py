@@ -77,7 +77,7 @@ def test_a_frozen_worker_of_the_other_version_cannot_end_a_job_that_was_taken_ov
     frozen.signal(signal.SIGCONT)
     info = job.wait(60)
     assert info.receipt is not None
-    assert (info.status, info.attempts) == (Status.SUCCEEDED, 2)
+    assert (info.status, info.attempts) == (Status.SUCCEEDED, 2), info
     assert f"-{second.pid}-" in str(info.receipt.worker)
 
 
