@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
-from blipq import Status
+from blipq import Options, Settings, Status
+from blipq.contract import request_adapter
+from blipq.ledger.codec import prepare
+from blipq.submission import Submission
 from conftest import wait_until
 from guarantees.earlier.submitting import KEY
 from guarantees.earlier.versions import Version, earlier, this
@@ -60,6 +63,46 @@ def test_an_upgrade_and_a_rollback_under_load_lose_and_fail_no_job(
     assert max(attempts for _, _, attempts, _ in outcomes.values()) <= 3
     assert rig.redis(lambda raw: raw.zcard("blipq:open")) == 0
     assert rig.redis(lambda raw: raw.get(f"blipq:idempotency:{KEY}")) in outcomes, "one job"
+
+
+IMAGE = "s3://photos/cat.jpg"
+JOBS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"kind": "caption", "image": IMAGE}, {}),
+    ({"kind": "caption", "image": {"uri": IMAGE, "etag": "e"}, "prompt": "a photo of"}, {}),
+    ({"kind": "caption", "image": IMAGE, "generation": {"num_beams": 3, "seed": 7}}, {}),
+    ({"kind": "caption", "image": IMAGE, "best_of": 4}, {"priority": "high", "expires_in": "2h"}),
+    ({"kind": "vqa", "image": IMAGE, "questions": "what?"}, {"metadata": {"b": "2", "a": "1"}}),
+    ({"kind": "vqa", "image": IMAGE, "questions": ["a?"], "choices": ["x", "y"]}, {"model": "t5"}),
+    (
+        {"kind": "vqa", "image": IMAGE, "questions": ["and?"]}
+        | {"history": [{"question": "what?", "answer": "a cat"}]},
+        {"idempotency_key": "k"},
+    ),
+    ({"kind": "match", "image": IMAGE, "texts": ["a cat", "ein Hund ä"], "head": "itc"}, {}),
+    ({"kind": "embed", "image": IMAGE, "dtype": "float32"}, {"output": "s3://results/1.json"}),
+    ({"kind": "embed", "text": "a cat", "mode": "text"}, {}),
+    ({"kind": "embed", "image": IMAGE, "index": {"name": "shop", "metadata": {"a": "1"}}}, {}),
+    ({"kind": "describe", "image": IMAGE, "questions": ["what?"], "embed": True}, {}),
+    (
+        {"kind": "search", "index": "shop", "text": "a cat", "top_k": 3}
+        | {"filter": {"a": ["1", "2"], "b": "3"}},
+        {"webhook": {"url": "https://example.com/hook", "events": ["job.succeeded"]}},
+    ),
+]
+
+
+def stored(request: dict[str, Any], options: dict[str, Any]) -> dict[str, str]:
+    """What this version stores of a job, as ``Version.stored`` has it."""
+    parsed = request_adapter.validate_python(request), Options(**options)
+    job = prepare(Submission(*parsed, "job_1"), Settings(), notify="me")
+    own = {"digest": job.digest, "key": options.get("idempotency_key", "")}
+    own["expires_in"] = job.expires_in_ms
+    return {name: str(value) for name, value in ({**job.fields} | own).items()}
+
+
+def test_both_versions_store_the_same_of_the_same_request(before: Version) -> None:
+    """Or a submit that is repeated after an upgrade would be a conflict, and not the same job."""
+    assert before.stored(JOBS) == [stored(*each) for each in JOBS]
 
 
 @pytest.mark.parametrize("upgrade", [True, False], ids=["upgrade", "rollback"])

@@ -8,6 +8,8 @@ A clone may lack the history, so that ``8b87bc7.tar.xz`` has what is needed of i
 """
 
 import json
+import os
+import subprocess
 import sys
 import tarfile
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from guarantees.earlier import submitting
 from guarantees.rig import LEASE_S, Rig, named
 
 ARCHIVE = Path(__file__).with_name("8b87bc7.tar.xz")
+#: Runs with the version before alone.
+PREPARING = Path(__file__).with_name("preparing.py")
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,27 @@ class Version:
         producer.start()
         return producer
 
-    def _environment(self, rig: Rig) -> dict[str, str]:
+    def stored(self, jobs: list[Any]) -> list[dict[str, str]]:
+        """See ``preparing.py``."""
+        done = subprocess.run(
+            [sys.executable, "-P", str(PREPARING)],
+            input=json.dumps(jobs),
+            env=os.environ | self._path,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        found: list[dict[str, str]] = json.loads(done.stdout)
+        return found
+
+    @property
+    def _path(self) -> dict[str, str]:
         places = [self.folder, self.folder / "producer", self.folder / "worker"]
-        path = ":".join(str(each) for each in places)
-        return rig.stack.environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        return {"PYTHONPATH": ":".join(str(each) for each in places)}
+
+    def _environment(self, rig: Rig) -> dict[str, str]:
+        return rig.stack.environment() | {"OMP_NUM_THREADS": "1"} | self._path
 
 
 class Producer:
