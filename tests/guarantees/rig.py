@@ -174,6 +174,8 @@ class Rig:
                 content_type="application/json",
                 content_encoding="utf-8",
                 routing_key=queue,
+                # RabbitMQ drops what is sent to a queue that no worker has declared yet.
+                declare=[self.client.broker.app.amqp.queues[queue]],
             )
 
     def running(self) -> int:
