@@ -103,8 +103,8 @@ def stored(request: dict[str, Any], options: dict[str, Any]) -> dict[str, str]:
 def test_both_versions_store_the_same_of_the_same_request(before: Version) -> None:
     """Or a submit that is repeated after an upgrade would be a conflict, and not the same job."""
     now = [stored(*each) for each in JOBS]
-    for job, earlier in zip(now, before.stored(JOBS), strict=True):
-        assert {name: job[name] for name in earlier} == earlier
+    for job, then in zip(now, before.stored(JOBS), strict=True):
+        assert {name: job[name] for name in then} == then
 
 
 @pytest.mark.parametrize("upgrade", [True, False], ids=["upgrade", "rollback"])
