@@ -57,7 +57,8 @@ end
 local function erase(id, job)
   if job.request then forget_image(job.request) end
   each_event(id, job, drop_event)
-  if job.queue then forget(id, job) end
+  -- One that has ended is listed and counted among the open ones no more.
+  if not ended(job) then forget(id, job) end
   redis.call('ZREM', DEAD_LETTERS, id)
   if ended(job) then unlist_job(id, job, job.status) end
   local key = job.idempotency_key and idempotency_key(job.idempotency_key)
