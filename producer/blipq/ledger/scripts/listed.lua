@@ -1,6 +1,6 @@
 -- Settles what is due and reads jobs for a list: all but their results, which may be large.
--- ARGV: ids. Returns {live workers of its model, whether its queue is paused (1 or 0), field, value,
--- ...} of each, {} of an unknown one.
+-- ARGV: ids. Returns {live workers of its model, whether its queue is paused (1 or 0), {}, field,
+-- value, ...} of each, as read.lua does for one job without a look ahead; {} of an unknown one.
 local FIELDS = {'kind', 'model', 'status', 'created_at', 'started_at', 'completed_at', 'deadline',
   'attempts', 'request', 'error', 'receipt', 'metadata', 'tenant', 'last_error', 'result_uri',
   'delivered', 'queue'}
@@ -23,7 +23,7 @@ for i, id in ipairs(ARGV) do
   local model = found[2]
   if model then
     live[model] = live[model] or live_workers(model)
-    answer[1], answer[2] = live[model], waits_paused(found)
+    answer[1], answer[2], answer[3] = live[model], waits_paused(found), {}
   end
   for j, name in ipairs(FIELDS) do
     if found[j] then
