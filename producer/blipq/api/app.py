@@ -9,9 +9,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from blipq.api import batches, events, jobs, operator, reference, uploads
+from blipq.api.console import errors, routes
 from blipq.api.door import Door, Operation
 from blipq.api.gate import Gate
-from blipq.api.problems import Problem, answer
+from blipq.api.problems import Problem
 from blipq.errors import BlipqError
 
 OPERATIONS = (
@@ -49,13 +50,16 @@ def app_of(door: Door) -> ASGIApp:
         await door.aclose()
 
     app = Starlette(
-        routes=[Route(each.path, each.answer, methods=[each.method]) for each in OPERATIONS],
+        routes=[
+            *(Route(each.path, each.answer, methods=[each.method]) for each in OPERATIONS),
+            *(Route(each.path, each.answer, methods=[each.method]) for each in routes.PAGES),
+        ],
         lifespan=lifespan,
         exception_handlers={
-            BlipqError: answer,
-            Problem: answer,
-            HTTPException: answer,
-            Exception: answer,
+            BlipqError: errors.handle,
+            Problem: errors.handle,
+            HTTPException: errors.handle,
+            Exception: errors.handle,
         },
     )
     app.state.door = door

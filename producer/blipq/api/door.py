@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from blipq.api.keys import Caller, Keyring, Scope
+from blipq.api.keys import LOCAL, Caller, Keyring, Scope
 from blipq.api.problems import Problem
+from blipq.api.sessions import Session, Sessions
 from blipq.api.settings import ApiSettings
 from blipq.client.async_client import AsyncClient
 from blipq.contract import JobInfo
@@ -46,6 +48,9 @@ class Door:
         self.settings = settings
         self.keyring = None if settings.api_keys is None else Keyring(settings.api_keys)
         self.client = AsyncClient(settings)
+        self.sessions = None if self.keyring is None else Sessions(settings, self.keyring)
+        #: Of a door without keys, which knows one user.
+        self.local = Session(LOCAL, secrets.token_urlsafe(32))
         self.draining = asyncio.Event()
         redis = connect(settings)
         self._operator = OperatorLedger(redis, settings)
@@ -57,6 +62,8 @@ class Door:
         self.streams = 0
 
     async def aclose(self) -> None:
+        if self.sessions is not None:
+            await self.sessions.aclose()
         await self.client.aclose()
         self._operator.close()
 

@@ -11,12 +11,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from blipq.api.console.errors import answer, is_page, path_in
 from blipq.api.door import Door
 from blipq.api.keys import LOCAL, Caller
 from blipq.api.problems import Problem
+from blipq.errors import BlipqError
 
 access = logging.getLogger("blipq.api.access")
 
@@ -83,10 +86,10 @@ class Gate:
             if _is_preflight(scope, headers):
                 await _preflight(origin is not None)(scope, receive, passage.send)
                 return
-            self._admit(scope, headers, passage)
+            await self._admit(scope, headers, passage)
             await self._app(scope, receive, passage.send)
-        except Problem as problem:
-            await problem.response(passage.id)(scope, receive, passage.send)
+        except (Problem, BlipqError) as error:
+            await answer(Request(scope), error)(scope, receive, passage.send)
         finally:
             self._under_way -= 1
             passage.log(scope)
@@ -95,15 +98,28 @@ class Gate:
         if self._under_way > self._settings.api_concurrency:
             raise Problem(503, "busy", "the door answers too many requests", retry_after_s=1)
 
-    def _admit(self, scope: Scope, headers: Headers, passage: "_Passage") -> None:
+    async def _admit(self, scope: Scope, headers: Headers, passage: "_Passage") -> None:
         """Finds who sends a request. Raises Problem for one that goes no further."""
+        path = path_in(scope)
         if self._door.keyring is None:
             self._check_is_local(headers, scope)
+            scope["state"]["session"] = self._door.local
             scope["state"]["caller"] = passage.caller = LOCAL
-        elif not scope["path"].removeprefix(scope.get("root_path", "")).startswith(OPEN_PATHS):
+        elif is_page(path):
+            await self._admit_to_console(scope, headers, passage)
+        elif not path.startswith(OPEN_PATHS):
             caller = self._caller(headers)
             scope["state"]["caller"] = passage.caller = caller
             self._count(caller, passage)
+
+    async def _admit_to_console(self, scope: Scope, headers: Headers, passage: "_Passage") -> None:
+        """A page is for who has a session; without one it shows where to sign in."""
+        assert self._door.sessions is not None
+        session = await self._door.sessions.find(headers.get("cookie", ""))
+        if session is not None:
+            scope["state"]["session"] = session
+            scope["state"]["caller"] = passage.caller = session.caller
+            self._count(session.caller, passage)
 
     # -- with keys --
 

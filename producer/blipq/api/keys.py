@@ -119,8 +119,12 @@ class Keyring:
 
     def find(self, secret: str) -> Caller | None:
         """Whose key it is. A digest is looked up: how long that takes says nothing of the key."""
+        return self.of_digest(digest(secret))
+
+    def of_digest(self, digest: str) -> Caller | None:
+        """Whose key has this digest, as the file is now."""
         self._refresh()
-        return self._callers.get(digest(secret))
+        return self._callers.get(digest)
 
     def _refresh(self) -> None:
         """What cannot be read changes nothing: an edit that went wrong must lock nobody out."""

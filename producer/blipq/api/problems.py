@@ -7,7 +7,6 @@ from http import HTTPStatus
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import Response
 
 from blipq.errors import (
@@ -106,8 +105,3 @@ def problem_of(error: BaseException) -> Problem:
     if isinstance(error, JobFailed):
         more["error_code"] = error.code
     return Problem(status, code, str(error), retry_after_s=retry, **more)
-
-
-async def answer(request: Request, error: Exception) -> Response:
-    """Starlette's handler of exceptions."""
-    return problem_of(error).response(request.state.request_id)

@@ -13,11 +13,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from blipq.contract import Hit, ImageRef, SearchResult
 from blipq.errors import BlipqError, InvalidRequest
 from blipq.images.decoding import decode
+from blipq.pages import environment
 from blipq.s3.refusals import s3_errors
 from blipq.s3.storage import Storage
 
@@ -57,14 +56,8 @@ def page(result: SearchResult, title: str, fetch: Callable[[ImageRef], bytes]) -
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         cards = list(pool.map(card, result.hits))
-    environment = Environment(
-        loader=PackageLoader("blipq.index", "page"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("gallery.html").render(title=title, cards=cards, result=result)
+    template = environment("blipq.index").get_template("gallery.html")
+    return template.render(title=title, cards=cards, result=result)
 
 
 def write_page(result: SearchResult, title: str, path: Path, storage: Storage) -> None:

@@ -129,6 +129,11 @@ def stopped(digest: str) -> str:
     return f"blipq:stopped:{digest}"
 
 
+def session(digest: str) -> str:
+    """String: the digest of a session's key, for the SHA-256 of the token in its cookie."""
+    return f"blipq:session:{digest}"
+
+
 def watch(name: str) -> str:
     """String: how far a watch has listed, as JSON."""
     return f"blipq:watch:{name}"

@@ -76,6 +76,24 @@ class OperatorLedger(ScriptRunner):
         with redis_errors():
             return list(self._read_all(info.id for info in page.jobs))
 
+    def request(self, id: str) -> dict[str, Any] | None:
+        """What a job asks, as it is stored: without defaults. None for an unknown id."""
+        with redis_errors(id):
+            text = cast("str | None", self.redis.hget(keys.job(id), "request"))
+        return None if text is None else json.loads(text)
+
+    def ended_after(self) -> tuple[float, list[float]]:
+        """The time now, and when those of the newest thousand jobs ended, the latest first.
+
+        Unix seconds on Redis' clock.
+        """
+        page = self.listing.page(Wanted(), limit=CHUNK)
+        with redis_errors():
+            seconds, micros = self.redis.time()
+        ended = (job.completed_at.timestamp() for job in page.jobs if job.completed_at)
+        return seconds + micros / 1e6, sorted(ended, reverse=True)
+
+
     def _newest(self, key: str, limit: int = CHUNK) -> list[str]:
         return cast("list[str]", self.redis.zrevrange(key, 0, limit - 1))
 
@@ -133,6 +151,10 @@ class OperatorLedger(ScriptRunner):
         }
 
     # -- dead letters: jobs that are out of attempts --
+
+    def dead(self) -> int:
+        """How many dead letters there are."""
+        return self._size(keys.DEAD_LETTERS)
 
     def dead_letters(self, limit: int = 100) -> list[JobInfo]:
         """At most ``limit`` dead letters, the newest first."""

@@ -8,11 +8,11 @@ from datetime import datetime
 from pathlib import Path
 from statistics import median
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 import blipq
 from blipq.local.stack import API_PORT
+from blipq.pages import environment
 from blipq_worker.demo.plots import stage_plot, throughput_plot
 from blipq_worker.demo.score import PASS_SHARE, Answered, Run, Tally
 from blipq_worker.demo.world import Demonstration, render, with_article
@@ -49,15 +49,9 @@ def write_report(run: Run, path: Path) -> None:
 
 def render_report(run: Run) -> str:
     """The report as HTML."""
-    environment = Environment(
-        loader=PackageLoader("blipq_worker.demo", "page"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=number, milliseconds=milliseconds, percent=percent)
-    return environment.get_template("report.html").render(
+    made = environment("blipq_worker.demo")
+    made.filters.update(number=number, milliseconds=milliseconds, percent=percent)
+    return made.get_template("report.html").render(
         run=run,
         tally=run.tally,
         pass_share=PASS_SHARE,
