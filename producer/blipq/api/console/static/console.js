@@ -57,6 +57,7 @@ function follow() {
 // -- the chart --
 
 const charts = [];
+const clock = (at) => new Date(at * 1000).toISOString().slice(11, at % 60 ? 19 : 16);
 
 function draw() {
   for (const chart of charts.splice(0)) chart.destroy();
@@ -76,7 +77,10 @@ function draw() {
       legend: { show: false },
       padding: [8, 0, 0, 0],
       scales: { y: { range: (_, least, most) => [0, Math.max(most * 1.1, 0.1)] } },
-      axes: [{ ...axis, grid: { show: false } }, { ...axis, size: 46 }],
+      axes: [
+        { ...axis, grid: { show: false }, space: 70, values: (_, times) => times.map(clock) },
+        { ...axis, size: 46 },
+      ],
       series: [
         {},
         {
