@@ -28,6 +28,36 @@ function refresh(event) {
 setInterval(() => refresh("tick"), FRESH_MS);
 document.addEventListener("visibilitychange", () => refresh("tick"));
 
+// A fresh copy has the focus and the scrolled tables of the one that it replaces.
+
+const identity = (element) => {
+  const form = element.closest("form");
+  const about = form && one("input[name=id], input[name=event]", form);
+  return [element.tagName, element.textContent.trim(), element.getAttribute("href"), about?.value]
+    .join("|");
+};
+const scrolling = ".scroll, pre";
+let kept = { focus: null, scrolled: [] };
+
+document.addEventListener("htmx:beforeSwap", () => {
+  const live = one("#live");
+  const active = document.activeElement;
+  kept = {
+    focus: live && live.contains(active) ? identity(active) : null,
+    scrolled: live ? [...all(scrolling, live)].map((each) => each.scrollLeft) : [],
+  };
+});
+document.addEventListener("htmx:afterSwap", () => {
+  const live = one("#live");
+  if (!live) return;
+  all(scrolling, live).forEach((each, place) => (each.scrollLeft = kept.scrolled[place] ?? 0));
+  if (kept.focus === null) return;
+  const same = [...all("a, button, summary, [tabindex]", live)].find(
+    (each) => identity(each) === kept.focus,
+  );
+  if (same) same.focus({ preventScroll: true });
+});
+
 const lost = (yes) => one("#lost").toggleAttribute("hidden", !yes);
 document.addEventListener("htmx:sendError", () => lost(true));
 document.addEventListener("htmx:timeout", () => lost(true));
