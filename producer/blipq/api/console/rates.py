@@ -1,6 +1,5 @@
 """How many jobs end in a second, from when the last thousand ended."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,11 +10,9 @@ STEPS = 60
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Jobs that ended a second. ``times``: Unix seconds, the end of each step of ``values``."""
+    """Jobs that ended a second, in each step of the window, the latest last."""
 
-    now: float
     window_s: float
-    times: Sequence[float]
     values: Sequence[float]
 
     @property
@@ -31,11 +28,9 @@ class Rate:
         return sum(self.values[-steps:]) / steps
 
     @property
-    def chart(self) -> str:
-        """The series as JSON."""
-        return json.dumps(
-            [[round(at, 2) for at in self.times], [round(value, 3) for value in self.values]]
-        )
+    def most(self) -> float:
+        """The highest value."""
+        return max(self.values)
 
 
 def rate_of(now: float, ended: Sequence[float], most: int = 1000) -> Rate:
@@ -51,5 +46,4 @@ def rate_of(now: float, ended: Sequence[float], most: int = 1000) -> Rate:
     for at in ended:
         if 0 <= (place := int((now - at) / step)) < STEPS:
             counts[STEPS - 1 - place] += 1
-    times = [now - window + (place + 1) * step for place in range(STEPS)]
-    return Rate(now, window, times, [number / step for number in counts])
+    return Rate(window, [number / step for number in counts])

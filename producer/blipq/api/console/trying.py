@@ -12,7 +12,7 @@ from blipq.api import operator
 from blipq.api.console.access import MOST_FIELDS, MOST_FORM_BYTES, call, check_token, to
 from blipq.api.console.pages import rendered
 from blipq.api.door import caller_of, door_of, media_type, read_body
-from blipq.api.jobs import asked_of
+from blipq.api.jobs import job_request_of
 from blipq.api.problems import Problem
 from blipq.contract import Kind
 from blipq.errors import InvalidRequest
@@ -67,7 +67,7 @@ async def submit(request: Request) -> Response:
                 storage = door.client.storage
                 uploaded = await door.store(lambda: storage.upload(data, folder=caller.folder))
                 fields["image"] = uploaded.uri
-            asked, options = asked_of(body_of(fields))
+            asked, options = job_request_of(body_of(fields))
             caller.check(asked, options, door.settings.inbox_bucket)
             job: Any = await door.client.submit(Submission(asked, options, new_id(), caller.tenant))
         except InvalidRequest as error:

@@ -14,8 +14,8 @@ from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 from blipq import Client
 from blipq.ledger.worker import WorkerLedger
-from browsers import chromium
 from conftest import ROOT
+from producer.api.console.browsers import chromium
 from producer.api.console.conftest import PAGES, Keyed, succeed
 
 SCENE = ROOT / "docs" / "scene.png"
@@ -88,7 +88,7 @@ def test_hostile_texts_run_nothing_and_load_nothing(reader: Reader, hostile: lis
         page = reader.open(path)
         page.wait_for_load_state("networkidle")
         assert page.locator("main h1").count() == 1
-        assert page.evaluate("typeof htmx + typeof uPlot") == "objectfunction"
+        assert page.evaluate("typeof htmx") == "object"
 
 
 def test_a_picture_is_dropped_and_its_stages_and_answer_appear(

@@ -1,5 +1,5 @@
-// What pages do beyond forms and links, which work without it: they stay fresh, draw the chart,
-// show the picture that was dropped, and copy texts. Nothing here puts text into HTML.
+// What pages do beyond forms and links, which work without it: they stay fresh, show
+// the picture that was dropped, and copy texts. Nothing here puts text into HTML.
 "use strict";
 
 const FRESH_MS = 2000;
@@ -84,51 +84,6 @@ function follow() {
   }
 }
 
-// -- the chart --
-
-const charts = [];
-const clock = (at) => new Date(at * 1000).toISOString().slice(11, at % 60 ? 19 : 16);
-
-function draw() {
-  for (const chart of charts.splice(0)) chart.destroy();
-  const style = getComputedStyle(document.documentElement);
-  const colour = (name) => style.getPropertyValue(name).trim();
-  for (const place of all("[data-chart]")) {
-    const axis = {
-      stroke: colour("--soft"),
-      font: "12px system-ui, sans-serif",
-      grid: { stroke: colour("--line"), width: 1 },
-      ticks: { show: false },
-    };
-    const options = {
-      width: place.clientWidth,
-      height: place.clientHeight,
-      cursor: { show: false },
-      legend: { show: false },
-      padding: [8, 0, 0, 0],
-      scales: { y: { range: (_, least, most) => [0, Math.max(most * 1.1, 0.1)] } },
-      axes: [
-        { ...axis, grid: { show: false }, space: 70, values: (_, times) => times.map(clock) },
-        { ...axis, size: 46 },
-      ],
-      series: [
-        {},
-        {
-          stroke: colour("--bar"),
-          fill: colour("--bar") + "22",
-          width: 2,
-          paths: uPlot.paths.stepped({ align: -1 }),
-          points: { show: false },
-        },
-      ],
-    };
-    charts.push(new uPlot(options, JSON.parse(place.dataset.chart), place));
-  }
-}
-
-addEventListener("resize", draw);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-
 // -- pictures that cannot be shown --
 
 function watchPictures() {
@@ -187,7 +142,6 @@ function watchCopies() {
 
 function begin() {
   follow();
-  draw();
   watchPictures();
   watchCopies();
 }
