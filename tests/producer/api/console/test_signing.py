@@ -95,6 +95,7 @@ def test_a_session_ends_with_its_key(keyed: Keyed) -> None:
             wait_until(lambda: http.get("/console/").status_code == 303, "the end of the session")
         finally:
             keyed.file.write_text(kept)
+        wait_until(lambda: http.get("/console/").status_code == 200, "the key that is back")
 
 
 def test_a_form_without_this_sessions_token_does_nothing(keyed: Keyed, client: Client) -> None:
