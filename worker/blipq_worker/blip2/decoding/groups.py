@@ -169,31 +169,30 @@ class Groups:
         assert self._beams is not None
         parents = chosen.parents[..., None].expand_as(step.seen)
         seen = step.seen.gather(1, parents) & _are_beams(chosen.beams)
-        if isinstance(step.where, slice):
-            self._beams, self._tokens, self._seen = chosen.beams, chosen.tokens, seen
-            self._depths = step.depths
-        else:
+        beams, tokens, depths = chosen.beams, chosen.tokens, step.depths
+        if not isinstance(step.where, slice):
             width = max(seen.shape[2], self._seen.shape[2])
             put = step.where
-            self._beams = self._beams.put(put, chosen.beams)
-            self._tokens = self._tokens.index_copy(0, put, chosen.tokens)
-            self._seen = _up_to(width, self._seen).index_copy(0, put, _up_to(width, seen))
-            depths = _up_to(width, step.depths)
-            self._depths = _up_to(width, self._depths).index_copy(0, put, depths)
+            beams = self._beams.put(put, beams)
+            tokens = self._tokens.index_copy(0, put, tokens)
+            seen = _up_to(width, self._seen).index_copy(0, put, _up_to(width, seen))
+            depths = _up_to(width, self._depths).index_copy(0, put, _up_to(width, depths))
+        # All of them or none: memory may run out above.
+        self._beams, self._tokens, self._seen, self._depths = beams, tokens, seen, depths
         places = range(len(step.groups)) if isinstance(step.where, slice) else step.where.tolist()
         self._count(step.groups, places, chosen.going)
 
     def keep(self, order: Sequence[int]) -> None:
         """Lets all groups go but these, which become the first ones in this order."""
-        self.running = [self.running[index] for index in order]
-        if not order:
-            self._beams = None
-        else:
+        kept = None
+        if order:
             assert self._beams is not None
             at = self._whole(order)
-            self._beams = self._beams.take(at)
-            self._tokens, self._seen = self._tokens[at], self._seen[at]
-            self._depths = self._depths[at]
+            kept = self._beams.take(at)
+            tables = self._tokens[at], self._seen[at], self._depths[at]
+            self._tokens, self._seen, self._depths = tables
+        self._beams = kept
+        self.running = [self.running[index] for index in order]
 
     def _count(self, groups: Sequence[Group], places: Sequence[int], going: torch.Tensor) -> None:
         assert self._beams is not None

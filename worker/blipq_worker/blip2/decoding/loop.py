@@ -90,9 +90,10 @@ class DecodeLoop:
             begun = self._groups.begin(groups, firsts, scores[number:])
             part = slice(number, None)
             language.put(language.groups, self._groups.rows, groups, filled, part)
-        self._alone.extend(alone)
         if begun is not None:
             self._groups.admit(begun)
+        # Behind all that may raise.
+        self._alone.extend(alone)
         for row in rows:
             row.joined = True
         self._write(alone, tokens)

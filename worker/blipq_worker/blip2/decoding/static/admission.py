@@ -139,7 +139,12 @@ class AdmissionGraphs:
             return self._admission.run(table, queries, variant)[: len(rows)]
         recorded.table.copy_(table)
         recorded.queries.copy_(queries)
-        recorded.replay()
+        try:
+            recorded.replay()
+        except RuntimeError as error:
+            self._recorded[shape] = None
+            log.warning("decoding: %s goes on without its graph: %s", shape, first_line(error))
+            return self._admission.run(table, queries, variant)[: len(rows)]
         return recorded.chosen[: len(rows)]
 
     def _attempt(

@@ -75,7 +75,7 @@ class MaskedAttention:
         cache[1][slots, :, positions] = values
         count, window = len(queries), added.shape[-1]
         attended = torch.nn.functional.scaled_dot_product_attention(
-            (queries * scale)[:, :, None],
+            (queries if scale == 1.0 else queries * scale)[:, :, None],
             cache[0, :count, :, :window],
             cache[1, :count, :, :window],
             attn_mask=added,

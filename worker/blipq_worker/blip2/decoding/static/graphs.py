@@ -36,10 +36,21 @@ class Graphs:
             self._left -= 1
             self.attempt(shape)
         replay = self._replays.get(shape)
-        if replay is None:
+        if replay is None or not self._launched(shape, replay):
             self._step(shape)
-        else:
+
+    def _launched(self, shape: Shape, replay: Run) -> bool:
+        """Launches a graph; False where it cannot be launched: it is not tried again.
+
+        On a device whose context is broken the step without it raises, too.
+        """
+        try:
             replay()
+        except RuntimeError as error:
+            self._replays[shape] = None
+            log.warning("decoding: %s goes on without its graph: %s", shape, first_line(error))
+            return False
+        return True
 
     def __len__(self) -> int:
         return sum(replay is not None for replay in self._replays.values())

@@ -1,6 +1,7 @@
-"""A model's linear layers as a step runs them: fused where they can be, and without waiting."""
+"""A model's layers as a step runs them: fused where they can be, and without waiting."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,31 @@ def pass_of(linear: Any) -> Pass:
     if is_eight_bits(linear) and linear.state.threshold > 0:
         return EightBits(linear)
     run: Pass = linear.forward
+    return run
+
+
+def norm_of(norm: Any) -> Pass:
+    """T5's norm, (n, size) to its like, in one kernel where transformers launches eight."""
+    if type(norm).__name__ != "T5LayerNorm":  # apex's is one already
+        own: Pass = norm.forward
+        return own
+
+    def run(states: torch.Tensor) -> torch.Tensor:
+        # Under 8 bits the states between layers are fp32 and the weight is not: no kernel has both.
+        if states.dtype != norm.weight.dtype:
+            normed: torch.Tensor = norm.forward(states)
+            return normed
+        size, eps = norm.weight.shape, norm.variance_epsilon
+        return torch.nn.functional.rms_norm(states, size, norm.weight, eps)
+
+    return run
+
+
+def activation_of(activation: Any) -> Pass:
+    """An activation in one kernel: transformers computes ``gelu_new`` in eight."""
+    if type(activation).__name__ == "NewGELUActivation":
+        return partial(torch.nn.functional.gelu, approximate="tanh")
+    run: Pass = activation.forward
     return run
 
 

@@ -78,6 +78,8 @@ class StaticLoop:
         self._seats: dict[Row, _Seat] = {}
         self._unread: deque[_Reading] = deque()
         self._ends = frozenset(step.sampler.ends.tolist())
+        #: How steps are taken, in a few words.
+        self.way = "eagerly"
 
     def __contains__(self, row: Row) -> bool:
         return row in self._seats
@@ -124,9 +126,11 @@ class StaticLoop:
         if not rows:
             return []
         slots = sorted(self._free)[: len(rows)]
+        reading = _Reading(len(rows), self.device)
         chosen = self._admit(rows, slots, self._variant(rows))
         seats = [self._seat(row, slot) for row, slot in zip(rows, slots, strict=True)]
-        self._unread.append(_Reading(chosen, seats))
+        self._unread.append(reading)
+        reading.begin(chosen, seats, range(len(seats)))
         return list(rows)
 
     @_on_its_device
@@ -146,11 +150,13 @@ class StaticLoop:
     @_on_its_device
     def leave(self, rows: Iterable[Row]) -> None:
         """Frees the slots of rows; what is under way for them is not written."""
-        seats = [self._seats.pop(row) for row in rows if row in self._seats]
+        seats = [self._seats[row] for row in rows if row in self._seats]
         if not seats:
             return
         self._step.state.release(self._sent([seat.slot for seat in seats]))
-        self._free.update(seat.slot for seat in seats)
+        for seat in seats:
+            del self._seats[seat.row]
+            self._free.add(seat.slot)
         if not self._seats:
             self._unread.clear()
 
@@ -172,6 +178,7 @@ class StaticLoop:
         bucket = self._bucket(max(seat.slot for seat in seats) + 1)
         window = self._window(max(seat.position for seat in seats) + 1)
         shape = Shape(bucket, window, Variant.all_of(seat.variant for seat in seats))
+        reading = _Reading(bucket, self.device)
         going = set(seats)
         held = [
             seat.slot
@@ -185,7 +192,8 @@ class StaticLoop:
         for seat in seats:
             seat.steps -= 1
             seat.position += 1
-        return _Reading(self._step.chosen[:bucket], seats, [seat.slot for seat in seats])
+        reading.begin(self._step.chosen[:bucket], seats, [seat.slot for seat in seats])
+        return reading
 
     def _run_without(self, slots: Sequence[int], shape: Shape) -> None:
         """A step in which some slots stay as they are."""
@@ -225,25 +233,29 @@ class StaticLoop:
 
 
 class _Reading:
-    """The tokens of a step on their way to the host. places: where the seats' tokens are."""
+    """The tokens of a step on their way to the host.
 
-    def __init__(
-        self, chosen: torch.Tensor, seats: Sequence[_Seat], places: Sequence[int] | None = None
-    ) -> None:
-        self._seats, self._places = seats, places
+    It has its memory before the step is launched: a step that was taken cannot be taken again.
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._host = torch.empty(count, dtype=torch.long, pin_memory=on_gpu)
         self._event: torch.cuda.Event | None = None
-        if chosen.device.type != "cuda":
-            self._host = chosen.clone()
-            return
-        self._host = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
+        if on_gpu:
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def begin(self, chosen: torch.Tensor, seats: Sequence[_Seat], places: Sequence[int]) -> None:
+        """Has the tokens, (count,), copied. places: where those of the seats are."""
+        self._seats, self._places = seats, places
         self._host.copy_(chosen, non_blocking=True)
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record()
+        if self._event is not None:
+            self._event.record()
 
     def tokens(self) -> list[tuple[_Seat, int]]:
         """Waits for them; -1 is one that could not be chosen."""
         if self._event is not None:
             self._event.synchronize()
         chosen = self._host.tolist()
-        places = range(len(self._seats)) if self._places is None else self._places
-        return [(seat, chosen[place]) for seat, place in zip(self._seats, places, strict=True)]
+        pairs = zip(self._seats, self._places, strict=True)
+        return [(seat, chosen[place]) for seat, place in pairs]

@@ -132,6 +132,7 @@ def _first_that_works(
         try:
             step = StaticStep(language, sampler, state, way.attention())
             loop, graphs = _opened(model, step, way)
+            loop.way = str(way)
         except Exception as error:
             given_up.append(f"{way}: {type(error).__name__}: {error}".splitlines()[0])
             continue

@@ -128,20 +128,30 @@ class SlotState:
         parameters penalize.
         """
         token = tokens.clamp(min=0)
-        if remember is not None:
-            self._remember(token, remember)
-        self.tokens.copy_(torch.where(self.live, token, self.tokens))
-        self.written.add_(self.live)
-        ended = (token[:, None] == ends).any(-1) | (self.written >= self.limit)
-        self.live.logical_and_((tokens >= 0) & ~ended)
-        self.positions.add_(self.live)
+        written = self.written + self.live
+        ended = (token[:, None] == ends).any(-1) | (written >= self.limit)
+        live = self.live & (tokens >= 0) & ~ended
+        positions = self.positions + live
+        kept = torch.where(self.live, token, self.tokens)
+        remembered = None if remember is None else self._remembered(token, remember)
+        # From here on nothing takes memory: a step that found none can be taken again.
+        if remembered is not None:
+            at, history, seen = remembered
+            self.history.scatter_(1, at, history)
+            self.seen.scatter_(1, token[:, None], seen)
+        self.tokens.copy_(kept)
+        self.written.copy_(written)
+        self.live.copy_(live)
+        self.positions.copy_(positions)
 
-    def _remember(self, token: torch.Tensor, offset: int) -> None:
+    def _remembered(
+        self, token: torch.Tensor, offset: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where in ``history`` the tokens go, and what comes there and to ``seen``, (n, 1) each."""
         at = (self.written + offset).clamp(max=self.history.shape[1] - 1)[:, None]
-        kept = torch.where(self.live, token, self.history.gather(1, at)[:, 0])
-        self.history.scatter_(1, at, kept[:, None])
-        known = self.seen.gather(1, token[:, None])[:, 0] | self.live
-        self.seen.scatter_(1, token[:, None], known[:, None])
+        live = self.live[:, None]
+        history = torch.where(live, token[:, None], self.history.gather(1, at))
+        return at, history, self.seen.gather(1, token[:, None]) | live
 
     @property
     def limit(self) -> torch.Tensor:

@@ -8,7 +8,13 @@ from blipq_worker.blip2.decoding.languages import T5
 from blipq_worker.blip2.decoding.sequences import Row
 from blipq_worker.blip2.decoding.static.attention import Attention
 from blipq_worker.blip2.decoding.static.caches import KeysAndValues
-from blipq_worker.blip2.decoding.static.linears import Pass, fused, pass_of
+from blipq_worker.blip2.decoding.static.linears import (
+    Pass,
+    activation_of,
+    fused,
+    norm_of,
+    pass_of,
+)
 from blipq_worker.blip2.decoding.static.state import SlotState
 
 
@@ -20,6 +26,7 @@ class StaticT5:
         self._growing = T5(model)
         self.start = self._growing.start
         self._layers = [_Layer(block) for block in self._decoder.block]
+        self._last_norm = norm_of(self._decoder.final_layer_norm)
         own = self._decoder.block[0].layer[0].SelfAttention
         self.heads, self.size = own.n_heads, own.key_value_proj_dim
         embeddings = model.get_input_embeddings().weight
@@ -125,7 +132,7 @@ class StaticT5:
             attended = attention.cross(asked, cross, mask)
             states = states + layer.cross_out(attended.reshape(count, -1))
             states = layer.feed(states)
-        states = self._decoder.final_layer_norm.forward(states)
+        states = self._last_norm(states)
         if self._model.config.scale_decoder_outputs:
             states = states * self._model.config.d_model**-0.5
         scores: torch.Tensor = self._model.lm_head.forward(states)
@@ -137,17 +144,17 @@ class _Layer:
 
     def __init__(self, block: Any) -> None:
         own, cross = block.layer[0], block.layer[1]
-        self.norm: Pass = own.layer_norm.forward
+        self.norm: Pass = norm_of(own.layer_norm)
         part = own.SelfAttention
         self.read: Pass = fused([part.q, part.k, part.v])
         self.out: Pass = pass_of(part.o)
-        self.cross_norm: Pass = cross.layer_norm.forward
+        self.cross_norm: Pass = norm_of(cross.layer_norm)
         self.ask: Pass = pass_of(cross.EncDecAttention.q)
         self.cross_out: Pass = pass_of(cross.EncDecAttention.o)
         last = block.layer[2]
-        self.last_norm: Pass = last.layer_norm.forward
+        self.last_norm: Pass = norm_of(last.layer_norm)
         dense = last.DenseReluDense
-        self.activation: Pass = dense.act.forward
+        self.activation: Pass = activation_of(dense.act)
         self.gated = hasattr(dense, "wi_1")
         self.up: Pass = fused([dense.wi_0, dense.wi_1]) if self.gated else pass_of(dense.wi)
         self.down: Pass = pass_of(dense.wo)

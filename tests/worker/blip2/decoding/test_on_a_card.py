@@ -1,0 +1,288 @@
+"""What decoding asks of a GPU, counted without one; and what it does when that fails."""
+
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from msgspec.structs import replace
+from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
+
+from blipq_worker.blip2.decoding import DecodeLoop, Row
+from blipq_worker.blip2.decoding.static import StaticLoop, Way, static_loop
+from blipq_worker.blip2.decoding.static import kernel as kernel_module
+from blipq_worker.blip2.decoding.static.attention import KernelAttention, MaskedAttention
+from blipq_worker.blip2.decoding.static.opt import StaticOpt
+from blipq_worker.blip2.decoding.static.sampler import Sampler, Variant
+from blipq_worker.blip2.decoding.static.state import SlotState
+from blipq_worker.blip2.decoding.static.step import Shape, StaticStep
+from blipq_worker.blip2.decoding.static.t5 import StaticT5
+from blipq_worker.inference.requests import GenerationParams
+from blipq_worker.serving.footprint import config_of
+from worker.card import Card
+from worker.in_flight import GREEDY, SAMPLED, every_penalty
+
+EAGER = Way(MaskedAttention, None)
+BEAMS = GenerationParams(num_beams=3, max_new_tokens=6, min_new_tokens=6)
+META = torch.device("meta")
+
+
+# --- the counter ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("run", "launches", "waits"),
+    [
+        (lambda x: x.view(2, 8)[:, 1:].transpose(0, 1).unsqueeze(0), 0, 0),
+        (lambda x: torch.empty_like(x), 0, 0),
+        (lambda x: (x + 1) * 2, 2, 0),
+        (lambda x: x.add_(1).mul_(2), 2, 0),
+        (lambda x: x.t().reshape(16), 1, 0),
+        (lambda x: x.reshape(16), 0, 0),
+        (lambda x: x.softmax(-1), 1, 0),
+        (lambda x: torch.nn.functional.linear(x, x, x[0]), 1, 0),
+        (lambda x: torch.nn.functional.rms_norm(x, (4,), x[0]), 1, 0),
+        (lambda x: torch.nn.functional.scaled_dot_product_attention(*[x[None, None]] * 3), 1, 0),
+        (lambda x: x.masked_fill(x > 0, 0.0), 2, 0),
+        (lambda x: x[0, 0].item(), 0, 1),
+        (lambda x: bool(x[0, 0]), 0, 1),
+        (lambda x: x.tolist(), 0, 1),
+        (lambda x: x.cpu(), 0, 1),
+        (lambda x: x[x > 0], 2, 1),
+        (lambda x: x.nonzero(), 1, 1),
+        (lambda x: x + torch.tensor([1.0, 2.0, 3.0, 4.0]), 1, 1),
+    ],
+)
+def test_what_is_launched_and_waited_for_is_known(run: Any, launches: int, waits: int) -> None:
+    with torch.inference_mode():
+        numbers = torch.arange(16.0).view(4, 4)
+        with Card() as card:
+            run(numbers)
+    assert (card.launched, len(card.waits)) == (launches, waits), card.launches
+
+
+def test_a_card_runs_out_of_memory_once_and_a_dead_one_stays_dead() -> None:
+    numbers = torch.ones(4)
+    with Card() as card:
+        card.run_out_of_memory(after=1)
+        numbers.add_(1)
+        numbers + 1
+        with pytest.raises(torch.OutOfMemoryError):
+            numbers + 1
+        numbers + 1
+        card.die(after=1)
+        numbers.add_(1)
+        for run in (lambda: numbers.add_(1), lambda: numbers.view(2, 2), lambda: numbers.tolist()):
+            with pytest.raises(torch.AcceleratorError):
+                run()
+
+
+def deep_opt(layers: int = 32) -> Any:
+    """As deep as OPT-2.7b, and narrow."""
+    torch.manual_seed(3)
+    config = OPTConfig(
+        vocab_size=300,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        dropout=0.0,
+        init_std=0.3,
+    )
+    return OPTForCausalLM(config).eval().requires_grad_(False)
+
+
+def deep_t5(layers: int = 24) -> Any:
+    """As deep as Flan-T5-XL, and narrow."""
+    torch.manual_seed(3)
+    config = T5Config(
+        vocab_size=300,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_decoder_layers=layers,
+        num_heads=2,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+        initializer_factor=2.0,
+    )
+    return T5ForConditionalGeneration(config).eval().requires_grad_(False)
+
+
+def some_rows(model: Any, params: Sequence[GenerationParams]) -> list[Row]:
+    dice, numbers = random.Random(4), torch.Generator().manual_seed(4)
+    width = model.get_input_embeddings().weight.shape[1]
+    return [
+        Row(
+            torch.randn(32, width, generator=numbers),
+            [dice.randrange(4, 300) for _ in range(dice.randrange(1, 9))],
+            each,
+            dice.getrandbits(62),
+        )
+        for each in params
+    ]
+
+
+def test_growing_slots_launch_and_wait_as_they_were_seen_to_on_a_card() -> None:
+    """An H100 was given 542 kernels and waited for 7 times in a step of 32, at 68de1d4."""
+    model = deep_opt()
+    loop = DecodeLoop(model, ends=(2,), slots=8)
+    running = loop.join(some_rows(model, [replace(GREEDY, min_new_tokens=4)] * 4))
+    loop.step(running)
+    with Card() as card:
+        loop.step(running)
+    assert 500 <= card.launched <= 545
+    assert 5 <= len(card.waits) <= 8
+
+
+# --- a step in static slots -----------------------------------------------------------------------
+
+
+class _Launches:
+    """Stands in for the kernel: counts how often it is launched."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __getitem__(self, grid: tuple[int, int]) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self.number += 1
+
+        return launch
+
+
+def published(name: str, dtype: torch.dtype) -> Any:
+    """A published language model's layers in full size, as shapes alone."""
+    config = config_of(f"Salesforce/blip2-{name}").text_config
+    kind = OPTForCausalLM if config.model_type == "opt" else T5ForConditionalGeneration
+    if kind is T5ForConditionalGeneration:
+        config.decoder_start_token_id = 0
+    with META:
+        return kind(config).to(dtype).eval()
+
+
+@pytest.fixture(scope="module", params=["opt-2.7b", "flan-t5-xl"])
+def language(request: pytest.FixtureRequest) -> Any:
+    with META:
+        if request.param == "opt-2.7b":
+            made: Any = StaticOpt(published(request.param, torch.float16))
+        else:
+            made = StaticT5(published(request.param, torch.bfloat16))
+    with torch.inference_mode():
+        made.reserve(32, 256, META)
+    made.most = 470 if request.param == "opt-2.7b" else 700
+    return made
+
+
+def step_on_meta(language: Any, attention: Any) -> StaticStep:
+    state = SlotState.empty(32, 256, language.vocabulary, META)
+    sampler = Sampler((2, 5), language.start, language.vocabulary, META)
+    return StaticStep(language, sampler, state, attention)
+
+
+@pytest.mark.parametrize("variant", [Variant(), Variant(False, 64), Variant(True, 1024)])
+@torch.inference_mode()
+def test_a_static_step_waits_for_nothing_and_launches_little(
+    language: Any, variant: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_kernel = _Launches()
+    monkeypatch.setattr(kernel_module, "_attend", by_kernel)
+    for attention in (MaskedAttention(), KernelAttention()):
+        step = step_on_meta(language, attention)
+        by_kernel.number = 0
+        with Card() as card:
+            step(Shape(32, 64, variant))
+        assert card.waits == []
+        assert card.sent == 0
+        if variant == Variant():
+            assert card.launched + by_kernel.number <= language.most
+    assert by_kernel.number > 0
+
+
+# --- no memory ------------------------------------------------------------------------------------
+
+
+def of_all_kinds(*, beams: bool) -> list[GenerationParams]:
+    penalized = replace(SAMPLED, repetition_penalty=1.3, no_repeat_ngram_size=2)
+    kinds = [*every_penalty(4), replace(SAMPLED, top_k=0, top_p=0.9), penalized]
+    shorter = replace(BEAMS, num_beams=2, max_new_tokens=4, min_new_tokens=0)
+    return [*kinds, BEAMS, shorter, BEAMS] if beams else kinds
+
+
+def said(some: Sequence[Row]) -> list[list[list[int]]]:
+    return [row.alternatives for row in some]
+
+
+def anew(some: Sequence[Row]) -> list[Row]:
+    return [Row(row.queries, row.ids, row.params, row.seed) for row in some]
+
+
+def to_their_ends(loop: Any, some: Sequence[Row], attempt: Any) -> None:
+    """Runs rows two by two, some of them held now and then; ``attempt`` makes each call."""
+    todo, dice = list(some), random.Random(5)
+    for _ in range(100):
+        if not todo and not loop.running:
+            return
+        coming, todo = todo[:2], todo[2:]
+        if coming:
+            attempt(partial(loop.join, coming))
+        going = [row for row in loop.running if not row.ended and dice.random() < 0.8]
+        if going:
+            attempt(partial(loop.step, going))
+        attempt(partial(loop.leave, [row for row in loop.running if row.ended]))
+    raise AssertionError("they have not come to their ends")
+
+
+class Short:
+    """Makes calls on a card that runs out of memory in some places of each, one after the other."""
+
+    def __init__(self, seed: int) -> None:
+        self._dice = random.Random(seed)
+        self.failed = 0
+
+    def __call__(self, run: Callable[[], object]) -> None:
+        """Each try comes farther than the last, until one comes to its end."""
+        place = self._dice.randrange(8)
+        while True:
+            with Card() as card:
+                card.run_out_of_memory(after=place)
+                try:
+                    run()
+                except torch.OutOfMemoryError:
+                    self.failed += 1
+                    place += self._dice.randint(1, 40)
+                else:
+                    return
+
+
+@pytest.mark.parametrize("seed", range(1))
+@pytest.mark.parametrize("kind", ["static", "growing"])
+@pytest.mark.parametrize("make", [deep_opt, deep_t5])
+def test_where_memory_runs_out_a_call_can_be_made_again(make: Any, kind: str, seed: int) -> None:
+    """Wherever in a join, a step or a leave that is: it is as if the call had never been made.
+
+    A static step wrote some of its state before it was sure of the rest, and took another token
+    for one that it had written; beams and sequences forgot that they ran.
+    """
+    model = make(layers=2)
+    some = some_rows(model, of_all_kinds(beams=kind == "growing"))
+    expected, short = anew(some), Short(seed)
+    to_their_ends(loop_of(model, kind, len(some)), expected, lambda run: run())
+    to_their_ends(loop_of(model, kind, len(some)), some, short)
+    assert said(some) == said(expected)
+    assert short.failed > 100
+
+
+def loop_of(model: Any, kind: str, slots: int) -> Any:
+    if kind == "growing":
+        return DecodeLoop(model, ends=(2, 7), slots=slots)
+    loop = static_loop(model, ends=(2, 7), slots=slots, budget=0, among=[EAGER])
+    assert isinstance(loop, StaticLoop)
+    return loop
