@@ -58,6 +58,7 @@ class Worker:
         base = Base(name, settings, options, list(models), ledger, Broker(settings))
         self._base = base
         self._options = options
+        self._infos = {name: model.info for name, model in models.items()}
         self._gate = base.gate
         #: Why the model is not to be run any more.
         self._problem: str | None = None
@@ -74,6 +75,7 @@ class Worker:
             self._stalled_for,
             turning=lambda: self._broker_loop.turning,
             decode_bound=self._is_decode_bound,
+            decoding={name: info.way for name, info in self._infos.items()},
         )
         self._reconciler = reconciler_of(base)
         self._strays = Strays(ledger, settings, name)
@@ -122,6 +124,8 @@ class Worker:
         metrics.gauge("draining", "Whether it takes no more jobs.", lambda: self._gate.closed)
         metrics.gauge("decode_bound", DECODE_BOUND, lambda: self._bottleneck.holds)
         metrics.gauge("stalled_seconds", "Since the model last progressed.", self._stalled_for)
+        infos = self._infos.items()
+        metrics.decoding({name: (info.decoding, info.device) for name, info in infos})
         return metrics
 
     def _health_server(self, ledger: WorkerLedger, metrics: WorkerMetrics) -> HealthServer:

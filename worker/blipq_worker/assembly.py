@@ -1,6 +1,6 @@
 """Builds the parts of a process that takes jobs from its settings; knows no model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from blipq.images.decoding import ImageLimits
@@ -114,10 +114,11 @@ def heartbeat_of(
     stalled_for: Callable[[], float],
     turning: Callable[[], bool],
     decode_bound: Callable[[], bool],
+    decoding: Mapping[str, str],
 ) -> Heartbeat:
     """What keeps the process and its claims alive in the ledger.
 
-    turning: whether the loop that takes messages is alive. decode_bound: see ``Heartbeat``.
+    turning: whether the loop that takes messages is alive. The rest: see ``Heartbeat``.
     """
     options, gate = base.options, base.gate
     return Heartbeat(
@@ -135,6 +136,7 @@ def heartbeat_of(
         taking=lambda: gate.open and turning(),
         draining=lambda: gate.closed,
         decode_bound=decode_bound,
+        decoding=decoding,
     )
 
 

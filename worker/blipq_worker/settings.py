@@ -75,7 +75,11 @@ class WorkerSettings(BaseSettings):
         ),
     )
     quantization: Quantization = Field(
-        default="auto", description="Precision of the weights; auto is nf4 on a GPU, none on a CPU."
+        default="auto",
+        description=(
+            "How the language model's weights are kept; auto is none on a CPU, and on a GPU where "
+            "all models fit so, else nf4."
+        ),
     )
     dtype: Dtype = Field(
         default="auto",

@@ -1,9 +1,7 @@
 """``blipq worker``: one process, or several supervised ones: per GPU, or on shares of the cores."""
 
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -15,6 +13,7 @@ from pydantic import TypeAdapter
 
 from blipq.contract import Seconds
 from blipq.errors import InvalidRequest
+from blipq.local.gpus import workers_on
 from blipq.local.supervisor import Service, supervise
 from blipq.local.worker import NO_WORKER, has_worker
 
@@ -43,8 +42,9 @@ def run_many(gpus: str | None, processes: int) -> int:
 
     Each is a process, with fronts of its own where the settings give it some.
 
-    gpus: ``all``, or indexes such as ``0,2``; None leaves the device to the settings. processes:
-    for each GPU, or in all. SIGTERM and SIGINT drain them all.
+    gpus: see ``gpus.workers_on``; None leaves the device to the settings. processes: for each GPU,
+    or in all. SIGTERM and SIGINT drain them all. One that cannot serve its model is given up alone:
+    the others have GPUs of their own.
     """
     _require_worker()
     if gpus is None:
@@ -52,11 +52,9 @@ def run_many(gpus: str | None, processes: int) -> int:
         fronts = shares_of_fronts(processes) if on_gpu(device) else {}
         places = [("worker", {**shares_of_cores(processes), **fronts})]
     else:
-        indexes = _all_gpus() if gpus == "all" else _indexes(gpus)
-        share = shares_of_fronts(len(indexes) * processes)
-        places = [
-            (f"worker on GPU {each}", {"CUDA_VISIBLE_DEVICES": each, **share}) for each in indexes
-        ]
+        found = workers_on(gpus)
+        share = shares_of_fronts(len(found) * processes)
+        places = [(f"worker on GPU {name}", {**given, **share}) for name, given in found]
     workers = [
         (f"{name}, {number}" if processes > 1 else name, environment)
         for name, environment in places
@@ -117,7 +115,7 @@ def run_supervised(services: Sequence[Service], *, drain_s: float) -> int:
     for service in services:
         service.start()
     try:
-        return supervise(services, stop, tell=_tell, give_up_on=(EXIT_MODEL,))
+        return supervise(services, stop, tell=_tell, give_up_on=(EXIT_MODEL,), one_by_one=True)
     finally:
         for service in services:
             service.signal(signal.SIGTERM)
@@ -141,23 +139,6 @@ def _health_port(place: int) -> dict[str, str]:
 def _drain_timeout_s() -> float:
     """The workers' own deadline; a process that outlasts it by more than a little is killed."""
     return TypeAdapter(Seconds).validate_python(os.environ.get("BLIPQ_DRAIN_TIMEOUT_S", 60.0))
-
-
-def _all_gpus() -> list[str]:
-    if shutil.which("nvidia-smi") is None:
-        raise InvalidRequest("no GPU here: nvidia-smi is not on PATH")
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
-    count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-    if count == 0:
-        raise InvalidRequest(f"no GPU here: nvidia-smi says {listed.stderr or listed.stdout!r}")
-    return [str(index) for index in range(count)]
-
-
-def _indexes(gpus: str) -> list[str]:
-    indexes = [part.strip() for part in gpus.split(",")]
-    if not all(index.isdecimal() for index in indexes):
-        raise InvalidRequest(f"--gpus takes 'all' or indexes such as 0,1; not {gpus!r}")
-    return indexes
 
 
 def _tell(text: str) -> None:

@@ -134,20 +134,26 @@ def supervise(
     *,
     tell: Callable[[str], None] = print,
     give_up_on: Sequence[int] = (),
+    one_by_one: bool = False,
 ) -> int:
     """Starts again what ends until ``stop`` is set; returns 0.
 
     A code in ``give_up_on`` (say, a model that cannot be loaded) is returned at once: starting
-    again would not help.
+    again would not help. one_by_one: such a service is left alone, and the code is returned when
+    no other is left.
     """
     told: set[str] = set()
+    left = list(services)
     while not stop.wait(0.2):
-        for service in services:
+        for service in list(left):
             code = service.exit_code
             if code is None:
                 told.discard(service.name)
             elif code in give_up_on:
-                return code
+                left.remove(service)
+                if not one_by_one or not left:
+                    return code
+                tell(f"{service.name} ended with {code}, and is not started again")
             elif service.revive():
                 tell(f"{service.name} was started again (pid {service.pid})")
             elif service.name not in told:

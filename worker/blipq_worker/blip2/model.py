@@ -217,8 +217,8 @@ class Blip2:
     def open_slots(self, among: Sequence[Way], *, slots: int | None, budget: int) -> None:
         """Has texts in flight written in static slots. See ``Generator.open_slots``."""
         self.generator.open_slots(among, slots=slots, budget=budget)
-        if self.static_slots:
-            self.info = replace(self.info, slots=self.static_slots)
+        way = self.generator.way
+        self.info = replace(self.info, slots=self.static_slots or self.info.slots, decoding=way)
 
     @property
     def static_slots(self) -> int:

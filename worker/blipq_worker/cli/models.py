@@ -74,7 +74,9 @@ def memory(
     beams: Annotated[int, typer.Option(min=1, help="Beams per prompt.")] = 5,
     prompt_tokens: Annotated[int, typer.Option(min=0, help="Longest prompt.")] = 32,
     new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 30,
-    slots: Annotated[int, typer.Option(min=0, help="BLIPQ_DECODE_SLOTS.")] = 32,
+    slots: Annotated[
+        int, typer.Option(min=0, help="BLIPQ_DECODE_SLOTS; GPUs with room take 128.")
+    ] = 32,
     feature_cache: Annotated[
         int, typer.Option(min=0, help="Bytes of host memory for features of images.")
     ] = 0,
@@ -96,24 +98,33 @@ def memory(
         if importlib.util.find_spec("torch") is None:
             raise ModelError(f"counting needs torch; {NO_WORKER}")
         from blipq_worker.serving.footprint import Load, memory_of
-        from blipq_worker.serving.memory import gpus, verdict, verdict_on_the_cpu
+        from blipq_worker.serving.memory import for_cards, gpus, verdict, verdict_on_the_cpu
 
-        counted = memory_of(
-            model,
-            quantization=known_quantization,
-            quantize_vision=quantize_vision,
-            dtype=known_dtype,
-            load=Load(
-                batch_size=batch_size,
-                beams=beams,
-                prompt_tokens=prompt_tokens,
-                new_tokens=new_tokens,
-                slots=slots,
-                feature_cache=feature_cache,
-            ),
-            device=device,
+        load = Load(
+            batch_size=batch_size,
+            beams=beams,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            slots=slots,
+            feature_cache=feature_cache,
         )
-        fits = verdict(counted, gpus()) if counted.device == "cuda" else verdict_on_the_cpu(counted)
+
+        def count(quantization: Quantization) -> "Memory":
+            return memory_of(
+                model,
+                quantization=quantization,
+                quantize_vision=quantize_vision,
+                dtype=known_dtype,
+                load=load,
+                device=device,
+            )
+
+        cards = gpus() if device == "cuda" else []
+        if known_quantization == "auto":
+            counted = for_cards(count, cards)
+        else:
+            counted = count(known_quantization)
+        fits = verdict(counted, cards) if device == "cuda" else verdict_on_the_cpu(counted)
     if as_json:
         sums = {name: getattr(counted, name) for name in _SUMS}
         print(json.dumps({**asdict(counted), **sums, "verdict": fits}))

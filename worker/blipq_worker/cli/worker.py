@@ -10,7 +10,8 @@ from blipq.local import fleet
 
 def worker(
     gpus: Annotated[
-        str | None, typer.Option(help="One worker per GPU: 'all', or indexes such as 0,1.")
+        str | None,
+        typer.Option(help="One worker per GPU: 'all', or indexes and UUIDs such as 0,MIG-..."),
     ] = None,
     processes: Annotated[
         int,

@@ -276,7 +276,7 @@ class ModelInfo(Plain, frozen=True):
     the hub's commit, or the SHA-256 of the weights. default_prompt: for captions without one.
     shares_vision: one vision tower serves both checkpoints. recipe, reading: of the generation
     checkpoint; the retrieval checkpoint's are None without one. slots: texts that are written at
-    once.
+    once. decoding: how, in a few words for people.
     """
 
     checkpoint: str
@@ -294,11 +294,17 @@ class ModelInfo(Plain, frozen=True):
     retrieval_reading: Reading | None = None
     shares_vision: bool = False
     slots: Annotated[int, Meta(ge=1, le=65_536)] = 32
+    decoding: Annotated[str, Meta(max_length=128)] = "growing slots"
 
     @property
     def image_size(self) -> int:
         """The side of the square that the generation checkpoint sees, in pixels."""
         return self.recipe.side
+
+    @property
+    def way(self) -> str:
+        """How texts are written, and where: for people."""
+        return f"{self.decoding} on {self.device}"
 
     @property
     def has_retrieval(self) -> bool:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from blipq.errors import BlipqError
@@ -104,7 +104,7 @@ class Heartbeat(LeaseBeat):
     """Also says that the worker lives.
 
     ``taking``: whether a message that comes now would be run at once. ``decode_bound``: looked at
-    once a beat.
+    once a beat. ``decoding``: how texts are written, by model.
     """
 
     def __init__(
@@ -124,6 +124,7 @@ class Heartbeat(LeaseBeat):
         taking: Callable[[], bool],
         draining: Callable[[], bool],
         decode_bound: Callable[[], bool] = lambda: False,
+        decoding: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(
             ledger,
@@ -138,6 +139,7 @@ class Heartbeat(LeaseBeat):
         self._taking = taking
         self._draining = draining
         self._decode_bound = decode_bound
+        self._decoding = dict(decoding or {})
         self._registration = Registration(
             ledger, worker, outputs=outputs, grace_s=grace_s, ttl_s=live_s(self._interval_s)
         )
@@ -145,5 +147,5 @@ class Heartbeat(LeaseBeat):
     def _beat(self) -> None:
         active = self._renew()
         state = State(self._threads, active, self._taking(), self._draining(), self._decode_bound())
-        self._registration.renew(self._models, state)
+        self._registration.renew(self._models, state, decoding=self._decoding)
         self._usage.flush(self._ledger)

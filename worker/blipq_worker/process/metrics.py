@@ -26,6 +26,8 @@ STAGES = {
 }
 
 DECODE_BOUND = "Whether the model waits for images to be decoded."
+DECODING = "How texts are written, by model: always 1."
+DECODING_LABELS = ("model", "way", "device")
 
 Outcome = Literal[
     "succeeded",
@@ -128,6 +130,12 @@ class WorkerMetrics:
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """A number that is asked for at each scrape."""
         Gauge(f"blipq_worker_{name}", text, registry=self._registry).set_function(value)
+
+    def decoding(self, ways: Mapping[str, tuple[str, str]]) -> None:
+        """Says how each model's texts are written: way and device."""
+        gauge = Gauge("blipq_worker_decoding", DECODING, DECODING_LABELS, registry=self._registry)
+        for model, way in ways.items():
+            gauge.labels(model, *way).set(1)
 
     def done(
         self,

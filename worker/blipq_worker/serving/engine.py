@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from blipq_worker.inference.address import MOST_FRONTS, AddressError, check_path
 from blipq_worker.inference.interface import Handle
 from blipq_worker.inference.server import BEAT_S, CREDITS, EngineServer
 from blipq_worker.process.heartbeat import EXIT_HUNG
+from blipq_worker.serving.device import stay_near
 from blipq_worker.serving.loader import checker, load_models
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.startup import START
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SOCKET = "engine.sock"
+#: Is there while graphs are captured.
+_TRIAL = "capturing"
 #: A model cannot be served: starting the process again would not help.
 EXIT_MODEL = 78
 #: After fronts had their time to drain, the engine ends even where one is still connected.
@@ -76,9 +80,11 @@ def run_engine(folder: Path, options: WorkerSettings) -> int:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # nothing is served yet
     _end_after_parent(options.drain_timeout_s + 2 * PATIENCE_S)
     path = folder / SOCKET
+    note = folder / _TRIAL
     try:
         check_path(path)
-        models = load_models(options)
+        models = load_models(_careful(options, note), _noted(note))
+        stay_near(next(iter(models.values())).info.device)
         forget_hub_tokens()
         for name, model in models.items():
             model.write_readings(folder, name)
@@ -90,6 +96,25 @@ def run_engine(folder: Path, options: WorkerSettings) -> int:
     except AddressError as error:  # whoever has it may end: starting again can help
         return _ended(1, error)
     return process.run()
+
+
+def _careful(options: WorkerSettings, note: Path) -> WorkerSettings:
+    """The settings; without graphs and kernels of our own where these have ended the last try.
+
+    A kernel that reads where nothing is breaks the device's context, and so it would each time.
+    """
+    if not note.exists():
+        return options
+    log.warning("engine: the last one ended while it captured graphs: this one does without them")
+    return options.model_copy(update={"graphs": False})
+
+
+@contextmanager
+def _noted(note: Path) -> Iterator[None]:
+    """Leaves a note while graphs are captured, which stays if they end the process."""
+    note.touch()
+    yield
+    note.unlink()
 
 
 def _end_after_parent(seconds: float) -> None:

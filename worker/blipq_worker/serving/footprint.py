@@ -127,8 +127,12 @@ class Memory:
     @property
     def total(self) -> int:
         """Everything, with what the allocator loses."""
-        moving = (self.kv_batch + self.kv_slots + self.activations) * _FRAGMENTATION
-        return self.weights + round(moving) + self.host_cache + self.context
+        moving, fixed = self.kv_batch + self.activations, self.weights + self.host_cache
+        if self.device == "cpu":
+            moving += self.kv_slots  # they grow with the texts in them
+        else:
+            fixed += self.kv_slots  # in one piece, from the start
+        return fixed + round(moving * _FRAGMENTATION) + self.context
 
 
 def memory_of(
@@ -142,6 +146,7 @@ def memory_of(
 ) -> Memory:
     """What serving ``what`` takes (a known model, or ``generation[+retrieval]``).
 
+    quantization: ``auto`` counts the weights in full, as a worker keeps them where they fit.
     Raises ModelError where its configuration is not on this machine.
     """
     import torch
@@ -151,8 +156,7 @@ def memory_of(
 
     load = load or Load()
     on = torch.device(device)
-    by_device: Any = "nf4" if on.type == "cuda" else "none"
-    quantizing = Quantizing(by_device if quantization == "auto" else quantization, quantize_vision)
+    quantizing = Quantizing("none" if quantization == "auto" else quantization, quantize_vision)
     served = served_model("default", what)
     config = config_of(served.generation)
     precision = choose_precision(dtype, on, config.text_config.model_type)
@@ -207,7 +211,8 @@ def config_of(checkpoint: str, *, retrieval: bool = False) -> Any:
     if retrieval and checkpoint.startswith("Salesforce/blip2-itm-vit-g"):
         text_input = {"use_qformer_text_input": True, "vocab_size": 30523}
         return Blip2Config(vision_config=side, qformer_config=text_input)
-    for snapshot in hub_cache().glob(f"models--{checkpoint.replace('/', '--')}/snapshots/*"):
+    repository = checkpoint.partition("@")[0].replace("/", "--")
+    for snapshot in hub_cache().glob(f"models--{repository}/snapshots/*"):
         return _stored_config(snapshot)
     raise ModelError(
         f"the configuration of {checkpoint!r} is not here: name a known model "

@@ -1,12 +1,12 @@
 """Loads what a worker serves, and says what to do where that fails."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
@@ -14,6 +14,8 @@ from blipq_worker.catalog.models import ModelError, served_model
 from blipq_worker.catalog.weights import how_to_get, weights_of_served
 from blipq_worker.engine.faults import DeviceLost, is_device_fault
 from blipq_worker.process.malloc import give_large_blocks_back
+from blipq_worker.serving.device import stay_near, usable_device
+from blipq_worker.serving.memory import Kept, kept_on, shortage
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.startup import START
 
@@ -23,10 +25,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def load_models(options: WorkerSettings) -> "dict[str, Blip2]":
+def load_models(
+    options: WorkerSettings,
+    opening: AbstractContextManager[object] = nullcontext(),  # noqa: B008
+) -> "dict[str, Blip2]":
     """Loads every served model, once, and checks that it makes sense.
 
-    Raises ModelError, and DeviceLost where another try may succeed.
+    opening: is entered while slots are opened and graphs captured. Raises ModelError, and
+    DeviceLost where another try may succeed.
 
     CUDA is first touched here: the process has no children to share it with. The thread that loads
     ends with it, and so do OpenMP's helpers of that thread. Where these and the ones of the thread
@@ -35,18 +41,25 @@ def load_models(options: WorkerSettings) -> "dict[str, Blip2]":
     """
     loaded: Future[dict[str, Blip2]] = Future()
     # A daemon: an interrupted worker ends at once.
-    Thread(target=_settle, args=(loaded, options), name="blipq-load", daemon=True).start()
+    args = loaded, options, opening
+    Thread(target=_settle, args=args, name="blipq-load", daemon=True).start()
     return loaded.result()
 
 
-def _settle(loaded: "Future[dict[str, Blip2]]", options: WorkerSettings) -> None:
+def _settle(
+    loaded: "Future[dict[str, Blip2]]",
+    options: WorkerSettings,
+    opening: AbstractContextManager[object],
+) -> None:
     try:
-        loaded.set_result(_load_all(options))
+        loaded.set_result(_load_all(options, opening))
     except BaseException as error:
         loaded.set_exception(error)
 
 
-def _load_all(options: WorkerSettings) -> "dict[str, Blip2]":
+def _load_all(
+    options: WorkerSettings, opening: AbstractContextManager[object]
+) -> "dict[str, Blip2]":
     with START.part("imports"):
         from blipq_worker.blip2 import FeatureCache
         from blipq_worker.serving import canary
@@ -58,10 +71,14 @@ def _load_all(options: WorkerSettings) -> "dict[str, Blip2]":
     except GoldenError as error:
         raise ModelError(str(error)) from error
     cache = FeatureCache(options.feature_cache_bytes)
+    device = usable_device(options.device)
+    stay_near(device)
+    quantization, why = kept_on(device, options)
+    log.info("weights: %s", why)
     loaded = {}
     for name, what in options.models.items():
         with _explained(name, options):
-            model = _load(name, what, options, cache)
+            model = _load(name, what, options, cache, device, quantization)
             if options.compile:
                 with START.part("warm-up"):
                     canary.warm(model)
@@ -69,12 +86,12 @@ def _load_all(options: WorkerSettings) -> "dict[str, Blip2]":
                 with START.part("canary"):
                     canary.check(model, goldens.get(what))
         loaded[name] = model
-    with START.part("slots and graphs"):
-        _open_slots(list(loaded.values()), options)
+    with START.part("slots and graphs"), opening:
+        _open_slots(loaded, options)
     return loaded
 
 
-def _open_slots(models: "Sequence[Blip2]", options: WorkerSettings) -> None:
+def _open_slots(models: "Mapping[str, Blip2]", options: WorkerSettings) -> None:
     """Reserves slots for texts in flight on GPUs, once all weights are there.
 
     Of what these leave, models get equal parts.
@@ -83,21 +100,27 @@ def _open_slots(models: "Sequence[Blip2]", options: WorkerSettings) -> None:
 
     from blipq_worker.blip2.decoding.static import free_memory, ways
 
-    for index, model in enumerate(models):
+    for index, (name, model) in enumerate(models.items()):
         device = torch.device(model.info.device)
         if device.type == "cuda" and not options.compile:
-            budget = free_memory(device) // (len(models) - index)
-            among = ways(graphs=options.graphs)
-            model.open_slots(among, slots=options.decode_slots, budget=budget)
+            with _explained(name, options):
+                budget = free_memory(device) // (len(models) - index)
+                among = ways(graphs=options.graphs)
+                model.open_slots(among, slots=options.decode_slots, budget=budget)
 
 
-def _load(name: str, what: str, options: WorkerSettings, cache: "FeatureCache") -> "Blip2":
+def _load(
+    name: str,
+    what: str,
+    options: WorkerSettings,
+    cache: "FeatureCache",
+    device: str,
+    quantization: Kept,
+) -> "Blip2":
     from blipq_worker.blip2 import Blip2
     from blipq_worker.blip2.loading.precision import cpu_has_bfloat16
-    from blipq_worker.serving.memory import shortage
 
     served = served_model(name, what)
-    device, quantization = where_and_how(options)
     if (told := shortage(options, what, device, quantization)) is not None:
         log.warning("%s", told)
     if device == "cpu" and options.dtype == "bfloat16" and not cpu_has_bfloat16():
@@ -121,18 +144,6 @@ def _load(name: str, what: str, options: WorkerSettings, cache: "FeatureCache") 
     retrieval = what if local else served.retrieval
     model.info = replace(model.info, checkpoint=what, retrieval_checkpoint=retrieval)
     return model
-
-
-def where_and_how(options: WorkerSettings) -> 'tuple[str, Literal["none", "int8", "nf4"]]':
-    """The device, and the quantization on it, that the settings come to."""
-    import torch
-
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.quantization == "auto":
-        return device, "nf4" if device.startswith("cuda") else "none"
-    return device, options.quantization
 
 
 def checker(

@@ -10,7 +10,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from blipq.exporter import new_registry
-from blipq_worker.process.metrics import DECODE_BOUND, counted_in
+from blipq_worker.process.metrics import (
+    DECODE_BOUND,
+    DECODING,
+    DECODING_LABELS,
+    counted_in,
+)
 from blipq_worker.supervision.state import Whole
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -48,7 +53,14 @@ class _Processes(Collector):
         yield _gauge("stalled_seconds", "Since the model last progressed.", whole.engine.stalled_s)
         yield _gauge("engine_serving", "Whether the model's process serves.", whole.engine.serving)
         yield _gauge("fronts", "Front processes that run.", whole.live_fronts())
+        yield self._decoding()
         yield from self._usage()
+
+    def _decoding(self) -> Metric:
+        decoding = GaugeMetricFamily("blipq_worker_decoding", DECODING, labels=DECODING_LABELS)
+        for name, info in self._whole.engine.models.items():
+            decoding.add_metric([name, info.decoding, info.device], 1)
+        return decoding
 
     def _usage(self) -> Iterator[Metric]:
         memory = GaugeMetricFamily(

@@ -50,6 +50,7 @@ class Registry(Periodic):
                 self._whole.state(),
                 engine=engine.state,
                 fronts=self._whole.live_fronts(),
+                decoding={name: info.way for name, info in engine.models.items()},
             )
         except Exception as error:
             self._problem = str(error)

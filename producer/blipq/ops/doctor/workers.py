@@ -1,5 +1,6 @@
 """Live workers, and the jobs and webhooks that wait for a process to take them."""
 
+from collections import Counter
 from typing import Any
 
 from blipq.contract import CONTRACT
@@ -21,6 +22,7 @@ def check_workers(settings: Settings) -> Findings:
         serving = [worker for worker in taking if model in worker["models"]]
         yield _serving(model, serving)
         yield from _decode_bound(model, serving)
+        yield from _decoding(model, serving)
         yield _outputs(model, serving)
         yield from _contracts(model, serving)
     if len(taking) < len(live):
@@ -50,6 +52,20 @@ def _decode_bound(model: str, serving: list[dict[str, Any]]) -> Findings:
         message = f"{bound} of {len(serving)} for the model {model!r} wait for images to be decoded"
         advice = "give their hosts more cores, or send smaller images: the model has time to spare"
         yield Finding("warn", "workers", message, advice)
+
+
+def _decoding(model: str, serving: list[dict[str, Any]]) -> Findings:
+    """How texts are written: on a GPU, launches one by one take longer than what they compute."""
+    ways = Counter(
+        worker["decoding"][model] for worker in serving if model in worker.get("decoding", {})
+    )
+    for way, count in sorted(ways.items()):
+        message = f"{count} of {len(serving)} for the model {model!r} write by {way}"
+        if " on cuda" in way and "in graphs" not in way:
+            advice = "steps go without CUDA graphs: the worker's log says why, where it starts"
+            yield Finding("warn", "workers", message, advice)
+        else:
+            yield Finding("ok", "workers", message)
 
 
 def _outputs(model: str, serving: list[dict[str, Any]]) -> Finding:

@@ -76,5 +76,10 @@ class CapturedPass:
         if recorded is None or not torch.is_inference_mode_enabled():
             return self._run(batch)
         recorded.batch[:count].copy_(batch)
-        recorded.replay()
+        try:
+            recorded.replay()
+        except RuntimeError as error:
+            del self._recorded[size]
+            log.warning("passes of %d rows go on without their graph: %s", size, first_line(error))
+            return self._run(batch)
         return recorded.out[:count].clone()

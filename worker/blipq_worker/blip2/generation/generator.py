@@ -148,6 +148,11 @@ class Generator:
         """Slots that are open; 0 where texts in flight grow."""
         return 0 if self._static is None else self._static.slots
 
+    @property
+    def way(self) -> str:
+        """How greedy and sampled texts in flight are written."""
+        return "growing slots" if self._static is None else f"static slots, {self._static.way}"
+
     def _loop(self) -> Loop:
         # A session that finds another one in the static slots, as the canary of a model in doubt
         # may, runs beside them: while it runs, nobody takes steps that would free them.
@@ -171,7 +176,8 @@ class Generator:
             self._capture_looks(among)
         except Exception:
             log.warning("decoding: static slots or graphs are left out", exc_info=True)
-            self.model.query_tokens.sum().item()
+        # What was given up may have broken the device's context: else a job would find that out.
+        self.model.query_tokens.sum().item()
 
     def _capture_looks(self, among: Sequence[Way]) -> None:
         captures = [way.capture for way in among if way.capture is not None]
