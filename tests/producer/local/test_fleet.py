@@ -118,7 +118,7 @@ def test_fronts_that_are_set_stay_as_they_are(
 
 
 def test_gpus_are_named_by_their_indexes(started: list[Service]) -> None:
-    with pytest.raises(InvalidRequest, match="--gpus takes 'all' or indexes"):
+    with pytest.raises(InvalidRequest, match="--gpus takes 'all', or indexes"):
         fleet.run_many("first", 1)
     assert not started
 

@@ -297,6 +297,29 @@ def test_a_service_that_must_not_start_again_ends_the_supervision(
     assert supervise([service], threading.Event(), tell=str, give_up_on=(78,)) == 78
 
 
+def test_services_may_be_given_up_one_by_one() -> None:
+    """A worker whose GPU was bad ended those on all other GPUs of its host."""
+    gone = Service("bad", [sys.executable, "-c", "raise SystemExit(78)"])
+    stop, told = threading.Event(), []
+
+    def tell(text: str) -> None:
+        told.append(text)
+        stop.set()
+
+    gone.start()
+    assert supervise([gone], stop, tell=tell, give_up_on=(78,), one_by_one=True) == 78
+    assert not told, "nobody is left"
+    go_on = Service("well", [sys.executable, "-c", "import time; time.sleep(60)"])
+    go_on.start()
+    try:
+        services = [gone, go_on]
+        assert supervise(services, stop, tell=tell, give_up_on=(78,), one_by_one=True) == 0
+        assert told == ["bad ended with 78, and is not started again"]
+        assert go_on.pid is not None
+    finally:
+        go_on.stop()
+
+
 def test_a_service_that_ignores_sigterm_is_killed(supervised: Callable[[str], Service]) -> None:
     code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True)"
     service = supervised(f"{code}; time.sleep(60)")

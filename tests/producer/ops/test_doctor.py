@@ -138,6 +138,26 @@ def test_workers_of_an_earlier_contract_are_a_warning(
     assert "1 of 2 for the model 'default' lack contract 2" in finding.message
 
 
+@pytest.mark.parametrize(
+    ("way", "state"),
+    [
+        ("static slots, triton in graphs on cuda", "ok"),
+        ("growing slots on cpu", "ok"),
+        ("static slots, sdpa eagerly on cuda:1", "warn"),
+        ("growing slots on cuda", "warn"),
+    ],
+)
+def test_a_gpu_that_takes_steps_without_graphs_is_a_warning(
+    apart: Settings, ledger: WorkerLedger, way: str, state: str
+) -> None:
+    info = {"models": ["default"], "active": 1, "decoding": {"default": way}}
+    ledger.register("one", ["default"], json.dumps(info), ttl_s=30, spare=False)
+    finding = next(each for each in check_workers(apart) if "write by" in each.message)
+    assert finding.message == f"1 of 1 for the model 'default' write by {way}"
+    assert finding.state == state
+    assert ("CUDA graphs" in (finding.advice or "")) == (state == "warn")
+
+
 def test_a_wrong_password_is_told_as_one_and_not_as_an_absent_redis(own_redis: Settings) -> None:
     with connect(own_redis) as raw:
         raw.config_set("requirepass", "right")

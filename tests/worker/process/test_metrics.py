@@ -43,6 +43,13 @@ def test_jobs_are_counted_with_what_their_receipts_say() -> None:
     assert page["process_resident_memory_bytes"] > 0
 
 
+def test_how_texts_are_written_is_told_by_model() -> None:
+    metrics = WorkerMetrics()
+    metrics.decoding({"default": ("static slots, triton in graphs", "cuda")})
+    page = told(metrics.page())
+    assert page["blipq_worker_decoding cuda default static slots, triton in graphs"] == 1
+
+
 def test_the_health_port_serves_them() -> None:
     metrics = WorkerMetrics()
     metrics.gauge("jobs_held", "Jobs held now.", lambda: 3)

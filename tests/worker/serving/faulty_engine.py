@@ -1,7 +1,8 @@
 """The engine process, but its matching obeys the texts: ``python -m worker.serving.faulty_engine``.
 
 ``slow`` takes a while, ``hang`` never ends, ``die`` kills the process, ``lost`` breaks the device,
-``bad`` fails, and after ``break`` everything does.
+``bad`` fails, and after ``break`` everything does. With FAULTY_GRAPHS in the environment the
+process dies while it captures graphs.
 """
 
 import os
@@ -13,7 +14,8 @@ from typing import Any
 
 from blipq_worker.__main__ import main
 from blipq_worker.blip2 import Blip2
-from blipq_worker.serving import engine
+from blipq_worker.serving import engine, loader
+from blipq_worker.settings import WorkerSettings
 
 SLOW_S = 0.5
 engine.PATIENCE_S = 1.0
@@ -38,7 +40,15 @@ def _obey(self: Blip2, items: Sequence[Any]) -> list[list[float]]:
     return _match(self, items)
 
 
+def _die(models: Any, options: WorkerSettings) -> None:
+    """As a kernel that breaks the device's context, or hangs until somebody kills it."""
+    if options.graphs:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 Blip2.match = _obey  # type: ignore[method-assign]
+if "FAULTY_GRAPHS" in os.environ:
+    loader._open_slots = _die
 
 if __name__ == "__main__":
     sys.exit(main())

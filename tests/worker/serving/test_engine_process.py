@@ -462,3 +462,20 @@ def test_it_loads_nothing_that_takes_jobs_or_images() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90)
     assert ran.stdout.strip() == "[]", ran.stderr
+
+
+def test_graphs_that_end_the_process_are_tried_once(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would have been started again and again, and never have served."""
+    monkeypatch.setenv("FAULTY_GRAPHS", "1")
+    with tempfile.TemporaryDirectory(prefix="bq") as folder:
+        first = Process(Path(folder), **tiny(checkpoints))
+        assert first.exit_code() == -signal.SIGKILL
+        second = Process(Path(folder), **tiny(checkpoints))
+        try:
+            with closing(second.client(name="one")) as client:
+                assert "default" in client.models()
+            assert "the last one ended while it captured graphs" in second.log.read_text()
+        finally:
+            second.end()

@@ -145,4 +145,4 @@ def test_a_device_that_is_not_there_is_one_line() -> None:
     ended = started(device="cuda:7")
     assert ended.returncode == 78, ended.stderr
     (line,) = ended.stderr.splitlines()
-    assert "model 'default'" in line
+    assert "BLIPQ_DEVICE=cuda:7: " in line

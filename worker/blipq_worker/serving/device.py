@@ -5,6 +5,7 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from blipq.local import gpus
 from blipq_worker.catalog.models import ModelError
@@ -47,7 +48,7 @@ def _why_not() -> str:
     import torch
 
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
         told = " ".join(str(error).split()).split(" Please ")[0].rstrip(".")
     else:
@@ -71,9 +72,10 @@ def _require(device: str) -> None:
             f"{device} is {told}, and torch {torch.__version__} is built for {', '.join(built)}: "
             f"install a build for it; {_ON_THE_CPU}"
         )
-    driver = torch._C._cuda_getDriverVersion()
-    versions = f"CUDA {torch.version.cuda}, driver's CUDA {driver // 1000}.{driver % 1000 // 10}"
-    log.info("device: %s, %s, %s", device, told, versions)
+    versions: Any = torch._C  # its stub does not have all
+    driver = versions._cuda_getDriverVersion()
+    driver = f"{driver // 1000}.{driver % 1000 // 10}"
+    log.info("device: %s, %s, CUDA %s, driver's CUDA %s", device, told, torch.version.cuda, driver)
 
 
 def _runs(arch: str, capability: tuple[int, int]) -> bool:
@@ -112,7 +114,7 @@ def _near(device: str) -> str:
     import torch
 
     with suppress(OSError, AttributeError):  # older versions of torch do not know the address
-        at = torch.cuda.get_device_properties(torch.device(device))
+        at: Any = torch.cuda.get_device_properties(torch.device(device))
         address = f"{at.pci_domain_id:04x}:{at.pci_bus_id:02x}:{at.pci_device_id:02x}.0"
         return (_PCI / address / "local_cpulist").read_text().strip()
     return ""

@@ -10,6 +10,8 @@ import torch
 from msgspec.structs import replace
 from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
+from blipq_worker.blip2 import Blip2
+from blipq_worker.blip2.cuda.capture import Run
 from blipq_worker.blip2.decoding import DecodeLoop, Row
 from blipq_worker.blip2.decoding.static import StaticLoop, Way, static_loop
 from blipq_worker.blip2.decoding.static import kernel as kernel_module
@@ -19,9 +21,10 @@ from blipq_worker.blip2.decoding.static.sampler import Sampler, Variant
 from blipq_worker.blip2.decoding.static.state import SlotState
 from blipq_worker.blip2.decoding.static.step import Shape, StaticStep
 from blipq_worker.blip2.decoding.static.t5 import StaticT5
+from blipq_worker.engine.faults import is_device_fault
 from blipq_worker.inference.requests import GenerationParams
 from blipq_worker.serving.footprint import config_of
-from worker.card import Card
+from worker.card import Card, out_of_memory
 from worker.in_flight import GREEDY, SAMPLED, every_penalty
 
 EAGER = Way(MaskedAttention, None)
@@ -286,3 +289,87 @@ def loop_of(model: Any, kind: str, slots: int) -> Any:
     loop = static_loop(model, ends=(2, 7), slots=slots, budget=0, among=[EAGER])
     assert isinstance(loop, StaticLoop)
     return loop
+
+
+# --- what fails for good --------------------------------------------------------------------------
+
+
+class Flaky:
+    """Graphs, run as they are, until they cannot be launched any more."""
+
+    def __init__(self) -> None:
+        self.works = True
+        self.launched = 0
+
+    def __call__(self, run: Run) -> Run:
+        def replay() -> None:
+            if not self.works:
+                raise RuntimeError("CUDA driver error: invalid resource handle")
+            self.launched += 1
+            run()
+
+        return replay
+
+
+@pytest.mark.parametrize("make", [deep_opt, deep_t5])
+def test_texts_go_on_without_graphs_that_cannot_be_launched_any_more(
+    make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, graphs = make(layers=2), Flaky()
+    some = some_rows(model, of_all_kinds(beams=False))
+    expected = anew(some)
+    to_their_ends(loop_of(model, "growing", len(some)), expected, lambda run: run())
+    way = Way(MaskedAttention, lambda: graphs)
+    loop = static_loop(model, ends=(2, 7), slots=len(some), budget=0, among=[way])
+    assert isinstance(loop, StaticLoop)
+    graphs.launched = 0
+    calls = iter(range(1000))
+
+    def attempt(run: Callable[[], object]) -> None:
+        graphs.works = next(calls) < 4
+        run()
+
+    to_their_ends(loop, some, attempt)
+    assert said(some) == said(expected)
+    assert graphs.launched > 2
+    assert "without its graph: RuntimeError: CUDA driver error" in caplog.text
+
+
+def test_a_graph_for_which_there_is_no_memory_is_given_up_for_what_works() -> None:
+    def full(run: Run) -> Run:
+        raise out_of_memory()
+
+    model = deep_opt(layers=2)
+    among = [Way(MaskedAttention, lambda: full), EAGER]
+    loop = static_loop(model, ends=(2, 7), slots=3, budget=0, among=among)
+    assert loop is not None
+    assert loop.way == "sdpa eagerly"
+
+
+def test_a_context_that_breaks_while_slots_are_opened_ends_the_start(opt: Blip2) -> None:
+    """All ways were given up, and the model was served: its first job found the device dead."""
+    recorded = Way(MaskedAttention, lambda: lambda run: run)
+    try:
+        with Card() as card:
+            card.die(after=150)
+            with pytest.raises(torch.AcceleratorError):
+                opt.open_slots([recorded, EAGER], slots=2, budget=0)
+    finally:
+        opt.generator._static = None
+
+
+@pytest.mark.parametrize("kind", ["static", "growing"])
+def test_a_broken_context_is_never_taken_for_a_rows_own_fault(kind: str) -> None:
+    model = deep_opt(layers=2)
+    some = some_rows(model, of_all_kinds(beams=kind == "growing"))
+    for place in (0, 7, 40, 75):
+        for call in ("join", "step"):
+            loop = loop_of(model, kind, len(some))
+            if call == "step":
+                loop.join(some)
+            with Card() as card:
+                card.die(after=place)
+                with pytest.raises(torch.AcceleratorError) as broken:
+                    getattr(loop, call)(some)
+            assert is_device_fault(broken.value)
+            some = anew(some)

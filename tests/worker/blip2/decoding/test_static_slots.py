@@ -763,10 +763,10 @@ def test_models_on_one_gpu_have_equal_parts_of_what_the_weights_leave(
     left = iter([1000, 600])
     monkeypatch.setattr(static_package, "free_memory", lambda device: next(left))
     one, other = Gpu(), Gpu()
-    load._open_slots([one, other], WorkerSettings(decode_slots=7, graphs=False))
+    load._open_slots({"a": one, "b": other}, WorkerSettings(decode_slots=7, graphs=False))  # type: ignore[dict-item]
     assert one.opened == [(("sdpa eagerly",), 7, 500)]
     assert other.opened == [(("sdpa eagerly",), 7, 600)]
-    load._open_slots([one], WorkerSettings(compile=True))
+    load._open_slots({"a": one}, WorkerSettings(compile=True))  # type: ignore[dict-item]
     assert len(one.opened) == 1
 
 

@@ -26,8 +26,9 @@ class Precision:
 def choose_precision(dtype: Dtype, device: torch.device, family: Family) -> Precision:
     """The types for ``dtype``; ``auto`` is LAVIS's mix on a GPU and bf16 on CPUs that have it.
 
-    With float16, T5 itself still gets bf16: its activations overflow fp16. Raises ValueError for
-    fp16 on a CPU, which is slower there than fp32 by an order of magnitude.
+    With float16, T5 itself still gets bf16, or fp32 on GPUs without bf16: its activations overflow
+    fp16. Raises ValueError for fp16 on a CPU, which is slower there than fp32 by an order of
+    magnitude.
     """
     if device.type == "cpu":
         if dtype == "float16":
@@ -35,8 +36,20 @@ def choose_precision(dtype: Dtype, device: torch.device, family: Family) -> Prec
         if dtype == "auto":
             dtype = "bfloat16" if cpu_has_bfloat16() else "float32"
     vision: torch.dtype = torch.float16 if dtype == "auto" else getattr(torch, dtype)
-    language = torch.bfloat16 if family == "t5" and vision == torch.float16 else vision
+    language = vision
+    if family == "t5" and vision == torch.float16:
+        language = torch.bfloat16 if _gpu_has_bfloat16(device) else torch.float32
     return Precision(vision, language)
+
+
+def _gpu_has_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU multiplies in bf16; what is not here is taken for a new one.
+
+    Before compute capability 8.0 CUDA goes by way of fp32, operation by operation.
+    """
+    if not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def cpu_has_bfloat16() -> bool:
