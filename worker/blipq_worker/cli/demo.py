@@ -33,7 +33,7 @@ def demo(
         int | None, typer.Option(help="The same seed draws the same pictures; random by default.")
     ] = None,
     quantization: Annotated[
-        Quantization, typer.Option(help="Precision of the weights; auto: nf4 on a GPU.")
+        Quantization, typer.Option(help="How weights are kept; auto: nf4 where a GPU is too small.")
     ] = Quantization.AUTO,
     report: Annotated[
         Path, typer.Option(metavar="FILE", help="Where the report is written.")
