@@ -45,7 +45,7 @@ TAIL = """\
 |---|---|
 | `AWS_ENDPOINT_URL_S3` | S3 endpoint where `BLIPQ_S3_ENDPOINT_URL` is not set |
 | `AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, ... | credentials where `BLIPQ_S3_*` has none |
-| `CUDA_VISIBLE_DEVICES` | GPUs that workers may use; `blipq worker --gpus` chooses among them, and sets it per process |
+| `CUDA_VISIBLE_DEVICES` | GPUs that workers may use; `blipq worker --gpus` gives each one of them |
 | `HF_HOME`, `HF_HUB_CACHE` | where downloaded weights are kept |
 | `HF_HUB_OFFLINE` | `1`: never ask the hub |
 | `OMP_NUM_THREADS` | CPU threads of a model on a CPU; `blipq worker --processes` sets it |

@@ -151,6 +151,13 @@ class WorkerSettings(BaseSettings):
     )
     decode_threads: int = Field(default=4, ge=1, description="Images decoded at the same time.")
 
+    jpeg_draft: bool = Field(
+        default=True,
+        description=(
+            "Decode JPEGs of more than 4 million pixels at a half, a quarter or an eighth of their "
+            "size: at least twice what the model sees."
+        ),
+    )
     decode_memory_bytes: int = Field(
         default=2**30,
         ge=1,

@@ -64,6 +64,9 @@ _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _BYTES_PER_PIXEL = {"WEBP": 18, "AVIF": 14, "HEIF": 18}
 _BYTES_PER_PIXEL_OF_OTHERS = 12
 
+#: Pixels of a JPEG beyond which it may be decoded at a part of its size.
+_LARGE = 4_000_000
+
 _JPEG_END = b"\xff\xd9"
 #: Any coded data, to go on with where a picture is cut; and the same with each bit the other way.
 _ONE_END = bytes(random.Random(7).choices(range(1, 0xFF), k=4096)) + _JPEG_END
@@ -173,6 +176,17 @@ def bytes_to_decode(image: Image.Image) -> int:
     each = _BYTES_PER_PIXEL.get(image.format or "", _BYTES_PER_PIXEL_OF_OTHERS)
     each *= 2 if _endless(image) is not None else 1
     return image.width * image.height * each
+
+
+def reduce(image: Image.Image, least: int) -> None:
+    """Has a large JPEG decoded at a half, a quarter or an eighth: both sides keep ``least`` pixels.
+
+    Of an opened image, for whoever will make it smaller still: libjpeg then computes fewer
+    frequencies, in a quarter of the time. A file without its end is compared in full.
+    """
+    large = image.format == "JPEG" and image.width * image.height > _LARGE
+    if large and _endless(image) is None:
+        image.draft(None, (least, least))  # type: ignore[arg-type]  # its stub wants a mode
 
 
 def decoded(image: Image.Image) -> Image.Image:

@@ -21,7 +21,7 @@ from PIL import Image, ImageChops
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
-from blipq.images.decoding import ImageLimits, decode, decoded, opened
+from blipq.images.decoding import ImageLimits, decode, decoded, opened, reduce
 from blipq.images.structure import check_scans, scans_in, without_metadata
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
@@ -544,3 +544,38 @@ def test_a_damaged_image_keeps_no_pixels_while_its_error_is_told() -> None:
         decoded(image)
     with pytest.raises(ValueError, match="closed"):
         image.getpixel((0, 0))
+
+
+@pytest.mark.parametrize(
+    ("size", "least", "expected"),
+    [
+        ((4000, 3000), 448, (1000, 750)),
+        ((4000, 3000), 1500, (2000, 1500)),
+        ((4001, 3001), 1501, (4001, 3001)),
+        ((2000, 2000), 448, (2000, 2000)),  # not large
+    ],
+)
+def test_a_large_jpeg_may_be_decoded_at_a_part_of_its_size(
+    size: tuple[int, int], least: int, expected: tuple[int, int]
+) -> None:
+    gradient = Image.linear_gradient("L").convert("RGB").resize(size)
+    for format, found in (("JPEG", expected), ("PNG", size)):
+        image = opened(encoded(gradient, format, **{"quality": 90, "compress_level": 1}))
+        reduce(image, least)
+        picture = decoded(image)
+        assert picture.size == found
+        small = picture.resize((64, 64), Image.Resampling.BICUBIC)
+        apart = ImageChops.difference(small, gradient.resize((64, 64), Image.Resampling.BICUBIC))
+        assert max(high for _, high in apart.getextrema()) <= 4
+
+
+def test_a_jpeg_without_its_end_is_looked_at_in_full() -> None:
+    """Whether it lacks pixels is seen by two ways of decoding it."""
+    whole = encoded(noise("RGB").resize((2100, 2000)), "JPEG")
+    image = opened(whole[:-2])
+    reduce(image, 16)
+    assert decoded(image).size == (2100, 2000)
+    cut = opened(whole[: len(whole) // 2])
+    reduce(cut, 16)
+    with pytest.raises(PermanentError):
+        decoded(cut)

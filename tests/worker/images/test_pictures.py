@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from benchmarks.stand_ins import model_info
 from PIL import Image
@@ -20,10 +21,12 @@ from blipq.errors import PermanentError
 from blipq.images.decoding import ImageLimits
 from blipq.s3.storage import Storage
 from blipq_worker.claims import Lost
+from blipq_worker.images import loader
 from blipq_worker.images.fetch import Fetched, Fetcher
 from blipq_worker.images.forgetting import Forgetting
 from blipq_worker.images.loader import Pictures, Recent, mark_of
 from blipq_worker.images.memory_budget import Budget
+from blipq_worker.images.preprocess import pixels_of
 from blipq_worker.images.s3_access import AccessRefused
 from blipq_worker.inference.requests import ImagePixels, ModelInfo, Recipe
 from blipq_worker.receipt import DEMO_NOTE, Stopwatch
@@ -291,3 +294,31 @@ def test_what_is_remembered_is_bounded() -> None:
     recent.get(1)
     recent.put(3, 3)
     assert [recent.get(key) for key in (1, 2, 3)] == [1, None, 3]
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_large_photo_is_decoded_smaller_where_the_model_allows_it(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, draft: bool
+) -> None:
+    """What a job hears of the photo's size is as it was stored, but upright."""
+    photo = Image.linear_gradient("L").convert("RGB").resize((2400, 1800))
+    exif = photo.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    data = io.BytesIO()
+    photo.save(data, "JPEG", quality=60, exif=exif)
+    storage.put(PLACE, data.getvalue(), content_type="image/jpeg")
+    parts = made(storage)
+    parts.model.info = model_info(checkpoint="demo", recipe=Recipe(4, 3, "demo", draft))
+    seen: list[tuple[int, int]] = []
+
+    def watch(image: Image.Image, recipes: Any) -> tuple[memoryview, ...]:
+        seen.append(image.size)
+        return pixels_of(image, recipes)
+
+    monkeypatch.setattr(loader, "pixels_of", watch)
+    loaded = parts.load()
+    assert seen == [(225, 300) if draft else (1800, 2400)]
+    expected = photo.transpose(Image.Transpose.ROTATE_270).resize((4, 4), Image.Resampling.BICUBIC)
+    sent = np.frombuffer(loaded.pixels[0], "u1").astype(int)
+    assert np.abs(sent - np.asarray(expected).ravel()).max() <= 3
+    assert list(parts.pictures._sizes._entries.values()) == [(1800, 2400)]

@@ -80,12 +80,13 @@ class Blip2:
         max_beams: int = 80,
         static: bool = True,
         cache: FeatureCache | None = None,
+        draft: bool = False,
     ) -> "Blip2":
         """Loads the checkpoints (folders or hub ids) onto ``device``; see ``loading``.
 
         slots, max_beams, static: see ``Generator``. cache: keeps what is known of images between
-        jobs. Raises CheckpointError, and ValueError for a type or an attention that the device is
-        no good at.
+        jobs. draft: see ``Recipe``. Raises CheckpointError, and ValueError for a type or an
+        attention that the device is no good at.
         """
         setup = Setup(
             device=torch.device(device),
@@ -95,7 +96,7 @@ class Blip2:
             compiled=compiled,
         )
         cache = FeatureCache(0) if cache is None else cache
-        written = _Part.load(generation, "generation", setup)
+        written = _Part.load(generation, "generation", setup, draft)
         generator = Generator(
             written.checkpoint,
             written.model,
@@ -105,7 +106,9 @@ class Blip2:
             max_beams=max_beams,
             static=static,
         )
-        matched = None if retrieval is None else _Part.load(retrieval, "retrieval", setup)
+        matched = None
+        if retrieval is not None:
+            matched = _Part.load(retrieval, "retrieval", setup, draft)
         matcher = embedder = None
         shares_vision = False
         if matched is not None:
@@ -316,13 +319,13 @@ class _Part:
     queries: str
 
     @classmethod
-    def load(cls, name: str, side: Side, setup: Setup) -> "_Part":
+    def load(cls, name: str, side: Side, setup: Setup, draft: bool) -> "_Part":
         with START.part("digest of weights"):
             checkpoint = open_checkpoint(name)
         with START.part("weights to the device"):
             model = load_weights(checkpoint, setup)
         split_tower(model)
-        preprocessor = Preprocessor(checkpoint)
+        preprocessor = Preprocessor(checkpoint, draft=draft)
         precision = f"{setup.precision(checkpoint.family)}/{setup.quantizing}/{setup.attention}"
         version = f"{checkpoint.revision}/{precision}/{preprocessor.recipe.version}"
         return cls(

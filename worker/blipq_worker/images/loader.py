@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 from PIL.Image import Image
 
 from blipq.contract import ImageRef
-from blipq.images.decoding import ImageLimits, bytes_to_decode, decoded, opened
+from blipq.images.decoding import ImageLimits, bytes_to_decode, decoded, opened, reduce
 from blipq_worker.claims import Lost
 from blipq_worker.images.fetch import Fetcher
 from blipq_worker.images.memory_budget import Budget
@@ -161,8 +161,11 @@ class Pictures:
         self, image: Image, model: str, made: ImagePixels, watch: Stopwatch, marked: Marked
     ) -> ImagePixels:
         assert made.digest is not None
-        room = bytes_to_decode(image)
+        room, size = bytes_to_decode(image), image.size
         recipes = self._inference.model(model).recipes
+        if all(recipe.draft for recipe in recipes):
+            reduce(image, 2 * max(recipe.side for recipe in recipes))
+        reduced = image.size
         with ExitStack() as held:
             with watch.stage("decode_wait"):
                 held.enter_context(self._decoding.reserve(room, timeout=self._timeout_s))
@@ -170,7 +173,7 @@ class Pictures:
             held.enter_context(marked())
             # The picture is closed before its room goes to the next: whoever else refers to it.
             picture = held.enter_context(closing(decoded(image)))
-            self._sizes.put(made.digest, picture.size)
+            self._sizes.put(made.digest, size if picture.size == reduced else size[::-1])
             return ImagePixels(made.digest, made.whole, pixels_of(picture, recipes))
 
     def _noted(self, image: ImagePixels, model: str, watch: Stopwatch) -> ImagePixels:

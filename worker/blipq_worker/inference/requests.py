@@ -244,12 +244,14 @@ class Recipe(Plain, frozen=True):
     """How a checkpoint wants an image: squashed to ``side`` x ``side``, in RGB.
 
     resample: Pillow's number of the filter. version: names the whole recipe, normalization
-    included; equal versions make equal pixels.
+    included; equal versions make equal pixels. draft: large JPEGs may be decoded at a part of their
+    size, at least twice the side.
     """
 
     side: Annotated[int, Meta(ge=1, le=1024)]
     resample: Annotated[int, Meta(ge=0, le=5)]
     version: Name
+    draft: bool = False
 
     @property
     def size(self) -> int:

@@ -138,6 +138,7 @@ def _load(
         static=False,  # not before the weights of all models are there
         max_beams=options.beams,
         cache=cache,
+        draft=options.jpeg_draft,
     )
     # Receipts and indexes name a model as it was asked for, not by its folder here.
     local = served.retrieval is not None and Path(served.retrieval).is_dir()

@@ -1,5 +1,6 @@
 """Pixels: Pillow's resize, the model's size, and one tensor where one is enough."""
 
+import io
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from blipq_worker.blip2 import Blip2
+from blipq.images.decoding import decoded, opened, reduce
+from blipq_worker.blip2 import Blip2, GenerateItem
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
 from blipq_worker.blip2.vision.preprocessing import Preprocessor, normalized
 from blipq_worker.catalog.resize import resized
+from blipq_worker.demo.world import is_true, render, scene
+from blipq_worker.inference.requests import GenerationParams
 from worker.tiny_models import save_itm
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -120,3 +124,34 @@ def test_the_models_size_wins_over_a_preprocessor_config(
     preprocessor = Preprocessor(open_checkpoint(str(folder)))
     assert preprocessor.recipe.side == 28
     assert seen(preprocessor, pictures[0]).shape == (3, 28, 28)
+
+
+def test_photos_decoded_at_a_part_of_their_size_are_another_recipe(
+    checkpoints: dict[str, Path],
+) -> None:
+    """By its version features are kept: those of one are never taken for those of the other."""
+    checkpoint = open_checkpoint(str(checkpoints["opt"]))
+    whole, part = (Preprocessor(checkpoint, draft=draft).recipe for draft in (False, True))
+    assert (whole.draft, part.draft) == (False, True)
+    assert whole.version != part.version
+
+
+def test_the_demo_model_says_the_same_of_photos_decoded_at_a_part_of_their_size(
+    demo: Blip2,
+) -> None:
+    for seed in range(90_000, 90_004):
+        shown = scene(seed)
+        data = io.BytesIO()
+        large = render(shown).resize((2400, 1800), Image.Resampling.BICUBIC)
+        large.save(data, "JPEG", quality=90)
+        said = []
+        for draft in (False, True):
+            photo = opened(data.getvalue())
+            if draft:
+                reduce(photo, 2 * demo.info.recipe.side)
+                assert photo.size == (300, 225)
+            pixels = demo.preprocess(decoded(photo))
+            (((text,),),) = demo.generate([GenerateItem(pixels, ("",), GenerationParams())])
+            said.append(text.text)
+        assert said[0] == said[1]
+        assert is_true(said[0], shown)

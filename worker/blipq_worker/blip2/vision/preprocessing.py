@@ -45,7 +45,7 @@ class Preprocessor:
     gives its numbers bit by bit.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, draft: bool = False) -> None:
         side = checkpoint.image_size
         try:
             self.backend = BlipImageProcessorPil.from_pretrained(
@@ -56,9 +56,9 @@ class Preprocessor:
                 f"checkpoint {checkpoint.name!r} has no usable image processor "
                 f"(preprocessor_config.json or processor_config.json) in {checkpoint.folder}"
             ) from error
-        settings = repr([getattr(self.backend, name) for name in _RECIPE])
+        settings = repr([*(getattr(self.backend, name) for name in _RECIPE), draft])
         version = hashlib.sha256(settings.encode()).hexdigest()[:16]
-        self.recipe = Recipe(side, int(self.backend.resample), version)
+        self.recipe = Recipe(side, int(self.backend.resample), version, draft)
         self.table = self._table()
 
     def _table(self) -> torch.Tensor:
