@@ -116,9 +116,11 @@ class WritingSession:
 
     def leave(self, ticket: Ticket) -> None:
         """Lets an item go, finished or not."""
+        # First what may raise: rows of an item that is forgotten would keep their slots.
+        self._loop.leave([row for row in self._items[ticket].rows if row.joined])
+        del self._items[ticket]
         if self._new.pop(ticket, None) is not None:
             self._count_new()
-        self._loop.leave([row for row in self._items.pop(ticket).rows if row.joined])
 
     def close(self) -> None:
         """Lets all items go."""
