@@ -323,8 +323,6 @@ def test_steps_and_joins_run_where_no_number_can_be_read(language: Any, model: A
         assert step.chosen.is_meta
 
 
-
-
 # --- failing alone --------------------------------------------------------------------------------
 
 
