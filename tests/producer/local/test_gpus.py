@@ -43,7 +43,7 @@ def visible(gpus_: str) -> list[str]:
 def test_all_are_those_that_nvidia_smi_lists_and_of_a_partitioned_one_its_parts(
     listing: Path,
 ) -> None:
-    """Indexes were counted: with the second of four lost, a worker asked for it."""
+    """Indexes were counted: with the second of four lost, a worker wanted for it."""
     found = gpus.workers_on("all")
     assert [name for name, _ in found] == ["0", "MIG-aaaaaaaa-0001", "MIG-GPU-bbbbbbbb/7/0", "3"]
     assert visible("all") == [FIRST, *(name for name, _ in found[1:3]), FIRST[:-1] + "3"]
@@ -58,7 +58,7 @@ def test_indexes_are_nvidia_smis_and_a_worker_never_computes_on_the_cpu() -> Non
 
 
 @pytest.mark.parametrize(
-    ("outside", "asked", "given"),
+    ("outside", "wanted", "given"),
     [
         ("4,5", "all", ["4", "5"]),
         ("4,5", "1,0", ["5", "4"]),
@@ -69,16 +69,16 @@ def test_indexes_are_nvidia_smis_and_a_worker_never_computes_on_the_cpu() -> Non
     ],
 )
 def test_what_a_scheduler_has_left_is_all_there_is(
-    outside: str, asked: str, given: list[str], monkeypatch: pytest.MonkeyPatch, listing: Path
+    outside: str, wanted: str, given: list[str], monkeypatch: pytest.MonkeyPatch, listing: Path
 ) -> None:
     """Slurm sets the variable: workers took the GPUs of other people's jobs."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", outside)
-    assert visible(asked) == given
-    assert all("CUDA_DEVICE_ORDER" not in each for _, each in gpus.workers_on(asked))
+    assert visible(wanted) == given
+    assert all("CUDA_DEVICE_ORDER" not in each for _, each in gpus.workers_on(wanted))
 
 
 @pytest.mark.parametrize(
-    ("outside", "asked", "told"),
+    ("outside", "wanted", "reason"),
     [
         (None, "first", "--gpus takes 'all', or indexes"),
         (None, "0,,1", "--gpus takes 'all', or indexes"),
@@ -90,12 +90,12 @@ def test_what_a_scheduler_has_left_is_all_there_is(
     ],
 )
 def test_a_gpu_that_cannot_be_had_is_refused(
-    outside: str | None, asked: str, told: str, monkeypatch: pytest.MonkeyPatch
+    outside: str | None, wanted: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if outside is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", outside)
-    with pytest.raises(InvalidRequest, match=told):
-        gpus.workers_on(asked)
+    with pytest.raises(InvalidRequest, match=reason):
+        gpus.workers_on(wanted)
 
 
 def test_without_an_answer_of_nvidia_smi_one_line_says_so(

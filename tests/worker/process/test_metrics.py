@@ -43,7 +43,7 @@ def test_jobs_are_counted_with_what_their_receipts_say() -> None:
     assert page["process_resident_memory_bytes"] > 0
 
 
-def test_how_texts_are_written_is_told_by_model() -> None:
+def test_how_texts_are_written_is_a_metric_by_model() -> None:
     metrics = WorkerMetrics()
     metrics.decoding({"default": ("static slots, triton in graphs", "cuda")})
     page = told(metrics.page())

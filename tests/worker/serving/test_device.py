@@ -79,17 +79,17 @@ def test_a_gpu_that_is_lost_is_not_replaced_by_the_cpu(
     assert usable_device("auto") == "cpu", "its owner hides it"
 
 
-def test_a_driver_that_is_too_old_is_told_in_one_line(
+def test_a_driver_that_is_too_old_is_named_in_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     why = "The NVIDIA driver on your system is too old (found version 12040). Please update\nit"
     lost(monkeypatch, tmp_path, why)
     with pytest.raises(ModelError) as refused:
         usable_device("auto")
-    told = str(refused.value)
-    assert "too old (found version 12040) (torch " in told
-    assert "CUDA 13.0" in told
-    assert "\n" not in told
+    reason = str(refused.value)
+    assert "too old (found version 12040) (torch " in reason
+    assert "CUDA 13.0" in reason
+    assert "\n" not in reason
 
 
 def test_a_torch_without_cuda_says_that_it_leaves_a_gpu_alone(
@@ -103,7 +103,7 @@ def test_a_torch_without_cuda_says_that_it_leaves_a_gpu_alone(
         usable_device("cuda")
 
 
-def test_a_gpu_is_told_with_its_capability_and_driver(
+def test_a_gpu_is_named_with_its_capability_and_driver(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     present(monkeypatch, count=2)

@@ -354,7 +354,7 @@ def test_a_configuration_is_fetched_to_decide_by_it(
     assert asked == [("owner/mine", "config.json", "v1")]
 
 
-def test_what_cannot_be_fetched_is_loadings_to_tell(
+def test_what_cannot_be_fetched_is_left_to_loading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))

@@ -50,10 +50,10 @@ def _why_not() -> str:
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
-        told = " ".join(str(error).split()).split(" Please ")[0].rstrip(".")
+        reason = " ".join(str(error).split()).split(" Please ")[0].rstrip(".")
     else:
-        told = "it finds none"
-    return f"{told} (torch {torch.__version__}, CUDA {torch.version.cuda or 'none'})"
+        reason = "it finds none"
+    return f"{reason} (torch {torch.__version__}, CUDA {torch.version.cuda or 'none'})"
 
 
 def _require(device: str) -> None:
@@ -66,16 +66,16 @@ def _require(device: str) -> None:
     properties = torch.cuda.get_device_properties(index)
     capability = properties.major, properties.minor
     built = torch.cuda.get_arch_list()
-    told = f"{properties.name}, compute capability {capability[0]}.{capability[1]}"
+    name = f"{properties.name}, compute capability {capability[0]}.{capability[1]}"
     if built and not any(_runs(each, capability) for each in built):
         raise ModelError(
-            f"{device} is {told}, and torch {torch.__version__} is built for {', '.join(built)}: "
+            f"{device} is {name}, and torch {torch.__version__} is built for {', '.join(built)}: "
             f"install a build for it; {_ON_THE_CPU}"
         )
     versions: Any = torch._C  # its stub does not have all
     driver = versions._cuda_getDriverVersion()
     driver = f"{driver // 1000}.{driver % 1000 // 10}"
-    log.info("device: %s, %s, CUDA %s, driver's CUDA %s", device, told, torch.version.cuda, driver)
+    log.info("device: %s, %s, CUDA %s, driver's CUDA %s", device, name, torch.version.cuda, driver)
 
 
 def _runs(arch: str, capability: tuple[int, int]) -> bool:
