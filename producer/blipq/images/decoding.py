@@ -186,7 +186,7 @@ def reduce(image: Image.Image, least: int) -> None:
     """
     large = image.format == "JPEG" and image.width * image.height > _LARGE
     if large and _endless(image) is None:
-        image.draft(None, (least, least))  # type: ignore[arg-type]  # its stub wants a mode
+        image.draft(None, (least, least))
 
 
 def decoded(image: Image.Image) -> Image.Image:
