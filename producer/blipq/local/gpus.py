@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 
 from blipq.errors import InvalidRequest
 
@@ -13,16 +12,6 @@ _MIG = re.compile(r"\s+MIG .*\(UUID: (MIG-[0-9a-zA-Z/-]+)\)")
 _UUID = re.compile(r"(GPU|MIG)-[0-9a-zA-Z/-]+")
 #: The GPUs that a job scheduler has left this process, by CUDA's rules.
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-
-#: Where NVIDIA's driver puts its devices.
-DEVICES = Path("/dev")
-
-
-def may_be_here() -> bool:
-    """Whether this process has a GPU, as far as can be told without torch; it may be lost."""
-    if os.environ.get(_VISIBLE, "0").strip() in ("", "-1"):
-        return False
-    return any(DEVICES.glob("nvidia[0-9]*"))
 
 
 def workers_on(gpus: str) -> list[tuple[str, dict[str, str]]]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from blipq.local import gpus
+from blipq.local import fleet
 from blipq_worker.blip2.loading.precision import choose_precision
 from blipq_worker.catalog.models import ModelError
 from blipq_worker.serving import device as devices
@@ -26,7 +26,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # Set first, so that it is as before in the end.
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "")
     monkeypatch.delenv("CUDA_DEVICE_ORDER")
-    monkeypatch.setattr(gpus, "DEVICES", tmp_path)
+    monkeypatch.setattr(fleet, "DEVICES", tmp_path)
 
 
 def lost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, why: str) -> None:

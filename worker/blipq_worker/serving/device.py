@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from blipq.local import gpus
+from blipq.local.fleet import on_gpu
 from blipq_worker.catalog.models import ModelError
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def usable_device(device: str) -> str:
         found = "cuda" if device == "auto" else device
         _require(found)
         return found
-    if device == "auto" and not gpus.may_be_here():
+    if device == "auto" and not on_gpu(device):
         return "cpu"
     if device == "auto" and torch.version.cuda is None:
         log.warning("there is a GPU here, and torch %s is built without CUDA", torch.__version__)
