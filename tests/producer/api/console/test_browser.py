@@ -18,6 +18,8 @@ from conftest import ROOT
 from producer.api.console.browsers import chromium
 from producer.api.console.conftest import PAGES, Keyed, succeed
 
+pytestmark = pytest.mark.programs
+
 SCENE = ROOT / "docs" / "scene.png"
 PHONE = {"width": 390, "height": 844}
 TIMEOUT_MS = 20_000
