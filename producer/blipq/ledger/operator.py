@@ -93,7 +93,6 @@ class OperatorLedger(ScriptRunner):
         ended = (job.completed_at.timestamp() for job in page.jobs if job.completed_at)
         return seconds + micros / 1e6, sorted(ended, reverse=True)
 
-
     def _newest(self, key: str, limit: int = CHUNK) -> list[str]:
         return cast("list[str]", self.redis.zrevrange(key, 0, limit - 1))
 

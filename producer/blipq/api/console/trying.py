@@ -17,7 +17,7 @@ from blipq.api.problems import Problem
 from blipq.contract import Kind
 from blipq.errors import InvalidRequest
 from blipq.s3.storage import MAX_UPLOAD_BYTES
-from blipq.submission import Submission, new_id
+from blipq.submission import new_id
 
 #: What the form has for each kind; a field of several lines is a list.
 FIELDS: dict[Kind, tuple[str, ...]] = {
@@ -68,8 +68,8 @@ async def submit(request: Request) -> Response:
                 uploaded = await door.store(lambda: storage.upload(data, folder=caller.folder))
                 fields["image"] = uploaded.uri
             asked, options = job_request_of(body_of(fields))
-            caller.check(asked, options, door.settings.inbox_bucket)
-            job: Any = await door.client.submit(Submission(asked, options, new_id(), caller.tenant))
+            inbox = door.settings.inbox_bucket
+            job: Any = await door.client.submit(caller.submission(asked, options, new_id(), inbox))
         except InvalidRequest as error:
             return await _form(request, fields, str(error), 422)
         except Problem as error:
