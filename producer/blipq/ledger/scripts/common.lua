@@ -104,8 +104,8 @@ end
 -- job that has no result may be tried again, which takes the others.
 local OPEN_ONLY = {'worker', 'published_at', 'again', 'due', 'waiting', 'withdrawn', 'crashes',
   'retries', 'last_error'}
-local FOR_RETRY = {'contract', 'result_ttl', 'failed_ttl', 'solo', 'work', 'rights', 'notify',
-  'nonce', 'token'}
+local FOR_RETRY = {'contract', 'result_ttl', 'failed_ttl', 'solo', 'work', 'rights', 'nonce',
+  'token'}
 
 local function shed(id, job, status)
   local names = {}
