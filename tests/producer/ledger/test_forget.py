@@ -8,10 +8,20 @@ import pytest
 import redis
 from typer.testing import CliRunner
 
-from blipq import Client, JobCancelled, JobFilter, Options, QueueUnavailable, Settings, Submission
+from blipq import (
+    Client,
+    JobCancelled,
+    JobFilter,
+    Options,
+    QueueFull,
+    QueueUnavailable,
+    Settings,
+    Submission,
+)
 from blipq.cli import app
 from blipq.contract import CaptionRequest
 from blipq.ledger import keys
+from blipq.ledger.connection import connect
 from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.s3.refusals import Refusal, S3Refused, S3Unavailable
 from blipq.s3.storage import Storage
@@ -88,6 +98,19 @@ def test_a_message_cannot_bring_back_a_job_that_was_open(
     assert not any("secret" in line for line in dumped(raw_redis))
     with pytest.raises(JobCancelled):
         client.job("job_1").result(timeout=1)
+
+
+def test_erasing_makes_room_where_redis_has_none(own_redis: Settings) -> None:
+    with connect(own_redis) as raw, Client(own_redis) as client:
+        ledger = WorkerLedger(raw, own_redis)
+        submitted(ledger)
+        submitted_alone(ledger, "job_2")
+        ledger.fail(claimed(ledger), ERROR, "{}")
+        raw.config_set("maxmemory", "1")
+        with pytest.raises(QueueFull):
+            submitted_alone(ledger, "job_3")
+        assert client.forget(["job_1", "job_2"]).jobs == ["job_1", "job_2"]
+        assert not any("secret" in line for line in dumped(raw))
 
 
 def test_an_erased_job_posts_no_event(

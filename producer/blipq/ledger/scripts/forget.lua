@@ -5,6 +5,11 @@
 local step = ARGV[1]
 local told = {}
 
+-- First, as it needs no memory: behind such a write a full Redis lets a script go on, and what is
+-- erased here makes room.
+local HEARD = 60 * 60 * 1000  -- ms until every worker that has an image has heard of it
+redis.call('ZREMRANGEBYSCORE', FORGOTTEN, '-inf', now - HEARD)
+
 local EVENTS = {'running', 'succeeded', 'failed', 'cancelled', 'expired'}
 
 local function drop_event(name)
@@ -45,13 +50,11 @@ local function leave_mark(id, job)
 end
 
 -- Workers drop what they know of the image. Its name is not to be read here, either.
-local HEARD = 60 * 60 * 1000  -- ms until every worker that has the image has heard of it
 local function forget_image(request)
   local image = cjson.decode(request).image
   if type(image) ~= 'table' or type(image.uri) ~= 'string' then return end
   redis.call('ZADD', FORGOTTEN, now, redis.sha1hex(image.uri))
   redis.call('PEXPIRE', FORGOTTEN, HEARD)
-  redis.call('ZREMRANGEBYSCORE', FORGOTTEN, '-inf', now - HEARD)
 end
 
 local function erase(id, job)
