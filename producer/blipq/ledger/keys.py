@@ -144,6 +144,10 @@ def ended_channel(client: str) -> str:
     return f"blipq:ended:{client}"
 
 
+#: The client of jobs that another Celery client sent whole.
+FOREIGN = "foreign"
+
+
 def waiting(queue: str) -> tuple[str, str]:
     """Both zsets of the jobs that wait in a queue; the oldest has the lowest score."""
     return queued(queue), again(queue)
@@ -221,6 +225,7 @@ _CONSTANTS = {
     "MODELS": MODELS,
     "OUTBOX": OUTBOX,
     "FORGOTTEN": FORGOTTEN,
+    "FOREIGN_CHANNEL": ended_channel(FOREIGN),
     "SWEEPER": SWEEPER,
     "DEAD_EVENTS": DEAD_EVENTS,
     "EVENT_COUNTS": EVENT_COUNTS,

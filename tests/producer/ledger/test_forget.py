@@ -100,6 +100,32 @@ def test_a_message_cannot_bring_back_a_job_that_was_open(
         client.job("job_1").result(timeout=1)
 
 
+@pytest.mark.parametrize("ending", ["cancelled", "failed"])
+def test_a_message_cannot_bring_back_a_foreign_job_that_had_ended(
+    client: Client, ledger: WorkerLedger, raw_redis: "redis.Redis", ending: str
+) -> None:
+    """Its message may be in a queue, or in a worker's hands, long after a cancel."""
+    ledger.submit(Submission(REQUEST, OPTIONS, "job_1"), notify=keys.FOREIGN)
+    if ending == "cancelled":
+        client.cancel_all(["job_1"])
+    else:
+        ledger.fail(claimed(ledger), ERROR, "{}")
+    assert client.forget(["job_1"]).jobs == ["job_1"]
+    assert ledger.claim("job_1", "w2") == "ended"
+    assert not any("secret" in line for line in dumped(raw_redis))
+    assert raw_redis.ttl(keys.job("job_1")) > 0
+
+
+def test_what_keeps_a_message_from_bringing_a_job_back_is_no_job_to_erase(
+    client: Client, ledger: WorkerLedger
+) -> None:
+    submitted(ledger)
+    client.forget(["job_1"])
+    assert client.count(JobFilter(model="default")) == 0
+    assert client.forget(["job_1"]).jobs == []
+    assert ledger.claim("job_1", "w2") == "ended"
+
+
 def test_erasing_makes_room_where_redis_has_none(own_redis: Settings) -> None:
     with connect(own_redis) as raw, Client(own_redis) as client:
         ledger = WorkerLedger(raw, own_redis)

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from blipq.contract import ErrorCode, Kind, Options, Request, request_adapter
 from blipq.errors import InvalidRequest, PermanentError
+from blipq.ledger.keys import FOREIGN
 from blipq.ledger.worker import WorkerLedger
 from blipq.submission import Submission, checked, explain
 from blipq_worker.jobs.outages import UNHEARD
@@ -43,7 +44,7 @@ class ForeignMessages:
             if not isinstance(options or {}, dict):
                 raise InvalidRequest("options: must be an object")
             given = checked(Options, **(options or {}))
-            recorded = self._ledger.submit(Submission(parsed, given, id), notify="foreign")
+            recorded = self._ledger.submit(Submission(parsed, given, id), notify=FOREIGN)
             if isinstance(recorded, str) and recorded != id:
                 raise InvalidRequest(f"idempotency_key: it is that of the job {recorded}")
         except UNHEARD:

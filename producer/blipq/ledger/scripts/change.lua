@@ -101,12 +101,14 @@ local function matches(job)
 end
 
 -- What decides whether a job matches: a result may be large.
-local LOOKED_AT = {'status', 'deadline', 'kind', 'model', 'queue', 'metadata', 'tenant', 'error'}
+local LOOKED_AT = {'status', 'deadline', 'kind', 'model', 'queue', 'metadata', 'tenant', 'error',
+  'erased'}
 
 local function found(id)
   local values, job = redis.call('HMGET', job_key(id), unpack(LOOKED_AT)), {}
   if not values[1] then return nil end
   for i, field in ipairs(LOOKED_AT) do job[field] = values[i] or nil end
+  if job.erased then return nil end  -- what is left of it is no job (see forget)
   if not ended(job) and tonumber(job.deadline) <= now then
     end_job(id, load(id), 'expired', {})
     job.status = 'expired'

@@ -41,11 +41,13 @@ local function close(id, job)
   redis.call('PEXPIRE', job_key(id), math.max(tonumber(job.deadline) - now, DAY))
 end
 
--- A message of a job that was open may be on its way, with the whole request in it: what is left
--- has no content, and keeps it from being taken for a new job.
+-- A message that is on its way may hold the whole request, and would be taken for a new job. This
+-- record has no content, and keeps it from that. Jobs that were open leave one, and those of foreign
+-- clients always do: their message may come again after the job has ended.
 local function leave_mark(id, job)
-  redis.call('HSET', job_key(id), 'status', 'cancelled', 'kind', job.kind, 'model', job.model,
-    'created_at', job.created_at, 'completed_at', job.completed_at, 'deadline', job.deadline)
+  redis.call('HSET', job_key(id), 'status', 'cancelled', 'erased', 1, 'kind', job.kind,
+    'model', job.model, 'created_at', job.created_at, 'completed_at', job.completed_at or now,
+    'deadline', job.deadline)
   redis.call('PEXPIRE', job_key(id), math.max(tonumber(job.deadline) - now, DAY))
 end
 
@@ -67,7 +69,7 @@ local function erase(id, job)
   local key = job.idempotency_key and idempotency_key(job.idempotency_key)
   if key and redis.call('GET', key) == id then redis.call('DEL', key) end
   redis.call('DEL', job_key(id))
-  if job.closed then leave_mark(id, job) end
+  if job.closed or job.notify == FOREIGN_CHANNEL then leave_mark(id, job) end
 end
 
 local function exists(event) return redis.call('EXISTS', event_key(event)) end
@@ -75,7 +77,7 @@ local function exists(event) return redis.call('EXISTS', event_key(event)) end
 for i = 2, #ARGV do
   local id = ARGV[i]
   local job = load(id)
-  if job then
+  if job and not job.erased then
     told[#told + 1] = {id, job.status, job.request or '', job.output or '', job.result_uri or '',
       each_event(id, job, exists)}
     if step == 'erase' then
