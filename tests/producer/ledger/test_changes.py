@@ -17,7 +17,7 @@ from blipq import (
     UnknownModel,
     Webhook,
 )
-from blipq.contract import CaptionRequest
+from blipq.contract import CaptionRequest, Kind
 from blipq.ledger import keys
 from blipq.ledger.changes import CHUNK, Change, Changing
 from blipq.ledger.operator import OperatorLedger
@@ -180,6 +180,18 @@ def test_a_job_that_runs_is_not_moved(ledger: WorkerLedger, client: Client) -> N
     submitted(ledger, "job_1")
     claimed(ledger, "job_1")
     assert client.expedite(["job_1"]) == 0
+
+
+def test_a_message_that_was_refused_is_in_no_queue_and_stops_no_change(
+    ledger: WorkerLedger, client: Client
+) -> None:
+    """Its record has no queue. In a list of ids it stands among jobs that wait."""
+    ledger.refuse("refused", Kind.CAPTION, ERROR)
+    submitted(ledger, "job_1")
+    assert client.expedite(["refused", "job_1"]) == 1
+    assert client.expedite(JobFilter(model="default"), Priority.LOW) == 1
+    assert client.cancel_all(["refused", "job_1"]) == 1
+    assert client.retry_all(["refused", "job_1"]) == 1
 
 
 def test_a_moved_job_is_the_same_job_for_who_submits_it_again(

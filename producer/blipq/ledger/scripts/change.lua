@@ -64,8 +64,9 @@ function changes.retry(id, job)
 end
 
 function changes.move(id, job)
+  if job.status ~= 'queued' then return false end  -- one that was refused has no queue
   local queue = queue_at(job, options.priority)
-  if job.status ~= 'queued' or queue == job.queue then return false end
+  if queue == job.queue then return false end
   if options.dry then return true end
   unqueue(id, job)
   job.queue = queue
