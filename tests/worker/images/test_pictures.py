@@ -14,16 +14,20 @@ import numpy as np
 import pytest
 from benchmarks.stand_ins import model_info
 from PIL import Image
+from pytest_httpserver import HTTPServer
 
 from blipq import Client, ErrorCode, ImageRef, Settings
 from blipq.contract import Receipt
 from blipq.errors import PermanentError
 from blipq.images.decoding import ImageLimits
 from blipq.s3.storage import Storage
+from blipq.ssrf.http import GuardedHttp
+from blipq.ssrf.policy import Policy
 from blipq_worker.claims import Lost
 from blipq_worker.images import loader
 from blipq_worker.images.fetch import Fetched, Fetcher
 from blipq_worker.images.forgetting import Forgetting
+from blipq_worker.images.https import HttpsFetcher
 from blipq_worker.images.loader import Pictures, Recent, mark_of
 from blipq_worker.images.memory_budget import Budget
 from blipq_worker.images.preprocess import pixels_of
@@ -147,6 +151,19 @@ def test_an_image_is_forgotten_by_the_mark_of_its_uri(parts: Parts, storage: Sto
     parts.load()
     parts.load(other)
     assert parts.counts() == (4, 3, 2)  # downloaded again, the other one is not
+
+
+def test_an_image_of_a_web_server_is_forgotten_too(
+    storage: Storage, httpserver: HTTPServer
+) -> None:
+    httpserver.expect_request("/a.png").respond_with_data(SMALL)
+    url = httpserver.url_for("/a.png")
+    http = GuardedHttp(Policy(allow=("localhost", "127.0.0.1")), timeout_s=10)
+    parts = made(storage, https=HttpsFetcher(http, max_bytes=2**20))
+    parts.load(url)
+    parts.load(url)
+    assert parts.counts() == (2, 2, 1), "a web server is asked for all of it each time"
+    assert parts.pictures.forget({mark_of(url)}) == {hashlib.sha256(SMALL).hexdigest()}
 
 
 def test_a_worker_drops_what_it_knows_of_images_whose_jobs_were_erased(

@@ -71,9 +71,9 @@ def mark_of(uri: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What lay at a place: its ETag, and the SHA-256 of its bytes."""
+    """What lay at a place: its ETag if the store gave one, and the SHA-256 of its bytes."""
 
-    etag: str
+    etag: str | None
     digest: str
 
 
@@ -125,8 +125,9 @@ class Pictures:
         place = image.uri, image.version_id
         whole = "patches" in needed
         seen = self._places.get(place)
-        known = spare and seen is not None and self._is_known(model, seen.digest, needed)
-        etag = seen.etag if seen is not None and known else None
+        etag = None
+        if spare and seen is not None and seen.etag is not None:
+            etag = seen.etag if self._is_known(model, seen.digest, needed) else None
         with self._fetching.reserve(self._fetcher.max_bytes, timeout=self._timeout_s) as share:
             with watch.stage("fetch"):
                 fetched = self._fetcher.fetch(image, unless=etag, sized=share.shrink)
@@ -141,8 +142,8 @@ class Pictures:
                 with marked():
                     picture = opened(fetched.data, self._limits)
                 made = self._decoded(picture, model, made, watch, marked)
-        if fetched.etag is not None:
-            self._places.put(place, _Seen(fetched.etag, fetched.digest))
+        # Without an ETag, too: by its place an image is forgotten.
+        self._places.put(place, _Seen(fetched.etag, fetched.digest))
         return self._noted(made, model, watch)
 
     def forget(self, marks: Collection[str]) -> set[str]:
