@@ -78,7 +78,7 @@ class WorkerSettings(BaseSettings):
         default="auto",
         description=(
             "How the language model's weights are kept; auto is none on a CPU, and on a GPU where "
-            "all models fit so, else nf4."
+            "all models fit so, else nf4, as where `blipq worker --processes` puts several on it."
         ),
     )
     dtype: Dtype = Field(

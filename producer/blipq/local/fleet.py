@@ -49,11 +49,11 @@ def run_many(gpus: str | None, processes: int) -> int:
     _require_worker()
     if gpus is None:
         device = os.environ.get("BLIPQ_DEVICE", "auto")
-        fronts = shares_of_fronts(processes) if on_gpu(device) else {}
-        places = [("worker", {**shares_of_cores(processes), **fronts})]
+        share = shares_of_fronts(processes) | beside(processes) if on_gpu(device) else {}
+        places = [("worker", {**shares_of_cores(processes), **share})]
     else:
         found = workers_on(gpus)
-        share = shares_of_fronts(len(found) * processes)
+        share = shares_of_fronts(len(found) * processes) | beside(processes)
         places = [(f"worker on GPU {name}", {**given, **share}) for name, given in found]
     workers = [
         (f"{name}, {number}" if processes > 1 else name, environment)
@@ -79,6 +79,16 @@ def shares_of_fronts(workers: int) -> dict[str, str]:
     if workers == 1 or "BLIPQ_FRONTS" in os.environ:
         return {}
     return {"BLIPQ_FRONTS": str(fronts_on(cores() // workers))}
+
+
+def beside(workers: int) -> dict[str, str]:
+    """The environment of each of so many workers on one GPU.
+
+    Each would find the memory free that the others are about to take.
+    """
+    if workers == 1 or os.environ.get("BLIPQ_QUANTIZATION", "auto") != "auto":
+        return {}
+    return {"BLIPQ_QUANTIZATION": "nf4"}
 
 
 def fronts_on(cores: int) -> int:

@@ -26,6 +26,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Service]:
     monkeypatch.setattr(fleet, "run_supervised", run)
     for name in ("OMP_NUM_THREADS", "BLIPQ_FRONTS", "BLIPQ_HEALTH_PORT", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("BLIPQ_QUANTIZATION", raising=False)
     monkeypatch.delenv("BLIPQ_DEVICE", raising=False)
     monkeypatch.setattr(fleet, "DEVICES", tmp_path)
     monkeypatch.setattr(fleet, "cores", lambda: 8)
@@ -102,6 +103,37 @@ def test_workers_on_the_one_gpu_of_a_host_share_its_cores_for_their_fronts(
         monkeypatch.setenv("BLIPQ_DEVICE", device)
     fleet.run_many(None, processes)
     assert set(_values(started, "BLIPQ_FRONTS")) == {fronts}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "given", "kept"),
+    [
+        ("0,1", 1, None, None),
+        ("0", 2, None, "nf4"),
+        ("0", 2, "auto", "nf4"),
+        ("0", 2, "none", "none"),
+        (None, 2, None, "nf4"),
+    ],
+)
+def test_workers_on_one_gpu_do_not_count_on_the_same_memory(
+    tmp_path: Path,
+    started: list[Service],
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: str | None,
+    processes: int,
+    given: str | None,
+    kept: str | None,
+) -> None:
+    (tmp_path / "nvidia0").touch()
+    if given is not None:
+        monkeypatch.setenv("BLIPQ_QUANTIZATION", given)
+    fleet.run_many(gpus, processes)
+    assert set(_values(started, "BLIPQ_QUANTIZATION")) == {kept}
+
+
+def test_workers_on_a_cpu_keep_their_weights_in_full(started: list[Service]) -> None:
+    fleet.run_many(None, 2)
+    assert set(_values(started, "BLIPQ_QUANTIZATION")) == {None}
 
 
 def test_workers_on_a_cpu_get_no_fronts(started: list[Service]) -> None:
