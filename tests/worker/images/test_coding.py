@@ -114,6 +114,19 @@ def test_a_coding_without_its_package_names_it(
     assert raised.value.code is ErrorCode.IMAGE_INVALID
 
 
+def test_a_brotli_that_cannot_stop_at_a_size_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 1.2 ``process`` takes the data alone, and a bomb would be unpacked whole."""
+
+    class Earlier:
+        def process(self, data: bytes) -> bytes:
+            return brotli.decompress(data)
+
+    monkeypatch.setattr(brotli, "Decompressor", Earlier)
+    with pytest.raises(PermanentError, match=r"pip install 'brotli>=1\.2'") as raised:
+        plain(brotli.compress(BYTES), "br", MOST)
+    assert raised.value.code is ErrorCode.IMAGE_INVALID
+
+
 def test_a_proxys_version_of_an_image_is_read(httpserver: HTTPServer) -> None:
     httpserver.expect_request("/small").respond_with_data(BYTES, status=203)
     assert over_https().fetch(ImageRef(uri=httpserver.url_for("/small"))) == BYTES

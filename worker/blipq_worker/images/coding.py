@@ -58,6 +58,8 @@ def _unbrotlied(data: bytes, most: int) -> bytes:
     decoder = brotli.Decompressor()
     try:
         found = decoder.process(data, output_buffer_limit=most + 1)
+    except TypeError:  # an earlier version: it would unpack a bomb whole
+        raise _missing("br", "brotli>=1.2") from None
     except brotli.error as error:
         raise _damaged(str(error)) from None
     return _whole(found, most, is_all=decoder.is_finished())
