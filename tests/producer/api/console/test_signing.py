@@ -73,6 +73,22 @@ def test_a_session_opens_the_console_alone_and_a_key_does_not_open_it(keyed: Key
         assert http.get("/console/jobs").status_code == 303
 
 
+@pytest.mark.parametrize(
+    "cookies",
+    [
+        'theme={"dark": true}; blipq_session=%s',
+        "a[b]=1; blipq_session=%s; c=",
+        f"seen={'x' * 5000}; blipq_session=%s",
+        "blipq_session=%s; blipq_session=of-a-wider-path",
+    ],
+)
+def test_cookies_of_other_services_of_the_host_end_no_session(keyed: Keyed, cookies: str) -> None:
+    with keyed.signed_in() as http:
+        token = http.cookies["blipq_session"]
+    with keyed.door.http(Cookie=cookies % token) as http:
+        assert http.get("/console/jobs").status_code == 200
+
+
 def test_signing_out_ends_the_session_itself(keyed: Keyed) -> None:
     with keyed.signed_in() as http:
         cookie = http.cookies["blipq_session"]
