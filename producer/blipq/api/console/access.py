@@ -14,6 +14,7 @@ from blipq.api.console.pages import session_of
 from blipq.api.door import media_type, read_body
 from blipq.api.keys import Scope
 from blipq.api.problems import Problem
+from blipq.ledger.acting import acting
 
 MOST_FORM_BYTES = 64 * 1024
 MOST_FIELDS = 40
@@ -39,6 +40,8 @@ class Page:
             if session is None:
                 raise SignIn
             session.caller.require(self.scope)
+            with acting(session.caller.name, "api"):
+                return await self.handler(request)
         return await self.handler(request)
 
 

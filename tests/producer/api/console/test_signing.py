@@ -134,6 +134,22 @@ def cancel(http: httpx2.Client, id: str, token: str, **headers: str) -> httpx2.R
     return http.post("/console/job", data=data, headers=headers)
 
 
+def test_the_log_of_actions_names_the_key_whose_session_acted(keyed: Keyed, client: Client) -> None:
+    with keyed.door.http(keyed.keys["shop"]) as api:
+        body = {"kind": "caption", "image": "s3://photos/shop/cat.jpg"}
+        id = api.post("/v1/jobs", json=body).json()["id"]
+    with keyed.signed_in("shop") as http:
+        for action in ("cancel", "forget"):
+            form = page(http, f"job?id={id}").fields(action)
+            assert http.post("/console/job", data=form).status_code == 303
+    with keyed.door.http(keyed.keys["operator"]) as api:
+        actions = api.get("/v1/actions").json()["actions"]
+    assert [(each["name"], each["via"], each["action"]) for each in actions] == [
+        ("shop", "api", "forget"),
+        ("shop", "api", "cancel"),
+    ]
+
+
 def test_a_reading_key_sees_no_button_and_its_forms_do_nothing(
     keyed: Keyed, client: Client
 ) -> None:
