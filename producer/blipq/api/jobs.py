@@ -210,7 +210,7 @@ async def forget(request: Request) -> Response:
     info = await known(door, caller_of(request), id)
     if not info.ended:
         raise Problem(409, "job_open", f"{id} is {info.status}: cancel it first")
-    if not await door.operate(lambda operator: operator.forget(id)):
+    if not await door.operate(lambda operator: operator.delete(id)):
         text = f"{id} is kept: it is a dead letter, or its webhook is not delivered yet"
         raise Problem(409, "job_kept", text)
     return Response(status_code=204)

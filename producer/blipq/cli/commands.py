@@ -55,7 +55,7 @@ _PANELS: dict[str, list[tuple[str, str | None, str]]] = {
         ("doctor", "doctor:doctor", "Check everything a job needs."),
         ("queue", "overview:app", "The queues that jobs wait in."),
         ("dead-letters", "dead_letters:app", "Jobs that are out of attempts."),
-        ("log", "overview:log", "List who did what to jobs, queues and webhooks."),
+        ("log", "overview:log", "List who did what, the newest first."),
         ("webhooks", "webhooks:app", "Outcomes by signed webhook."),
         ("metrics", "metrics:metrics", "Serve Prometheus metrics of the queues until SIGTERM."),
     ],

@@ -79,7 +79,7 @@ def log(
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most this many.")] = 20,
     as_json: JsonOption = False,
 ) -> None:
-    """List who did what to jobs, queues and webhooks, the newest first.
+    """List who did what, the newest first.
 
     Who cancelled, queued again, dropped, forgot or replayed what in the last 30 days, by a client,
     by commands or by the HTTP door. Times are UTC.

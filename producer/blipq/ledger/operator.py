@@ -180,7 +180,7 @@ class OperatorLedger(ScriptRunner):
         with redis_errors(id):
             return bool(self._act("drop", id, "drop", id))
 
-    def forget(self, id: str) -> bool:
+    def delete(self, id: str) -> bool:
         """Deletes the record of a job that has ended.
 
         False if it is a dead letter, or has a webhook event that is not delivered yet.

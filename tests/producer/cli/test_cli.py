@@ -630,7 +630,7 @@ def test_a_filter_gives_each_name_its_values(run: Run, client: Client) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("s3://photos/2026/", "--name", "pets"), ("--name", "pets", "s3://photos/2026/")]
+    "arguments", [("s3://absent/2026/", "--name", "pets"), ("--name", "pets", "s3://absent/2026/")]
 )
 def test_indexing_needs_no_word_for_adding(run: Run, arguments: tuple[str, ...]) -> None:
     ran = run("index", *arguments)

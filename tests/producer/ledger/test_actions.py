@@ -53,7 +53,7 @@ def test_each_action_is_noted_with_who_did_it(
         assert operator.drop_dead_letter(dropped)
     with acting("ann@host", "cli"):
         assert operator.purge("blipq.default.normal") == 2
-        assert operator.forget(second)
+        assert operator.delete(second)
     assert lines(log) == [
         (ME, "client", "cancel", first, 1),
         ("shop", "api", "replay", event, 1),
@@ -110,7 +110,7 @@ def test_what_came_to_nothing_is_not_noted(
     assert ledger.cancel("job_unknown") == "unknown"
     assert operator.retry_dead_letter(job.id) is None
     assert not operator.drop_dead_letter("job_unknown")
-    assert not operator.forget("job_unknown")
+    assert not operator.delete("job_unknown")
     assert Outbox.beside(ledger).replay("job_unknown/job.failed") == []
     assert [line[2] for line in lines(log)] == ["cancel"]
     client.ledger.release([job.id])  # a program's own housekeeping is no action of anybody

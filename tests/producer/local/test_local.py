@@ -233,7 +233,7 @@ def test_a_killed_stack_takes_its_servers_along(tmp_path: Path, cache: dict[str,
     running = up(cache, tmp_path / "stack", "--no-worker")
     wait_until(Path(cache["BLIPQ_STACK_FILE"]).exists, "the stack")
     children = [int(pid) for pid in _children(running.pid)]
-    assert len(children) == 2
+    assert len(children) == 3, "Redis, S3 and the HTTP door"
     commands = " ".join(Path(f"/proc/{pid}/cmdline").read_text() for pid in children)
     running.kill()
     running.communicate(timeout=30)
