@@ -683,7 +683,7 @@ def test_an_ended_job_keeps_what_is_read_of_it_alone(ledger: WorkerLedger) -> No
     assert ledger.succeed(running(ledger), RESULT, "{}")
     left = set(ledger.redis.hkeys("blipq:job:job_1"))
     promised = {"status", "kind", "model", "queue", "created_at", "started_at", "completed_at"}
-    promised |= {"deadline", "attempts", "request", "result", "receipt"}
+    promised |= {"deadline", "attempts", "notify", "request", "result", "receipt"}
     assert left == promised | {"digest"}
 
 
