@@ -95,7 +95,7 @@ def _engine(folder: Path) -> int:
     from blipq_worker.serving import engine
     from guarantees.stand_ins import faulty_model
 
-    engine.load_models = _models  # type: ignore[assignment]
+    engine.load_models = lambda options, opening=None: _models(options)
     engine.checker = lambda options, models: faulty_model.check
     return engine.run_engine(folder, WorkerSettings())
 
