@@ -37,9 +37,9 @@ REAL_SCRIPT_TEXT = script_runner.script_text
 OWN_CLOCK = "local time = {math.floor(redis.call('GET', 'clock') / 1000), 0}"
 
 
-def with_own_clock(name: str) -> str:
+def with_own_clock(*names: str, noted: bool = False) -> str:
     """A script that reads the time from a key instead of from Redis."""
-    text = REAL_SCRIPT_TEXT(name)
+    text = REAL_SCRIPT_TEXT(*names, noted=noted)
     assert "local time = redis.call('TIME')" in text or not re.search(r"\bnow\b", text)
     return text.replace("local time = redis.call('TIME')", OWN_CLOCK)
 
@@ -257,8 +257,8 @@ def machine(
     raw = connect(own)
 
     def made(mutations: dict[str, str]) -> type[Jobs]:
-        def text(name: str) -> str:
-            script = with_own_clock(name)
+        def text(*names: str, noted: bool = False) -> str:
+            script = with_own_clock(*names, noted=noted)
             for sound, broken in mutations.items():
                 script = script.replace(sound, broken)
             return script
