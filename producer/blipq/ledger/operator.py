@@ -140,7 +140,7 @@ class OperatorLedger(ScriptRunner):
     def workers(self) -> dict[str, dict[str, Any]]:
         """The live workers by name, with what each reports of itself."""
         with redis_errors():
-            names = cast("list[str]", self.redis.zrange(keys.WORKERS, 0, -1))
+            names = self._worker_names()
             found = list(map(keys.worker, names))
             texts = cast("list[str | None]", self.redis.mget(found)) if found else []
         return {
@@ -148,6 +148,13 @@ class OperatorLedger(ScriptRunner):
             for name, text in zip(names, texts, strict=True)
             if text is not None  # a dead one is taken off the list by the next beat of another
         }
+
+    def _worker_names(self) -> list[str]:
+        """Those on the list, and what serves a model: earlier versions keep no list."""
+        names = cast("list[str]", self.redis.zrange(keys.WORKERS, 0, -1))
+        for model in cast("list[str]", self.redis.zrange(keys.MODELS, 0, -1)):
+            names += cast("list[str]", self.redis.zrange(keys.serving(model), 0, -1))
+        return list(dict.fromkeys(names))
 
     # -- dead letters: jobs that are out of attempts --
 
