@@ -18,7 +18,8 @@ from PIL import Image
 
 from blipq import Client, Job, JobInfo, Status, cli
 from blipq.errors import BlipqError
-from blipq.ledger.connection import connect
+from blipq.ledger import keys
+from blipq.ledger.connection import connect, redis_errors
 from blipq.ledger.operator import OperatorLedger
 from blipq.local.stack import worker_service
 from blipq.local.supervisor import Service
@@ -136,8 +137,10 @@ class Rig:
 
     def _alive(self, worker: Service, name: str) -> bool:
         assert worker.exit_code is None, worker.last_words(40)
-        with suppress(BlipqError):
-            return any(name in known for known in self.operator.workers())
+        with suppress(BlipqError), redis_errors():
+            # One of an earlier version is in the list of its model alone.
+            serving = self.redis(lambda raw: raw.zrange(keys.serving("default"), 0, -1))
+            return any(name in known for known in {*self.operator.workers(), *serving})
         return False
 
     def wait_for_death(self, worker: Service, timeout: float = 60.0) -> None:

@@ -18,10 +18,6 @@ from guarantees.earlier.versions import Version, earlier, this
 from guarantees.rig import Rig
 from stacks import BROKER
 
-pytestmark = pytest.mark.skip(
-    reason="the worker of the version before is not seen to serve: to be mended"
-)
-
 
 @pytest.fixture
 def before(tmp_path: Path) -> Version:
