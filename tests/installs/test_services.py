@@ -130,7 +130,7 @@ def submits(environment: Environment, stack: LocalStack) -> None:
 
 
 def test_the_client_is_small_and_has_no_weights(wheels: dict[str, Path]) -> None:
-    assert wheels["producer"].stat().st_size <= 400 * 1024
+    assert wheels["producer"].stat().st_size <= 400_000
     names = zipfile.ZipFile(wheels["producer"]).namelist()
     assert not [name for name in names if "blipq_worker" in name or name.endswith("safetensors")]
 

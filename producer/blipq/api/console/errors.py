@@ -71,8 +71,8 @@ def answer(request: Request, error: Exception) -> Response:
 def _to_sign_in(request: Request) -> Response:
     """Leads a reader to where to sign in, and from there back; programs get a 401."""
     opened = request.headers.get("sec-fetch-dest", "document") == "document"
-    if request.method != "GET" or "hx-request" in request.headers or not opened:
-        return Response("sign in: the session has ended", 401, {"HX-Redirect": "login"})
+    if request.method != "GET" or "x-refresh" in request.headers or not opened:
+        return Response("sign in: the session has ended", 401)
     here = path_in(request.scope).rpartition("/")[2]
     if request.url.query:
         here += f"?{request.url.query}"

@@ -3,6 +3,7 @@
 "use strict";
 
 const FRESH_MS = 2000;
+const TIMEOUT_MS = 15000;
 const one = (what, within = document) => within.querySelector(what);
 const all = (what, within = document) => within.querySelectorAll(what);
 
@@ -21,12 +22,33 @@ function disturbs() {
   );
 }
 
-function refresh(event) {
-  if (document.visibilityState === "visible" && !disturbs()) htmx.trigger(document.body, event);
+const lost = (yes) => one("#lost").toggleAttribute("hidden", !yes);
+let fetching = false;
+
+// One request at a time: a slow door gets no second one meanwhile.
+async function refresh() {
+  if (fetching || !one("#live[data-fresh]") || document.visibilityState !== "visible") return;
+  if (disturbs()) return;
+  fetching = true;
+  try {
+    const answer = await fetch(location.href, {
+      headers: { "X-Refresh": "1" },
+      signal: AbortSignal.timeout(TIMEOUT_MS),
+    });
+    if (answer.status === 401) return location.assign("login");
+    if (!answer.ok) throw new Error(answer.status);
+    const copy = one("#live", new DOMParser().parseFromString(await answer.text(), "text/html"));
+    lost(false);
+    if (copy && !disturbs()) replace(one("#live"), copy);
+  } catch {
+    lost(true);
+  } finally {
+    fetching = false;
+  }
 }
 
-setInterval(() => refresh("tick"), FRESH_MS);
-document.addEventListener("visibilitychange", () => refresh("tick"));
+setInterval(refresh, FRESH_MS);
+document.addEventListener("visibilitychange", refresh);
 
 // A fresh copy has the focus and the scrolled tables of the one that it replaces.
 
@@ -37,34 +59,18 @@ const identity = (element) => {
     .join("|");
 };
 const scrolling = ".scroll, pre";
-let kept = { focus: null, scrolled: [] };
 
-document.addEventListener("htmx:beforeSwap", () => {
-  const live = one("#live");
-  const active = document.activeElement;
-  kept = {
-    focus: live && live.contains(active) ? identity(active) : null,
-    scrolled: live ? [...all(scrolling, live)].map((each) => each.scrollLeft) : [],
-  };
-});
-document.addEventListener("htmx:afterSwap", () => {
-  const live = one("#live");
-  if (!live) return;
-  all(scrolling, live).forEach((each, place) => (each.scrollLeft = kept.scrolled[place] ?? 0));
-  if (kept.focus === null) return;
-  const same = [...all("a, button, summary, [tabindex]", live)].find(
-    (each) => identity(each) === kept.focus,
+function replace(live, copy) {
+  const focus = live.contains(document.activeElement) ? identity(document.activeElement) : null;
+  const scrolled = [...all(scrolling, live)].map((each) => each.scrollLeft);
+  live.replaceWith(copy); // adopted from a document that runs no scripts
+  all(scrolling, copy).forEach((each, place) => (each.scrollLeft = scrolled[place] ?? 0));
+  const same = [...all("a, button, summary, [tabindex]", copy)].find(
+    (each) => identity(each) === focus,
   );
   if (same) same.focus({ preventScroll: true });
-});
-
-const lost = (yes) => one("#lost").toggleAttribute("hidden", !yes);
-document.addEventListener("htmx:sendError", () => lost(true));
-document.addEventListener("htmx:timeout", () => lost(true));
-document.addEventListener("htmx:responseError", (event) => lost(event.detail.xhr.status !== 401));
-document.addEventListener("htmx:afterOnLoad", (event) => {
-  if (event.detail.xhr.status < 400) lost(false);
-});
+  begin();
+}
 
 // -- a job's stages, as the door sends them --
 
@@ -80,7 +86,7 @@ function follow() {
   if (stages) return;
   stages = new EventSource(live.dataset.stages);
   for (const name of ["running", "retrying", "succeeded", "failed", "cancelled", "expired"]) {
-    stages.addEventListener(name, () => refresh("stage"));
+    stages.addEventListener(name, refresh);
   }
 }
 
@@ -148,4 +154,3 @@ function begin() {
 
 watchDrop();
 begin();
-document.addEventListener("htmx:afterSettle", begin);
