@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import resources
 from typing import Any, cast
 
 import pytest
@@ -294,7 +295,12 @@ def test_no_order_of_events_loses_doubles_or_sticks_a_job(
 
 MUTATIONS = {
     "a withdrawn claim may come late": {"if is_late then return {'busy'} end": ""},
-    "a stale token may finish": {"if not job or fence(job) ~= token then": "if not job then"},
+    "a stale token may finish, and hand back": {
+        "if job.status ~= 'running' or fence(job) ~= token then return 0 end": (
+            "if job.status ~= 'running' then return 0 end"
+        ),
+        "if not job or fence(job) ~= token then": "if not job then",
+    },
     "a recovered job stays running": {
         "redis.call('HSET', job_key(id), 'status', 'queued', 'published_at', published_at)": ""
     },
@@ -307,6 +313,9 @@ MUTATIONS = {
 def test_a_broken_script_is_found_out(
     machine: Callable[[dict[str, str]], type[Jobs]], mutation: dict[str, str]
 ) -> None:
+    scripts = resources.files("blipq.ledger") / "scripts"
+    texts = [each.read_text() for each in scripts.iterdir()]
+    assert all(any(sound in text for text in texts) for sound in mutation), "it breaks a script"
     broken = machine(mutation)
     with pytest.raises((AssertionError, redis.RedisError, ExceptionGroup)):
         explore(broken, 2000, Phase.generate)
