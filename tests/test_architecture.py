@@ -76,7 +76,7 @@ def test_a_producer_loads_nothing_heavy(statement: str) -> None:
 def test_a_web_server_is_loaded_for_the_door_alone_and_the_door_loads_no_model() -> None:
     show = "import sys; print(*sys.modules)"
     web = {"starlette", "uvicorn", "httptools", "anyio"}
-    assert set(python(f"import blipq.cli, blipq.cli.api; {show}").split()).isdisjoint(web)
+    assert set(python(f"import blipq.cli, blipq.cli.ops.api; {show}").split()).isdisjoint(web)
     loaded = python(f"import blipq.api.server; {show}").split()
     assert set(loaded).isdisjoint(HEAVY)
     assert web <= set(loaded)

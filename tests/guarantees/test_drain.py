@@ -9,7 +9,7 @@ import pytest
 
 from blipq import Job, Status
 from blipq.ledger import codec as records
-from blipq.ledger.script_runner import script_text
+from blipq.ledger.scripts.runner import script_text
 from blipq_worker.process.signals import ECHO_S
 from conftest import wait_until
 from guarantees.rig import Rig, both_forms

@@ -21,9 +21,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from blipq import ErrorCode, Settings, Status, Submission
 from blipq.contract import CaptionRequest, Options
-from blipq.ledger import script_runner
 from blipq.ledger.codec import Message
 from blipq.ledger.connection import connect
+from blipq.ledger.scripts import runner
 from blipq.ledger.worker import MAX_CRASHES, Claim, WorkerLedger, new_nonce
 from blipq.local.stack import LocalStack
 
@@ -34,7 +34,7 @@ WORKERS = st.sampled_from(("a", "b"))
 PICK = st.integers(min_value=0, max_value=1000)
 RESULT = '{"kind": "caption", "captions": [{"text": "a red circle"}]}'
 
-REAL_SCRIPT_TEXT = script_runner.script_text
+REAL_SCRIPT_TEXT = runner.script_text
 OWN_CLOCK = "local time = {math.floor(redis.call('GET', 'clock') / 1000), 0}"
 
 
@@ -264,7 +264,7 @@ def machine(
                 script = script.replace(sound, broken)
             return script
 
-        monkeypatch.setattr(script_runner, "script_text", text)
+        monkeypatch.setattr(runner, "script_text", text)
         return cast("type[Jobs]", type("Jobs", (Jobs,), {"raw": raw, "settings": own}))
 
     yield made

@@ -7,9 +7,9 @@ from typing import Any, cast
 from starlette.requests import Request
 from starlette.responses import Response
 
+from blipq.api.access.keys import Caller
 from blipq.api.door import Door, caller_of, door_of, json_of, media_type, read_body, read_json
 from blipq.api.jobs import job_request_of
-from blipq.api.keys import Caller
 from blipq.api.problems import Problem, problem_of
 from blipq.bulk.manifest import LONGEST_LINE, S3Object
 from blipq.contract import ImageRef

@@ -14,9 +14,9 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from blipq.api.keys import LOCAL, Caller, Keyring, Scope
+from blipq.api.access.keys import LOCAL, Caller, Keyring, Scope
+from blipq.api.access.sessions import Session, Sessions
 from blipq.api.problems import Problem
-from blipq.api.sessions import Session, Sessions
 from blipq.api.settings import ApiSettings
 from blipq.client.async_client import AsyncClient
 from blipq.contract import JobInfo

@@ -15,9 +15,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from blipq.api.access.keys import LOCAL, Caller
 from blipq.api.console.errors import answer, is_page, path_in
 from blipq.api.door import Door
-from blipq.api.keys import LOCAL, Caller
 from blipq.api.problems import Problem
 from blipq.errors import BlipqError
 

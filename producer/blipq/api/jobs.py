@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from blipq.api.access.keys import Caller
 from blipq.api.door import (
     Door,
     caller_of,
@@ -21,7 +22,6 @@ from blipq.api.door import (
     shown,
     while_connected,
 )
-from blipq.api.keys import Caller
 from blipq.api.problems import Problem
 from blipq.client.job import fetched, is_elsewhere, result_of
 from blipq.client.waiting import not_found

@@ -51,13 +51,13 @@ _PANELS: dict[str, list[tuple[str, str | None, str]]] = {
         ("bench", None, "Compare the whole service with the bare engine."),
     ],
     "Operate it": [
-        ("api", "api:app", "Answer HTTP until SIGTERM: jobs, uploads, queues, webhooks."),
-        ("doctor", "doctor:doctor", "Check everything a job needs."),
+        ("api", "ops.api:app", "Answer HTTP until SIGTERM: jobs, uploads, queues, webhooks."),
+        ("doctor", "ops.doctor:doctor", "Check everything a job needs."),
         ("queue", "overview:app", "The queues that jobs wait in."),
-        ("dead-letters", "dead_letters:app", "Jobs that are out of attempts."),
+        ("dead-letters", "ops.dead_letters:app", "Jobs that are out of attempts."),
         ("log", "overview:log", "List who did what, the newest first."),
-        ("webhooks", "webhooks:app", "Outcomes by signed webhook."),
-        ("metrics", "metrics:metrics", "Serve Prometheus metrics of the queues until SIGTERM."),
+        ("webhooks", "ops.webhooks:app", "Outcomes by signed webhook."),
+        ("metrics", "ops.metrics:metrics", "Serve Prometheus metrics of the queues until SIGTERM."),
     ],
 }
 _GROUPS = frozenset({"api", "bulk", "dead-letters", "index", "models", "queue", "webhooks"})

@@ -4,6 +4,6 @@ Every change of a job is one Lua script (``scripts/``) on Redis' own clock, so n
 half of it. A job is a hash that outlives its message; the zsets beside it say what is due. Every
 key has a time to live.
 
-``producer``, ``async_producer``, ``worker`` and ``operator`` are the clients, on ``script_runner``
+``producer``, ``async_producer``, ``worker`` and ``operator`` are the clients, on ``scripts.runner``
 and ``connection``. ``keys`` has all names, ``codec`` the scripts' arguments and replies.
 """

@@ -10,7 +10,7 @@ from blipq.ledger import changes, codec, keys
 from blipq.ledger.changes import Change, Changing
 from blipq.ledger.codec import Message
 from blipq.ledger.connection import redis_errors
-from blipq.ledger.script_runner import ScriptRunner
+from blipq.ledger.scripts.runner import ScriptRunner
 from blipq.ledger.views.listing import Listing, Wanted
 
 #: The most members of one index that are read for a list or purged in a round trip.

@@ -10,7 +10,7 @@ from blipq.ledger.changes import Changed, Chunk
 from blipq.ledger.codec import Cancelled, Polled, Prepared, Recorded
 from blipq.ledger.connection import redis_errors
 from blipq.ledger.erasure import Erased, erased, named, named_arguments
-from blipq.ledger.script_runner import ScriptRunner
+from blipq.ledger.scripts.runner import ScriptRunner
 from blipq.submission import Submission
 
 

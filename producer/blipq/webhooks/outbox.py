@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from blipq.ledger import keys
 from blipq.ledger.codec import ms
 from blipq.ledger.connection import redis_errors
-from blipq.ledger.script_runner import ScriptRunner
+from blipq.ledger.scripts.runner import ScriptRunner
 from blipq.webhooks.delivery import Verdict, webhook_id
 
 if TYPE_CHECKING:

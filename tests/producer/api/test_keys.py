@@ -12,7 +12,7 @@ import httpx2
 import pytest
 
 from blipq import Settings
-from blipq.api.keys import Keyring, make_first_key
+from blipq.api.access.keys import Keyring, make_first_key
 from blipq.ledger.worker import WorkerLedger
 from blipq.local.stack import LocalStack
 from conftest import blipq, wait_until

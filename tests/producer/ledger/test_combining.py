@@ -10,8 +10,8 @@ import pytest
 import redis
 
 from blipq.errors import QueueUnavailable
-from blipq.ledger.combining import MOST, Combined
 from blipq.ledger.connection import connect
+from blipq.ledger.scripts.combining import MOST, Combined
 from blipq.ledger.worker import WorkerLedger
 from blipq.settings import Settings
 from conftest import wait_until

@@ -9,10 +9,10 @@ from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from blipq.api.access.keys import Scope
 from blipq.api.console.errors import SignIn
 from blipq.api.console.pages import session_of
 from blipq.api.door import media_type, read_body
-from blipq.api.keys import Scope
 from blipq.api.problems import Problem
 from blipq.ledger.acting import acting
 

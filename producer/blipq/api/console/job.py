@@ -8,11 +8,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from blipq.api import events, jobs
+from blipq.api.access.keys import Scope
 from blipq.api.console.access import about, call, id_of, read_form, to
 from blipq.api.console.pages import rendered
 from blipq.api.console.snippets import Snippets
 from blipq.api.door import Handler, caller_of, door_of
-from blipq.api.keys import Scope
 from blipq.api.problems import Problem
 from blipq.contract import JobInfo, Receipt, Status
 

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import blipq
-from blipq.api.sessions import Session
+from blipq.api.access.sessions import Session
 from blipq.pages import environment
 from blipq.printable import printable
 

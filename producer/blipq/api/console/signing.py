@@ -5,10 +5,10 @@ import re
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from blipq.api.access.sessions import COOKIE
 from blipq.api.console.access import read_fields, read_form, to
 from blipq.api.console.pages import rendered, session_of
 from blipq.api.door import door_of
-from blipq.api.sessions import COOKIE
 
 #: A page of the console, with its query: no host, no other folder.
 _PAGE = re.compile(r"[a-z]{0,20}(\?[^\s\\]{0,500})?", re.ASCII)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from blipq.ledger import keys
 from blipq.ledger.connection import redis_errors
-from blipq.ledger.script_runner import ScriptRunner
+from blipq.ledger.scripts.runner import ScriptRunner
 
 _ID = re.compile(r"\d{1,16}-\d{1,16}", re.ASCII)
 

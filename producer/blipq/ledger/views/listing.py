@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 from blipq.contract import JobInfo, Kind, Status
 from blipq.ledger import codec, keys
 from blipq.ledger.connection import redis_errors
-from blipq.ledger.script_runner import ScriptRunner
+from blipq.ledger.scripts.runner import ScriptRunner
 
 HOUR_MS = 3_600_000
 #: Records that one page goes through, at most, and names of lists.

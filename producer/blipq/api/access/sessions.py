@@ -10,7 +10,7 @@ import secrets
 from dataclasses import dataclass
 from typing import cast
 
-from blipq.api.keys import Caller, Keyring, digest
+from blipq.api.access.keys import Caller, Keyring, digest
 from blipq.ledger import keys
 from blipq.ledger.connection import connect_async, redis_errors
 from blipq.settings import Settings

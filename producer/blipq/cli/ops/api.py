@@ -65,7 +65,7 @@ def api(
 
 
 def _make_key(file: Path | None) -> None:
-    from blipq.api.keys import make_first_key
+    from blipq.api.access.keys import make_first_key
 
     if file is None:
         raise InvalidRequest("--make-key: set BLIPQ_API_KEYS to the file of keys")
@@ -108,7 +108,7 @@ def new(
     """
     with reported():
         try:
-            from blipq.api.keys import add_key
+            from blipq.api.access.keys import add_key
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("blipq"):
                 raise

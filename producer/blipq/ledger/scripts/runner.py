@@ -1,4 +1,4 @@
-"""Runs the Lua scripts of ``scripts/``, each sent once and then called by its hash."""
+"""Runs the Lua scripts of this folder, each sent once and then called by its hash."""
 
 import functools
 import re
@@ -9,8 +9,8 @@ import redis
 import redis.asyncio
 
 from blipq.ledger.acting import note_of
-from blipq.ledger.combining import Combined
 from blipq.ledger.keys import lua_header
+from blipq.ledger.scripts.combining import Combined
 from blipq.settings import Settings
 
 _COMMENT = re.compile(r"^ *--.*\n|  --.*$", re.M)
@@ -24,7 +24,7 @@ def script_text(*names: str, noted: bool = False) -> str:
 
     noted: what it does is noted in the log of actions, by its last argument.
     """
-    folder = resources.files("blipq.ledger") / "scripts"
+    folder = resources.files(__package__)
     *shared, script = ((folder / f"{name}.lua").read_text() for name in ("common", *names))
     if noted:
         script = (folder / "noted.lua").read_text().replace("--SCRIPT--", script)

@@ -1,0 +1,1 @@
+"""Commands for operators: the processes they run, and looking after what went wrong."""

@@ -1,0 +1,1 @@
+"""The Lua scripts, and what runs them."""
