@@ -765,6 +765,8 @@ def test_no_more_is_published_again_than_the_brokers_list_lacks(ledger: WorkerLe
         submitted(ledger, f"job_{number}")
     ledger.redis.lpush(QUEUE, "a message", "another")
     ledger.redis.lpush(f"{QUEUE}\x06\x163", "one with a priority")
+    last = ledger.redis.zscore(f"blipq:queued:{QUEUE}", "job_4")
+    wait_until(lambda: now_ms(ledger) > last + 1000 * SOON_S, "all of them late")
     ledger.register("w1", ["default"], "{}", ttl_s=60, spare=True)
     assert published_again(ledger, grace_s=SOON_S) == ["job_0", "job_1"]
     ledger.redis.delete(QUEUE, f"{QUEUE}\x06\x163")
