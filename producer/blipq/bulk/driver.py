@@ -36,7 +36,7 @@ class Driver:
     """The one process that works on a bulk.
 
     ``entries`` reads the manifest from behind a line's number and position.
-    ``tell`` hears what goes on after each step; the journal's counts say how far it is.
+    ``report`` is called after each step; the journal has the counts.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Driver:
         entries: Callable[[int, str], Iterator[Entry]],
         *,
         window: int,
-        tell: Callable[["Driver"], None] = lambda driver: None,
+        report: Callable[["Driver"], None] = lambda driver: None,
     ) -> None:
         self.counts = journal.counts()
         self.counts.pop("open", None)
@@ -58,7 +58,7 @@ class Driver:
         self._journal = journal
         self._read = entries
         self._window = window
-        self._tell = tell
+        self._report = report
         self._bulk: str = journal.fact("id")
         self._entries: Iterator[Entry] | None = None
         self._in_flight: dict[str, int] = {}
@@ -79,11 +79,11 @@ class Driver:
             idle = 0 if self._collect() else idle + 1
             self._submit_again()
             self._cancel_if_asked()
-            self._tell(self)
+            self._report(self)
             if self._in_flight:
                 time.sleep(POLLS.pause_s(idle))
         self._journal.note(exhausted=self.exhausted)
-        self._tell(self)
+        self._report(self)
 
     def _resume(self, lines: Sequence[OpenLine]) -> None:
         """Jobs that a driver before this one may have recorded: they are found again.
@@ -108,7 +108,7 @@ class Driver:
                 return True
             if entries := self._next(room):
                 self._add(entries)
-            self._tell(self)
+            self._report(self)
         return False
 
     def _next(self, count: int) -> list[Entry]:
@@ -149,7 +149,7 @@ class Driver:
         """While the queue is full or away. Collecting meanwhile may be what makes room."""
         self.trouble = why
         self._collect()
-        self._tell(self)
+        self._report(self)
         time.sleep(seconds)
 
     def _submit_again(self) -> None:
@@ -226,7 +226,7 @@ class Driver:
                 return
             except (QueueUnavailable, QueueFull) as error:
                 self.trouble = error
-                self._tell(self)
+                self._report(self)
                 time.sleep(AWAY.pause_s(tries))
 
 

@@ -25,7 +25,7 @@ CREATE TABLE line (
     number INTEGER PRIMARY KEY,
     custom_id TEXT UNIQUE,
     job_id TEXT,
-    work TEXT,      -- what is asked, while the line is open
+    work TEXT,      -- the request, while the line is open
     status TEXT,    -- null while it is open
     outcome TEXT
 );
@@ -179,8 +179,8 @@ class Journal:
         with self._changing():
             self._note({"collected": [info.id for _, info in infos]})
             for number, info in infos:
-                told = info.model_dump(mode="json", include=kept, exclude_none=True)
-                self._end(number, info.status, told)
+                outcome = info.model_dump(mode="json", include=kept, exclude_none=True)
+                self._end(number, info.status, outcome)
 
     def refuse(self, refused: Sequence[tuple[int, str]]) -> None:
         """Keeps that lines can never be jobs, and why."""

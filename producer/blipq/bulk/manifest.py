@@ -28,7 +28,7 @@ LONGEST_ID = 512
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A line. ``work`` is what it asks, as JSON that ``submission`` reads, or None with ``error``.
+    """A line. ``work`` is its request, as JSON that ``submission`` reads, or None with ``error``.
 
     ``position`` says where the next one begins.
     """
@@ -60,16 +60,16 @@ class Manifest(Protocol):
 
 def read_work(work: str) -> tuple[Request, Options]:
     """The request and the options of an entry's ``work``."""
-    told = json.loads(work)
-    return request_adapter.validate_python(told["request"]), Options(**told["options"])
+    fields = json.loads(work)
+    return request_adapter.validate_python(fields["request"]), Options(**fields["options"])
 
 
-def _work(asked: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+def _work(fields: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     """Checks a request and its options, and makes them one text. Raises InvalidRequest."""
     if "idempotency_key" in options:
         raise InvalidRequest("options.idempotency_key: the custom_id is it")
     try:
-        request = request_adapter.validate_python(asked)
+        request = request_adapter.validate_python(fields)
     except ValidationError as error:
         raise InvalidRequest(explain(error, Request)) from None
     chosen = checked(Options, **options)
@@ -176,14 +176,14 @@ class JsonLines:
     def _entry(self, number: int, position: str, line: bytes) -> Entry:
         custom_id = None
         try:
-            asked = _read(line)
-            if not isinstance(asked, dict):
+            fields = _read(line)
+            if not isinstance(fields, dict):
                 raise InvalidRequest("a line is an object with custom_id and a request")
-            custom_id = _custom_id(asked.pop("custom_id", None))
-            options = asked.pop("options", None) or {}
+            custom_id = _custom_id(fields.pop("custom_id", None))
+            options = fields.pop("options", None) or {}
             if not isinstance(options, dict):
                 raise InvalidRequest("options: an object is expected")
-            work = _work(asked, {**self._defaults, **options})
+            work = _work(fields, {**self._defaults, **options})
         except (ValueError, RecursionError) as error:
             return Entry(number, position, custom_id, None, str(error))
         return Entry(number, position, custom_id, work)
@@ -192,7 +192,7 @@ class JsonLines:
 def _read(line: bytes) -> Any:
     """A line's JSON. Raises InvalidRequest for what no journal and no S3 key could hold."""
     try:
-        asked = json.loads(line.decode())
+        fields = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise InvalidRequest(
             f"not UTF-8: byte {error.start + 1} is {line[error.start]:#x}"
@@ -202,10 +202,10 @@ def _read(line: bytes) -> Any:
             f"not one JSON object: {error.msg} at character {error.pos + 1}"
         ) from None
     try:
-        json.dumps(asked, ensure_ascii=False).encode()
+        json.dumps(fields, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise InvalidRequest(HALF_A_PAIR) from None
-    return asked
+    return fields
 
 
 def _custom_id(value: Any) -> str:
@@ -229,8 +229,8 @@ class Prefix:
         if not uri.startswith("s3://") or not self._bucket:
             raise InvalidRequest(f"{uri!r} is not of the form s3://bucket/prefix")
         self._objects = Objects(storage)
-        self._asked = dict(template)
-        self._options = {**defaults, **(self._asked.pop("options", None) or {})}
+        self._fields = dict(template)
+        self._options = {**defaults, **(self._fields.pop("options", None) or {})}
         self.name = uri
         text = json.dumps(template, sort_keys=True)
         self.version = hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -252,4 +252,4 @@ class Prefix:
 
     def _work_of(self, upload: Upload) -> str:
         image = upload.reference.model_dump(exclude_none=True)
-        return _work({**self._asked, "image": image}, templated(self._options, upload))
+        return _work({**self._fields, "image": image}, templated(self._options, upload))

@@ -1,4 +1,4 @@
-"""What a file is that is no manifest: said once, instead of a refusal of each of its lines."""
+"""What a file is that is no manifest: one error, instead of a refusal of each of its lines."""
 
 import codecs
 import re

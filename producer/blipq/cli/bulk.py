@@ -99,7 +99,7 @@ def _drive(
             reasons.show(driver)
             bar.show(driver)
 
-        driver = Driver(client, journal, manifest.entries, window=window, tell=tell)
+        driver = Driver(client, journal, manifest.entries, window=window, report=tell)
         try:
             driver.run()
         except KeyboardInterrupt:

@@ -53,7 +53,7 @@ def watch(
         check_models(loaded, client.ledger)
         log_to_stderr("WARNING", "%(asctime)s %(levelname)s %(message)s")
         check_outputs(loaded, client)
-        watcher = Watcher(loaded, client, stop, _tell(as_json), dry_run=dry_run)
+        watcher = Watcher(loaded, client, stop, _report(as_json), dry_run=dry_run)
         _run(watcher, loaded, client, backfill=backfill, once=once or dry_run)
         if not as_json:
             counts = watcher.counts
@@ -71,7 +71,7 @@ def _run(watcher: Watcher, rules: Rules, client: Client, *, backfill: bool, once
     watcher.run(source_of(rules, client, cursor, once=once), once=once)
 
 
-def _tell(as_json: bool) -> Callable[[Wanted, str | None], None]:
+def _report(as_json: bool) -> Callable[[Wanted, str | None], None]:
     def tell(wanted: Wanted, id: str | None) -> None:
         output = wanted.submission.options.output
         if as_json:

@@ -3,7 +3,7 @@
 Notifications say which jobs have ended. Without a subscription open jobs are polled, the one not
 polled for longest first: after 50 ms, backing off to a second, and thousands in turn,
 ``MAX_POLLED`` of them a second. While a subscription lives that is older than their last poll, each
-end is told, and jobs are polled every five seconds: a connection can be dead and not say so.
+end is notified, and jobs are polled every five seconds: a connection can be dead and not say so.
 """
 
 import math
@@ -58,11 +58,11 @@ class Waiting:
     def due(self, watched: int = 0, hearing_since: float | None = None) -> list[str]:
         """The jobs to poll now. ``watched``: how many jobs the whole client waits for.
 
-        ``hearing_since``: since when (monotonic) their ends are told; None while they are not.
+        ``hearing_since``: since when (monotonic) no end is missed; None while one may be.
         """
         self._hearing = hearing_since is not None
         if hearing_since is not None and hearing_since > self._polled_since:
-            # What ended between a poll and the subscription was told to nobody.
+            # What ended between a poll and the subscription was notified to nobody.
             self._polled_since = time.monotonic()
             self._unseen = dict.fromkeys(self.open)
         due = dict.fromkeys(_first(self._notified))

@@ -76,12 +76,12 @@ def _kind(ctx: Mapping[str, Any]) -> str:
 
 
 def _bound(words: str, name: str) -> Callable[[Mapping[str, Any]], str]:
-    def told(ctx: Mapping[str, Any]) -> str:
+    def text(ctx: Mapping[str, Any]) -> str:
         bound = ctx[name]
         whole = isinstance(bound, (int, float)) and bound == int(bound)
         return f"{words} {int(bound):,}" if whole else f"{words} {bound}"
 
-    return told
+    return text
 
 
 _COMPUTED: dict[str, Callable[[Mapping[str, Any]], str]] = {

@@ -49,7 +49,7 @@ class ImageLimits:
 
 DEFAULT_LIMITS = ImageLimits()
 
-# Pillow's own guard, for sizes that a decoder meets before `decode` can look. It is set once for
+# Pillow's own guard, for sizes that a decoder meets before `decode` can check. It is set once for
 # the process, because swapping warning filters around each decode would race between threads.
 Image.MAX_IMAGE_PIXELS = DEFAULT_LIMITS.max_pixels
 # What Pillow finds wrong with metadata is no news: one file can hold thousands of such faults.
@@ -167,7 +167,7 @@ def opened(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
         _check_size(image.width, image.height, limits)
         check_scans(scans, image.width * image.height)
     except Excessive as error:
-        raise _invalid(f"the image asks for too much work: {error}") from error
+        raise _invalid(f"the image needs too much work: {error}") from error
     return image
 
 
@@ -293,9 +293,9 @@ def _why_not_opened(data: bytes, limits: ImageLimits) -> str:
     found = _sniff(data)
     accepted = ", ".join(limits.formats)
     if found in limits.formats:
-        told = int.from_bytes(data[4:8], "little") + 8  # by a RIFF's header
-        if found == "WEBP" and told > len(data):
-            return f"the WEBP image is truncated: {len(data):,} of {told:,} bytes"
+        declared = int.from_bytes(data[4:8], "little") + 8  # by a RIFF's header
+        if found == "WEBP" and declared > len(data):
+            return f"the WEBP image is truncated: {len(data):,} of {declared:,} bytes"
         return f"the {found} image has a damaged header"
     return f"found {found}, where one of {accepted} was expected (BLIPQ_IMAGE_FORMATS)"
 

@@ -1,6 +1,6 @@
-"""What a file is made of: how much work it asks of a decoder, and which parts are its picture.
+"""What a file is made of: how much work a decoder has with it, and which parts are its picture.
 
-A few bytes can ask for a lot: each scan of a progressive JPEG is a walk over the whole picture, and
+A few bytes can cost a lot: each scan of a progressive JPEG is a walk over the whole picture, and
 a file may have millions of segments. The counts never fall short of what the decoders will meet.
 """
 
@@ -34,7 +34,7 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 class Excessive(Exception):
-    """The structure asks for too much."""
+    """The structure costs too much work."""
 
 
 def scans_in(data: bytes) -> int:
@@ -114,7 +114,7 @@ def lacks_end(data: bytes) -> bool:
 
 
 def _jpeg_scans(data: bytes) -> int:
-    """The scans of the first picture: behind its end decoders do not look."""
+    """The scans of the first picture: decoders read nothing behind its end."""
     return sum(code == _SCAN for code in _jpeg_markers(data))
 
 

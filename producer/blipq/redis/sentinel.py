@@ -1,4 +1,4 @@
-"""Redis behind Sentinel: who the master is, is asked again for each new connection.
+"""Redis behind Sentinel: the master is looked up again for each new connection.
 
 ``sentinel://[USER:PASSWORD@]HOST[:PORT],HOST[:PORT].../[DB][?master=NAME&sentinel_password=...]``.
 User and password are the Redis servers'. ``sentinels://`` speaks TLS with the sentinels and with
@@ -21,20 +21,22 @@ from blipq.redis.url import RedisUrl
 
 def master_pool(url: RedisUrl, **options: Any) -> SentinelConnectionPool:
     """Connections to whichever server is the master; ``options`` as of ``redis.Redis``."""
-    asked = asking(url, options["socket_timeout"]) | {"retry": Retry(NoBackoff(), 0)}
-    manager = Sentinel(url.hosts, sentinel_kwargs=asked)  # type: ignore[no-untyped-call]
+    sentinels = sentinel_options(url, options["socket_timeout"]) | {"retry": Retry(NoBackoff(), 0)}
+    manager = Sentinel(url.hosts, sentinel_kwargs=sentinels)  # type: ignore[no-untyped-call]
     return _Pool(url.master, manager, **url.login, **_tls(url), **options)  # type: ignore[no-untyped-call]
 
 
 def async_master_pool(url: RedisUrl, **options: Any) -> AsyncSentinelConnectionPool:
     """The same for an event loop; ``timeout`` is the longest wait for a free connection."""
-    asked = asking(url, options["socket_timeout"]) | {"retry": AsyncRetry(NoBackoff(), 0)}
-    manager = AsyncSentinel(url.hosts, sentinel_kwargs=asked)  # type: ignore[no-untyped-call]
+    sentinels = sentinel_options(url, options["socket_timeout"]) | {
+        "retry": AsyncRetry(NoBackoff(), 0)
+    }
+    manager = AsyncSentinel(url.hosts, sentinel_kwargs=sentinels)  # type: ignore[no-untyped-call]
     return _AsyncPool(url.master, manager, **url.login, **_tls(url), **options)  # type: ignore[no-untyped-call]
 
 
-def asking(url: RedisUrl, timeout_s: float) -> dict[str, Any]:
-    """How a sentinel is asked: all of them together take no longer than ``timeout_s``."""
+def sentinel_options(url: RedisUrl, timeout_s: float) -> dict[str, Any]:
+    """Options of connections to sentinels: all together they take ``timeout_s`` at most."""
     each = timeout_s / (len(url.hosts) + 1)
     options = {"socket_timeout": each, "socket_connect_timeout": each}
     return options | {"password": url.sentinel_password} | _tls(url)
@@ -56,7 +58,7 @@ class _Pool(SentinelConnectionPool):
 
 
 class _AsyncPool(AsyncSentinelConnectionPool, redis.asyncio.BlockingConnectionPool):
-    """Asks for the master as the one does, and waits for a free connection as the other."""
+    """Finds the master as the one does, and waits for a free connection as the other."""
 
     sentinel_manager: Any
 

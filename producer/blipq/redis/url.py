@@ -1,4 +1,4 @@
-"""URLs of Redis, taken apart once: what redis-py is told and what Celery is told are the same.
+"""URLs of Redis, parsed once, for redis-py and Celery alike.
 
 ``redis://[USER:PASSWORD@]HOST[:PORT][/DB]``, ``rediss://`` for TLS, ``unix://[:PASSWORD@]/PATH``,
 and ``sentinel://`` or, for TLS, ``sentinels://`` (see ``sentinel``). Over TLS the certificate and
@@ -159,7 +159,7 @@ class RedisUrl:
 
     @property
     def login(self) -> dict[str, Any]:
-        """What redis-py is told of every connection to the server, wherever that is."""
+        """redis-py's options for every connection to the server, wherever that is."""
         return {
             "db": self.database,
             "username": self.username,
@@ -209,7 +209,7 @@ class RedisUrl:
 def tls_of(url: str) -> Tls | None:
     """How the servers of a URL of any broker are verified; None where TLS is not blipq's to set.
 
-    Celery takes a list of URLs with ``;`` between them, and passes what it was told of TLS on from
+    Celery takes a list of URLs with ``;`` between them, and passes its TLS options on from
     one to the next: so it must be the same for all. Raises ValueError, which repeats none of them.
     """
     if url.partition("://")[0].lower() in SCHEMES:

@@ -96,7 +96,7 @@ class FakeBlipq(Backend):
 
     def _notify(self, id: str) -> None:
         for notifier in self._notifiers:
-            notifier.tell(id)
+            notifier.put(id)
 
     def _work(self, id: str) -> None:
         submission = self._jobs.begin(id)

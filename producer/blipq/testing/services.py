@@ -68,7 +68,7 @@ class InMemoryAsyncNotifier(AsyncNotifier):
     def _start(self) -> None:
         self._loop = asyncio.get_running_loop()
 
-    def tell(self, id: str) -> None:
+    def put(self, id: str) -> None:
         """Notifies of a job that has ended."""
         if len(self):
-            self._loop.call_soon_threadsafe(super().tell, id)
+            self._loop.call_soon_threadsafe(super().put, id)

@@ -1,6 +1,6 @@
 """Hears when jobs end: one subscription per client, as a task of its event loop.
 
-Like ``notifier``, it only wakes those who wait.
+Like ``notifications``, it only wakes those who wait.
 """
 
 import asyncio
@@ -16,28 +16,28 @@ CHECK_S = 5.0
 
 
 class AsyncInbox:
-    """What one who waits was told: ids of jobs that have ended."""
+    """The ids of ended jobs, for one waiter."""
 
     def __init__(self) -> None:
         self.channels: set[str] = set()
-        self._told: list[str] = []
+        self._ids: list[str] = []
         self._wake: asyncio.Future[None] | None = None
 
-    def tell(self, id: str) -> None:
+    def put(self, id: str) -> None:
         """A job has ended."""
-        self._told.append(id)
+        self._ids.append(id)
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
     async def take(self, timeout: float) -> list[str]:
-        """What was told since, waiting up to ``timeout`` seconds for the first."""
-        if timeout > 0 and not self._told:
+        """The ids put since, waiting up to ``timeout`` seconds for the first."""
+        if timeout > 0 and not self._ids:
             self._wake = asyncio.get_running_loop().create_future()
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout):
                     await self._wake
-        told, self._told = self._told, []
-        return [id for id in told if id != NO_JOB]
+        ids, self._ids = self._ids, []
+        return [id for id in ids if id != NO_JOB]
 
 
 async def _end(connection: Any) -> None:
@@ -78,7 +78,7 @@ class AsyncNotifier:
 
     @asynccontextmanager
     async def watch(self, ids: Iterable[str]) -> AsyncIterator[AsyncInbox]:
-        """An inbox that is told when one of the jobs has ended."""
+        """An inbox that gets the id of each of the jobs that ends."""
         ids, inbox = list(ids), AsyncInbox()
         self._subscribers.add(ids, inbox)
         self._start()
@@ -90,17 +90,17 @@ class AsyncNotifier:
                 self._wake_up()
 
     def listen(self, inbox: AsyncInbox, channels: Iterable[str]) -> None:
-        """Jobs of other clients are told on their own channels."""
+        """Jobs of other clients are notified on those clients' channels."""
         if self._subscribers.listen(channels, inbox):
             self._wake_up()
 
     def hearing_since(self, inbox: AsyncInbox) -> float | None:
-        """Since when all that an inbox waits for is told (monotonic); None while it is not."""
+        """Since when an inbox misses no end of a job (monotonic); None while it may."""
         return self._subscribers.hearing_since(inbox)
 
-    def tell(self, id: str) -> None:
+    def put(self, id: str) -> None:
         """Wakes those who wait for a job."""
-        self._subscribers.tell(id)
+        self._subscribers.put(id)
 
     async def aclose(self) -> None:
         self._closed = True
@@ -110,7 +110,7 @@ class AsyncNotifier:
             await asyncio.wait([self._task], timeout=0.5)
 
     def _wake_up(self) -> None:
-        """The task looks at what is wanted now; if it does not read, it will before it does."""
+        """The task reads the wanted channels now; one that is not waiting will before it waits."""
         if self._reading is not None and not self._reading.expired():
             self._reading.reschedule(0)
 
@@ -137,7 +137,7 @@ class AsyncNotifier:
                     if message is None:
                         continue
                     if message["type"] == "message":
-                        self.tell(message["data"])
+                        self.put(message["data"])
                     elif message["type"] == "subscribe":
                         self._subscribers.confirm(message["channel"])
                         self._outage.over()

@@ -22,7 +22,7 @@ from blipq.contract import CONTRACT
 from blipq.ledger.codec import Message
 from blipq.ledger.keys import task_name
 from blipq.redaction import redacted
-from blipq.redis.sentinel import asking
+from blipq.redis.sentinel import sentinel_options
 from blipq.redis.url import SCHEMES, TLS_OPTIONS, RedisUrl, tls_of
 from blipq.settings import Settings
 
@@ -116,7 +116,7 @@ def broker_address(settings: Settings) -> BrokerAddress:
 def _redis_address(url: RedisUrl, timeout_s: float) -> BrokerAddress:
     options = REDIS_TRANSPORT | ({"client_name": url.client_name} if url.client_name else {})
     if url.has_sentinels:
-        options |= {"master_name": url.master, "sentinel_kwargs": asking(url, timeout_s)}
+        options |= {"master_name": url.master, "sentinel_kwargs": sentinel_options(url, timeout_s)}
     return BrokerAddress(url.celery_url, options, url.tls.for_redis() if url.tls else False)
 
 

@@ -1,8 +1,8 @@
 """Hears when jobs end: one subscription per client, on a thread of its own.
 
-It only wakes those who wait; what a job came to is always read from the ledger. Whoever waits knows
-since when the subscription lives, looks at once when it is made again, and now and then anyway: a
-lost notification, a dropped connection or a restarted Redis delay the answer by a look, no more.
+It only wakes those who wait; the outcome is always read from the ledger. A waiter knows since when
+the subscription lives, reads the ledger at once when it is made again, and now and then anyway: a
+lost notification, a dropped connection or a restarted Redis delay the answer by one poll, no more.
 """
 
 import logging
@@ -22,33 +22,33 @@ from blipq.redaction import redacted
 
 log = logging.getLogger(__name__)
 
-#: Between two attempts at a subscription, and the longest without a look at what is wanted.
+#: Between two attempts at a subscription, and the longest until the wanted channels are read again.
 PAUSE_S = 0.5
 #: So many attempts in a row fail before it is an outage; and the least time between two warnings.
 OUTAGE_FAILURES, SILENT_S = 3, 60.0
-#: Wakes who waits without telling of a job.
+#: Wakes a waiter without the id of a job.
 NO_JOB = ""
 
 
 class Inbox:
-    """What one who waits was told: ids of jobs that have ended."""
+    """The ids of ended jobs, for one waiter."""
 
     def __init__(self) -> None:
         self.channels: set[str] = set()
-        self._told: SimpleQueue[str] = SimpleQueue()
+        self._ids: SimpleQueue[str] = SimpleQueue()
 
-    def tell(self, id: str) -> None:
+    def put(self, id: str) -> None:
         """A job has ended."""
-        self._told.put(id)
+        self._ids.put(id)
 
     def take(self, timeout: float) -> list[str]:
-        """What was told since, waiting up to ``timeout`` seconds for the first."""
-        told = []
+        """The ids put since, waiting up to ``timeout`` seconds for the first."""
+        ids = []
         with suppress(Empty):
-            told.append(self._told.get(timeout=timeout) if timeout > 0 else self._told.get_nowait())
+            ids.append(self._ids.get(timeout=timeout) if timeout > 0 else self._ids.get_nowait())
             while True:
-                told.append(self._told.get_nowait())
-        return [id for id in told if id != NO_JOB]
+                ids.append(self._ids.get_nowait())
+        return [id for id in ids if id != NO_JOB]
 
 
 class Subscribers:
@@ -104,33 +104,33 @@ class Subscribers:
             self._wake()
 
     def _wake(self) -> None:
-        """Has all who wait ask since when they are told what they wait for."""
+        """Has all waiters read since when their channels are heard."""
         inboxes = {id(each): each for waiting in self._waiting.values() for each in waiting}
         for inbox in inboxes.values():
-            inbox.tell(NO_JOB)
+            inbox.put(NO_JOB)
 
     def hearing_since(self, inbox: Any) -> float | None:
-        """Since when all that an inbox waits for is told (monotonic); None while it is not."""
+        """Since when an inbox misses no end of a job (monotonic); None while it may."""
         channels = (self._own_channel, *inbox.channels)
         if not all(channel in self._heard_since for channel in channels):
             return None
         return max(self._heard_since[channel] for channel in channels)
 
-    def tell(self, id: str) -> None:
-        """Tells all who wait for a job."""
+    def put(self, id: str) -> None:
+        """Wakes all who wait for a job."""
         for inbox in self._waiting.get(id, ()):
-            inbox.tell(id)
+            inbox.put(id)
 
 
 class Outage:
-    """Says once that there are no notifications, and once that they are back.
+    """Logs once that there are no notifications, and once that they are back.
 
     A connection that is dropped and opened again is no outage.
     """
 
     def __init__(self) -> None:
         self._failures = 0
-        self._told = False
+        self._logged = False
         self._silent_until = 0.0
 
     def failed(self, error: Exception) -> None:
@@ -138,18 +138,18 @@ class Outage:
         self._failures += 1
         expected = isinstance(error, (redis.RedisError, OSError))
         why = redacted(f"{type(error).__name__}: {error}")
-        if self._told or (expected and self._failures < OUTAGE_FAILURES) or self._is_silent():
+        if self._logged or (expected and self._failures < OUTAGE_FAILURES) or self._is_silent():
             log.debug("the subscription is opened again: %s", why)
             return
-        self._told, self._silent_until = True, time.monotonic() + SILENT_S
+        self._logged, self._silent_until = True, time.monotonic() + SILENT_S
         shown = None if expected else error
-        log.warning("no notifications, jobs are looked at instead: %s", why, exc_info=shown)
+        log.warning("no notifications, jobs are polled instead: %s", why, exc_info=shown)
 
     def over(self) -> None:
         """A subscription was confirmed."""
         self._failures = 0
-        if self._told:
-            self._told = False
+        if self._logged:
+            self._logged = False
             log.info("notifications are heard again")
 
     def _is_silent(self) -> bool:
@@ -179,7 +179,7 @@ class Notifier:
 
     @contextmanager
     def watch(self, ids: Iterable[str]) -> Iterator[Inbox]:
-        """An inbox that is told when one of the jobs has ended."""
+        """An inbox that gets the id of each of the jobs that ends."""
         ids, inbox = list(ids), Inbox()
         with self._lock:
             self._subscribers.add(ids, inbox)
@@ -193,20 +193,20 @@ class Notifier:
                     self._wake_up()
 
     def listen(self, inbox: Inbox, channels: Iterable[str]) -> None:
-        """Jobs of other clients are told on their own channels."""
+        """Jobs of other clients are notified on those clients' channels."""
         with self._lock:
             if self._subscribers.listen(channels, inbox):
                 self._wake_up()
 
     def hearing_since(self, inbox: Inbox) -> float | None:
-        """Since when all that an inbox waits for is told (monotonic); None while it is not."""
+        """Since when an inbox misses no end of a job (monotonic); None while it may."""
         with self._lock:
             return self._subscribers.hearing_since(inbox)
 
-    def tell(self, id: str) -> None:
+    def put(self, id: str) -> None:
         """Wakes those who wait for a job."""
         with self._lock:
-            self._subscribers.tell(id)
+            self._subscribers.put(id)
 
     def close(self) -> None:
         self._closed.set()
@@ -216,13 +216,13 @@ class Notifier:
             self._thread.join(timeout=2)
 
     def _wake_up(self) -> None:
-        """The thread looks at what is wanted. It does so every half second anyway."""
+        """The thread reads the wanted channels. It does so every half second anyway."""
         if self._wake is not None:
             with suppress(OSError):  # full of wake-ups, or the thread has just left
                 self._wake.send(b"!")
 
     def _start(self) -> None:
-        """Starts the thread. Where none can be started, who waits looks unasked, as ever."""
+        """Starts the thread. Where none can be started, waiters poll."""
         with self._lock:
             if self._thread is not None:
                 return
@@ -230,7 +230,7 @@ class Notifier:
             try:
                 thread.start()
             except RuntimeError as error:  # too many threads: the next who waits tries again
-                log.warning("no notifications, jobs are looked at instead: %s", error)
+                log.warning("no notifications, jobs are polled instead: %s", error)
             else:
                 self._thread = thread
 
@@ -278,7 +278,7 @@ class Notifier:
         """What has come. Answers to subscriptions are messages here: None means all is read."""
         while (message := pubsub.get_message(timeout=0)) is not None:
             if message["type"] == "message":
-                self.tell(message["data"])
+                self.put(message["data"])
             elif message["type"] == "subscribe":
                 with self._lock:
                     self._subscribers.confirm(message["channel"])

@@ -2,5 +2,5 @@
 
 ``rules`` are read from a file. A source (``sqs`` or ``polling``) says which objects are new,
 ``objects`` asks S3 what they are, ``watcher`` makes one job of each object that a rule takes, and
-only then tells the source that it is done. ``backfill`` does the same to what is there already.
+only then acknowledges it to the source. ``backfill`` does the same to what is there already.
 """

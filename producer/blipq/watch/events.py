@@ -10,34 +10,35 @@ class Unreadable(ValueError):
     """A message that is no notification of S3."""
 
 
-class Told(NamedTuple):
-    """An object that is said to have been put there. Whether it is there still, S3 knows."""
+class Notification(NamedTuple):
+    """An object that was put, by a notification. Whether it is there still, S3 knows."""
 
     bucket: str
     key: str
     version_id: str | None = None
 
 
-def read(body: str) -> list[Told]:
-    """Uploads that a message tells of; none for test events and other kinds of events.
+def read(body: str) -> list[Notification]:
+    """Uploads that a message notifies of; none for test events and other kinds of events.
 
     Takes S3's own records, EventBridge's, and either inside an SNS envelope. Raises Unreadable.
     """
     try:
-        told = [_checked(each) for each in _uploads(_unwrapped(json.loads(body)))]
+        found = [_checked(each) for each in _uploads(_unwrapped(json.loads(body)))]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Unreadable(f"not a notification of S3: {type(error).__name__}: {error}") from None
-    return told
+    return found
 
 
-def _checked(told: Told) -> Told:
-    """Names that can be asked for: a message is only what somebody sent."""
-    names = [told.bucket, told.key, *([] if told.version_id is None else [told.version_id])]
+def _checked(found: Notification) -> Notification:
+    """Names that a request can hold: anybody may have written the message."""
+    names = [found.bucket, found.key]
+    names += [] if found.version_id is None else [found.version_id]
     for name in names:
         if not isinstance(name, str) or not name:
             raise TypeError("bucket, key and version must be texts")
         name.encode()  # half a character of UTF-16 has no UTF-8
-    return told
+    return found
 
 
 def _unwrapped(event: Any) -> Any:
@@ -46,7 +47,7 @@ def _unwrapped(event: Any) -> Any:
     return event
 
 
-def _uploads(event: Any) -> Iterator[Told]:
+def _uploads(event: Any) -> Iterator[Notification]:
     if event.get("Event") == "s3:TestEvent":
         return
     if "detail-type" in event:
@@ -59,16 +60,18 @@ def _uploads(event: Any) -> Iterator[Told]:
             yield _from_record(record["s3"])
 
 
-def _from_record(s3: Any) -> Told:
+def _from_record(s3: Any) -> Notification:
     """In these records keys are URL-encoded, a space as a plus."""
     found = s3["object"]
-    return Told(s3["bucket"]["name"], unquote_plus(found["key"]), _version(found.get("versionId")))
+    return Notification(
+        s3["bucket"]["name"], unquote_plus(found["key"]), _version(found.get("versionId"))
+    )
 
 
-def _from_event_bridge(detail: Any) -> Told:
+def _from_event_bridge(detail: Any) -> Notification:
     """Here keys are as they are."""
     found = detail["object"]
-    return Told(detail["bucket"]["name"], found["key"], _version(found.get("version-id")))
+    return Notification(detail["bucket"]["name"], found["key"], _version(found.get("version-id")))
 
 
 def _version(text: str | None) -> str | None:

@@ -25,7 +25,7 @@ class Part(Batch):
     on_done: Callable[[set[Found]], None] = field(kw_only=True)
 
     def done(self, refused: set[Found]) -> None:
-        """The page needs no second look, but maybe for what is refused."""
+        """The page is not read again, except for what is refused."""
         self.on_done(refused)
 
 
@@ -149,6 +149,6 @@ class Backfill:
                     )
 
     def _save(self, place: str, last: str, refused: set[Found]) -> None:
-        """What is refused was told, and is passed over."""
+        """What is refused has been logged, and is passed over."""
         state = self._cursor.load()
         self._cursor.save({**state, "backfill": {**state.get("backfill", {}), place: last}})

@@ -1,4 +1,4 @@
-"""Objects as S3 has them now, whatever an event said about them."""
+"""Objects as S3 has them now, whatever a notification holds."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ PAGE_KEYS = 1000
 class Upload:
     """One version of an object. ``modified`` is in whole seconds, as HTTP has it.
 
-    ``content_type`` and ``version_id`` are None where S3 was not asked for them.
+    ``content_type`` and ``version_id`` are None where no HEAD request was made.
     """
 
     bucket: str
@@ -60,7 +60,7 @@ class Page:
 
 
 class Objects:
-    """Looks at objects. Raises S3Unavailable when S3 does not answer, S3Refused when it refuses."""
+    """Reads attributes of objects. Raises S3Unavailable when S3 is away, S3Refused."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage

@@ -13,7 +13,7 @@ from blipq.errors import QueueUnavailable
 from blipq.s3.boto import boto_client
 from blipq.s3.refusals import FOR_NOW, S3Refused, S3Unavailable, refusal_of
 from blipq.settings import Settings
-from blipq.watch.events import Told, Unreadable, read
+from blipq.watch.events import Notification, Unreadable, read
 from blipq.watch.sources import Batch, Found
 
 if TYPE_CHECKING:
@@ -31,17 +31,17 @@ class Messages(Batch):
     """Up to ten messages. One that is not deleted comes again when its visibility ends."""
 
     queue: "Queue" = field(kw_only=True)
-    told: dict[str, list[Told]] = field(kw_only=True)
+    by_receipt: dict[str, list[Notification]] = field(kw_only=True)
 
     def hold(self) -> None:
         """Keeps the messages invisible to others."""
-        self.queue.show_after(list(self.told), self.queue.visibility_s)
+        self.queue.show_after(list(self.by_receipt), self.queue.visibility_s)
 
     def done(self, refused: set[Found]) -> None:
         """Deletes the messages; one with an upload that is refused goes the way of poison."""
-        self.queue.let_go(list(self.told))
+        self.queue.let_go(list(self.by_receipt))
         self.queue.delete(
-            [receipt for receipt, told in self.told.items() if refused.isdisjoint(told)]
+            [receipt for receipt, found in self.by_receipt.items() if refused.isdisjoint(found)]
         )
 
 
@@ -93,17 +93,17 @@ class Queue:
                 WaitTimeSeconds=self._wait_s,
                 VisibilityTimeout=round(self.visibility_s),
             )
-        told: dict[str, list[Told]] = {}
+        by_receipt: dict[str, list[Notification]] = {}
         for message in answer.get("Messages", ()):
             try:
-                told[message["ReceiptHandle"]] = read(message["Body"])
+                by_receipt[message["ReceiptHandle"]] = read(message["Body"])
             except Unreadable as error:
                 log.error("message %s is left in the queue: %s", message["MessageId"], error)
-        self._held.update(told)
+        self._held.update(by_receipt)
         if not answer.get("Messages"):
             return None
-        found: list[Found] = [upload for uploads in told.values() for upload in uploads]
-        return Messages(found, queue=self, told=told)
+        found: list[Found] = [upload for uploads in by_receipt.values() for upload in uploads]
+        return Messages(found, queue=self, by_receipt=by_receipt)
 
     def delete(self, receipts: list[str]) -> None:
         """Removes messages for good. One that stays is found recorded next time."""

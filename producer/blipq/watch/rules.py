@@ -122,9 +122,9 @@ class Rule(_Table):
 
     def job(self, upload: Upload, *, watch: str) -> tuple[Request, Options]:
         """The upload's job: one for each version, rule and watch. Raises InvalidRequest."""
-        asked = {**self.request, "image": upload.reference}
+        fields = {**self.request, "image": upload.reference}
         try:
-            request = request_adapter.validate_python(asked)
+            request = request_adapter.validate_python(fields)
         except ValidationError as error:
             raise InvalidRequest(f"request.{explain(error, Request)}") from None
         return request, self._options(upload, f"watch:{watch}:{self.name}:{upload.identity}")
@@ -152,7 +152,7 @@ class Source(_Table):
 
 
 class Rules(_Table):
-    """The whole file. Its ``name`` tells its cursor and its jobs from those of other files."""
+    """The whole file. Its ``name`` keeps its cursor and jobs apart from those of other files."""
 
     name: Name
     source: Source = Source()
@@ -180,7 +180,7 @@ class Rules(_Table):
 
     @property
     def need_types(self) -> bool:
-        """Whether a rule asks for a content type, which listings do not tell."""
+        """Whether a rule needs the content type, which listings do not have."""
         return any(rule.content_type for rule in self.rules)
 
     def may_take(self, bucket: str, key: str) -> bool:

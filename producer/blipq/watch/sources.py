@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from blipq.watch.events import Told
+from blipq.watch.events import Notification
 from blipq.watch.objects import Upload
 
-Found = Told | Upload
+Found = Notification | Upload
 
 
 @dataclass

@@ -1,6 +1,6 @@
-"""One job of each upload that a rule takes: recorded first, then the source is told.
+"""One job of each upload that a rule takes: recorded first, then acknowledged to the source.
 
-Whatever dies or does not answer in between, the source tells of the upload again, and its
+Whatever dies or does not answer in between, the source delivers the upload again, and its
 idempotency key finds the job that is there.
 """
 
@@ -30,18 +30,18 @@ from blipq.watch.sources import Batch, Found, Source
 
 log = logging.getLogger(__name__)
 
-#: How many objects S3 is asked about at the same time.
-LOOKS = 10
-#: How often a full window is looked at.
+#: HEAD requests to S3 at the same time.
+HEAD_REQUESTS = 10
+#: Pause between two reads of a full window.
 ROOM_EVERY_S = 1.0
-#: Refused uploads that are remembered, so that each is told once.
+#: Refused uploads that are remembered, so that each is logged once.
 REFUSED_KEPT = 10_000
 
 AnswerT = TypeVar("AnswerT")
 
 
 class Stopped(Exception):
-    """Asked to stop in the middle of a batch, which the source will tell of again."""
+    """Stopped in the middle of a batch, which the source will deliver again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +66,16 @@ class Counts:
 
 @dataclass
 class Watcher:
-    """Takes uploads from a source until it is told to stop.
+    """Takes uploads from a source until ``stop`` is set.
 
-    ``tell`` hears of each job: its id, or None in a dry run, which submits nothing and leaves
-    everything to the source. ``window``: a backfill waits while so many jobs are open.
+    ``report`` is called with each job: its id, or None in a dry run, which submits nothing and
+    leaves everything to the source. ``window``: a backfill waits while so many jobs are open.
     """
 
     rules: Rules
     client: Client
     stop: threading.Event
-    tell: Callable[[Wanted, str | None], None]
+    report: Callable[[Wanted, str | None], None]
     dry_run: bool = False
     window: int | None = None
     counts: Counts = field(default_factory=Counts)
@@ -84,7 +84,7 @@ class Watcher:
         self.objects = Objects(self.client.storage)
         self._operator = OperatorLedger.beside(self.client.ledger)
         self._refused: dict[Found, None] = {}
-        self._pool = ThreadPoolExecutor(LOOKS, thread_name_prefix="blipq-watch")
+        self._pool = ThreadPoolExecutor(HEAD_REQUESTS, thread_name_prefix="blipq-watch")
 
     def run(self, source: Source, *, once: bool = False) -> None:
         """Takes what the source has; with ``once`` until it has nothing."""
@@ -103,7 +103,7 @@ class Watcher:
             source.close()
 
     def _take(self, batch: Batch) -> None:
-        """Records a batch and tells its source."""
+        """Records a batch and acknowledges it."""
         refused: set[Found] = set()
         uploads = self._pool.map(lambda found: self._upload(found, batch), batch.found)
         wanted: list[Wanted] = []
@@ -134,7 +134,7 @@ class Watcher:
             )
         except S3Refused as error:
             if error.refusal in OF_THE_ASKER:
-                raise  # it is not about this upload: the source will tell of it again
+                raise  # it is not about this upload: the source will deliver it again
             return error
 
     def _wanted(self, found: Found, upload: Upload | InvalidRequest | None) -> list[Wanted]:
@@ -176,7 +176,7 @@ class Watcher:
     def _record(self, wanted: list[Wanted], batch: Batch, refused: set[Found]) -> None:
         if self.dry_run:
             for each in wanted:
-                self.tell(each, None)
+                self.report(each, None)
             return
         submissions = [each.submission for each in wanted]
         answers = record_all(
@@ -193,12 +193,12 @@ class Watcher:
     def _recorded(self, wanted: Wanted, id: str) -> None:
         if id == wanted.submission.id:
             self.counts.submitted += 1
-            self.tell(wanted, id)
+            self.report(wanted, id)
         else:
             self.counts.known += 1
 
     def _refuse(self, found: Found, error: BlipqError, refused: set[Found]) -> None:
-        """Told and counted once, however often a source tells of it again."""
+        """Logged and counted once, however often a source delivers it again."""
         refused.add(found)
         if found in self._refused:
             return

@@ -53,15 +53,15 @@ async def post(
     visit: Visit | None = None,
 ) -> Answer:
     """Posts once; whatever happens is an answer, unless there is no room: Crowded."""
-    told: Answer | None = None
+    answer: Answer | None = None
     try:
         async with http.response("POST", url, headers, body, visit=visit) as response:
-            told = _answer(response)
+            answer = _answer(response)
             await _drain(response)
     except (Forbidden, *FAILURES) as error:
-        # Once the status is told, the rest of the answer changes nothing.
-        return told or _failure(error, http.timeout_s)
-    return told
+        # Once the status is here, the rest of the answer changes nothing.
+        return answer or _failure(error, http.timeout_s)
+    return answer
 
 
 async def _drain(response: httpcore2.Response) -> None:
@@ -84,16 +84,16 @@ def _failure(error: Exception, timeout_s: float) -> Answer:
 
 
 def _answer(response: httpcore2.Response) -> Answer:
-    status, told = response.status, f"HTTP {response.status}"
+    status, shown = response.status, f"HTTP {response.status}"
     if 200 <= status < 300:
-        return Answer("delivered", told)
+        return Answer("delivered", shown)
     if 300 <= status < 400:
-        return Answer("redirected", f"{told}: redirects are not followed")
+        return Answer("redirected", f"{shown}: redirects are not followed")
     if status == 410:
-        return Answer("gone", told)
+        return Answer("gone", shown)
     if status in (429, 503):
-        return Answer("throttled", told, _retry_after(header(response, b"retry-after") or ""))
-    return Answer("refused", told)
+        return Answer("throttled", shown, _retry_after(header(response, b"retry-after") or ""))
+    return Answer("refused", shown)
 
 
 def _retry_after(text: str) -> float:

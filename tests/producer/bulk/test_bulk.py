@@ -154,7 +154,7 @@ def test_never_more_than_the_window_is_in_flight_and_nothing_stays_in_redis(
         most = max(most, int(ledger.redis.zcard("blipq:open")), driver.in_flight)  # type: ignore[arg-type]
 
     with worker(ledger):
-        bulk.driver(window=7, tell=tell).run()
+        bulk.driver(window=7, report=tell).run()
     assert 0 < most <= 7
     assert len(bulk.outcomes()) == 60
     assert list(ledger.redis.scan_iter("blipq:job:*")) == []
@@ -209,7 +209,7 @@ def test_jobs_that_redis_lost_are_submitted_again(bulk: Bulk, ledger: WorkerLedg
             lost.set()
 
     with worker(ledger, after=lost):
-        bulk.driver(tell=tell).run()
+        bulk.driver(report=tell).run()
     assert [each["status"] for each in bulk.outcomes()] == ["succeeded"] * 5
 
 
@@ -232,7 +232,7 @@ def test_a_full_queue_or_an_outage_slows_a_bulk_down(
 
     monkeypatch.setattr(ProducerLedger, "submit_all", flaky)
     with worker(ledger):
-        bulk.driver(tell=tell).run()
+        bulk.driver(report=tell).run()
     assert [each["status"] for each in bulk.outcomes()] == ["succeeded"] * 5
     assert any(isinstance(trouble, error) for trouble in troubles)
     assert troubles[-1] is None

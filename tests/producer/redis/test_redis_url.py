@@ -37,7 +37,7 @@ def test_a_job_goes_through_a_unix_socket(socket_file: Path) -> None:
     with Client(settings) as client:
         job = client.caption(IMAGE)
         assert job.status() == "queued"
-        assert client.ledger.redis.llen("blipq.default.normal") == 1, "Celery's side, too"
+        wait_until(lambda: client.ledger.redis.llen("blipq.default.normal") == 1, "the message")
 
     async def submit() -> str:
         async with AsyncClient(settings) as client:
@@ -45,7 +45,7 @@ def test_a_job_goes_through_a_unix_socket(socket_file: Path) -> None:
 
     assert asyncio.run(submit())
     with connect(settings) as raw:
-        assert raw.llen("blipq.default.normal") == 2
+        wait_until(lambda: raw.llen("blipq.default.normal") == 2, "the messages")
         assert raw.connection_pool.connection_kwargs["db"] == 3
 
 

@@ -147,7 +147,7 @@ def test_a_job_goes_through_an_encrypted_redis(
     settings, proxy = secured
     with opened(settings) as client, connect(apart) as plain:
         job = client.caption(IMAGE)
-        assert plain.llen("blipq.default.normal") == 1, "the message went through, too"
+        wait_until(lambda: plain.llen("blipq.default.normal") == 1, "the message")
         ledger = WorkerLedger(plain, apart)
         claim = ledger.claim(job.id, "w1")
         assert isinstance(claim, Claim)
@@ -244,7 +244,7 @@ def test_who_asks_for_no_verification_gets_none_on_either_side(
     url = settings.redis_url.partition("?")[0] + "?ssl_cert_reqs=none"
     with Client(settings.model_copy(update={"redis_url": url})) as client:
         assert client.caption(IMAGE).status() == "queued"
-        assert client.ledger.redis.llen("blipq.default.normal") == 1
+        wait_until(lambda: client.ledger.redis.llen("blipq.default.normal") == 1, "the message")
 
 
 def test_a_rabbitmq_is_verified_by_certificate_and_name(
@@ -369,7 +369,7 @@ def test_sentinels_over_tls_are_verified_by_both_sides(
     settings = Settings(redis_url=f"{url}?ssl_ca_certs={certificate}")
     with Client(settings) as client:
         assert client.caption(IMAGE).status() == "queued"
-        assert client.ledger.redis.llen("blipq.default.normal") == 1
+        wait_until(lambda: client.ledger.redis.llen("blipq.default.normal") == 1, "the message")
     heard = len(asked.heard), len(master.heard)
     assert all(heard)
     with Client(redis_url=url, timeout_s=1) as client, pytest.raises(QueueUnavailable):

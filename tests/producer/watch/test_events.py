@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from blipq.watch.events import Told, Unreadable, read
+from blipq.watch.events import Notification, Unreadable, read
 
 
 def record(key: str, event: str = "ObjectCreated:Put", **found: Any) -> dict[str, Any]:
@@ -28,8 +28,8 @@ def event_bridge(kind: str = "Object Created", **found: Any) -> dict[str, Any]:
 
 def test_a_message_may_tell_of_many_uploads() -> None:
     assert read(body(record("a"), record("b", versionId="v1"))) == [
-        Told("photos", "a"),
-        Told("photos", "b", "v1"),
+        Notification("photos", "a"),
+        Notification("photos", "b", "v1"),
     ]
 
 
@@ -42,12 +42,12 @@ def test_a_message_may_tell_of_many_uploads() -> None:
     ],
 )
 def test_keys_of_records_are_url_encoded(encoded: str, key: str) -> None:
-    assert read(body(record(encoded))) == [Told("photos", key)]
+    assert read(body(record(encoded))) == [Notification("photos", key)]
 
 
 def test_keys_of_event_bridge_are_not() -> None:
     assert read(json.dumps(event_bridge(**{"version-id": "v1"}))) == [
-        Told("photos", "a b+c.jpg", "v1")
+        Notification("photos", "a b+c.jpg", "v1")
     ]
 
 
@@ -58,11 +58,11 @@ def test_an_sns_envelope_is_opened() -> None:
 
 @pytest.mark.parametrize("name", ["s3:ObjectCreated:Put", "ObjectCreated:CompleteMultipartUpload"])
 def test_every_way_to_create_counts(name: str) -> None:
-    assert read(body(record("a", name))) == [Told("photos", "a")]
+    assert read(body(record("a", name))) == [Notification("photos", "a")]
 
 
 def test_null_is_no_version() -> None:
-    assert read(body(record("a", versionId="null"))) == [Told("photos", "a")]
+    assert read(body(record("a", versionId="null"))) == [Notification("photos", "a")]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from blipq import QueueUnavailable, Settings
-from blipq.watch.events import Told
+from blipq.watch.events import Notification
 from blipq.watch.queue import Queue
 from blipq.watch.sources import Batch
 from sqs import Sqs
@@ -31,7 +31,7 @@ def told(batch: Batch | None) -> list[Any]:
 def test_a_message_is_deleted_when_its_uploads_are_recorded(sqs: Sqs, queue: Queue) -> None:
     sqs.tell(queue.url, "photos", "a b.jpg")
     batch = queue.next()
-    assert told(batch) == [Told("photos", "a b.jpg")]
+    assert told(batch) == [Notification("photos", "a b.jpg")]
     assert batch is not None
     batch.done(set())
     assert sqs.count(queue.url) == (0, 0)
@@ -66,7 +66,7 @@ def test_what_cannot_be_read_is_left_for_the_redrive_policy(sqs: Sqs, queue: Que
     while (batch := queue.next()) is not None:
         found += batch.found
         batch.done(set())
-    assert found == [Told("photos", "a.jpg")]
+    assert found == [Notification("photos", "a.jpg")]
     assert sqs.count(queue.url) == (0, 1)
 
 
@@ -74,7 +74,7 @@ def test_a_message_with_an_upload_that_is_refused_is_left_too(sqs: Sqs, queue: Q
     sqs.tell(queue.url, "photos", "good", "bad")
     batch = queue.next()
     assert batch is not None
-    batch.done({Told("photos", "bad")})
+    batch.done({Notification("photos", "bad")})
     assert sqs.count(queue.url) == (0, 1)
 
 

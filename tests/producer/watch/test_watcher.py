@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from blipq import Client, QueueUnavailable, Settings
 from blipq.cli import app
 from blipq.s3.refusals import Refusal, S3Refused
-from blipq.watch.events import Told
+from blipq.watch.events import Notification
 from blipq.watch.rules import Rules
 from blipq.watch.sources import Batch, Found
 from blipq.watch.watcher import Wanted, Watcher
@@ -83,7 +83,7 @@ class Watched:
 def test_an_upload_becomes_a_job(rules: MakeRules, client: Client, bucket: str, put: Put) -> None:
     put("cat.jpg")
     watched = Watched(rules(options={"output": "s3://results/{key}.json"}), client)
-    batch = Script(Told(bucket, "cat.jpg"))
+    batch = Script(Notification(bucket, "cat.jpg"))
     watched.take(batch)
     ((_, id),) = watched.told
     job = client.ledger.redis.hgetall(f"blipq:job:{id}")
@@ -95,7 +95,7 @@ def test_an_upload_becomes_a_job(rules: MakeRules, client: Client, bucket: str, 
 def test_duplicates_are_one_job(rules: MakeRules, client: Client, bucket: str, put: Put) -> None:
     """In one message, in two, and of another process."""
     put("cat.jpg")
-    found = Told(bucket, "cat.jpg")
+    found = Notification(bucket, "cat.jpg")
     for watched in (Watched(rules(), client), Watched(rules(), client)):
         watched.take(Script(found, found), Script(found))
     assert watched.counts == (0, 3, 0, 0)
@@ -109,7 +109,7 @@ def test_a_version_that_was_replaced_before_it_was_looked_at_has_no_job(
     put("cat.jpg", b"old")
     put("cat.jpg", b"new!")
     watched = Watched(rules(), client)
-    watched.take(Script(Told(bucket, "cat.jpg")), Script(Told(bucket, "cat.jpg")))
+    watched.take(Script(Notification(bucket, "cat.jpg")), Script(Notification(bucket, "cat.jpg")))
     assert [wanted.upload.size for wanted, _ in watched.told] == [4]
 
 
@@ -125,7 +125,7 @@ def test_each_rule_that_takes_an_upload_makes_a_job(client: Client, bucket: str,
         {"name": request["kind"], "bucket": bucket, "request": request} for request in requests
     ]
     watched = Watched(Rules.model_validate({"name": "w", "rules": described}), client)
-    watched.take(Script(Told(bucket, "cat.jpg")))
+    watched.take(Script(Notification(bucket, "cat.jpg")))
     assert {wanted.rule.name for wanted, _ in watched.told} == {"caption", "vqa", "match", "embed"}
 
 
@@ -138,7 +138,9 @@ def test_what_is_gone_or_ours_or_no_rules_is_left_out(
     options = {"output": f"s3://{bucket}/{{stem}}.json"}
     watched = Watched(rules(prefix="in/", suffix=[".jpg", ".json"], options=options), client)
     keys = ["in/gone.jpg", "in/cat.json", "in/cat.txt", "elsewhere/cat.jpg"]
-    batch = Script(*(Told(bucket, key) for key in keys), Told("other-bucket", "in/cat.jpg"))
+    batch = Script(
+        *(Notification(bucket, key) for key in keys), Notification("other-bucket", "in/cat.jpg")
+    )
     watched.take(batch)
     assert watched.counts == (0, 0, 5, 0)
     assert batch.refused == set()
@@ -162,10 +164,10 @@ def test_an_upload_that_can_never_have_a_job_is_refused_and_the_others_go_on(
     put(long)
     put("cat.jpg")
     watched = Watched(rules(options={"metadata": {"key": "{key} {key}"}}), client)
-    batch = Script(Told(bucket, long), Told(bucket, "cat.jpg"))
+    batch = Script(Notification(bucket, long), Notification(bucket, "cat.jpg"))
     watched.take(batch)
     assert watched.keys == ["cat.jpg"]
-    assert batch.refused == {Told(bucket, long)}
+    assert batch.refused == {Notification(bucket, long)}
 
 
 def test_an_upload_that_had_its_job_before_the_rule_was_changed_has_no_second(
@@ -173,9 +175,9 @@ def test_an_upload_that_had_its_job_before_the_rule_was_changed_has_no_second(
 ) -> None:
     put("cat.jpg")
     put("dog.jpg")
-    Watched(rules(), client).take(Script(Told(bucket, "cat.jpg")))
+    Watched(rules(), client).take(Script(Notification(bucket, "cat.jpg")))
     changed = Watched(rules(request={"kind": "caption", "prompt": "a photo of"}), client)
-    changed.take(Script(Told(bucket, "cat.jpg"), Told(bucket, "dog.jpg")))
+    changed.take(Script(Notification(bucket, "cat.jpg"), Notification(bucket, "dog.jpg")))
     assert changed.keys == ["dog.jpg"]
     assert changed.counts == (1, 1, 0, 0)
 
@@ -187,7 +189,7 @@ def test_a_full_queue_slows_it_down_and_loses_nothing(
         put(f"{n}.jpg")
     tight = Client(apart.model_copy(update={"max_open_jobs": 2}))
     watched = Watched(rules(), tight)
-    batch = Script(*(Told(bucket, f"{n}.jpg") for n in range(4)))
+    batch = Script(*(Notification(bucket, f"{n}.jpg") for n in range(4)))
     thread = threading.Thread(target=watched.take, args=[batch])
     thread.start()
     deadline = time.monotonic() + 30
@@ -214,7 +216,7 @@ def test_an_outage_of_redis_is_waited_out(
         return real(jobs)
 
     monkeypatch.setattr(client.ledger, "submit_all", flaky)
-    batch = Script(Told(bucket, "cat.jpg"))
+    batch = Script(Notification(bucket, "cat.jpg"))
     watched.take(batch)
     assert watched.keys == ["cat.jpg"]
     assert batch.held == 2
@@ -227,7 +229,7 @@ def test_a_stop_in_the_middle_leaves_the_batch_to_the_source(
     away = Client(apart.model_copy(update={"redis_url": "redis://127.0.0.1:1/0"}))
     away._services().storage = client.storage
     watched = Watched(rules(), away)
-    batch, source = Script(Told(bucket, "cat.jpg")), None
+    batch, source = Script(Notification(bucket, "cat.jpg")), None
     source = Scripted(batch)
     thread = threading.Thread(target=watched.watcher.run, args=[source])
     thread.start()
@@ -280,11 +282,11 @@ def test_an_upload_that_is_refused_again_and_again_is_told_once(
 
     with monkeypatch.context() as patched:
         patched.setattr(client.storage, "head", refuse)
-        batches = [Script(Told(bucket, "cat.jpg")) for _ in range(3)]
+        batches = [Script(Notification(bucket, "cat.jpg")) for _ in range(3)]
         watched.take(*batches)
-    assert all(batch.refused == {Told(bucket, "cat.jpg")} for batch in batches)
+    assert all(batch.refused == {Notification(bucket, "cat.jpg")} for batch in batches)
     assert watched.counts == (0, 0, 0, 1)
-    watched.take(Script(Told(bucket, "cat.jpg")))
+    watched.take(Script(Notification(bucket, "cat.jpg")))
     assert watched.counts == (1, 0, 0, 1)
 
 
