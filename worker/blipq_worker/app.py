@@ -92,7 +92,7 @@ class Worker:
         )
 
     def run(self) -> int:
-        """Works until it is told to stop; the exit code."""
+        """Works until a signal or remote control stops it; the exit code."""
         self._engine.batcher.start()
         self._jobs.writer.start()
         self._heartbeat.start()

@@ -65,7 +65,7 @@ class Front:
         )
 
     def run(self) -> int:
-        """Works until it is told to stop, or the engine is gone; the exit code."""
+        """Works until it is stopped, or the engine is gone; the exit code."""
         signal.signal(signal.SIGTERM, _leave)
         signal.signal(signal.SIGINT, _leave)
         models = self._awaited()

@@ -1,4 +1,4 @@
-"""What a job took: collected while it runs, and told with its result."""
+"""What a job took: collected while it runs, and part of its outcome."""
 
 import time
 from collections.abc import Iterator, Mapping

@@ -28,8 +28,8 @@ class Start:
     def __str__(self) -> str:
         total = self._clock() - self._began
         parts = {**self._took, "other": total - sum(self._took.values())}
-        told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
-        return f"{total:.1f} s: {told}"
+        shown = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+        return f"{total:.1f} s: {shown}"
 
 
 #: This process's start, from the first import of blipq_worker on.

@@ -36,7 +36,7 @@ from blipq_worker.cli import demo as demo_command
 from blipq_worker.demo.plots import round_up, stage_plot, throughput_plot
 from blipq_worker.demo.report import milliseconds, percent, render_report
 from blipq_worker.demo.run import choose
-from blipq_worker.demo.score import Answered, Asked, Run, Tally, asked_about
+from blipq_worker.demo.score import Answered, Case, Run, Tally, cases_of
 from blipq_worker.demo.signals import SIGNALS, Interrupted, Signals
 from conftest import blipq, wait_until
 
@@ -45,14 +45,14 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 DOOR = "http://127.0.0.1:"
 
 
-def answered(asked: Asked, result: Result | None, *, seconds: float = 1.0) -> Answered:
+def answered(case: Case, result: Result | None, *, seconds: float = 1.0) -> Answered:
     """A job that ended so long after the start; without a result it failed."""
     gone = JobError(code=ErrorCode.IMAGE_NOT_FOUND, message="gone")
     return Answered(
-        asked,
+        case,
         JobInfo(
             id="job_1",
-            kind=asked.kind,
+            kind=case.kind,
             model="default",
             status=Status.SUCCEEDED if result else Status.FAILED,
             created_at=START,
@@ -65,22 +65,22 @@ def answered(asked: Asked, result: Result | None, *, seconds: float = 1.0) -> An
     )
 
 
-def answer_to(asked: Asked, text: str | None = None) -> Result:
+def answer_to(case: Case, text: str | None = None) -> Result:
     """The right answer, or the one given."""
-    if asked.kind is Kind.CAPTION:
-        return CaptionResult(captions=(Caption(text=text or asked.expected),))
-    if asked.kind is Kind.VQA:
-        return VQAResult(answers=(Answer(question=asked.text, text=text or asked.expected),))
-    score = 0.9 if (text or asked.expected) == "match" else 0.1
-    return MatchResult(head="itm", scores=(TextScore(text=asked.text, score=score),))
+    if case.kind is Kind.CAPTION:
+        return CaptionResult(captions=(Caption(text=text or case.expected),))
+    if case.kind is Kind.VQA:
+        return VQAResult(answers=(Answer(question=case.text, text=text or case.expected),))
+    score = 0.9 if (text or case.expected) == "match" else 0.1
+    return MatchResult(head="itm", scores=(TextScore(text=case.text, score=score),))
 
 
 def run_of(*, wrong: int = 0, failed: int = 0, pictures: int = 10) -> Run:
     """A run whose first answers are wrong and whose next jobs failed."""
     shown = choose(pictures, seed=1)
-    asked = [one for place, about in enumerate(shown) for one in asked_about(place, about)]
+    cases = [one for place, about in enumerate(shown) for one in cases_of(place, about)]
     answers = []
-    for place, one in enumerate(asked):
+    for place, one in enumerate(cases):
         opposite = "no match" if one.expected == "match" else "match"
         result = answer_to(one, opposite if place < wrong else None)
         gone = wrong <= place < wrong + failed
@@ -88,8 +88,8 @@ def run_of(*, wrong: int = 0, failed: int = 0, pictures: int = 10) -> Run:
     return Run(1, shown, answers, machine="a machine", command="blipq demo --seed 1")
 
 
-def asked_of(kind: Kind, text: str = "", expected: str = "red") -> Asked:
-    return Asked(0, kind, str(kind), text, expected)
+def case_of(kind: Kind, text: str = "", expected: str = "red") -> Case:
+    return Case(0, kind, str(kind), text, expected)
 
 
 # --- the scores -----------------------------------------------------------------------------------
@@ -97,10 +97,10 @@ def asked_of(kind: Kind, text: str = "", expected: str = "red") -> Asked:
 
 def test_every_picture_gets_six_jobs_with_known_answers() -> None:
     (shown,) = choose(1, seed=3)
-    asked = list(asked_about(0, shown))
-    assert [one.kind for one in asked] == ["caption", *3 * ["vqa"], *2 * ["match"]]
-    assert [one.expected for one in asked[-2:]] == ["match", "no match"]
-    assert asked[0].expected == shown.caption
+    cases = list(cases_of(0, shown))
+    assert [one.kind for one in cases] == ["caption", *3 * ["vqa"], *2 * ["match"]]
+    assert [one.expected for one in cases[-2:]] == ["match", "no match"]
+    assert cases[0].expected == shown.caption
 
 
 def test_the_same_seed_shows_the_same_different_pictures() -> None:
@@ -111,21 +111,21 @@ def test_the_same_seed_shows_the_same_different_pictures() -> None:
 
 @pytest.mark.parametrize("kind", [Kind.CAPTION, Kind.VQA])
 def test_texts_are_right_only_to_the_letter(kind: Kind) -> None:
-    asked = asked_of(kind)
-    assert answered(asked, answer_to(asked, "red")).mark == "right"
-    assert answered(asked, answer_to(asked, "Red")).mark == "wrong"
+    case = case_of(kind)
+    assert answered(case, answer_to(case, "red")).mark == "right"
+    assert answered(case, answer_to(case, "Red")).mark == "wrong"
 
 
 @pytest.mark.parametrize(("score", "said"), [(0.51, "match"), (0.5, "no match"), (0.1, "no match")])
 def test_a_text_matches_above_one_half(score: float, said: str) -> None:
     result = MatchResult(head="itm", scores=(TextScore(text="a cat", score=score),))
-    answer = answered(asked_of(Kind.MATCH, expected="match"), result)
+    answer = answered(case_of(Kind.MATCH, expected="match"), result)
     assert answer.given == said
     assert answer.mark == ("right" if said == "match" else "wrong")
 
 
 def test_a_failed_job_is_neither_right_nor_wrong() -> None:
-    answer = answered(asked_of(Kind.VQA), None)
+    answer = answered(case_of(Kind.VQA), None)
     assert (answer.mark, answer.given) == ("failed", "image_not_found")
     assert Tally([answer]).checked == 0
 
@@ -139,7 +139,7 @@ def test_a_pass_needs_95_percent_right_and_no_failure(
     assert run_of(wrong=wrong, failed=failed).tally.passed is passed
 
 
-def test_nothing_asked_is_not_a_pass() -> None:
+def test_no_job_is_not_a_pass() -> None:
     assert not Tally([]).passed
 
 
@@ -201,9 +201,9 @@ def test_the_report_loads_nothing_and_runs_nothing() -> None:
 def test_hostile_answers_stay_text() -> None:
     evil = "</td><script>alert(1)</script><img src=x onerror=alert(1)>"
     run = run_of()
-    asked = Asked(0, Kind.VQA, "color", evil, evil)
+    case = Case(0, Kind.VQA, "color", evil, evil)
     html = render_report(
-        Run(1, run.shown, [answered(asked, answer_to(asked))], machine=evil, command=evil)
+        Run(1, run.shown, [answered(case, answer_to(case))], machine=evil, command=evil)
     )
     assert "<script" not in html
     assert "<img src=x" not in html

@@ -1,4 +1,4 @@
-"""What the model is told: LAVIS's prompts and its text preprocessing.
+"""What the model reads: LAVIS's prompts and its text preprocessing.
 
 Sources: lavis/processors/blip_processors.py (``blip_caption``), lavis/projects/blip2/eval and
 projects/blip2/README.md (questions and chat).

@@ -172,8 +172,8 @@ def stray_weights(folder: Path) -> list[str]:
 
 def told_of_file(file: Path) -> str:
     """What a file is that was named where a checkpoint's folder is expected."""
-    told = _NOT_SERVED.get(file.suffix)
-    return f"{file} is a file: name a checkpoint's folder" + (f"; it {told}" if told else "")
+    reason = _NOT_SERVED.get(file.suffix)
+    return f"{file} is a file: name a checkpoint's folder" + (f"; it {reason}" if reason else "")
 
 
 def _found_instead(folder: Path) -> str:

@@ -59,10 +59,10 @@ def tell_result(run: Run, options: Options) -> None:
 def table(run: Run) -> Table:
     """Counts and times per kind, for the terminal."""
     grid = Table("kind", box=None, pad_edge=False, header_style="bold")
-    for heading in ("asked", "right", "wrong", "failed", "p50 ms"):
+    for heading in ("jobs", "right", "wrong", "failed", "p50 ms"):
         grid.add_column(heading, justify="right")
     for kind, tally in [*run.tally.by_kind().items(), ("all", run.tally)]:
-        counts = (tally.asked, tally.right, tally.wrong, tally.failed)
+        counts = (tally.jobs, tally.right, tally.wrong, tally.failed)
         p50_ms = "-" if tally.p50_ms is None else f"{tally.p50_ms:.0f}"
         grid.add_row(kind, *map(str, counts), p50_ms, style="bold" if kind == "all" else "")
     return grid

@@ -34,7 +34,7 @@ class Card:
     @property
     def flawed(self) -> bool:
         """Whether something is not right."""
-        return self.tally.right < self.tally.asked
+        return self.tally.right < self.tally.jobs
 
 
 def write_report(run: Run, path: Path) -> None:
@@ -67,10 +67,10 @@ def render_report(run: Run) -> str:
 
 
 def cards(run: Run) -> list[Card]:
-    """The gallery, in the order asked."""
+    """The gallery, in the order submitted."""
     answers: list[list[Answered]] = [[] for _ in run.shown]
     for answer in run.answers:
-        answers[answer.asked.picture].append(answer)
+        answers[answer.case.picture].append(answer)
     return [
         Card(place + 1, data_uri(render(shown.scene)), alt_text(shown), answers[place])
         for place, shown in enumerate(run.shown)

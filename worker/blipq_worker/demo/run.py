@@ -24,7 +24,7 @@ from blipq_worker.demo.machine import describe_machine
 from blipq_worker.demo.options import Options
 from blipq_worker.demo.output import errors, progress, tell, tell_error, tell_result
 from blipq_worker.demo.report import write_report
-from blipq_worker.demo.score import Answer, Answered, Asked, Run, asked_about
+from blipq_worker.demo.score import Answer, Answered, Case, Run, cases_of
 from blipq_worker.demo.signals import Signals
 from blipq_worker.demo.world import DEMO_SEEDS, Demonstration, demonstration, render
 
@@ -171,19 +171,19 @@ def ask_all(
     shown: Sequence[Demonstration], images: Sequence[ImageRef], parts: Parts
 ) -> Iterator[Answered]:
     """Submits every job, then takes the results in as they come."""
-    questions = [asked for n, about in enumerate(shown) for asked in asked_about(n, about)]
+    questions = [case for n, about in enumerate(shown) for case in cases_of(n, about)]
     with progress() as bar:
         task = bar.add_task("answers", total=len(questions))
-        jobs = [submit(asked, images[asked.picture], parts) for asked in questions]
-        for asked, job in zip(questions, jobs, strict=True):
-            yield Answered(asked, ended(job, parts))
+        jobs = [submit(case, images[case.picture], parts) for case in questions]
+        for case, job in zip(questions, jobs, strict=True):
+            yield Answered(case, ended(job, parts))
             bar.advance(task)
 
 
-def submit(asked: Asked, image: ImageRef, parts: Parts) -> Job[Answer]:
+def submit(case: Case, image: ImageRef, parts: Parts) -> Job[Answer]:
     """Sends one job."""
     parts.check()
-    return asked.submit(parts.client, image)
+    return case.submit(parts.client, image)
 
 
 def ended(job: Job[Answer], parts: Parts) -> JobInfo:

@@ -1,4 +1,4 @@
-"""What the demo asks, what it is told, and whether that is right."""
+"""The jobs of the demo, their answers, and whether those are right."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ Mark = Literal["right", "wrong", "failed"]
 
 
 @dataclass(frozen=True)
-class Asked:
+class Case:
     """One job about the picture with this number, and the only right answer.
 
     ``topic`` is the kind, for questions what they ask for, such as a colour.
@@ -51,20 +51,20 @@ class Asked:
 Answer: TypeAlias = CaptionResult | VQAResult | MatchResult
 
 
-def asked_about(picture: int, shown: Demonstration) -> Iterator[Asked]:
+def cases_of(picture: int, shown: Demonstration) -> Iterator[Case]:
     """The jobs of one picture: a caption, three questions, a true text and a false one."""
-    yield Asked(picture, Kind.CAPTION, "caption", "", shown.caption)
+    yield Case(picture, Kind.CAPTION, "caption", "", shown.caption)
     for question in shown.questions:
-        yield Asked(picture, Kind.VQA, question.kind, question.question, question.answer)
-    yield Asked(picture, Kind.MATCH, "match", shown.matching_text, MATCHES)
-    yield Asked(picture, Kind.MATCH, "match", shown.non_matching_text, NO_MATCH)
+        yield Case(picture, Kind.VQA, question.kind, question.question, question.answer)
+    yield Case(picture, Kind.MATCH, "match", shown.matching_text, MATCHES)
+    yield Case(picture, Kind.MATCH, "match", shown.non_matching_text, NO_MATCH)
 
 
 @dataclass(frozen=True)
 class Answered:
     """A job that has ended."""
 
-    asked: Asked
+    case: Case
     info: JobInfo
 
     @property
@@ -79,7 +79,7 @@ class Answered:
 
     @property
     def score(self) -> float | None:
-        """The probability that the text matches, where that was asked."""
+        """The probability that the text matches, of a match job."""
         result = self.info.result
         return result.scores[0].score if isinstance(result, MatchResult) else None
 
@@ -88,7 +88,7 @@ class Answered:
         """Whether it is right, letter for letter."""
         if self.info.result is None:
             return "failed"
-        return "right" if self.given == self.asked.expected else "wrong"
+        return "right" if self.given == self.case.expected else "wrong"
 
     @property
     def took_ms(self) -> float:
@@ -104,7 +104,7 @@ class Tally:
     answers: Sequence[Answered]
 
     @property
-    def asked(self) -> int:
+    def jobs(self) -> int:
         return len(self.answers)
 
     @property
@@ -146,14 +146,14 @@ class Tally:
         return percentile(self._times(), 95)
 
     def by_kind(self) -> dict[str, "Tally"]:
-        """A tally per kind of job, in the order asked."""
+        """A tally per kind of job, in the order submitted."""
         return {
-            str(kind): self.only(kind=kind) for kind in dict.fromkeys(a.kind for a in self._asked)
+            str(kind): self.only(kind=kind) for kind in dict.fromkeys(a.kind for a in self._cases)
         }
 
     def by_topic(self) -> dict[str, "Tally"]:
         """A tally of the questions per thing they ask for."""
-        topics = {asked.topic for asked in self._asked if asked.kind is Kind.VQA}
+        topics = {case.topic for case in self._cases if case.kind is Kind.VQA}
         return {topic: self.only(kind=Kind.VQA, topic=topic) for topic in sorted(topics)}
 
     def only(self, *, kind: Kind, topic: str | None = None) -> "Tally":
@@ -162,13 +162,13 @@ class Tally:
             [
                 answer
                 for answer in self.answers
-                if answer.asked.kind is kind and topic in (None, answer.asked.topic)
+                if answer.case.kind is kind and topic in (None, answer.case.topic)
             ]
         )
 
     @property
-    def _asked(self) -> Iterator[Asked]:
-        return (answer.asked for answer in self.answers)
+    def _cases(self) -> Iterator[Case]:
+        return (answer.case for answer in self.answers)
 
     def _count(self, mark: Mark) -> int:
         return sum(answer.mark == mark for answer in self.answers)
@@ -188,7 +188,7 @@ def percentile(values: Sequence[float], percent: int) -> float | None:
 
 @dataclass(frozen=True)
 class Run:
-    """A demo that has ended: what was shown and asked, and everything that came back."""
+    """A demo that has ended: its pictures, and everything that came back."""
 
     seed: int
     shown: Sequence[Demonstration]
@@ -226,7 +226,7 @@ class Run:
         """What ``--json`` prints, but for the report."""
         tally = self.tally
         return {
-            "jobs": tally.asked,
+            "jobs": tally.jobs,
             "succeeded": tally.checked,
             "failed": tally.failed,
             "correct": tally.right,

@@ -64,8 +64,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 class Trust:
     """How far the models are trusted, by how their items fare: a ``batching.interface.Judge``.
 
-    lost: is told of a fault of the device, and ends the process. check: raises if a model, by its
-    name, answers nonsense; None: nobody knows. refuse: is told why nothing more may be run.
+    lost: called with a fault of the device, and ends the process. check: raises if a model, by its
+    name, answers nonsense; None: nobody knows. refuse: called with why nothing more may be run.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ _PERMANENT = {
     Refusal.INVALID: ErrorCode.INVALID_REQUEST,
 }
 
-#: Is told the bytes of an object.
+#: Called with the bytes of an object.
 Sized = Callable[[int], object]
 
 #: Names that ``Storage.upload`` gives: the digest of the content, and an ending.
@@ -196,8 +196,8 @@ def _is_unmodified(error: Exception) -> bool:
 
 def _refused(image: ImageRef, error: ClientError | BotoCoreError | S3Refused) -> WorkError:
     refusal = refusal_of(error)
-    told = error.response.get("Error", {}) if isinstance(error, ClientError) else {}
-    message = f"{image.uri}: {told.get('Message') or error}"
+    reported = error.response.get("Error", {}) if isinstance(error, ClientError) else {}
+    message = f"{image.uri}: {reported.get('Message') or error}"
     if refusal in OF_THE_ASKER:
         # An account that is closed: where it is not ours, its bucket is as good as closed.
         closed = refusal is Refusal.ACCOUNT

@@ -21,7 +21,7 @@ WHOLE = frozenset({200, 203})
 #: Answers that a repetition may change, beside 5xx.
 PASSING = frozenset({408, 425, 429})
 #: Of what a server says an error repeats so many characters.
-LONGEST_TOLD = 200
+LONGEST_SHOWN = 200
 HEADERS = {
     "Accept": "image/*",
     "Accept-Encoding": "identity",
@@ -59,7 +59,7 @@ class HttpsFetcher:
             message = f"{place}: not read within {self._http.timeout_s:g} s"
             raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, message) from error
         except FAILURES as error:
-            message = f"{place}: {type(error).__name__}: {str(error)[:LONGEST_TOLD]}"
+            message = f"{place}: {type(error).__name__}: {str(error)[:LONGEST_SHOWN]}"
             raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, message) from error
 
     async def _within_deadline(self, image: ImageRef) -> bytes:
@@ -130,8 +130,8 @@ def _check_status(image: ImageRef, status: int) -> None:
 
 def _check_etag(image: ImageRef, found: str | None) -> None:
     if image.etag is not None and (found is None or _opaque(found) != _opaque(image.etag)):
-        told = found[:LONGEST_TOLD] if found else "not told"
-        message = f"{_shown(image.uri)}: its ETag is {told}, not {image.etag}"
+        shown = found[:LONGEST_SHOWN] if found else "missing"
+        message = f"{_shown(image.uri)}: its ETag is {shown}, not {image.etag}"
         raise PermanentError(ErrorCode.IMAGE_CHANGED, message)
 
 

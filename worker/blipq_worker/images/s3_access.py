@@ -10,7 +10,7 @@ from blipq.s3.storage import Storage
 
 log = logging.getLogger(__name__)
 
-#: How often S3 is asked again, at most, while somebody wants to know.
+#: The least time between two checks of S3.
 ASK_EVERY_S = 5.0
 
 
@@ -35,16 +35,16 @@ class S3Access:
         self._asking = threading.Lock()
         self._known = False
         self._trouble: str | None = None
-        self._asked_at = float("-inf")
+        self._checked_at = float("-inf")
 
     def is_refused(self, why: str) -> bool:
         """After a job was refused: whether S3 refuses this worker as such.
 
-        It does unless it says otherwise. Asked at once, as it may be about the job's bucket alone.
+        It does unless it says otherwise. Checked at once: it may be about the job's bucket alone.
         """
         began = time.monotonic()
         with self._asking:
-            if self._asked_at < began:  # else another thread has just asked
+            if self._checked_at < began:  # else another thread has just checked
                 self._ask(otherwise=why)
             return self._trouble is not None
 
@@ -55,7 +55,7 @@ class S3Access:
         # One thread asks; the others say what was known before.
         if self._asking.acquire(blocking=False):
             try:
-                if time.monotonic() - self._asked_at >= self._ask_every_s:
+                if time.monotonic() - self._checked_at >= self._ask_every_s:
                     self._ask(otherwise=self._trouble)
             finally:
                 self._asking.release()
@@ -70,7 +70,7 @@ class S3Access:
         except QueueUnavailable as error:
             log.warning("S3 did not say whether it takes this worker: %s", error)
             self._trouble = otherwise
-        self._asked_at = time.monotonic()
+        self._checked_at = time.monotonic()
         if self._trouble is not None and before is None:
             log.error("S3 refuses this worker: %s", self._trouble)
         elif self._trouble is None and before is not None:

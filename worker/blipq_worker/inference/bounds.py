@@ -1,4 +1,4 @@
-"""Whether an item can go to an engine at all, asked before anything is sent."""
+"""Whether an item can go to an engine at all, checked before anything is sent."""
 
 from blipq_worker.inference.interface import ItemFailed
 from blipq_worker.inference.protocol import Submit, checked

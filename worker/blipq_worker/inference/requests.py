@@ -1,4 +1,4 @@
-"""What is asked of an engine and what it answers, as plain data: no torch, no queue, no socket.
+"""Requests to an engine and its responses, as plain data: no torch, no queue, no socket.
 
 Items are frozen and may be shared between threads. Bounds are part of the types: they are checked
 when a message is decoded, not when an item is made. A bounded number is never NaN or infinite.

@@ -1,6 +1,6 @@
 """Serves fronts on the thread that steps the model: while the device works, and when it is idle.
 
-There is no other thread and no lock. ``poll`` never waits longer than it is told, takes few
+There is no other thread and no lock. ``poll`` never waits longer than its argument, takes few
 messages of each front a turn, and raises nothing that a front could cause: a front that breaks the
 protocol, does not read, or stops within a message loses its connection and its items, and no other
 front notices. What cannot be sent at once waits in a bounded buffer.
@@ -316,8 +316,8 @@ class EngineServer:
             return
         del self._fronts[front.socket.fileno()]
         self._turns.forget(front.socket)
-        told = log.info if front.greeted else log.debug
-        told("engine: lets %s go with %d items: %s", front, len(front.works), reason)
+        write = log.info if front.greeted else log.debug
+        write("engine: lets %s go with %d items: %s", front, len(front.works), reason)
         farewell(front.socket, None if front.has_unread else reason)
         if front.reader.lent is not None:
             self._rows.take_back(front.reader.lent)

@@ -24,10 +24,10 @@ class Turns:
         wait_s = 0.0 if self._skipped or self._again else timeout_s
         ms = int(min(wait_s, _STARVED_S if self._starved else wait_s) * 1000)
         # epoll rounds up to whole milliseconds: half of one less than these gives exactly these.
-        told = self._epoll.poll((ms - 0.5) / 1000 if ms else 0)
+        ready = self._epoll.poll((ms - 0.5) / 1000 if ms else 0)
         self._skipped, self._again, self._starved = {}, {}, {}
         events = dict.fromkeys(left, select.EPOLLIN)
-        for fd, event in told:
+        for fd, event in ready:
             events[fd] = events.get(fd, 0) | event
         return events
 

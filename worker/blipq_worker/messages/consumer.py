@@ -39,7 +39,7 @@ class Door:
     refuse: records or drops a malformed message. Raises the same.
     dropped: counts a malformed message that could not be recorded.
     problem: why Redis takes no writes, or None.
-    ended: the consumer has ended, by an error or as it was told to.
+    ended: the consumer has ended, by an error or on request.
     in_hand: follows each message that is well-formed, if anybody does.
     """
 

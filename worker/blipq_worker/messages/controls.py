@@ -29,7 +29,7 @@ REFUSED = {
     "report": "it would show the broker's password: use blipq doctor",
 }
 
-#: What may be told of the broker: its options and the other addresses of a list hold passwords.
+#: What may be shown of the broker: its options and the other addresses of a list hold passwords.
 _BROKER = ("transport", "hostname", "port", "virtual_host", "userid", "connect_timeout")
 
 _celery_conf = control.conf  # type: ignore[attr-defined]
@@ -52,11 +52,11 @@ def _refusing(name: str, why: str) -> Callable[..., dict[str, str]]:
 
 def _conf(panel: Any, with_defaults: bool = False, **_: Any) -> dict[str, Any]:
     """Celery hides passwords in the one setting of the broker's URL that blipq does not use."""
-    told: dict[str, Any] = _celery_conf(panel, with_defaults=with_defaults)
-    return {name: value for name, value in told.items() if not name.startswith("broker_")}
+    conf: dict[str, Any] = _celery_conf(panel, with_defaults=with_defaults)
+    return {name: value for name, value in conf.items() if not name.startswith("broker_")}
 
 
 def _stats(panel: Any, **_: Any) -> dict[str, Any]:
-    told: dict[str, Any] = _celery_stats(panel)
-    broker = told["broker"]
-    return told | {"broker": {name: broker[name] for name in _BROKER if name in broker}}
+    stats: dict[str, Any] = _celery_stats(panel)
+    broker = stats["broker"]
+    return stats | {"broker": {name: broker[name] for name in _BROKER if name in broker}}

@@ -29,7 +29,7 @@ class PortTaken(Exception):
 
 
 def require_port(port: int | None, host: str = "") -> None:
-    """Raises PortTaken if the port cannot be had: to be told before minutes go into models."""
+    """Raises PortTaken if the port cannot be had: known before minutes go into models."""
     if port is not None:
         _listening(port, BaseHTTPRequestHandler, host).server_close()
 
@@ -48,8 +48,8 @@ def _listening(
 def _checked(checks: Checks) -> Answer:
     found = {name: _asked(check) for name, check in checks.items()}
     wrong = any(problem is not None for problem in found.values())
-    told = {name: "ok" if problem is None else problem for name, problem in found.items()}
-    return 503 if wrong else 200, "application/json", json.dumps(told).encode()
+    report = {name: "ok" if problem is None else problem for name, problem in found.items()}
+    return 503 if wrong else 200, "application/json", json.dumps(report).encode()
 
 
 def _asked(check: Callable[[], str | None]) -> str | None:
@@ -64,8 +64,8 @@ def _page(metrics: Callable[[], bytes]) -> Answer:
     try:
         return 200, CONTENT_TYPE_LATEST, metrics()
     except Exception as error:
-        told = redacted(f"{type(error).__name__}: {error}")
-        return 500, "text/plain; charset=utf-8", told.encode(errors="replace")
+        shown = redacted(f"{type(error).__name__}: {error}")
+        return 500, "text/plain; charset=utf-8", shown.encode(errors="replace")
 
 
 class BrokerLoop:

@@ -46,7 +46,7 @@ def count_in(folder: Path, process: str) -> None:
     """From now on this process counts in files of the folder, for ``counted_in`` to add up.
 
     Before the first metric is made. process: a name without _, whose next process goes on counting
-    where this one stops. Gauges that are asked for have no place there. Raises OSError.
+    where this one stops. Gauges that are read at a scrape have no place there. Raises OSError.
     """
     for kind in ("counter", "histogram"):
         # prometheus_client maps them: where the disk is full by then, a new page would be SIGBUS.
@@ -128,7 +128,7 @@ class WorkerMetrics:
         self._refused.labels(outcome).inc()
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """A number that is asked for at each scrape."""
+        """A number that is read at each scrape."""
         Gauge(f"blipq_worker_{name}", text, registry=self._registry).set_function(value)
 
     def decoding(self, ways: Mapping[str, tuple[str, str]]) -> None:

@@ -1,4 +1,4 @@
-"""How often a process was told to end."""
+"""How many signals to end a process got."""
 
 import time
 from collections.abc import Callable

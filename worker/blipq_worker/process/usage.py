@@ -49,8 +49,8 @@ class Usage:
             ran, used = self._ran, self._used
             self._empty()
         if ran or used:
-            told = {
+            learned = {
                 "ran": [[*about, *sums] for about, sums in ran.items()],
                 "used": [[*about, ms] for about, ms in used.items()],
             }
-            ledger.learn(json.dumps(told))
+            ledger.learn(json.dumps(learned))

@@ -227,8 +227,8 @@ def _stored_config(folder: Path) -> Any:
     try:
         return Blip2Config.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds on a malformed configuration
-        told = " ".join(str(error).split())
-        raise ModelError(f"{folder / 'config.json'} is unusable: {told}") from error
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{folder / 'config.json'} is unusable: {reason}") from error
 
 
 def parts_of(

@@ -1,4 +1,4 @@
-"""What served models said when they were known to be well, and how far others may be from it.
+"""What served models answered when they were known to be right, and how far others may differ.
 
 A golden is recorded on the canary's pictures by ``blipq models record-golden``. blipq brings those
 of the models that it could run itself; ``BLIPQ_GOLDENS`` names a file with more. Without torch.
@@ -76,8 +76,8 @@ def _read(file: Path) -> dict[str, Golden]:
     try:
         return _Goldens.validate_json(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        told = explain(error) if isinstance(error, ValidationError) else str(error)
-        raise GoldenError(f"{file} is no file of `blipq models record-golden`: {told}") from error
+        reason = explain(error) if isinstance(error, ValidationError) else str(error)
+        raise GoldenError(f"{file} is no file of `blipq models record-golden`: {reason}") from error
 
 
 def write_golden(file: Path, what: str, golden: Golden) -> None:

@@ -121,8 +121,8 @@ def _load(
     from blipq_worker.blip2.loading.precision import cpu_has_bfloat16
 
     served = served_model(name, what)
-    if (told := shortage(options, what, device, quantization)) is not None:
-        log.warning("%s", told)
+    if (reason := shortage(options, what, device, quantization)) is not None:
+        log.warning("%s", reason)
     if device == "cpu" and options.dtype == "bfloat16" and not cpu_has_bfloat16():
         log.warning("this CPU has no instructions for bfloat16: BLIPQ_DTYPE=float32 is faster here")
     model = Blip2.load(
@@ -190,13 +190,13 @@ def _explained(name: str, options: WorkerSettings) -> Iterator[None]:
     except (CheckpointError, ModelError, ValueError) as error:
         raise ModelError(f"model {name!r}: {error}") from error
     except (torch.OutOfMemoryError, MemoryError) as error:
-        told = (str(error) or "out of memory").splitlines()[0]
+        reason = (str(error) or "out of memory").splitlines()[0]
         advice = f"`blipq models memory {options.models[name]}` counts what it takes"
-        raise ModelError(f"model {name!r} does not fit: {told}; {advice}") from error
+        raise ModelError(f"model {name!r} does not fit: {reason}; {advice}") from error
     except Exception as error:  # of libraries that read files, and of a configuration that lies
         log.debug("model %r", name, exc_info=error)
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         if is_device_fault(error):
-            raise DeviceLost(f"model {name!r}: the device is lost: {told}") from error
+            raise DeviceLost(f"model {name!r}: the device is lost: {reason}") from error
         advice = "BLIPQ_LOG_LEVEL=DEBUG shows where"
-        raise ModelError(f"model {name!r} cannot be loaded: {told}; {advice}") from error
+        raise ModelError(f"model {name!r} cannot be loaded: {reason}; {advice}") from error

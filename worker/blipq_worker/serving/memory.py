@@ -173,6 +173,6 @@ def verdict_on_the_cpu(memory: Memory) -> str:
     """Whether it fits into this machine's memory, in a sentence."""
     free = available_bytes("cpu")
     if free is None:
-        return "how much memory is free here cannot be told"
+        return "how much memory is free here is unknown"
     fits = "fits" if memory.total <= free else "does not fit"
     return f"{fits}: {memory.total / GIB:.1f} GiB of {free / GIB:.1f} GiB that are free here"

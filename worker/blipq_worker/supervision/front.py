@@ -120,5 +120,5 @@ class FrontProcess:
         longest_s = max(self._watchdog_s, _START_S) if status is None else self._watchdog_s
         if silent_s > longest_s:
             return f"no beat for {silent_s:.0f} s"
-        told = () if status is None else status.live.items()
-        return next((f"{check}: {problem}" for check, problem in told), None)
+        checks = () if status is None else status.live.items()
+        return next((f"{check}: {problem}" for check, problem in checks), None)

@@ -115,8 +115,8 @@ class Settler:
         message = Message(holding.kind, holding.id, holding.queue)
         if verdict == "publish":
             # A claim may be on its way, or have been granted without an answer that came.
-            asked = {} if holding.nonce is None else {holding.nonce: holding.id}
-            return [message] if not asked else self._ledger.withdraw(asked)
+            withdrawn = {} if holding.nonce is None else {holding.nonce: holding.id}
+            return [message] if not withdrawn else self._ledger.withdraw(withdrawn)
         assert holding.token is not None
         if verdict == "image_invalid":
             self._fail(holding, holding.token, code)

@@ -42,12 +42,12 @@ class Whole:
         found = self.statuses()
         if any(not each.problems for each in found):
             return None
-        told = (
+        problems = (
             f"front {each.number}: {each.problems[check]}"
             for each in found
             if check in each.problems
         )
-        return next(told, None)
+        return next(problems, None)
 
     def fronts_problem(self) -> str | None:
         """Why no front is ready, in a word."""
@@ -58,12 +58,12 @@ class Whole:
 
     def stuck_front(self) -> str | None:
         """What is wrong with a front that only its end would mend."""
-        told = (
+        problems = (
             f"front {each.number}: {check}: {problem}"
             for each in self.statuses()
             for check, problem in each.live.items()
         )
-        return next(told, None)
+        return next(problems, None)
 
     def _is_draining(self, found: Sequence[FrontStatus]) -> bool:
         if self.draining or self.engine.refusal is not None:

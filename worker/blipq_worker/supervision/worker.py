@@ -93,7 +93,7 @@ class SplitWorker:
         self._health = self._health_server() if options.health_port is not None else None
 
     def run(self) -> int:
-        """Works until it is told to stop; the exit code. On the main thread."""
+        """Works until a signal or remote control stops it; the exit code. On the main thread."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         if self._health is not None:
@@ -173,10 +173,10 @@ class SplitWorker:
     def _drain(self) -> None:
         """Fronts end by themselves, each within its own deadline."""
         deadline = time.monotonic() + self._options.drain_timeout_s + LEAVE_S
-        told = 0
+        sent = 0
         while time.monotonic() < deadline:
-            if told < max(1, self._signals):
-                told += 1
+            if sent < max(1, self._signals):
+                sent += 1
                 self._tell_fronts()
             for front in self._fronts:
                 front.look(revive=False)
