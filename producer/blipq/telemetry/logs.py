@@ -41,20 +41,20 @@ class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """A record, with its job and its trace where it is about one."""
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        told = {
+        fields = {
             "time": at.replace("+00:00", "Z"),
             "level": record.levelname,
             "logger": record.name,
             "message": redacted(record.getMessage()),
         }
         if self._process:
-            told["process"] = self._process
+            fields["process"] = self._process
         if (job := _job.get()) is not None:
             id, context = job
-            told |= {"job_id": id} | ({"trace_id": trace_id(context)} if context else {})
+            fields |= {"job_id": id} | ({"trace_id": trace_id(context)} if context else {})
         if record.exc_info:
-            told["traceback"] = redacted(self.formatException(record.exc_info))
-        return json.dumps(told)
+            fields["traceback"] = redacted(self.formatException(record.exc_info))
+        return json.dumps(fields)
 
 
 def set_up_logging(

@@ -15,7 +15,7 @@ from blipq.redaction import redacted
 from blipq.telemetry import names
 from blipq.telemetry.trace import SpanKind, Trace, formatted
 
-#: Characters of an error that a span tells.
+#: Characters of an error in a span.
 _LONGEST_ERROR = 500
 _KINDS: Mapping[SpanKind, api.SpanKind] = {
     "internal": api.SpanKind.INTERNAL,

@@ -240,9 +240,9 @@ def _passing(key: _Key, tasks: Sequence[Task]) -> Trace:
     waiting = [task.trace for task in tasks if task.trace and is_sampled(task.trace)]
     if not waiting:
         return NOTHING
-    told = {names.MODEL_NAME: key.model, names.BATCH_SIZE: len(tasks)}
+    attributes = {names.MODEL_NAME: key.model, names.BATCH_SIZE: len(tasks)}
     name = f"{names.PASS} {key.verb.name}"
-    return tracing.continued(name, waiting[0], attributes=told, links=waiting)
+    return tracing.continued(name, waiting[0], attributes=attributes, links=waiting)
 
 
 def _writing(task: Task) -> Trace:

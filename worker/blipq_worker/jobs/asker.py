@@ -77,7 +77,7 @@ def has_begun(futures: Sequence["Future[Answer]"]) -> bool:
     return any(isinstance(error, EngineGone) and error.started for error in errors)
 
 
-def _tell(span: Trace, answers: Sequence[Answer]) -> None:
+def _note_passes(span: Trace, answers: Sequence[Answer]) -> None:
     """Links the span of a job's wait for the model to those of the passes that answered it."""
     for passed in {answer.span for answer in answers} - {"", span.context}:
         span.link(passed)
@@ -146,7 +146,7 @@ class Asker:
             started = time.monotonic()
             with self._watch.trace.child(names.MODEL) as self._span:
                 answers = self._answers(items)
-                _tell(self._span, answers)
+                _note_passes(self._span, answers)
         own = [answer for answer in answers if not answer.shared]
         passes = sum(answer.pass_ms for answer in own)
         waited = (time.monotonic() - started) * 1000 - passes

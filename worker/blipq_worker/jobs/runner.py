@@ -95,7 +95,11 @@ def _begun(claim: Claim, worker: str) -> Trace:
         return NOTHING
     since = time.time_ns() - round(claim.waited_ms * 1e6)
     tracing.continued(names.QUEUE, claim.traceparent, since_ns=since).end()
-    told = names.of_message(names.PROCESS, "process", claim.queue, claim.id, claim.kind.value)
-    told |= {names.MODEL_NAME: claim.model, names.ATTEMPT: claim.attempts, names.WORKER: worker}
+    attributes = names.of_message(names.PROCESS, "process", claim.queue, claim.id, claim.kind.value)
+    attributes |= {
+        names.MODEL_NAME: claim.model,
+        names.ATTEMPT: claim.attempts,
+        names.WORKER: worker,
+    }
     name = f"{names.PROCESS} {claim.queue}"
-    return tracing.continued(name, claim.traceparent, kind="consumer", attributes=told)
+    return tracing.continued(name, claim.traceparent, kind="consumer", attributes=attributes)
