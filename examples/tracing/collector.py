@@ -1,4 +1,4 @@
-"""Prints each trace that is sent to http://127.0.0.1:4318, for a first look: see docs/tracing.md.
+"""Prints each trace that is sent to http://127.0.0.1:4318: see docs/tracing.md.
 
 It needs what `blipq[otel]` installs. `python examples/tracing/collector.py [PORT]`
 """

@@ -18,7 +18,7 @@ from blipq.telemetry import tracing
 from blipq.telemetry.trace import NOTHING, Trace, parsed
 from blipq.testing import FakeBlipq
 from conftest import ROOT, wait_until
-from otlp import Collector, collecting
+from guarantees.traces.collector import Collector, collecting
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SAMPLED, UNSAMPLED = f"00-{TRACE}-{PARENT}-01", f"00-{TRACE}-{PARENT}-00"

@@ -11,7 +11,7 @@ from blipq_worker.inference.local import LocalInference
 from blipq_worker.inference.requests import Answer, ImagePixels, Match
 from conftest import wait_until
 from guarantees.stand_ins.faulty_model import FaultyModel
-from otlp import Collector, collecting
+from guarantees.traces.collector import Collector, collecting
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from blipq.telemetry import tracing
 from conftest import wait_until
 from guarantees.fronts import parts
 from guarantees.rig import Rig, both_forms
-from otlp import Collector, Span, collecting
+from guarantees.traces.collector import Collector, Span, collecting
 from receivers import SECRET, receiving
 
 QUEUE = "blipq.default.normal"
