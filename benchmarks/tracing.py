@@ -1,19 +1,23 @@
-"""``python -m benchmarks.tracing [JOBS] [ROUNDS]``: what traces cost, where a model takes no time.
+"""``python -m benchmarks.tracing [--demo] [--jobs N] [--rounds N]``: what traces cost.
 
 Jobs a second without tracing, with 1 % of the jobs sampled, and with all; the rounds take turns, so
-that what else the machine does meets all three. The collector is a process of its own that reads
-what it is sent and throws it away.
+that what else the machine does meets all three. The model takes no time, so that all is overhead,
+or it is the demo model. The collector is a process of its own that reads what it is sent and throws
+it away.
 """
 
+import argparse
+import io
 import multiprocessing
 import os
 import statistics
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
 from typing import Any
+
+from PIL import Image
 
 from benchmarks.overhead import AT_ONCE, SLEEPING, THREADS, WARM, requests
 from blipq.telemetry import tracing
@@ -56,15 +60,18 @@ def collector() -> Iterator[str]:
         process.join()
 
 
-def per_s(stack: Stack, variables: Mapping[str, str], jobs: int) -> float:
+def per_s(stack: Stack, variables: Mapping[str, str], jobs: int, *, demo: bool) -> float:
     """Jobs a second through a worker, and a client, with these variables."""
     before = dict(os.environ)
     os.environ.update(variables)
     tracing.reset()
-    image = stack.upload([b"nothing"])[0]
+    image = stack.upload([_picture()])[0]
     try:
-        environment = {**AT_ONCE, "BENCH_FETCH": "0", "BLIPQ_CONCURRENCY": str(THREADS)}
-        stack.start_workers({**environment, **variables}, SLEEPING)
+        if demo:
+            stack.start_workers({"BLIPQ_MODELS": "default=demo", **variables})
+        else:
+            environment = {**AT_ONCE, "BENCH_FETCH": "0", "BLIPQ_CONCURRENCY": str(THREADS)}
+            stack.start_workers({**environment, **variables}, SLEEPING)
         stack.backlog(requests(image, WARM))
         return stack.backlog(requests(image, jobs)).per_s
     finally:
@@ -74,19 +81,30 @@ def per_s(stack: Stack, variables: Mapping[str, str], jobs: int) -> float:
         tracing.reset()
 
 
-def main(jobs: int = 1_000, rounds: int = 3) -> None:
+def _picture() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(stream, "PNG")
+    return stream.getvalue()
+
+
+def main() -> None:
     """Measures, and prints a table."""
+    parser = argparse.ArgumentParser("python -m benchmarks.tracing")
+    parser.add_argument("--demo", action="store_true", help="with the demo model")
+    parser.add_argument("--jobs", type=int, default=1_000, help="of each round")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
     found: dict[str, list[float]] = {name: [] for name in SAMPLERS}
     with collector() as url, running() as stack:
-        for _ in range(rounds):
+        for _ in range(options.rounds):
             for name, variables in SAMPLERS.items():
                 variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": url, **variables}
-                found[name].append(per_s(stack, variables, jobs))
+                found[name].append(per_s(stack, variables, options.jobs, demo=options.demo))
     off = statistics.median(found["off"])
     for name, rates in found.items():
-        rate = statistics.median(rates)
-        print(f"{name:>4}: {rate:7.0f} jobs/s, {rate / off:.2f} of off, {rates}")
+        rate, shown = statistics.median(rates), ", ".join(f"{each:.0f}" for each in rates)
+        print(f"{name:>4}: {rate:6.0f} jobs/s, {rate / off:.2f} of off (rounds: {shown})")
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main()
