@@ -1,5 +1,6 @@
 """One trace shows a job from its client to its webhook, whatever died in between."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -148,3 +149,18 @@ def test_jobs_go_on_while_no_collector_answers(rig: Rig, collector: Collector) -
     rig.all_succeed(rig.submit_all(["fine"] * 20))
     worker.stop(timeout=60)
     assert os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] == collector.url
+
+
+def test_a_workers_log_as_json_names_its_jobs_and_their_traces(
+    rig: Rig, collector: Collector
+) -> None:
+    worker = rig.start_demo_worker(log_format="json")
+    job = rig.client.caption(rig.image)
+    rig.all_succeed([job])
+    wait_until(lambda: bool(collector.named("submit")), "the span of the submit")
+    assert worker.log is not None
+    lines = [json.loads(line) for line in worker.log.read_text().splitlines()]
+    (line,) = [each for each in lines if each["message"] == f"{job.id}: succeeded"]
+    (submit,) = collector.named("submit")
+    assert (line["job_id"], line["trace_id"]) == (job.id, submit.trace)
+    assert {each.get("job_id") for each in lines} == {None, job.id}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import redis
 
-from blipq import CaptionRequest, Client, Options
+from blipq import CaptionRequest, Client, Options, QueueFull, SubmitStopped
 from blipq.client.submitting import traced
 from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.submission import Submission
@@ -272,3 +272,17 @@ def test_the_documented_collector_prints_the_span_of_a_submit() -> None:
         finally:
             collector.kill()
     assert line.endswith("ms blipq submit blipq.default.normal\n")
+
+
+def test_submits_that_are_refused_end_their_spans_with_the_reason(collector: Collector) -> None:
+    fake = FakeBlipq()
+    fake.stop_worker()
+    with Client(backend=fake, max_open_jobs=2) as client:
+        with pytest.raises(SubmitStopped):
+            client.submit_many([REQUEST] * 4)
+        with pytest.raises(QueueFull):
+            client.submit(REQUEST)
+    wait_until(lambda: len(collector.spans) == 5, "a span of each submit")
+    failed = [span for span in collector.spans if span.failed]
+    assert {span.attributes["error.type"] for span in failed} == {"QueueFull"}
+    assert len(failed) == 3
