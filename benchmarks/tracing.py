@@ -21,7 +21,7 @@ from PIL import Image
 
 from benchmarks.overhead import AT_ONCE, SLEEPING, THREADS, WARM, requests
 from blipq.telemetry import tracing
-from blipq_worker.bench.stack import Stack, running
+from blipq_worker.bench.stack import Stack, Through, running
 
 SAMPLERS: Mapping[str, Mapping[str, str]] = {
     "off": {"OTEL_SDK_DISABLED": "true"},
@@ -60,8 +60,8 @@ def collector() -> Iterator[str]:
         process.join()
 
 
-def per_s(stack: Stack, variables: Mapping[str, str], jobs: int, *, demo: bool) -> float:
-    """Jobs a second through a worker, and a client, with these variables."""
+def through(stack: Stack, variables: Mapping[str, str], jobs: int, *, demo: bool) -> Through:
+    """Jobs through a worker, from a client, with these variables."""
     before = dict(os.environ)
     os.environ.update(variables)
     tracing.reset()
@@ -73,7 +73,7 @@ def per_s(stack: Stack, variables: Mapping[str, str], jobs: int, *, demo: bool) 
             environment = {**AT_ONCE, "BENCH_FETCH": "0", "BLIPQ_CONCURRENCY": str(THREADS)}
             stack.start_workers({**environment, **variables}, SLEEPING)
         stack.backlog(requests(image, WARM))
-        return stack.backlog(requests(image, jobs)).per_s
+        return stack.backlog(requests(image, jobs))
     finally:
         stack.stop_workers()
         os.environ.clear()
@@ -94,16 +94,24 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1_000, help="of each round")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    found: dict[str, list[float]] = {name: [] for name in SAMPLERS}
+    found: dict[str, list[Through]] = {name: [] for name in SAMPLERS}
     with collector() as url, running() as stack:
         for _ in range(options.rounds):
             for name, variables in SAMPLERS.items():
                 variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": url, **variables}
-                found[name].append(per_s(stack, variables, options.jobs, demo=options.demo))
-    off = statistics.median(found["off"])
-    for name, rates in found.items():
-        rate, shown = statistics.median(rates), ", ".join(f"{each:.0f}" for each in rates)
-        print(f"{name:>4}: {rate:6.0f} jobs/s, {rate / off:.2f} of off (rounds: {shown})")
+                found[name].append(through(stack, variables, options.jobs, demo=options.demo))
+    rates = {name: statistics.median(each.per_s for each in runs) for name, runs in found.items()}
+    costs = {
+        name: statistics.median(sum(each.cpu_ms().values()) for each in runs)
+        for name, runs in found.items()
+    }
+    for name, runs in found.items():
+        shown = ", ".join(f"{each.per_s:.0f}" for each in runs)
+        rate, cost = rates[name] / rates["off"], costs[name] / costs["off"]
+        print(
+            f"{name:>4}: {rates[name]:4.0f} jobs/s, {rate:.2f} of off (rounds: {shown}); "
+            f"{costs[name]:.2f} CPU ms a job, {cost:.2f} of off"
+        )
 
 
 if __name__ == "__main__":
