@@ -15,7 +15,7 @@ RUN useradd --create-home --uid 1000 blipq && \
     install --directory --owner=blipq --mode=0700 /keys
 COPY constraints.txt /tmp/constraints.txt
 RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
-    pip install --no-cache-dir -c /tmp/constraints.txt "$(echo /wheels/blipq-*.whl)[api]"
+    pip install --no-cache-dir -c /tmp/constraints.txt "$(echo /wheels/blipq-*.whl)[api,otel]"
 USER blipq
 CMD ["blipq", "--help"]
 

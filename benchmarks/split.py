@@ -94,6 +94,7 @@ class Device:
         deadline: float | None,
         done: Callable[[Outcome], None],
         alone: bool = False,
+        trace: str = "",
     ) -> Job:
         """Waits for a slot, unless this engine answers at once."""
         job = Job(done)

@@ -29,7 +29,8 @@ from conftest import ROOT, start_worker, wait_for_worker, wait_until
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 #: Read from the environment elsewhere than in the settings.
-OTHER_VARIABLES = {"BLIPQ_STACK_FILE", "BLIPQ_LOG_LEVEL", "BLIPQ_REDIS_PASSWORD", "BLIPQ_S3_"}
+OTHER_VARIABLES = {"BLIPQ_STACK_FILE", "BLIPQ_REDIS_PASSWORD", "BLIPQ_S3_"}
+OTHER_VARIABLES |= {"BLIPQ_LOG_LEVEL", "BLIPQ_LOG_FORMAT"}
 
 
 @pytest.fixture(scope="module")

@@ -95,10 +95,10 @@ def _one_record(text: str) -> str:
     return printable(redacted(text)).replace("\n", "\n    ")
 
 
-def log_to_stderr(level: str, format: str) -> None:
+def log_to_stderr(level: str, formatter: logging.Formatter) -> None:
     """Sets a process of blipq's up: its log and its last words go to stderr, without secrets."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Redacting(format))
+    handler.setFormatter(formatter)
     logging.basicConfig(level=level, handlers=[handler])
     redact_tracebacks()
 

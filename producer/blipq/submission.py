@@ -177,6 +177,7 @@ class Submission:
 
     tenant: whose job it is, which is written into its record. Idempotency keys are the tenant's.
     rights: what the job may name (see ``Rights.text``), for its worker to check; None is anything.
+    traceparent: where the job belongs in a trace (W3C); without it, below the caller's own span.
     """
 
     request: Request
@@ -184,3 +185,4 @@ class Submission:
     id: str = field(default_factory=new_id)
     tenant: str | None = None
     rights: str | None = None
+    traceparent: str | None = None

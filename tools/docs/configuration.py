@@ -52,6 +52,8 @@ TAIL = """\
 | `XDG_CACHE_HOME` | where the local stack keeps its data: `$XDG_CACHE_HOME/blipq` |
 | `BLIPQ_STACK_FILE` | the file by which clients find the local stack |
 | `BLIPQ_LOG_LEVEL` | level of the worker's log, by default `INFO` |
+| `BLIPQ_LOG_FORMAT` | by default `text`; `json`: an object a line, with the job and its trace |
+| `OTEL_EXPORTER_OTLP_ENDPOINT`, `OTEL_TRACES_SAMPLER`, ... | traces: see [Traces](tracing.md) |
 """
 
 

@@ -2,16 +2,16 @@
 
 import argparse
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blipq.errors import InvalidRequest
-from blipq.redaction import log_to_stderr
 from blipq.settings import Settings
 from blipq.submission import checked
+from blipq.telemetry import tracing
+from blipq.telemetry.logs import set_up_logging
 from blipq_worker.catalog.models import ModelError
 from blipq_worker.engine.faults import DeviceLost
 from blipq_worker.inference.address import AddressError
@@ -46,7 +46,7 @@ def _engine(arguments: list[str]) -> int:
     parser.add_argument("--run", type=Path, required=True, help="folder for the engine's socket")
     folder = parser.parse_args(arguments).run
     try:
-        _set_up_logging(os.environ.get("BLIPQ_LOG_LEVEL", "INFO"))
+        _set_up_logging()
         options = checked(WorkerSettings)
     except InvalidRequest as error:
         print(f"blipq engine: {error}", file=sys.stderr)
@@ -74,7 +74,7 @@ def _front(arguments: list[str]) -> int:
 
     seat = Seat(given.run, given.number, given.of, given.worker)
     try:
-        settings, options = _settings(f" front-{seat.number}")
+        settings, options = _settings(f"front-{seat.number}")
         front = Front(settings, options, seat)
     except (InvalidRequest, AddressError) as error:
         print(f"blipq front: {error}", file=sys.stderr)
@@ -133,18 +133,17 @@ def _settings(process: str = "") -> tuple[Settings, WorkerSettings]:
 
     Raises InvalidRequest.
     """
-    _set_up_logging(os.environ.get("BLIPQ_LOG_LEVEL", "INFO"), process)
+    _set_up_logging(process)
     # Root is common in containers, and only JSON is accepted.
     warnings.filterwarnings("ignore", message="You're running the worker with superuser")
     settings = checked(Settings)
     return settings, checked(WorkerSettings).beside(settings)
 
 
-def _set_up_logging(level: str, process: str = "") -> None:
-    try:
-        log_to_stderr(level, f"%(asctime)s{process} %(levelname)s %(name)s: %(message)s")
-    except ValueError:
-        raise InvalidRequest(f"BLIPQ_LOG_LEVEL: {level!r} is no level of logging") from None
+def _set_up_logging(process: str = "") -> None:
+    """The log, and what the log is not enough for. Raises InvalidRequest."""
+    set_up_logging(process)
+    tracing.start("blipq-worker")
     logging.getLogger("celery.worker.strategy").setLevel("WARNING")  # a line per message received
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import cast
 
 from blipq.contract import Receipt
+from blipq.telemetry.trace import NOTHING, Trace
 
 DEMO = "demo"
 DEMO_LARGEST_PX = 256
@@ -16,19 +17,21 @@ DEMO_NOTE = (
 
 
 class Stopwatch:
-    """Collects a job's receipt."""
+    """Collects a job's receipt. trace: the span of its run, below which stages have theirs."""
 
-    def __init__(self, *, queue_ms: float, worker: str) -> None:
+    def __init__(self, *, queue_ms: float, worker: str, trace: Trace = NOTHING) -> None:
+        self.trace = trace
         self._fields: dict[str, float | int | str] = {"queue_ms": queue_ms, "worker": worker}
         self._notes: list[str] = []
         self._started = time.monotonic()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the milliseconds of the block to the field ``{name}_ms``."""
+        """Adds the milliseconds of the block to the field ``{name}_ms``; it has a span, too."""
         started = time.monotonic()
         try:
-            yield
+            with self.trace.child(name):
+                yield
         finally:
             self.add(f"{name}_ms", (time.monotonic() - started) * 1000)
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from starlette.requests import Request
@@ -34,7 +35,7 @@ async def submit(request: Request) -> Response:
         lines = [(n, line) for n, line in enumerate(body.split(b"\n"), 1) if line.strip()]
         if len(lines) > MOST_LINES:
             raise Problem(413, "too_large", f"a batch has at most {MOST_LINES:,} lines")
-        batch = _Batch(door, caller)
+        batch = _Batch(door, caller, request.headers.get("traceparent"))
         for at in range(0, len(lines), CHUNK):
             await batch.record(lines[at : at + CHUNK])
     if batch.away is not None and not batch.recorded:
@@ -74,9 +75,10 @@ def _read(uri: str, door: Door) -> bytes:
 class _Batch:
     """The jobs of one batch. Once the queue is full or away, no further one is tried."""
 
-    def __init__(self, door: Door, caller: Caller) -> None:
+    def __init__(self, door: Door, caller: Caller, traceparent: str | None) -> None:
         self._door = door
         self._caller = caller
+        self._traceparent = traceparent
         self.answers: list[str] = []
         self.recorded = 0
         self.away: Problem | None = None
@@ -84,7 +86,11 @@ class _Batch:
     async def record(self, lines: Sequence[tuple[int, bytes]]) -> None:
         """Records what these lines ask for."""
         items = [(number, *_checked(self._door, self._caller, line)) for number, line in lines]
-        submissions = [item for _, _, item in items if isinstance(item, Submission)]
+        submissions = [
+            replace(item, traceparent=self._traceparent)
+            for _, _, item in items
+            if isinstance(item, Submission)
+        ]
         outcomes = iter(await self._submitted(submissions))
         for number, custom_id, item in items:
             outcome = item if isinstance(item, Problem) else next(outcomes)

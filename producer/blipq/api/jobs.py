@@ -4,6 +4,7 @@ import asyncio
 import base64
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
 
@@ -93,6 +94,7 @@ async def _submit(request: Request, id: str) -> Response:
         await read_json(request), request.headers.get("idempotency-key")
     )
     submission = caller.submission(job_request, options, id, door.settings.inbox_bucket)
+    submission = replace(submission, traceparent=request.headers.get("traceparent"))
     job: Any = await door.client.submit(submission)
     if wait:
         info = await ended(request, door, job.id, wait)

@@ -89,6 +89,9 @@ _KEY = _parameter(
     _of("string", minLength=1, maxLength=255),
     ("The same key with the same body is the same job; with another body it is a 409."),
 )
+_TRACE = _parameter(
+    "Traceparent", "header", _TEXT, "W3C's place in a trace: the job's spans are below it."
+)
 _LIMIT = _parameter("limit", "query", _of("integer", minimum=1, maximum=500), "The most to list.")
 _CURSOR = _parameter("cursor", "query", _TEXT, "`next_cursor` of the page before.")
 _TIME = _of("string", format="date-time")
@@ -136,13 +139,13 @@ _BODY = {"application/json": {"schema": _ref("Job")}}
 _Described = tuple[tuple[Any, ...], dict[str, Any], dict[str, Any], tuple[str, ...]]
 _OPERATIONS: dict[tuple[str, str], _Described] = {
     ("POST", "/v1/jobs"): (
-        (_KEY, *_WAIT),
+        (_KEY, _TRACE, *_WAIT),
         _BODY,
         {"200": _JOB_ENDED, "202": _ACCEPTED},
         ("409", "415"),
     ),
     ("PUT", "/v1/jobs/{id}"): (
-        (_ID, _KEY, *_WAIT),
+        (_ID, _KEY, _TRACE, *_WAIT),
         _BODY,
         {"200": _JOB_ENDED, "202": _ACCEPTED},
         ("404", "409", "415"),

@@ -3,7 +3,6 @@
 import asyncio
 import ipaddress
 import logging
-import os
 import signal
 import socket
 import sys
@@ -18,7 +17,8 @@ from blipq.api.app import app_of
 from blipq.api.door import Door
 from blipq.api.settings import ApiSettings
 from blipq.errors import InvalidRequest
-from blipq.redaction import log_to_stderr
+from blipq.telemetry import tracing
+from blipq.telemetry.logs import set_up_logging
 
 #: The door would serve strangers: starting it again would not help.
 EXIT_NO_KEYS = 78
@@ -111,9 +111,8 @@ def bound(host: str, port: int) -> socket.socket:
 
 def run(settings: ApiSettings, host: str, port: int, tell: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT. Raises InvalidRequest for a port or a file that is wrong."""
-    log_to_stderr(
-        os.environ.get("BLIPQ_LOG_LEVEL", "INFO"), "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    set_up_logging()
+    tracing.start("blipq-api")
     _log_access()
     with bound(host, port) as listening:
         asyncio.run(_serve(settings, listening, tell))

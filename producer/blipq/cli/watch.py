@@ -12,7 +12,8 @@ import typer
 
 from blipq.cli.terminal.output import JsonOption, connected, errors, out
 from blipq.client.sync_client import Client
-from blipq.redaction import log_to_stderr
+from blipq.telemetry import tracing
+from blipq.telemetry.logs import set_up_logging
 from blipq.watch.rules import Rules, load
 from blipq.watch.start import (
     backfill_of,
@@ -51,7 +52,8 @@ def watch(
         loaded = load(rules)
         check_webhooks(loaded, client.settings)
         check_models(loaded, client.ledger)
-        log_to_stderr("WARNING", "%(asctime)s %(levelname)s %(message)s")
+        set_up_logging(level="WARNING", line="%(asctime)s %(levelname)s %(message)s")
+        tracing.start("blipq-watch")
         check_outputs(loaded, client)
         watcher = Watcher(loaded, client, stop, _report(as_json), dry_run=dry_run)
         _run(watcher, loaded, client, backfill=backfill, once=once or dry_run)

@@ -20,7 +20,7 @@ from blipq.client.coalescing import CoalescedPolls
 from blipq.client.forgetting import Forgetting, Forgotten, Unindex
 from blipq.client.job import AsyncJob, last_expiry
 from blipq.client.progress import Progress
-from blipq.client.submitting import Submitting
+from blipq.client.submitting import Submitting, traced
 from blipq.contract import (
     Asks,
     CaptionRequest,
@@ -213,10 +213,12 @@ class AsyncClient(ClientBase):
     ) -> AsyncJob[ResultT]:
         """Submits a request of any kind, like ``Client.submit``."""
         submission = submission_of(request, options, id)
-        recorded = await self.ledger.submit(submission, notify=self._id)
-        if not isinstance(recorded, Message):
-            return self._job(recorded)
-        await self._publish([recorded])
+        submission, span = traced(submission)
+        with span:
+            recorded = await self.ledger.submit(submission, notify=self._id)
+            if not isinstance(recorded, Message):
+                return self._job(recorded)
+            await self._publish([recorded])
         return self._job(recorded.id, submission.options)
 
     async def submit_many(

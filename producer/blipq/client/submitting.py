@@ -4,7 +4,9 @@ Pure, so that every client shares it.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from blipq.backoff import Backoff
@@ -12,12 +14,31 @@ from blipq.contract import Options
 from blipq.errors import BlipqError, InvalidRequest, QueueUnavailable, SubmitStopped
 from blipq.ledger.codec import Message, Prepared, Recorded, message_of
 from blipq.submission import Submission
+from blipq.telemetry import names, tracing
+from blipq.telemetry.trace import NOTHING, Trace, parsed
 
 #: What one round trip records at most: Redis serves nobody else meanwhile.
 MAX_JOBS = 200
 MAX_CHARACTERS = 2**20
 #: Pauses after a refusal that may pass.
 REFUSED = Backoff(0.05, 1.0)
+
+
+def traced(submission: Submission) -> tuple[Submission, Trace]:
+    """A submission at its place in a trace, and the span of its submit, which the caller ends."""
+    parent = parsed(submission.traceparent) or tracing.ambient()
+    if not (parent or tracing.is_on()):
+        return submission, NOTHING
+    message = message_of(submission)
+    span = tracing.begun(
+        f"{names.SUBMIT} {message.queue}",
+        parent,
+        kind="producer",
+        attributes=names.of_message(
+            names.SUBMIT, "send", message.queue, submission.id, message.kind.value
+        ),
+    )
+    return replace(submission, traceparent=span.context or None), span
 
 
 class Submitting:
@@ -33,6 +54,7 @@ class Submitting:
         self.jobs: list[Any] = []
         #: Taken from the caller, and not known to be recorded.
         self.waiting: list[Prepared] = []
+        self._spans: deque[Trace] = deque()  # of those that wait, in their order
         self._prepare = prepare
         self._handle = handle
         self._options = options or Options()
@@ -51,12 +73,15 @@ class Submitting:
         """Takes a request or a submission; whether the chunk is to be sent now."""
         if not isinstance(request, Submission):
             request = Submission(request, self._options)
+        request, span = traced(request)
         try:
             prepared = self._prepare(request)
         except InvalidRequest as error:
+            span.end(error)
             self._invalid = request, error
             return True
         self.waiting.append(prepared)
+        self._spans.append(span)
         self._size += prepared.size
         return len(self.waiting) >= MAX_JOBS or self._size >= MAX_CHARACTERS
 
@@ -93,6 +118,7 @@ class Submitting:
 
     def _recorded(self, answer: Recorded) -> list[Message]:
         submission = self.waiting.pop(0).submission
+        self._spans.popleft().end()
         id = answer.id if isinstance(answer, Message) else answer
         self.jobs.append(self._handle(id, submission.options if id == submission.id else None))
         if isinstance(answer, Message):
@@ -101,6 +127,8 @@ class Submitting:
         return [message_of(submission)] if self._unsure and id == submission.id else []
 
     def _stopped(self, cause: BlipqError) -> SubmitStopped:
+        while self._spans:
+            self._spans.popleft().end(cause)
         pending = [prepared.submission for prepared in self.waiting]
         if self._invalid is not None:
             pending.append(self._invalid[0])

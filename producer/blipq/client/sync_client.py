@@ -11,7 +11,7 @@ from blipq.client.base import ClientBase, embed_fields, request_of, submission_o
 from blipq.client.forgetting import Forgetting, Forgotten, Unindex
 from blipq.client.job import Job, last_expiry
 from blipq.client.progress import Progress
-from blipq.client.submitting import Submitting
+from blipq.client.submitting import Submitting, traced
 from blipq.contract import (
     Asks,
     CaptionRequest,
@@ -233,11 +233,14 @@ class Client(ClientBase):
         QueueFull or QueueUnavailable.
         """
         submission = submission_of(request, options, id)
-        recorded = self.ledger.submit(submission, notify=self._id)
-        if not isinstance(recorded, Message):
-            return self._job(recorded)
-        # A message that is not taken in time is published by the reconciler: the job is recorded.
-        self._publish([recorded])
+        submission, span = traced(submission)
+        with span:
+            recorded = self.ledger.submit(submission, notify=self._id)
+            if not isinstance(recorded, Message):
+                return self._job(recorded)
+            # A message that is not taken in time is published by the reconciler: the job is
+            # recorded.
+            self._publish([recorded])
         return self._job(recorded.id, submission.options)
 
     def submit_many(

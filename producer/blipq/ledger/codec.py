@@ -22,6 +22,7 @@ from blipq.ledger.work import eta_of, shape_of
 from blipq.settings import Settings
 from blipq.ssrf.policy import Forbidden
 from blipq.submission import Submission
+from blipq.telemetry.trace import parsed
 
 
 def ms(seconds: float) -> int:
@@ -123,6 +124,7 @@ def prepare(submission: Submission, settings: Settings, *, notify: str) -> Prepa
         **_optional_fields(options, settings),
         **({} if submission.rights is None else {"rights": submission.rights}),
         **({} if submission.tenant is None else {"tenant": submission.tenant}),
+        **({"traceparent": trace} if (trace := parsed(submission.traceparent)) else {}),
     }
     expires_in_ms = ms(options.expires_in or settings.default_expires_in)
     if key := scoped_key(submission):

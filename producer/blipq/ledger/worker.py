@@ -34,6 +34,8 @@ class Claim:
     names; "" where there is none. ``queue_ms`` is how long the job waited, ``expires_in`` the
     seconds left to its deadline.
     ``work`` is its shape (see ``blipq.ledger.work``), empty where an earlier version submitted it.
+    ``traceparent`` is its place in a trace, or ""; then ``waited_ms`` counts from when it was put
+    into its queue last.
     """
 
     id: str
@@ -52,6 +54,8 @@ class Claim:
     tenant: str = ""
     rights: str = ""
     webhook_url: str = ""
+    traceparent: str = ""
+    waited_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,8 @@ class WorkerLedger(ProducerLedger):
             tenant=job["tenant"],
             rights=job["rights"],
             webhook_url=job["webhook_url"],
+            traceparent=job.get("traceparent", ""),
+            waited_ms=float(job.get("waited", 0)),
         )
 
     def withdraw(self, unanswered: Mapping[str, str]) -> list[Message]:

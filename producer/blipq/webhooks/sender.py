@@ -22,11 +22,13 @@ from blipq.errors import InvalidRequest, QueueFull, QueueUnavailable
 from blipq.exporter import ANYWHERE, served
 from blipq.ledger.connection import connect
 from blipq.program import blipq
-from blipq.redaction import log_to_stderr
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
 from blipq.ssrf.crowd import Crowd, Crowded
 from blipq.ssrf.http import GuardedHttp
+from blipq.telemetry import names, tracing
+from blipq.telemetry.logs import about, set_up_logging
+from blipq.telemetry.trace import NOTHING, Trace, parsed
 from blipq.webhooks.delivery import Verdict, body_of, signed_headers, verdict_on
 from blipq.webhooks.metrics import SenderMetrics
 from blipq.webhooks.outbox import Event, Outbox
@@ -162,6 +164,10 @@ class Sender:
     # -- send --
 
     async def _deliver(self, event: Event) -> None:
+        with about(event.record["id"], parsed(event.record.get("traceparent"))):
+            await self._deliver_now(event)
+
+    async def _deliver_now(self, event: Event) -> None:
         host = event.record["host"]
         started = time.monotonic()
         try:
@@ -197,7 +203,13 @@ class Sender:
                 raise OverQuota
             body = await self._in_thread(lambda: self._body(event))
             headers = signed_headers(event.webhook_id, body, self._secrets)
-            return await post(self._http, event.record["url"], headers, body, visit=visit)
+            with _span(event) as span:
+                if span.context:
+                    headers["traceparent"] = span.context
+                url = event.record["url"]
+                answer = await post(self._http, url, headers, body, visit=visit)
+                span.say({names.OUTCOME: answer.outcome})
+                return answer
 
     def _most_of_an_address(self, host: str) -> int:
         """Requests at one address at which a host's further ones wait.
@@ -277,6 +289,22 @@ class Sender:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
 
+def _span(event: Event) -> Trace:
+    """The span of an attempt, in the trace of the event's job."""
+    record = event.record
+    parent = record.get("traceparent", "")
+    if not parent:
+        return NOTHING
+    attributes = {
+        names.HTTP_METHOD: "POST",
+        names.SERVER: record["host"],
+        names.MESSAGE_ID: record["id"],
+        names.EVENT: record["type"],
+        names.ATTEMPT: event.attempts,
+    }
+    return tracing.continued(names.WEBHOOK, parent, kind="client", attributes=attributes)
+
+
 def _remember(hosts: dict[str, None], host: str, belongs: bool, most: int) -> None:
     """Puts a host last among those that belong there, or takes it out; the oldest is forgotten."""
     hosts.pop(host, None)
@@ -290,8 +318,8 @@ def run(
     settings: Settings, *, metrics_port: int | None = None, metrics_host: str = ANYWHERE
 ) -> None:
     """Sends until SIGTERM or SIGINT. Raises InvalidRequest without a secret."""
-    level = os.environ.get("BLIPQ_LOG_LEVEL", "INFO")
-    log_to_stderr(level, "%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging()
+    tracing.start("blipq-webhooks")
     asyncio.run(_until_told(settings, metrics_port, metrics_host))
 
 

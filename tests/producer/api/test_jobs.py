@@ -425,3 +425,27 @@ def test_redis_away_is_503_with_a_time_and_then_all_is_right_again(
         assert code_of(http.get("/health")) == (503, "queue_unavailable")
         wait_until(lambda: http.get(f"/v1/jobs/{id}").status_code == 202, "Redis")
         submitted(http)
+
+
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+def test_a_traceparent_goes_from_a_request_into_the_records_of_its_jobs(
+    http: httpx2.Client, ledger: WorkerLedger
+) -> None:
+    alone = submitted(http, traceparent=TRACE)
+    put = http.put("/v1/jobs/order-4711", json=CAPTION, headers={"traceparent": TRACE}).json()["id"]
+    lines = "\n".join([json.dumps(CAPTION)] * 2)
+    headers = {"traceparent": TRACE, "content-type": "application/x-ndjson"}
+    answers = http.post("/v1/batches", content=lines, headers=headers).text.splitlines()
+    batch = [json.loads(each)["id"] for each in answers]
+    found = [claim(ledger, id).traceparent for id in (alone, put, *batch)]
+    assert found == [TRACE] * 4
+
+
+@pytest.mark.parametrize("header", ["", "nonsense", TRACE.replace("00-", "ff-", 1), "x" * 5000])
+def test_a_traceparent_that_is_none_is_no_fault_of_the_job(
+    http: httpx2.Client, ledger: WorkerLedger, header: str
+) -> None:
+    id = submitted(http, traceparent=header)
+    assert claim(ledger, id).traceparent == ""

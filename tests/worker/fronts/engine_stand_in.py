@@ -62,6 +62,7 @@ class Backend:
         deadline: float | None,
         done: Callable[[Outcome], None],
         alone: bool = False,
+        trace: str = "",
     ) -> int:
         assert isinstance(item, Generate)
         number = next(self._numbers)

@@ -75,6 +75,7 @@ class StandIn:
         self.open: dict[int, tuple[Item, Callable[[Outcome], None]]] = {}
         self.met: list[tuple[str, Item, Priority, float | None]] = []
         self.alone: list[bool] = []
+        self.traces: list[str] = []
         self.cancelled: list[int] = []
         self.seen: set[str | None] = set()
         self._handles = itertools.count()
@@ -90,9 +91,11 @@ class StandIn:
         deadline: float | None,
         done: Callable[[Outcome], None],
         alone: bool = False,
+        trace: str = "",
     ) -> int:
         self.met.append((model, item, priority, deadline))
         self.alone.append(alone)
+        self.traces.append(trace)
         if item.image is not None and item.image.pixels:
             self.seen.add(item.image.digest)
         handle = next(self._handles)

@@ -13,6 +13,8 @@ from msgspec.structs import replace
 
 from blipq.contract import ErrorCode
 from blipq.errors import WorkError
+from blipq.telemetry import names, tracing
+from blipq.telemetry.trace import NOTHING, Trace, is_sampled
 from blipq_worker.batching.batcher import Batcher
 from blipq_worker.batching.entries import Ticket
 from blipq_worker.batching.interface import BatcherClosed, Idle, Judge
@@ -56,12 +58,13 @@ class Task:
     """An item on its way through the batcher.
 
     item: as the model takes it, with pixels of its own. image: as it was submitted, for ``Trust``.
-    cost: see ``Verb``.
+    cost: see ``Verb``. trace: the span that waits for it, or "".
     """
 
     item: ModelItem
     image: ImagePixels | None
     cost: int
+    trace: str = ""
 
 
 class VisionTimes:
@@ -147,11 +150,12 @@ class Engine:
         deadline: float | None,
         done: Callable[[Outcome], None],
         alone: bool = False,
+        trace: str = "",
     ) -> Handle:
         """Takes an item. Raises ItemFailed (image_unknown), and EngineGone once it is closed."""
         verb = verb_of(item)
         pixels = None if item.image is None else self._pixels(model, item.image, verb.feature(item))
-        task = Task(as_model_item(item, pixels), item.image, verb.cost(item))
+        task = Task(as_model_item(item, pixels), item.image, verb.cost(item), trace)
         key = _Key(model, verb, verb.setting(item))
         try:
             future = self.batcher.submit(
@@ -211,7 +215,8 @@ class Engine:
         run = getattr(self._models[key.model], key.verb.name)
         given = [task.item for task in items]
         started = time.monotonic()
-        raw: Sequence[Any] = run(given, wanted) if key.verb is GENERATE else run(given)
+        with _passing(key, items) as span:
+            raw: Sequence[Any] = run(given, wanted) if key.verb is GENERATE else run(given)
         took = (time.monotonic() - started) * 1000
         of_one = took / sum(task.cost for task in items)
         return [
@@ -221,9 +226,29 @@ class Engine:
                 vision_ms=self._times.of(task),
                 batch_size=len(items),
                 device_ms=of_one * task.cost,
+                span=span.context,
             )
             for task, each in zip(items, raw, strict=True)
         ]
+
+
+def _passing(key: _Key, tasks: Sequence[Task]) -> Trace:
+    """The span of a batch's pass, below the first of those that wait for it, with links to all.
+
+    Only of jobs that are sampled: where none is, there is no span.
+    """
+    waiting = [task.trace for task in tasks if task.trace and is_sampled(task.trace)]
+    if not waiting:
+        return NOTHING
+    attributes = {names.MODEL_NAME: key.model, names.BATCH_SIZE: len(tasks)}
+    name = f"{names.PASS} {key.verb.name}"
+    return tracing.continued(name, waiting[0], attributes=attributes, links=waiting)
+
+
+def _writing(task: Task) -> Trace:
+    """The span of a text that is written among others, from when it joins to when it leaves."""
+    name = f"{names.PASS} {GENERATE.name}"
+    return tracing.continued(name, task.trace, links=[task.trace]) if task.trace else NOTHING
 
 
 def _same(verb: Verb, item: Item) -> Hashable | None:
@@ -260,12 +285,13 @@ def _settle(done: Callable[[Outcome], None], future: "Future[Answer]") -> None:
 class _Joined:
     """A task in a session: since when, and the most tasks that ran together with it.
 
-    before: what the session's clock (``Writing``) showed.
+    before: what the session's clock (``Writing``) showed. span: of its stay.
     """
 
     task: Task
     since: float
     before: float
+    span: Trace
     neighbours: int = 0
 
 
@@ -288,14 +314,17 @@ class Writing:
         """Takes a task in."""
         assert isinstance(task.item, GenerateItem)
         self._session.join(ticket, task.item)
-        self._tasks[ticket] = _Joined(task, time.monotonic(), self._row_ms)
+        span = _writing(task)
+        self._tasks[ticket] = _Joined(task, time.monotonic(), self._row_ms, span)
         self._rows += task.cost
         self._most = 0
 
     def leave(self, ticket: Ticket) -> None:
         """Lets a task go."""
         self._session.leave(ticket)
-        self._rows -= self._tasks.pop(ticket).task.cost
+        joined = self._tasks.pop(ticket)
+        joined.span.end()
+        self._rows -= joined.task.cost
 
     def step(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, Answer]]:
         """One step."""
@@ -313,10 +342,13 @@ class Writing:
         joined = self._tasks.pop(ticket)
         self._rows -= joined.task.cost
         took = (time.monotonic() - joined.since) * 1000
+        joined.span.say({names.BATCH_SIZE: joined.neighbours})
+        joined.span.end()
         return Answer(
             value=GENERATE.value(texts),
             pass_ms=took,
             vision_ms=self._times.of(joined.task),
             batch_size=joined.neighbours,
             device_ms=(self._row_ms - joined.before) * joined.task.cost,
+            span=joined.span.context,
         )

@@ -98,6 +98,7 @@ class EngineClient:
         priority: Priority,
         deadline: float | None = None,
         alone: bool = False,
+        trace: str = "",
     ) -> "Future[Answer]":
         """See ``Inference.submit``. Waits for a connection and a credit."""
         connection = self._connected()
@@ -107,7 +108,7 @@ class EngineClient:
 
         def encoded() -> bytes:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            return checked(Submit(model, priority, left, item, alone), id, size)
+            return checked(Submit(model, priority, left, item, alone, trace), id, size)
 
         future = connection.submit(id, encoded, pixels, self._timeout_s)
         future.add_done_callback(partial(_cancelled, connection, id))

@@ -60,7 +60,13 @@ class Intake:
         try:
             item = self._whole(front, message, frame.pixels)
             work.handle = self._backend.submit(
-                message.model, item, message.priority, deadline, done, message.alone
+                message.model,
+                item,
+                message.priority,
+                deadline,
+                done,
+                message.alone,
+                message.trace,
             )
             self._works[work.handle] = work
         except ItemFailed as error:

@@ -74,9 +74,11 @@ class Inference(Protocol):
         priority: Priority,
         deadline: float | None = None,
         alone: bool = False,
+        trace: str = "",
     ) -> "Future[Answer]":
         """Sends an item. Cancelling the Future ends the work on it, and so does the ``deadline``
         (monotonic), at which the Future is cancelled. alone: it runs while nothing else does.
+        trace: the span (W3C ``traceparent``) that waits for it, or "".
 
         The Future raises ItemFailed and EngineGone. Raises EngineBusy, EngineGone, UnknownModel,
         and ValueError where the pixels are not what the model takes.
@@ -132,12 +134,13 @@ class Backend(Protocol):
         deadline: float | None,
         done: Callable[[Outcome], None],
         alone: bool = False,
+        trace: str = "",
     ) -> Handle:
         """Takes an item of a served model; must not wait.
 
         ``done`` is called exactly once, on any thread, at the deadline (monotonic) and after a
         ``cancel``, too: from then on the item's pixels are not read any more. alone: nothing else
-        may run beside it. Raises ItemFailed.
+        may run beside it. trace: the span that waits for it, or "". Raises ItemFailed.
         """
 
     def cancel(self, handle: Handle) -> None:

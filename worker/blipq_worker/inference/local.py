@@ -43,10 +43,11 @@ class LocalInference:
         priority: Priority,
         deadline: float | None = None,
         alone: bool = False,
+        trace: str = "",
     ) -> "Future[Answer]":
         """See ``Inference.submit``. Waits for nothing."""
         check_pixels(item, self.model(model))
-        checked(Submit(model, priority, None, item, alone), 0)
+        checked(Submit(model, priority, None, item, alone, trace), 0)
         future: Future[Answer] = Future()
         with self._lock:
             if self._closed:
@@ -54,7 +55,7 @@ class LocalInference:
             self._open.add(future)
         try:
             handle = self._backend.submit(
-                model, item, priority, deadline, partial(self._done, future), alone
+                model, item, priority, deadline, partial(self._done, future), alone, trace
             )
         except ItemFailed as error:
             self._done(future, error.failure)

@@ -28,6 +28,7 @@ from blipq_worker.inference.requests import (
     Priority,
     ProcessName,
     Seconds,
+    TraceParent,
 )
 
 VERSION = 1
@@ -61,7 +62,7 @@ class Hello(Plain, frozen=True):
 class Submit(Plain, frozen=True):
     """An item. seconds: to its deadline. alone: it runs while nothing else does.
 
-    Pixels follow unless the image comes without.
+    trace: the span that waits for it, or "". Pixels follow unless the image comes without.
     """
 
     model: Name
@@ -69,6 +70,7 @@ class Submit(Plain, frozen=True):
     seconds: Seconds | None
     item: Item
     alone: bool = False
+    trace: TraceParent = ""
 
 
 class Cancel(Plain, frozen=True):

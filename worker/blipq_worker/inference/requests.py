@@ -20,6 +20,8 @@ Name = Annotated[str, Meta(min_length=1, max_length=256)]
 #: Of a process, in logs.
 ProcessName = Annotated[str, Meta(max_length=64, pattern=r"^[A-Za-z0-9._@:-]+\Z")]
 Digest = Annotated[str, Meta(min_length=64, max_length=64, pattern=r"^[0-9a-f]*\Z")]
+#: A W3C ``traceparent``, or "".
+TraceParent = Annotated[str, Meta(max_length=55)]
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 
@@ -208,7 +210,7 @@ class Answer(Plain, frozen=True, tag="answer"):
     where all was known. batch_size: the most items that ran together with it, itself included.
     shared: an equal item that was in flight was computed, and this one waited for its answer.
     device_ms: its share of the passes and steps that it took part in, by its rows: over all items
-    these come to the time that the device was at work.
+    these come to the time that the device was at work. span: of its pass, or "".
     """
 
     value: Value
@@ -217,6 +219,7 @@ class Answer(Plain, frozen=True, tag="answer"):
     batch_size: int
     shared: bool = False
     device_ms: float = 0.0
+    span: TraceParent = ""
 
 
 class Failure(Plain, frozen=True, tag="failure"):

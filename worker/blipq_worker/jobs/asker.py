@@ -12,6 +12,8 @@ from msgspec.structs import replace
 from blipq.contract import ErrorCode, Priority
 from blipq.errors import PermanentError, TransientError
 from blipq.ledger.worker import Claim
+from blipq.telemetry import names
+from blipq.telemetry.trace import Trace
 from blipq_worker.claims import Held, Lost
 from blipq_worker.inference.interface import (
     EngineBusy,
@@ -75,6 +77,14 @@ def has_begun(futures: Sequence["Future[Answer]"]) -> bool:
     return any(isinstance(error, EngineGone) and error.started for error in errors)
 
 
+def _note_passes(span: Trace, answers: Sequence[Answer]) -> None:
+    """Links the span of a job's wait for the model to those of the passes that answered it."""
+    for passed in {answer.span for answer in answers} - {"", span.context}:
+        span.link(passed)
+    if any(answer.shared for answer in answers):
+        span.say({names.SHARED: True})
+
+
 class Asker:
     """Sends a job's items to the engine and waits for the answers.
 
@@ -102,6 +112,7 @@ class Asker:
         self._was_spared = self._had_passes = False
         self._vision_ms = 0.0
         self._expires_at = time.monotonic() + claim.expires_in
+        self._span = watch.trace
         self._priority = Priority(claim.queue.rsplit(".", 1)[-1])
         info = self.info
         watch.say(
@@ -133,7 +144,9 @@ class Asker:
             for item in items:
                 self._inference.check(self._claim.model, item)
             started = time.monotonic()
-            answers = self._answers(items)
+            with self._watch.trace.child(names.MODEL) as self._span:
+                answers = self._answers(items)
+                _note_passes(self._span, answers)
         own = [answer for answer in answers if not answer.shared]
         passes = sum(answer.pass_ms for answer in own)
         waited = (time.monotonic() - started) * 1000 - passes
@@ -196,6 +209,7 @@ class Asker:
             self._priority.value,
             deadline=self._expires_at,
             alone=self._claim.solo,
+            trace=self._span.context,
         )
         self._held.on_lost(self._claim, future.cancel)
         return future

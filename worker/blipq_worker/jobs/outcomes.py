@@ -11,6 +11,7 @@ from blipq.contract import ErrorCode, JobError
 from blipq.errors import PermanentError, TransientError, WorkError
 from blipq.ledger.codec import Message
 from blipq.ledger.worker import MAX_RETRIES, Claim, WorkerLedger
+from blipq.telemetry import names
 from blipq.transport.broker import Broker
 from blipq_worker.claims import Held
 from blipq_worker.images.s3_access import AccessRefused, S3Access
@@ -216,7 +217,8 @@ class Outcomes:
 
         The claim stays held meanwhile, so that its lease is renewed as soon as Redis is back.
         """
-        stored = written(write, claim.id, time.monotonic() + claim.expires_in)
+        with watch.trace.child(names.FINISH):
+            stored = written(write, claim.id, time.monotonic() + claim.expires_in)
         if stored is None:
             log.error("%s: expired with its outcome not stored", claim.id)
             return
@@ -230,6 +232,7 @@ class Outcomes:
 
     def _count(self, claim: Claim, outcome: Outcome, watch: Stopwatch, code: str = "") -> None:
         """Counts a job that has run here, and what it took of the device, whatever came of it."""
+        watch.trace.say({names.OUTCOME: outcome})
         took, run_ms = watch.took, watch.run_ms
         self._metrics.done(claim.kind, outcome, took, code, model=claim.model, run_ms=run_ms)
         self._usage.add(claim, took, run_ms, succeeded=outcome == "succeeded")

@@ -1,11 +1,15 @@
 """One message's way through the worker: claim, work, outcome."""
 
 import logging
+import time
 from typing import Any
 
 from blipq.contract import Kind
 from blipq.errors import WorkError
 from blipq.ledger.worker import Claim
+from blipq.telemetry import names, tracing
+from blipq.telemetry.logs import about
+from blipq.telemetry.trace import NOTHING, Trace
 from blipq_worker.claims import Lost
 from blipq_worker.jobs.claiming import Claiming
 from blipq_worker.jobs.errors import HandBack
@@ -35,6 +39,10 @@ class Runner:
         ledger does not know is recorded first. Raises JobFailedTask when the job failed, HandBack
         when the message must go back.
         """
+        with about(id):
+            self._run(kind, id, request, options)
+
+    def _run(self, kind: Kind, id: str, request: Any, options: Any) -> None:
         try:
             with self._gate.shared():
                 claim = self._claiming.claim(kind, id, request, options)
@@ -63,7 +71,13 @@ class Runner:
 
     def _work(self, claim: Claim) -> None:
         """Runs a claimed job to its outcome, or leaves it to whoever claims it next."""
-        watch = Stopwatch(queue_ms=claim.queue_ms, worker=self._claiming.worker)
+        worker = self._claiming.worker
+        trace = _begun(claim, worker)
+        watch = Stopwatch(queue_ms=claim.queue_ms, worker=worker, trace=trace)
+        with about(claim.id, trace.context), trace:
+            self._work_watched(claim, watch)
+
+    def _work_watched(self, claim: Claim, watch: Stopwatch) -> None:
         try:
             made = self._execution.result(claim, watch)
             self._outcomes.succeeded(claim, made.result, watch, result_uri=made.uri)
@@ -73,3 +87,19 @@ class Runner:
             self._outcomes.failed(claim, error, watch)
         finally:
             self._claiming.release(claim)
+
+
+def _begun(claim: Claim, worker: str) -> Trace:
+    """The span of a claimed job's run, beside one for its wait, which ends here."""
+    if not claim.traceparent:
+        return NOTHING
+    since = time.time_ns() - round(claim.waited_ms * 1e6)
+    tracing.continued(names.QUEUE, claim.traceparent, since_ns=since).end()
+    attributes = names.of_message(names.PROCESS, "process", claim.queue, claim.id, claim.kind.value)
+    attributes |= {
+        names.MODEL_NAME: claim.model,
+        names.ATTEMPT: claim.attempts,
+        names.WORKER: worker,
+    }
+    name = f"{names.PROCESS} {claim.queue}"
+    return tracing.continued(name, claim.traceparent, kind="consumer", attributes=attributes)

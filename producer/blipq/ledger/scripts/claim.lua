@@ -4,13 +4,25 @@
 local id, worker, lease, contract = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local nonce = ARGV[5]
 
+-- Since when the job has waited for this claim. Another publication of its message says nothing.
+local function queued_at(job)
+  local published_at = tonumber(job.published_at or 0)
+  return published_at > 0 and published_at or tonumber(job.created_at)
+end
+
 local function claimed(job)
-  return {'claimed', 'token', fence(job), 'attempts', job.attempts, 'kind', job.kind,
+  local answer = {'claimed', 'token', fence(job), 'attempts', job.attempts, 'kind', job.kind,
     'model', job.model, 'queue', job.queue, 'request', job.request, 'output', job.output or '',
     'solo', job.solo or '0', 'retries', job.retries or '0', 'deadline', job.deadline, 'now', now,
     'created_at', job.created_at, 'work', job.work or '', 'tenant', job.tenant or '',
     'rights', job.rights or '',
     'webhook_url', job.rights and job.webhook_url or ''}
+  if job.traceparent then
+    for _, part in ipairs({'traceparent', job.traceparent, 'waited', now - queued_at(job)}) do
+      answer[#answer + 1] = part
+    end
+  end
+  return answer
 end
 
 local job = load(id)

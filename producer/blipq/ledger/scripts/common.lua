@@ -105,7 +105,7 @@ end
 local OPEN_ONLY = {'worker', 'published_at', 'again', 'due', 'waiting', 'withdrawn', 'crashes',
   'retries', 'last_error'}
 local FOR_RETRY = {'contract', 'result_ttl', 'failed_ttl', 'solo', 'work', 'rights', 'nonce',
-  'token'}
+  'token', 'traceparent'}
 
 local function shed(id, job, status)
   local names = {}
@@ -143,8 +143,15 @@ local function post_event(id, job, event)
   end
   local name = event_id(id, job, event)
   local host = string.lower(string.match(job.webhook_url, '^%a+://([^/?]+)') or '?')
+  local optional = {}
+  for _, field in ipairs({'tenant', 'traceparent'}) do
+    if job[field] then
+      optional[#optional + 1] = field
+      optional[#optional + 1] = job[field]
+    end
+  end
   redis.call('HSET', event_key(name), 'id', id, 'type', event, 'url', job.webhook_url,
-    'host', host, 'at', now, unpack(job.tenant and {'tenant', job.tenant} or {}))
+    'host', host, 'at', now, unpack(optional))
   redis.call('PEXPIRE', event_key(name), OUTBOX_TTL)
   schedule(host, name, now)
   return name

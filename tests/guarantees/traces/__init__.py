@@ -1,0 +1,1 @@
+"""Traces: a collector, and what it is sent."""
