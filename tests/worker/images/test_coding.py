@@ -23,7 +23,14 @@ MOST = 2**20
 #: It has its reader keep 128 MiB.
 _greedy = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: 27})
 GREEDY = _greedy.compress(BYTES) + _greedy.flush()
+#: Frames that readers pass over: pzstd writes one in front of each other.
+SKIPPED = b"\x50\x2a\x4d\x18\x04\0\0\0note"
+HALVES = BYTES[:50_000], BYTES[50_000:]
 CODINGS = [
+    ("gzip", b"".join(map(gzip.compress, HALVES))),
+    ("gzip", gzip.compress(BYTES) + bytes(500)),  # padded to a block
+    ("zstd", b"".join(map(zstd.compress, HALVES))),
+    ("zstd", SKIPPED + zstd.compress(BYTES) + SKIPPED),
     ("gzip", gzip.compress(BYTES)),
     ("x-gzip", gzip.compress(BYTES)),
     ("GZIP", gzip.compress(BYTES)),
@@ -38,6 +45,14 @@ CODINGS = [
     ("zstd, br", brotli.compress(zstd.compress(BYTES))),
 ]
 WRONG = [
+    ("gzip", gzip.compress(BYTES) + b"more", ErrorCode.IMAGE_INVALID, "is damaged"),
+    ("gzip", gzip.compress(BYTES) * 2 + b"\x1f\x8b", ErrorCode.IMAGE_INVALID, "are cut"),
+    ("gzip", gzip.compress(bytes(MOST)) * 2, ErrorCode.IMAGE_TOO_LARGE, "1,048,576"),
+    ("gzip", gzip.compress(b"") * 300, ErrorCode.IMAGE_INVALID, "more than 256 parts"),
+    ("deflate", zlib.compress(BYTES) + b"more", ErrorCode.IMAGE_INVALID, "is damaged"),
+    ("br", brotli.compress(BYTES) * 2, ErrorCode.IMAGE_INVALID, "is damaged"),
+    ("zstd", zstd.compress(BYTES) + b"more", ErrorCode.IMAGE_INVALID, "is damaged"),
+    ("zstd", zstd.compress(bytes(MOST)) * 2, ErrorCode.IMAGE_TOO_LARGE, "1,048,576"),
     ("compress", BYTES, ErrorCode.IMAGE_INVALID, "'compress' is not read"),
     ("br", b"no brotli at all", ErrorCode.IMAGE_INVALID, "is damaged"),
     ("br", brotli.compress(BYTES)[:-20], ErrorCode.IMAGE_INVALID, "are cut"),

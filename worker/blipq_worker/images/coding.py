@@ -1,7 +1,9 @@
 """Bodies that are compressed on their way, or were stored so: ``Content-Encoding``."""
 
+import re
 import zlib
 from collections.abc import Callable
+from typing import Protocol
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
@@ -12,8 +14,12 @@ _NONE = frozenset({"", "identity", "aws-chunked"})
 _GZIP, _ZLIB = b"\x1f\x8b", (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 _ZSTD = b"\x28\xb5\x2f\xfd"
+#: How a zstd frame without content begins: writers put their own notes there.
+_SKIPPED = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 #: Log2 of the memory that a zstd stream may ask for: 8 MiB, as RFC 9659 has it for HTTP.
 _ZSTD_WINDOW = 23
+#: Members of a gzip or frames of a zstd. For each, what follows it is copied.
+_MOST_PARTS = 256
 
 
 class TooLong(Exception):
@@ -42,12 +48,7 @@ def plain(data: bytes, coding: str | None, most: int) -> bytes:
 def _inflated(data: bytes, most: int) -> bytes:
     if not data.startswith((_GZIP, *_ZLIB)):
         return data
-    inflater = zlib.decompressobj(_GZIP_OR_ZLIB)
-    try:
-        found = inflater.decompress(data, most + 1)
-    except zlib.error as error:
-        raise _damaged(str(error)) from None
-    return _whole(found, most, is_all=inflater.eof)
+    return _joined(data, most, lambda: zlib.decompressobj(_GZIP_OR_ZLIB), zlib.error)
 
 
 def _unbrotlied(data: bytes, most: int) -> bytes:
@@ -57,37 +58,61 @@ def _unbrotlied(data: bytes, most: int) -> bytes:
         raise _missing("br", "brotli>=1.2") from None
     decoder = brotli.Decompressor()
     try:
-        found = decoder.process(data, output_buffer_limit=most + 1)
+        found: bytes = decoder.process(data, output_buffer_limit=most + 1)
     except TypeError:  # an earlier version: it would unpack a bomb whole
         raise _missing("br", "brotli>=1.2") from None
     except brotli.error as error:
         raise _damaged(str(error)) from None
-    return _whole(found, most, is_all=decoder.is_finished())
+    _check_whole(found, most, is_all=decoder.is_finished())
+    return found
 
 
 def _unzstded(data: bytes, most: int) -> bytes:
-    if not data.startswith(_ZSTD):
+    if not data.startswith(_ZSTD) and not _SKIPPED.match(data):
         return data
     try:
         from backports import zstd
     except ImportError:
         raise _missing("zstd", "backports.zstd") from None
-    decoder = zstd.ZstdDecompressor(
-        options={zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW}
-    )
-    try:
-        found = decoder.decompress(data, most + 1)
-    except zstd.ZstdError as error:
-        raise _damaged(str(error)) from None
-    return _whole(found, most, is_all=decoder.eof)
+    options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW}
+    return _joined(data, most, lambda: zstd.ZstdDecompressor(options=options), zstd.ZstdError)
 
 
-def _whole(found: bytes, most: int, *, is_all: bool) -> bytes:
+class _Decoder(Protocol):
+    """Decodes one part of a body, and keeps what follows it."""
+
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    def decompress(self, data: bytes, most: int, /) -> bytes: ...
+
+
+def _joined(
+    data: bytes, most: int, decoder: Callable[[], _Decoder], error: type[Exception]
+) -> bytes:
+    """What the members of a gzip, or the frames of a zstd, come to one after the other."""
+    found = bytearray()
+    for _ in range(_MOST_PARTS):
+        part = decoder()
+        try:
+            found += part.decompress(data, most + 1 - len(found))
+        except error as why:
+            raise _damaged(str(why)) from None
+        _check_whole(found, most, is_all=part.eof)
+        data = part.unused_data
+        if not data.strip(b"\0"):  # archives are padded
+            return bytes(found)
+    raise _damaged(f"it has more than {_MOST_PARTS} parts")
+
+
+def _check_whole(found: bytes | bytearray, most: int, *, is_all: bool) -> None:
     if len(found) > most:
         raise TooLong
     if not is_all:
         raise _damaged("the compressed bytes are cut")
-    return found
 
 
 _DECODERS: dict[str, Callable[[bytes, int], bytes]] = {
