@@ -129,6 +129,14 @@ def test_a_large_result_goes_to_s3_and_a_small_one_does_not(
     assert Outputs(storage, ledger, OPTIONS).place(claim, "x" * 10**6) is None
 
 
+def test_the_bytes_of_a_result_count_not_its_characters(
+    client: Client, storage: Storage, uri: str
+) -> None:
+    outputs, claim = Outputs(storage, ledger_of(client), LARGE), claimed(client, uri)
+    assert outputs.place(claim, "图" * 341) is None  # 1,023 bytes
+    assert outputs.place(claim, "图" * 342) == uri
+
+
 def test_a_large_result_that_is_at_its_output_is_not_written_twice(
     client: Client, storage: Storage, uri: str
 ) -> None:

@@ -78,7 +78,7 @@ class Outputs:
 
         It is written there, unless it is at the job's output already. Raises as ``write``.
         """
-        if self._results is None or len(result) <= self._result_bytes:
+        if self._results is None or len(result.encode()) <= self._result_bytes:
             return None
         if claim.output:
             return claim.output
