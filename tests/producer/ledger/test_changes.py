@@ -239,6 +239,48 @@ def test_each_end_of_a_job_that_is_tried_again_has_an_event_of_its_own(
     assert json.loads(str(told))["status"] == "failed"
 
 
+def test_a_job_that_is_tried_again_has_no_losses_of_its_former_tries(
+    ledger: WorkerLedger, client: Client
+) -> None:
+    """One death of a process among other jobs makes no job a suspect, the first of each life."""
+    submitted(ledger, "job_1")
+    for _ in range(2):
+        first = claimed(ledger, "job_1")
+        assert ledger.settle(first.id, first.token, "lost")
+        again = claimed(ledger, "job_1")
+        assert not again.solo
+        ledger.fail(again, ERROR, "{}")
+        assert client.retry_all(["job_1"]) == 1
+
+
+def test_a_retry_leaves_of_a_record_what_its_request_and_its_fence_need(
+    ledger: WorkerLedger, client: Client, raw_redis: "redis.Redis"
+) -> None:
+    submitted(ledger, "job_1", webhook=Webhook(url="https://example.org/"))
+    before = set(raw_redis.hgetall(keys.job("job_1")))
+    lost = claimed(ledger, "job_1")
+    ledger.settle(lost.id, lost.token, "lost")
+    ledger.fail(claimed(ledger, "job_1"), ERROR, "{}")
+    client.retry_all(["job_1"])
+    kept = set(raw_redis.hgetall(keys.job("job_1"))) - before
+    assert kept == {"published_at", "attempts", "revivals", "nonce"}
+
+
+def test_a_job_that_is_tried_again_tells_when_it_starts_again(
+    ledger: WorkerLedger, client: Client, raw_redis: "redis.Redis"
+) -> None:
+    hook = Webhook(url="https://example.org/", events=["job.running"])
+    submitted(ledger, "job_1", webhook=hook)
+    ledger.fail(claimed(ledger, "job_1"), ERROR, "{}")
+    client.retry_all(["job_1"])
+    info = ledger.read("job_1")
+    assert info is not None
+    assert info.started_at is None
+    claimed(ledger, "job_1")
+    events = raw_redis.zrange(keys.outbox("example.org"), 0, -1)
+    assert sorted(events) == ["job_1/job.running", "job_1/job.running/1"]
+
+
 def test_a_deadline_that_has_passed_is_settled_before_a_filter_judges(
     ledger: WorkerLedger, client: Client
 ) -> None:

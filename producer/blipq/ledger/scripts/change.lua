@@ -23,7 +23,9 @@ local function revive(id, job)
   if redis.call('EXISTS', event_key(event)) == 1 then keep_snapshot(event, job) end
   redis.call('HINCRBY', key, 'revivals', 1)
   redis.call('ZREM', DEAD_LETTERS, id)
-  redis.call('HDEL', key, 'error', 'receipt', 'completed_at', 'keep_until', unpack(OPEN_ONLY))
+  -- Its next claim is the first of these tries: it has an event, and what is left is predicted from it.
+  redis.call('HDEL', key, 'error', 'receipt', 'started_at', 'completed_at', 'keep_until',
+    unpack(OPEN_ONLY))
   redis.call('HSET', key, 'deadline', now + expires_in)
   redis.call('PEXPIRE', key, expires_in + options.retention)
   if job.idempotency_key then

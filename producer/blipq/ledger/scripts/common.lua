@@ -103,7 +103,7 @@ end
 -- Fields that nobody reads once a job has ended: for most of its life a record is one of those. A
 -- job that has no result may be tried again, which takes the others.
 local OPEN_ONLY = {'worker', 'published_at', 'again', 'due', 'waiting', 'withdrawn', 'crashes',
-  'retries', 'last_error'}
+  'losses', 'retries', 'last_error'}
 local FOR_RETRY = {'contract', 'result_ttl', 'failed_ttl', 'solo', 'work', 'rights', 'nonce',
   'token', 'traceparent'}
 
