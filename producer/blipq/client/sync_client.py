@@ -42,7 +42,8 @@ from blipq.contract import (
     VQAResult,
 )
 from blipq.errors import QueueFull, QueueUnavailable
-from blipq.ledger.changes import Change, Changing
+from blipq.ledger.acting import as_one
+from blipq.ledger.changes import Change, Changing, target_of
 from blipq.ledger.codec import Message, Polled
 from blipq.ledger.erasure import CHUNK as ERASED_AT_ONCE
 from blipq.ledger.protocols import Producer
@@ -382,11 +383,12 @@ class Client(ClientBase):
         """
         forgetting = Forgetting(self.storage, unindex)
         changing = Changing(Change.of("match", which))
-        while (chunk := changing.next()) is not None:
-            changed = self.ledger.change(chunk)
-            for at in range(0, len(changed.ids), ERASED_AT_ONCE):
-                self._forget(forgetting, changed.ids[at : at + ERASED_AT_ONCE])
-            changing.took(changed)
+        with as_one(target_of(which)):
+            while (chunk := changing.next()) is not None:
+                changed = self.ledger.change(chunk)
+                for at in range(0, len(changed.ids), ERASED_AT_ONCE):
+                    self._forget(forgetting, changed.ids[at : at + ERASED_AT_ONCE])
+                changing.took(changed)
         return forgetting.report
 
     def _forget(self, forgetting: Forgetting, ids: Sequence[str]) -> None:
@@ -398,11 +400,12 @@ class Client(ClientBase):
 
     def _change(self, change: Change) -> int:
         changing = Changing(change)
-        while (chunk := changing.next()) is not None:
-            changed = self.ledger.change(chunk)
-            if changed.messages:
-                self.broker.publish_all(changed.messages)
-            changing.took(changed)
+        with as_one():
+            while (chunk := changing.next()) is not None:
+                changed = self.ledger.change(chunk)
+                if changed.messages:
+                    self.broker.publish_all(changed.messages)
+                changing.took(changed)
         return changing.count
 
     def _poll(self, ids: list[str]) -> Polled | QueueUnavailable:

@@ -114,18 +114,25 @@ def arguments(chunk: Chunk, settings: Settings) -> Iterator[str | int]:
 def noted(chunk: Chunk) -> tuple[str, str] | None:
     """What the log of actions says of a chunk: its action, and the filter or the ids.
 
-    None where nothing is changed. Metadata is named without its values: the log outlives the jobs,
-    also those that are erased.
+    None where nothing is changed.
     """
     change = chunk.change
     if change.dry_run or change.action == "match":
         return None
-    if change.where is None:
-        return change.action, " ".join(chunk.ids)
-    where = change.where.model_dump(mode="json", exclude_none=True)
+    return change.action, target_of(chunk.ids if change.where is None else change.where)
+
+
+def target_of(which: JobFilter | Sequence[str]) -> str:
+    """What the log of actions names: a filter, or ids.
+
+    Metadata is named without its values: the log outlives the jobs, also those that are erased.
+    """
+    if not isinstance(which, JobFilter):
+        return " ".join(which)
+    where = which.model_dump(mode="json", exclude_none=True)
     if "metadata" in where:
         where["metadata"] = sorted(where["metadata"])
-    return change.action, json.dumps(where)
+    return json.dumps(where)
 
 
 def changed(answer: Sequence[Any]) -> Changed:

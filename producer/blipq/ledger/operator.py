@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from blipq.contract import JobInfo, Status
 from blipq.ledger import changes, codec, keys
+from blipq.ledger.acting import as_one
 from blipq.ledger.changes import Change, Changing
 from blipq.ledger.codec import Message
 from blipq.ledger.connection import redis_errors
@@ -128,12 +129,10 @@ class OperatorLedger(ScriptRunner):
         One that a worker claims meanwhile goes on.
         """
         cancelled = 0
-        while True:
-            with redis_errors():
-                ids = cast("list[str]", self.redis.zrange(keys.queued(queue), 0, CHUNK - 1))
-                if not ids:
-                    return cancelled
+        with redis_errors(), as_one():
+            while ids := cast("list[str]", self.redis.zrange(keys.queued(queue), 0, CHUNK - 1)):
                 cancelled += int(self._act("purge", queue, "purge", queue, *ids))
+        return cancelled
 
     # -- workers --
 

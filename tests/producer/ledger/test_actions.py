@@ -3,6 +3,7 @@
 import asyncio
 import getpass
 import socket
+from contextvars import Context
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -10,6 +11,7 @@ import redis
 
 from blipq import AsyncClient, Client, JobFilter, Settings
 from blipq.ledger.acting import acting
+from blipq.ledger.changes import Changed, Chunk
 from blipq.ledger.operator import OperatorLedger
 from blipq.ledger.views.actions import ActionLog
 from blipq.ledger.worker import Claim, WorkerLedger
@@ -97,6 +99,42 @@ def test_pauses_changes_of_many_and_erasures_are_noted_and_dry_runs_are_not(
         ("cancel", ids[0], 1),
         ("cancel", '{"model": "default", "metadata": ["order"]}', 2),
         ("forget", ids[0], 1),
+    ]
+
+
+def test_a_command_for_many_jobs_is_one_line_beside_those_of_others(
+    client: Client, ledger: WorkerLedger, log: ActionLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line for each of its parts would push out what is older."""
+    monkeypatch.setattr("blipq.ledger.changes.CHUNK", 2)
+    monkeypatch.setattr("blipq.ledger.operator.CHUNK", 2)
+    monkeypatch.setattr("blipq.client.sync_client.ERASED_AT_ONCE", 2)
+    ids = [client.caption(IMAGE).id for _ in range(7)]
+    others = client.caption(IMAGE, model="default", priority="high").id
+
+    def cancel() -> None:
+        with acting("bob", "cli"):
+            ledger.cancel(others)
+
+    def change(chunk: Chunk) -> Changed:
+        Context().run(cancel)  # by somebody else, in the midst of it
+        return plain(chunk)
+
+    plain = client.ledger.change
+    monkeypatch.setattr(client.ledger, "change", change)
+    assert client.cancel_all(ids) == 7
+    where = JobFilter(status="cancelled", priority="normal")
+    assert client.retry_all(where) == 7
+    assert OperatorLedger.beside(ledger).purge("blipq.default.normal") == 7
+    assert len(client.forget(where).jobs) == 7
+    found = [(name, action, target, count) for name, _, action, target, count in lines(log)]
+    told = '{"status": "cancelled", "priority": "normal"}'
+    assert [each for each in found if each[0] == "bob"] == [("bob", "cancel", others, 1)]
+    assert sorted(each[1:] for each in found if each[0] == ME) == [
+        ("cancel", " ".join(ids[:2]), 7),
+        ("forget", told, 7),
+        ("purge", "blipq.default.normal", 7),
+        ("retry", told, 7),
     ]
 
 
