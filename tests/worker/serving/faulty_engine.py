@@ -1,8 +1,8 @@
 """The engine process, but its matching obeys the texts: ``python -m worker.serving.faulty_engine``.
 
 ``slow`` takes a while, ``hang`` never ends, ``die`` kills the process, ``lost`` breaks the device,
-``bad`` fails, and after ``break`` everything does. With FAULTY_GRAPHS in the environment the
-process dies while it captures graphs.
+``bad`` fails, and after ``break`` everything does. FAULTY_GRAPHS in the environment is what the
+process does while it captures graphs, ``die`` or ``hang``.
 """
 
 import os
@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from blipq_worker.__main__ import main
@@ -40,15 +41,21 @@ def _obey(self: Blip2, items: Sequence[Any]) -> list[list[float]]:
     return _match(self, items)
 
 
-def _die(models: Any, options: WorkerSettings) -> None:
-    """As a kernel that breaks the device's context, or hangs until somebody kills it."""
-    if options.graphs:
-        os.kill(os.getpid(), signal.SIGKILL)
+def _capture(
+    models: Any, options: WorkerSettings, opening: AbstractContextManager[object]
+) -> None:
+    """As kernels that read where nothing is, or that wait for something."""
+    if not options.graphs:
+        return
+    with opening:
+        if os.environ["FAULTY_GRAPHS"] == "die":
+            os.kill(os.getpid(), signal.SIGABRT)
+        time.sleep(3600)
 
 
 Blip2.match = _obey  # type: ignore[method-assign]
 if "FAULTY_GRAPHS" in os.environ:
-    loader._open_slots = _die
+    loader._open_slots = _capture
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -468,10 +468,10 @@ def test_graphs_that_end_the_process_are_tried_once(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would have been started again and again, and never have served."""
-    monkeypatch.setenv("FAULTY_GRAPHS", "1")
+    monkeypatch.setenv("FAULTY_GRAPHS", "die")
     with tempfile.TemporaryDirectory(prefix="bq") as folder:
         first = Process(Path(folder), **tiny(checkpoints))
-        assert first.exit_code() == -signal.SIGKILL
+        assert first.exit_code() == -signal.SIGABRT
         second = Process(Path(folder), **tiny(checkpoints))
         try:
             with closing(second.client(name="one")) as client:
@@ -479,3 +479,15 @@ def test_graphs_that_end_the_process_are_tried_once(
             assert "the last one ended while it captured graphs" in second.log.read_text()
         finally:
             second.end()
+
+
+def test_an_engine_that_is_ended_while_it_captures_graphs_leaves_them_on(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAULTY_GRAPHS", "hang")
+    with an_engine(**tiny(checkpoints)) as process:
+        note = process.socket.parent / "capturing"
+        wait_until(note.exists, "the note")
+        process.popen.terminate()
+        assert process.exit_code() == 0
+        assert not note.exists()

@@ -77,10 +77,9 @@ def run_engine(folder: Path, options: WorkerSettings) -> int:
     0 after SIGTERM; EXIT_MODEL where a model cannot be served; EXIT_HUNG where the device is lost;
     1 where it cannot listen. The reason goes to stderr, and to the fronts.
     """
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # nothing is served yet
+    path, note = folder / SOCKET, folder / _TRIAL
+    signal.signal(signal.SIGTERM, lambda *_: _end_at_once(note))
     _end_after_parent(options.drain_timeout_s + 2 * PATIENCE_S)
-    path = folder / SOCKET
-    note = folder / _TRIAL
     try:
         check_path(path)
         models = load_models(_careful(options, note), _noted(note))
@@ -98,6 +97,12 @@ def run_engine(folder: Path, options: WorkerSettings) -> int:
     return process.run()
 
 
+def _end_at_once(note: Path) -> None:
+    """At SIGTERM, as nothing is served yet. No graph has ended it."""
+    note.unlink(missing_ok=True)
+    os._exit(0)
+
+
 def _careful(options: WorkerSettings, note: Path) -> WorkerSettings:
     """The settings; without graphs and kernels of our own where these have ended the last try.
 
@@ -111,7 +116,10 @@ def _careful(options: WorkerSettings, note: Path) -> WorkerSettings:
 
 @contextmanager
 def _noted(note: Path) -> Iterator[None]:
-    """Leaves a note while graphs are captured, which stays if they end the process."""
+    """Leaves a note while graphs are captured, which stays if they end the process.
+
+    Where it is killed from outside, the worker's main process removes it.
+    """
     note.touch()
     yield
     note.unlink()

@@ -31,8 +31,8 @@ def load_models(
 ) -> "dict[str, Blip2]":
     """Loads every served model, once, and checks that it makes sense.
 
-    opening: is entered while slots are opened and graphs captured. Raises ModelError, and
-    DeviceLost where another try may succeed.
+    opening: is entered while graphs are captured, on GPUs alone. Raises ModelError, and DeviceLost
+    where another try may succeed.
 
     CUDA is first touched here: the process has no children to share it with. The thread that loads
     ends with it, and so do OpenMP's helpers of that thread. Where these and the ones of the thread
@@ -86,12 +86,16 @@ def _load_all(
                 with START.part("canary"):
                     canary.check(model, goldens.get(what))
         loaded[name] = model
-    with START.part("slots and graphs"), opening:
-        _open_slots(loaded, options)
+    with START.part("slots and graphs"):
+        _open_slots(loaded, options, opening)
     return loaded
 
 
-def _open_slots(models: "Mapping[str, Blip2]", options: WorkerSettings) -> None:
+def _open_slots(
+    models: "Mapping[str, Blip2]",
+    options: WorkerSettings,
+    opening: AbstractContextManager[object] = nullcontext(),  # noqa: B008
+) -> None:
     """Reserves slots for texts in flight on GPUs, once all weights are there.
 
     Of what these leave, models get equal parts.
@@ -100,13 +104,16 @@ def _open_slots(models: "Mapping[str, Blip2]", options: WorkerSettings) -> None:
 
     from blipq_worker.blip2.decoding.static import free_memory, ways
 
-    for index, (name, model) in enumerate(models.items()):
-        device = torch.device(model.info.device)
-        if device.type == "cuda" and not options.compile:
+    devices = {name: torch.device(model.info.device) for name, model in models.items()}
+    on_gpus = [name for name in models if devices[name].type == "cuda" and not options.compile]
+    if not on_gpus:
+        return
+    with opening if options.graphs else nullcontext():
+        for index, name in enumerate(on_gpus):
             with _explained(name, options):
-                budget = free_memory(device) // (len(models) - index)
+                budget = free_memory(devices[name]) // (len(on_gpus) - index)
                 among = ways(graphs=options.graphs)
-                model.open_slots(among, slots=options.decode_slots, budget=budget)
+                models[name].open_slots(among, slots=options.decode_slots, budget=budget)
 
 
 def _load(

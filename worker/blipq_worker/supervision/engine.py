@@ -23,6 +23,7 @@ class EngineProcess:
 
     def __init__(self, service: Service, folder: RunFolder, *, watchdog_s: float) -> None:
         self._service = service
+        self._trial = folder.trial
         self._watchdog_s = watchdog_s
         self._beats, self._idle = Silence(), Silence()
         self._beat: Beat | None = None
@@ -80,10 +81,15 @@ class EngineProcess:
             self._watch()
         elif code == EXIT_MODEL:
             return self._refused()
-        elif self.refusal is None and self._service.revive():
+        elif self.refusal is None and self._revived(code):
             log.warning("engine: ended with %d, and was started again (pid %s)", code, self.pid)
             self._served = False
         return None
+
+    def _revived(self, code: int) -> bool:
+        if code == -signal.SIGKILL:  # by whoever needed the memory, as a rule: not by its graphs
+            self._trial.unlink(missing_ok=True)
+        return self._service.revive()
 
     def stop(self, timeout: float) -> None:
         """Ends the process: it may take this time (seconds) until it is killed."""

@@ -43,6 +43,11 @@ class RunFolder:
         return self.path / _SOCKET
 
     @property
+    def trial(self) -> Path:
+        """What the engine leaves if the graphs that it captures end it."""
+        return self.path / "capturing"
+
+    @property
     def metrics(self) -> Path:
         """What the fronts have counted."""
         return self.path / "metrics"

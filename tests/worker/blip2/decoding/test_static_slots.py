@@ -5,6 +5,7 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -697,6 +698,21 @@ def test_models_on_one_gpu_have_equal_parts_of_what_the_weights_leave(
     assert other.opened == [(("sdpa eagerly",), 7, 600)]
     load._open_slots({"a": one}, WorkerSettings(compile=True))  # type: ignore[dict-item]
     assert len(one.opened) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "options"),
+    [("cpu", WorkerSettings()), ("cuda", WorkerSettings(graphs=False, decode_slots=7))],
+)
+def test_no_graphs_are_blamed_where_none_are_captured(
+    monkeypatch: pytest.MonkeyPatch, device: str, options: WorkerSettings
+) -> None:
+    """Whatever ends an engine without graphs, the next one is not to do without them."""
+    monkeypatch.setattr(static_package, "free_memory", lambda device: 1000)
+    model, opening = Gpu(), ExitStack()
+    monkeypatch.setattr(model.info, "device", device)
+    opening.callback(pytest.fail, "it was entered")
+    load._open_slots({"a": model}, options, opening)  # type: ignore[dict-item]
 
 
 def test_a_worker_holds_jobs_enough_to_fill_its_slots() -> None:
