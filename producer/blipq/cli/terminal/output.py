@@ -21,6 +21,7 @@ from blipq.contract import (
     DescribeResult,
     EmbedResult,
     ErrorCode,
+    Hit,
     JobInfo,
     MatchResult,
     Result,
@@ -237,6 +238,30 @@ def lines_of(result: Result) -> Iterator[str]:
                 yield from lines_of(part) if part is not None else ()
 
 
+def _summary(result: Result) -> Iterator[str]:
+    """The parts of a result on one line for people: of hits and scores the best first."""
+    match result:
+        case MatchResult():
+            ranked = sorted(result.scores, key=lambda scored: -scored.score)
+            yield from (f"{scored.score:.3f} {scored.text}" for scored in ranked)
+        case SearchResult():
+            yield from (_in_short(hit) for hit in result.hits)
+            if not result.hits:
+                yield "no hits"
+            if result.skipped:
+                yield f"{len(result.skipped)} skipped"
+        case DescribeResult():
+            for part in (result.caption, result.vqa, result.match, result.embed):
+                yield from _summary(part) if part is not None else ()
+        case _:
+            yield from lines_of(result)
+
+
+def _in_short(hit: Hit) -> str:
+    score = f"itc {hit.itc:.3f}" if hit.itm is None else f"itm {hit.itm:.3f}"
+    return f"{_picture(hit.id)} {score}"
+
+
 def _captions(result: CaptionResult) -> Iterator[str]:
     for found in result.captions:
         yield found.text if found.score is None else f"{found.score:.3f}  {found.text}"
@@ -297,7 +322,7 @@ def _picture(uri: str) -> str:
 def _said(info: JobInfo) -> str:
     """A job's picture, and its answer or where it is, on one line."""
     if info.result is not None:
-        said = "; ".join(" ".join(line.split()) for line in lines_of(info.result))
+        said = "; ".join(" ".join(line.split()) for line in _summary(info.result))
     else:
         said = state_of(info)
     parts = [_picture(info.image) if info.image else "", said]
