@@ -41,9 +41,7 @@ def _obey(self: Blip2, items: Sequence[Any]) -> list[list[float]]:
     return _match(self, items)
 
 
-def _capture(
-    models: Any, options: WorkerSettings, opening: AbstractContextManager[object]
-) -> None:
+def _capture(models: Any, options: WorkerSettings, opening: AbstractContextManager[object]) -> None:
     """As kernels that read where nothing is, or that wait for something."""
     if not options.graphs:
         return
