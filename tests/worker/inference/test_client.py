@@ -471,16 +471,16 @@ def test_an_item_that_was_answered_is_forgotten_with_its_pass(holding: Served) -
 def test_an_engine_that_says_it_will_be_quiet_is_not_taken_for_frozen(holding: Served) -> None:
     def compile() -> None:
         holding.server.be_quiet(60)
-        time.sleep(2)
+        time.sleep(4)
 
-    with a_client(holding.path, silence_s=0.8) as client:
+    with a_client(holding.path, silence_s=2) as client:
         future = ask(client)
         wait_until(lambda: len(holding.backend.open) == 1, "the item")
         holding.run(compile)
         holding.run(holding.backend.answer_all)
         assert score(future) == 1
         wait_until(lambda: client.beat is not None and client.beat.quiet_s == 0, "the usual beats")
-        holding.run(lambda: time.sleep(2))
+        holding.run(lambda: time.sleep(4))
         wait_until(lambda: not client.connected, "a silence that nobody announced to be noticed")
 
 
