@@ -176,6 +176,12 @@ def test_each_alert_fires_where_it_should() -> None:
         assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
+def test_the_config_for_the_compose_file_is_one_that_prometheus_takes() -> None:
+    command = ["promtool", "check", "config", str(RULES / "blipq.yml")]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
 def test_jobs_that_no_worker_takes_are_work_to_an_alert(
     stack_with_work: tuple[Client, list[str]], prometheus: Prometheus
 ) -> None:
