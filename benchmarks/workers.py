@@ -4,13 +4,14 @@ batchwise: the real one, but batch after batch, each a call that returns all ans
 real one, but no job joins a batch that has begun; each is answered as it ends. sleeping: no model;
 BLIPQ_MODELS says how many milliseconds a pass takes, and how many more for each of its rows:
 ``default=8+4``. With BENCH_FETCH=0 nothing is read from S3, and with BENCH_CHECKPOINT, a folder,
-images are made ready as for that model.
+images are made ready as for that model. BENCH_HOST is the worker's host name, as a pod has its own.
 """
 
 import hashlib
 import io
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -125,6 +126,8 @@ def main(kind: str) -> int:
     logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     from blipq_worker.app import Worker
 
+    if host := os.environ.get("BENCH_HOST"):
+        socket.gethostname = lambda: host
     options = WorkerSettings()
     models = {"sleeping": _sleeping, "batchwise": _batchwise, "closed": _closed}[kind](options)
     return Worker(Settings(), options, models).run()

@@ -231,6 +231,76 @@ def test_the_door_makes_a_key_and_its_probe_follows_its_health(
     assert subprocess.run(healthy, capture_output=True, timeout=30).returncode != 0
 
 
+def test_the_exporter_answers_its_probe(
+    compose: dict[str, Any], stack: LocalStack, tmp_path: Path
+) -> None:
+    service = compose["services"]["exporter"]
+    program, *arguments = service["command"]
+    _, python, *probe = service["healthcheck"]["test"]
+    assert (program, python) == ("blipq", "python")
+    port = free_port()
+    command = [sys.executable, "-m", "blipq", *_moved(arguments, "9464", port)]
+    exporter = Service("exporter", command, env=stack.environment(), log=tmp_path / "log")
+    healthy = [sys.executable, *_moved(probe, "9464", port)]
+    exporter.start()
+    try:
+
+        def is_healthy() -> bool:
+            assert exporter.exit_code is None, exporter.last_words()
+            return subprocess.run(healthy, capture_output=True, timeout=30).returncode == 0
+
+        wait_until(is_healthy, "the exporter")
+    finally:
+        exporter.stop()
+    assert subprocess.run(healthy, capture_output=True, timeout=30).returncode != 0
+
+
+def _moved(arguments: list[str], port: str, to: int) -> list[str]:
+    assert any(port in each for each in arguments)
+    return [each.replace(port, str(to)) for each in arguments]
+
+
+def test_prometheus_scrapes_the_ports_that_services_serve_metrics_on(
+    compose: dict[str, Any],
+) -> None:
+    services = compose["services"]
+    config = yaml.safe_load((ROOT / "deploy/prometheus/blipq.yml").read_text())
+    scraped = [each["static_configs"][0]["targets"][0] for each in config["scrape_configs"]]
+    served = {
+        "exporter": services["exporter"]["command"][-1],
+        "worker": services["worker"]["environment"]["BLIPQ_HEALTH_PORT"],
+        "webhooks": services["webhooks"]["command"][-1],
+    }
+    assert scraped == [f"{name}:{port}" for name, port in served.items()]
+
+
+def test_prometheus_and_grafana_are_given_what_they_are_set_to_read(
+    compose: dict[str, Any],
+) -> None:
+    mounts = [
+        each.removesuffix(":ro").split(":")
+        for name in ("prometheus", "grafana")
+        for each in compose["services"][name]["volumes"]
+        if each.startswith("./")
+    ]
+    inside = {target: ROOT / source for source, target in mounts}
+    assert all(source.exists() for source in inside.values())
+    flag, *_ = compose["services"]["prometheus"]["command"]
+    config = flag.removeprefix("--config.file=")
+    (rules,) = yaml.safe_load(inside[config].read_text())["rule_files"]
+    assert str(Path(config).parent / rules) in inside
+    own = inside["/etc/grafana/provisioning"]
+    (provider,) = yaml.safe_load((own / "dashboards/blipq.yml").read_text())["providers"]
+    given = {
+        target for target in inside if Path(target).parent == Path(provider["options"]["path"])
+    }
+    dashboards = {each.name for each in (ROOT / "deploy/grafana").glob("*.json")}
+    assert {Path(each).name for each in given} == dashboards
+    (source,) = yaml.safe_load((own / "datasources/blipq.yml").read_text())["datasources"]
+    assert source["type"] == "prometheus"
+    assert source["url"] == "http://prometheus:9090"
+
+
 def test_services_that_stay_up_restart_and_are_probed(compose: dict[str, Any]) -> None:
     for name, service in compose["services"].items():
         if name == "tools":

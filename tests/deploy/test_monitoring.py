@@ -17,6 +17,7 @@ from tools.deploy.monitoring import written
 from tools.deploy.panels import DASHBOARDS
 
 from blipq import Client, Settings
+from blipq.ledger.connection import connect
 from blipq.local.sample import red_square
 from blipq.local.stack import LocalStack, free_port
 from blipq.local.supervisor import Service
@@ -37,13 +38,13 @@ WITHOUT_SAMPLES = {"Webhook attempts a second"}
 
 
 class Prometheus:
-    """A real one, which scrapes every second."""
+    """A real one, which scrapes every second; its alerts fire two seconds after their fault."""
 
     def __init__(self, folder: Path, targets: list[str]) -> None:
         self._url = f"http://127.0.0.1:{(port := free_port())}/api/v1"
         config = {
             "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-            "rule_files": [str(RULES / "blipq-alerts.yml")],
+            "rule_files": [str(_quick_rules(folder))],
             "scrape_configs": [{"job_name": "blipq", "static_configs": [{"targets": targets}]}],
         }
         file = folder / "prometheus.yml"
@@ -68,11 +69,24 @@ class Prometheus:
         except OSError:  # it has not started yet
             return False
 
+    def fires(self, alert: str) -> bool:
+        return self.has(f'ALERTS{{alertname="{alert}", alertstate="firing"}}')
+
     def names(self) -> set[str]:
         """All metrics of the targets, also those without a sample yet."""
         found = {each["metric"] for each in self.get("targets/metadata")}
         parts = ("", "_total", "_bucket", "_sum", "_count")
         return {f"{name}{part}" for name in found for part in parts}
+
+
+def _quick_rules(folder: Path) -> Path:
+    """The shipped rules, but for how long their expressions must hold."""
+    rules = yaml.safe_load((RULES / "blipq-alerts.yml").read_text())
+    for rule in rules["groups"][0]["rules"]:
+        rule["for"] = "2s"
+    file = folder / "rules.yml"
+    file.write_text(yaml.safe_dump(rules))
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -176,15 +190,35 @@ def test_each_alert_fires_where_it_should() -> None:
         assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-def test_jobs_that_no_worker_takes_are_work_to_an_alert(
+def test_the_config_for_the_compose_file_is_one_that_prometheus_takes() -> None:
+    command = ["promtool", "check", "config", str(RULES / "blipq.yml")]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_jobs_that_no_worker_takes_fire_an_alert_until_they_are_gone(
     stack_with_work: tuple[Client, list[str]], prometheus: Prometheus
 ) -> None:
     client, _ = stack_with_work
-    nobody = next(alert for alert in ALERTS if alert.name == "BlipqNoWorkers")
-    assert not prometheus.has(nobody.expr)
+    assert not prometheus.fires("BlipqNoWorkers")
     settings = client.settings.model_copy(update={"known_models": ("nobody",)})
     with Client(settings) as other:
         job = other.caption("s3://blipq-inbox/any.jpg", model="nobody")
-        wait_until(lambda: prometheus.has(nobody.expr), "an alert that is pending")
+        wait_until(lambda: prometheus.fires("BlipqNoWorkers"), "the alert")
         job.cancel()
-        wait_until(lambda: not prometheus.has(nobody.expr), "its end")
+        wait_until(lambda: not prometheus.fires("BlipqNoWorkers"), "its end")
+
+
+def test_a_redis_that_fills_fires_an_alert_until_it_has_room(
+    stack_with_work: tuple[Client, list[str]], prometheus: Prometheus
+) -> None:
+    client, _ = stack_with_work
+    assert not prometheus.fires("BlipqRedisMemory")
+    with connect(client.settings) as raw:
+        before = raw.config_get("maxmemory")["maxmemory"]
+        try:
+            raw.config_set("maxmemory", int(raw.info("memory")["used_memory"] / 0.8))
+            wait_until(lambda: prometheus.fires("BlipqRedisMemory"), "the alert")
+        finally:
+            raw.config_set("maxmemory", before)
+    wait_until(lambda: not prometheus.fires("BlipqRedisMemory"), "its end")

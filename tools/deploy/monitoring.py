@@ -2,7 +2,7 @@
 
     python -m tools.deploy.monitoring
 
-It writes ``deploy/grafana/*.json``, ``deploy/prometheus/*.yml`` and ``docs/alerts.md``.
+It writes ``deploy/grafana/*.json``, ``deploy/prometheus/blipq-alerts*.yml`` and ``docs/alerts.md``.
 """
 
 import json

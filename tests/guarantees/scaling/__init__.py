@@ -1,0 +1,1 @@
+"""A fleet that grows and shrinks by itself."""
