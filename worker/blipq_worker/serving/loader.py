@@ -60,7 +60,7 @@ def _settle(
 def _load_all(
     options: WorkerSettings, opening: AbstractContextManager[object]
 ) -> "dict[str, Blip2]":
-    with START.part("imports"):
+    with START.part("model imports"):
         from blipq_worker.blip2 import FeatureCache
         from blipq_worker.serving import canary
         from blipq_worker.serving.goldens import GoldenError, read_goldens
