@@ -1,4 +1,4 @@
-"""Greedy search and sampling: sequences are admitted and leave between two steps.
+"""Greedy search, sampling and beams: sequences are admitted and leave between two steps.
 
 Read in this order: ``sequences`` (what is to be written), ``loop`` (who runs and what follows),
 ``languages`` (OPT's and T5's forward passes), ``opt_step`` (OPT's for a token), ``kv_cache`` (their
