@@ -149,7 +149,7 @@ def choose_beams(
     kept = candidates_of(1, ends) * most
     ranks = torch.arange(kept, device=logs.device)
     is_beam = ranks[:most] < state.beams[:, None]
-    score, parent, token = _candidates(logs, noise, lanes, state, kept)
+    score, parent, token = _candidates(logs, noise, lanes, state, is_beam, kept)
 
     written = state.count + 1
     last = written >= state.limit
@@ -200,6 +200,7 @@ def _candidates(
     noise: torch.Tensor | None,
     lanes: torch.Tensor,
     state: Beams,
+    is_beam: torch.Tensor,
     kept: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scores, best first, beams and tokens of what may follow, each (n, kept).
@@ -208,8 +209,6 @@ def _candidates(
     sums with it are a draw without replacement by the softmax of the scores.
     """
     count, most = state.scores.shape
-    ranks = torch.arange(kept, device=logs.device)
-    is_beam = ranks[:most] < state.beams[:, None]
     # The best of each beam, then of each prompt: among them are the best of all.
     values, ids = (logs if noise is None else logs + noise).topk(min(kept, logs.shape[1]), dim=-1)
     each = values.shape[1]
@@ -224,7 +223,7 @@ def _candidates(
         place = keys.topk(kept, dim=-1).indices
         # A prompt draws as many as its own beams need: more, of wider neighbours, would be another
         # draw.
-        drawn = ranks < (state.beams * (kept // most))[:, None]
+        drawn = torch.arange(kept, device=logs.device) < (state.beams * (kept // most))[:, None]
         score, order = _first(scores.gather(1, place).where(drawn, -torch.inf), kept, stable=True)
         place = place.gather(1, order)
     return score, place // each, ids[lanes].view(count, -1).gather(1, place)
