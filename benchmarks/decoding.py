@@ -32,9 +32,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from benchmarks.by_generate import hugging_face, quiet_about_penalties
 from blipq_worker.blip2 import Blip2
 from blipq_worker.blip2.decoding import DecodeLoop, Row, row_seed
-from blipq_worker.blip2.generation.generator import _hugging_face, _quiet_about_penalties
 from blipq_worker.catalog.models import demo_folder
 from blipq_worker.demo.machine import describe_machine
 from blipq_worker.inference.requests import GenerationParams
@@ -149,13 +149,13 @@ def any_sampled(dice: random.Random) -> GenerationParams:
 def by_generate(subject: Subject, row: Row) -> list[int]:
     """A row alone."""
     embeds = _embeds(subject, [row])
-    with torch.inference_mode(), _quiet_about_penalties():
+    with torch.inference_mode(), quiet_about_penalties():
         (tokens,) = subject.model.generate(
             inputs_embeds=embeds,
             attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
             eos_token_id=list(subject.ends),
             pad_token_id=subject.pad,
-            **_hugging_face(row.params),  # type: ignore[arg-type]
+            **hugging_face(row.params),
         ).tolist()
     return tokens[1:] if subject.encodes else tokens
 

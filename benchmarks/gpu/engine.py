@@ -92,7 +92,6 @@ class Card:
                     quantization=quantization,
                     device=self.device,
                     slots=slots,
-                    max_beams=5 * batch_size(slots),
                 )
             self._model = key, model
         return self._model[1]

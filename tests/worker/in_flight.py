@@ -4,11 +4,11 @@ import random
 from collections.abc import Callable
 
 import torch
+from benchmarks.by_generate import hugging_face, quiet_about_penalties
 from msgspec.structs import replace
 
 from blipq_worker.blip2 import Blip2, Pixels
 from blipq_worker.blip2.decoding import Row, row_seed
-from blipq_worker.blip2.generation.generator import _hugging_face, _quiet_about_penalties
 from blipq_worker.blip2.generation.routing import Loop
 from blipq_worker.inference.requests import GenerationParams
 from conftest import ROOT
@@ -62,13 +62,13 @@ def alone(model: Blip2, row: Row) -> list[int]:
     language_model = generator.model.language_model
     prompt = language_model.get_input_embeddings()(torch.tensor(row.ids))
     embeds = torch.cat([row.queries, prompt])[None]
-    with torch.inference_mode(), _quiet_about_penalties():
+    with torch.inference_mode(), quiet_about_penalties():
         (written,) = language_model.generate(
             inputs_embeds=embeds,
             attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
             eos_token_id=generator._eos,
             pad_token_id=generator._pad,
-            **_hugging_face(row.params),  # type: ignore[arg-type]
+            **hugging_face(row.params),
         ).tolist()
     return written[1:] if generator.family == "t5" else written
 

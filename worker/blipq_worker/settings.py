@@ -105,14 +105,6 @@ class WorkerSettings(BaseSettings):
     max_batch_size: int = Field(
         default=16, ge=1, le=256, description="Most jobs in one pass of the model."
     )
-    max_beams: int | None = Field(
-        default=None,
-        ge=1,
-        description=(
-            "Most beams that are sampled in one pass (prompts x num_beams); by default 5 x "
-            "max_batch_size. A prompt with more runs alone."
-        ),
-    )
     decode_slots: int | None = Field(
         default=None,
         ge=1,
@@ -277,7 +269,7 @@ class WorkerSettings(BaseSettings):
     @property
     def beams(self) -> int:
         """Most beams in one pass."""
-        return self.max_beams or 5 * self.max_batch_size
+        return 5 * self.max_batch_size
 
     @property
     def growing_slots(self) -> int:

@@ -77,14 +77,13 @@ class Blip2:
         compiled: bool = False,
         device: str = "cpu",
         slots: int = 32,
-        max_beams: int = 80,
         static: bool = True,
         cache: FeatureCache | None = None,
         draft: bool = False,
     ) -> "Blip2":
         """Loads the checkpoints (folders or hub ids) onto ``device``; see ``loading``.
 
-        slots, max_beams, static: see ``Generator``. cache: keeps what is known of images between
+        slots, static: see ``Generator``. cache: keeps what is known of images between
         jobs. draft: see ``Recipe``. Raises CheckpointError, and ValueError for a type or an
         attention that the device is no good at.
         """
@@ -103,7 +102,6 @@ class Blip2:
             written.tokenizer,
             written.vision(cache),
             slots=slots,
-            max_beams=max_beams,
             static=static,
         )
         matched = None

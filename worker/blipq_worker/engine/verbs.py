@@ -73,7 +73,7 @@ def _embedded(arrays: Arrays) -> Embedded:
     )
 
 
-#: In a session each text has its own parameters; sampled beams that run together share theirs.
+#: In a session each text has its own parameters; those of a batch share theirs.
 GENERATE = Verb(
     "generate",
     item=lambda item, pixels: GenerateItem(pixels, item.prompts, item.params),

@@ -76,10 +76,7 @@ class Plain(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
 
 class GenerationParams(Plain, frozen=True):
-    """How texts are chosen, under Hugging Face's names; lengths count new tokens. top_k 0 is off.
-
-    Sampled beams that run together have equal parameters.
-    """
+    """How texts are chosen, under Hugging Face's names; lengths count new tokens; top_k 0: off."""
 
     max_new_tokens: Annotated[int, Meta(ge=1, le=512)] = 30
     min_new_tokens: Annotated[int, Meta(ge=0, le=512)] = 1
@@ -96,8 +93,8 @@ class GenerationParams(Plain, frozen=True):
 
     @property
     def in_flight(self) -> bool:
-        """Whether texts join and leave whatever runs; sampled beams run in batches."""
-        return self.num_beams == 1 or not self.do_sample
+        """Whether texts join and leave whatever runs: all do, where the model has sessions."""
+        return True
 
 
 Prompts = Annotated[tuple[Text, ...], Meta(min_length=1, max_length=64)]

@@ -143,7 +143,6 @@ def _load(
         device=device,
         slots=options.growing_slots,
         static=False,  # not before the weights of all models are there
-        max_beams=options.beams,
         cache=cache,
         draft=options.jpeg_draft,
     )

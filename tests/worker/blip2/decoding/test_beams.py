@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.by_generate import quiet_about_penalties
 from msgspec.structs import replace
 
 from blipq_worker.blip2 import Blip2
 from blipq_worker.blip2.decoding import DecodeLoop, Row
 from blipq_worker.blip2.decoding.sampling import ScoresError
-from blipq_worker.blip2.generation.generator import _quiet_about_penalties
 from blipq_worker.inference.requests import GenerationParams
 from worker.in_flight import every_penalty, rows
 from worker.tiny_models import PLAIN_WIDTH, plain_opt, plain_t5
@@ -79,7 +79,7 @@ def by_generate(model: Any, row: Row, ends: Sequence[int]) -> tuple[list[list[in
     params, embed = row.params, model.get_input_embeddings()
     embeds = torch.cat([row.queries, embed(torch.tensor(row.ids))])[None]
     beams = params.num_beams
-    with _quiet_about_penalties():
+    with quiet_about_penalties():
         said = model.generate(
             inputs_embeds=embeds,
             attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),

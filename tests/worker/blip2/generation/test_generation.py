@@ -206,17 +206,6 @@ def test_a_prompt_may_fill_the_positions_to_the_last(
         opt.generate([replace(over, prompts=("b" * (longest + 1),))])
 
 
-def test_items_with_different_parameters_are_refused_where_beams_are_sampled(
-    opt: Blip2, pictures: list[Image.Image]
-) -> None:
-    batch = [
-        *items(opt, pictures[:1], num_beams=1),
-        *items(opt, pictures[:1], num_beams=2, do_sample=True),
-    ]
-    with pytest.raises(ValueError, match="equal generation parameters"):
-        opt.generate(batch)
-
-
 # --- parameters -----------------------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 """Items in flight say what each says alone, whoever comes, goes or fails beside them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,6 @@ from blipq_worker.blip2.generation import generator, sessions
 from blipq_worker.catalog.params import resolve
 from blipq_worker.engine.backend import Engine
 from blipq_worker.inference.interface import ItemFailed
-from blipq_worker.inference.requests import GenerationParams
 from conftest import wait_until
 from worker.asking import Asking, texts_of
 
@@ -39,6 +38,7 @@ def several(model: Blip2, pictures: list[Image.Image]) -> list[GenerateItem]:
         item(model, pictures[0], "", min_new_tokens=5, no_repeat_ngram_size=1),
         item(model, pictures[1], do_sample=True, seed=5, temperature=3.0, top_k=0, top_p=1.0),
         item(model, pictures[3], num_beams=5, num_return_sequences=2),
+        item(model, pictures[3], num_beams=4, num_return_sequences=2, do_sample=True, seed=6),
         item(model, pictures[0], "", num_beams=2, length_penalty=-1.0, repetition_penalty=1.3),
         replace(item(model, pictures[2]), prompts=()),
     ]
@@ -89,7 +89,7 @@ def test_items_of_all_kinds_run_together_and_say_what_they_say_alone(
     alone = [either.generate([each])[0] for each in items]
     assert either.generate(items) == alone
     assert texts(with_slots(either, 2), items) == alone
-    assert [len(prompts) for prompts in alone] == [3, 1, 3, 3, 1, 3, 3, 1, 0]
+    assert [len(prompts) for prompts in alone] == [3, 1, 3, 3, 1, 3, 3, 3, 1, 0]
     assert [len(alternatives) for alternatives in alone[3]] == [3, 3, 3]
     assert [len(alternatives) for alternatives in alone[6]] == [2, 2, 2]
 
@@ -340,27 +340,6 @@ def test_sampled_beams_that_nobody_waits_for_end(
     assert len(steps) == 3 < all_steps
 
 
-def test_a_pass_has_a_largest_number_of_sampled_beams(
-    either: Blip2, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batch = [item(either, picture, num_beams=3, do_sample=True) for picture in pictures]
-    either.generate(batch)
-    sizes: list[int] = []
-    write: Callable[..., Any] = either.generator._write
-
-    def count(queries: torch.Tensor, *args: Any) -> Any:
-        sizes.append(len(queries))
-        return write(queries, *args)
-
-    monkeypatch.setattr(either.generator, "_write", count)
-    monkeypatch.setattr(either.generator, "_max_beams", 15)
-    either.generate(batch)
-    assert sizes == [5, 5, 2]
-    monkeypatch.setattr(either.generator, "_max_beams", 1)
-    either.generate(batch)
-    assert sizes[3:] == [1] * 12
-
-
 @pytest.mark.parametrize("beams", [1, 3])
 def test_one_item_that_does_not_fit_into_memory_at_once_is_split(
     either: Blip2, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch, beams: int
@@ -376,17 +355,6 @@ def test_one_item_that_does_not_fit_into_memory_at_once_is_split(
 
     monkeypatch.setattr(head, "forward", small)
     assert either.generate([many]) == expected
-
-
-def test_items_of_all_parameters_share_a_key_but_sampled_beams(opt: Blip2) -> None:
-    params = [
-        GenerationParams(num_beams=1),
-        GenerationParams(num_beams=1, do_sample=True, seed=1),
-        GenerationParams(num_beams=2),
-        GenerationParams(num_beams=5, length_penalty=0.0),
-        GenerationParams(num_beams=2, do_sample=True),
-    ]
-    assert [each.in_flight for each in params] == [True, True, True, True, False]
 
 
 def test_what_does_not_fit_keeps_only_its_like_waiting(

@@ -1,10 +1,10 @@
-"""Greedy search and sampling: sequences are admitted and leave between two steps.
+"""Greedy search, sampling and beams: sequences are admitted and leave between two steps.
 
 Read in this order: ``sequences`` (what is to be written), ``loop`` (who runs and what follows),
 ``languages`` (OPT's and T5's forward passes), ``opt_step`` (OPT's for a token), ``kv_cache`` (their
 keys and values), ``sampling`` (from logits to tokens). On a GPU ``static`` takes the place of all
-of these but for long sequences, which ``generation.routing`` tells apart. Beams do without: they
-share one cache and reorder it at every step.
+of these but for long sequences, which ``generation.routing`` tells apart, and beams: ``groups`` has
+what runs of them, ``beams`` what a step makes of their scores.
 """
 
 from blipq_worker.blip2.decoding.loop import DecodeLoop

@@ -137,28 +137,24 @@ def choose_beams(
     ends: torch.Tensor,
     skipped: int,
     stopping: Stopping,
+    noise: torch.Tensor | None = None,
 ) -> Chosen:
     """One more token for all beams, and what became of their texts.
 
     logs: log-probabilities after penalties, (rows, vocabulary). lanes: which row each beam goes on
     from, (n, K); any for what is no beam. ends: end tokens. skipped: tokens before the new ones.
+    noise: see ``_candidates``.
     """
-    count, most = state.scores.shape
-    kept = max(2, 1 + len(ends)) * most
+    most = state.scores.shape[1]
+    kept = candidates_of(1, ends) * most
     ranks = torch.arange(kept, device=logs.device)
     is_beam = ranks[:most] < state.beams[:, None]
-    # The best of each beam, then of each prompt: among them are the best of all.
-    values, ids = logs.topk(min(kept, logs.shape[1]), dim=-1)
-    each = values.shape[1]
-    scores = (values[lanes] + state.scores[..., None]).masked_fill(~is_beam[..., None], -torch.inf)
-    score, place = scores.view(count, -1).topk(kept, dim=-1)
-    parent = place // each
-    token = ids[lanes].view(count, -1).gather(1, place)
+    score, parent, token = _candidates(logs, noise, lanes, state, is_beam, kept)
 
     written = state.count + 1
     last = written >= state.limit
     ends_here = (token[..., None] == ends).any(-1) | last[:, None]
-    running, pick = (score + ends_here * NONE).topk(most, dim=-1)
+    running, pick = _first(score + ends_here * NONE, most, stable=noise is not None)
     texts = state.texts.gather(1, _wide(parent, state.texts))
     at = (written + skipped - 1)[:, None, None].expand(-1, kept, 1)
     texts = texts.scatter(2, at, token[..., None])
@@ -166,7 +162,11 @@ def choose_beams(
     # Of the candidates only the best k may be among the texts.
     joins = ends_here & (ranks < state.beams[:, None])
     final = score / _power(written, state.penalty) + ~joins * NONE
-    best, among = torch.cat([state.best, final], 1).topk(most, dim=-1)
+    held = state.best
+    if noise is not None:
+        # Where few tokens may be drawn, texts of equal scores fill the pool: better than none.
+        held = held.masked_fill(~state.ended, 2 * NONE)
+    best, among = _first(torch.cat([held, final], 1), most, stable=noise is not None)
     found = torch.cat([state.found, texts], 1).gather(1, _wide(among, state.found))
     lengths = torch.cat([state.lengths, written[:, None].expand(-1, kept)], 1).gather(1, among)
     ended = torch.cat([state.ended, joins], 1).gather(1, among)
@@ -188,6 +188,57 @@ def choose_beams(
         ended=ended,
     )
     return Chosen(after, token.gather(1, pick), parent.gather(1, pick), going)
+
+
+def candidates_of(beams: int, ends: Sequence[int] | torch.Tensor) -> int:
+    """Candidates of so many beams: if all of them may end, as many are left that go on."""
+    return max(2, 1 + len(ends)) * beams
+
+
+def _candidates(
+    logs: torch.Tensor,
+    noise: torch.Tensor | None,
+    lanes: torch.Tensor,
+    state: Beams,
+    is_beam: torch.Tensor,
+    kept: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores, best first, beams and tokens of what may follow, each (n, kept).
+
+    noise: Gumbel noise, (rows, vocabulary), float64, 0 for prompts that do not draw. The largest
+    sums with it are a draw without replacement by the softmax of the scores.
+    """
+    count, most = state.scores.shape
+    # The best of each beam, then of each prompt: among them are the best of all.
+    values, ids = (logs if noise is None else logs + noise).topk(min(kept, logs.shape[1]), dim=-1)
+    each = values.shape[1]
+    if noise is not None:
+        values = logs.gather(1, ids)
+    scores = (values[lanes] + state.scores[..., None]).masked_fill(~is_beam[..., None], -torch.inf)
+    scores = scores.view(count, -1)
+    if noise is None:
+        score, place = scores.topk(kept, dim=-1)
+    else:
+        keys = scores + noise.gather(1, ids)[lanes].view(count, -1)
+        place = keys.topk(kept, dim=-1).indices
+        # A prompt draws as many as its own beams need: more, of wider neighbours, would be another
+        # draw.
+        drawn = torch.arange(kept, device=logs.device) < (state.beams * (kept // most))[:, None]
+        score, order = _first(scores.gather(1, place).where(drawn, -torch.inf), kept, stable=True)
+        place = place.gather(1, order)
+    return score, place // each, ids[lanes].view(count, -1).gather(1, place)
+
+
+def _first(scores: torch.Tensor, number: int, *, stable: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest scores, (n, number), and where they are.
+
+    stable: of equal ones the first comes first, so that no neighbour's width decides.
+    """
+    if not stable:
+        values, places = scores.topk(number, dim=-1)
+        return values, places
+    values, places = scores.sort(dim=-1, descending=True, stable=True)
+    return values[:, :number], places[:, :number]
 
 
 def _may_improve(

@@ -12,8 +12,21 @@ from dataclasses import dataclass
 
 import torch
 
-from blipq_worker.blip2.decoding.beams import Beams, Chosen, Stopping, choose_beams, stacked
-from blipq_worker.blip2.decoding.sampling import ScoresError, is_penalized, penalized
+from blipq_worker.blip2.decoding.beams import (
+    Beams,
+    Chosen,
+    Stopping,
+    candidates_of,
+    choose_beams,
+    stacked,
+)
+from blipq_worker.blip2.decoding.sampling import (
+    ScoresError,
+    gumbel,
+    is_penalized,
+    penalized,
+    warped,
+)
 from blipq_worker.blip2.decoding.sequences import Row
 from blipq_worker.blip2.decoding.views import Where
 
@@ -210,7 +223,7 @@ class Groups:
             raise ScoresError("the model's scores are not numbers")
         logs = torch.log_softmax(scores.float(), dim=-1)
         for index, group in enumerate(groups):
-            rows = lanes[index, : group.beams] if group.written else lanes[index, :1]
+            rows = _rows(group, lanes[index])
             if is_penalized(group.row):
                 written = len(self._start) + group.written
                 before = beams.texts[index, : len(rows), :written]
@@ -224,7 +237,30 @@ class Groups:
             ends=self._ends,
             skipped=len(self._start),
             stopping=self._stopping,
+            noise=self._noise(groups, logs, lanes),
         )
+
+    def _noise(
+        self, groups: Sequence[Group], logs: torch.Tensor, lanes: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The noise of those that draw, (rows, vocabulary); None if nobody does.
+
+        Leaves in ``logs`` what they may draw, with the temperature. A draw depends on the row's
+        seed, the step, the beam and the token, and so on no neighbour.
+        """
+        drawn = [index for index, group in enumerate(groups) if group.row.params.do_sample]
+        if not drawn:
+            return None
+        noise = torch.zeros_like(logs, dtype=torch.float64)
+        for index in drawn:
+            group = groups[index]
+            rows = _rows(group, lanes[index])
+            values, ids = warped(logs[rows], group.row, candidates_of(1, self._ends))
+            seed, step = self._whole([group.row.seed]), self._whole([group.written])
+            ranks = torch.arange(len(rows), device=self._device)[:, None]
+            logs[rows] = torch.full_like(logs[rows], -math.inf).scatter(1, ids, values)
+            noise[rows] = noise[rows].scatter(1, ids, gumbel(ids, seed, step, ranks))
+        return noise
 
     def _whole(self, numbers: Sequence[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self._device)
@@ -233,6 +269,11 @@ class Groups:
 def _up_to(columns: int, table: torch.Tensor) -> torch.Tensor:
     """A table with so many columns, or all that it has."""
     return torch.nn.functional.pad(table, (0, max(0, columns - table.shape[-1])))
+
+
+def _rows(group: Group, lanes: torch.Tensor) -> torch.Tensor:
+    """The rows of a group, by beam, of its lanes, (most beams,): one before its first token."""
+    return lanes[: group.beams if group.written else 1]
 
 
 def _are_beams(beams: Beams) -> torch.Tensor:

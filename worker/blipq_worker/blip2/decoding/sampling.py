@@ -122,8 +122,31 @@ def race(
     scores: of the tokens ``ids``, both (rows, tokens). seeds, steps: (rows, 1), 64-bit integers.
     The largest score plus Gumbel noise, which is the first of exponential times.
     """
-    uniform = _uniform(_mixed(_mixed(_mixed(seeds) + steps) + ids))
-    return (scores.double() - (-uniform.log()).log()).argmax(dim=-1, keepdim=True)
+    return (scores.double() + gumbel(ids, seeds, steps)).argmax(dim=-1, keepdim=True)
+
+
+def gumbel(
+    ids: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor, ranks: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Gumbel noise of tokens, (rows, tokens), float64. ranks: (rows, 1), of beams; None: alone."""
+    state = _mixed(_mixed(seeds) + steps)
+    if ranks is not None:
+        state = _mixed(state + ranks)
+    return -(-_uniform(_mixed(state + ids)).log()).log()
+
+
+def warped(scores: torch.Tensor, row: Row, least: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the beams of a row may draw from: scores, likeliest first, and tokens, (beams, tokens).
+
+    least: tokens that top_k and top_p leave in any case.
+    """
+    params, vocabulary = row.params, scores.shape[-1]
+    number = min(max(params.top_k, least), vocabulary) if params.top_k else vocabulary
+    values, ids = (scores / params.temperature).topk(number, dim=-1)
+    top_p = torch.tensor(params.top_p, device=scores.device)
+    allowed = nucleus(values, values.softmax(-1).cumsum(-1), top_p)
+    allowed[:, :least] = values[:, :least]
+    return allowed, ids
 
 
 def _mixed(numbers: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Captions and answers: one vision pass per image, then one language-model row per prompt.
 
-Texts are written in flight (``sessions``), but sampled beams in batches by ``generate``.
+Texts are written in flight (``sessions``).
 
 The queries and the prompt enter the language model as embeddings, with no ids: that is what LAVIS
 does (lavis/models/blip2_models/blip2_opt.py and blip2_t5.py), it cannot ignore the image, and
@@ -8,14 +8,11 @@ lengths and penalties count new tokens only. Paper: Li et al., BLIP-2, arXiv 230
 """
 
 import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from blipq_worker.blip2.decoding import DecodeLoop
 from blipq_worker.blip2.decoding.static import (
@@ -26,7 +23,6 @@ from blipq_worker.blip2.decoding.static import (
     static_loop,
     ways,
 )
-from blipq_worker.blip2.generation.halving import by_halves
 from blipq_worker.blip2.generation.items import GeneratedText, GenerateItem
 from blipq_worker.blip2.generation.routing import Loop, RoutedLoop
 from blipq_worker.blip2.generation.sessions import WritingSession, most_joining
@@ -50,8 +46,7 @@ _LONG_SLOTS = 32
 class Generator:
     """Runs a generation checkpoint. Not thread-safe, except for ``check``.
 
-    slots: most texts in flight. max_beams: most sampled beams (prompts x num_beams) in one pass;
-    one prompt may have more. static: on a GPU the first session opens static slots; else
+    slots: most texts in flight. static: on a GPU the first session opens static slots; else
     ``open_slots`` alone.
     """
 
@@ -63,7 +58,6 @@ class Generator:
         vision: Vision,
         *,
         slots: int = 32,
-        max_beams: int = 80,
         static: bool = True,
     ) -> None:
         if checkpoint.family == "retrieval":
@@ -75,7 +69,6 @@ class Generator:
         self._slots = slots
         self._static: StaticLoop | None = None
         self._opens_static = static and model.query_tokens.device.type == "cuda"
-        self._max_beams = max_beams
         self._num_query_tokens = checkpoint.num_query_tokens
         text = checkpoint.config.text_config
         self._pad = text.pad_token_id
@@ -137,7 +130,7 @@ class Generator:
         return ids
 
     def session(self) -> WritingSession:
-        """Where items are written, each by its own parameters; without sampled beams."""
+        """Where items are written, each by its own parameters."""
         if self._opens_static:
             budget = free_memory(self.model.query_tokens.device)
             self.open_slots(ways(graphs=True), slots=self._slots, budget=budget)
@@ -191,25 +184,13 @@ class Generator:
     ) -> list[list[list[GeneratedText]]]:
         """For each item, for each of its prompts, ``num_return_sequences`` texts, best first.
 
-        With sampled beams all items have equal parameters, else ValueError. A seed decides what an
-        item says, whatever its neighbours; equal results need the same weights, precision and kind
-        of device. Items that are not ``wanted`` any more are given up between two steps: what they
-        say is void. Raises PermanentError ``invalid_request`` for a prompt that is too long.
+        A seed decides what an item says, whatever its neighbours; equal results need the same
+        weights, precision and kind of device. Items that are not ``wanted`` any more are given up
+        between two steps: what they say is void. Raises PermanentError ``invalid_request`` for a
+        prompt that is too long.
         """
         if not items:
             return []
-        if all(item.params.in_flight for item in items):
-            return self._generate_in_flight(items, wanted)
-        if len({item.params for item in items}) > 1:
-            raise ValueError("items with sampled beams must have equal generation parameters")
-        seed = items[0].params.seed
-        if seed is None:
-            return self._generate_beams(items, wanted)
-        return [self._generate_seeded(items, index, seed, wanted) for index in range(len(items))]
-
-    def _generate_in_flight(
-        self, items: Sequence[GenerateItem], wanted: Callable[[int], bool]
-    ) -> list[list[list[GeneratedText]]]:
         session = self.session()
         try:
             return self._run(session, items, wanted)
@@ -233,45 +214,6 @@ class Generator:
             self.on_step()
         return answers
 
-    def _generate_seeded(
-        self,
-        items: Sequence[GenerateItem],
-        index: int,
-        seed: int,
-        wanted: Callable[[int], bool],
-    ) -> list[list[GeneratedText]]:
-        """One item alone, with its own state of the random numbers."""
-        device = self.model.query_tokens.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            return self._generate_beams([items[index]], lambda _: wanted(index))[0]
-
-    def _generate_beams(
-        self, items: Sequence[GenerateItem], wanted: Callable[[int], bool]
-    ) -> list[list[list[GeneratedText]]]:
-        params = items[0].params
-        rows = [
-            (index, self.checked_ids(prompt, params))
-            for index, item in enumerate(items)
-            for prompt in item.prompts
-        ]
-        answers: list[list[list[GeneratedText]]] = [[] for _ in items]
-        if not rows:
-            return answers
-        queries = self.project([item.pixels for item in items])
-
-        def write(some: Sequence[tuple[int, list[int]]]) -> list[list[GeneratedText]]:
-            owners = [owner for owner, _ in some]
-            unwanted = _Unwanted(owners, wanted)
-            return self._write(queries[owners], [ids for _, ids in some], params, unwanted)
-
-        at_once = max(1, self._max_beams // params.num_beams)
-        for start in range(0, len(rows), at_once):
-            some = rows[start : start + at_once]
-            for (owner, _), alternatives in zip(some, by_halves(write, some), strict=True):
-                answers[owner].append(alternatives)
-        return answers
-
     @torch.inference_mode()
     def project(self, images: Sequence[Pixels]) -> torch.Tensor:
         """Images as the language model reads them: (B, 32, its hidden size).
@@ -283,31 +225,6 @@ class Generator:
         embedding = self.model.language_model.get_input_embeddings().weight
         projected: torch.Tensor = projection(queries.to(projection.weight.dtype))
         return projected.to(embedding.dtype)
-
-    def _write(
-        self,
-        queries: torch.Tensor,
-        rows: Sequence[list[int]],
-        params: GenerationParams,
-        unwanted: "_Unwanted",
-    ) -> list[list[GeneratedText]]:
-        """Texts for each row: ``queries`` of shape (rows, 32, hidden) followed by its prompt."""
-        language_model = self.model.language_model
-        embeds, mask = self.prefix(queries, rows)
-        with _quiet_about_penalties():
-            written = language_model.generate(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                eos_token_id=self._eos,
-                pad_token_id=self._pad,
-                stopping_criteria=StoppingCriteriaList([_EachStep(self.on_step), unwanted]),
-                **_hugging_face(params),
-            )
-        if self.family == "t5":
-            written = written[:, 1:]  # the decoder's start token
-        texts = [self.text(row) for row in written.tolist()]
-        each = params.num_return_sequences
-        return [texts[start : start + each] for start in range(0, len(texts), each)]
 
     def prefix(
         self, queries: torch.Tensor, rows: Sequence[list[int]]
@@ -333,35 +250,6 @@ class Generator:
         return GeneratedText(text, len(row) if end is None else end + 1)
 
 
-class _EachStep(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
-    """Stops nothing; it is the one hook that ``generate`` calls after each step."""
-
-    def __init__(self, on_step: Callable[[], None]) -> None:
-        self._on_step = on_step
-
-    def __call__(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
-    ) -> torch.Tensor:
-        self._on_step()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-class _Unwanted(StoppingCriteria):  # type: ignore[misc]
-    """Ends the rows that nobody waits for; ``owners`` has the item of each prompt."""
-
-    def __init__(self, owners: Sequence[int], wanted: Callable[[int], bool]) -> None:
-        self._owners = owners
-        self._wanted = wanted
-
-    def __call__(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
-    ) -> torch.Tensor:
-        each = len(input_ids) // len(self._owners)  # beams of one prompt
-        wanted = {owner: self._wanted(owner) for owner in set(self._owners)}
-        done = [not wanted[owner] for owner in self._owners for _ in range(each)]
-        return torch.tensor(done, device=input_ids.device)
-
-
 def _end_tokens(language_model: Any, text_config: Any, tokenizer: Any) -> list[int]:
     configured = language_model.generation_config.eos_token_id
     if configured is None:
@@ -369,34 +257,3 @@ def _end_tokens(language_model: Any, text_config: Any, tokenizer: Any) -> list[i
     if configured is None:  # the end that LAVIS trains OPT to write
         configured = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
     return [configured] if isinstance(configured, int) else list(configured)
-
-
-def _hugging_face(params: GenerationParams) -> dict[str, Any]:
-    """Arguments of ``generate``; what only sampling reads is left out otherwise, as it warns."""
-    always = {
-        "max_new_tokens": params.max_new_tokens,
-        "min_new_tokens": params.min_new_tokens,
-        "num_beams": params.num_beams,
-        "do_sample": params.do_sample,
-        "repetition_penalty": params.repetition_penalty,
-        "no_repeat_ngram_size": params.no_repeat_ngram_size,
-        "num_return_sequences": params.num_return_sequences,
-    }
-    if params.num_beams > 1:
-        always["length_penalty"] = params.length_penalty
-    if not params.do_sample:
-        return always
-    sampling = {"temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
-    return {**always, **sampling}
-
-
-@contextmanager
-def _quiet_about_penalties() -> Iterator[None]:
-    # That penalties do not see the prompt is LAVIS's behaviour and wanted here.
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore",
-            message=r"Passing `(repetition_penalty|no_repeat_ngram_size)` with `inputs_embeds`",
-            category=UserWarning,
-        )
-        yield

@@ -76,7 +76,7 @@ class Writer(Protocol):
 
 
 class WritingSession:
-    """Texts of one generation checkpoint, but sampled beams: a ``batching.interface.Session``.
+    """Texts of one generation checkpoint: a ``batching.interface.Session``.
 
     Tickets stand for items; rows of smaller tickets get their slots first.
     """
