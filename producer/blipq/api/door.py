@@ -6,6 +6,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import anyio
@@ -19,8 +20,10 @@ from blipq.api.access.sessions import Session, Sessions
 from blipq.api.problems import Problem
 from blipq.api.settings import ApiSettings
 from blipq.client.async_client import AsyncClient
+from blipq.client.forgetting import Forgotten, Unindex
 from blipq.contract import JobInfo
 from blipq.contract.base import Output
+from blipq.index import unindex_of
 from blipq.ledger.acting import acting
 from blipq.ledger.connection import connect
 from blipq.ledger.operator import OperatorLedger
@@ -83,6 +86,17 @@ class Door:
         async with _turn(turns):
             # The limit is the limiter: the default one, of 40 threads, is for nobody else here.
             return await anyio.to_thread.run_sync(work)
+
+    async def forget(self, id: str) -> Forgotten:
+        """Erases a job, and what it left in S3 and in search indexes."""
+        async with _turn(self._upload_turns):
+            # Indexes are opened at the first use: LanceDB is large.
+            unindex = await anyio.to_thread.run_sync(lambda: self._unindex)
+            return await self.client.forget([id], unindex=unindex)
+
+    @cached_property
+    def _unindex(self) -> Unindex | None:
+        return unindex_of(self.settings)
 
     def large_body(self) -> AbstractAsyncContextManager[None]:
         """Room for a large body, for as long as it is kept. Raises Problem if there is none."""

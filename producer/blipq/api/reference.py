@@ -184,7 +184,11 @@ _OPERATIONS: dict[tuple[str, str], _Described] = {
     ("POST", "/v1/jobs/{id}/forget"): (
         (_ID,),
         {},
-        {"204": {"description": "It is forgotten."}},
+        {
+            "200": _json(
+                _ref("Forgotten"), "It is erased; `left`: what may still be there, and why."
+            )
+        },
         ("404", "409"),
     ),
     ("POST", "/v1/batches"): (
@@ -371,6 +375,13 @@ def _schemas() -> dict[str, Any]:
             read=_of("integer"),
             next_cursor=_TEXT,
             next_from=_TIME,
+        ),
+        "Forgotten": _object(
+            jobs=_of("array", items=_TEXT),
+            events=_COUNT,
+            objects=_of("array", items=_TEXT),
+            entries=_COUNT,
+            left=_of("array", items=_TEXT),
         ),
         "ActionPage": _object(
             ["actions"],

@@ -13,8 +13,11 @@ import pytest
 
 from blipq import Settings
 from blipq.api.access.keys import Keyring, make_first_key
+from blipq.contract import split_s3_uri
 from blipq.ledger.worker import WorkerLedger
+from blipq.local.sample import red_square
 from blipq.local.stack import LocalStack
+from blipq.s3.storage import Storage
 from conftest import blipq, wait_until
 from producer.api.conftest import CAPTION, DoorProcess, Start, beside, running, service_of
 from producer.api.test_jobs import claim, code_of, finish, submitted
@@ -322,7 +325,7 @@ def test_the_log_of_actions_names_keys_and_is_for_operators(
         first, second = submitted(shop, MINE), submitted(shop, MINE)
         assert shop.post(f"/v1/jobs/{first}/cancel").status_code == 200
         finish(ledger, second)
-        assert shop.post(f"/v1/jobs/{second}/forget").status_code == 204
+        assert shop.post(f"/v1/jobs/{second}/forget").status_code == 200
         assert code_of(shop.get("/v1/actions")) == (403, "forbidden")
         page = operator.get("/v1/actions", params={"limit": "1"}).json()
         (newest,) = page["actions"]
@@ -335,6 +338,35 @@ def test_the_log_of_actions_names_keys_and_is_for_operators(
         (each["name"], each["via"], each["action"], each["target"]) for each in (oldest, newest)
     ]
     assert found == [("shop", "api", "cancel", first), ("shop", "api", "forget", second)]
+
+
+def test_forgetting_leaves_what_another_tenant_uploaded(
+    guarded: DoorProcess, keys: dict[str, str], ledger: WorkerLedger, apart: Settings
+) -> None:
+    """The key may read it: that is no right to delete it."""
+    with guarded.http(keys["shop"]) as shop, guarded.http(keys["other"]) as other:
+        headers = {"Content-Type": "image/png"}
+        uri = shop.post("/v1/uploads", content=red_square(), headers=headers).json()["uri"]
+        for http, left in ((other, [f"{uri}: not in other's part of the inbox"]), (shop, [])):
+            id = submitted(http, {**MINE, "image": uri})
+            finish(ledger, id)
+            told = http.post(f"/v1/jobs/{id}/forget").json()
+            assert (told["left"], told["objects"]) == (left, [] if left else [uri])
+            there = Storage(apart).head(*split_s3_uri(uri)) is not None
+            assert there is bool(left)
+
+
+def test_a_line_of_a_batch_is_refused_without_the_secrets_that_it_names(
+    guarded: DoorProcess, keys: dict[str, str]
+) -> None:
+    body = {"kind": "caption", "image": "s3://elsewhere/cat.jpg?token=topsecret"}
+    with guarded.http(keys["shop"]) as shop:
+        single = shop.post("/v1/jobs", json=body)
+        assert code_of(single) == (403, "forbidden")
+        lines = {"Content-Type": "application/x-ndjson"}
+        batch = shop.post("/v1/batches", content=json.dumps(body).encode(), headers=lines)
+        assert "topsecret" not in batch.text
+        assert batch.json()["error"]["detail"] == single.json()["detail"]
 
 
 def test_a_jobs_record_holds_what_its_key_allows_for_its_worker(
