@@ -70,8 +70,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._part, self._bytes, self._headers = part, 0, 0
         if self._limit is not None:
             self._limit.cancel()
-        late = seconds is not None
-        self._limit = self.loop.call_later(seconds, self._give_up) if late else None
+            self._limit = None
+        if seconds is not None:
+            self._limit = self.loop.call_later(seconds, self._give_up)
 
     def data_received(self, data: bytes) -> None:
         if self._part is _Part.NOTHING and self.cycle.response_complete:
@@ -92,7 +93,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._headers += 1
         if self._headers > MOST_HEADERS:
             self._give_up()
-        elif self._part is _Part.HEAD:  # a trailer must not become a header: the gate has read those
+        elif (
+            self._part is _Part.HEAD
+        ):  # a trailer must not become a header: the gate has read those
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:

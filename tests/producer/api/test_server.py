@@ -229,12 +229,13 @@ def test_a_body_behind_its_answer_has_a_largest_size() -> None:
     async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(UNREAD + b"Content-Length: %d\r\n\r\n" % 2**30)
         assert await answer(reader) == "0"
-        sent = 0
         with pytest.raises(ConnectionError):
-            while sent < 2**30:
-                writer.write(b"x" * 2**16)
-                await writer.drain()
-                sent += 2**16
+            await send_much(writer)
+
+    async def send_much(writer: asyncio.StreamWriter) -> None:
+        for _ in range(2**14):
+            writer.write(b"x" * 2**16)
+            await writer.drain()
 
     converse(conversation)
 
