@@ -4,7 +4,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from blipq.api.access.keys import LOCAL, Caller, Keyring, Scope
+from blipq.api.access.rates import SignIns
 from blipq.api.access.sessions import Session, Sessions
 from blipq.api.problems import Problem
 from blipq.api.settings import ApiSettings
@@ -23,6 +24,7 @@ from blipq.client.async_client import AsyncClient
 from blipq.client.forgetting import Forgotten, Unindex
 from blipq.contract import JobInfo
 from blipq.contract.base import Output
+from blipq.errors import QueueUnavailable
 from blipq.index import unindex_of
 from blipq.ledger.acting import acting
 from blipq.ledger.connection import connect
@@ -52,6 +54,7 @@ class Door:
         self.keyring = None if settings.api_keys is None else Keyring(settings.api_keys)
         self.client = AsyncClient(settings)
         self.sessions = None if self.keyring is None else Sessions(settings, self.keyring)
+        self.sign_ins = SignIns()
         #: Of a door without keys, which knows one user.
         self.local = Session(LOCAL, secrets.token_urlsafe(32))
         self.draining = asyncio.Event()
@@ -69,6 +72,23 @@ class Door:
             await self.sessions.aclose()
         await self.client.aclose()
         self._operator.close()
+
+    async def still_allows(self, request: Request, scope: Scope, tenant: str | None) -> bool:
+        """Whether who began a request could begin it now: a long one must not outlive its key.
+
+        Redis being away changes nothing.
+        """
+        caller = caller_of(request)
+        if self.keyring is None or self.sessions is None or caller.key is None:
+            return True
+        known = self.keyring.of_digest(caller.key.sha256)
+        if known is None or scope not in known.scopes or not known.sees(tenant):
+            return False
+        if getattr(request.state, "session", None) is None:
+            return True
+        with suppress(QueueUnavailable):
+            return await self.sessions.find(request.headers.get("cookie", "")) is not None
+        return True
 
     async def operate(self, work: Callable[[OperatorLedger], T]) -> T:
         """Runs what the synchronous ledger offers, on a thread. Raises Problem if all are busy."""

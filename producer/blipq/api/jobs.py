@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from blipq.api.access.keys import Caller
+from blipq.api.access.keys import Caller, Scope
 from blipq.api.door import (
     Door,
     caller_of,
@@ -96,7 +96,7 @@ async def _submit(request: Request, id: str) -> Response:
     submission = replace(submission, traceparent=request.headers.get("traceparent"))
     job: Any = await door.client.submit(submission)
     if wait:
-        info = await ended(request, door, job.id, wait)
+        info = await ended(request, door, job.id, wait, "submit")
         return job_answer(info, Location=_path(request, job.id), Preference_Applied="wait")
     body = {"id": job.id, **links(request, job.id)}
     return shown(body, 202, Location=_path(request, job.id))
@@ -141,15 +141,22 @@ async def known(door: Door, caller: Caller, id: str) -> JobInfo:
     return info
 
 
-async def ended(request: Request, door: Door, id: str, seconds: float) -> JobInfo:
-    """The job when it has ended, or after these seconds."""
+async def ended(
+    request: Request, door: Door, id: str, seconds: float, scope: Scope = "read"
+) -> JobInfo:
+    """The job when it has ended, or after these seconds.
+
+    Raises Problem where the key or the session ended meanwhile.
+    """
     try:
         info = await while_connected(request, door, door.client.job(id).wait(seconds))
     except ResultTimeout:
         info = None
-    if info is not None:
-        return info
-    return await door.client.job(id).info()
+    if info is None:
+        info = await door.client.job(id).info()
+    if not await door.still_allows(request, scope, info.tenant):
+        raise Problem(401, "unauthorized", "the key or the session has ended")
+    return info
 
 
 async def read(request: Request) -> Response:

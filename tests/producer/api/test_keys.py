@@ -3,8 +3,11 @@
 import json
 import re
 import stat
+import time
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import httpx2
 import pytest
 
 from blipq import Settings
-from blipq.api.access.keys import Keyring, make_first_key
+from blipq.api.access.keys import Keyring, digest, make_first_key
 from blipq.contract import split_s3_uri
 from blipq.ledger.worker import WorkerLedger
 from blipq.local.sample import red_square
@@ -236,6 +239,67 @@ def test_a_key_that_sends_too_much_is_told_when_to_come_again(
         assert code_of(answer) == (429, "rate_limited")
         assert 1 <= int(answer.headers["retry-after"]) <= 2
         assert other.get("/v1/models").status_code == 200
+
+
+def test_a_key_has_its_share_of_a_door_and_leaves_the_rest_to_others(
+    start: Start, keys: dict[str, str], folder: Path
+) -> None:
+    door = start(api_keys=str(folder / "keys.toml"), api_concurrency="6")
+    with door.http(keys["shop"]) as shop, door.http(keys["other"]) as other:
+        path = f"/v1/jobs/{submitted(shop, MINE)}"
+        with ExitStack() as streams:
+            for _ in range(3):
+                assert streams.enter_context(shop.stream("GET", f"{path}/events")).is_success
+            for each in (f"{path}/events", f"{path}?wait=1", "/v1/models"):
+                answer = shop.get(each)
+                assert code_of(answer) == (429, "too_many_requests")
+                assert answer.headers["retry-after"] == "1"
+            assert other.get("/v1/models").status_code == 200
+        wait_until(lambda: shop.get("/v1/models").status_code == 200, "the streams' end")
+
+
+def without(file: Path, key: str) -> None:
+    """Takes a key out of its file."""
+    file.write_text(file.read_text().replace(digest(key), "0" * 64))
+
+
+def test_streams_and_waits_end_with_their_key(start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    key = new_key(file, "shop", "--bucket", "photos/shop")
+    door = start(api_keys=str(file))
+    with door.http(key) as http, door.http() as console:
+        path = f"/v1/jobs/{submitted(http, MINE)}"
+        assert console.post("/console/login", data={"key": key}).status_code == 303
+        pages = f"/console/stages?id={path.rpartition('/')[2]}"
+        with ThreadPoolExecutor() as threads, ExitStack() as streams:
+            opened = [
+                streams.enter_context(client.stream("GET", place))
+                for client, place in ((http, f"{path}/events"), (console, pages))
+            ]
+            waiting = threads.submit(http.get, f"{path}?wait=12")
+            time.sleep(0.5)
+            without(file, key)
+            for stream in opened:
+                last = "".join(stream.iter_text()).strip().rpartition("\n\n")[2]
+                name, data = last.split("\n")
+                assert name == "event: closed"
+                assert json.loads(data.removeprefix("data: "))["code"] == "unauthorized"
+            assert code_of(waiting.result()) == (401, "unauthorized")
+
+
+def test_a_stream_ends_with_its_session(guarded: DoorProcess, keys: dict[str, str]) -> None:
+    with guarded.http(keys["shop"]) as shop, guarded.http() as console:
+        id = submitted(shop, MINE)
+        assert console.post("/console/login", data={"key": keys["shop"]}).status_code == 303
+        (token,) = set(
+            re.findall(r'name="form_token" value="(\w+)"', console.get("/console/").text)
+        )
+        with console.stream("GET", f"/console/stages?id={id}") as stream:
+            lines = stream.iter_text()
+            assert "queued" in next(lines) + next(lines)
+            with guarded.http(Cookie=f"blipq_session={console.cookies['blipq_session']}") as page:
+                page.post("/console/logout", data={"form_token": token})
+            assert "event: closed" in "".join(lines)
 
 
 def test_the_log_of_requests_tells_the_key_by_name_and_no_query(
