@@ -28,7 +28,8 @@ access = logging.getLogger("blipq.api.access")
 OPEN_PATHS = ("/health", "/openapi.json", "/docs")
 _HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[\w.-]+))(?::\d{1,5})?", re.ASCII)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-#: Of the requests that a door answers at the same time, the share that one key may have.
+#: Of the requests that a door answers at the same time, the share that one key may have, or
+#: all who send none.
 KEY_SHARE = 0.5
 
 SECURITY_HEADERS = {
@@ -107,6 +108,8 @@ class Gate:
             scope["state"]["session"] = session
             scope["state"]["caller"] = passage.caller = session.caller
             self._count(session.caller, passage)
+        else:
+            self._enter("", "those who have not signed in have", passage)
 
     # -- with keys --
 
@@ -131,19 +134,21 @@ class Gate:
         if pause:
             text = f"the key {caller.name!r} may send {rate:g} requests a second"
             raise Problem(429, "rate_limited", text, retry_after_s=pause)
-        self._enter(caller, passage)
+        self._enter(caller.name, f"the key {caller.name!r} has", passage)
 
-    def _enter(self, caller: Caller, passage: "_Passage") -> None:
-        """Raises Problem where the key has its share of the door: streams, waits, slow bodies."""
+    def _enter(self, name: str, who: str, passage: "_Passage") -> None:
+        """Raises Problem where a key has its share of the door: streams, waits, slow bodies.
+
+        All who have no key share one, of the name "".
+        """
         most = max(1, int(KEY_SHARE * self._settings.api_concurrency))
-        if self._of_keys[caller.name] >= most:
+        if self._of_keys[name] >= most:
             text = (
-                f"the key {caller.name!r} has {most:,} requests under way, streams and waits among "
-                "them: one key has no more at one door"
+                f"{who} {most:,} requests under way, streams and waits among them: no more at once"
             )
             raise Problem(429, "too_many_requests", text, retry_after_s=1)
-        self._of_keys[caller.name] += 1
-        passage.counted = caller.name
+        self._of_keys[name] += 1
+        passage.counted = name
 
     def _leave(self, passage: "_Passage") -> None:
         if (name := passage.counted) is not None:

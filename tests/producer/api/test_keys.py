@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import stat
 import time
 import tomllib
@@ -256,6 +257,23 @@ def test_a_key_has_its_share_of_a_door_and_leaves_the_rest_to_others(
                 assert answer.headers["retry-after"] == "1"
             assert other.get("/v1/models").status_code == 200
         wait_until(lambda: shop.get("/v1/models").status_code == 200, "the streams' end")
+
+
+def test_forms_to_sign_in_that_do_not_come_leave_room_for_keys(
+    start: Start, keys: dict[str, str], folder: Path
+) -> None:
+    door = start(api_keys=str(folder / "keys.toml"), api_concurrency="6")
+    head = (
+        "POST /console/login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n"
+        "Content-Type: application/x-www-form-urlencoded\r\n\r\n"
+    )
+    host, _, port = door.url.removeprefix("http://").partition(":")
+    with door.http(keys["shop"]) as shop, door.http() as reader, ExitStack() as slow:
+        for _ in range(4):
+            sent = slow.enter_context(socket.create_connection((host, int(port)), 10))
+            sent.sendall(head.encode())
+        wait_until(lambda: reader.get("/console/login").status_code == 429, "the share's end")
+        assert shop.get("/v1/models").status_code == 200
 
 
 def without(file: Path, key: str) -> None:
