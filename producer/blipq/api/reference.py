@@ -28,6 +28,7 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
 _INPUTS: tuple[type[BaseModel], ...] = (*_REQUESTS, contract.Options, PresignRequest)
 _OUTPUTS: tuple[type[BaseModel], ...] = (contract.JobInfo, Uploaded, Presigned)
 
+_ENDS = (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED, Status.EXPIRED)
 #: What every operation may answer, and what those with a body may.
 _ALWAYS = ("400", "401", "403", "408", "413", "421", "422", "429", "503")
 _PROBLEMS = {
@@ -172,8 +173,8 @@ _OPERATIONS: dict[tuple[str, str], _Described] = {
         {},
         {
             "200": {
-                "description": "The job's stages, as server-sent events.",
-                "content": {"text/event-stream": {"schema": _TEXT}},
+                "description": "The job's stages, as server-sent events; the schema is of each.",
+                "content": {"text/event-stream": {"schema": _ref("Event")}},
             },
             "204": {"description": "The job has ended, and all was sent."},
         },
@@ -382,6 +383,12 @@ def _schemas() -> dict[str, Any]:
             objects=_of("array", items=_TEXT),
             entries=_COUNT,
             left=_of("array", items=_TEXT),
+        ),
+        "Event": _object(
+            ["event", "data"],
+            id=_TEXT,
+            event=_of("string", enum=["queued", "running", "retrying", *_ENDS, "closed"]),
+            data=_TEXT,
         ),
         "ActionPage": _object(
             ["actions"],
