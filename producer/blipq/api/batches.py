@@ -150,7 +150,7 @@ def _answer(number: int, custom_id: str | None, outcome: str | Problem) -> str:
     else:
         answer["error"] = {
             "code": outcome.code,
-            "detail": str(outcome),
+            "detail": outcome.detail,
             "retryable": outcome.retry_after_s is not None,
         }
     return json.dumps(answer) + "\n"

@@ -4,8 +4,9 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import anyio
@@ -15,12 +16,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from blipq.api.access.keys import LOCAL, Caller, Keyring, Scope
+from blipq.api.access.rates import SignIns
 from blipq.api.access.sessions import Session, Sessions
 from blipq.api.problems import Problem
 from blipq.api.settings import ApiSettings
 from blipq.client.async_client import AsyncClient
+from blipq.client.forgetting import Forgotten, Unindex
 from blipq.contract import JobInfo
 from blipq.contract.base import Output
+from blipq.errors import QueueUnavailable
+from blipq.index import unindex_of
 from blipq.ledger.acting import acting
 from blipq.ledger.connection import connect
 from blipq.ledger.operator import OperatorLedger
@@ -49,6 +54,7 @@ class Door:
         self.keyring = None if settings.api_keys is None else Keyring(settings.api_keys)
         self.client = AsyncClient(settings)
         self.sessions = None if self.keyring is None else Sessions(settings, self.keyring)
+        self.sign_ins = SignIns()
         #: Of a door without keys, which knows one user.
         self.local = Session(LOCAL, secrets.token_urlsafe(32))
         self.draining = asyncio.Event()
@@ -67,6 +73,23 @@ class Door:
         await self.client.aclose()
         self._operator.close()
 
+    async def still_allows(self, request: Request, scope: Scope, tenant: str | None) -> bool:
+        """Whether who began a request could begin it now: a long one must not outlive its key.
+
+        Redis being away changes nothing.
+        """
+        caller = caller_of(request)
+        if self.keyring is None or self.sessions is None or caller.key is None:
+            return True
+        known = self.keyring.of_digest(caller.key.sha256)
+        if known is None or scope not in known.scopes or not known.sees(tenant):
+            return False
+        if getattr(request.state, "session", None) is None:
+            return True
+        with suppress(QueueUnavailable):
+            return await self.sessions.find(request.headers.get("cookie", "")) is not None
+        return True
+
     async def operate(self, work: Callable[[OperatorLedger], T]) -> T:
         """Runs what the synchronous ledger offers, on a thread. Raises Problem if all are busy."""
         return await self._on_thread(lambda: work(self._operator), self._operator_turns)
@@ -83,6 +106,17 @@ class Door:
         async with _turn(turns):
             # The limit is the limiter: the default one, of 40 threads, is for nobody else here.
             return await anyio.to_thread.run_sync(work)
+
+    async def forget(self, id: str) -> Forgotten:
+        """Erases a job, and what it left in S3 and in search indexes."""
+        async with _turn(self._upload_turns):
+            # Indexes are opened at the first use: LanceDB is large.
+            unindex = await anyio.to_thread.run_sync(lambda: self._unindex)
+            return await self.client.forget([id], unindex=unindex)
+
+    @cached_property
+    def _unindex(self) -> Unindex | None:
+        return unindex_of(self.settings)
 
     def large_body(self) -> AbstractAsyncContextManager[None]:
         """Room for a large body, for as long as it is kept. Raises Problem if there is none."""

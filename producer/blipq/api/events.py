@@ -14,7 +14,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from blipq.api.door import Door, caller_of, door_of
+from blipq.api.door import caller_of, door_of
 from blipq.api.jobs import known
 from blipq.contract import JobInfo, Status
 from blipq.errors import InvalidRequest, QueueUnavailable
@@ -26,8 +26,15 @@ HEARTBEAT_S = 15.0
 PAUSE_S, LONGEST_PAUSE_S = 0.25, 10.0
 #: Looks of one door in a second, at most.
 LOOKS_PER_S = 400
+#: A stream ends so long after its key or its session did, and a pause between reads at the most.
+RECHECK_S = 5.0
 #: A stream ends when Redis was away for so long.
 PATIENCE_S = 30.0
+#: It has no number: the next stream goes on behind the last stage.
+CLOSED = (
+    'event: closed\ndata: {"code": "unauthorized", "detail": '
+    '"the key or the session of this stream has ended"}\n\n'
+)
 HEADERS = {"X-Accel-Buffering": "no"}
 
 
@@ -78,7 +85,7 @@ async def events(request: Request) -> Response:
     info = await known(door, caller_of(request), id)
     if info.ended and all(stage.number <= last for stage in stages(info)):
         return Response(status_code=204)  # it makes EventSource stop asking
-    stream = _Stream(door, info, last)
+    stream = _Stream(request, info, last)
     return StreamingResponse(stream.run(), media_type="text/event-stream", headers=HEADERS)
 
 
@@ -92,12 +99,14 @@ def _last_number(request: Request) -> int:
 class _Stream:
     """One caller's stream."""
 
-    def __init__(self, door: Door, info: JobInfo, last: int) -> None:
-        self._door = door
+    def __init__(self, request: Request, info: JobInfo, last: int) -> None:
+        self._request = request
+        self._door = door_of(request)
         self._info = info
         self._last = last
         self._ending = time.monotonic() + LONGEST_STREAM_S
         self._away_since: float | None = None
+        self._checked_at = time.monotonic()
 
     async def run(self) -> AsyncIterator[str]:
         self._door.streams += 1
@@ -116,8 +125,18 @@ class _Stream:
                         beat = time.monotonic()
                     await self._either(inbox.take(self._pause()))
                     await self._look()
+                    if not await self._is_allowed():
+                        yield CLOSED
+                        return
         finally:
             self._door.streams -= 1
+
+    async def _is_allowed(self) -> bool:
+        now = time.monotonic()
+        if now < self._checked_at + RECHECK_S:
+            return True
+        self._checked_at = now
+        return await self._door.still_allows(self._request, "read", self._info.tenant)
 
     def _news(self) -> list[Stage]:
         news = [stage for stage in stages(self._info) if stage.number > self._last]

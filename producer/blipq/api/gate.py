@@ -6,7 +6,7 @@ import logging
 import re
 import secrets
 import time
-from dataclasses import dataclass, field
+from collections import Counter
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blipq.api.access.keys import LOCAL, Caller
+from blipq.api.access.rates import BURST_S, Bucket
 from blipq.api.console.errors import answer, is_page, path_in
 from blipq.api.door import Door
 from blipq.api.problems import Problem
@@ -27,8 +28,9 @@ access = logging.getLogger("blipq.api.access")
 OPEN_PATHS = ("/health", "/openapi.json", "/docs")
 _HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[\w.-]+))(?::\d{1,5})?", re.ASCII)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-#: Seconds of a key's rate that it may use at once.
-BURST_S = 2.0
+#: Of the requests that a door answers at the same time, the share that one key may have, or
+#: all who send none.
+KEY_SHARE = 0.5
 
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -43,24 +45,6 @@ CORS_HEADERS = (
 CORS_EXPOSED = "Location, RateLimit-Limit, RateLimit-Remaining, Retry-After, X-Request-ID"
 
 
-@dataclass(slots=True)
-class _Bucket:
-    """What is left of a key's rate: tokens that come back with time."""
-
-    left: float
-    at: float = field(default_factory=time.monotonic)
-
-    def take(self, rate: float) -> float:
-        """Takes one token; seconds until there is one, or 0."""
-        now = time.monotonic()
-        self.left = min(rate * BURST_S, self.left + (now - self.at) * rate)
-        self.at = now
-        if self.left < 1:
-            return (1 - self.left) / rate
-        self.left -= 1
-        return 0.0
-
-
 class Gate:
     """ASGI middleware. ``scope["state"]`` gets ``request_id`` and ``caller``."""
 
@@ -68,8 +52,9 @@ class Gate:
         self._app = app
         self._door = door
         self._settings = door.settings
-        self._buckets: dict[str, _Bucket] = {}
+        self._buckets: dict[str, Bucket] = {}
         self._under_way = 0
+        self._of_keys: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -94,6 +79,7 @@ class Gate:
             await answer(Request(scope), error)(scope, receive, passage.send)
         finally:
             self._under_way -= 1
+            self._leave(passage)
             passage.log(scope)
 
     def _check_room(self) -> None:
@@ -122,6 +108,8 @@ class Gate:
             scope["state"]["session"] = session
             scope["state"]["caller"] = passage.caller = session.caller
             self._count(session.caller, passage)
+        else:
+            self._enter("", "those who have not signed in have", passage)
 
     # -- with keys --
 
@@ -137,13 +125,36 @@ class Gate:
     def _count(self, caller: Caller, passage: "_Passage") -> None:
         """Raises Problem where the key has used up its rate."""
         rate = (caller.key and caller.key.rate) or self._settings.api_rate
-        bucket = self._buckets.setdefault(caller.name, _Bucket(rate * BURST_S))
+        most = rate * BURST_S
+        bucket = self._buckets.setdefault(caller.name, Bucket(most))
+        bucket.most = most  # the file of keys may have changed
         pause = bucket.take(rate)
         passage.headers["RateLimit-Limit"] = f"{rate * BURST_S:.0f}"
         passage.headers["RateLimit-Remaining"] = f"{int(bucket.left)}"
         if pause:
             text = f"the key {caller.name!r} may send {rate:g} requests a second"
             raise Problem(429, "rate_limited", text, retry_after_s=pause)
+        self._enter(caller.name, f"the key {caller.name!r} has", passage)
+
+    def _enter(self, name: str, who: str, passage: "_Passage") -> None:
+        """Raises Problem where a key has its share of the door: streams, waits, slow bodies.
+
+        All who have no key share one, of the name "".
+        """
+        most = max(1, int(KEY_SHARE * self._settings.api_concurrency))
+        if self._of_keys[name] >= most:
+            text = (
+                f"{who} {most:,} requests under way, streams and waits among them: no more at once"
+            )
+            raise Problem(429, "too_many_requests", text, retry_after_s=1)
+        self._of_keys[name] += 1
+        passage.counted = name
+
+    def _leave(self, passage: "_Passage") -> None:
+        if (name := passage.counted) is not None:
+            self._of_keys[name] -= 1
+            if not self._of_keys[name]:
+                del self._of_keys[name]
 
     # -- without keys --
 
@@ -209,6 +220,8 @@ class _Passage:
         self.id = id
         self.headers = MutableHeaders({**SECURITY_HEADERS, "X-Request-ID": id})
         self.caller: Caller | None = None
+        #: The key whose share of the door this request takes.
+        self.counted: str | None = None
         self._send = send
         self._started = time.monotonic()
         self._status = 0

@@ -1,10 +1,9 @@
 """Jobs: submit, look up, wait, list, cancel, retry, forget."""
 
-import asyncio
 import base64
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
 
@@ -12,7 +11,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from blipq.api.access.keys import Caller
+from blipq.api.access.keys import Caller, Scope
 from blipq.api.door import (
     Door,
     caller_of,
@@ -29,8 +28,8 @@ from blipq.client.waiting import not_found
 from blipq.contract import JobInfo, Kind, Options, Status, request_adapter
 from blipq.contract import Request as JobRequest
 from blipq.errors import InvalidRequest, ResultTimeout
-from blipq.ledger.codec import Message
 from blipq.ledger.views.listing import Place, Wanted
+from blipq.redaction import redacted
 from blipq.submission import explain, new_id
 
 T = TypeVar("T")
@@ -97,7 +96,7 @@ async def _submit(request: Request, id: str) -> Response:
     submission = replace(submission, traceparent=request.headers.get("traceparent"))
     job: Any = await door.client.submit(submission)
     if wait:
-        info = await ended(request, door, job.id, wait)
+        info = await ended(request, door, job.id, wait, "submit")
         return job_answer(info, Location=_path(request, job.id), Preference_Applied="wait")
     body = {"id": job.id, **links(request, job.id)}
     return shown(body, 202, Location=_path(request, job.id))
@@ -142,15 +141,22 @@ async def known(door: Door, caller: Caller, id: str) -> JobInfo:
     return info
 
 
-async def ended(request: Request, door: Door, id: str, seconds: float) -> JobInfo:
-    """The job when it has ended, or after these seconds."""
+async def ended(
+    request: Request, door: Door, id: str, seconds: float, scope: Scope = "read"
+) -> JobInfo:
+    """The job when it has ended, or after these seconds.
+
+    Raises Problem where the key or the session ended meanwhile.
+    """
     try:
         info = await while_connected(request, door, door.client.job(id).wait(seconds))
     except ResultTimeout:
         info = None
-    if info is not None:
-        return info
-    return await door.client.job(id).info()
+    if info is None:
+        info = await door.client.job(id).info()
+    if not await door.still_allows(request, scope, info.tenant):
+        raise Problem(401, "unauthorized", "the key or the session has ended")
+    return info
 
 
 async def read(request: Request) -> Response:
@@ -188,34 +194,25 @@ async def cancel(request: Request) -> Response:
 
 
 async def retry(request: Request) -> Response:
-    """Queues a dead letter again."""
+    """Queues a job again that ended without a result, with fresh attempts and a new deadline."""
     door, caller, id = door_of(request), caller_of(request), request.path_params["id"]
-    await known(door, caller, id)
-    message = await door.operate(lambda operator: operator.retry_dead_letter(id))
-    if message is None:
-        raise Problem(409, "not_retryable", f"{id} is no dead letter: only those are tried again")
-    await _publish(door, message)
+    info = await known(door, caller, id)
+    if not await door.client.retry_all([id]):
+        text = f"{id} is {info.status}: only what ended without a result is tried again"
+        raise Problem(409, "not_retryable", text)
     return job_answer(await known(door, caller, id), 202)
 
 
-async def _publish(door: Door, message: Message) -> None:
-    """What is not taken in time is published by the reconciler: the job is recorded."""
-    sent = asyncio.wrap_future(door.client.broker.send([message]))
-    await asyncio.wait([sent], timeout=door.settings.timeout_s)
-    if sent.done() and not sent.cancelled() and (error := sent.exception()) is not None:
-        door.client.broker.tell(error)
-
-
 async def forget(request: Request) -> Response:
-    """Deletes the record of a job that has ended."""
+    """Erases a job that has ended, with its result, events, upload, output and index entry."""
     door, id = door_of(request), request.path_params["id"]
     info = await known(door, caller_of(request), id)
     if not info.ended:
         raise Problem(409, "job_open", f"{id} is {info.status}: cancel it first")
-    if not await door.operate(lambda operator: operator.delete(id)):
-        text = f"{id} is kept: it is a dead letter, or its webhook is not delivered yet"
-        raise Problem(409, "job_kept", text)
-    return Response(status_code=204)
+    report = await door.forget(id)
+    if not report.jobs:
+        raise not_found(id[:128])
+    return shown({**asdict(report), "left": [redacted(each) for each in report.left]})
 
 
 # -- lists --

@@ -66,13 +66,18 @@ class Problem(Exception):
         self.headers = dict(headers or {})
         self.more = more
 
+    @property
+    def detail(self) -> str:
+        """What is wrong, without the secrets of URLs that it names."""
+        return redacted(str(self))
+
     def body(self, request_id: str) -> dict[str, Any]:
         """The members of the problem."""
         return {
             "type": f"urn:problem:blipq:{self.code}",
             "title": HTTPStatus(self.status).phrase,
             "status": self.status,
-            "detail": redacted(str(self)),
+            "detail": self.detail,
             "code": self.code,
             "retryable": self.retry_after_s is not None,
             "request_id": request_id,

@@ -28,6 +28,7 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
 _INPUTS: tuple[type[BaseModel], ...] = (*_REQUESTS, contract.Options, PresignRequest)
 _OUTPUTS: tuple[type[BaseModel], ...] = (contract.JobInfo, Uploaded, Presigned)
 
+_ENDS = (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED, Status.EXPIRED)
 #: What every operation may answer, and what those with a body may.
 _ALWAYS = ("400", "401", "403", "408", "413", "421", "422", "429", "503")
 _PROBLEMS = {
@@ -41,7 +42,7 @@ _PROBLEMS = {
     "415": "The body's type is none of those listed.",
     "421": "A door without keys was addressed by a foreign name.",
     "422": "A field or parameter is wrong: the detail names it.",
-    "429": "The key's rate is used up, or too many jobs are open: Retry-After says when.",
+    "429": "The key has used up its rate or its share of the door, or too many jobs are open.",
     "503": "Redis or S3 does not answer, or the door is busy: Retry-After says when.",
 }
 
@@ -172,8 +173,8 @@ _OPERATIONS: dict[tuple[str, str], _Described] = {
         {},
         {
             "200": {
-                "description": "The job's stages, as server-sent events.",
-                "content": {"text/event-stream": {"schema": _TEXT}},
+                "description": "The job's stages, as server-sent events; the schema is of each.",
+                "content": {"text/event-stream": {"schema": _ref("Event")}},
             },
             "204": {"description": "The job has ended, and all was sent."},
         },
@@ -184,7 +185,11 @@ _OPERATIONS: dict[tuple[str, str], _Described] = {
     ("POST", "/v1/jobs/{id}/forget"): (
         (_ID,),
         {},
-        {"204": {"description": "It is forgotten."}},
+        {
+            "200": _json(
+                _ref("Forgotten"), "It is erased; `left`: what may still be there, and why."
+            )
+        },
         ("404", "409"),
     ),
     ("POST", "/v1/batches"): (
@@ -371,6 +376,19 @@ def _schemas() -> dict[str, Any]:
             read=_of("integer"),
             next_cursor=_TEXT,
             next_from=_TIME,
+        ),
+        "Forgotten": _object(
+            jobs=_of("array", items=_TEXT),
+            events=_COUNT,
+            objects=_of("array", items=_TEXT),
+            entries=_COUNT,
+            left=_of("array", items=_TEXT),
+        ),
+        "Event": _object(
+            ["event", "data"],
+            id=_TEXT,
+            event=_of("string", enum=["queued", "running", "retrying", *_ENDS, "closed"]),
+            data=_TEXT,
         ),
         "ActionPage": _object(
             ["actions"],

@@ -1,6 +1,5 @@
 """Commands that change jobs: those of ids, or all that match a filter."""
 
-import importlib.util
 import inspect
 import json
 from collections.abc import Callable
@@ -9,14 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from blipq.cli.index import NEEDED
 from blipq.cli.terminal.options import pairs, parameters_of
 from blipq.cli.terminal.output import JsonOption, connected, errors, out
-from blipq.client.forgetting import Forgotten, Unindex
+from blipq.client.forgetting import Forgotten
 from blipq.client.sync_client import Client
 from blipq.contract import ErrorCode, JobFilter, Kind, Priority, Status
 from blipq.errors import InvalidRequest
-from blipq.settings import Settings
+from blipq.index import unindex_of
 from blipq.submission import checked
 
 _PANEL = "Which jobs"
@@ -192,7 +190,7 @@ def forget(
         if dry_run:
             print(json.dumps({"jobs": found})) if as_json else out.print(f"{found:,} would go")
             return
-        _show_forgotten(client.forget(which, unindex=_unindex(client.settings)), as_json)
+        _show_forgotten(client.forget(which, unindex=unindex_of(client.settings)), as_json)
 
 
 def _show_forgotten(report: Forgotten, as_json: bool) -> None:
@@ -204,12 +202,3 @@ def _show_forgotten(report: Forgotten, as_json: bool) -> None:
     out.print(f"{len(report.jobs):,} jobs erased" + (f", with {told}" if told else ""))
     for line in report.left:
         errors.print(f"left: {line}", style="yellow", markup=False)
-
-
-def _unindex(settings: Settings) -> Unindex | None:
-    """Removes images from search indexes, where the parts for that are installed."""
-    if not all(map(importlib.util.find_spec, NEEDED)):
-        return None
-    from blipq.index.store import Indexes
-
-    return Indexes(settings).remove

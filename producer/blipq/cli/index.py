@@ -20,6 +20,7 @@ from blipq.cli.terminal.output import JsonOption, connected, errors, out, report
 from blipq.client.sync_client import Client
 from blipq.contract import IndexEntry, Options, Priority
 from blipq.errors import BlipqError
+from blipq.index import NEEDED
 from blipq.settings import Settings
 from blipq.submission import checked
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from blipq.index.ingest import Tally
     from blipq.index.store import Indexes, IndexInfo
 
-NEEDED = ("lancedb", "numpy")
 DEFAULT = "add"
 
 

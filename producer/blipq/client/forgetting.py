@@ -43,10 +43,25 @@ class Forgetting:
         self._unindex = unindex
 
     def uploads(self, jobs: Sequence[Erased]) -> list[str]:
-        """The images that clients uploaded: they go, unless open jobs name them."""
-        inbox = self._storage.settings.inbox_bucket
-        images = dict.fromkeys(job.image for job in jobs if job.image is not None)
-        return [uri for uri in images if uri.startswith("s3://") and split_s3_uri(uri)[0] == inbox]
+        """The images that clients uploaded: they go, unless open jobs name them.
+
+        A tenant's job may have read what another tenant uploaded: that stays.
+        """
+        found: dict[str, None] = {}
+        for job in jobs:
+            if job.image is None or not self._is_upload(job.image):
+                continue
+            if job.tenant is None or self._is_upload(job.image, f"{job.tenant}/"):
+                found[job.image] = None
+            else:
+                self.report.left.append(f"{job.image}: not in {job.tenant}'s part of the inbox")
+        return [*found]
+
+    def _is_upload(self, uri: str, folder: str = "") -> bool:
+        if not uri.startswith("s3://"):
+            return False
+        bucket, key = split_s3_uri(uri)
+        return bucket == self._storage.settings.inbox_bucket and key.startswith(folder)
 
     def clear(self, jobs: Sequence[Erased], uploads: Sequence[str], named: Collection[str]) -> None:
         """Deletes what lies elsewhere. Raises QueueUnavailable: the records are there still."""

@@ -25,6 +25,7 @@ class Erased:
     result_uri: str | None
     entry: tuple[str, str] | None
     events: int
+    tenant: str | None = None
 
 
 def erased(answer: Iterable[Sequence[Any]]) -> list[Erased]:
@@ -33,7 +34,7 @@ def erased(answer: Iterable[Sequence[Any]]) -> list[Erased]:
 
 
 def _erased(
-    id: str, status: str, request: str, output: str, result_uri: str, events: int
+    id: str, status: str, request: str, output: str, result_uri: str, events: int, tenant: str
 ) -> Erased:
     asked = json.loads(request) if request else {}
     image = asked.get("image") or {}
@@ -42,7 +43,8 @@ def _erased(
     entry = None
     if isinstance(index, dict):  # a search names its index by a text
         entry = (str(index["name"]), str(index.get("id") or uri))
-    return Erased(id, Status(status), uri, output or None, result_uri or None, entry, events)
+    place = result_uri or None
+    return Erased(id, Status(status), uri, output or None, place, entry, events, tenant or None)
 
 
 def named_arguments(cursor: str, uris: Iterable[str]) -> Iterator[str | int]:

@@ -38,7 +38,8 @@ class _Record:
         uri = None if asked.image is None else asked.image.uri
         index = asked.index if isinstance(asked, EmbedRequest) else None
         entry = None if index is None else (index.name, index.id or uri or "")
-        return Erased(self.info.id, self.info.status, uri, output, None, entry, events=0)
+        info = self.info
+        return Erased(info.id, info.status, uri, output, None, entry, 0, info.tenant)
 
     def meets(self, where: JobFilter) -> bool:
         """Whether it meets every condition."""

@@ -7,15 +7,21 @@ import time
 from typing import Any
 
 import httpx2
+import numpy as np
 import pytest
 import redis
 
-from blipq import Client, InvalidRequest
+from blipq import Client, InvalidRequest, Settings
 from blipq.api.server import bound
-from blipq.contract import ErrorCode, JobError
+from blipq.contract import ErrorCode, JobError, split_s3_uri
+from blipq.index.store import Entry, Indexes, Space
 from blipq.ledger.worker import Claim, WorkerLedger
+from blipq.local.sample import red_square
+from blipq.s3.storage import Storage
 from conftest import wait_until
 from producer.api.conftest import CAPTION, RESULT, DoorProcess, Start
+
+FAILURE = JobError(code=ErrorCode.IMAGE_NOT_FOUND, message="no such object").model_dump_json()
 
 
 def claim(ledger: WorkerLedger, id: str) -> Claim:
@@ -194,25 +200,80 @@ def test_a_cancelled_job_stays_cancelled_and_can_be_forgotten(http: httpx2.Clien
     assert http.post(f"/v1/jobs/{id}/cancel").json()["status"] == "cancelled"
     assert http.delete(f"/v1/jobs/{id}").json()["status"] == "cancelled"
     assert code_of(http.get(f"/v1/jobs/{id}/result")) == (409, "job_cancelled")
-    assert http.post(f"/v1/jobs/{id}/forget").status_code == 204
+    assert http.post(f"/v1/jobs/{id}/forget").json()["jobs"] == [id]
     assert code_of(http.get(f"/v1/jobs/{id}")) == (404, "job_not_found")
     assert code_of(http.post(f"/v1/jobs/{id}/cancel")) == (404, "job_not_found")
 
 
-def test_a_failed_job_says_why_and_only_a_dead_letter_is_tried_again(
-    http: httpx2.Client, ledger: WorkerLedger, raw_redis: "redis.Redis"
-) -> None:
-    id, dead = submitted(http), submitted(http)
-    error = JobError(code=ErrorCode.IMAGE_NOT_FOUND, message="no such object").model_dump_json()
-    assert ledger.fail(claim(ledger, id), error, "{}")
+def test_a_failed_job_says_why(http: httpx2.Client, ledger: WorkerLedger) -> None:
+    id = submitted(http)
+    assert ledger.fail(claim(ledger, id), FAILURE, "{}")
     answer = http.get(f"/v1/jobs/{id}/result")
     assert code_of(answer) == (409, "job_failed")
     assert answer.json()["error_code"] == "image_not_found"
-    assert code_of(http.post(f"/v1/jobs/{id}/retry")) == (409, "not_retryable")
-    assert ledger.fail(claim(ledger, dead), error, "{}", dead=True)
-    again = http.post(f"/v1/jobs/{dead}/retry")
-    assert (again.status_code, again.json()["status"]) == (202, "queued")
-    assert raw_redis.llen("blipq.default.normal") == 3
+
+
+def test_whatever_ended_without_a_result_is_tried_again_and_nothing_else(
+    http: httpx2.Client, ledger: WorkerLedger, raw_redis: "redis.Redis"
+) -> None:
+    failed, dead, cancelled, done, open = (submitted(http) for _ in range(5))
+    assert ledger.fail(claim(ledger, failed), FAILURE, "{}")
+    assert ledger.fail(claim(ledger, dead), FAILURE, "{}", dead=True)
+    http.delete(f"/v1/jobs/{cancelled}")
+    finish(ledger, done)
+    for id in (failed, dead, cancelled):
+        again = http.post(f"/v1/jobs/{id}/retry")
+        assert (again.status_code, again.json()["status"]) == (202, "queued")
+    for id in (done, open):
+        assert code_of(http.post(f"/v1/jobs/{id}/retry")) == (409, "not_retryable")
+    assert raw_redis.llen("blipq.default.normal") == 5 + 3
+    noted = http.get("/v1/actions").json()["actions"]
+    assert [(each["name"], each["via"], each["target"]) for each in noted[:3]] == [
+        ("local", "api", id) for id in (cancelled, dead, failed)
+    ]
+    assert {each["action"] for each in noted[:3]} == {"retry"}
+
+
+def test_forgetting_erases_what_a_job_left_elsewhere_and_says_what_it_left(
+    http: httpx2.Client, client: Client, ledger: WorkerLedger, apart: Settings
+) -> None:
+    storage = Storage(apart)
+    image = http.post(
+        "/v1/uploads", content=red_square(), headers={"Content-Type": "image/png"}
+    ).json()
+    output = f"s3://{apart.inbox_bucket}/outputs/1.json"
+    options = {"output": output}
+    id = submitted(http, {**CAPTION, "image": image["uri"], "options": options})
+    storage.put(output, RESULT.encode(), content_type="application/json")
+    finish(ledger, id)
+    kept = submitted(http, {**CAPTION, "options": options})
+    assert ledger.fail(claim(ledger, kept), FAILURE, "{}", dead=True)
+    told = http.post(f"/v1/jobs/{id}/forget").json()
+    assert (told["jobs"], told["left"]) == ([id], [])
+    assert sorted(told["objects"]) == sorted([image["uri"], output])
+    for uri in told["objects"]:
+        assert storage.head(*split_s3_uri(uri)) is None
+    # It failed, so that what is there may be another's. A dead letter goes as well.
+    told = http.post(f"/v1/jobs/{kept}/forget").json()
+    assert (told["jobs"], told["objects"]) == ([kept], [])
+    assert told["left"] == [f"{output}: job {kept} may have written it"]
+    assert code_of(http.get(f"/v1/jobs/{kept}")) == (404, "job_not_found")
+
+
+def test_forgetting_takes_an_image_out_of_its_search_index(
+    http: httpx2.Client, ledger: WorkerLedger, apart: Settings
+) -> None:
+    image = CAPTION["image"]
+    index = Indexes(apart).open_or_create("forgotten", Space("demo", "1"))
+    vectors = np.eye(32, 256, dtype=np.float16)
+    index.upsert([Entry(name, image, "", vectors) for name in ("one", "two")])
+    asked = {"kind": "embed", "image": image, "index": {"name": "forgotten", "id": "one"}}
+    id = submitted(http, asked)
+    embedded = json.dumps({"kind": "embed", "arrays": {}, "indexed": "forgotten"})
+    assert ledger.succeed(claim(ledger, id), embedded, "{}")
+    told = http.post(f"/v1/jobs/{id}/forget").json()
+    assert (told["entries"], told["left"]) == (1, [])
+    assert index.info().images == 1
 
 
 def test_lists_filter_and_go_on_behind_a_cursor(http: httpx2.Client, ledger: WorkerLedger) -> None:

@@ -2,9 +2,13 @@
 
 import json
 import re
+import socket
 import stat
+import time
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,12 @@ import httpx2
 import pytest
 
 from blipq import Settings
-from blipq.api.access.keys import Keyring, make_first_key
+from blipq.api.access.keys import Keyring, digest, make_first_key
+from blipq.contract import split_s3_uri
 from blipq.ledger.worker import WorkerLedger
+from blipq.local.sample import red_square
 from blipq.local.stack import LocalStack
+from blipq.s3.storage import Storage
 from conftest import blipq, wait_until
 from producer.api.conftest import CAPTION, DoorProcess, Start, beside, running, service_of
 from producer.api.test_jobs import claim, code_of, finish, submitted
@@ -235,6 +242,84 @@ def test_a_key_that_sends_too_much_is_told_when_to_come_again(
         assert other.get("/v1/models").status_code == 200
 
 
+def test_a_key_has_its_share_of_a_door_and_leaves_the_rest_to_others(
+    start: Start, keys: dict[str, str], folder: Path
+) -> None:
+    door = start(api_keys=str(folder / "keys.toml"), api_concurrency="6")
+    with door.http(keys["shop"]) as shop, door.http(keys["other"]) as other:
+        path = f"/v1/jobs/{submitted(shop, MINE)}"
+        with ExitStack() as streams:
+            for _ in range(3):
+                assert streams.enter_context(shop.stream("GET", f"{path}/events")).is_success
+            for each in (f"{path}/events", f"{path}?wait=1", "/v1/models"):
+                answer = shop.get(each)
+                assert code_of(answer) == (429, "too_many_requests")
+                assert answer.headers["retry-after"] == "1"
+            assert other.get("/v1/models").status_code == 200
+        wait_until(lambda: shop.get("/v1/models").status_code == 200, "the streams' end")
+
+
+def test_forms_to_sign_in_that_do_not_come_leave_room_for_keys(
+    start: Start, keys: dict[str, str], folder: Path
+) -> None:
+    door = start(api_keys=str(folder / "keys.toml"), api_concurrency="6")
+    head = (
+        "POST /console/login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n"
+        "Content-Type: application/x-www-form-urlencoded\r\n\r\n"
+    )
+    host, _, port = door.url.removeprefix("http://").partition(":")
+    with door.http(keys["shop"]) as shop, door.http() as reader, ExitStack() as slow:
+        for _ in range(4):
+            sent = slow.enter_context(socket.create_connection((host, int(port)), 10))
+            sent.sendall(head.encode())
+        wait_until(lambda: reader.get("/console/login").status_code == 429, "the share's end")
+        assert shop.get("/v1/models").status_code == 200
+
+
+def without(file: Path, key: str) -> None:
+    """Takes a key out of its file."""
+    file.write_text(file.read_text().replace(digest(key), "0" * 64))
+
+
+def test_streams_and_waits_end_with_their_key(start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    key = new_key(file, "shop", "--bucket", "photos/shop")
+    door = start(api_keys=str(file))
+    with door.http(key) as http, door.http() as console:
+        path = f"/v1/jobs/{submitted(http, MINE)}"
+        assert console.post("/console/login", data={"key": key}).status_code == 303
+        pages = f"/console/stages?id={path.rpartition('/')[2]}"
+        with ThreadPoolExecutor() as threads, ExitStack() as streams:
+            opened = [
+                streams.enter_context(client.stream("GET", place))
+                for client, place in ((http, f"{path}/events"), (console, pages))
+            ]
+            waiting = threads.submit(http.get, f"{path}?wait=12")
+            time.sleep(0.5)
+            without(file, key)
+            for stream in opened:
+                last = "".join(stream.iter_text()).strip().rpartition("\n\n")[2]
+                name, data = last.split("\n")
+                assert name == "event: closed"
+                assert json.loads(data.removeprefix("data: "))["code"] == "unauthorized"
+            assert code_of(waiting.result()) == (401, "unauthorized")
+
+
+def test_a_stream_ends_with_its_session(guarded: DoorProcess, keys: dict[str, str]) -> None:
+    with guarded.http(keys["shop"]) as shop, guarded.http() as console:
+        id = submitted(shop, MINE)
+        assert console.post("/console/login", data={"key": keys["shop"]}).status_code == 303
+        (token,) = set(
+            re.findall(r'name="form_token" value="(\w+)"', console.get("/console/").text)
+        )
+        with console.stream("GET", f"/console/stages?id={id}") as stream:
+            lines = stream.iter_text()
+            assert "queued" in next(lines) + next(lines)
+            with guarded.http(Cookie=f"blipq_session={console.cookies['blipq_session']}") as page:
+                page.post("/console/logout", data={"form_token": token})
+            assert "event: closed" in "".join(lines)
+
+
 def test_the_log_of_requests_tells_the_key_by_name_and_no_query(
     guarded: DoorProcess, keys: dict[str, str]
 ) -> None:
@@ -322,7 +407,7 @@ def test_the_log_of_actions_names_keys_and_is_for_operators(
         first, second = submitted(shop, MINE), submitted(shop, MINE)
         assert shop.post(f"/v1/jobs/{first}/cancel").status_code == 200
         finish(ledger, second)
-        assert shop.post(f"/v1/jobs/{second}/forget").status_code == 204
+        assert shop.post(f"/v1/jobs/{second}/forget").status_code == 200
         assert code_of(shop.get("/v1/actions")) == (403, "forbidden")
         page = operator.get("/v1/actions", params={"limit": "1"}).json()
         (newest,) = page["actions"]
@@ -335,6 +420,35 @@ def test_the_log_of_actions_names_keys_and_is_for_operators(
         (each["name"], each["via"], each["action"], each["target"]) for each in (oldest, newest)
     ]
     assert found == [("shop", "api", "cancel", first), ("shop", "api", "forget", second)]
+
+
+def test_forgetting_leaves_what_another_tenant_uploaded(
+    guarded: DoorProcess, keys: dict[str, str], ledger: WorkerLedger, apart: Settings
+) -> None:
+    """The key may read it: that is no right to delete it."""
+    with guarded.http(keys["shop"]) as shop, guarded.http(keys["other"]) as other:
+        headers = {"Content-Type": "image/png"}
+        uri = shop.post("/v1/uploads", content=red_square(), headers=headers).json()["uri"]
+        for http, left in ((other, [f"{uri}: not in other's part of the inbox"]), (shop, [])):
+            id = submitted(http, {**MINE, "image": uri})
+            finish(ledger, id)
+            told = http.post(f"/v1/jobs/{id}/forget").json()
+            assert (told["left"], told["objects"]) == (left, [] if left else [uri])
+            there = Storage(apart).head(*split_s3_uri(uri)) is not None
+            assert there is bool(left)
+
+
+def test_a_line_of_a_batch_is_refused_without_the_secrets_that_it_names(
+    guarded: DoorProcess, keys: dict[str, str]
+) -> None:
+    body = {"kind": "caption", "image": "s3://elsewhere/cat.jpg?token=topsecret"}
+    with guarded.http(keys["shop"]) as shop:
+        single = shop.post("/v1/jobs", json=body)
+        assert code_of(single) == (403, "forbidden")
+        lines = {"Content-Type": "application/x-ndjson"}
+        batch = shop.post("/v1/batches", content=json.dumps(body).encode(), headers=lines)
+        assert "topsecret" not in batch.text
+        assert batch.json()["error"]["detail"] == single.json()["detail"]
 
 
 def test_a_jobs_record_holds_what_its_key_allows_for_its_worker(

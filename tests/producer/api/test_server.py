@@ -1,4 +1,4 @@
-"""Heads of requests that are too large, or too slow: the connection ends, and nothing else."""
+"""Parts of requests that are too large, or too slow: the connection ends, and nothing else."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -18,7 +18,10 @@ Conversation = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """Answers with the number of bytes of the body."""
+    """Answers with the number of bytes of the body; on /unread without it, /long at length."""
+    if scope["path"] != "/":
+        await unread(scope["path"] == "/long", send)
+        return
     size, more = 0, True
     while more:
         message = await receive()
@@ -29,9 +32,16 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": str(size).encode()})
 
 
-def converse(conversation: Conversation) -> None:
+async def unread(long: bool, send: Any) -> None:
+    size = 2**25 if long else 1
+    length = (b"content-length", str(size).encode())
+    await send({"type": "http.response.start", "status": 200, "headers": [length]})
+    await send({"type": "http.response.body", "body": b"0" * size})
+
+
+def converse(conversation: Conversation, app: Any = app, **options: Any) -> None:
     """Serves one connection, in this process."""
-    config = uvicorn.Config(app, http=BoundedProtocol, **OPTIONS)
+    config = uvicorn.Config(app, http=BoundedProtocol, **OPTIONS | options)
     config.load()
 
     def protocol() -> BoundedProtocol:
@@ -133,5 +143,150 @@ def test_a_slow_body_and_a_pause_between_requests_are_not_a_slow_head(
             writer.write(b"x")
             assert await answer(reader) == "2"
             await asyncio.sleep(0.5)
+
+    converse(conversation)
+
+
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("before", [b"0\r\n", b"1\r\nx\r\n0\r\n", b"1"])
+@pytest.mark.parametrize("line", [b"X: %s\r\n" % (b"x" * 1000), b"x" * 1000])
+def test_what_surrounds_the_parts_of_a_body_is_cut_off_where_it_never_ends(
+    before: bytes, line: bytes
+) -> None:
+    """Trailers, one trailer, and the extensions of a chunk."""
+    line = b";" + line.strip() if before == b"1" else line
+
+    async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(CHUNKED + before)
+        for _ in range(8 * MOST_HEADER_BYTES // len(line)):
+            writer.write(line)
+        assert await ends(reader)
+
+    converse(conversation)
+
+
+@pytest.mark.parametrize("before", [HEAD, CHUNKED + b"0\r\n"])
+def test_headers_and_trailers_are_so_many_at_most(before: bytes) -> None:
+    async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(before + b"X: x\r\n" * (2 * server.MOST_HEADERS))
+        assert await ends(reader)
+
+    converse(conversation)
+
+
+def test_a_trailer_is_read_and_becomes_no_header() -> None:
+    seen: list[Any] = []
+
+    async def keeping(scope: Any, receive: Any, send: Any) -> None:
+        await app(scope, receive, send)
+        seen.extend(name for name, _ in scope["headers"])
+
+    async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(2):  # on one connection
+            writer.write(CHUNKED + b"2\r\nxx\r\n0\r\nAuthorization: Bearer x\r\n\r\n")
+            assert await answer(reader) == "2"
+
+    converse(conversation, keeping)
+    assert seen == [b"host", b"transfer-encoding"] * 2
+
+
+def test_small_chunks_of_a_long_body_are_no_overhead() -> None:
+    async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(CHUNKED)
+        for _ in range(8):
+            writer.write(b"1;name=value\r\nx\r\n" * 10_000)
+            await writer.drain()
+        writer.write(b"0\r\n\r\n")
+        assert await answer(reader) == "80000"
+
+    converse(conversation)
+
+
+UNREAD = HEAD.replace(b"/ ", b"/unread ")
+
+
+@pytest.mark.parametrize(
+    "head", [b"Content-Length: 1000000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\nfffff\r\n"]
+)
+def test_a_body_that_trickles_in_behind_its_answer_ends_the_connection(
+    monkeypatch: pytest.MonkeyPatch, head: bytes
+) -> None:
+    monkeypatch.setattr(server, "LATE_BODY_TIMEOUT_S", 0.3)
+
+    async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(UNREAD + head)
+        assert await answer(reader) == "0"
+        sending = asyncio.ensure_future(slow(reader, writer))
+        assert await ends(reader)
+        sending.cancel()
+
+    converse(conversation)
+
+
+def test_a_body_behind_its_answer_has_a_largest_size() -> None:
+    async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(UNREAD + b"Content-Length: %d\r\n\r\n" % 2**30)
+        assert await answer(reader) == "0"
+        with pytest.raises(ConnectionError):
+            await send_much(writer)
+
+    async def send_much(writer: asyncio.StreamWriter) -> None:
+        for _ in range(2**14):
+            writer.write(b"x" * 2**16)
+            await writer.drain()
+
+    converse(conversation)
+
+
+def test_a_short_body_behind_its_answer_costs_no_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server, "LATE_BODY_TIMEOUT_S", 0.5)
+
+    async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(2):
+            writer.write(UNREAD + b"Content-Length: 2\r\n\r\nx")
+            assert await answer(reader) == "0"
+            writer.write(b"x")
+            await asyncio.sleep(0.7)
+        writer.write(HEAD + b"Content-Length: 0\r\n\r\n")
+        assert await answer(reader) == "0"
+
+    converse(conversation)
+
+
+@pytest.mark.parametrize("late", [b"x", b"x\r\n"])
+def test_a_connection_that_waits_for_nothing_ends_whatever_came_behind_the_answer(
+    monkeypatch: pytest.MonkeyPatch, late: bytes
+) -> None:
+    """The end of a body, and an empty line: each ended uvicorn's own timer."""
+    monkeypatch.setattr(server, "HEADER_TIMEOUT_S", 0.5)
+
+    async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(UNREAD + b"Content-Length: 1\r\n\r\n")
+        assert await answer(reader) == "0"
+        writer.write(late)
+        assert await ends(reader)
+
+    converse(conversation, timeout_keep_alive=1)
+
+
+def test_a_client_that_takes_no_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "WRITE_TIMEOUT_S", 0.3)
+
+    async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(HEAD.replace(b"/ ", b"/long ") + b"Content-Length: 0\r\n\r\n")
+        await asyncio.sleep(1.5)
+        writer.transport.resume_reading()  # type: ignore[attr-defined]
+        taken = 0
+        try:
+            while part := await reader.read(2**20):
+                taken += len(part)
+        except ConnectionResetError:
+            pass
+        assert taken < 2**25
 
     converse(conversation)

@@ -17,6 +17,8 @@ ADVICE = {
     "door's machine, then try again.",
     "busy": "The door has too much to do. Try again in a few seconds.",
     "rate_limited": "Wait a moment, then try again.",
+    "too_many_requests": "Close pages of the console that are open, then try again.",
+    "too_many_sign_ins": "Wait a moment, then use a key that “blipq api keys new” printed.",
     "job_not_found": "Look for the job in the list of jobs. Its record may have been deleted: "
     "records are kept for a time after a job's end.",
     "event_not_found": "Look for the event in the list of webhooks.",

@@ -33,15 +33,19 @@ async def login(request: Request) -> Response:
 async def sign_in(request: Request) -> Response:
     """Exchanges a key for a cookie that no script can read, and no other site can send.
 
-    The cookie has no path of its own: browsers take the console's, wherever that lies.
+    The cookie has no path of its own: browsers take the console's, wherever that lies. Raises
+    Problem where too many keys were wrong.
     """
     fields = await read_fields(request)
     next = _next(fields.get("next", ""))
     sessions = door_of(request).sessions
     if sessions is None:
         return to(next)
+    address = request.client.host if request.client is not None else ""
+    door_of(request).sign_ins.check(address)
     begun = await sessions.begin(fields.get("key", "").strip())
     if begun is None:
+        door_of(request).sign_ins.wrong(address)
         return rendered(request, "login.html", status=401, next=next, wrong=True)
     token, seconds = begun
     answer = to(next)

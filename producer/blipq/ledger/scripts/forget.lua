@@ -1,7 +1,7 @@
 -- Erases jobs, in two steps: what lies outside of Redis is deleted in between, by their records.
 -- ARGV: 'close' (open ones end, and say nothing to anybody but who waits) or 'erase', then ids.
--- Returns {id, status, request, output, place of the result, events that wait or are kept} of each
--- job that is known.
+-- Returns {id, status, request, output, place of the result, events that wait or are kept, tenant} of
+-- each job that is known.
 local step = ARGV[1]
 local told = {}
 
@@ -79,7 +79,7 @@ for i = 2, #ARGV do
   local job = load(id)
   if job and not job.erased then
     told[#told + 1] = {id, job.status, job.request or '', job.output or '', job.result_uri or '',
-      each_event(id, job, exists)}
+      each_event(id, job, exists), job.tenant or ''}
     if step == 'erase' then
       erase(id, job)
     elseif not ended(job) then

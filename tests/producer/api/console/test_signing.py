@@ -8,7 +8,7 @@ import redis
 
 from blipq import Client
 from conftest import wait_until
-from producer.api.conftest import DoorProcess
+from producer.api.conftest import DoorProcess, Start
 from producer.api.console.conftest import Keyed, page
 
 
@@ -52,6 +52,21 @@ def test_a_wrong_key_opens_nothing_and_the_page_says_how_to_make_one(
         assert "blipq api keys new" in answer.text
         assert "set-cookie" not in answer.headers
         assert http.get("/console/").status_code == 303
+
+
+def test_wrong_keys_are_so_many_and_then_every_key_waits(start: Start, keyed: Keyed) -> None:
+    door = start(api_keys=str(keyed.file), api_trusted_proxies="127.0.0.1")
+    with door.http() as http:
+        for status in [401] * 10 + [429] * 2:
+            answer = http.post("/console/login", data={"key": "blipq_wrong"})
+            assert answer.status_code == status
+        right = {"key": keyed.keys["shop"]}
+        answer = http.post("/console/login", data=right)
+        assert answer.status_code == 429
+        assert 1 <= int(answer.headers["retry-after"]) <= 10
+        assert "too many wrong keys" in answer.text
+        elsewhere = {"X-Forwarded-For": "203.0.113.9"}
+        assert http.post("/console/login", data=right, headers=elsewhere).status_code == 303
 
 
 @pytest.mark.parametrize(
