@@ -126,6 +126,7 @@ class Worker:
         metrics.gauge("stalled_seconds", "Since the model last progressed.", self._stalled_for)
         infos = self._infos.items()
         metrics.decoding({name: (info.decoding, info.device) for name, info in infos})
+        metrics.loaded({name: info.load_seconds for name, info in infos})
         return metrics
 
     def _health_server(self, ledger: WorkerLedger, metrics: WorkerMetrics) -> HealthServer:

@@ -50,6 +50,12 @@ def test_how_texts_are_written_is_a_metric_by_model() -> None:
     assert page["blipq_worker_decoding cuda default static slots, triton in graphs"] == 1
 
 
+def test_how_long_a_model_took_to_load_is_a_metric() -> None:
+    metrics = WorkerMetrics()
+    metrics.loaded({"default": 2.5})
+    assert told(metrics.page())["blipq_worker_model_load_seconds default"] == 2.5
+
+
 def test_the_health_port_serves_them() -> None:
     metrics = WorkerMetrics()
     metrics.gauge("jobs_held", "Jobs held now.", lambda: 3)

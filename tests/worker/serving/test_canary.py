@@ -173,7 +173,9 @@ def test_a_recorded_golden_refuses_a_copy_that_was_damaged(tmp_path: Path) -> No
     recorded = Golden.model_validate(json.loads(file.read_text())[str(folder)])
     assert recorded.said.matches is None
     settings = WorkerSettings(models={"default": str(folder)}, goldens=file, dtype="bfloat16")
-    assert load_models(settings)["default"].info.checkpoint == str(folder)
+    info = load_models(settings)["default"].info
+    assert info.checkpoint == str(folder)
+    assert info.load_seconds > 0
 
     weights = load_file(folder / "model.safetensors")
     (name,) = [name for name in weights if name.endswith("embed_tokens.weight")]

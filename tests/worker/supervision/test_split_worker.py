@@ -214,6 +214,7 @@ def test_a_worker_with_fronts_is_one_worker(split: Callable[..., Split]) -> None
     page = worker.get("/metrics")[1]
     assert "blipq_worker_slots 16.0" in page
     assert 'blipq_worker_process_memory_bytes{process="front-2"}' in page
+    assert 'blipq_worker_model_load_seconds{model="two"}' in page
     assert page.count("# TYPE process_resident_memory_bytes") == 1
 
 

@@ -278,7 +278,7 @@ class ModelInfo(Plain, frozen=True):
     the hub's commit, or the SHA-256 of the weights. default_prompt: for captions without one.
     shares_vision: one vision tower serves both checkpoints. recipe, reading: of the generation
     checkpoint; the retrieval checkpoint's are None without one. slots: texts that are written at
-    once. decoding: how, in a few words for people.
+    once. decoding: how, in a few words for people. load_seconds: what loading its weights took.
     """
 
     checkpoint: str
@@ -297,6 +297,7 @@ class ModelInfo(Plain, frozen=True):
     shares_vision: bool = False
     slots: Annotated[int, Meta(ge=1, le=65_536)] = 32
     decoding: Annotated[str, Meta(max_length=128)] = "growing slots"
+    load_seconds: Seconds = 0.0
 
     @property
     def image_size(self) -> int:

@@ -28,6 +28,7 @@ STAGES = {
 DECODE_BOUND = "Whether the model waits for images to be decoded."
 DECODING = "How texts are written, by model: always 1."
 DECODING_LABELS = ("model", "way", "device")
+LOAD_SECONDS = "What loading each model took, from its checkpoint to the device."
 
 Outcome = Literal[
     "succeeded",
@@ -136,6 +137,13 @@ class WorkerMetrics:
         gauge = Gauge("blipq_worker_decoding", DECODING, DECODING_LABELS, registry=self._registry)
         for model, way in ways.items():
             gauge.labels(model, *way).set(1)
+
+    def loaded(self, seconds: Mapping[str, float]) -> None:
+        """Says how long each model took to load."""
+        name = "blipq_worker_model_load_seconds"
+        gauge = Gauge(name, LOAD_SECONDS, ["model"], registry=self._registry)
+        for model, took in seconds.items():
+            gauge.labels(model).set(took)
 
     def done(
         self,

@@ -1,6 +1,7 @@
 """Loads what a worker serves, and says what to do where that fails."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -132,6 +133,7 @@ def _load(
         log.warning("%s", reason)
     if device == "cpu" and options.dtype == "bfloat16" and not cpu_has_bfloat16():
         log.warning("this CPU has no instructions for bfloat16: BLIPQ_DTYPE=float32 is faster here")
+    began = time.monotonic()
     model = Blip2.load(
         served.generation,
         served.retrieval,
@@ -146,10 +148,16 @@ def _load(
         cache=cache,
         draft=options.jpeg_draft,
     )
+    took = time.monotonic() - began
     # Receipts and indexes name a model as it was asked for, not by its folder here.
     local = served.retrieval is not None and Path(served.retrieval).is_dir()
     retrieval = what if local else served.retrieval
-    model.info = replace(model.info, checkpoint=what, retrieval_checkpoint=retrieval)
+    model.info = replace(
+        model.info,
+        checkpoint=what,
+        retrieval_checkpoint=retrieval,
+        load_seconds=took,
+    )
     return model
 
 

@@ -14,6 +14,7 @@ from blipq_worker.process.metrics import (
     DECODE_BOUND,
     DECODING,
     DECODING_LABELS,
+    LOAD_SECONDS,
     counted_in,
 )
 from blipq_worker.supervision.state import Whole
@@ -54,6 +55,7 @@ class _Processes(Collector):
         yield _gauge("engine_serving", "Whether the model's process serves.", whole.engine.serving)
         yield _gauge("fronts", "Front processes that run.", whole.live_fronts())
         yield self._decoding()
+        yield self._loaded()
         yield from self._usage()
 
     def _decoding(self) -> Metric:
@@ -61,6 +63,13 @@ class _Processes(Collector):
         for name, info in self._whole.engine.models.items():
             decoding.add_metric([name, info.decoding, info.device], 1)
         return decoding
+
+    def _loaded(self) -> Metric:
+        name = "blipq_worker_model_load_seconds"
+        loaded = GaugeMetricFamily(name, LOAD_SECONDS, labels=["model"])
+        for model, info in self._whole.engine.models.items():
+            loaded.add_metric([model], info.load_seconds)
+        return loaded
 
     def _usage(self) -> Iterator[Metric]:
         memory = GaugeMetricFamily(
