@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from blipq.contract import CONTRACT, Kind, Status
-from blipq.ledger.codec import Message, flat, messages, ms, paired
+from blipq.ledger.codec import Message, flat, messages, ms
 from blipq.ledger.connection import redis_errors
 from blipq.ledger.keys import FORGOTTEN
 from blipq.ledger.producer import ProducerLedger
@@ -103,27 +103,28 @@ class WorkerLedger(ProducerLedger):
         """
         nonce = nonce or new_nonce()
         with redis_errors(id):
-            outcome, *pairs = self._run("claim", id, worker, ms(lease_s), CONTRACT, nonce)
+            outcome, *job = self._run("claim", id, worker, ms(lease_s), CONTRACT, nonce)
         if outcome != "claimed":
             return cast("Unclaimed", outcome)
-        job = paired(pairs)
+        token, attempts, kind, model, queue, request, output, *job = job
+        solo, retries, now, created_at, deadline, work, tenant, rights, webhook_url = job
         return Claim(
             id=id,
-            kind=Kind(job["kind"]),
-            model=job["model"],
-            queue=job["queue"],
-            request=job["request"],
-            output=job["output"],
-            token=job["token"],
-            attempts=int(job["attempts"]),
-            retries=int(job["retries"]),
-            solo=job["solo"] == "1",
-            queue_ms=float(job["now"]) - float(job["created_at"]),
-            expires_in=(float(job["deadline"]) - float(job["now"])) / 1000,
-            work=job["work"],
-            tenant=job["tenant"],
-            rights=job["rights"],
-            webhook_url=job["webhook_url"],
+            kind=Kind(kind),
+            model=model,
+            queue=queue,
+            request=request,
+            output=output,
+            token=token,
+            attempts=int(attempts),
+            retries=int(retries),
+            solo=solo == "1",
+            queue_ms=float(now) - float(created_at),
+            expires_in=(float(deadline) - float(now)) / 1000,
+            work=work,
+            tenant=tenant,
+            rights=rights,
+            webhook_url=webhook_url,
         )
 
     def withdraw(self, unanswered: Mapping[str, str]) -> list[Message]:

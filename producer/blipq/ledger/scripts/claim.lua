@@ -1,22 +1,21 @@
 -- Takes a job under a lease. ARGV: id, worker, lease ms, contract, nonce.
 -- A claim that is repeated with its nonce is the same claim: its answer was lost.
--- Returns {'claimed', field, value, ...} or {reason}: unknown, ended, busy, newer, paused.
+-- Returns {'claimed', its token, ...} in the order of worker.py, or {reason}: unknown, ended, busy,
+-- newer, paused.
 local id, worker, lease, contract = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local nonce = ARGV[5]
 
 local function claimed(job)
-  return {'claimed', 'token', fence(job), 'attempts', job.attempts, 'kind', job.kind,
-    'model', job.model, 'queue', job.queue, 'request', job.request, 'output', job.output or '',
-    'solo', job.solo or '0', 'retries', job.retries or '0', 'deadline', job.deadline, 'now', now,
-    'created_at', job.created_at, 'work', job.work or '', 'tenant', job.tenant or '',
-    'rights', job.rights or '',
-    'webhook_url', job.rights and job.webhook_url or ''}
+  return {'claimed', fence(job), job.attempts, job.kind, job.model, job.queue, job.request,
+    job.output or '', job.solo or '0', job.retries or '0', now, job.created_at, job.deadline,
+    job.work or '', job.tenant or '', job.rights or '', job.rights and job.webhook_url or ''}
 end
 
 local job = load(id)
 if not job then return {'unknown'} end
 if ended(job) then return {'ended'} end
 if tonumber(job.deadline) <= now then
+  --RARELY end_job
   end_job(id, job, 'expired', {})
   return {'ended'}
 end
@@ -69,6 +68,9 @@ end
 redis.call('HSET', job_key(id), unpack(changed))
 tally(working_key(job.model), job.work, 1)
 index(RUNNING, now + lease, id)
-local event = first and post_event(id, job, 'job.running')
-if event then keep_snapshot(event, job) end
+if first and job.webhook_events then
+  --RARELY post_event keep_snapshot
+  local event = post_event(id, job, 'job.running')
+  if event then keep_snapshot(event, job) end
+end
 return claimed(job)
