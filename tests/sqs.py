@@ -34,9 +34,15 @@ class Sqs:
             aws_secret_access_key="test",
         )
 
-    def __enter__(self) -> "Sqs":
+    def start(self) -> None:
         self._service.start()
         wait_until(self._answers, "SQS", timeout=60)
+
+    def stop(self) -> None:
+        self._service.stop()
+
+    def __enter__(self) -> "Sqs":
+        self.start()
         return self
 
     def __exit__(
@@ -45,7 +51,7 @@ class Sqs:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._service.stop()
+        self.stop()
 
     def _answers(self) -> bool:
         try:

@@ -21,14 +21,14 @@ from blipq.errors import BlipqError
 from blipq.ledger import keys
 from blipq.ledger.connection import connect, redis_errors
 from blipq.ledger.operator import OperatorLedger
-from blipq.local.stack import worker_service
+from blipq.local.stack import LocalStack, worker_service
 from blipq.local.supervisor import Service
 from conftest import wait_until
 from guarantees.fronts import parts
 from guarantees.stand_ins import faulty_worker
 from guarantees.stand_ins.faulty_s3 import FaultyS3
 from guarantees.stand_ins.forked import Forked
-from stacks import BROKER, local_stack
+from stacks import BROKER, SqsStack, local_stack
 
 #: Leases are scaled down, so that a crash costs seconds. The real settings run on demand.
 LEASE_S = float(os.environ.get("GUARANTEES_LEASE_S", "3"))
@@ -43,14 +43,21 @@ both_forms = pytest.mark.parametrize(
 class Rig:
     """A stack, a client and workers, ``forked`` or started from nothing as in production.
 
-    fronts: of each worker with the faulty model.
+    fronts: of each worker with the faulty model. stack: not started; by default the run's kind.
     """
 
-    def __init__(self, folder: Path, *, forked: bool = True, fronts: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        forked: bool = True,
+        fronts: int = 0,
+        stack: LocalStack | None = None,
+    ) -> None:
         self.folder = folder
         self._forked = forked
         self._fronts = fronts
-        self.stack = local_stack(folder / "stack")
+        self.stack = stack or local_stack(folder / "stack")
         self.stack.start()
         self.settings = self.stack.settings()
         self.client = Client(self.settings)
@@ -162,6 +169,9 @@ class Rig:
 
     def put(self, queue: str, body: bytes) -> None:
         """A message that no Celery client would send."""
+        if isinstance(self.stack, SqsStack):
+            self.stack.put(queue, body)
+            return
         if BROKER == "redis":
             self.redis(lambda raw: raw.lpush(queue, body))
             return

@@ -302,7 +302,7 @@ MUTATIONS = {
         "if not job or fence(job) ~= token then": "if not job then",
     },
     "a recovered job stays running": {
-        "redis.call('HSET', job_key(id), 'status', 'queued', 'published_at', published_at)": ""
+        "'status', 'queued', 'published_at', published_at)": "'published_at', published_at)"
     },
     "a crash counts for jobs that wait": {"if job.waiting then": "if false then"},
     "an ended job may be cancelled": {"if ended(job) then return 'ended' end": ""},

@@ -1,14 +1,8 @@
 -- Takes a job under a lease. ARGV: id, worker, lease ms, contract, nonce.
 -- A claim that is repeated with its nonce is the same claim: its answer was lost.
--- Returns {'claimed', field, value, ...} or {reason}: unknown, ended, busy, newer, paused.
+-- Returns {'claimed', field, value, ...}, or {reason}: unknown, ended, busy, newer, paused.
 local id, worker, lease, contract = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local nonce = ARGV[5]
-
--- Since when the job has waited for this claim. Another publication of its message says nothing.
-local function queued_at(job)
-  local published_at = tonumber(job.published_at or 0)
-  return published_at > 0 and published_at or tonumber(job.created_at)
-end
 
 local function claimed(job)
   local answer = {'claimed', 'token', fence(job), 'attempts', job.attempts, 'kind', job.kind,
@@ -18,7 +12,10 @@ local function claimed(job)
     'rights', job.rights or '',
     'webhook_url', job.rights and job.webhook_url or ''}
   if job.traceparent then
-    for _, part in ipairs({'traceparent', job.traceparent, 'waited', now - queued_at(job)}) do
+    -- It has waited since it was submitted, or since its message was published anew.
+    local published_at = tonumber(job.published_at or 0)
+    local since = published_at > 0 and published_at or tonumber(job.created_at)
+    for _, part in ipairs({'traceparent', job.traceparent, 'waited', now - since}) do
       answer[#answer + 1] = part
     end
   end
@@ -29,6 +26,7 @@ local job = load(id)
 if not job then return {'unknown'} end
 if ended(job) then return {'ended'} end
 if tonumber(job.deadline) <= now then
+  --RARELY end_job
   end_job(id, job, 'expired', {})
   return {'ended'}
 end
@@ -81,6 +79,9 @@ end
 redis.call('HSET', job_key(id), unpack(changed))
 tally(working_key(job.model), job.work, 1)
 index(RUNNING, now + lease, id)
-local event = first and post_event(id, job, 'job.running')
-if event then keep_snapshot(event, job) end
+if first and job.webhook_events then
+  --RARELY post_event keep_snapshot
+  local event = post_event(id, job, 'job.running')
+  if event then keep_snapshot(event, job) end
+end
 return claimed(job)

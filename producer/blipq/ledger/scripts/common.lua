@@ -66,9 +66,11 @@ local function list_job(id, job, status, ttl)
   local name = list_of(job, status)
   local key = listed_key(name)
   redis.call('ZADD', key, job.created_at, id)
-  if redis.call('PTTL', key) >= ttl then return end
-  redis.call('PEXPIRE', key, ttl + HOUR)
-  add_list(name, math.floor(job.created_at / HOUR), ttl + HOUR)
+  if redis.call('PTTL', key) < ttl then
+    --RARELY add_list
+    redis.call('PEXPIRE', key, ttl + HOUR)
+    add_list(name, math.floor(job.created_at / HOUR), ttl + HOUR)
+  end
 end
 
 local function unlist_job(id, job, status)
@@ -89,10 +91,11 @@ local function forget(id, job)
   tally(work_key(job.model), job.work, -1)
   if job.status == 'running' then
     tally(working_key(job.model), job.work, -1)
-    return
+  else
+    --RARELY unqueue
+    redis.call('ZREM', DELAYED, id)
+    unqueue(id, job)
   end
-  redis.call('ZREM', DELAYED, id)
-  unqueue(id, job)
 end
 
 -- Nobody takes a job from a paused queue: its message is dropped, and the job waits in the ledger.
@@ -197,10 +200,17 @@ local function end_job(id, job, status, fields)
   forget(id, job)
   local ttl = tonumber(status == 'failed' and job.failed_ttl or job.result_ttl)
   list_job(id, job, status, ttl)
-  if post_event(id, job, 'job.' .. status) then
-    redis.call('HSET', key, 'keep_until', now + ttl)
-    ttl = math.max(ttl, OUTBOX_TTL)
-  elseif status == 'succeeded' then
+  local has_event = false
+  if job.webhook_events then
+    --RARELY post_event OUTBOX_TTL
+    has_event = post_event(id, job, 'job.' .. status)
+    if has_event then
+      redis.call('HSET', key, 'keep_until', now + ttl)
+      ttl = math.max(ttl, OUTBOX_TTL)
+    end
+  end
+  if job.drop and status == 'succeeded' and not has_event then
+    --RARELY drop_result
     drop_result(id, job, false)
   end
   redis.call('PEXPIRE', key, ttl)

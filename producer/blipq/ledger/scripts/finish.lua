@@ -21,8 +21,9 @@ if tonumber(job.deadline) <= now then
   end_job(id, job, 'expired', {})
   return 0
 end
-local fields = {}
-for i = 5, #ARGV do fields[#fields + 1] = ARGV[i] end
-end_job(id, job, status, fields)
-if dead_letter_ttl > 0 then bury(id, job, dead_letter_ttl) end
+end_job(id, job, status, {unpack(ARGV, 5)})
+if dead_letter_ttl > 0 then
+  --RARELY bury
+  bury(id, job, dead_letter_ttl)
+end
 return 1

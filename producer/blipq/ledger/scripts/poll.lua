@@ -15,6 +15,7 @@ for i = 2, #ARGV do
     unknown[#unknown + 1] = id
   else
     if not ended(job) and tonumber(found[2]) <= now then
+      --RARELY end_job load
       end_job(id, load(id), 'expired', {})
       job.status = 'expired'
     end

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Collection, Mapping
 from importlib import resources
 from typing import Any, Self
 
@@ -13,9 +14,11 @@ from blipq.ledger.keys import lua_header
 from blipq.ledger.scripts.combining import Combined
 from blipq.settings import Settings
 
-_COMMENT = re.compile(r"^ *--.*\n|  --.*$", re.M)
+_COMMENT = re.compile(r"^ *--(?!RARELY ).*\n|  --(?!RARELY ).*$", re.M)
+_RARELY = re.compile(r"^ *--RARELY (.+)\n", re.M)
 _DEFINITIONS = re.compile(r"^(?=local )", re.M)
 _NAME = re.compile(r"local (?:function )?(\w+)")
+_KEY = re.compile(r"^local function (\w+_key)\(name\) return ('.*' \.\. )name end\n", re.M)
 
 
 @functools.cache
@@ -28,20 +31,46 @@ def script_text(*names: str, noted: bool = False) -> str:
     *shared, script = ((folder / f"{name}.lua").read_text() for name in ("common", *names))
     if noted:
         script = (folder / "noted.lua").read_text().replace("--SCRIPT--", script)
-    return _with_used(lua_header() + "".join(shared), script)
+    text, script = (_COMMENT.sub("", each) for each in (lua_header() + "".join(shared), script))
+    keys = dict(_KEY.findall(text))
+    text, script = (_with_keys(keys, each) for each in (_KEY.sub("", text), script))
+    definitions = {
+        name[1]: each for each in _DEFINITIONS.split(text) if (name := _NAME.match(each))
+    }
+    return _with_used(definitions, script, script)
 
 
-def _with_used(shared: str, script: str) -> str:
-    """A script behind those shared definitions that it comes to: Redis runs them at each call.
+def _with_keys(keys: Mapping[str, str], text: str) -> str:
+    """Lua with the names of keys written out: to make a function costs more than to call it."""
+    return re.sub(r"\b(\w+_key)\(", lambda found: f"({keys[found[1]]}", text)
+
+
+def _with_used(
+    definitions: dict[str, str], uses: str, text: str = "", above: Collection[str] = ()
+) -> str:
+    """Lua behind the definitions that ``uses`` comes to: Redis runs them at each call of a script.
 
     A definition begins with ``local`` at the beginning of a line, and uses only those before it.
+    Those that a line ``--RARELY a b`` names stand in its place, at the beginning of a block that
+    few calls run; nothing around that block in the same text uses them.
+
+    above: names that are defined already.
     """
-    text = _COMMENT.sub("", script)
-    for definition in reversed(_DEFINITIONS.split(_COMMENT.sub("", shared))):
-        name = _NAME.match(definition)
-        if name and re.search(rf"\b{name[1]}\b", text):
-            text = definition + text
-    return text
+    found: list[str] = []
+    searched = _without_rare(uses)
+    for name, definition in reversed(definitions.items()):
+        if name not in above and re.search(rf"\b{name}\b", searched):
+            found.insert(0, name)
+            searched += "\n" + _without_rare(definition)
+    above = {*above, *found}
+    whole = "".join([*map(definitions.__getitem__, found), text])
+    return _RARELY.sub(lambda rare: _with_used(definitions, rare[1], above=above), whole)
+
+
+def _without_rare(text: str) -> str:
+    """Lua without the names that it uses in blocks of its own for them."""
+    rare = " ".join(_RARELY.findall(text)).split()
+    return re.sub(rf"\b(?:{'|'.join(rare)})\b", "", text) if rare else text
 
 
 class ScriptRunner:

@@ -22,16 +22,8 @@ local function use(queue)
   used[queue] = true
 end
 
--- What its list needs to know of a job.
-local function job_of(fields)
-  local job = {created_at = now, model = fields[6], kind = fields[4]}
-  for i = 9, #fields, 2 do
-    if fields[i] == 'tenant' then job.tenant = fields[i + 1] end
-  end
-  return job
-end
-
-local function record(id, digest, given_key, expires_in, fields)
+-- first, last: of the arguments that are its fields.
+local function record(id, digest, given_key, expires_in, first, last)
   local idempotency_record = given_key ~= '' and idempotency_key(given_key)
   if idempotency_record then
     local existing = redis.call('GET', idempotency_record)
@@ -40,26 +32,33 @@ local function record(id, digest, given_key, expires_in, fields)
   end
   local answer = known(id, digest)
   if answer then return answer, id end
-  local model, queue = fields[6], fields[8]
-  if not is_known(model, declared) then return 'unknown', served_models() end
+  local model, queue = ARGV[first + 5], ARGV[first + 7]
+  if not is_known(model, declared) then
+    --RARELY served_models
+    return 'unknown', served_models()
+  end
   local open = redis.call('ZCARD', OPEN)
   if open >= max_open then return 'full', id end
 
   local key = job_key(id)
   redis.call('HSET', key, 'digest', digest, 'status', 'queued', 'created_at', now,
-    'deadline', now + expires_in, unpack(fields))
+    'deadline', now + expires_in, unpack(ARGV, first, last))
   redis.call('PEXPIRE', key, expires_in + retention)
   if idempotency_record then
     redis.call('SET', idempotency_record, id, 'PX', expires_in + retention)
   end
   index(OPEN, now + expires_in, id)
   index(queued_key(queue), now, id)
-  list_job(id, job_of(fields), 'open', expires_in + retention)
+  local listed = {created_at = now, model = model, kind = ARGV[first + 3]}
+  for i = first + 8, last, 2 do
+    if ARGV[i] == 'tenant' then listed.tenant = ARGV[i + 1] end
+  end
+  list_job(id, listed, 'open', expires_in + retention)
   use(queue)
   -- What workers of an earlier version ended is counted still. Not before the first write above: one
   -- that needs no memory would let a script of a full Redis go on.
   if open == 0 then redis.call('DEL', work_key(model), working_key(model)) end
-  tally(work_key(model), fields[9] == 'work' and fields[10], 1)
+  tally(work_key(model), ARGV[first + 8] == 'work' and ARGV[first + 9], 1)
   live[model] = live[model] or live_workers(model)
   return live[model] > 0 and 'created' or 'waits', id
 end
@@ -67,13 +66,11 @@ end
 local answers = {}
 local i = 4
 while i <= #ARGV do
-  local size = tonumber(ARGV[i + 4])
-  local fields = {}
-  for j = i + 5, i + 4 + size do fields[#fields + 1] = ARGV[j] end
-  local outcome, id = record(ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3]), fields)
+  local last = i + 4 + tonumber(ARGV[i + 4])
+  local outcome, id = record(ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3]), i + 5, last)
   answers[#answers + 1] = outcome
   answers[#answers + 1] = id
   if outcome == 'conflict' or outcome == 'full' or outcome == 'unknown' then break end
-  i = i + 5 + size
+  i = last + 1
 end
 return answers
