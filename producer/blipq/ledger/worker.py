@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from blipq.contract import CONTRACT, Kind, Status
-from blipq.ledger.codec import Message, flat, messages, ms
+from blipq.ledger.codec import Message, flat, messages, ms, paired
 from blipq.ledger.connection import redis_errors
 from blipq.ledger.keys import FORGOTTEN
 from blipq.ledger.producer import ProducerLedger
