@@ -11,11 +11,11 @@ from benchmarks.overhead import SLEEPING
 from benchmarks.peers.run import PEERS, PYTHON, Rows, run_peer
 from benchmarks.photos import pictures
 from blipq.contract import ImageRef
-from blipq.local.fleet import cores
 from blipq_worker.bench.pictures import Pictures
 from blipq_worker.bench.run import Bench
 from blipq_worker.bench.stack import BenchError, Stack, running
 from blipq_worker.bench.workloads import DEFAULT, GREEDY, MIXED, TEN, WORKLOADS, Workload
+from blipq_worker.process.fleet import cores
 
 #: Of the jobs: where each asks ten questions, and for peers that take one image at a time.
 TEN_SHARE, ALONE_SHARE = 4, 4

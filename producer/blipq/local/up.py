@@ -18,7 +18,6 @@ from blipq.errors import BlipqError
 from blipq.ledger.connection import connect
 from blipq.ledger.operator import OperatorLedger
 from blipq.local.door import LocalDoor, has_door
-from blipq.local.fleet import EXIT_MODEL
 from blipq.local.sample import red_square
 from blipq.local.stack import (
     API_PORT,
@@ -30,6 +29,7 @@ from blipq.local.stack import (
     worker_service,
 )
 from blipq.local.supervisor import Service, supervise
+from blipq.local.worker import EXIT_MODEL
 from blipq.program import blipq
 from blipq.settings import cache_folder, read_stack_file
 

@@ -1,4 +1,4 @@
-"""Whether a worker can run here. It is a distribution of its own, ``blipq-worker``."""
+"""The worker is a distribution of its own, ``blipq-worker``: whether it is here, and its exit codes."""
 
 import importlib.util
 
@@ -6,6 +6,9 @@ NO_WORKER = (
     "no worker here: install the wheel of blipq-worker, which is on no package index, or run pip "
     "install '.[worker,local]' in a clone of blipq"
 )
+
+#: A worker's model cannot be loaded, or answers nonsense: starting it again would not help.
+EXIT_MODEL = 78
 
 
 def has_worker() -> bool:

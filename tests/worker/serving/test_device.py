@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from blipq.local import fleet
 from blipq_worker.blip2.loading.precision import choose_precision
 from blipq_worker.catalog.models import ModelError
+from blipq_worker.process import fleet
 from blipq_worker.serving import device as devices
 from blipq_worker.serving.device import stay_near, usable_device
 from blipq_worker.serving.loader import load_models

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from blipq.local import fleet
 from blipq_worker.fronts.status import FrontStatus
+from blipq_worker.process import fleet
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.supervision import sizing
 from blipq_worker.supervision.silence import Silence

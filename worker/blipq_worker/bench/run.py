@@ -11,11 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from blipq.local.fleet import shares_of_cores
 from blipq_worker.bench.pictures import Pictures
 from blipq_worker.bench.stack import BenchError, Stack, running
 from blipq_worker.bench.workloads import Workload
 from blipq_worker.demo.machine import describe_machine
+from blipq_worker.process.fleet import shares_of_cores
 from blipq_worker.settings import WorkerSettings
 
 LIBRARIES = ("torch", "transformers", "celery", "kombu", "redis", "boto3")

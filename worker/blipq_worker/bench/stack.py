@@ -14,11 +14,11 @@ from blipq import Client, Job, JobInfo
 from blipq.contract import ImageRef, Options, Request, Status
 from blipq.errors import BlipqError
 from blipq.ledger.operator import OperatorLedger
-from blipq.local.fleet import shares_of_cores
 from blipq.local.stack import LocalStack, worker_service
 from blipq.local.supervisor import Service
 from blipq_worker.bench import cpu
 from blipq_worker.bench.rate import steady_per_s
+from blipq_worker.process.fleet import shares_of_cores
 
 START_TIMEOUT_S = 300.0
 RUN_TIMEOUT_S = 900.0

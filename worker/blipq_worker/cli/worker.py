@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from blipq.cli.terminal.output import reported
-from blipq.local import fleet
+from blipq_worker.process import fleet
 
 
 def worker(

@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from blipq.local.fleet import on_gpu
 from blipq_worker.catalog.models import ModelError
+from blipq_worker.process.fleet import on_gpu
 
 log = logging.getLogger(__name__)
 

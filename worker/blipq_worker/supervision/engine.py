@@ -4,8 +4,8 @@ import logging
 import signal
 from collections.abc import Mapping
 
-from blipq.local.fleet import EXIT_MODEL
 from blipq.local.supervisor import Service
+from blipq.local.worker import EXIT_MODEL
 from blipq_worker.inference import EngineClient, EngineGone, ModelInfo
 from blipq_worker.inference.protocol import Beat
 from blipq_worker.supervision.folder import RunFolder

@@ -3,8 +3,8 @@
 import logging
 import signal
 
-from blipq.local.fleet import EXIT_MODEL
 from blipq.local.supervisor import Service
+from blipq.local.worker import EXIT_MODEL
 from blipq_worker.fronts.holdings import read_holdings
 from blipq_worker.fronts.seat import EXIT_SHUT_DOWN
 from blipq_worker.fronts.status import FrontStatus, read_status

@@ -1,6 +1,6 @@
 """How many fronts a worker has."""
 
-from blipq.local.fleet import cores, fronts_on, on_gpu
+from blipq_worker.process.fleet import cores, fronts_on, on_gpu
 from blipq_worker.settings import WorkerSettings
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from blipq.ledger.connection import connect
 from blipq.ledger.worker import GRACE_S, WorkerLedger
-from blipq.local.fleet import EXIT_MODEL
+from blipq.local.worker import EXIT_MODEL
 from blipq.settings import Settings
 from blipq.transport.broker import Broker
 from blipq_worker.messages.strays import Strays

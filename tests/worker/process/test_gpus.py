@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from blipq.errors import InvalidRequest
-from blipq.local import gpus
+from blipq_worker.process import gpus
 
 LISTED = """\
 GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-11111111-aaaa-bbbb-cccc-000000000001)

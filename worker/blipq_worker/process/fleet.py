@@ -13,9 +13,9 @@ from pydantic import TypeAdapter
 
 from blipq.contract import Seconds
 from blipq.errors import InvalidRequest
-from blipq.local.gpus import workers_on
 from blipq.local.supervisor import Service, supervise
-from blipq.local.worker import NO_WORKER, has_worker
+from blipq.local.worker import EXIT_MODEL, NO_WORKER, has_worker
+from blipq_worker.process.gpus import workers_on
 
 COMMAND = [sys.executable, "-m", "blipq_worker"]
 
@@ -26,9 +26,6 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 DEVICES = Path("/dev")
 
 MOST_FRONTS = 16
-
-#: A worker's model cannot be loaded, or answers nonsense: starting it again would not help.
-EXIT_MODEL = 78
 
 
 def run_one() -> None:

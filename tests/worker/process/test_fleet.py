@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from blipq.errors import InvalidRequest
-from blipq.local import fleet
 from blipq.local.supervisor import Service
+from blipq_worker.process import fleet
 from conftest import wait_until
 
 
@@ -184,7 +184,7 @@ time.sleep(seconds)
 """
 FLEET = """
 import sys
-from blipq.local.fleet import run_supervised
+from blipq_worker.process.fleet import run_supervised
 from blipq.local.supervisor import Service
 paths = sys.argv[2:]
 services = [
