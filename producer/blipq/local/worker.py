@@ -1,4 +1,4 @@
-"""The worker is a distribution of its own, ``blipq-worker``: whether it is here, and its exit codes."""
+"""The worker is a distribution of its own: whether it is here, and when none is started again."""
 
 import importlib.util
 
