@@ -50,8 +50,8 @@ def stages(receipt: Receipt | None) -> list[Stage]:
     """The stages that a receipt tells of, one after the other."""
     if receipt is None:
         return []
-    told = [(name, getattr(receipt, field)) for field, name in _STAGES]
-    known = [(name, value) for name, value in told if value]
+    found = [(name, getattr(receipt, field)) for field, name in _STAGES]
+    known = [(name, value) for name, value in found if value]
     whole = sum(value for _, value in known) or 1.0
     made, passed = [], 0.0
     for name, value in known:
@@ -74,7 +74,7 @@ async def job(request: Request) -> Response:
         stages=stages(info.receipt),
         moments=[*_moments(info)],
         snippets=Snippets.of(request, info, asked or {}),
-        can_retry=info.status is Status.FAILED,
+        can_retry=info.ended and info.status is not Status.SUCCEEDED,
     )
 
 

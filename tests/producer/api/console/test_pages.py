@@ -141,6 +141,15 @@ def test_dead_letters_are_tried_again_and_jobs_forgotten(
     assert "Look for the job in the list" in gone.text
 
 
+def test_a_cancelled_job_is_tried_again(operator: httpx2.Client, client: Client) -> None:
+    job = client.caption("s3://photos/cat.jpg")
+    job.cancel()
+    form = page(operator, f"job?id={job.id}").fields("retry")
+    assert operator.post("/console/job", data=form).status_code == 303
+    assert job.status() == "queued"
+    assert page(operator, f"job?id={job.id}").text.count('value="retry"') == 0, "it waits"
+
+
 def test_webhooks_are_listed_and_sent_again(operator: httpx2.Client, hostile: list[str]) -> None:
     waiting = page(operator, "webhooks?dead=false")
     assert f"{hostile[0]}" in waiting.text
