@@ -1,4 +1,4 @@
-"""Pages that list: what is going on, jobs, dead letters, webhooks, queues, workers and models."""
+"""Pages that list: what is going on, jobs, dead letters, webhooks, queues, workers and the log."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -144,6 +144,32 @@ async def replay(request: Request) -> Response:
 async def queues(request: Request) -> Response:
     """What waits, and for how long."""
     return rendered(request, "queues.html", state=await call(request, operator.queues, "read"))
+
+
+async def change_queue(request: Request) -> Response:
+    """Pauses a queue, or resumes it."""
+    fields = await read_form(request)
+    client = door_of(request).client
+    act = {"pause": client.pause, "resume": client.resume}.get(fields.get("action", ""))
+    if act is None:
+        raise Problem(422, "invalid_request", "action: pause or resume is expected")
+    await act(fields.get("queue", ""))
+    return to("queues")
+
+
+async def log(request: Request) -> Response:
+    """Who did what, the newest first."""
+    cursor = request.query_params.get("cursor", "")
+    found = await call(request, operator.actions, "admin", cursor=cursor)
+    for each in found["actions"]:
+        each["at"] = datetime.fromisoformat(each["at"])
+    return rendered(
+        request,
+        "log.html",
+        actions=found["actions"],
+        next=found.get("next_cursor"),
+        older=bool(cursor),
+    )
 
 
 async def workers(request: Request) -> Response:

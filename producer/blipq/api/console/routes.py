@@ -37,5 +37,7 @@ PAGES = (
     Page("GET", "/console/webhooks", lists.webhooks, "admin"),
     Page("POST", "/console/webhooks", lists.replay, "admin"),
     Page("GET", "/console/queues", lists.queues, "read"),
+    Page("POST", "/console/queues", lists.change_queue, "admin"),
+    Page("GET", "/console/log", lists.log, "admin"),
     Page("GET", "/console/workers", lists.workers, "read"),
 )

@@ -150,6 +150,54 @@ def test_a_cancelled_job_is_tried_again(operator: httpx2.Client, client: Client)
     assert page(operator, f"job?id={job.id}").text.count('value="retry"') == 0, "it waits"
 
 
+def test_a_queue_is_paused_and_resumed_and_the_log_says_by_whom(
+    operator: httpx2.Client, client: Client, ledger: WorkerLedger
+) -> None:
+    job = client.caption("s3://photos/cat.jpg")
+    assert "Nothing is in the log" in page(operator, "log").text
+    form = page(operator, "queues").fields("pause")
+    assert form["queue"] == "blipq.default.normal"
+    assert operator.post("/console/queues", data=form).headers["location"] == "queues"
+    assert ledger.claim(job.id, "w1") == "paused"
+    assert ">paused" in page(operator, "").text, "the overview says so, too"
+    form = page(operator, "queues").fields("resume")
+    assert operator.post("/console/queues", data=form).headers["location"] == "queues"
+    assert not isinstance(ledger.claim(job.id, "w1"), str)
+    log = page(operator, "log").text
+    for text in ("operator", "pause", "resume", "blipq.default.normal"):
+        assert text in log
+    assert "Older" not in log
+    for wrong, field in (({"queue": "blipq"}, "queue"), ({"action": "drop"}, "action")):
+        answer = operator.post("/console/queues", data={**form, **wrong})
+        assert (answer.status_code, f"{field}:" in answer.text) == (422, True)
+
+
+def test_the_log_has_pages(operator: httpx2.Client, client: Client) -> None:
+    for _ in range(51):
+        client.caption("s3://photos/cat.jpg").cancel()
+    first = page(operator, "log")
+    (older,) = (each for each in first.values("href") if each.startswith("log?"))
+    assert first.text.count("<time") == 50
+    assert page(operator, older).text.count("<time") == 1
+    assert page(operator, "log?cursor=nonsense", 422)
+
+
+def test_only_who_may_operate_pauses_queues_and_reads_the_log(
+    keyed: Keyed, client: Client, ledger: WorkerLedger
+) -> None:
+    job = client.caption("s3://photos/cat.jpg")
+    with keyed.signed_in("reader") as http:
+        shown = page(http, "queues")
+        assert 'value="pause"' not in shown.text
+        token = next(g["value"] for _, g in shown.elements if g.get("name") == "form_token")
+        form = {"form_token": token, "queue": "blipq.default.normal", "action": "pause"}
+        assert http.post("/console/queues", data=form).status_code == 403
+        assert page(http, "log", 403)
+    with keyed.signed_in() as http:
+        assert http.post("/console/queues", data=form).status_code == 403, "another session's form"
+    assert not isinstance(ledger.claim(job.id, "w1"), str)
+
+
 def test_webhooks_are_listed_and_sent_again(operator: httpx2.Client, hostile: list[str]) -> None:
     waiting = page(operator, "webhooks?dead=false")
     assert f"{hostile[0]}" in waiting.text
