@@ -276,8 +276,8 @@ def test_a_code_is_found_in_what_a_library_says_of_it() -> None:
 def test_a_watch_ends_where_its_own_credentials_are_refused(
     apart: Settings, s3: RefusingS3, code: str
 ) -> None:
-    """The upload is not at fault: it is not refused, and the source tells of it again."""
-    from blipq.watch.events import Told
+    """The upload is not at fault: it is not refused, and the source delivers it again."""
+    from blipq.watch.events import Notification
     from blipq.watch.rules import Rules
     from producer.watch.test_watcher import Script, Watched
 
@@ -285,7 +285,7 @@ def test_a_watch_ends_where_its_own_credentials_are_refused(
     s3.refuse(403, code)
     where = s3.settings.s3_endpoint_url
     with Client(apart.model_copy(update={"s3_endpoint_url": where})) as client:
-        batch = Script(Told("photos", "cat.jpg"))
+        batch = Script(Notification("photos", "cat.jpg"))
         watched = Watched(Rules.model_validate({"name": "w", "rules": [rule]}), client)
         with pytest.raises(S3Refused, match=code):
             watched.take(batch)
