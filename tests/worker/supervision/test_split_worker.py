@@ -245,6 +245,7 @@ def test_a_dead_front_runs_again_and_goes_on_counting(split: Callable[..., Split
     worker = split(1).start()
     engine, before = worker.engine(), worker.serving()
     worker.ended(worker.submit("a job"))
+    worker.wait_for_count(SUCCEEDED.format(1))  # a front counts a job behind its end
     os.kill(before[0], signal.SIGKILL)
     worker.wait_until(lambda: worker.serving() not in ([], before), "a new front")
     worker.ended(worker.submit("a job"))
