@@ -149,7 +149,7 @@ class Served:
                 self.server.poll(0.02)
                 self.server.progress()
                 while self._asked:
-                    self._asked.pop()()
+                    self._asked.pop(0)()  # in their order
         except BaseException as error:
             self.raised.append(error)
         finally:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -482,6 +483,21 @@ def test_an_engine_that_says_it_will_be_quiet_is_not_taken_for_frozen(holding: S
         wait_until(lambda: client.beat is not None and client.beat.quiet_s == 0, "the usual beats")
         holding.run(lambda: time.sleep(4))
         wait_until(lambda: not client.connected, "a silence that nobody announced to be noticed")
+
+
+def test_a_front_that_dies_as_a_pass_begins_does_not_end_the_engine(holding: Served) -> None:
+    with a_client(holding.path) as dying, a_client(holding.path) as client:
+        ask(dying)
+        future = ask(client)
+        wait_until(lambda: len(holding.backend.open) == 2, "the items")
+
+        def begin() -> None:
+            dying._connection._socket.shutdown(socket.SHUT_RDWR)
+            holding.server.started(list(holding.backend.open))
+            holding.backend.answer_all()
+
+        holding.run(begin)
+        assert score(future) == 1
 
 
 @pytest.mark.parametrize("end", ["goodbye", "close"])

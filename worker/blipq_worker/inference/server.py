@@ -139,7 +139,8 @@ class EngineServer:
             ids.setdefault(work.front, []).append(work.id)
         for front, begun in ids.items():
             self._send(front, Started(tuple(begun)))
-        self._let_read([front for front in ids if front.has_unread])
+        # One that has died since the last poll was cut just now: its socket is closed.
+        self._let_read([front for front in ids if self._is_served(front) and front.has_unread])
 
     def wake(self) -> None:
         """Ends the wait of ``poll``. Thread-safe."""
