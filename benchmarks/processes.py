@@ -14,19 +14,24 @@ def end(process: "subprocess.Popen[Any]", *, patience_s: float = 30.0) -> int:
     It is interrupted first, so that it stops its services and removes its files. What is left of
     them after ``patience_s`` seconds, or would outlive it, is killed.
     """
-    try:
-        children = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        children = []
+    children = _children(process)
     process.send_signal(signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
         process.wait(patience_s)
+    children |= _children(process)  # also what it has started since
     process.kill()
     for child in children:
         with suppress(psutil.NoSuchProcess):
             child.kill()
     psutil.wait_procs(children, timeout=20)
     return process.wait(20)
+
+
+def _children(process: "subprocess.Popen[Any]") -> set[psutil.Process]:
+    try:
+        return set(psutil.Process(process.pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return set()
 
 
 def of_worker(pid: int | None) -> dict[str, list[psutil.Process]]:

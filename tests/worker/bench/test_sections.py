@@ -1,5 +1,6 @@
 """``python -m benchmarks``: sections take turns, and none of them takes the others' time."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 from benchmarks import __main__ as command
+from benchmarks.processes import end
 
 #: A section that starts a service in a session of its own, says which, and never ends.
 STUCK = """
@@ -15,6 +17,31 @@ service = subprocess.Popen(["sleep", "600"], start_new_session=True)
 with open(sys.argv[1], "w") as file:
     file.write(str(service.pid))
 time.sleep(600)
+"""
+
+#: A section that answers its interrupt with a further service.
+STUBBORN = """
+import signal, subprocess, sys, time
+def go_on(*_):
+    service = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    with open(sys.argv[1], "w") as file:
+        file.write(str(service.pid))
+signal.signal(signal.SIGINT, go_on)
+print("ready", flush=True)
+while True:
+    time.sleep(600)
+"""
+#: The command, as a shell starts what runs in the background: interrupts are ignored.
+IN_THE_BACKGROUND = """
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from benchmarks import __main__ as command
+def run(size):
+    print("ready", flush=True)
+    time.sleep(600)
+command.SECTIONS["steps"] = command.Section(run, 1, 1, 1)
+sys.argv[1:] = ["--only", "steps"]
+command.main()
 """
 
 
@@ -41,6 +68,32 @@ def test_a_section_that_outlasts_its_share_ends_whole_and_the_next_ones_run(
     assert third.startswith("steps: ")
     assert third.endswith(" s")
     assert not psutil.pid_exists(int(service.read_text()))
+
+
+def test_a_service_that_a_section_starts_while_it_ends_ends_too(tmp_path: Path) -> None:
+    service = tmp_path / "service"
+    section = started(STUBBORN, str(service))
+    end(section, patience_s=2)
+    assert section.returncode == -signal.SIGKILL
+    assert not psutil.pid_exists(int(service.read_text()))
+
+
+def test_a_section_hears_its_interrupt_though_the_command_runs_in_the_background() -> None:
+    section = started(IN_THE_BACKGROUND)
+    assert end(section) == 128 + signal.SIGINT
+
+
+def started(program: str, *arguments: str) -> "subprocess.Popen[bytes]":
+    """A section that is ready."""
+    section = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert section.stdout is not None
+    with section.stdout as lines:
+        assert lines.readline() == b"ready\n"
+    return section
 
 
 def test_a_section_keeps_what_it_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
