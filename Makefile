@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: help demo up test test-avx2 test-newest-python test-python test-installs test-programs guarantees chaos bench gpu gpu-kit peers lint types check format constraints demo-model clean
+.PHONY: help demo up test test-avx2 test-newest-python test-python test-installs test-programs guarantees chaos bench gpu gpu-kit peers lint types site check format constraints demo-model clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -89,7 +89,11 @@ lint: $(VENV)/installed-dev  ## Check style and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test test-avx2 test-newest-python test-installs test-programs guarantees  ## What CI runs.
+# The same pages as in docs/, with the client's API; a warning, such as of a link to nothing, is an error.
+site: $(VENV)/installed-dev  ## Build the documentation's site in docs/_build/html.
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+check: lint site test test-avx2 test-newest-python test-installs test-programs guarantees  ## What CI runs.
 
 format: $(VENV)/installed-dev  ## Format the code.
 	$(BIN)/ruff check --fix .
