@@ -78,7 +78,7 @@ def main() -> int:
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}")
     if options.only:
-        # A shell that starts programs in the background has them ignore the interrupt that ends them.
+        # Programs that a shell starts in the background ignore the interrupt that ends a section.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             measure(options.only, options.long)

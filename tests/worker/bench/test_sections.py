@@ -41,7 +41,7 @@ def run(size):
     time.sleep(600)
 command.SECTIONS["steps"] = command.Section(run, 1, 1, 1)
 sys.argv[1:] = ["--only", "steps"]
-command.main()
+sys.exit(command.main())
 """
 
 
