@@ -30,7 +30,7 @@ ANYWHERE = "0.0.0.0"  # noqa: S104
 
 
 def new_registry() -> CollectorRegistry:
-    """A registry that tells about this process: CPU, memory, open files."""
+    """A registry of this process' own metrics: CPU, memory, open files."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)

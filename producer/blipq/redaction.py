@@ -45,7 +45,7 @@ _RULES = (
         ),
         rf"\1{HIDDEN}",
     ),
-    # The headers that sign a request, and what S3 servers tell of them.
+    # The headers that sign a request, and what S3 servers repeat of them.
     (re.compile(r"\b(authorization['\"]?\s*[:=]\s*['\"]?)[^\r\n'\"]+", re.I), rf"\1{HIDDEN}"),
     (
         re.compile(
@@ -109,8 +109,8 @@ def redact_tracebacks() -> None:
     def show(
         kind: type[BaseException], error: BaseException | None, where: TracebackType | None
     ) -> None:
-        told = "".join(traceback.format_exception(kind, error, where)).rstrip("\n")
-        print(_one_record(told), file=sys.stderr, flush=True)
+        text = "".join(traceback.format_exception(kind, error, where)).rstrip("\n")
+        print(_one_record(text), file=sys.stderr, flush=True)
 
     def show_of_thread(args: threading.ExceptHookArgs) -> None:
         if args.exc_type is not SystemExit:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from blipq.ledger.worker import Claim
 
-#: A claim, what is set when it is lost, and who else is told then.
+#: A claim, what is set when it is lost, and who else is notified then.
 _Entry = tuple[Claim, threading.Event, list[Callable[[], object]]]
 
 
@@ -19,7 +19,7 @@ class Notes(Protocol):
     """Where it is noted what becomes of claims, for whoever finds the process dead."""
 
     def asking(self, id: str, nonce: str) -> None:
-        """A claim is asked for."""
+        """A claim is requested."""
 
     def claimed(self, claim: Claim) -> None:
         """A claim was granted."""
@@ -67,7 +67,7 @@ class Held:
 
     @contextmanager
     def asking(self, id: str, nonce: str) -> Iterator[None]:
-        """While the ledger is asked for a claim, it may be ours without our knowing it."""
+        """Until the answer to a request has come, the claim may be ours already."""
         with self._lock:
             self._asked[nonce] = id
             if id not in self._claims:  # else it is another message of a job that runs here
@@ -80,8 +80,8 @@ class Held:
                 if id not in self._claims:
                     self._notes.unclaimed(id)
 
-    def asked(self) -> dict[str, str]:
-        """The claims that are asked for now: nonce to id."""
+    def requested(self) -> dict[str, str]:
+        """The claims that are requested now: nonce to id."""
         with self._lock:
             return dict(self._asked)
 
@@ -126,8 +126,8 @@ class Held:
         if self.event(claim).is_set():
             call()
 
-    def has_asked(self, claim: Claim) -> bool:
-        """Whether the claim's job has asked the model for something."""
+    def has_request(self, claim: Claim) -> bool:
+        """Whether the claim's job has a request at the model."""
         with self._lock:
             entry = self._entry(claim)
         return entry is not None and bool(entry[2])

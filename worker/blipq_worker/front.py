@@ -1,4 +1,4 @@
-"""Wires a front together: it takes jobs, decodes their images, and asks an engine elsewhere.
+"""Wires a front together: it takes jobs and decodes their images for an engine elsewhere.
 
 A worker has several beside one engine. What strangers send is read here, so a front may die of it:
 it loads no weights and is back within a second. Nothing of it imports torch.
@@ -73,7 +73,7 @@ class Front:
             return EXIT_ENGINE_GONE
         options = share_of(self._options, models, self._seat.of)
         self._serving = _Serving(self._settings, options, self._seat, self._engine, models)
-        if self._lost is not None:  # before there was anybody to be told
+        if self._lost is not None:  # before anybody was there to notify
             return EXIT_ENGINE_GONE
         return self._serving.run()
 
@@ -99,7 +99,7 @@ class Front:
     def _on_lost(self, reason: str) -> None:
         """The engine is gone. On the thread that reads from it."""
         self._lost = reason
-        # Whoever asks from now on hears it at once, and waits for no other engine.
+        # Requests from now on fail at once, and waits for no other engine.
         self._engine.close()
         if self._serving is not None:
             self._serving.lose_engine()

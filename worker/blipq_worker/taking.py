@@ -84,7 +84,7 @@ class Taker:
         # A receiver, so that Celery leaves logging as the process set it up.
         setup_logging.connect(_keep_logging)
         # Its "succeeded" means that a task returned, also where its job is retried or handed back:
-        # what came of each job is told by the runner.
+        # what came of each job is reported by the runner.
         logging.getLogger("celery.app.trace").setLevel(logging.WARNING)
         worker_ready.connect(self._on_ready)
         worker = self._app.Worker(
@@ -132,7 +132,7 @@ class Taker:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         is_first = not self._signals.has_come
         if self._signals.is_echo() or (is_first and self._is_shut_down):
-            return  # what ends the rest of the worker says what remote control has said
+            return  # what ends the rest of the worker reports what remote control demanded
         if self._base.gate.closed:
             # Not from this frame: it may have interrupted a lock that handing back needs.
             code = self._shut_down if self._is_shut_down else 0
@@ -142,7 +142,7 @@ class Taker:
         _stop_celery(0)
 
     def _on_ended(self, error: BaseException) -> None:
-        """Celery takes no more messages: by an error, or as a signal or remote control said."""
+        """Celery takes no more messages: by an error, or by a signal or remote control."""
         if self._base.gate.closed:
             return
         self._is_shut_down = isinstance(error, WorkerShutdown)

@@ -100,15 +100,15 @@ def change(done: str) -> Callable[[Callable[..., Run]], Callable[..., None]]:
 def _show(
     client: Client, which: Which, count: int, done: str, *, dry_run: bool, as_json: bool
 ) -> None:
-    told: dict[str, Any] = {done.replace(" ", "_"): count}
+    fields: dict[str, Any] = {done.replace(" ", "_"): count}
     line = f"{count:,} would be {done}" if dry_run else f"{count:,} {done}"
     if isinstance(which, list) and len(which) == 1 and not dry_run:
         info = client.job(which[0]).info()
-        told = {"id": info.id, done.replace(" ", "_"): bool(count), "status": info.status}
+        fields = {"id": info.id, done.replace(" ", "_"): bool(count), "status": info.status}
         line = f"it had ended: {info.status}" if info.ended else f"it is {info.status}"
         line = done if count else line
     if as_json:
-        print(json.dumps(told))
+        print(json.dumps(fields))
         return
     out.print(line, markup=False)
     if isinstance(which, list) and count < len(which) > 1:
@@ -198,7 +198,7 @@ def _show_forgotten(report: Forgotten, as_json: bool) -> None:
         print(json.dumps(asdict(report)))
         return
     counts = {"events": report.events, "objects": len(report.objects), "entries": report.entries}
-    told = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
-    out.print(f"{len(report.jobs):,} jobs erased" + (f", with {told}" if told else ""))
+    others = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    out.print(f"{len(report.jobs):,} jobs erased" + (f", with {others}" if others else ""))
     for line in report.left:
         errors.print(f"left: {line}", style="yellow", markup=False)

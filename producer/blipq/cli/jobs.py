@@ -145,8 +145,8 @@ def embed(
         blipq embed --text "a cat" --json
     """
     # pydantic checks them, and names the choices
-    asked: dict[str, Any] = {"mode": mode, "dtype": dtype, "index": index}
-    return client.embed(image, text, **asked, **options)
+    fields: dict[str, Any] = {"mode": mode, "dtype": dtype, "index": index}
+    return client.embed(image, text, **fields, **options)
 
 
 @verb

@@ -122,8 +122,8 @@ def stats(as_json: JsonOption = False) -> None:
         print(json.dumps({**totals, "queues": [queue.as_dict() for queue in queues]}))
         return
     out.print(_table(queues) if queues else "no queues: nothing was ever submitted")
-    told = ", ".join(f"{number:,} {name}" for name, number in totals.items())
-    errors.print(f"jobs: {told}", style="dim")
+    summary = ", ".join(f"{number:,} {name}" for name, number in totals.items())
+    errors.print(f"jobs: {summary}", style="dim")
 
 
 def _table(queues: list[QueueState]) -> Table:

@@ -249,8 +249,8 @@ class AsyncClient(ClientBase):
     ) -> AsyncIterator[AsyncJob[ResultT]]:
         """The jobs as they end, however they end, like ``Client.as_completed``."""
         jobs = list(jobs)
-        asked = self.outcomes([job.id for job in jobs], timeout, expires=last_expiry(jobs))
-        async with aclosing(asked) as outcomes:
+        stream = self.outcomes([job.id for job in jobs], timeout, expires=last_expiry(jobs))
+        async with aclosing(stream) as outcomes:
             async for info in outcomes:
                 yield AsyncJob(info.id, self, info)
 

@@ -191,7 +191,7 @@ class Client(ClientBase):
     ) -> Job[DescribeResult]:
         """Asks for several things about an image, which is looked at once.
 
-        ``texts`` are scored by probability; ``embed`` asks for the image's features.
+        ``texts`` are scored by probability; ``embed`` adds the image's features.
         """
         fields = {"caption": caption, "questions": questions, "texts": texts, "embed": embed}
         return self._ask(DescribeRequest, image, fields | {"generation": generation}, options)
@@ -379,7 +379,7 @@ class Client(ClientBase):
         idempotency keys. ``unindex`` removes images from search indexes, such as
         ``blipq.index.store.Indexes(settings).remove``. Needs s3:DeleteObject for what is in S3.
 
-        ``left`` tells what it may not delete. Raises QueueUnavailable: it can be repeated then.
+        ``left`` lists what it may not delete. Raises QueueUnavailable: it can be repeated then.
         """
         forgetting = Forgetting(self.storage, unindex)
         changing = Changing(Change.of("match", which))

@@ -24,7 +24,7 @@ class Output(BaseModel):
 
 
 class Kind(StrEnum):
-    """What a job asks of the model; also the verb in the CLI and on the client."""
+    """What a job computes; also the verb in the CLI and on the client."""
 
     CAPTION = "caption"
     VQA = "vqa"

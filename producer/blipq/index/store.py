@@ -242,9 +242,9 @@ class Index:
         A query's cosine with an image is that of the best of its 32 vectors; the image's is the
         mean over the queries. A text is one query.
         """
-        asked = np.asarray(queries, dtype=np.float32)
+        vectors = np.asarray(queries, dtype=np.float32)
         with _answering(self._forget):
-            search = self._table.search(asked[0] if len(asked) == 1 else asked, "vectors")
+            search = self._table.search(vectors[0] if len(vectors) == 1 else vectors, "vectors")
             search = search.distance_type("cosine").limit(limit)
             search = search.nprobes(_PARTITIONS_READ).refine_factor(_REFINED)
             if filter:
@@ -257,7 +257,7 @@ class Index:
                 uri=row["uri"],
                 etag=row["etag"],
                 metadata=_metadata(row["metadata"]),
-                cosine=1 - row["_distance"] / len(asked),
+                cosine=1 - row["_distance"] / len(vectors),
             )
             for row in rows
         ]

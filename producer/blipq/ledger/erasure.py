@@ -36,9 +36,9 @@ def erased(answer: Iterable[Sequence[Any]]) -> list[Erased]:
 def _erased(
     id: str, status: str, request: str, output: str, result_uri: str, events: int, tenant: str
 ) -> Erased:
-    asked = json.loads(request) if request else {}
-    image = asked.get("image") or {}
-    index = asked.get("index")
+    fields = json.loads(request) if request else {}
+    image = fields.get("image") or {}
+    index = fields.get("index")
     uri: str | None = image.get("uri")
     entry = None
     if isinstance(index, dict):  # a search names its index by a text

@@ -78,7 +78,7 @@ class OperatorLedger(ScriptRunner):
             return list(self._read_all(info.id for info in page.jobs))
 
     def request(self, id: str) -> dict[str, Any] | None:
-        """What a job asks, as it is stored: without defaults. None for an unknown id."""
+        """A job's request as it is stored: without defaults. None for an unknown id."""
         with redis_errors(id):
             text = cast("str | None", self.redis.hget(keys.job(id), "request"))
         return None if text is None else json.loads(text)

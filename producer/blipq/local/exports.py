@@ -1,6 +1,6 @@
 """How other programs reach the services: boto3, the AWS CLI, redis-cli, Celery, Flower, Node.js.
 
-What is shown here holds passwords, and is shown only to who asks for it.
+What is shown here holds passwords, and is shown only on request.
 """
 
 import os

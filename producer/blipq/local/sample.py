@@ -1,4 +1,4 @@
-"""A picture that every model can be asked about."""
+"""A picture that every model can caption."""
 
 import struct
 import zlib

@@ -26,7 +26,7 @@ def _die_with(parent: int) -> None:
     The parent is the thread that started it: start services from one that lives as long as they.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it was killed before the kernel was told
+    if os.getppid() != parent:  # it was killed before this process had set its signal
         os._exit(1)
 
 
@@ -142,13 +142,13 @@ def supervise(
     again would not help. one_by_one: such a service is left alone, and the code is returned when
     no other is left.
     """
-    told: set[str] = set()
+    reported: set[str] = set()
     left = list(services)
     while not stop.wait(0.2):
         for service in list(left):
             code = service.exit_code
             if code is None:
-                told.discard(service.name)
+                reported.discard(service.name)
             elif code in give_up_on:
                 left.remove(service)
                 if not one_by_one or not left:
@@ -156,7 +156,7 @@ def supervise(
                 tell(f"{service.name} ended with {code}, and is not started again")
             elif service.revive():
                 tell(f"{service.name} was started again (pid {service.pid})")
-            elif service.name not in told:
-                told.add(service.name)
+            elif service.name not in reported:
+                reported.add(service.name)
                 tell(f"{service.name} ended with {code}")
     return 0

@@ -1,7 +1,7 @@
 """Prometheus metrics: what the ledger holds, what a sender does, and how both are served.
 
-What the ledger holds is the same whoever asks, so one exporter (``blipq metrics``) tells it for the
-whole fleet. Workers (``blipq_worker.process.metrics``) and senders tell only what they themselves
+What the ledger holds is the same for all, so one exporter (``blipq metrics``) shows it for the
+whole fleet. Workers (``blipq_worker.process.metrics``) and senders show only what they themselves
 do.
 """
 

@@ -1,4 +1,4 @@
-"""How much work is ahead of a fleet, model by model: what metrics tell, and what scales on it."""
+"""How much work is ahead of a fleet, model by model: what metrics show, and what scales on it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

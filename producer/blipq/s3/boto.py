@@ -47,7 +47,7 @@ def _take_for_refusal(request_dict: Any, response: Any, **_: Any) -> None:
     """
     if response is None or response[0].status_code not in _REDIRECTS:
         return
-    told = response[1]
-    headers = told.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    if "x-amz-bucket-region" not in headers and "Region" not in told.get("Error", {}):
+    answer = response[1]
+    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    if "x-amz-bucket-region" not in headers and "Region" not in answer.get("Error", {}):
         request_dict["context"].setdefault("s3_redirect", {})["redirected"] = True

@@ -91,7 +91,7 @@ def why_all_refuse(
     settings: Settings,
     source: ImageRef | None = None,
 ) -> str | None:
-    """Why every live worker of a model would refuse an ``output``, as far as they tell; or None.
+    """Why every live worker of a model would refuse an ``output``, as far as they report; or None.
 
     Where only some of them would, that is logged: each of their jobs fails.
     """

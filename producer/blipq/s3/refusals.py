@@ -1,8 +1,8 @@
 """What S3 means when it refuses: one table of its error codes, for workers and producers alike.
 
 The status does not say it: an expired token is a 400 as a malformed key is, a skewed clock is a 403
-as a closed bucket is. What the table does not know is judged by its status. Before S3 is asked,
-botocore may ask another service for credentials: what that one refuses is no word about an object.
+as a closed bucket is. What the table does not know is judged by its status. Before it sends a
+request botocore may fetch credentials elsewhere: what is refused there says nothing of an object.
 """
 
 import re
@@ -30,9 +30,9 @@ class Refusal(StrEnum):
     INVALID = "invalid"
 
 
-#: Refusals of the asker, whatever it asks for.
+#: Refusals of the caller, whatever it requests.
 OF_THE_ASKER = frozenset({Refusal.EXPIRED, Refusal.ACCESS, Refusal.ACCOUNT})
-#: Refusals after which the same request may succeed: a producer is told to try again.
+#: Refusals after which the same request may succeed: a producer may try again.
 FOR_NOW = frozenset({Refusal.PASSING, Refusal.EXPIRED, Refusal.FULL})
 
 _NAMED: Mapping[Refusal, str] = {
@@ -94,7 +94,7 @@ _STATUSES = {
     307: Refusal.ACCESS,
     308: Refusal.ACCESS,
     400: Refusal.INVALID,
-    401: Refusal.ACCESS,  # by definition about who asks
+    401: Refusal.ACCESS,  # by definition about the caller
     402: Refusal.ACCOUNT,  # payment required
     403: Refusal.FORBIDDEN,
     404: Refusal.MISSING,
@@ -106,7 +106,7 @@ _STATUSES = {
     416: Refusal.INVALID,
     507: Refusal.FULL,
 }
-#: What somebody must do, told to producers.
+#: What somebody must do, for producers.
 _TODO = {
     Refusal.FULL: "S3 has no room: delete objects or raise the quota",
     Refusal.EXPIRED: "S3 refuses for now: renew the credentials, or set the clock",
@@ -114,7 +114,7 @@ _TODO = {
     Refusal.ACCOUNT: "S3 refuses the account: its owner must settle that with the provider",
 }
 #: Requests of botocore's credential chain. Who is refused there is the asker, whatever S3 would
-#: have said of the object.
+#: have answered of the object.
 _CREDENTIALS = ("AssumeRole", "GetSessionToken", "GetRoleCredentials", "CreateOAuth2Token")
 #: ``(Code)`` as botocore has it, ``<Code>`` as S3 answers, or a quoted one.
 _CODE = re.compile(r"""(?<=[(>"'])[A-Z][A-Za-z.]+(?=[)<"'])""")
@@ -177,7 +177,7 @@ def _refusal(code: str, status: int) -> Refusal:
 
 
 def refusal_in(text: str) -> Refusal | None:
-    """The refusal that a text names, as libraries tell S3's answers that have no type for them."""
+    """The refusal that a text names, as libraries report answers of S3 without a type."""
     return next((CODES[word] for word in _CODE.findall(text) if word in CODES), None)
 
 

@@ -1,11 +1,11 @@
-"""What is asked in a benchmark: the same of the bare engine and of the service."""
+"""The requests of a benchmark: the same of the bare engine and of the service."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from blipq.contract import CaptionRequest, Generation, ImageRef, Request, VQARequest
 
-#: Ten short questions, as a service asks them about a photo.
+#: Ten short questions, as a service has about a photo.
 QUESTIONS = (
     "what is in the picture?",
     "what color is it?",
@@ -28,7 +28,7 @@ class Workload:
     """One row of the table.
 
     shortest, longest: new tokens, spread evenly over any few images and generated exactly; None
-    leaves the model's defaults (5 beams). questions: asked about each image; 0 is a caption.
+    leaves the model's defaults (5 beams). questions: about each image; 0 is a caption.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Workload:
     questions: int = 0
 
     def images(self, jobs: int) -> int:
-        """How many of so many jobs are run: half of them where each asks ten questions."""
+        """How many of so many jobs are run: half of them where each has ten questions."""
         return -(-jobs // 2) if self.questions else jobs
 
     def generations(self, count: int, seed: int = 1) -> list[Generation | None]:

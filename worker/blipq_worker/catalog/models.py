@@ -54,7 +54,7 @@ class Variant:
 
     @property
     def default_prompt(self) -> str:
-        """What comes before a caption when nothing else was asked for."""
+        """What comes before a caption without a prompt of the job."""
         return COCO_PROMPT if self.coco and self.family != "retrieval" else ""
 
 

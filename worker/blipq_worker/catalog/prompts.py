@@ -16,7 +16,7 @@ _GAPS = re.compile(r"\s{2,}")
 
 
 def caption_prompt(prompt: str | None, default: str) -> str:
-    """The prompt asked for, or the checkpoint's default when none was."""
+    """The job's prompt, or the checkpoint's default when none was."""
     return default if prompt is None else prompt.strip()
 
 
@@ -29,8 +29,8 @@ def vqa_prompt(question: str, history: Sequence[tuple[str, str]] = ()) -> str:
     if not history:
         return VQA_PROMPT.replace("{}", question)
     turns = [
-        f"Question: {_on_one_line(asked)} Answer: {_on_one_line(answered)}."
-        for asked, answered in history
+        f"Question: {_on_one_line(earlier)} Answer: {_on_one_line(answer)}."
+        for earlier, answer in history
     ]
     return " ".join([*turns, f"Question: {question} Answer:"])
 

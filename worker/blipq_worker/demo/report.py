@@ -20,7 +20,7 @@ from blipq_worker.demo.world import Demonstration, render, with_article
 
 @dataclass(frozen=True)
 class Card:
-    """One picture of the gallery and what was said about it."""
+    """One picture of the gallery and the answers about it."""
 
     number: int
     picture: str

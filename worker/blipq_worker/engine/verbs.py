@@ -1,4 +1,4 @@
-"""What each type of item is to the engine: the one table that tells them apart."""
+"""What each type of item is to the engine: the one table that distinguishes them."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass

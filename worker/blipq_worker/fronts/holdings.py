@@ -65,7 +65,7 @@ class Holding:
 
     queue: where the message came from, and once it is claimed the job's own. token, solo: of the
     claim; None and False in stage ``taken``. A ``suspect`` is claimed, and may have ended its
-    engine. nonce: in stage ``taken``, that of a claim which was asked for and may have been
+    engine. nonce: in stage ``taken``, that of a claim which was requested and may have been
     granted: it is to be withdrawn.
     """
 
@@ -109,7 +109,7 @@ class Holdings:
                 place.messages += 1
 
     def asking(self, id: str, nonce: str) -> None:
-        """Notes that a claim is asked for: it may be granted without an answer that arrives."""
+        """Notes that a claim is requested: it may be granted without an answer that arrives."""
         with self._lock:
             self._note(id, ("", False, nonce, ""), _TAKEN)
 

@@ -177,7 +177,7 @@ def _arguments(image: ImageRef, unless: str | None) -> dict[str, Any]:
 
 
 def _check_etag(image: ImageRef, response: Any) -> None:
-    """Refuses other bytes than those asked for, whatever the server makes of conditions."""
+    """Refuses other bytes than those requested, whatever the server makes of conditions."""
     etag = response.get("ETag")
     if image.etag is not None and etag is not None and not _same(image.etag, etag):
         response["Body"].close()

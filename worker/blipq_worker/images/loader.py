@@ -81,7 +81,7 @@ class Pictures:
     """Loads images under budgets of memory.
 
     fetching: bytes of downloads held at once. decoding: bytes of pictures held at once.
-    timeout_s: longest wait for either. Whether an image may be read is asked of its store each
+    timeout_s: longest wait for either. Whether an image may be read is checked with its store each
     time: only the download of bytes that are known, their decoding and the look at them are spared.
     """
 

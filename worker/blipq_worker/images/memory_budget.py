@@ -24,7 +24,7 @@ class Share:
 
 
 class Budget:
-    """At most ``total`` bytes in at most ``most`` shares, granted in the order they are asked for.
+    """At most ``total`` bytes in at most ``most`` shares, granted in the order of their requests.
 
     What is larger than the whole budget is granted when nobody else holds any: it runs alone. use:
     what the bytes are for, and which setting bounds them, as an error says it.

@@ -52,7 +52,7 @@ class S3Access:
         """Why S3 refuses this worker, or None. Asks S3 until it is known to take it."""
         if self._known and self._trouble is None:
             return None
-        # One thread asks; the others say what was known before.
+        # One thread checks; the others use what was known before.
         if self._asking.acquire(blocking=False):
             try:
                 if time.monotonic() - self._checked_at >= self._ask_every_s:

@@ -127,7 +127,7 @@ class Door:
     def admitted(self, fronts: int, most: int) -> list[tuple[socket.socket, int]]:
         """Connections and their processes, of at most so many that wait. Raises Full.
 
-        fronts: how many there are. Who may not come in is told why, and counts all the same: a
+        fronts: how many there are. Who may not come in gets the reason, and counts all the same: a
         crowd at the door must not hold the engine up.
         """
         found: list[tuple[socket.socket, int]] = []

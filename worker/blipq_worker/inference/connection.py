@@ -39,7 +39,7 @@ class _Silent(EngineGone):
 
 
 class Connection:
-    """A connection on which the engine has said welcome. Raises EngineGone where it does not.
+    """A connection on which the engine has welcomed it. Raises EngineGone where it does not.
 
     Any thread sends; one thread calls ``serve``, which reads until the connection ends. silence_s:
     so long without a message means that the engine is frozen.
@@ -196,7 +196,7 @@ class Connection:
         while (frame := self._reader.receive()) is None:
             left = due - time.monotonic()
             if left <= 0 or not self._poll.poll(left * 1000):
-                raise _Silent(f"the engine has said nothing for {self._silence_s:g} s")
+                raise _Silent(f"the engine has sent nothing for {self._silence_s:g} s")
         if isinstance(frame.message, Goodbye):
             raise EngineGone(f"the engine says goodbye: {frame.message.reason}")
         return frame

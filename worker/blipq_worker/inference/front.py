@@ -83,7 +83,7 @@ class Front:
 
     begun: when the present message, or the wait for Hello, began. stuck: since when nothing of
     what is unread has gone out. deaf_until: no pass waits for it to read before that. watched: what
-    epoll tells of.
+    epoll reports.
     """
 
     socket: socket.socket

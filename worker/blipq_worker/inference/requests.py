@@ -160,7 +160,7 @@ class GeneratedText(Plain, frozen=True):
 
 
 class Generated(Plain, frozen=True, tag="generated"):
-    """Texts per prompt: several where several were asked for, best first."""
+    """Texts per prompt: several where several were requested, best first."""
 
     texts: tuple[tuple[GeneratedText, ...], ...]
 

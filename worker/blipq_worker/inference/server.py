@@ -117,7 +117,7 @@ class EngineServer:
         self._look_after()
 
     def progress(self) -> None:
-        """Counts a turn of the thread; beats tell the fronts."""
+        """Counts a turn of the thread; beats show it to the fronts."""
         self._step += 1
 
     def be_quiet(self, seconds: float) -> None:
@@ -306,7 +306,7 @@ class EngineServer:
         return self._fronts.get(front.socket.fileno()) is front
 
     def _watch(self, front: Front) -> None:
-        """Has epoll tell what the front waits for now."""
+        """Has epoll report what the front waits for now."""
         if self._is_served(front) and front.events != front.watched:
             front.watched = front.events
             self._turns.change(front.socket, front.watched)

@@ -1,9 +1,9 @@
-"""Whose turn it is: epoll tells who has something, but not all that must be served."""
+"""Whose turn it is: epoll reports who has something, but not all that must be served."""
 
 import select
 import socket
 
-#: How soon a front is asked again that waits for room for pixels.
+#: How soon a front is read again that waits for room for pixels.
 _STARVED_S = 0.005
 
 
@@ -40,7 +40,7 @@ class Turns:
         self._again[fd] = None
 
     def starve(self, fd: int) -> None:
-        """It waits for room for pixels: it is asked again soon."""
+        """It waits for room for pixels: it is read again soon."""
         self._starved[fd] = None
 
     def waits(self, fd: int) -> bool:
@@ -48,11 +48,11 @@ class Turns:
         return fd in self._skipped or fd in self._again or fd in self._starved
 
     def watch(self, source: "socket.socket | int", events: int = select.EPOLLIN) -> None:
-        """Has epoll tell of a descriptor from now on."""
+        """Has epoll report a descriptor from now on."""
         self._epoll.register(source, events)
 
     def change(self, source: socket.socket, events: int) -> None:
-        """Has epoll tell of other events."""
+        """Has epoll report other events."""
         self._epoll.modify(source, events)
 
     def forget(self, source: socket.socket) -> None:

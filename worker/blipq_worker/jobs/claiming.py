@@ -77,13 +77,13 @@ class Claiming:
     def _asked(self, id: str) -> Claim | Unclaimed:
         """The ledger's answer to a claim, which is held from then on.
 
-        An answer that was lost may have been a claim: it is asked for again under its nonce. Raises
+        An answer that was lost may have been a claim: it is requested again under its nonce. Raises
         HandBack if the worker stops meanwhile; the claim is withdrawn then.
         """
         nonce = new_nonce()
         ask = partial(self._ledger.claim, id, self.worker, lease_s=self._lease_s, nonce=nonce)
         with self._held.asking(id, nonce):
-            # Only now: what is asked for before the gate closes is seen by who closes it.
+            # Only now: what is requested before the gate closes is seen by who closes it.
             if self._stopping():
                 raise HandBack
             try:

@@ -13,7 +13,7 @@ class HandBack(Exception):
 
 
 class EngineLost(TransientError):
-    """The engine is gone, and with it what the job had asked for: no fault of most jobs.
+    """The engine is gone, and with it the job's requests: no fault of most jobs.
 
     started: a pass that the job took part in had begun, and may have ended the engine.
     """

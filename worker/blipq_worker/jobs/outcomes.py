@@ -94,9 +94,9 @@ class Outcomes:
         For HAND_BACK_FOR_S at most: the process may be about to end. What Redis has not taken by
         then stays held. Returns how many it took.
         """
-        # First what is asked for: an answer that comes in between is among the claims.
-        asked = self._held.asked()
-        return self._hand_back_each(self._held.claims(), asked)
+        # First the open requests: an answer that comes in between is among the claims.
+        requested = self._held.requested()
+        return self._hand_back_each(self._held.claims(), requested)
 
     def hand_back_lost(self) -> None:
         """Gives back what runs on a device that is lost.
@@ -104,13 +104,13 @@ class Outcomes:
         Uncounted; but who may have broken it runs alone from now on, and who did run alone keeps
         its lease: when that runs out, it is a crash.
         """
-        given, unheard = [], self._held.asked()
+        given, unheard = [], self._held.requested()
         for claim in self._held.claims():
-            asked = self._held.has_asked(claim)
-            if asked and claim.solo:
+            requested = self._held.has_request(claim)
+            if requested and claim.solo:
                 log.error("%s: the device was lost while it ran alone", claim.id)
                 continue
-            if asked:
+            if requested:
                 self._held.suspect(claim)
             given.append(claim)
         self._hand_back_each(given, unheard)
@@ -157,21 +157,21 @@ class Outcomes:
             self._held.suspect(claim)
         self.hand_back(claim)
 
-    def withdraw(self, asked: Mapping[str, str], until: float | None = None) -> list[Message]:
-        """Takes claims back that were asked for and not heard (nonce to id).
+    def withdraw(self, requested: Mapping[str, str], until: float | None = None) -> list[Message]:
+        """Takes claims back that were requested and whose answers have not come (nonce to id).
 
         Until then (monotonic), by default for HAND_BACK_FOR_S. Messages of what waits now.
         """
-        if not asked:
+        if not requested:
             return []
         until = time.monotonic() + HAND_BACK_FOR_S if until is None else until
-        withdraw = partial(self._ledger.withdraw, asked)
-        return written(withdraw, ", ".join(asked.values()), until) or []
+        withdraw = partial(self._ledger.withdraw, requested)
+        return written(withdraw, ", ".join(requested.values()), until) or []
 
-    def _hand_back_each(self, claims: Sequence[Claim], asked: Mapping[str, str]) -> int:
+    def _hand_back_each(self, claims: Sequence[Claim], requested: Mapping[str, str]) -> int:
         """Gives jobs back; how many Redis took in time.
 
-        asked: claims whose answers have not come yet (nonce to id); these are not counted.
+        requested: claims whose answers have not come yet (nonce to id); these are not counted.
         """
         until = time.monotonic() + HAND_BACK_FOR_S
         count, given = 0, []
@@ -183,7 +183,7 @@ class Outcomes:
             count += 1
             if taken:
                 given.append(_message(claim))
-        given += self.withdraw(asked, until)
+        given += self.withdraw(requested, until)
         if given:  # at once: a broker that hangs takes its time once, not for each of them
             self._broker.publish_all(given)
         return count

@@ -39,7 +39,7 @@ def output_storage(settings: Settings, options: WorkerSettings) -> Storage:
         settings,
         max_connections=options.threads,
         connect_timeout_s=min(3.0, 0.2 * room),
-        read_timeout_s=min(10.0, 0.4 * room),  # to send, and to be told
+        read_timeout_s=min(10.0, 0.4 * room),  # to send, and for the answer
         attempts=1,
     )
 
@@ -124,7 +124,7 @@ class Outputs:
             else:
                 if lost:
                     raise Lost
-                # The lease runs from when Redis renewed it, at the earliest from when we asked.
+                # The lease runs from when Redis renewed it, at the earliest from the call.
                 left = self._lease_s - (time.monotonic() - asked_at)
                 if left > self._storage.longest_write_s + _EXPECT_S:
                     return

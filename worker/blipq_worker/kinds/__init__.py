@@ -1,1 +1,1 @@
-"""What each kind of job asks of a model, and what it makes of the answers."""
+"""What each kind of job requests of a model, and its result from the answers."""

@@ -37,7 +37,7 @@ class CaptionSpec(SinglePart[CaptionRequest]):
         return Part("generate", Generate(image, (prompt,), params), _captions)
 
     def answer(self, request: CaptionRequest, image: ImagePixels | None, ask: Ask) -> CaptionResult:
-        """Writes captions, and ranks them where the best of several are asked for."""
+        """Writes captions, and ranks them where ``best_of`` is set."""
         assert image is not None
         written = ask.one(self.part(request, image, ask))
         if request.best_of is None:

@@ -17,7 +17,7 @@ from blipq_worker.kinds.spec import Ask, KindSpec, SinglePart
 
 
 class DescribeSpec(KindSpec[DescribeRequest]):
-    """A part of each kind that is asked for, all sent at once."""
+    """A part of each kind that is requested, all sent at once."""
 
     kind = Kind.DESCRIBE
 
@@ -36,14 +36,14 @@ class DescribeSpec(KindSpec[DescribeRequest]):
 
 
 def _requests(request: DescribeRequest) -> dict[str, tuple[SinglePart[Any], Any]]:
-    """The parts that are asked for, by their fields in the result, as their kinds' requests."""
+    """The requested parts, by their fields in the result, as their kinds' requests."""
     image, generation = request.image, request.generation
     found: dict[str, tuple[SinglePart[Any], Any]] = {}
     if request.caption:
         found["caption"] = caption.SPEC, CaptionRequest(image=image, generation=generation)
     if request.questions:
-        asked = VQARequest(image=image, questions=request.questions, generation=generation)
-        found["vqa"] = vqa.SPEC, asked
+        vqa_request = VQARequest(image=image, questions=request.questions, generation=generation)
+        found["vqa"] = vqa.SPEC, vqa_request
     if request.texts:
         found["match"] = match.SPEC, MatchRequest(image=image, texts=request.texts)
     if request.embed:

@@ -23,7 +23,7 @@ class SearchSpec(KindSpec[SearchRequest]):
         return frozenset({"retrieval"})
 
     def answer(self, request: SearchRequest, image: ImagePixels | None, ask: Ask) -> SearchResult:
-        """Searches an index, and ranks the first hits anew where a text is asked for."""
+        """Searches an index, and ranks the first hits anew where a rerank is requested."""
         text, count = request.text, request.top_k
         if text is None:
             queries = ask.one(Part("embed", Embed("image", image), _of_image))

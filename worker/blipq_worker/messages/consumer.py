@@ -33,7 +33,7 @@ class InHand(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """What the consumer tells the worker.
+    """What the consumer reports to the worker.
 
     record: records a job that a message brought whole. Raises QueueUnavailable and QueueFull.
     refuse: records or drops a malformed message. Raises the same.

@@ -1,6 +1,6 @@
 """Celery's remote control, for what it would do to a worker that serves by its settings.
 
-``celery control`` and Flower can tell a worker to serve other queues, to hold other numbers of
+``celery control`` and Flower can have a worker serve other queues, to hold other numbers of
 tasks, or to wait between them. Celery would obey, and leave a worker that looks to the ledger like
 one with room. Such commands are refused, with an answer that names what does the same.
 """

@@ -94,7 +94,7 @@ def fronts_on(cores: int) -> int:
 
 
 def on_gpu(device: str) -> bool:
-    """Whether a model will run on a GPU, as far as can be told without importing torch.
+    """Whether a model will run on a GPU, as far as is known without importing torch.
 
     device: as BLIPQ_DEVICE has it.
     """
@@ -126,7 +126,7 @@ def run_supervised(services: Sequence[Service], *, drain_s: float) -> int:
     finally:
         for service in services:
             service.signal(signal.SIGTERM)
-        # One signal each: a second one tells a worker to hand its jobs back at once.
+        # One signal each: a second one makes a worker hand its jobs back at once.
         deadline = time.monotonic() + drain_s + 10
         for service in services:
             service.wait(max(0.0, deadline - time.monotonic()))

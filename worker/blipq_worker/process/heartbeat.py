@@ -87,7 +87,7 @@ class LeaseBeat(Periodic):
         claims = self._held.claims()
         if claims:
             tokens = {claim.id: claim.token for claim in claims}
-            # Told by claim: a job may have been given back and claimed anew since it was asked.
+            # Listed by claim: a job may have been given back and claimed anew since the call.
             lost = set(self._ledger.renew(tokens, lease_s=self._lease_s))
             self._held.lose(claim for claim in claims if claim.id in lost)
         return len(claims)

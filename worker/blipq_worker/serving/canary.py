@@ -47,7 +47,7 @@ def check(model: Blip2, golden: Golden | None = None) -> Observation:
 
 
 def observe(model: Blip2) -> Observation:
-    """What the model makes of the pictures. Raises CanaryError where it cannot tell them apart."""
+    """What the model makes of the pictures. Raises CanaryError where it cannot distinguish them."""
     pixels = [model.preprocess(picture) for picture in _pictures()]
     with torch.inference_mode():
         queries = model.generator.project(pixels)

@@ -86,7 +86,7 @@ def _runs(arch: str, capability: tuple[int, int]) -> bool:
     """
     parts = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)
     if parts is None:
-        return True  # unknown: CUDA itself will tell
+        return True  # unknown: CUDA itself will report it
     built = int(parts[2]), int(parts[3])
     if parts[4]:
         return built == capability

@@ -47,7 +47,7 @@ class EngineProcess:
 
     @property
     def serving(self) -> bool:
-        """Whether its models can be asked now."""
+        """Whether its models can take requests now."""
         return self._client.connected and self.refusal is None
 
     @property
@@ -98,7 +98,7 @@ class EngineProcess:
 
     def _refused(self) -> int | None:
         if not self._served:
-            log.info("engine: it cannot serve its models: ending")  # it has said why itself
+            log.info("engine: it cannot serve its models: ending")  # it has logged why itself
             return EXIT_MODEL
         if self.refusal is None:
             self.refusal = self._goodbye or "the engine refuses to serve its models: see its log"

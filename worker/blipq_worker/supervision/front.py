@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 #: A front that has not begun to write its status is given so long: it imports.
 _START_S = 120.0
-#: With these codes of a front its worker ends: a setting is wrong, or remote control has said so.
+#: With these codes of a front its worker ends: a setting is wrong, or remote control demands it.
 #: They stay to be seen.
 ENDS_WORKER = (EXIT_MODEL, EXIT_SHUT_DOWN)
 
@@ -55,7 +55,7 @@ class FrontProcess:
         return self._service.exit_code
 
     def status(self) -> FrontStatus | None:
-        """What the living process said last; None before it says something."""
+        """The last report of the living process; None before the first."""
         status, pid = read_status(self._status_path), self.pid
         return status if status is not None and status.pid == pid else None
 

@@ -42,7 +42,7 @@ class _Processes(Collector):
         self._whole = whole
 
     def describe(self) -> list[Metric]:
-        return []  # so that registering asks for nothing
+        return []  # so that registering reads nothing
 
     def collect(self) -> Iterator[Metric]:
         whole = self._whole

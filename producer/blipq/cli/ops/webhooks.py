@@ -109,9 +109,9 @@ def list_(
         return
     for event in events:
         out.print(_line(event), markup=False)
-    told = ", ".join(f"{number} {outcome}" for outcome, number in counted["attempts"].items())
+    attempts = ", ".join(f"{number} {outcome}" for outcome, number in counted["attempts"].items())
     summary = f"{counted['pending']} pending, {counted['dead']} dead, "
-    summary += f"{len(counted['senders'])} senders; attempts: {told or 'none'}"
+    summary += f"{len(counted['senders'])} senders; attempts: {attempts or 'none'}"
     errors.print(summary, style="dim")
 
 

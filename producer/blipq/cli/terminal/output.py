@@ -122,8 +122,8 @@ def reported(as_json: bool = False) -> Iterator[None]:
             print(json.dumps(described))
         else:
             # What is wrong with a request says itself that it is.
-            told = str(error).removeprefix(f"{ErrorCode.INVALID_REQUEST}: ")
-            errors.print(f"blipq: {told}", style="red", markup=False)
+            message = str(error).removeprefix(f"{ErrorCode.INVALID_REQUEST}: ")
+            errors.print(f"blipq: {message}", style="red", markup=False)
         raise typer.Exit(exit_code(error)) from None
 
 
@@ -307,7 +307,7 @@ def print_jobs(infos: Iterable[JobInfo], as_json: bool) -> None:
     for info in infos:
         at = f"{info.created_at:%m-%d %H:%M:%S}"
         out.print(f"{at}  {info.kind:<8}  {info.status:<9}  {info.id}", markup=False)
-        line = Text(f"                {_said(info)}", style="dim")
+        line = Text(f"                {_answer_of(info)}", style="dim")
         if out.is_terminal:  # whole words, and the most important first
             line.truncate(out.width, overflow="ellipsis")
         out.print(line)
@@ -319,11 +319,11 @@ def _picture(uri: str) -> str:
     return _DIGEST.sub(r"\1...\2", name)
 
 
-def _said(info: JobInfo) -> str:
+def _answer_of(info: JobInfo) -> str:
     """A job's picture, and its answer or where it is, on one line."""
     if info.result is not None:
-        said = "; ".join(" ".join(line.split()) for line in _summary(info.result))
+        answer = "; ".join(" ".join(line.split()) for line in _summary(info.result))
     else:
-        said = state_of(info)
-    parts = [_picture(info.image) if info.image else "", said]
+        answer = state_of(info)
+    parts = [_picture(info.image) if info.image else "", answer]
     return ": ".join(" ".join(part.split()) for part in parts if part)[:LONGEST_ANSWER]

@@ -47,7 +47,7 @@ if tonumber(job.contract) > contract then return {'newer'} end
 local seen = redis.call('MGET', claimed_key(job.queue), taken_key(job.queue), paused_key(job.queue))
 if seen[3] == '0' then return {'paused'} end
 
--- The newest claim of the queue tells the reconciler which older messages must have been lost. Of a
+-- The newest claim of the queue shows the reconciler which older messages must have been lost. Of a
 -- job that was published again the first message may be the one that came. It needs to know within
 -- a grace, so a busy queue does not write it at each claim.
 local GRAIN = 100  -- ms

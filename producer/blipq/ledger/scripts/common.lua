@@ -43,7 +43,7 @@ end
 
 -- Lists for people: of the jobs of an hour, tenant, model, kind and status, by when they were
 -- submitted. A status is 'open' until a job has ended. A list ends with the last of its records, as
--- far as their times to live tell, and LISTS has the names of all.
+-- far as their times to live show, and LISTS has the names of all.
 local HOUR = 3600 * 1000
 
 local function list_of(job, status)
@@ -138,7 +138,7 @@ local function event_id(id, job, event)
   return id .. '/' .. event .. (job.revivals and '/' .. job.revivals or '')
 end
 
--- Puts one event of a job into the outbox if the job asked for it: in the same script as the
+-- Puts one event of a job into the outbox if the job has a webhook for it: in the same script as the
 -- change of status, so that no outcome is without its webhook, whatever dies. Returns its id.
 local function post_event(id, job, event)
   if not job.webhook_events or not string.find(job.webhook_events, event, 1, true) then
@@ -160,22 +160,22 @@ local function post_event(id, job, event)
   return name
 end
 
--- The fields of a job that an event tells, without its result.
-local TOLD = {'kind', 'model', 'status', 'created_at', 'started_at', 'completed_at', 'deadline',
+-- The fields of a job in an event, without its result.
+local IN_EVENTS = {'kind', 'model', 'status', 'created_at', 'started_at', 'completed_at', 'deadline',
   'attempts', 'error', 'receipt', 'metadata', 'output', 'result_uri'}
 
--- What an event tells of the request: its image alone, as JSON, or nil.
+-- The request in an event: its image alone, as JSON, or nil.
 local function image_of(job)
   local sound, request = pcall(cjson.decode, job.request or '')
   if not sound or type(request) ~= 'table' or not request.image then return nil end
   return cjson.encode({image = request.image})
 end
 
--- For an event whose job goes on to change: it tells the job as it is now.
+-- For an event whose job goes on to change: it holds the job as it is now.
 local function keep_snapshot(event, job)
-  local told = {request = image_of(job)}
-  for _, field in ipairs(TOLD) do told[field] = job[field] and tostring(job[field]) end
-  redis.call('HSET', event_key(event), 'job', cjson.encode(told))
+  local snapshot = {request = image_of(job)}
+  for _, field in ipairs(IN_EVENTS) do snapshot[field] = job[field] and tostring(job[field]) end
+  redis.call('HSET', event_key(event), 'job', cjson.encode(snapshot))
 end
 
 -- The result of a job that may do without it, once somebody else has it. Its status, digest and keys
@@ -282,9 +282,9 @@ end
 
 -- What workers serve, for people: 'name=live workers' of the models that were served last.
 local function served_models()
-  local told = {}
+  local served = {}
   for _, model in ipairs(redis.call('ZREVRANGE', MODELS, 0, 19)) do
-    told[#told + 1] = model .. '=' .. live_workers(model)
+    served[#served + 1] = model .. '=' .. live_workers(model)
   end
-  return table.concat(told, ' ')
+  return table.concat(served, ' ')
 end

@@ -3,7 +3,7 @@
 -- Returns {id, status, request, output, place of the result, events that wait or are kept, tenant} of
 -- each job that is known.
 local step = ARGV[1]
-local told = {}
+local closed = {}
 
 -- First, as it needs no memory: behind such a write a full Redis lets a script go on, and what is
 -- erased here makes room.
@@ -78,7 +78,7 @@ for i = 2, #ARGV do
   local id = ARGV[i]
   local job = load(id)
   if job and not job.erased then
-    told[#told + 1] = {id, job.status, job.request or '', job.output or '', job.result_uri or '',
+    closed[#closed + 1] = {id, job.status, job.request or '', job.output or '', job.result_uri or '',
       each_event(id, job, exists), job.tenant or ''}
     if step == 'erase' then
       erase(id, job)
@@ -87,4 +87,4 @@ for i = 2, #ARGV do
     end
   end
 end
-return told
+return closed

@@ -4,7 +4,7 @@
 local MEMORY = 200         -- jobs that a mean reaches back, about
 local MOST_SHAPES = 1000   -- of a model
 local MOST_TENANTS = 1000  -- of a model: what others take is counted under '~others'
-local told = cjson.decode(ARGV[1])
+local report = cjson.decode(ARGV[1])
 
 local function mean(count, old, more, sum)
   if count + more == 0 then return 0 end
@@ -39,8 +39,8 @@ local function learn(model, shape, misses, miss_ms, hits, hit_ms, run_ms)
   redis.call('PEXPIRE', key, INDEX_TTL)
 end
 
-for _, each in ipairs(told.ran) do learn(unpack(each)) end
-for _, each in ipairs(told.used) do
+for _, each in ipairs(report.ran) do learn(unpack(each)) end
+for _, each in ipairs(report.used) do
   local model, tenant, took = unpack(each)
   local key = used_key(model)
   local fits = redis.call('HEXISTS', key, tenant) == 1 or redis.call('HLEN', key) < MOST_TENANTS

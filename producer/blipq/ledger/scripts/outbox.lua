@@ -6,7 +6,7 @@ local function count(outcome)
 end
 
 -- A job that has ended is kept no longer for the sake of its last event, but a day after it:
--- whoever was told may want to read more.
+-- its receiver may want to read more.
 local function release_job(event, id)
   local job = load(id)
   if not job or not job.keep_until or event_id(id, job, 'job.' .. job.status) ~= event then return end

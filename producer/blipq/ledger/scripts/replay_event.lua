@@ -11,13 +11,13 @@ if not record then
   keep_job(id, OUTBOX_TTL)
   return 1
 end
--- A person decided: a URL that wanted no more is asked again.
+-- A person decided: a URL that wanted no more is tried again.
 redis.call('DEL', stopped_key(redis.sha1hex(record.url)))
 redis.call('ZREM', DEAD_EVENTS, event)
 redis.call('HDEL', event_key(event), 'attempts', 'unsettled', 'dead_at')
 redis.call('PEXPIRE', event_key(event), OUTBOX_TTL)
 keep_job(record.id, OUTBOX_TTL)
--- A sender that is at it now must not settle what is asked for anew.
+-- A sender that is at it now must not settle what is sent anew.
 redis.call('HINCRBY', event_key(event), 'token', 1)
 schedule(record.host, event, now)
 return 1

@@ -5,7 +5,7 @@
 --   'suspect'    not counted either, but from now on it runs alone
 --   'lost'       its process died while it held this job among others: not counted, and suspect
 --                where that happened before
---   'crash'      its process died of it, as far as one can tell: as if its lease had run out
+--   'crash'      its process died of it, as far as is known: as if its lease had run out
 -- Returns 1 if the job waits again, 2 if it ended by this crash, or 0 if it is no longer this
 -- worker's to give back.
 local id, token, delay, why = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]

@@ -17,11 +17,11 @@ local MOST_BYTES, bytes = 4 * 1024 * 1024, 0
 local function job_of(record)
   if record.body then return '' end
   if record.job then return record.job end
-  local job, told = load(record.id), {}
+  local job, fields = load(record.id), {}
   if not job then return nil end
-  for _, field in ipairs(TOLD) do told[field] = job[field] end
-  told.result, told.request = job.result, image_of(job)
-  return cjson.encode(told)
+  for _, field in ipairs(IN_EVENTS) do fields[field] = job[field] end
+  fields.result, fields.request = job.result, image_of(job)
+  return cjson.encode(fields)
 end
 
 local function take(host, event)
@@ -56,9 +56,9 @@ local function take(host, event)
   local attempts = redis.call('HINCRBY', key, 'attempts', 1)
   -- Due again when the lease is over: that is all a sender's death needs.
   index(outbox_key(host), now + lease, event)
-  local told = cjson.encode(record)
-  bytes = bytes + #told + #job
-  taken[#taken + 1] = {event, token, attempts, crashes, told, job}
+  local line = cjson.encode(record)
+  bytes = bytes + #line + #job
+  taken[#taken + 1] = {event, token, attempts, crashes, line, job}
 end
 
 local known = (#ARGV - FIRST_HOST + 1) / 2

@@ -92,10 +92,10 @@ class Ranker:
         )
         numbers = {id(prompt): number for number, prompt in enumerate(prompts)}
         owners = torch.tensor([numbers[id(prompt)] for prompt, _ in pairs], device=mask.device)
-        answers, said = padded([answer for _, answer in pairs], 0, mask.device)
-        logits = self._score(embeds, mask, owners, answers, said)
+        answers, answer_mask = padded([answer for _, answer in pairs], 0, mask.device)
+        logits = self._score(embeds, mask, owners, answers, answer_mask)
         chances = logits.float().log_softmax(dim=-1).gather(-1, answers[..., None])[..., 0]
-        return (chances * said).sum(dim=-1).tolist()
+        return (chances * answer_mask).sum(dim=-1).tolist()
 
     def _score_opt(
         self,
@@ -103,7 +103,7 @@ class Ranker:
         mask: torch.Tensor,
         owners: torch.Tensor,
         answers: torch.Tensor,
-        said: torch.Tensor,
+        answer_mask: torch.Tensor,
     ) -> torch.Tensor:
         """Logits of each answer's tokens, (pairs, longest answer, vocabulary)."""
         read = self._language_model(
@@ -112,7 +112,7 @@ class Ranker:
         read.cache.batch_select_indices(owners)
         followed = self._language_model(
             input_ids=answers[:, :-1],
-            attention_mask=torch.cat([mask[owners], said[:, :-1]], dim=1),
+            attention_mask=torch.cat([mask[owners], answer_mask[:, :-1]], dim=1),
             cache=read.cache,
         )
         return torch.cat([read.logits[owners], followed.logits], dim=1)
@@ -123,14 +123,14 @@ class Ranker:
         mask: torch.Tensor,
         owners: torch.Tensor,
         answers: torch.Tensor,
-        said: torch.Tensor,
+        answer_mask: torch.Tensor,
     ) -> torch.Tensor:
         """Logits of each answer's tokens, (pairs, longest answer, vocabulary)."""
         read = self._language_model.encoder(inputs_embeds=embeds, attention_mask=mask)
         logits: torch.Tensor = self._language_model(
             encoder_outputs=BaseModelOutput(last_hidden_state=read.last_hidden_state[owners]),
             attention_mask=mask[owners],
-            decoder_attention_mask=said,
-            labels=answers.masked_fill(said == 0, _IGNORED),
+            decoder_attention_mask=answer_mask,
+            labels=answers.masked_fill(answer_mask == 0, _IGNORED),
         ).logits
         return logits

@@ -59,7 +59,7 @@ class CheckpointMissing(CheckpointError):
 class Checkpoint:
     """A checkpoint in a local folder.
 
-    name: as it was asked for. revision: the hub's commit, or the SHA-256 of the weights (of a
+    name: as it was requested. revision: the hub's commit, or the SHA-256 of the weights (of a
     single file: that file's own; of several: of their digests in the order of their names).
     default_prompt: what LAVIS puts before a caption. weights: the files that hold them, and which
     tensors of each (None: all of them).

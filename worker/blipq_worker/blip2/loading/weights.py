@@ -136,7 +136,7 @@ def load_weights(checkpoint: Checkpoint, setup: Setup) -> Any:
 
 
 def _is_no_report(record: logging.LogRecord) -> bool:
-    """Leaves out a table of many lines: what it says is told by ``_check_loaded``."""
+    """Leaves out a table of many lines: ``_check_loaded`` reports it."""
     return "LOAD REPORT" not in record.getMessage()
 
 
@@ -189,7 +189,7 @@ def _contiguous(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @contextmanager
 def _stored_weights(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
-    """The checkpoint's tensors by name, each read when it is asked for and not kept.
+    """The checkpoint's tensors by name, each read on request and not kept.
 
     Transformers itself maps the files into memory, and what it has read of them stays resident
     until all is loaded: for nf4 that is four times what the model takes.
