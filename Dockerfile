@@ -1,13 +1,14 @@
 # syntax=docker/dockerfile:1
-# Two images: `producer` for services and tools, `worker` for a GPU.
+# Two images: `producer` for services, tools and the HTTP door, `worker` for a GPU.
 #   docker build --target producer -t blipq .
 #   docker build --target worker -t blipq-worker .
 
 FROM python:3.11-slim AS wheels
 WORKDIR /source
 COPY producer producer
+COPY api api
 COPY worker worker
-RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels ./producer ./worker
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels ./producer ./api ./worker
 
 FROM python:3.11-slim AS producer
 ENV PYTHONUNBUFFERED=1
@@ -15,12 +16,13 @@ RUN useradd --create-home --uid 1000 blipq && \
     install --directory --owner=blipq --mode=0700 /keys
 COPY constraints.txt /tmp/constraints.txt
 RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
-    pip install --no-cache-dir -c /tmp/constraints.txt "$(echo /wheels/blipq-*.whl)[api,otel]"
+    pip install --no-cache-dir -c /tmp/constraints.txt \
+    "$(echo /wheels/blipq-*.whl)[otel]" /wheels/blipq_api-*.whl
 USER blipq
 CMD ["blipq", "--help"]
 
-# PyPI's torch for Linux brings CUDA along; the host gives the driver. Both wheels are named, so that
-# pip looks for neither on a package index.
+# PyPI's torch for Linux brings CUDA along; the host gives the driver. All wheels are named, so
+# that pip looks for none of ours on a package index.
 FROM python:3.11-slim AS worker
 ENV PYTHONUNBUFFERED=1 \
     HF_HOME=/weights \

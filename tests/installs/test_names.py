@@ -1,6 +1,6 @@
-"""Neither of our names is on a package index, where a stranger could register it.
+"""None of our names is on a package index, where a stranger could register it.
 
-So no way of installing that the README names may look for one there. The index here has both names
+So no way of installing that the README names may look for one there. The index here has the names
 as a stranger would upload them, and a stub of every other distribution.
 """
 
@@ -25,19 +25,20 @@ from installs.conftest import Environment, run
 
 pytestmark = [pytest.mark.installs, pytest.mark.timeout(300)]
 
-OURS = ("blipq", "blipq-worker")
+OURS = ("blipq", "blipq-api", "blipq-worker")
 POISON = "poisoned.py"
 
 
 def needed() -> list[Requirement]:
-    """All that both distributions need, their extras included."""
-    client, worker = (
+    """All that the distributions need, their extras included."""
+    client, *others = (
         tomllib.loads((ROOT / name / "pyproject.toml").read_text())
-        for name in ("producer", "worker")
+        for name in ("producer", "api", "worker")
     )
     extras = client["project"]["optional-dependencies"].values()
     texts = [*client["project"]["dependencies"], *(each for extra in extras for each in extra)]
-    texts += worker["tool"]["hatch"]["metadata"]["hooks"]["custom"]["dependencies"]
+    for each in others:
+        texts += each["tool"]["hatch"]["metadata"]["hooks"]["custom"]["dependencies"]
     return [Requirement(text) for text in texts]
 
 
@@ -161,13 +162,17 @@ WAYS = {
     "a clone": [["."]],
     "a clone for indexes": [[".[search,local]"]],
     "a clone with a worker": [[".[worker]"]],
-    "a clone to work on": [["-e", ".[worker,local]"]],
+    "a clone with a door": [[".[api]"]],
+    "a clone to work on": [["-e", ".[worker,local,api]"]],
     "the client": [["./producer"]],
     "the client, then what a command asks for": [["./producer"], ["blipq[search,local]"]],
     "client and worker": [["./producer", "./worker"]],
+    "client and door": [["./producer", "./api"]],
+    "all three": [["./producer", "./api", "./worker"]],
     "client with parts and worker": [["./producer[local]", "./worker"]],
-    "both wheels": [["{producer}", "{worker}"]],
-    "a clone, then a part": [["."], ["blipq[worker,local]"]],
+    "wheels of client and worker": [["{producer}", "{worker}"]],
+    "wheels of client and door": [["{producer}", "{api}"]],
+    "a clone, then a part": [["."], ["blipq[worker,local,api]"]],
 }
 
 
@@ -183,11 +188,12 @@ def test_no_way_of_installing_looks_for_our_names_on_an_index(
     assert "blipq" in environment.pip("list")
 
 
+@pytest.mark.parametrize("program", ["./worker", "./api"])
 def test_the_index_would_give_a_strangers_code_to_who_asks_it(
-    environment: Environment, index: Index, install: Install
+    program: str, environment: Environment, index: Index, install: Install
 ) -> None:
-    """A worker without its client beside it: why the README names both together."""
-    install("./worker")
+    """A program without its client beside it: why the README names both together."""
+    install(program)
     assert "blipq" in index.asked
     assert list(environment.python.parents[1].rglob(POISON))
 

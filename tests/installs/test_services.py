@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from blipq.local.stack import LocalStack
 from blipq.local.supervisor import Service
 from blipq.s3.storage import Storage
-from conftest import ROOT
+from conftest import ROOT, wait_until
 from installs.conftest import Environment, run
 
 pytestmark = [pytest.mark.installs, pytest.mark.timeout(300)]
@@ -132,21 +133,21 @@ def submits(environment: Environment, stack: LocalStack) -> None:
 def test_the_client_is_small_and_has_no_weights(wheels: dict[str, Path]) -> None:
     assert wheels["producer"].stat().st_size <= 400_000
     names = zipfile.ZipFile(wheels["producer"]).namelist()
-    assert not [name for name in names if "blipq_worker" in name or name.endswith("safetensors")]
+    others = ("blipq_api", "blipq_worker")
+    assert not [name for name in names if name.startswith(others) or name.endswith("safetensors")]
 
 
-def test_both_wheels_say_the_version_of_the_code_and_go_together(wheels: dict[str, Path]) -> None:
+def test_the_wheels_say_the_version_of_the_code_and_go_together(wheels: dict[str, Path]) -> None:
     import blipq
 
-    for wheel in wheels.values():
-        assert wheel.name.split("-")[1] == blipq.__version__
-    metadata = zipfile.ZipFile(wheels["worker"]).read(
-        f"blipq_worker-{blipq.__version__}.dist-info/METADATA"
-    )
-    assert f"Requires-Dist: blipq[search]=={blipq.__version__}" in metadata.decode().splitlines()
+    for name, needed in (("api", "blipq"), ("worker", "blipq[search]")):
+        folder = f"blipq_{name}-{blipq.__version__}.dist-info"
+        metadata = zipfile.ZipFile(wheels[name]).read(f"{folder}/METADATA").decode()
+        assert f"Requires-Dist: {needed}=={blipq.__version__}" in metadata.splitlines()
+    assert wheels["producer"].name.split("-")[1] == blipq.__version__
 
 
-def test_without_the_worker_the_client_says_what_to_install(
+def test_without_worker_and_door_the_client_says_what_to_install(
     new_environment: Callable[[], Environment], wheels: dict[str, Path], constraints: Path
 ) -> None:
     environment = new_environment()
@@ -154,6 +155,33 @@ def test_without_the_worker_the_client_says_what_to_install(
     for arguments in (["demo"], ["bench"], ["models", "list"], ["worker"]):
         with pytest.raises(AssertionError, match="wheel of blipq-worker"):
             run([str(environment.python), "-m", "blipq", *arguments])
+    for arguments in (["api"], ["api", "keys", "new", "shop"]):
+        with pytest.raises(AssertionError, match="wheel of blipq-api"):
+            run([str(environment.python), "-m", "blipq", *arguments])
+
+
+def test_the_door_answers_from_its_own_wheel_without_the_worker(
+    new_environment: Callable[[], Environment],
+    wheels: dict[str, Path],
+    constraints: Path,
+    stack: LocalStack,
+    tmp_path: Path,
+) -> None:
+    environment = new_environment()
+    files = (str(wheels["producer"]), str(wheels["api"]))
+    environment.pip("install", "--quiet", "-c", str(constraints), *files)
+    log = tmp_path / "door.log"
+    command = [str(environment.python), "-m", "blipq", "api", "--port", "0"]
+    door = Service("door", command, env=stack.environment(), log=log)
+    door.start()
+    try:
+        wait_until(lambda: " is http://" in log.read_text(), "the door")
+        url = log.read_text().rpartition(" is ")[2].split()[0]
+        with httpx2.Client(base_url=url, timeout=30, trust_env=False) as http:
+            assert http.get("/health").json() == {"status": "ok"}
+            assert "<h1" in http.get("/console/").text
+    finally:
+        door.stop(timeout=30)
 
 
 def test_indexes_are_filled_and_read_without_the_worker(

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import blipq
+import blipq_api
 import blipq_worker
 from blipq import Kind, Priority
 from blipq.ledger import keys
 from conftest import ROOT
 
-PACKAGES = [Path(str(package.__file__)).parent for package in (blipq, blipq_worker)]
+PACKAGES = [Path(str(package.__file__)).parent for package in (blipq, blipq_api, blipq_worker)]
 OWNER = PACKAGES[0] / "ledger" / "keys.py"
 SCRIPTS = sorted((PACKAGES[0] / "ledger" / "scripts").glob("*.lua"))
 

@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings
 from tools.docs import DOCS, write_or_check
 
 from blipq import Settings
-from blipq.api.settings import ApiSettings
+from blipq_api.settings import ApiSettings
 from blipq_worker.settings import WorkerSettings
 
 PAGE = DOCS / "configuration.md"

@@ -15,7 +15,11 @@ import grimp
 from tools.docs import DOCS
 
 ROOT = DOCS.parent
-PACKAGES = {"blipq": ROOT / "producer/blipq", "blipq_worker": ROOT / "worker/blipq_worker"}
+PACKAGES = {
+    "blipq": ROOT / "producer/blipq",
+    "blipq_api": ROOT / "api/blipq_api",
+    "blipq_worker": ROOT / "worker/blipq_worker",
+}
 
 
 @dataclass(frozen=True)

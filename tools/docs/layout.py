@@ -16,6 +16,7 @@ from tools.docs import DOCS, with_section, write_or_check
 
 ROOT = DOCS.parent
 PAGES = (ROOT / "CONTRIBUTING.md", DOCS / "architecture.md")
+FOLDERS = {"blipq": "producer", "blipq_api": "api", "blipq_worker": "worker"}
 
 
 def contracts(kind: str) -> list[dict[str, Any]]:
@@ -31,8 +32,7 @@ def layers_of(contract: dict[str, Any]) -> list[list[str]]:
 
 def path_of(module: str) -> Path:
     """The folder or file of a module."""
-    package = "worker" if module.startswith("blipq_worker") else "producer"
-    path = ROOT / package / module.replace(".", "/")
+    path = ROOT / FOLDERS[module.partition(".")[0]] / module.replace(".", "/")
     return path if path.is_dir() else path.with_suffix(".py")
 
 
@@ -92,7 +92,8 @@ def diagram() -> Iterator[str]:
         yield "  end"
         if nodes[container] != f"p{number}":
             yield f"  {nodes[container]} -. in detail .-> p{number}"
-    yield f"  {nodes['blipq_worker']} --> {nodes['blipq']}"
+    for program in ("blipq_api", "blipq_worker"):
+        yield f"  {nodes[program]} --> {nodes['blipq']}"
     yield "```"
 
 

@@ -5,8 +5,8 @@ import sys
 
 from tools.docs import DOCS, write_or_check
 
-from blipq.api.app import OPERATIONS
-from blipq.api.reference import document
+from blipq_api.app import OPERATIONS
+from blipq_api.reference import document
 
 PAGE = DOCS / "openapi.json"
 

@@ -1,7 +1,7 @@
 """Every command by its name and the first sentence of its help: what ``blipq --help`` shows.
 
-A command's module is imported only when it is called. Those of the distribution ``blipq-worker``
-join through entry points, which are looked up only then, too.
+A command's module is imported only when it is called. Those of the distributions ``blipq-api`` and
+``blipq-worker`` join through entry points, which are looked up only then, too.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,11 @@ from blipq.cli.terminal.group import Group, GroupOfCommands
 #: Each name is a function, or a typer.Typer with commands of its own.
 ENTRY_POINTS = "blipq.commands"
 
-#: By panel: the name, where it is (None: in the worker's distribution), and its help.
-_PANELS: dict[str, list[tuple[str, str | None, str]]] = {
+#: The place of commands that another distribution brings.
+_DOOR, _WORKER = "blipq-api", "blipq-worker"
+
+#: By panel: the name, where it is, and its help.
+_PANELS: dict[str, list[tuple[str, str, str]]] = {
     "Ask about an image": [
         ("caption", "jobs:caption", "Describe an image, or several."),
         ("vqa", "jobs:vqa", "Ask questions about an image."),
@@ -42,16 +45,16 @@ _PANELS: dict[str, list[tuple[str, str | None, str]]] = {
         ("index", "index:app", "Images to search, by text or by image."),
     ],
     "Run it": [
-        ("demo", None, "Show it all in a minute, on pictures whose content is known."),
+        ("demo", _WORKER, "Show it all in a minute, on pictures whose content is known."),
         ("up", "services:up", "Start a local stack: Redis, S3, a worker and the HTTP door."),
         ("down", "services:down", "Stop the local stack that `blipq up` started."),
         ("env", "services:env", "Print how other programs reach Redis and S3."),
-        ("worker", None, "Run a worker for the services that the settings name."),
-        ("models", None, "Models that can be served."),
-        ("bench", None, "Compare the whole service with the bare engine."),
+        ("worker", _WORKER, "Run a worker for the services that the settings name."),
+        ("models", _WORKER, "Models that can be served."),
+        ("bench", _WORKER, "Compare the whole service with the bare engine."),
     ],
     "Operate it": [
-        ("api", "ops.api:app", "Answer HTTP until SIGTERM: jobs, uploads, queues, webhooks."),
+        ("api", _DOOR, "Answer HTTP until SIGTERM: jobs, uploads, queues, webhooks."),
         ("doctor", "ops.doctor:doctor", "Check everything a job needs."),
         ("queue", "overview:app", "The queues that jobs wait in."),
         ("dead-letters", "ops.dead_letters:app", "Jobs that are out of attempts."),
@@ -65,7 +68,6 @@ _PLACES = {name: place for panel in _PANELS.values() for name, place, _ in panel
 
 #: Names and help.
 COMMANDS = {name: help for panel in _PANELS.values() for name, _, help in panel}
-OF_THE_WORKER = frozenset(name for name, place in _PLACES.items() if place is None)
 
 
 def add_all(app: typer.Typer) -> None:
@@ -86,7 +88,7 @@ def _stand_in() -> None:
 def loaded(command: Any) -> Any:
     """The command itself where this is what stands in for it.
 
-    Raises BlipqError for a command of the worker where none is installed.
+    Raises BlipqError for a command of a distribution that is not installed.
     """
     if not isinstance(command, _Command | _Group):
         return command
@@ -102,7 +104,8 @@ def loaded(command: Any) -> Any:
 
 
 def _found(name: str) -> Iterator[Any]:
-    if (place := _PLACES[name]) is not None:
+    place = _PLACES[name]
+    if place not in (_DOOR, _WORKER):
         module, _, attribute = place.partition(":")
         yield getattr(import_module(f"blipq.cli.{module}"), attribute)
         return
@@ -110,9 +113,10 @@ def _found(name: str) -> Iterator[Any]:
 
     yield from (entry.load() for entry in entry_points(group=ENTRY_POINTS, name=name))
     from blipq.errors import BlipqError
+    from blipq.local.door import NO_DOOR
     from blipq.local.worker import NO_WORKER
 
-    raise BlipqError(NO_WORKER)
+    raise BlipqError(NO_DOOR if place == _DOOR else NO_WORKER)
 
 
 def _context_of(stand_in: Any, name: Any, args: Sequence[str], parent: Any, extra: Any) -> Any:

@@ -25,7 +25,7 @@ def up(
     """Start a local stack: Redis, S3, a worker and the HTTP door. Ctrl-C stops it all.
 
     The door has a key of its own, which is shown when it is made and kept in the folder. Without
-    the extra blipq[api] there is no door.
+    blipq-api there is no door.
 
     Examples:
         blipq up

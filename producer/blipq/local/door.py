@@ -11,11 +11,15 @@ from pathlib import Path
 from blipq.local.supervisor import Service
 
 KEYS = "BLIPQ_API_KEYS"
-_NEEDED = ("httptools", "python_multipart", "starlette", "uvicorn")
+NO_DOOR = (
+    "no HTTP door here: install the wheel of blipq-api, which is on no package index, or run pip "
+    "install '.[api]' in a clone of blipq"
+)
+_NEEDED = ("blipq_api", "httptools", "python_multipart", "starlette", "uvicorn")
 
 
 def has_door() -> bool:
-    """Whether the extra ``blipq[api]`` is installed."""
+    """Whether ``blipq-api`` is here with what it needs: a clone's root installs its code alone."""
     return all(map(importlib.util.find_spec, _NEEDED))
 
 

@@ -1,7 +1,7 @@
 """``blipq up``: the local stack in the foreground, with a worker that is restarted if it dies.
 
-Where the extra ``blipq[api]`` is installed it also answers HTTP, and where BLIPQ_WEBHOOK_SECRETS is
-set it also sends webhooks.
+Where ``blipq-api`` is installed it also answers HTTP, and where BLIPQ_WEBHOOK_SECRETS is set it
+also sends webhooks.
 """
 
 import os
@@ -17,7 +17,7 @@ import redis
 from blipq.errors import BlipqError
 from blipq.ledger.connection import connect
 from blipq.ledger.operator import OperatorLedger
-from blipq.local.door import LocalDoor, has_door
+from blipq.local.door import NO_DOOR, LocalDoor, has_door
 from blipq.local.sample import red_square
 from blipq.local.stack import (
     API_PORT,
@@ -78,7 +78,7 @@ def run(
         if door is not None:
             threading.Thread(target=door.introduce, args=(tell, stop), daemon=True).start()
         else:
-            tell("no HTTP door: pip install 'blipq[api]' adds it")
+            tell(NO_DOOR)
         return supervise([*started, *stack.services], stop, tell=tell, give_up_on=(EXIT_MODEL,))
     finally:
         tell("stopping")

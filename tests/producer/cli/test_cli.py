@@ -668,6 +668,16 @@ def test_help_says_of_commands_what_they_say_themselves(name: str) -> None:
     assert (command.short_help or command.help).partition("\n")[0] == TOLD[name]
 
 
+@pytest.mark.parametrize("arguments", [("api",), ("api", "keys", "new", "shop")])
+def test_without_a_door_its_commands_say_what_to_install(
+    run: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: [])
+    ran = run(*arguments)
+    assert ran.exit_code == 1
+    assert "wheel of blipq-api" in ran.stderr
+
+
 @pytest.mark.parametrize("arguments", [("demo", "--json"), ("models", "list"), ("worker",)])
 def test_without_a_worker_its_commands_say_what_to_install(
     run: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]

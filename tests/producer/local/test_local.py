@@ -232,8 +232,8 @@ def test_a_signal_stops_the_stack(tmp_path: Path, cache: dict[str, str], sign: i
 def test_a_killed_stack_takes_its_servers_along(tmp_path: Path, cache: dict[str, str]) -> None:
     running = up(cache, tmp_path / "stack", "--no-worker")
     wait_until(Path(cache["BLIPQ_STACK_FILE"]).exists, "the stack")
+    wait_until(lambda: len(_children(running.pid)) == 3, "Redis, S3 and the HTTP door")
     children = [int(pid) for pid in _children(running.pid)]
-    assert len(children) == 3, "Redis, S3 and the HTTP door"
     commands = " ".join(Path(f"/proc/{pid}/cmdline").read_text() for pid in children)
     running.kill()
     running.communicate(timeout=30)

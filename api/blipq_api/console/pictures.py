@@ -1,0 +1,89 @@
+"""Pictures of jobs, through the door: with the reader's rights, and as nothing but pictures."""
+
+import time
+from contextlib import closing
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from blipq.contract import ImageRef, JobInfo, SearchResult
+from blipq.s3.refusals import s3_errors
+from blipq.s3.storage import Storage
+from blipq_api import jobs
+from blipq_api.console.access import id_of
+from blipq_api.door import caller_of, door_of
+from blipq_api.problems import Problem
+
+MOST_BYTES = 32 * 2**20
+TIMEOUT_S = 20.0
+_CHUNK_BYTES = 256 * 1024
+#: What browsers draw, by its first bytes. SVG is none: it may run scripts.
+_FORMATS = (
+    (b"\xff\xd8\xff", "image/jpeg"),
+    (b"\x89PNG\r\n\x1a\n", "image/png"),
+    (b"GIF87a", "image/gif"),
+    (b"GIF89a", "image/gif"),
+    (b"BM", "image/bmp"),
+)
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; sandbox; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "private, max-age=300",
+}
+
+
+def type_of(data: bytes) -> str | None:
+    """The type of a picture by its first bytes; None for what is not shown."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "image/webp"
+    if data[4:12] in (b"ftypavif", b"ftypavis"):
+        return "image/avif"
+    return next((name for magic, name in _FORMATS if data.startswith(magic)), None)
+
+
+async def picture(request: Request) -> Response:
+    """The picture of a job, or of its n-th hit. Raises Problem for what is not to be shown."""
+    door, caller = door_of(request), caller_of(request)
+    info = await jobs.known(door, caller, id_of(request))
+    image = _image(info, request.query_params.get("hit"))
+    caller.check_read(image, "image", door.settings.inbox_bucket)
+    async with door.large_body():
+        data = await door.store(lambda: read(door.client.storage, image))
+    if (kind := type_of(data)) is None:
+        raise Problem(415, "not_shown", "browsers do not draw this format")
+    return Response(data, 200, HEADERS, kind)
+
+
+def _image(info: JobInfo, hit: str | None) -> ImageRef:
+    uri = info.image
+    if hit is not None:
+        hits = info.result.hits if isinstance(info.result, SearchResult) else ()
+        place = int(hit) if hit.isascii() and hit.isdecimal() and len(hit) < 6 else len(hits)
+        uri = (hits[place].uri or hits[place].id) if place < len(hits) else None
+    try:
+        image = None if uri is None else ImageRef(uri=uri)
+    except ValueError:
+        image = None
+    if image is None:
+        raise Problem(404, "not_found", "there is no such picture")
+    if not image.in_s3:
+        raise Problem(404, "not_shown", "the door shows pictures in S3 alone, and fetches no URL")
+    return image
+
+
+def read(storage: Storage, image: ImageRef) -> bytes:
+    """An object of S3. Raises Problem for one that is too large, or comes too slowly."""
+    deadline = time.monotonic() + TIMEOUT_S
+    data = bytearray()
+    with s3_errors(image.uri):
+        found = storage.client.get_object(Bucket=image.bucket, Key=image.key)
+        with closing(found["Body"]) as body:
+            for piece in body.iter_chunks(_CHUNK_BYTES):
+                data += piece
+                if len(data) > MOST_BYTES:
+                    raise Problem(
+                        413, "too_large", f"the most that is shown is {MOST_BYTES:,} bytes"
+                    )
+                if time.monotonic() > deadline:
+                    raise Problem(504, "too_slow", f"S3 sent it for longer than {TIMEOUT_S:g} s")
+    return bytes(data)

@@ -1,0 +1,270 @@
+"""The console in a real browser: what runs, what it sends, and how it is to be used."""
+
+import http.client
+import re
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
+from threading import Thread
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+
+from api.console.browsers import chromium
+from api.console.conftest import PAGES, Keyed, succeed
+from blipq import Client
+from blipq.ledger.worker import WorkerLedger
+from conftest import ROOT
+
+pytestmark = pytest.mark.programs
+
+SCENE = ROOT / "docs" / "scene.png"
+PHONE = {"width": 390, "height": 844}
+TIMEOUT_MS = 20_000
+AXE = (resources.files("axe_playwright_python") / "axe.min.js").read_text()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium())
+        yield browser
+        browser.close()
+
+
+class Reader:
+    """A page that fails the test for whatever runs, is refused or is loaded from elsewhere."""
+
+    def __init__(self, context: BrowserContext, url: str) -> None:
+        context.set_default_timeout(TIMEOUT_MS)
+        self.url = url
+        self.page: Page = context.new_page()
+        self.sent: list[str] = []
+        self.wrong: list[str] = []
+        self.page.add_init_script("window.hit = () => console.error('hit')")
+        self.page.on("request", lambda request: self.sent.append(request.url))
+        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.wrong.append(dialog.message))
+        self.page.on("console", self._heard)
+
+    def _heard(self, message: Any) -> None:
+        if message.type == "error" and "the server responded with a status" not in message.text:
+            self.wrong.append(message.text)
+
+    def sign_in(self, key: str) -> None:
+        self.page.goto(f"{self.url}/")
+        self.page.fill("#key", key)
+        self.page.click("text=Sign in >> nth=-1")
+        self.page.wait_for_selector("nav")
+
+    def open(self, path: str) -> Page:
+        self.page.goto(f"{self.url}/console/{path}")
+        return self.page
+
+    def check(self) -> None:
+        """Fails for what must not have happened."""
+        assert self.wrong == []
+        places = {f"{each.scheme}://{each.netloc}" for each in map(urlsplit, self.sent)}
+        assert places == {re.sub(r"(://[^/]+).*", r"\1", self.url)}
+
+
+@pytest.fixture(params=["light", "dark"])
+def scheme(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def reader(browser: Browser, keyed: Keyed) -> Iterator[Reader]:
+    context = browser.new_context()
+    reader = Reader(context, keyed.url)
+    reader.sign_in(keyed.keys["operator"])
+    yield reader
+    reader.check()
+    context.close()
+
+
+def test_hostile_texts_run_nothing_and_load_nothing(reader: Reader, hostile: list[str]) -> None:
+    for path in (*PAGES, *(f"job?id={id}" for id in hostile)):
+        page = reader.open(path)
+        page.wait_for_load_state("networkidle")
+        assert page.locator("main h1").count() == 1
+        assert page.evaluate("typeof refresh") == "function", "the page's script runs"
+
+
+def test_a_picture_is_dropped_and_its_stages_and_answer_appear(
+    reader: Reader, client: Client, ledger: WorkerLedger
+) -> None:
+    page = reader.open("try")
+    page.set_input_files("#file", SCENE)
+    page.wait_for_selector("canvas:visible")
+    page.check("input[value=vqa]")
+    page.fill("textarea[name=questions]", "what's in it?")
+    page.fill("input[name=model]", "m")
+    page.click("text=Submit")
+    page.wait_for_selector("img[data-picture]")
+    assert page.evaluate("document.querySelector('img[data-picture]').naturalWidth") > 0
+    assert page.locator(".status").inner_text() == "queued"
+    id = page.locator("h1.id").inner_text()
+    page.evaluate("window.same = true")
+    answer = {"question": "what's in it?", "text": "a red circle"}
+    succeed(ledger, id, {"kind": "vqa", "answers": [answer]})
+    page.wait_for_selector(".status.succeeded")
+    assert page.locator(".asked dd").inner_text() == "a red circle"
+    assert page.evaluate("window.same")  # it was not loaded again
+    assert "what" in page.locator(".snippet pre").nth(1).inner_text()
+    assert client.job(id).info().tenant == "operator"
+
+
+def test_a_job_is_cancelled_with_the_keyboard_alone_and_only_once_it_is_confirmed(
+    reader: Reader, client: Client
+) -> None:
+    job = client.caption("s3://photos/cat.jpg", model="m")
+    page = reader.open(f"job?id={job.id}")
+    for key in ("Enter", "Enter"):
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            focused = page.evaluate("document.activeElement.textContent.trim()")
+            if focused in ("Cancel…", "Cancel this job"):
+                break
+        assert job.info().status == "queued"
+        page.wait_for_timeout(2500)  # a fresh copy must not close what was opened
+        page.keyboard.press(key)
+    page.wait_for_selector(".status.cancelled")
+    assert job.info().status == "cancelled"
+
+
+def test_filters_find_jobs_and_dead_letters_are_tried_again(
+    reader: Reader, client: Client, hostile: list[str]
+) -> None:
+    page = reader.open("jobs")
+    page.select_option("select[name=status]", "failed")
+    page.click("text=Filter")
+    page.wait_for_url("**status=failed**")
+    page.click("tbody th a")
+    page.click("text=Try again")
+    page.wait_for_selector(".status.queued")
+    assert client.job(hostile[5]).info().status == "queued"
+
+
+def test_a_page_that_nobody_sees_asks_for_nothing(browser: Browser, keyed: Keyed) -> None:
+    context = browser.new_context()
+    reader = Reader(context, keyed.url)
+    reader.sign_in(keyed.keys["operator"])
+    before = len(reader.sent)
+    reader.page.wait_for_timeout(3000)
+    assert len(reader.sent) > before
+    reader.page.add_init_script(
+        "Object.defineProperty(document, 'visibilityState', {get: () => 'hidden'})"
+    )
+    reader.open("").wait_for_load_state("networkidle")
+    before = len(reader.sent)
+    reader.page.wait_for_timeout(3000)
+    assert len(reader.sent) == before
+    context.close()
+
+
+def test_when_the_session_ends_the_page_leads_to_where_to_sign_in(reader: Reader) -> None:
+    page = reader.open("queues")
+    page.context.clear_cookies()
+    page.wait_for_url("**/console/login")
+
+
+def test_no_page_has_a_serious_fault_for_people_who_cannot_see_or_point(
+    browser: Browser, keyed: Keyed, hostile: list[str], scheme: Any
+) -> None:
+    context = browser.new_context(color_scheme=scheme)
+    reader = Reader(context, keyed.url)
+    reader.sign_in(keyed.keys["operator"])
+    faults = {}
+    for path in (*PAGES, *(f"job?id={id}" for id in hostile), "job?id=unknown"):
+        page = reader.open(path)
+        page.evaluate(AXE)
+        found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+        faults[path] = [
+            (each["id"], [node["html"][:200] for node in each["nodes"]][:3])
+            for each in found
+            if each["impact"] in ("serious", "critical")
+        ]
+    reader.check()
+    context.close()
+    assert {path: found for path, found in faults.items() if found} == {}
+
+
+def test_pages_fit_a_phone(browser: Browser, keyed: Keyed, hostile: list[str]) -> None:
+    context = browser.new_context(viewport=PHONE)  # type: ignore[arg-type]
+    reader = Reader(context, keyed.url)
+    reader.sign_in(keyed.keys["operator"])
+    wide = {}
+    for path in (*PAGES, *(f"job?id={id}" for id in hostile), "job?id=unknown"):
+        page = reader.open(path)
+        width = page.evaluate("document.documentElement.scrollWidth")
+        if width > PHONE["width"]:
+            wide[path] = width
+    reader.check()
+    context.close()
+    assert wide == {}
+
+
+class _Proxy(BaseHTTPRequestHandler):
+    """Serves a door under ``/tools/blipq``, a prefix that the door does not get to see."""
+
+    protocol_version = "HTTP/1.1"
+    door = ""
+    prefix = "/tools/blipq"
+
+    def _pass(self) -> None:
+        assert self.path.startswith(self.prefix), self.path
+        connection = http.client.HTTPConnection(self.door, timeout=30)
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        path = self.path.removeprefix(self.prefix) or "/"
+        connection.request(self.command, path, body, dict(self.headers))
+        answer = connection.getresponse()
+        data = answer.read()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("transfer-encoding", "content-length", "connection"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+        connection.close()
+
+    do_GET = do_POST = _pass
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def proxied(keyed: Keyed) -> Iterator[str]:
+    handler = type("Proxy", (_Proxy,), {"door": urlsplit(keyed.url).netloc})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}{_Proxy.prefix}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_console_works_under_a_path_of_a_proxy(
+    browser: Browser, keyed: Keyed, proxied: str, client: Client
+) -> None:
+    context = browser.new_context()
+    reader = Reader(context, proxied)
+    reader.sign_in(keyed.keys["operator"])
+    (cookie,) = context.cookies()
+    assert (cookie.get("path"), cookie.get("httpOnly")) == ("/tools/blipq/console", True)
+    job = client.caption("s3://photos/cat.jpg", model="m")
+    client.job(job.id).cancel()
+    page = reader.open("")
+    page.click("nav >> text=Jobs")
+    page.click(f"text={job.id}")
+    page.click("text=Forget…")
+    page.click("text=Forget this job")
+    page.wait_for_url("**/tools/blipq/console/jobs")
+    page.click("text=Sign out")
+    page.wait_for_url("**/tools/blipq/console/login")
+    assert context.cookies() == []
+    reader.check()
+    context.close()

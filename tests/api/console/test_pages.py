@@ -1,0 +1,318 @@
+"""What pages show: without scripts, as any HTTP client gets them."""
+
+import re
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import httpx2
+import pytest
+
+from api.conftest import Start
+from api.console.conftest import HOSTILE, PAGES, Keyed, Markup, page, succeed
+from blipq import Client, Settings
+from blipq.ledger.worker import WorkerLedger
+from blipq.s3.storage import Storage
+from blipq_api.console.pages import HEADERS, seconds
+from blipq_api.console.pictures import MOST_BYTES, type_of
+from blipq_api.console.rates import rate_of
+from conftest import ROOT
+
+SCENE = (ROOT / "docs" / "scene.png").read_bytes()
+
+
+def addresses(ids: list[str]) -> Iterator[str]:
+    """The pages of jobs beside those that list."""
+    yield from (*PAGES, "login", f"jobs?name={HOSTILE}&value={HOSTILE}", f"try?text={HOSTILE}")
+    yield from (f"job?id={id}" for id in ids)
+    yield f"webhooks?replayed={HOSTILE}"
+
+
+def every_page(http: httpx2.Client, ids: list[str]) -> Iterator[Markup]:
+    for address in addresses(ids):
+        path, _, query = address.partition("?")
+        pairs = [pair.partition("=")[::2] for pair in query.split("&")] if query else []
+        answer = http.get(f"/console/{path}", params=httpx2.QueryParams(pairs))
+        if answer.status_code != 303:
+            assert answer.status_code == 200, answer.text[:2000]
+            yield Markup(answer.text)
+    yield Markup(http.get("/console/job", params={"id": HOSTILE}).text)
+
+
+def test_hostile_texts_are_no_markup_on_any_page(
+    operator: httpx2.Client, hostile: list[str]
+) -> None:
+    shown = [*every_page(operator, hostile)]
+    assert len(shown) > 15
+    assert sum("onerror=hit()" in each.text for each in shown) > 10
+    for each in shown:
+        assert "<img src=x" not in each.text
+        assert "<svg onload" not in each.text
+        # What a reader wrote stays as it is in its field.
+        assert "\u202e" not in re.sub(r"<input[^>]*>", "", each.text)
+        tags = {tag for tag, _ in each.elements}
+        assert tags.isdisjoint({"iframe", "object", "embed", "base", "style"})
+        for tag, given in each.elements:
+            assert tag != "script" or given["src"].startswith("static/")
+            assert not [name for name in given if name.startswith("on") or name == "style"]
+            assert not [name for name in given if name.startswith("hx-")]
+            assert given.get("data-fresh", "") == ""
+
+
+def test_no_page_names_another_place_or_where_the_door_lies(
+    operator: httpx2.Client, hostile: list[str]
+) -> None:
+    for each in every_page(operator, hostile):
+        for link in each.values("href", "src", "action", "data-stages"):
+            found = urlsplit(link)
+            assert (found.scheme, found.netloc) == ("", ""), link
+            assert not found.path.startswith("/"), link
+
+
+def test_pages_let_nothing_run_but_their_own_files(operator: httpx2.Client) -> None:
+    for path in (*PAGES, "job?id=unknown"):
+        sent = operator.get(f"/console/{path}").headers
+        assert sent["content-security-policy"] == HEADERS["Content-Security-Policy"]
+        assert "unsafe" not in sent["content-security-policy"]
+        assert sent["x-content-type-options"] == "nosniff"
+        assert sent["cache-control"] == "no-store"
+    names = {
+        link for link in page(operator, "").values("src", "href") if link.startswith("static/")
+    }
+    assert len(names) == 3
+    for name in names:
+        file = operator.get(f"/console/{name}")
+        assert (file.status_code, "immutable" in file.headers["cache-control"]) == (200, True)
+
+
+def test_jobs_are_filtered_and_paged(operator: httpx2.Client, client: Client) -> None:
+    cats = [client.caption("s3://photos/cat.jpg", metadata={"of": "cat"}).id for _ in range(3)]
+    others = [client.vqa("s3://photos/dog.jpg", "what?", model="m").id for _ in range(60)]
+    first = page(operator, "jobs")
+    older = next(link for link in first.values("href") if "cursor=" in link)
+    second = page(operator, older)
+    assert not [id for id in others if (id in first.text) == (id in second.text)]
+    assert [id for id in cats if id in second.text] == cats
+    for query in (
+        "kind=caption",
+        "name=of&value=cat",
+        "model=default",
+        "status=queued&kind=caption",
+    ):
+        found = page(operator, f"jobs?{query}").text
+        assert [id for id in (*cats, *others) if id in found] == cats
+    assert "No job is like that" in page(operator, "jobs?status=failed").text
+    wrong = page(operator, "jobs?status=nonsense", 422)
+    assert "status: one of" in wrong.text
+
+
+def test_a_jobs_page_has_its_answers_times_and_calls(
+    operator: httpx2.Client, client: Client, ledger: WorkerLedger
+) -> None:
+    job = client.vqa("s3://photos/it's.jpg", "what's in it?", metadata={"order": "17"}, model="m")
+    waiting = page(operator, f"job?id={job.id}").text
+    assert "no live worker serves the model" in waiting
+    assert "BLIPQ_MODELS=m=CHECKPOINT blipq worker" in waiting
+    answer = {"question": "what's in it?", "text": "a cat"}
+    succeed(ledger, job.id, {"kind": "vqa", "answers": [answer]})
+    shown = page(operator, f"job?id={job.id}")
+    for text in ("a cat", "17", "in the queue", "3 ms", "first taken by a worker"):
+        assert text in shown.text
+    curl, python = (
+        operator.get(f"/console/job?id={job.id}").text.split("<code>")[at].split("</code>")[0]
+        for at in (1, 2)
+    )
+    assert "/v1/jobs?wait=30" in curl
+    assert "it&#39;&#34;&#39;&#34;&#39;s.jpg" in curl  # as a shell takes a quote
+    assert "image=&#34;s3://photos/it&#39;s.jpg&#34;" in python
+    assert "model=&#39;m&#39;" in python
+
+
+def test_dead_letters_are_tried_again_and_jobs_forgotten(
+    operator: httpx2.Client, client: Client, ledger: WorkerLedger, hostile: list[str]
+) -> None:
+    shown = page(operator, "dead")
+    form = shown.fields("retry")
+    assert operator.post("/console/job", data=form).headers["location"] == "dead"
+    assert client.job(form["id"]).info().status == "queued"
+    assert "There is none" in page(operator, "dead").text
+    form = page(operator, f"job?id={hostile[1]}").fields("forget")
+    assert operator.post("/console/job", data=form).headers["location"] == "jobs"
+    gone = page(operator, f"job?id={hostile[1]}", 404)
+    assert "Look for the job in the list" in gone.text
+
+
+def test_a_cancelled_job_is_tried_again(operator: httpx2.Client, client: Client) -> None:
+    job = client.caption("s3://photos/cat.jpg")
+    job.cancel()
+    form = page(operator, f"job?id={job.id}").fields("retry")
+    assert operator.post("/console/job", data=form).status_code == 303
+    assert job.status() == "queued"
+    assert page(operator, f"job?id={job.id}").text.count('value="retry"') == 0, "it waits"
+
+
+def test_a_queue_is_paused_and_resumed_and_the_log_says_by_whom(
+    operator: httpx2.Client, client: Client, ledger: WorkerLedger
+) -> None:
+    job = client.caption("s3://photos/cat.jpg")
+    assert "Nothing is in the log" in page(operator, "log").text
+    form = page(operator, "queues").fields("pause")
+    assert form["queue"] == "blipq.default.normal"
+    assert operator.post("/console/queues", data=form).headers["location"] == "queues"
+    assert ledger.claim(job.id, "w1") == "paused"
+    assert ">paused" in page(operator, "").text, "the overview says so, too"
+    form = page(operator, "queues").fields("resume")
+    assert operator.post("/console/queues", data=form).headers["location"] == "queues"
+    assert not isinstance(ledger.claim(job.id, "w1"), str)
+    log = page(operator, "log").text
+    for text in ("operator", "pause", "resume", "blipq.default.normal"):
+        assert text in log
+    assert "Older" not in log
+    for wrong, field in (({"queue": "blipq"}, "queue"), ({"action": "drop"}, "action")):
+        answer = operator.post("/console/queues", data={**form, **wrong})
+        assert (answer.status_code, f"{field}:" in answer.text) == (422, True)
+
+
+def test_the_log_has_pages(operator: httpx2.Client, client: Client) -> None:
+    for _ in range(51):
+        client.caption("s3://photos/cat.jpg").cancel()
+    first = page(operator, "log")
+    (older,) = (each for each in first.values("href") if each.startswith("log?"))
+    assert first.text.count("<time") == 50
+    assert page(operator, older).text.count("<time") == 1
+    assert page(operator, "log?cursor=nonsense", 422)
+
+
+def test_only_who_may_operate_pauses_queues_and_reads_the_log(
+    keyed: Keyed, client: Client, ledger: WorkerLedger
+) -> None:
+    job = client.caption("s3://photos/cat.jpg")
+    with keyed.signed_in("reader") as http:
+        shown = page(http, "queues")
+        assert 'value="pause"' not in shown.text
+        token = next(g["value"] for _, g in shown.elements if g.get("name") == "form_token")
+        form = {"form_token": token, "queue": "blipq.default.normal", "action": "pause"}
+        assert http.post("/console/queues", data=form).status_code == 403
+        assert page(http, "log", 403)
+    with keyed.signed_in() as http:
+        assert http.post("/console/queues", data=form).status_code == 403, "another session's form"
+    assert not isinstance(ledger.claim(job.id, "w1"), str)
+
+
+def test_webhooks_are_listed_and_sent_again(operator: httpx2.Client, hostile: list[str]) -> None:
+    waiting = page(operator, "webhooks?dead=false")
+    assert f"{hostile[0]}" in waiting.text
+    form = {
+        given["name"]: given["value"]
+        for tag, given in waiting.elements
+        if tag == "input" and given["name"] in ("event", "form_token")
+    }
+    answer = operator.post("/console/webhooks", data=form)
+    assert answer.status_code == 303
+    assert "is sent again" in page(operator, answer.headers["location"]).text
+    unknown = operator.post("/console/webhooks", data={**form, "event": "nothing/job.failed"})
+    assert (unknown.status_code, "Look for the event" in unknown.text) == (404, True)
+
+
+@pytest.fixture
+def storage(apart: Settings) -> Storage:
+    storage = Storage(apart)
+    storage.create_bucket("photos")
+    return storage
+
+
+def test_a_picture_is_sent_as_what_its_bytes_are_and_nothing_else_is(
+    operator: httpx2.Client, client: Client, storage: Storage
+) -> None:
+    def shown(name: str, data: bytes) -> httpx2.Response:
+        storage.put(f"s3://photos/{name}", data, content_type="text/html")
+        job = client.caption(f"s3://photos/{name}")
+        return operator.get(f"/console/picture?id={job.id}")
+
+    picture = shown("scene.html", SCENE)
+    assert (picture.status_code, picture.content) == (200, SCENE)
+    assert picture.headers["content-type"] == "image/png"
+    assert picture.headers["x-content-type-options"] == "nosniff"
+    assert "sandbox" in picture.headers["content-security-policy"]
+    for data in (
+        b"<script>hit()</script>",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"GIF8",
+        b"",
+    ):
+        assert shown("cat.png", data).status_code == 415
+    assert shown("large.png", SCENE[:8] + bytes(MOST_BYTES)).status_code == 413
+    gone = client.caption("s3://photos/gone.png")
+    assert operator.get(f"/console/picture?id={gone.id}").status_code == 422
+    elsewhere = client.caption("https://example.org/cat.png")
+    assert operator.get(f"/console/picture?id={elsewhere.id}").status_code == 404
+
+
+def test_a_picture_needs_the_right_to_read_it(keyed: Keyed, storage: Storage) -> None:
+    storage.put("s3://photos/shop/cat.png", SCENE, content_type="image/png")
+    with keyed.door.http(keyed.keys["shop"]) as api:
+        body = {"kind": "caption", "image": "s3://photos/shop/cat.png"}
+        id = api.post("/v1/jobs", json=body).json()["id"]
+    with keyed.signed_in("shop") as http:
+        assert http.get(f"/console/picture?id={id}").content == SCENE
+    with keyed.signed_in("reader") as http:  # of the same tenant, with no bucket
+        assert http.get(f"/console/job?id={id}").status_code == 200
+        assert http.get(f"/console/picture?id={id}").status_code == 403
+
+
+def test_what_cannot_be_submitted_is_said_in_the_form_that_keeps_what_was_written(
+    operator: httpx2.Client, client: Client
+) -> None:
+    token = page(operator, "try").values("value")[0]
+
+    def sent(fields: dict[str, str], data: bytes = b"") -> httpx2.Response:
+        files = {"file": ("cat.png", data, "image/png")}
+        return operator.post("/console/try", data={"form_token": token, **fields}, files=files)
+
+    nothing = sent({"kind": "vqa", "questions": "one?\ntwo?", "model": "default"})
+    assert (nothing.status_code, "drop a picture" in nothing.text) == (422, True)
+    assert "one?\ntwo?" in nothing.text
+    unknown = sent({"kind": "caption", "model": "unknown"}, SCENE)
+    assert (unknown.status_code, "no worker has served" in unknown.text) == (422, True)
+    assert 'value="s3://blipq-inbox/operator/' in unknown.text
+    assert sent({"kind": "caption", "form_token": "wrong"}, SCENE).status_code == 403
+    answer = sent({"kind": "vqa", "questions": "one?\ntwo?", "model": "m"}, SCENE)
+    assert answer.status_code == 303, answer.text
+    info = client.job(answer.headers["location"].partition("id=")[2]).info()
+    assert (info.tenant, info.model, info.kind) == ("operator", "m", "vqa")
+    picture = operator.get(f"/console/picture?id={info.id}")
+    assert picture.content == SCENE
+
+
+def test_when_redis_is_away_the_page_says_what_to_do(start: Start) -> None:
+    door = start(redis_url="redis://127.0.0.1:1/0", timeout_s="0.5")
+    with door.http() as http:
+        answer = http.get("/console/")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert "blipq doctor" in answer.text
+        assert "Try again" in answer.text
+
+
+def test_the_rate_is_that_of_the_time_in_which_all_ends_are_known() -> None:
+    few = rate_of(1000.0, [999.0, 995.0, 500.0])
+    assert (few.window_s, sum(few.values)) == (600.0, pytest.approx(3 / 10))
+    assert few.mean == pytest.approx(2 / 60)
+    many = rate_of(1000.0, [1000.0 - 0.02 * place for place in range(1000)])
+    assert many.window_s == pytest.approx(19.98)
+    assert many.mean == pytest.approx(50, rel=0.05)
+    assert rate_of(1000.0, []).empty
+    assert len(many.values) == 60
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0421, "42 ms"), (3.14, "3.1 s"), (59.6, "60 s"), (3725, "1 h 2 min"), (90000, "1 d 1 h")],
+)
+def test_durations_are_short_to_read(value: float, text: str) -> None:
+    assert seconds(value) == text
+
+
+def test_formats_that_may_run_scripts_are_no_pictures() -> None:
+    assert type_of(b"RIFF\x00\x00\x00\x00WEBPVP8 ") == "image/webp"
+    assert type_of(b"\x00\x00\x00\x1cftypavif") == "image/avif"
+    for data in (b"<svg", b"%PDF-1.7", b"RIFF\x00\x00\x00\x00WAVE", b"\x89PNG"):
+        assert type_of(data) is None
