@@ -21,6 +21,7 @@ from blipq.errors import (
     QueueFull,
     QueueUnavailable,
     ResultTimeout,
+    TenantLimited,
     UnknownModel,
 )
 from blipq.redaction import redacted
@@ -33,6 +34,7 @@ _OF_ERRORS: dict[type[BlipqError], tuple[int, str]] = {
     UnknownModel: (422, "unknown_model"),
     InvalidRequest: (422, "invalid_request"),
     QueueUnavailable: (503, "queue_unavailable"),
+    TenantLimited: (429, "tenant_limited"),
     QueueFull: (429, "queue_full"),
     JobNotFound: (404, "job_not_found"),
     ResultTimeout: (409, "job_open"),
@@ -109,4 +111,15 @@ def problem_of(error: BaseException) -> Problem:
     more = {} if job_id is None else {"job_id": job_id}
     if isinstance(error, JobFailed):
         more["error_code"] = error.code
+    if isinstance(error, TenantLimited):
+        return _limited(error, status, code)
     return Problem(status, code, str(error), retry_after_s=retry, **more)
+
+
+def _limited(error: TenantLimited, status: int, code: str) -> Problem:
+    """A limit of the caller's tenant, which all of its keys share."""
+    headers = {"RateLimit-Limit": f"{error.most:.10g}", "RateLimit-Remaining": "0"}
+    more = {"tenant": error.tenant, "limit": error.limit, "most": error.most}
+    return Problem(
+        status, code, str(error), retry_after_s=error.retry_after_s, headers=headers, **more
+    )

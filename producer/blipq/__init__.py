@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         QueueUnavailable,
         ResultTimeout,
         SubmitStopped,
+        TenantLimited,
         UnknownModel,
     )
     from blipq.settings import Settings
@@ -106,6 +107,7 @@ __all__ = [
     "Status",
     "Submission",
     "SubmitStopped",
+    "TenantLimited",
     "Turn",
     "UnknownModel",
     "VQARequest",

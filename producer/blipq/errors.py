@@ -6,6 +6,7 @@
     │   └── UnknownModel                  no worker serves the model, or has lately; has .model
     ├── QueueUnavailable                  Redis or S3 did not answer in time; has .job_id
     ├── QueueFull                         too many open jobs, or Redis is out of memory
+    │   └── TenantLimited                 the tenant has its limit; has .tenant, .limit, .most
     ├── SubmitStopped                     submit_many stopped; has .jobs, .index, .pending
     ├── JobNotFound (LookupError)         no such job, or its result is past keeping
     ├── ResultTimeout (TimeoutError)      not ended yet; the job goes on; has .job_id
@@ -77,6 +78,24 @@ class QueueFull(BlipqError):
     """Too many jobs are open, or Redis has no memory left. Slow down and try again."""
 
     retryable = True
+
+
+class TenantLimited(QueueFull):
+    """A tenant has as many open jobs, or submits as many a second, as it may.
+
+    ``limit``: ``open_jobs`` or ``rate``, and ``most`` its number. After ``retry_after_s`` seconds
+    there may be room.
+    """
+
+    def __init__(
+        self, tenant: str, limit: str, most: float, retry_after_s: float = 1.0, done: str = ""
+    ) -> None:
+        what = "have {:.10g} open jobs" if limit == "open_jobs" else "submit {:.10g} jobs a second"
+        super().__init__(f"the tenant {tenant!r} may {what.format(most)} at the most{done}")
+        self.tenant = tenant
+        self.limit = limit
+        self.most = most
+        self.retry_after_s = retry_after_s
 
 
 class SubmitStopped(BlipqError):

@@ -247,6 +247,13 @@ class Settings(BaseSettings):
     max_open_jobs: int = Field(
         default=1_000_000, ge=1, description="Open jobs beyond which submit raises QueueFull."
     )
+    tenant: Name | None = Field(
+        default=None,
+        description=(
+            "Whose jobs a producer submits where a call names no tenant. The HTTP door takes the "
+            "tenant of the key instead."
+        ),
+    )
 
     known_models: Annotated[tuple[Name, ...], NoDecode, BeforeValidator(_parts)] = Field(
         default=(),

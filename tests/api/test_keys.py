@@ -17,7 +17,7 @@ import pytest
 
 from api.conftest import CAPTION, DoorProcess, Start, beside, running, service_of
 from api.test_jobs import claim, code_of, finish, submitted
-from blipq import Settings
+from blipq import Client, Settings
 from blipq.contract import split_s3_uri
 from blipq.ledger.worker import WorkerLedger
 from blipq.local.sample import red_square
@@ -464,3 +464,30 @@ def test_a_jobs_record_holds_what_its_key_allows_for_its_worker(
     for id in (single, batch.json()["id"]):
         held = claim(ledger, id)
         assert json.loads(held.rights) == {"buckets": ["photos/shop", "blipq-inbox/shop/"]}
+
+
+def test_a_tenant_at_its_limit_gets_429_and_others_nothing_of_it(
+    guarded: DoorProcess, keys: dict[str, str], ledger: WorkerLedger, apart: Settings
+) -> None:
+    with Client(apart) as client:
+        client.limit("shop", open_jobs=2)
+    with guarded.http(keys["shop"]) as shop, guarded.http(keys["other"]) as other:
+        first = submitted(shop, MINE, Idempotency_Key="order-1")
+        submitted(shop, MINE)
+        answer = shop.post("/v1/jobs", json=MINE)
+        assert code_of(answer) == (429, "tenant_limited")
+        told = answer.json()
+        assert (told["tenant"], told["limit"], told["most"]) == ("shop", "open_jobs", 2)
+        assert told["retryable"]
+        names = ("RateLimit-Limit", "RateLimit-Remaining", "Retry-After")
+        assert [answer.headers[name] for name in names] == ["2", "0", "1"]
+        lines = {"Content-Type": "application/x-ndjson"}
+        batch = shop.post("/v1/batches", content=json.dumps(MINE), headers=lines)
+        assert code_of(batch) == (429, "tenant_limited")
+        assert submitted(shop, MINE, Idempotency_Key="order-1") == first  # it is known
+        for _ in range(3):
+            submitted(other, MINE)
+        claimed = claim(ledger, first)
+        assert ledger.fail(claimed, '{"code": "internal", "message": "x"}', "{}")
+        submitted(shop, MINE)
+        assert code_of(shop.post(f"/v1/jobs/{first}/retry")) == (429, "tenant_limited")

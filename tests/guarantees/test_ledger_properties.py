@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from blipq import ErrorCode, Settings, Status, Submission
+from blipq import ErrorCode, Settings, Status, Submission, TenantLimited
 from blipq.contract import CaptionRequest, Options
 from blipq.ledger.codec import Message
 from blipq.ledger.connection import connect
@@ -30,6 +30,7 @@ from blipq.local.stack import LocalStack
 RUNS = int(os.environ.get("GUARANTEES_RUNS", "150"))
 LEASE_S, GRACE_S, EXPIRES_S = 10.0, 5.0, 10_000.0
 MOST_JOBS = 3
+MOST_OPEN = 2  # of the tenant whose jobs these are
 WORKERS = st.sampled_from(("a", "b"))
 PICK = st.integers(min_value=0, max_value=1000)
 RESULT = '{"kind": "caption", "captions": [{"text": "a red circle"}]}'
@@ -57,6 +58,7 @@ class Jobs(RuleBasedStateMachine):
         self.now = 1_000_000_000_000
         self.raw.set("clock", self.now)
         self.ledger = WorkerLedger(self.raw, self.settings)
+        self.ledger.limit("shop", MOST_OPEN, None)
         self.broker: list[Message] = []
         self.held: dict[str, list[Claim]] = {"a": [], "b": []}
         self.ids: list[str] = []
@@ -73,7 +75,12 @@ class Jobs(RuleBasedStateMachine):
         id = f"job_{len(self.ids)}"
         request = CaptionRequest(image="s3://bucket/key")
         options = Options(expires_in=EXPIRES_S)
-        message = self.ledger.submit(Submission(request, options, id), notify="x")
+        submission = Submission(request, options, id, "shop")
+        if self._open() >= MOST_OPEN:
+            with pytest.raises(TenantLimited):
+                self.ledger.submit(submission, notify="x")
+            return
+        message = self.ledger.submit(submission, notify="x")
         assert isinstance(message, Message)
         self.ids.append(id)
         if published:
@@ -84,7 +91,7 @@ class Jobs(RuleBasedStateMachine):
         if self.ids:
             id = self.ids[pick % len(self.ids)]
             request = CaptionRequest(image="s3://bucket/key")
-            again = Submission(request, Options(expires_in=EXPIRES_S), id)
+            again = Submission(request, Options(expires_in=EXPIRES_S), id, "shop")
             assert self.ledger.submit(again, notify="x") == id
 
     @rule(pick=PICK)
@@ -210,6 +217,13 @@ class Jobs(RuleBasedStateMachine):
                 if info.error is not None and info.error.code is ErrorCode.ATTEMPTS_EXHAUSTED:
                     assert self.begun[id] >= MAX_CRASHES, "it waited while another job crashed"
 
+    @invariant()
+    def a_tenants_open_jobs_are_counted(self) -> None:
+        assert self.raw.zcard("blipq:tenant:shop") == self._open()
+
+    def _open(self) -> int:
+        return sum(not self._read(id).ended for id in self.ids)
+
     def _held_it_last(self, claim: Claim) -> None:
         assert claim.token == self.tokens[claim.id], "a stale worker ended a job"
 
@@ -305,6 +319,10 @@ MUTATIONS = {
         "'status', 'queued', 'published_at', published_at)": "'published_at', published_at)"
     },
     "a crash counts for jobs that wait": {"if job.waiting then": "if false then"},
+    "an ended job counts as its tenant's": {
+        "if job.tenant then redis.call('ZREM'": "if false then redis.call('ZREM'"
+    },
+    "a job is counted as no tenant's": {"    add_to_tenant(id, tenant)\n": ""},
     "an ended job may be cancelled": {"if ended(job) then return 'ended' end": ""},
 }
 

@@ -133,7 +133,8 @@ class Driver:
         self._submit(lines)
 
     def _submit(self, lines: Sequence[OpenLine]) -> None:
-        submissions = [Submission(*read_work(line.work), id=line.job_id) for line in lines]
+        tenant = self._client.settings.tenant
+        submissions = [Submission(*read_work(line.work), line.job_id, tenant) for line in lines]
         answers = record_all(self._client, submissions, self._wait)
         refused = []
         for line, answer in zip(lines, answers, strict=True):

@@ -43,9 +43,7 @@ def which_jobs(
     metadata: Annotated[
         list[str] | None, _option("All with this pair; may be repeated.", "NAME=VALUE")
     ] = None,
-    tenant: Annotated[
-        str | None, _option("All that came with a key of this tenant.", "TENANT")
-    ] = None,
+    tenant: Annotated[str | None, _option("All of this tenant's.", "TENANT")] = None,
 ) -> Which:
     """The ids, or the filter. Raises InvalidRequest."""
     given: dict[str, Any] = {"status": status, "kind": kind, "model": model}
@@ -164,9 +162,7 @@ def forget(
     metadata: Annotated[
         list[str] | None, _option("All with this pair; may be repeated.", "NAME=VALUE")
     ] = None,
-    tenant: Annotated[
-        str | None, _option("All that came with a key of this tenant.", "TENANT")
-    ] = None,
+    tenant: Annotated[str | None, _option("All of this tenant's.", "TENANT")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count the jobs, and erase nothing.")

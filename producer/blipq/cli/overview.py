@@ -2,6 +2,7 @@
 
 import json
 import time
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -102,14 +103,30 @@ def log(
     out.print(table if found else "nothing was done")
 
 
+class By(StrEnum):
+    """What stats are of."""
+
+    QUEUE = "queue"
+    TENANT = "tenant"
+
+
 @app.command("stats")
-def stats(as_json: JsonOption = False) -> None:
+def stats(
+    by: Annotated[
+        By, typer.Option(metavar="WHAT", help="queue, or tenant: its open jobs and limits.")
+    ] = By.QUEUE,
+    as_json: JsonOption = False,
+) -> None:
     """Show what waits in each queue, for how long, and how many workers serve it.
 
     Examples:
         blipq queue stats
         blipq queue stats --json
+        blipq queue stats --by tenant
     """
+    if by is By.TENANT:
+        _tenants(as_json)
+        return
     with connected(as_json) as client:
         operator = OperatorLedger.beside(client.ledger)
         queues = operator.queues()
@@ -137,6 +154,50 @@ def _table(queues: list[QueueState]) -> Table:
         live, state = f"{queue.live_workers:,}", "paused" if queue.paused else "active"
         table.add_row(Text(queue.queue), f"{queue.waiting:,}", oldest, live, state)
     return table
+
+
+def _tenants(as_json: bool) -> None:
+    with connected(as_json) as client:
+        found = OperatorLedger.beside(client.ledger).tenants()
+    if as_json:
+        print(json.dumps({"tenants": [each.as_dict() for each in found]}))
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("tenant", overflow="fold")
+    for name in ("open", "oldest", "most open", "most per s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in found:
+        oldest = "" if each.oldest_s is None else f"{each.oldest_s:,.0f} s"
+        most = "" if each.most_open is None else f"{each.most_open:,}"
+        rate = "" if each.most_per_s is None else f"{each.most_per_s:g}"
+        table.add_row(Text(each.tenant), f"{each.open:,}", oldest, most, rate)
+    out.print(table if found else "no tenant has open jobs or limits")
+
+
+@app.command("limit")
+def limit(
+    tenant: Annotated[
+        str, typer.Argument(help="A tenant; * is all that have no limits of their own.")
+    ],
+    open_jobs: Annotated[
+        int | None, typer.Option(min=0, help="Most open jobs; 0 lets it submit nothing.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Most jobs a second; two seconds' may come at once.")
+    ] = None,
+) -> None:
+    """Limit what a tenant may submit. Without options it has no limits of its own.
+
+    Examples:
+        blipq queue limit shop --open-jobs 10000 --rate 50
+        blipq queue limit '*' --open-jobs 1000
+        blipq queue limit shop
+    """
+    with connected() as client:
+        client.limit(tenant, open_jobs=open_jobs, rate=rate)
+    told = [] if open_jobs is None else [f"{open_jobs:,} open jobs"]
+    told += [] if rate is None else [f"{rate:g} jobs a second"]
+    out.print(f"{tenant}: {' and '.join(told) or 'no limits of its own'}", markup=False)
 
 
 QueueArgument = Annotated[

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Unpack, cast
 
 from blipq.client.backend import Backend
-from blipq.client.base import ClientBase, embed_fields, request_of, submission_of
+from blipq.client.base import ClientBase, Fields, embed_fields, folder_of, request_of
 from blipq.client.coalescing import CoalescedPolls
 from blipq.client.forgetting import Forgetting, Forgotten, Unindex
 from blipq.client.job import AsyncJob, last_expiry
@@ -39,7 +39,6 @@ from blipq.contract import (
     JobInfo,
     MatchRequest,
     MatchResult,
-    OptionFields,
     Options,
     Priority,
     Result,
@@ -127,7 +126,7 @@ class AsyncClient(ClientBase):
         *,
         generation: Generation | Mapping[str, Any] | None = None,
         best_of: int | None = None,
-        **options: Unpack[OptionFields],
+        **options: Unpack[Fields],
     ) -> AsyncJob[CaptionResult]:
         """Asks for a caption, like ``Client.caption``."""
         fields = {"prompt": prompt, "generation": generation, "best_of": best_of}
@@ -141,7 +140,7 @@ class AsyncClient(ClientBase):
         history: Sequence[Turn | tuple[str, str]] | None = None,
         choices: Sequence[str] | None = None,
         generation: Generation | Mapping[str, Any] | None = None,
-        **options: Unpack[OptionFields],
+        **options: Unpack[Fields],
     ) -> AsyncJob[VQAResult]:
         """Asks one or many questions about an image, like ``Client.vqa``."""
         fields = {"questions": questions, "history": turns(history), "choices": choices}
@@ -153,7 +152,7 @@ class AsyncClient(ClientBase):
         texts: str | Sequence[str],
         *,
         head: Head = "itm",
-        **options: Unpack[OptionFields],
+        **options: Unpack[Fields],
     ) -> AsyncJob[MatchResult]:
         """Asks how well each text matches, like ``Client.match``."""
         return await self._ask(MatchRequest, image, {"texts": texts, "head": head}, options)
@@ -166,7 +165,7 @@ class AsyncClient(ClientBase):
         mode: EmbedMode | None = None,
         dtype: EmbedDtype = "float16",
         index: str | Mapping[str, Any] | IndexEntry | None = None,
-        **options: Unpack[OptionFields],
+        **options: Unpack[Fields],
     ) -> AsyncJob[EmbedResult]:
         """Asks for features of an image, a text or both, like ``Client.embed``."""
         return await self._ask(
@@ -182,7 +181,7 @@ class AsyncClient(ClientBase):
         texts: str | Sequence[str] = (),
         embed: bool = False,
         generation: Generation | Mapping[str, Any] | None = None,
-        **options: Unpack[OptionFields],
+        **options: Unpack[Fields],
     ) -> AsyncJob[DescribeResult]:
         """Asks for several things about an image, like ``Client.describe``."""
         fields = {"caption": caption, "questions": questions, "texts": texts, "embed": embed}
@@ -197,7 +196,7 @@ class AsyncClient(ClientBase):
         top_k: int = 10,
         rerank: int = 128,
         filter: Mapping[str, str | Sequence[str]] | None = None,
-        **options: Unpack[OptionFields],
+        **options: Unpack[Fields],
     ) -> AsyncJob[SearchResult]:
         """Asks for the images of an index that are nearest, like ``Client.search``."""
         fields = {"index": index, "text": text, "top_k": top_k, "rerank": rerank, "filter": filter}
@@ -211,9 +210,10 @@ class AsyncClient(ClientBase):
         options: Options | None = None,
         *,
         id: str | None = None,
+        tenant: str | None = None,
     ) -> AsyncJob[ResultT]:
         """Submits a request of any kind, like ``Client.submit``."""
-        submission = submission_of(request, options, id)
+        submission = self._submission(request, options, id, tenant)
         submission, span = traced(submission)
         with span:
             recorded = await self.ledger.submit(submission, notify=self._id)
@@ -228,10 +228,11 @@ class AsyncClient(ClientBase):
         options: Options | None = None,
         *,
         timeout: float = 0.0,
+        tenant: str | None = None,
     ) -> list[AsyncJob[ResultT]]:
         """Submits many requests, a chunk per round trip, like ``Client.submit_many``."""
         prepare = partial(self.ledger.prepare, notify=self._id)
-        submitting = Submitting(prepare, self._job, options, timeout)
+        submitting = Submitting(prepare, self._job, options, timeout, self._tenant(tenant))
         async for request in _each(requests):
             if submitting.add(request):
                 await self._flush(submitting)
@@ -297,6 +298,12 @@ class AsyncClient(ClientBase):
     async def resume(self, queue: str) -> int:
         """Lets workers take jobs from a queue again; how many wait."""
         return await self.ledger.resume(queue)
+
+    async def limit(
+        self, tenant: str, *, open_jobs: int | None = None, rate: float | None = None
+    ) -> None:
+        """Limits a tenant, like ``Client.limit``."""
+        await self.ledger.limit(tenant, open_jobs, rate)
 
     async def count(self, where: JobFilter) -> int:
         """How many jobs match, like ``Client.count``."""
@@ -370,14 +377,17 @@ class AsyncClient(ClientBase):
         options: Mapping[str, Any],
     ) -> AsyncJob[ResultT]:
         """Checks the options, uploads the image unless it is in S3, and submits."""
-        chosen = checked(Options, **options)
-        return await self.submit(request_of(request, await self._reference(image), fields), chosen)
+        given = dict(options)
+        tenant = self._tenant(given.pop("tenant", None))
+        chosen = checked(Options, **given)
+        asked = request_of(request, await self._reference(image, folder_of(tenant)), fields)
+        return await self.submit(asked, chosen, tenant=tenant)
 
-    async def _reference(self, image: ImageSource | None) -> str | ImageRef | None:
+    async def _reference(self, image: ImageSource | None, folder: str) -> str | ImageRef | None:
         source = self._source(image)
         if source is None:
             return cast("str | ImageRef | None", image)
-        return await asyncio.to_thread(self.storage.upload, source)
+        return await asyncio.to_thread(self.storage.upload, source, folder=folder)
 
     async def _publish(self, messages: list[Message]) -> None:
         """What is not taken in time is published by the reconciler: the jobs are recorded."""

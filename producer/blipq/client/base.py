@@ -12,12 +12,20 @@ from blipq.contract import (
     EmbedDtype,
     EmbedMode,
     IndexEntry,
+    OptionFields,
     Options,
     Request,
     ResultT,
 )
+from blipq.ledger.codec import check_tenant
 from blipq.settings import Settings
 from blipq.submission import ImageSource, Submission, checked, new_id, uploadable
+
+
+class Fields(OptionFields, total=False):
+    """What a verb takes beside its request: the options, and whose job it is."""
+
+    tenant: str | None
 
 
 class ClientBase:
@@ -32,6 +40,23 @@ class ClientBase:
         """What of an image must be uploaded, if anything. Raises InvalidRequest for a path."""
         return uploadable(image, local_paths=self.settings.local_paths)
 
+    def _tenant(self, given: str | None) -> str | None:
+        """Whose jobs these are: as the call says, or the settings."""
+        return self.settings.tenant if given is None else given
+
+    def _submission(
+        self,
+        request: Asks[Any] | Submission,
+        options: Options | None,
+        id: str | None,
+        tenant: str | None,
+    ) -> Submission:
+        """A submission with the usual options, an id and a tenant, where none are given."""
+        if isinstance(request, Submission):
+            return request
+        asked, own = cast(Request, request), self._tenant(tenant)
+        return Submission(asked, options or Options(), id or new_id(), own)
+
     def _waiting(self, ids: Iterable[str], timeout: float | None, expires: float | None) -> Waiting:
         """A wait for jobs of which the last expires at ``expires``, if that is known."""
         if expires is None:
@@ -45,20 +70,17 @@ class ClientBase:
         return time.monotonic() + (options.expires_in or self.settings.default_expires_in)
 
 
-def submission_of(
-    request: Asks[Any] | Submission, options: Options | None, id: str | None
-) -> Submission:
-    """A submission with the usual options and an id, where none are given."""
-    if isinstance(request, Submission):
-        return request
-    return Submission(cast(Request, request), options or Options(), id or new_id())
-
-
 def request_of(
     kind: type[Asks[ResultT]], image: ImageSource | None, fields: Mapping[str, Any]
 ) -> Asks[ResultT]:
     """A request about an image that is in S3. Raises InvalidRequest."""
     return cast("Asks[ResultT]", checked(cast(Any, kind), image=image, **fields))
+
+
+def folder_of(tenant: str | None) -> str:
+    """The part of the inbox that a tenant's uploads go to."""
+    check_tenant(tenant)
+    return "" if tenant is None else f"{tenant}/"
 
 
 def embed_fields(

@@ -50,6 +50,7 @@ class Submitting:
         handle: Callable[[str, Options | None], Any],
         options: Options | None,
         timeout: float,
+        tenant: str | None = None,
     ) -> None:
         self.jobs: list[Any] = []
         #: Taken from the caller, and not known to be recorded.
@@ -59,6 +60,7 @@ class Submitting:
         self._handle = handle
         self._options = options or Options()
         self._timeout = timeout
+        self._tenant = tenant
         self._invalid: tuple[Submission, InvalidRequest] | None = None
         self._start_chunk()
 
@@ -72,7 +74,7 @@ class Submitting:
     def add(self, request: Any) -> bool:
         """Takes a request or a submission; whether the chunk is to be sent now."""
         if not isinstance(request, Submission):
-            request = Submission(request, self._options)
+            request = Submission(request, self._options, tenant=self._tenant)
         request, span = traced(request)
         try:
             prepared = self._prepare(request)

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Unpack, cast
 
 from blipq.client.backend import Backend, PerProcess
-from blipq.client.base import ClientBase, embed_fields, request_of, submission_of
+from blipq.client.base import ClientBase, Fields, embed_fields, folder_of, request_of
 from blipq.client.forgetting import Forgetting, Forgotten, Unindex
 from blipq.client.job import Job, last_expiry
 from blipq.client.progress import Progress
@@ -30,7 +30,6 @@ from blipq.contract import (
     JobInfo,
     MatchRequest,
     MatchResult,
-    OptionFields,
     Options,
     Priority,
     Result,
@@ -122,7 +121,7 @@ class Client(ClientBase):
         *,
         generation: Generation | Mapping[str, Any] | None = None,
         best_of: int | None = None,
-        **options: Unpack[OptionFields],
+        **options: Unpack[Fields],
     ) -> Job[CaptionResult]:
         """Asks for a caption, optionally one that goes on from ``prompt``.
 
@@ -139,7 +138,7 @@ class Client(ClientBase):
         history: Sequence[Turn | tuple[str, str]] | None = None,
         choices: Sequence[str] | None = None,
         generation: Generation | Mapping[str, Any] | None = None,
-        **options: Unpack[OptionFields],
+        **options: Unpack[Fields],
     ) -> Job[VQAResult]:
         """Asks one or many questions about an image.
 
@@ -155,7 +154,7 @@ class Client(ClientBase):
         texts: str | Sequence[str],
         *,
         head: Head = "itm",
-        **options: Unpack[OptionFields],
+        **options: Unpack[Fields],
     ) -> Job[MatchResult]:
         """Asks how well each text matches: ``itm`` is a probability, ``itc`` a cosine."""
         return self._ask(MatchRequest, image, {"texts": texts, "head": head}, options)
@@ -168,7 +167,7 @@ class Client(ClientBase):
         mode: EmbedMode | None = None,
         dtype: EmbedDtype = "float16",
         index: str | Mapping[str, Any] | IndexEntry | None = None,
-        **options: Unpack[OptionFields],
+        **options: Unpack[Fields],
     ) -> Job[EmbedResult]:
         """Asks for features of an image, a text, or both read together (``multimodal``).
 
@@ -187,7 +186,7 @@ class Client(ClientBase):
         texts: str | Sequence[str] = (),
         embed: bool = False,
         generation: Generation | Mapping[str, Any] | None = None,
-        **options: Unpack[OptionFields],
+        **options: Unpack[Fields],
     ) -> Job[DescribeResult]:
         """Asks for several things about an image, which is looked at once.
 
@@ -205,7 +204,7 @@ class Client(ClientBase):
         top_k: int = 10,
         rerank: int = 128,
         filter: Mapping[str, str | Sequence[str]] | None = None,
-        **options: Unpack[OptionFields],
+        **options: Unpack[Fields],
     ) -> Job[SearchResult]:
         """Asks for the images of an index that are nearest to a text, or to an image.
 
@@ -223,6 +222,7 @@ class Client(ClientBase):
         options: Options | None = None,
         *,
         id: str | None = None,
+        tenant: str | None = None,
     ) -> Job[ResultT]:
         """Submits a request of any kind; when this returns, the job will reach an outcome.
 
@@ -230,10 +230,11 @@ class Client(ClientBase):
 
         The same ``id`` or idempotency key with the same request is the same job, so a submit that
         raised QueueUnavailable can be repeated with its ``job_id``. A model that no worker serves
-        now is logged as a warning: its jobs wait. Raises IdempotencyConflict, UnknownModel,
-        QueueFull or QueueUnavailable.
+        now is logged as a warning: its jobs wait. ``tenant``: whose job it is; a ``Submission`` has
+        its own. Raises IdempotencyConflict, UnknownModel, QueueFull, TenantLimited or
+        QueueUnavailable.
         """
-        submission = submission_of(request, options, id)
+        submission = self._submission(request, options, id, tenant)
         submission, span = traced(submission)
         with span:
             recorded = self.ledger.submit(submission, notify=self._id)
@@ -250,6 +251,7 @@ class Client(ClientBase):
         options: Options | None = None,
         *,
         timeout: float = 0.0,
+        tenant: str | None = None,
     ) -> list[Job[ResultT]]:
         """Submits many requests, a chunk per round trip, and returns their jobs in order.
 
@@ -259,7 +261,7 @@ class Client(ClientBase):
         recorded and what is not.
         """
         prepare = partial(self.ledger.prepare, notify=self._id)
-        submitting = Submitting(prepare, self._job, options, timeout)
+        submitting = Submitting(prepare, self._job, options, timeout, self._tenant(tenant))
         for request in requests:
             if submitting.add(request):
                 self._flush(submitting)
@@ -337,6 +339,17 @@ class Client(ClientBase):
     def resume(self, queue: str) -> int:
         """Lets workers take jobs from a queue again; how many wait."""
         return self.ledger.resume(queue)
+
+    def limit(
+        self, tenant: str, *, open_jobs: int | None = None, rate: float | None = None
+    ) -> None:
+        """Limits a tenant's open jobs, and how many it may submit a second.
+
+        Beyond them its submits raise TenantLimited, whatever process they come from; jobs that are
+        open go on. Of a rate two seconds' jobs may come at once. The tenant ``*`` is all that have
+        no limits of their own; without both limits it has none of its own. Raises InvalidRequest.
+        """
+        self.ledger.limit(tenant, open_jobs, rate)
 
     def count(self, where: JobFilter) -> int:
         """How many jobs match, open ones and those that are kept; some may be counted twice."""
@@ -426,14 +439,17 @@ class Client(ClientBase):
         options: Mapping[str, Any],
     ) -> Job[ResultT]:
         """Checks the options, uploads the image unless it is in S3, and submits."""
-        chosen = checked(Options, **options)
-        return self.submit(request_of(request, self._reference(image), fields), chosen)
+        given = dict(options)
+        tenant = self._tenant(given.pop("tenant", None))
+        chosen = checked(Options, **given)
+        asked = request_of(request, self._reference(image, folder_of(tenant)), fields)
+        return self.submit(asked, chosen, tenant=tenant)
 
-    def _reference(self, image: ImageSource | None) -> str | ImageRef | None:
+    def _reference(self, image: ImageSource | None, folder: str) -> str | ImageRef | None:
         source = self._source(image)
         if source is None:
             return cast("str | ImageRef | None", image)
-        return self.storage.upload(source)
+        return self.storage.upload(source, folder=folder)
 
     def _publish(self, messages: list[Message]) -> None:
         self.broker.publish_all(messages)

@@ -70,7 +70,7 @@ class JobInfo(Output):
     what keeps it from being run, if that is known, and ``last_error`` why it is run again.
     ``eta`` is when it should end, predicted from jobs like it and from what is ahead of it; missing
     where no such job has ended yet, and while no worker lives that serves its model.
-    ``tenant`` is whose job it is, where it came through the HTTP door with a key.
+    ``tenant`` is whose job it is, if it is a tenant's.
     ``result_uri``: the s3:// object that holds the result, where that is not in the ledger.
     """
 

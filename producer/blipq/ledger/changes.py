@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from blipq.contract import JobFilter, Priority
-from blipq.errors import InvalidRequest, QueueFull
+from blipq.errors import InvalidRequest, QueueFull, TenantLimited
 from blipq.ledger import codec, keys
 from blipq.ledger.codec import Message, ms
 from blipq.settings import Settings
@@ -60,13 +60,15 @@ class Chunk:
 class Changed:
     """What a chunk came to: the jobs that were changed, and the messages to publish.
 
-    ``cursor`` is of the next chunk. ``full``: too many jobs are open for the rest.
+    ``cursor`` is of the next chunk. ``full``: too many jobs are open for the rest, of all or of the
+    tenant that ``limited`` names with how many it may have.
     """
 
     ids: list[str]
     messages: list[Message] = field(default_factory=list)
     cursor: str = _LAST
     full: bool = False
+    limited: tuple[str, int] | None = None
 
 
 class Changing:
@@ -86,12 +88,15 @@ class Changing:
         return Chunk(self._change, _FIRST, ids) if ids else None
 
     def took(self, changed: Changed) -> None:
-        """Takes in what the chunk came to. Raises QueueFull."""
+        """Takes in what the chunk came to. Raises QueueFull or TenantLimited."""
         self.count += len(changed.ids)
         self._at += CHUNK
         self._cursor = None if changed.cursor == _LAST else changed.cursor
         if changed.full:
             done = f"{self.count:,} are queued again, the others are not"
+            if changed.limited is not None:
+                tenant, most = changed.limited
+                raise TenantLimited(tenant, "open_jobs", most, done=f": {done}")
             raise QueueFull(f"too many jobs are open (BLIPQ_MAX_OPEN_JOBS): {done}")
 
 
@@ -138,7 +143,9 @@ def target_of(which: JobFilter | Sequence[str]) -> str:
 def changed(answer: Sequence[Any]) -> Changed:
     """The change script's reply."""
     cursor, full, ids, found = answer
-    return Changed(list(ids), codec.messages(found), str(cursor), bool(full))
+    tenant, _, most = full.partition(" ") if isinstance(full, str) else ("", "", "")
+    limited = (tenant, int(most)) if tenant else None
+    return Changed(list(ids), codec.messages(found), str(cursor), bool(full), limited)
 
 
 def pause_arguments(queue: str, pause: bool, settings: Settings) -> Iterator[str]:

@@ -5,23 +5,26 @@ Pure, so that the synchronous and the asynchronous clients share it.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from blipq.contract import JobInfo, Kind, Options, Request, contract_of
+from blipq.contract.base import NAME_PATTERN
 from blipq.errors import (
     BlipqError,
     IdempotencyConflict,
     InvalidRequest,
     QueueFull,
+    TenantLimited,
     UnknownModel,
 )
 from blipq.ledger.keys import ended_channel, model_of, queue_name
 from blipq.ledger.work import eta_of, shape_of
 from blipq.settings import Settings
 from blipq.ssrf.policy import Forbidden
-from blipq.submission import Submission
+from blipq.submission import Submission, shortened
 from blipq.telemetry.trace import parsed
 
 
@@ -46,6 +49,10 @@ class Message:
         return model_of(self.queue)
 
 
+#: Limits of this tenant are of all that have no limits of their own.
+ALL_OTHERS = "*"
+LEAST_RATE, MOST_RATE = 0.001, 1_000_000
+
 #: A job was recorded, and its message is to be published; or it was known, under this id.
 Recorded = Message | str
 
@@ -53,7 +60,7 @@ Recorded = Message | str
 Cancelled = Literal["cancelled", "ended", "unknown"]
 
 #: What became of a submission. ``waits``: created, and no live worker serves its model.
-Outcome = Literal["created", "waits", "exists", "conflict", "full", "unknown"]
+Outcome = Literal["created", "waits", "exists", "conflict", "full", "unknown", "limited"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +114,9 @@ def digest(request: str, options: Options, tenant: str | None = None) -> str:
 
 
 def prepare(submission: Submission, settings: Settings, *, notify: str) -> Prepared:
-    """Makes a job ready to be recorded. Raises InvalidRequest for a forbidden URL."""
+    """Makes a job ready to be recorded. Raises InvalidRequest for a forbidden URL, or a tenant."""
     options = submission.options
+    check_tenant(submission.tenant)
     _check_urls(submission.request, options, settings)
     text = _request_text(submission.request)
     fields: dict[str, str | int] = {  # the submit script reads some by their places
@@ -131,6 +139,24 @@ def prepare(submission: Submission, settings: Settings, *, notify: str) -> Prepa
         fields["idempotency_key"] = key
     same = digest(text, options, submission.tenant)
     return Prepared(submission, same, expires_in_ms, fields)
+
+
+def check_tenant(name: str | None) -> None:
+    """Raises InvalidRequest for what is no tenant's name: it is part of names of keys."""
+    if name is not None and not (isinstance(name, str) and re.fullmatch(NAME_PATTERN, name)):
+        shown = shortened(str(name))
+        raise InvalidRequest(f"tenant: {shown!r} is no name (letters, digits, dots, dashes, _)")
+
+
+def limit_arguments(tenant: str, open_jobs: int | None, rate: float | None) -> tuple[str, ...]:
+    """The limit script's arguments. Raises InvalidRequest."""
+    if tenant != ALL_OTHERS:
+        check_tenant(tenant)
+    if open_jobs is not None and open_jobs < 0:
+        raise InvalidRequest("open_jobs: 0 or more are expected")
+    if rate is not None and not LEAST_RATE <= rate <= MOST_RATE:
+        raise InvalidRequest(f"rate: {LEAST_RATE} to {MOST_RATE:,} jobs a second are expected")
+    return tenant, *("-" if each is None else str(each) for each in (open_jobs, rate))
 
 
 def only(ids: Iterable[str]) -> str | None:
@@ -173,13 +199,20 @@ def submitted(jobs: Sequence[Prepared], answer: Sequence[str]) -> list[Recorded 
 
 
 def recorded(submission: Submission, outcome: Outcome, id: str) -> Recorded | BlipqError:
-    """What became of one submission. ``id``: of the job, or for ``unknown`` the served models."""
+    """What became of one submission.
+
+    ``id``: of the job; for ``unknown`` the served models, for ``limited`` the limit that was met.
+    """
     if outcome == "conflict":
         return IdempotencyConflict(f"job {id} was submitted with another request or options")
     if outcome == "full":
         return QueueFull("too many jobs are open (BLIPQ_MAX_OPEN_JOBS)")
     if outcome == "unknown":
         return unknown_model(submission.options.model, id)
+    if outcome == "limited":
+        limit, most, wait_ms = id.split()
+        wait_s = int(wait_ms) / 1000
+        return TenantLimited(submission.tenant or "", limit, json.loads(most), wait_s)
     if outcome == "exists":
         return id
     return replace(message_of(submission), served=outcome == "created")

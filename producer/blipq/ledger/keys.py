@@ -14,6 +14,8 @@ from blipq.contract import Kind, Priority
 OPEN = "blipq:open"  # zset: id -> deadline, of each job that has not ended
 RUNNING = "blipq:running"  # zset: id -> end of the lease
 DELAYED = "blipq:delayed"  # zset: id -> when the retry is due
+TENANTS = "blipq:tenants"  # zset: tenant with open jobs -> when its set of them was written
+LIMITS = "blipq:limits"  # hash: tenant, or * for the others -> most open jobs and jobs a second
 QUEUES = "blipq:queues"  # zset: queue -> last use
 DEAD_LETTERS = "blipq:dead-letters"  # zset: id -> when it was given up
 WORKERS = "blipq:workers"  # zset: worker -> until when it counts as live
@@ -72,6 +74,16 @@ def paused(queue: str) -> str:
 def listed(name: str) -> str:
     """Zset: id -> when it was submitted, of the jobs of a list (see ``ListName``)."""
     return f"blipq:listed:{name}"
+
+
+def tenant(name: str) -> str:
+    """Zset: id -> when it was submitted, of the open jobs of a tenant."""
+    return f"blipq:tenant:{name}"
+
+
+def rate(tenant: str) -> str:
+    """String: until when the jobs that a tenant submitted last use its rate up, in ms."""
+    return f"blipq:rate:{tenant}"
 
 
 def worker(name: str) -> str:
@@ -221,6 +233,8 @@ _CONSTANTS = {
     "DEAD_LETTERS": DEAD_LETTERS,
     "WORKERS": WORKERS,
     "LISTS": LISTS,
+    "TENANTS": TENANTS,
+    "LIMITS": LIMITS,
     "ACTIONS": ACTIONS,
     "MODELS": MODELS,
     "OUTBOX": OUTBOX,
@@ -234,7 +248,7 @@ _CONSTANTS = {
 _FUNCTIONS: tuple[Callable[[str], str], ...] = (
     *(job, idempotency, queued, again, claimed, taken, passed, paused, listed),
     *(worker, serving, spare, withdrawn, outbox, event, stopped),
-    *(work, working, cost, used),
+    *(work, working, cost, used, tenant, rate),
 )
 #: ``model_of``. A pattern, as a model's name may have dots.
 _MODEL_OF = r"local function model_of(queue) return string.match(queue, '^blipq%.(.+)%.%a+$') end"

@@ -13,6 +13,7 @@ from blipq.ledger.codec import Message
 from blipq.ledger.connection import redis_errors
 from blipq.ledger.scripts.runner import ScriptRunner
 from blipq.ledger.views.listing import Listing, Wanted
+from blipq.ledger.views.tenants import TenantState, tenants
 
 #: The most members of one index that are read for a list or purged in a round trip.
 CHUNK = 1000
@@ -133,6 +134,13 @@ class OperatorLedger(ScriptRunner):
             while ids := cast("list[str]", self.redis.zrange(keys.queued(queue), 0, CHUNK - 1)):
                 cancelled += int(self._act("purge", queue, "purge", queue, *ids))
         return cancelled
+
+    # -- tenants --
+
+    def tenants(self) -> list[TenantState]:
+        """Those that have open jobs or limits, the most open jobs first."""
+        with redis_errors():
+            return tenants(self.redis)
 
     # -- workers --
 

@@ -70,6 +70,12 @@ class ProducerLedger(ScriptRunner):
             answer = self._act("pause" if pause else "resume", queue, "pause", *arguments)
         return changes.waiting(queue, answer)
 
+    def limit(self, tenant: str, open_jobs: int | None, rate: float | None) -> None:
+        """Limits a tenant."""
+        arguments = codec.limit_arguments(tenant, open_jobs, rate)
+        with redis_errors():
+            self._act("limit", tenant, "limit", *arguments)
+
     def change(self, chunk: Chunk) -> Changed:
         """Makes one chunk of a change."""
         arguments = changes.arguments(chunk, self.settings)

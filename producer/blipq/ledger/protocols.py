@@ -31,7 +31,8 @@ class Producer(Protocol):
         """Records jobs, each once and in order, in one round trip.
 
         Answers like ``submit`` for each job, up to the first that is refused: its answer is the
-        error (IdempotencyConflict, UnknownModel or QueueFull), and later jobs are not recorded.
+        error (IdempotencyConflict, UnknownModel, QueueFull or TenantLimited), and later jobs are
+        not recorded.
         """
 
     def check_models(self, models: Iterable[str]) -> None:
@@ -54,6 +55,13 @@ class Producer(Protocol):
 
     def resume(self, queue: str) -> int:
         """Lets workers take jobs from a queue again; how many wait. Raises as ``pause``."""
+
+    def limit(self, tenant: str, open_jobs: int | None, rate: float | None) -> None:
+        """Limits a tenant's open jobs, and the jobs that it may submit a second; None is no limit.
+
+        ``*`` is all that have no limits of their own. Without both it has none of its own. Raises
+        InvalidRequest.
+        """
 
     def change(self, chunk: Chunk) -> Changed:
         """Makes one chunk of a change of many jobs."""
@@ -106,6 +114,9 @@ class AsyncProducer(Protocol):
 
     async def resume(self, queue: str) -> int:
         """As ``Producer.resume``."""
+
+    async def limit(self, tenant: str, open_jobs: int | None, rate: float | None) -> None:
+        """As ``Producer.limit``."""
 
     async def change(self, chunk: Chunk) -> Changed:
         """As ``Producer.change``."""

@@ -13,12 +13,17 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from blipq.ledger import keys
+from blipq.ledger.views.tenants import tenants
 from blipq.ops.forecast import forecast
 from blipq.ops.outlook import outlooks
 from blipq.webhooks.outbox import redis_ms
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
+
+
+#: Tenants with labels of their own, the most open jobs first; all others are counted as OTHERS.
+MOST_TENANTS, OTHERS = 200, "~others"
 
 
 class LedgerCollector(Collector):
@@ -36,7 +41,7 @@ class LedgerCollector(Collector):
         try:
             families = [
                 *(*self._jobs(), *self._queues(), *self._work()),
-                *(*self._webhooks(), *self._memory(), *self._forecast()),
+                *(*self._webhooks(), *self._memory(), *self._forecast(), *self._tenants()),
             ]
         except redis.RedisError:
             yield GaugeMetricFamily("blipq_ledger_up", "Whether Redis answers.", 0)
@@ -131,6 +136,20 @@ class LedgerCollector(Collector):
             for tenant, ms in sorted(outlook.used_ms.items()):
                 used.add_metric([model, tenant], ms / 1000)
         yield from (backlog, error, used)
+
+    def _tenants(self) -> "Iterator[Metric]":
+        open_ = GaugeMetricFamily("blipq_tenant_jobs_open", "Open jobs.", labels=["tenant"])
+        oldest = GaugeMetricFamily(
+            "blipq_tenant_oldest_seconds", "Since the oldest was submitted.", labels=["tenant"]
+        )
+        states = tenants(self._redis)
+        for state in states[:MOST_TENANTS]:
+            open_.add_metric([state.tenant], state.open)
+            oldest.add_metric([state.tenant], state.oldest_s or 0)
+        if rest := states[MOST_TENANTS:]:
+            open_.add_metric([OTHERS], sum(state.open for state in rest))
+            oldest.add_metric([OTHERS], max(state.oldest_s or 0 for state in rest))
+        yield from (open_, oldest)
 
     def _webhooks(self) -> "Iterator[Metric]":
         hosts = cast("list[str]", self._redis.zrange(keys.OUTBOX, 0, -1))

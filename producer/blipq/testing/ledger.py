@@ -1,6 +1,8 @@
 """The ledger's ``Producer`` and ``AsyncProducer`` without Redis."""
 
+import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -15,6 +17,9 @@ from blipq.ledger.erasure import Erased
 from blipq.ledger.keys import queue_name
 from blipq.settings import Settings
 from blipq.submission import Submission
+
+#: Of a tenant's rate, what may be used at once: see ``BURST`` of the scripts.
+BURST_S = 2.0
 
 
 @dataclass
@@ -79,6 +84,8 @@ class Jobs:
         self._records: dict[str, _Record] = {}
         self._ids: dict[str, str] = {}  # by idempotency key
         self._paused: set[str] = set()
+        self._limits: dict[str, tuple[int | None, float | None]] = {}
+        self._used_until: dict[str, float] = {}  # by tenant: see ``used_until`` of the scripts
         self._lock = threading.RLock()
 
     def submissions(self) -> list[Submission]:
@@ -105,6 +112,8 @@ class Jobs:
                 return "exists" if known.digest == job.digest else "conflict", id
         if sum(not info.ended for info in self.infos()) >= max_open:
             return "full", submission.id
+        if submission.tenant is not None and (met := self._limit_met(submission.tenant)):
+            return "limited", met
         now = datetime.now(UTC)
         info = JobInfo(
             id=submission.id,
@@ -122,6 +131,30 @@ class Jobs:
         if key:
             self._ids[key] = submission.id
         return "created", submission.id
+
+    def limit(self, tenant: str, open_jobs: int | None, rate: float | None) -> None:
+        """Limits a tenant."""
+        with self._lock:
+            self._limits[tenant] = open_jobs, rate
+            if open_jobs is None and rate is None:
+                del self._limits[tenant]
+
+    def _limit_met(self, tenant: str) -> str | None:
+        """Which limit of a tenant is met, as the script says it; if none is, its rate is used."""
+        none = self._limits.get(codec.ALL_OTHERS, (None, None))
+        open_jobs, rate = self._limits.get(tenant, none)
+        has = sum(info.tenant == tenant and not info.ended for info in self.infos())
+        if open_jobs is not None and has >= open_jobs:
+            return f"open_jobs {open_jobs} 1000"
+        if rate is None:
+            return None
+        now = time.monotonic()
+        till = max(now, self._used_until.get(tenant, 0.0)) + 1 / rate
+        wait = till - now - max(BURST_S, 1 / rate)
+        if wait > 0:
+            return f"rate {rate:.10g} {math.ceil(1000 * wait)}"
+        self._used_until[tenant] = till
+        return None
 
     def read(self, id: str) -> JobInfo | None:
         """A job, expired if it is due."""
@@ -311,6 +344,11 @@ class InMemoryLedger:
         check_queue(queue)
         return self._jobs.resume(queue)
 
+    def limit(self, tenant: str, open_jobs: int | None, rate: float | None) -> None:
+        """Limits a tenant."""
+        codec.limit_arguments(tenant, open_jobs, rate)  # raises for what is wrong
+        self._jobs.limit(tenant, open_jobs, rate)
+
     def change(self, chunk: Chunk) -> Changed:
         """Makes one chunk of a change."""
         return self._jobs.change(chunk, self._settings)
@@ -371,6 +409,10 @@ class InMemoryAsyncLedger:
     async def resume(self, queue: str) -> int:
         """Lets the worker take jobs from a queue again."""
         return self._ledger.resume(queue)
+
+    async def limit(self, tenant: str, open_jobs: int | None, rate: float | None) -> None:
+        """Limits a tenant."""
+        self._ledger.limit(tenant, open_jobs, rate)
 
     async def change(self, chunk: Chunk) -> Changed:
         """Makes one chunk of a change."""

@@ -144,7 +144,8 @@ class Watcher:
         for rule in self.rules.rules:
             if upload is not None and rule.takes(upload):
                 request, options = rule.job(upload, watch=self.rules.name)
-                wanted.append(Wanted(found, upload, rule, Submission(request, options)))
+                job = Submission(request, options, tenant=self.client.settings.tenant)
+                wanted.append(Wanted(found, upload, rule, job))
         if not wanted:
             self.counts.left_out += 1
         return wanted

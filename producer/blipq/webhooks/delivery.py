@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import hmac
 import json
 import random
 import secrets as random_bytes
@@ -103,6 +104,22 @@ def signed_headers(
 def new_secret() -> str:
     """A secret for BLIPQ_WEBHOOK_SECRETS."""
     return "whsec_" + base64.b64encode(random_bytes.token_bytes(32)).decode()
+
+
+def tenant_secret(secret: str, tenant: str) -> str:
+    """A tenant's own secret, which is derived from one of the deployment's.
+
+    No event's signature equals it: what is signed there ends with an object in JSON.
+    """
+    key = base64.b64decode(secret.removeprefix("whsec_"))
+    derived = hmac.digest(key, f"blipq tenant {tenant}".encode(), "sha256")
+    return "whsec_" + base64.b64encode(derived).decode()
+
+
+def secrets_for(tenant: str | None, secrets: Sequence[str]) -> list[str]:
+    """What signs an event: of a tenant's its own secrets, and those of the deployment."""
+    own = [] if tenant is None else [tenant_secret(each, tenant) for each in secrets]
+    return [*own, *secrets]
 
 
 def verdict_on(

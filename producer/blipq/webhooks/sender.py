@@ -29,7 +29,7 @@ from blipq.ssrf.http import GuardedHttp
 from blipq.telemetry import names, tracing
 from blipq.telemetry.logs import about, set_up_logging
 from blipq.telemetry.trace import NOTHING, Trace, parsed
-from blipq.webhooks.delivery import Verdict, body_of, signed_headers, verdict_on
+from blipq.webhooks.delivery import Verdict, body_of, secrets_for, signed_headers, verdict_on
 from blipq.webhooks.metrics import SenderMetrics
 from blipq.webhooks.outbox import Event, Outbox
 from blipq.webhooks.response import Answer, post
@@ -202,7 +202,7 @@ class Sender:
             if tenant is not None and not visit.enter_for(tenant, self._most_of_a_tenant(host)):
                 raise OverQuota
             body = await self._in_thread(lambda: self._body(event))
-            headers = signed_headers(event.webhook_id, body, self._secrets)
+            headers = signed_headers(event.webhook_id, body, secrets_for(tenant, self._secrets))
             with _span(event) as span:
                 if span.context:
                     headers["traceparent"] = span.context

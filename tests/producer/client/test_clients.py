@@ -38,6 +38,7 @@ from blipq import (
     Settings,
     Submission,
     SubmitStopped,
+    TenantLimited,
 )
 from blipq.contract import request_adapter
 from blipq.errors import PermanentError
@@ -371,6 +372,64 @@ def test_both_have_the_same_names_and_arguments(sync: type, asynchronous: type) 
     for name, part in there.items():
         if not isinstance(here[renamed.get(name, name)], property):
             assert signature(part) == signature(here[renamed.get(name, name)]), name
+
+
+# --- tenants --------------------------------------------------------------------------------------
+
+
+def test_a_tenant_is_that_of_the_call_or_of_the_settings(opened: Callable[..., Any]) -> None:
+    client = opened(tenant="shop")
+    jobs = [
+        client.caption(IMAGE),
+        client.caption(IMAGE, tenant="zoo"),
+        client.submit(asked(1)),
+        client.submit(asked(2), tenant="zoo"),
+        *client.submit_many([asked(3), Submission(asked(4), tenant="own"), Submission(asked(5))]),
+        *client.submit_many([asked(6)], tenant="zoo"),
+    ]
+    named = [job.info().tenant for job in jobs]
+    assert named == ["shop", "zoo", "shop", "zoo", "shop", "own", None, "zoo"]
+
+
+def test_a_tenants_upload_is_in_its_part_of_the_inbox_and_forgotten_with_its_job(
+    client: Any,
+) -> None:
+    job = client.caption(b"a cat", tenant="shop")
+    job.wait(timeout=20)
+    report = client.forget([job.id])
+    (image,) = report.objects
+    assert image.startswith("s3://blipq-inbox/shop/")
+    assert report.left == []
+
+
+def test_a_tenant_with_its_open_jobs_is_refused_and_others_are_not(
+    client: Any, world: FakeBlipq
+) -> None:
+    world.stop_worker()
+    client.limit("shop", open_jobs=1)
+    first = client.caption(IMAGE, tenant="shop", idempotency_key="k")
+    assert client.caption(IMAGE, tenant="shop", idempotency_key="k").id == first.id
+    with pytest.raises(TenantLimited, match="the tenant 'shop' may have 1 open jobs") as refused:
+        client.caption(IMAGE, tenant="shop")
+    found = refused.value.tenant, refused.value.limit, refused.value.most
+    assert found == ("shop", "open_jobs", 1)
+    client.caption(IMAGE, tenant="zoo")
+    client.caption(IMAGE)
+    world.start_worker()
+    assert first.result(timeout=20) == CAT
+    client.caption(IMAGE, tenant="shop")
+
+
+def test_a_tenant_that_has_used_its_rate_up_is_refused_until_it_has_some(client: Any) -> None:
+    client.limit("shop", rate=0.01)
+    client.caption(IMAGE, tenant="shop")
+    with pytest.raises(TenantLimited, match=r"may submit 0\.01 jobs a second") as refused:
+        client.caption(IMAGE, tenant="shop")
+    assert 50 < refused.value.retry_after_s <= 100
+    client.limit("shop")
+    client.caption(IMAGE, tenant="shop")
+    with pytest.raises(InvalidRequest, match="rate: "):
+        client.limit("shop", rate=0)
 
 
 # --- queues, and many jobs, for operators ---------------------------------------------------------

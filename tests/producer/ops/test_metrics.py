@@ -16,9 +16,11 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from blipq import Client, InvalidRequest, Settings
+from blipq.contract import CaptionRequest
 from blipq.exporter import served
 from blipq.ledger.connection import connect
 from blipq.ledger.operator import OperatorLedger
+from blipq.ops import metrics
 from blipq.ops.metrics import LedgerCollector
 from blipq.ops.outlook import work_page
 from blipq.webhooks.outbox import Outbox
@@ -188,3 +190,22 @@ def test_a_scrape_never_scans_the_keys(apart: Settings, scrape: Scrape) -> None:
         assert scrape()["blipq_webhook_senders"] == 1
         commands = {name.upper() for name in raw.info("commandstats")}
         assert not {name for name in commands if "SCAN" in name or "KEYS" in name}
+
+
+def test_tenants_are_counted_and_those_with_few_open_jobs_together(
+    apart: Settings, scrape: Scrape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "MOST_TENANTS", 2)
+    with Client(apart) as client:
+        for tenant, count in (("shop", 3), ("zoo", 2), ("a", 1), ("b", 1), (None, 1)):
+            request = CaptionRequest.model_validate({"image": IMAGE})
+            client.submit_many([request] * count, tenant=tenant)
+        told = scrape()
+        open_ = {name: value for name, value in told.items() if "tenant_jobs_open" in name}
+        assert open_ == {
+            "blipq_tenant_jobs_open shop": 3,
+            "blipq_tenant_jobs_open zoo": 2,
+            "blipq_tenant_jobs_open ~others": 2,
+        }
+        assert 0 < told["blipq_tenant_oldest_seconds shop"] < 60
+        assert 0 < told["blipq_tenant_oldest_seconds ~others"] < 60

@@ -182,3 +182,20 @@ def test_a_dead_letter_is_not_released(client: Client, ledger: WorkerLedger) -> 
     id = client.caption(IMAGE).id
     ledger.fail(claimed(ledger, id), ERROR, "{}", dead=True)
     assert ledger.release([id]) == 0
+
+
+def test_tenants_are_limited_and_shown_with_what_they_have(run: Run, apart: Settings) -> None:
+    with Client(apart) as client:
+        for tenant in ("shop", "shop", "zoo"):
+            client.caption(IMAGE, tenant=tenant)
+    ran = run("queue", "limit", "shop", "--open-jobs", "1000", "--rate", "2.5")
+    assert ran.stdout == "shop: 1,000 open jobs and 2.5 jobs a second\n"
+    shop, zoo = json.loads(run("queue", "stats", "--by", "tenant", "--json").stdout)["tenants"]
+    assert 0 < shop.pop("oldest_s") < 60
+    assert shop == {"tenant": "shop", "open": 2, "most_open": 1000, "most_per_s": 2.5}
+    assert (zoo["tenant"], zoo["open"], zoo["most_open"]) == ("zoo", 1, None)
+    heading, line, _ = run("queue", "stats", "--by", "tenant").stdout.splitlines()
+    assert heading.split()[:3] == ["tenant", "open", "oldest"]
+    assert line.split() == ["shop", "2", "0", "s", "1,000", "2.5"]
+    assert run("queue", "limit", "shop").stdout == "shop: no limits of its own\n"
+    assert run("queue", "limit", "a:b", "--open-jobs", "1").exit_code == 2

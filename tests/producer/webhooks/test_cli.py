@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 from blipq import Settings
 from blipq.cli import app
 from blipq.ops.doctor.workers import check_webhooks
+from blipq.webhooks.delivery import tenant_secret
 from blipq.webhooks.outbox import Outbox
 from conftest import wait_until
 from producer.webhooks.conftest import End, sending
@@ -72,7 +73,7 @@ def test_test_says_what_a_receiver_answers(run: Run, receiver: Receiver) -> None
 
 def test_without_a_secret_nothing_runs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BLIPQ_WEBHOOK_SECRETS")
-    for arguments in (["run"], ["test", "https://example.org/"]):
+    for arguments in (["run"], ["test", "https://example.org/"], ["secret", "of", "shop"]):
         ran = run(*arguments)
         assert (ran.exit_code, "BLIPQ_WEBHOOK_SECRETS" in ran.stderr) == (2, True)
 
@@ -84,6 +85,16 @@ def test_a_new_secret_is_one_that_the_settings_take(run: Run) -> None:
     for wrong in ("whsec_c2hvcnQ=", secret.removeprefix("whsec_"), "whsec_!"):
         with pytest.raises(ValidationError, match="whsec_ and 24 to 64 bytes"):
             Settings(webhook_secrets=wrong)  # type: ignore[arg-type]
+
+
+def test_a_tenants_secrets_are_printed_and_are_ones_that_receivers_take(run: Run) -> None:
+    ran = run("secret", "of", "shop")
+    assert ran.exit_code == 0
+    (secret,) = ran.stdout.split()
+    assert secret == tenant_secret(SECRET, "shop")
+    assert Settings(webhook_secrets=secret).webhook_secrets  # type: ignore[arg-type]
+    assert run("secret", "of", "zoo").stdout.strip() != secret
+    assert run("secret", "of", "a:b").exit_code == 2
 
 
 def test_the_ladder_is_read_with_units_and_starts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from blipq.ledger.operator import OperatorLedger
 from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.ssrf.http import GuardedHttp
 from blipq.submission import Submission
-from blipq.webhooks.delivery import new_secret, verdict_on, webhook_id
+from blipq.webhooks.delivery import new_secret, tenant_secret, verdict_on, webhook_id
 from blipq.webhooks.outbox import MAX_CRASHES, SUSPECT_AFTER, Outbox
 from blipq.webhooks.response import Answer, _retry_after
 from blipq.webhooks.sender import Sender
@@ -102,6 +102,22 @@ def test_while_secrets_change_either_verifies(
     assert len(got.headers["webhook-signature"].split(" ")) == 2
     for secret in (newer, SECRET):
         assert Webhook(secret).verify(got.body, got.headers)
+
+
+def test_a_tenants_event_verifies_by_its_own_secrets_and_no_other_tenants(
+    hooked: Settings, outbox: Outbox, receiver: Receiver, end: End
+) -> None:
+    newer = new_secret()
+    fields = {**hooked.model_dump(), "webhook_secrets": f"{newer},{SECRET}"}
+    end(receiver.url, tenant="shop")
+    with sending(Settings.model_validate(fields)):
+        settled(outbox)
+    (got,) = receiver.got
+    for secret in (newer, SECRET):
+        Webhook(tenant_secret(secret, "shop")).verify(got.body, got.headers)
+        Webhook(secret).verify(got.body, got.headers)  # the deployment's own receivers
+        with pytest.raises(WebhookVerificationError):
+            Webhook(tenant_secret(secret, "zoo")).verify(got.body, got.headers)
 
 
 def test_without_a_secret_events_wait_and_nothing_is_sent_unsigned(

@@ -72,9 +72,7 @@ async def _post_test(settings: Settings, url: str) -> "Answer":
     from blipq.webhooks.delivery import signed_headers, trial_body
     from blipq.webhooks.response import post
 
-    if not settings.webhook_secrets:
-        raise InvalidRequest("no secret to sign with: set BLIPQ_WEBHOOK_SECRETS")
-    secrets = [each.get_secret_value() for each in settings.webhook_secrets]
+    secrets = _secrets(settings)
     now = datetime.now(UTC)
     body = trial_body(now)
     http = GuardedHttp(settings.webhook_policy, timeout_s=settings.webhook_timeout_s)
@@ -157,6 +155,31 @@ def new() -> None:
     from blipq.webhooks.delivery import new_secret
 
     print(new_secret())
+
+
+@secret.command("of")
+def of_tenant(
+    tenant: Annotated[str, typer.Argument(help="A tenant, such as shop.")],
+) -> None:
+    """Print a tenant's own secrets, the newest first, which are derived from BLIPQ_WEBHOOK_SECRETS.
+
+    Examples:
+        blipq webhooks secret of shop
+    """
+    from blipq.ledger.codec import check_tenant
+    from blipq.webhooks.delivery import tenant_secret
+
+    with reported():
+        check_tenant(tenant)
+        for each in _secrets(checked(Settings)):
+            print(tenant_secret(each, tenant))
+
+
+def _secrets(settings: Settings) -> list[str]:
+    """Those of the deployment. Raises InvalidRequest without one."""
+    if not settings.webhook_secrets:
+        raise InvalidRequest("no secret to sign with: set BLIPQ_WEBHOOK_SECRETS")
+    return [each.get_secret_value() for each in settings.webhook_secrets]
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 -- how many records to go through, or 'ids' and the ids.
 -- Options: dry (nothing is changed), priority (of move), dead (retry dead letters alone),
 -- expires_in ms, retention ms and max_open (of retry).
--- Returns {next cursor ('0': none are left), 1 if too many jobs are open, ids of the jobs that are
--- changed, or would be, {kind, id, queue, ... of those to publish}}.
+-- Returns {next cursor ('0': none are left), 1 if too many jobs are open or the last tenant of which
+-- there are with how many it may have, ids of the jobs that are changed, or would be, {kind, id, queue,
+-- ... of those to publish}}.
 local change, options, filter = ARGV[1], cjson.decode(ARGV[2]), cjson.decode(ARGV[3])
 local full, changed, publish = 0, {}, {}
 
@@ -34,6 +35,7 @@ local function revive(id, job)
   unlist_job(id, job, job.status)
   list_job(id, job, 'open', expires_in + options.retention)
   index(OPEN, now + expires_in, id)
+  if job.tenant then add_to_tenant(id, job.tenant) end
   tally(work_key(job.model), job.work, 1)
   enqueue_and_publish(id, job)
 end
@@ -59,6 +61,11 @@ function changes.retry(id, job)
   if options.dry then return true end
   if redis.call('ZCARD', OPEN) >= options.max_open then
     full = 1
+    return false
+  end
+  local most = job.tenant and limits_of(job.tenant)
+  if is_at_most(job.tenant, most) then
+    full = job.tenant .. ' ' .. most
     return false
   end
   revive(id, job)

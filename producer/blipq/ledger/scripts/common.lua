@@ -77,6 +77,52 @@ local function unlist_job(id, job, status)
   redis.call('ZREM', listed_key(list_of(job, status)), id)
 end
 
+-- A tenant's open jobs. A tenant is listed as its set is made, and once a day from then on.
+local function add_to_tenant(id, tenant)
+  local key = tenant_key(tenant)
+  redis.call('ZADD', key, now, id)
+  if redis.call('PTTL', key) < INDEX_TTL - DAY then
+    redis.call('PEXPIRE', key, INDEX_TTL)
+    index(TENANTS, now, tenant)
+  end
+end
+
+-- The most open jobs of a tenant and the most that it may submit a second, each nil without a limit.
+-- '*' is of all that have no limits of their own.
+local function limits_of(tenant)
+  local found = redis.call('HMGET', LIMITS, tenant, '*')
+  local open, rate = string.match(found[1] or found[2] or '', '^(%S+) (%S+)$')
+  return tonumber(open), tonumber(rate)
+end
+
+local function is_at_most(tenant, most)
+  return most and redis.call('ZCARD', tenant_key(tenant)) >= most
+end
+
+-- A rate is kept as the time until when the jobs so far use it up. At most BURST ms of it lie ahead,
+-- or one job's: so many may be submitted at once.
+local BURST = 2000
+
+local function used_until(tenant)
+  return math.max(now, tonumber(redis.call('GET', rate_key(tenant)) or 0))
+end
+
+-- Why a tenant may submit no further job now: 'open_jobs' or 'rate', the limit, and in how many ms to
+-- try again; or nil. Then its rate, if it has one.
+local function limit_met(tenant)
+  local open, rate = limits_of(tenant)
+  if is_at_most(tenant, open) then return string.format('open_jobs %d 1000', open) end
+  if not rate then return nil end
+  local wait = used_until(tenant) + 1000 / rate - now - math.max(BURST, 1000 / rate)
+  if wait > 0 then return string.format('rate %.10g %d', rate, math.ceil(wait)) end
+  return nil, rate
+end
+
+local function use_rate(tenant, rate)
+  local till = used_until(tenant) + 1000 / rate
+  redis.call('SET', rate_key(tenant), string.format('%.3f', till), 'PX', math.ceil(till - now) + 1)
+end
+
 -- Out of its queue. Only a job that was published again is in the second set.
 local function unqueue(id, job)
   redis.call('ZREM', queued_key(job.queue), id)
@@ -87,6 +133,7 @@ end
 local function forget(id, job)
   redis.call('ZREM', OPEN, id)
   redis.call('ZREM', RUNNING, id)
+  if job.tenant then redis.call('ZREM', tenant_key(job.tenant), id) end
   unlist_job(id, job, 'open')
   tally(work_key(job.model), job.work, -1)
   if job.status == 'running' then

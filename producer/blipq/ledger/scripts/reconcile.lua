@@ -143,4 +143,14 @@ for _, queue in ipairs(redis.call('ZRANGE', QUEUES, 0, -1)) do
     end
   end
 end
+
+-- What a worker of an earlier version ended counts as its tenant's until it is found here: a few jobs
+-- of a few tenants in each chunk. Limits are kept while there is anyone to heed them.
+for _, tenant in ipairs(redis.call('ZRANDMEMBER', TENANTS, 10)) do
+  for _, id in ipairs(redis.call('ZRANDMEMBER', tenant_key(tenant), 20)) do
+    if not redis.call('ZSCORE', OPEN, id) then redis.call('ZREM', tenant_key(tenant), id) end
+  end
+  if redis.call('EXISTS', tenant_key(tenant)) == 0 then redis.call('ZREM', TENANTS, tenant) end
+end
+if redis.call('PTTL', LIMITS) < INDEX_TTL - DAY then redis.call('PEXPIRE', LIMITS, INDEX_TTL) end
 return publish

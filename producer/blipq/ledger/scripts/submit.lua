@@ -3,8 +3,9 @@
 -- idempotency key or '', expires_in ms, how many arguments its fields take, and its field/value
 -- pairs: the second is its kind, the third its model, the fourth its queue and the fifth its shape.
 -- Returns of each job that it came to: 'created' | 'waits' | 'exists' | 'conflict' | 'full' |
--- 'unknown', then an id; behind 'unknown' it is what workers serve. 'waits' is created, too, but no
--- worker lives that serves the model. The last three are refusals.
+-- 'unknown' | 'limited', then an id; behind 'unknown' it is what workers serve, and behind 'limited'
+-- which limit of the tenant was met (see limit_met). 'waits' is created, too, but no worker lives that
+-- serves the model. The last four are refusals.
 local retention, max_open, declared = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
 local live, used = {}, {}
 
@@ -39,6 +40,15 @@ local function record(id, digest, given_key, expires_in, first, last)
   end
   local open = redis.call('ZCARD', OPEN)
   if open >= max_open then return 'full', id end
+  local tenant, rate, met
+  for i = first + 8, last, 2 do
+    if ARGV[i] == 'tenant' then tenant = ARGV[i + 1] end
+  end
+  if tenant then
+    --RARELY limit_met
+    met, rate = limit_met(tenant)
+    if met then return 'limited', met end
+  end
 
   local key = job_key(id)
   redis.call('HSET', key, 'digest', digest, 'status', 'queued', 'created_at', now,
@@ -49,9 +59,11 @@ local function record(id, digest, given_key, expires_in, first, last)
   end
   index(OPEN, now + expires_in, id)
   index(queued_key(queue), now, id)
-  local listed = {created_at = now, model = model, kind = ARGV[first + 3]}
-  for i = first + 8, last, 2 do
-    if ARGV[i] == 'tenant' then listed.tenant = ARGV[i + 1] end
+  local listed = {created_at = now, model = model, kind = ARGV[first + 3], tenant = tenant}
+  if tenant then
+    --RARELY add_to_tenant use_rate
+    add_to_tenant(id, tenant)
+    if rate then use_rate(tenant, rate) end
   end
   list_job(id, listed, 'open', expires_in + retention)
   use(queue)
@@ -63,6 +75,7 @@ local function record(id, digest, given_key, expires_in, first, last)
   return live[model] > 0 and 'created' or 'waits', id
 end
 
+local refusals = {conflict = true, full = true, unknown = true, limited = true}
 local answers = {}
 local i = 4
 while i <= #ARGV do
@@ -70,7 +83,7 @@ while i <= #ARGV do
   local outcome, id = record(ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3]), i + 5, last)
   answers[#answers + 1] = outcome
   answers[#answers + 1] = id
-  if outcome == 'conflict' or outcome == 'full' or outcome == 'unknown' then break end
+  if refusals[outcome] then break end
   i = last + 1
 end
 return answers
