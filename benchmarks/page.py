@@ -7,8 +7,8 @@ from typing import Any
 from tools.docs.page import replace_section
 
 from benchmarks import cost, forms, host, results, split
+from benchmarks.fleet import tables as fleet
 from benchmarks.latency import POLICIES
-from benchmarks.paper import rows as paper_rows
 from benchmarks.peers.run import PEERS
 from benchmarks.profiling import PARTS
 from benchmarks.roofline import RUNS
@@ -30,9 +30,10 @@ def write() -> None:
         if kept is not None:
             page = ELSEWHERE.get(name, PAGE)
             replace_section(page, name, "\n".join([*text(kept["found"]), "", _about(kept)]))
-    overhead = results.load("overhead")
-    if overhead is not None:
-        replace_section(PAGE, "paper", "\n".join(table(*paper_rows(overhead["found"]))))
+    kept = results.load("fleet")
+    if kept is not None:
+        tenants = table(*fleet.tenants(kept["found"]))
+        replace_section(DOCS / "operating.md", "tenants", "\n".join([*tenants, "", _about(kept)]))
 
 
 def _about(kept: Found) -> str:
@@ -254,6 +255,11 @@ def _split(found: Found) -> Iterator[str]:
     yield from table(split.HEAD, split.rows(found))
 
 
+def _fleet(found: Found) -> Iterator[str]:
+    for each in fleet.text(found):
+        yield from (*table(*each), "")
+
+
 def _forms(found: Found) -> Iterator[str]:
     yield from table(forms.HEAD, forms.rows(found))
     yield ""
@@ -276,6 +282,7 @@ SECTIONS: dict[str, Callable[[Found], Iterator[str]]] = {
     "host": _host,
     "split": _split,
     "forms": _forms,
+    "fleet": _fleet,
 }
 
 

@@ -1,0 +1,179 @@
+"""Three runs of real workers, and the same in the simulation; what a tenant does to another's wait.
+
+The model only takes its time, and nothing is read from S3, so a run of a minute shows what the
+queue, its leases and its sweep do.
+"""
+
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+
+from benchmarks.fleet.costs import Costs, Gpu
+from benchmarks.fleet.simulation import Fleet
+from benchmarks.overhead import SLEEPING, requests
+from blipq import Client, Job, TenantLimited
+from blipq.contract import CaptionRequest, ImageRef
+from blipq_worker.bench.stack import Stack, Through, running
+
+#: 40 ms a pass and 10 more for each of at most four jobs: 50 jobs a second.
+GPU = Gpu(pass_s=0.040, row_s=0.010, batch=4, held=8, lease_s=3.0)
+SETTINGS = {
+    "BLIPQ_MODELS": f"default={1000 * GPU.pass_s:g}+{1000 * GPU.row_s:g}",
+    "BLIPQ_MAX_BATCH_SIZE": str(GPU.batch),
+    "BLIPQ_LEASE_S": str(GPU.lease_s),
+    "BENCH_FETCH": "0",
+}
+#: Of the run that the costs are taken from, and of the three that they must foretell.
+CALIBRATION, ONE, TWO, KILL = 200, 400, 800, 900
+#: Jobs that have ended when a worker is killed.
+KILLED_AFTER = 150
+IDLE_S = 5.0
+RUN_S = 120.0
+#: Of the tenants: jobs of the one with a backlog, its limit, and jobs of the other.
+BACKLOG, MOST_OPEN, LOOKS = 600, 50, 12
+
+Figures = dict[str, float]
+
+
+def measured() -> dict[str, Any]:
+    """The costs here, and the figures of each run: measured, and simulated from the costs."""
+    with running() as stack:
+        image = stack.upload([b"nothing"])[0]
+        stack.start_workers(SETTINGS, SLEEPING)
+        costs = _costs(stack, image)
+        runs = {"one worker": (_real(stack, image, ONE), simulated(costs, 1, ONE))}
+        neighbours = _neighbours(stack, image)
+        stack.start_workers(SETTINGS, SLEEPING)
+        runs["two workers"] = _real(stack, image, TWO), simulated(costs, 2, TWO)
+        killed = _killed(stack, image), simulated(costs, 2, KILL, killed=True)
+        runs["two, one killed"] = killed
+    found = {name: {"measured": real, "simulated": sim} for name, (real, sim) in runs.items()}
+    own = {"job_us": costs.job_us, "idle_us": costs.idle_us}
+    return {"costs": own, "runs": found, "tenants": neighbours}
+
+
+def off(run: Mapping[str, Figures]) -> float:
+    """How far the simulation is off at the most, as a share of what was measured."""
+    return max(abs(run["simulated"][name] / value - 1) for name, value in run["measured"].items())
+
+
+def simulated(costs: Costs, workers: int, jobs: int, *, killed: bool = False) -> Figures:
+    """A backlog of jobs, and the worker that is killed without another in its place."""
+    fleet = Fleet(1, workers, GPU, costs)
+    (cell,) = fleet.cells
+    fleet.submit(cell, jobs)
+    killed_at = 0.0
+    if killed:
+        while fleet.jobs_ended() < KILLED_AFTER:
+            fleet.run(killed_at := killed_at + 0.01)
+        fleet.kill(cell.workers[0], restarts=False)
+    fleet.run(drained=True)
+    seconds = max(each.at for each in fleet.ended)
+    found = _figures(jobs, seconds, fleet.latency(0.5), fleet.latency(0.99))
+    found["redis_busy"] = fleet.redis_busy(seconds)
+    if killed:
+        found["recovery_s"] = max(each.at for each in fleet.ended if each.alone) - killed_at
+    return found
+
+
+def _figures(jobs: int, seconds: float, p50_s: float, p99_s: float) -> Figures:
+    return {"per_s": jobs / seconds, "p50_s": p50_s, "p99_s": p99_s}
+
+
+def _costs(stack: Stack, image: ImageRef) -> Costs:
+    """What an idle worker and a job cost Redis here. The halves of a job's do not matter."""
+    stack.backlog(requests(image, CALIBRATION))  # the first jobs make what others find
+    before = _redis_cpu_s(stack)
+    time.sleep(IDLE_S)
+    idle = (_redis_cpu_s(stack) - before) / IDLE_S
+    through = stack.backlog(requests(image, CALIBRATION))
+    job_us = 1e6 * (through.cpu_s["redis"] - idle * through.seconds) / through.jobs
+    return Costs(job_us / 2, job_us / 2, 1e6 * idle)
+
+
+def _redis_cpu_s(stack: Stack) -> float:
+    redis = next(each for each in stack.local.services if each.name == "redis")
+    times = psutil.Process(redis.pid).cpu_times()
+    return times.user + times.system
+
+
+def _real(stack: Stack, image: ImageRef, jobs: int) -> Figures:
+    return _of(stack.backlog(requests(image, jobs)))
+
+
+def _of(through: Through) -> Figures:
+    p50_s, p99_s = through.percentile(0.5), through.percentile(0.99)
+    found = _figures(through.jobs, through.seconds, p50_s, p99_s)
+    return found | {"redis_busy": through.cpu_s["redis"] / through.seconds}
+
+
+def _killed(stack: Stack, image: ImageRef) -> Figures:
+    """The first of two workers is killed while both have a backlog."""
+    killed_at = 0.0
+
+    def kill() -> None:
+        nonlocal killed_at
+        while stack.client.ledger.redis.zcard("blipq:open") > KILL - KILLED_AFTER:
+            time.sleep(0.01)
+        stack.workers[0].signal(signal.SIGKILL)
+        killed_at = time.time()
+
+    before, started = _redis_cpu_s(stack), time.monotonic()
+    jobs = stack.client.submit_many(requests(image, KILL))
+    killer = threading.Thread(target=kill)
+    killer.start()
+    infos = [job.info() for job in stack.client.wait_all(jobs, timeout=RUN_S)]
+    seconds = time.monotonic() - started
+    killer.join()
+    took = [(i.completed_at - i.created_at).total_seconds() for i in infos if i.completed_at]
+    cpu_s = {"redis": _redis_cpu_s(stack) - before}
+    back = [i.completed_at.timestamp() for i in infos if i.completed_at and i.attempts > 1]
+    through = Through(len(jobs), seconds, took, infos, cpu_s)
+    return _of(through) | {"recovery_s": max(back) - killed_at}
+
+
+def _neighbours(stack: Stack, image: ImageRef) -> dict[str, Figures]:
+    """Seconds that jobs of one tenant take, one by one, by what another has submitted."""
+    found = {"alone": _looks(stack, image, "alone")}
+    jobs = stack.client.submit_many(requests(image, BACKLOG), tenant="busy")
+    found[f"behind {BACKLOG} jobs"] = _looks(stack, image, "behind", count=1)
+    stack.client.wait_all(jobs)
+    stack.client.limit("busy", open_jobs=MOST_OPEN)
+    stop = threading.Event()
+    busy = threading.Thread(target=_submit_until, args=(stack.client, image, stop))
+    busy.start()
+    time.sleep(1.0)
+    try:
+        found[f"beside at most {MOST_OPEN} open jobs"] = _looks(stack, image, "beside")
+    finally:
+        stop.set()
+        busy.join()
+        stack.client.limit("busy")
+    return found
+
+
+def _submit_until(client: Client, image: ImageRef, stop: threading.Event) -> None:
+    """As many jobs as the limit allows, all the time."""
+    jobs: list[Job[Any]] = []
+    while not stop.is_set():
+        request = CaptionRequest(image=image, prompt=f"busy {len(jobs)}")
+        try:
+            jobs.append(client.submit(request, tenant="busy"))
+        except TenantLimited:
+            time.sleep(0.005)
+    client.wait_all(jobs)
+
+
+def _looks(stack: Stack, image: ImageRef, mark: str, count: int = LOOKS) -> Figures:
+    waits = []
+    for number in range(count):
+        started = time.monotonic()
+        request = CaptionRequest(image=image, prompt=f"{mark} {number}")
+        stack.client.submit(request, tenant="calm").result(timeout=RUN_S)
+        waits.append(time.monotonic() - started)
+    return {"p50_s": statistics.median(waits), "most_s": max(waits)}
