@@ -1,5 +1,6 @@
 """A tenant at its limit is refused, and no other, while workers die and jobs come back."""
 
+import signal
 import threading
 import time
 from typing import Any
@@ -11,7 +12,7 @@ from guarantees.rig import Rig
 
 MOST_OPEN = 12
 THREADS = 4
-SECONDS = 6.0
+SECONDS = 8.0
 
 
 class Tenant:
@@ -38,7 +39,7 @@ class Tenant:
         with Client(settings) as client:
             while time.monotonic() < self._until:
                 try:
-                    self.jobs.append(client.caption(self._rig.image, "sleep 0.05"))
+                    self.jobs.append(client.caption(self._rig.image, "sleep 0.2"))
                 except TenantLimited as error:
                     self.refused.append(error)
                 time.sleep(self._pause_s)
@@ -54,9 +55,12 @@ def test_a_tenant_has_no_more_open_jobs_than_it_may_while_its_workers_are_killed
     while shop.submits():
         most = max(most, _open(rig.operator).get("shop", 0))
         if not killed and len(shop.jobs) > 2 * MOST_OPEN:
-            rig.kill(worker)
-            rig.start_worker(max_batch_size=2)
-            killed = True
+            worker.signal(signal.SIGSTOP)
+            if killed := rig.running() > 0:
+                rig.kill(worker)
+                rig.start_worker(max_batch_size=2)
+            else:
+                worker.signal(signal.SIGCONT)
         time.sleep(0.02)
     shop.join()
     zoo.join()
