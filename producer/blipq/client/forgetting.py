@@ -51,7 +51,9 @@ class Forgetting:
         for job in jobs:
             if job.image is None or not self._is_upload(job.image):
                 continue
-            if job.tenant is None or self._is_upload(job.image, f"{job.tenant}/"):
+            if job.is_part:
+                self.report.left.append(f"{job.image}: the job named a part of it")
+            elif job.tenant is None or self._is_upload(job.image, f"{job.tenant}/"):
                 found[job.image] = None
             else:
                 self.report.left.append(f"{job.image}: not in {job.tenant}'s part of the inbox")

@@ -12,6 +12,8 @@ from blipq.ssrf import policy as guard
 #: As S3 takes them; old buckets, and those of other stores, may have capitals and underscores.
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
 _HTTP = re.compile(r"(?P<place>https?://[^/?#]*)(?P<path>[/?][^#]*)(#.*)?", re.I | re.DOTALL)
+#: 50 TB, the most that S3 takes.
+_LARGEST_OBJECT = 50 * 10**12
 _TO_ENCODE = re.compile(r"[^\x00-\x7f]+|\x20+")
 
 
@@ -62,18 +64,38 @@ def _checked_image_uri(uri: str) -> str:
 class ImageRef(Input):
     """An object in S3, or at a public https:// URL.
 
-    With ``etag`` or ``version_id`` (S3 alone) the worker refuses any other bytes.
+    With ``etag`` or ``version_id`` (S3 alone) the worker refuses any other bytes. With ``offset``
+    and ``length`` the image is that part of the object, such as a member of a tar; these need one
+    of the two, as a part of other bytes would be no image.
     """
 
     uri: Annotated[str, Field(max_length=4096), AfterValidator(_checked_image_uri)]
     version_id: str | None = Field(default=None, max_length=1024)
     etag: str | None = Field(default=None, max_length=256)
+    offset: int | None = Field(default=None, ge=0, le=_LARGEST_OBJECT)
+    length: int | None = Field(default=None, ge=1, le=_LARGEST_OBJECT)
 
     @model_validator(mode="after")
-    def _only_s3_has_versions(self) -> "ImageRef":
-        if self.version_id is not None and not self.in_s3:
-            raise ValueError("version_id is for s3:// references")
+    def _only_s3_has_versions_and_parts(self) -> "ImageRef":
+        if self.in_s3:
+            return self
+        for name in ("version_id", "offset", "length"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is for s3:// references")
         return self
+
+    @model_validator(mode="after")
+    def _a_part_is_whole_and_pinned(self) -> "ImageRef":
+        if (self.offset is None) != (self.length is None):
+            raise ValueError("offset and length go together")
+        if self.is_part and self.etag is None and self.version_id is None:
+            raise ValueError("offset and length need an etag or a version_id beside them")
+        return self
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is a part of an object, not the whole."""
+        return self.offset is not None
 
     @property
     def in_s3(self) -> bool:

@@ -146,6 +146,8 @@ class EmbedRequest(Input, Asks[EmbedResult]):
             raise ValueError(f"mode {self.mode!r} needs a text")
         if self.index is not None and self.mode != "image":
             raise ValueError("an index holds images: mode must be 'image'")
+        if self.index is not None and self.image is not None and self.image.is_part:
+            raise ValueError("an index holds whole objects: leave offset and length out")
         return self
 
 

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 
-from blipq.contract.base import CONTRACT
 from blipq.contract.images import split_s3_uri
 from blipq.contract.options import Options
 from blipq.contract.requests import EmbedRequest, Request, SearchRequest
@@ -18,9 +17,11 @@ def contract_of(request: Request, options: Options) -> int:
 
     Most jobs need contract 1: in a fleet that is being upgraded, every worker takes them.
     """
+    if request.image is not None and request.image.is_part:
+        return 3
     buckets = all(_BUCKET_1.fullmatch(bucket) for bucket in _buckets(request, options))
     metadata = all(len(value) <= _LONGEST_METADATA_1 for value in _metadata(request))
-    return 1 if buckets and metadata else CONTRACT
+    return 1 if buckets and metadata else 2
 
 
 def _buckets(request: Request, options: Options) -> Iterator[str]:

@@ -15,7 +15,8 @@ CHUNK, PAGE = 50, 500
 class Erased:
     """A job as it was: what it named that lies elsewhere, and how many events it had.
 
-    ``entry``: name and id of the image that it put into a search index.
+    ``entry``: name and id of the image that it put into a search index. ``is_part``: its image is a
+    part of an object, which may hold others.
     """
 
     id: str
@@ -26,6 +27,7 @@ class Erased:
     entry: tuple[str, str] | None
     events: int
     tenant: str | None = None
+    is_part: bool = False
 
 
 def erased(answer: Iterable[Sequence[Any]]) -> list[Erased]:
@@ -43,8 +45,17 @@ def _erased(
     entry = None
     if isinstance(index, dict):  # a search names its index by a text
         entry = (str(index["name"]), str(index.get("id") or uri))
-    place = result_uri or None
-    return Erased(id, Status(status), uri, output or None, place, entry, events, tenant or None)
+    return Erased(
+        id,
+        Status(status),
+        uri,
+        output or None,
+        result_uri or None,
+        entry,
+        events,
+        tenant or None,
+        image.get("offset") is not None,
+    )
 
 
 def named_arguments(cursor: str, uris: Iterable[str]) -> Iterator[str | int]:

@@ -44,7 +44,8 @@ class _Record:
         index = asked.index if isinstance(asked, EmbedRequest) else None
         entry = None if index is None else (index.name, index.id or uri or "")
         info = self.info
-        return Erased(info.id, info.status, uri, output, None, entry, 0, info.tenant)
+        is_part = asked.image is not None and asked.image.is_part
+        return Erased(info.id, info.status, uri, output, None, entry, 0, info.tenant, is_part)
 
     def meets(self, where: JobFilter) -> bool:
         """Whether it meets every condition."""

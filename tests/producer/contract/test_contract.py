@@ -3,6 +3,7 @@
 import base64
 import struct
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -401,3 +402,29 @@ def test_an_array_is_read_with_and_without_numpy(dtype: str, code: str) -> None:
 def test_a_flat_array_is_a_flat_list() -> None:
     data = base64.b64encode(struct.pack("<2f", 1.0, 2.0)).decode()
     assert Array(shape=(2,), dtype="float32", data=data).tolist() == [1.0, 2.0]
+
+
+PART = {"uri": "s3://photos/a.tar", "etag": "x", "offset": 512, "length": 9}
+
+
+@pytest.mark.parametrize(
+    ("fields", "wrong"),
+    [
+        ({"length": None}, "offset and length go together"),
+        ({"offset": None}, "offset and length go together"),
+        ({"etag": None}, "need an etag or a version_id"),
+        ({"offset": -1}, "offset"),
+        ({"length": 0}, "length"),
+        ({"length": 2**63}, "length"),
+        ({"uri": "https://photos.example/a.tar"}, "offset is for s3:// references"),
+    ],
+)
+def test_a_part_of_an_object_is_whole_and_pinned(fields: dict[str, Any], wrong: str) -> None:
+    assert ImageRef.model_validate(PART).is_part
+    with pytest.raises(ValidationError, match=wrong):
+        ImageRef.model_validate({**PART, **fields})
+
+
+def test_an_index_holds_no_parts_of_objects() -> None:
+    with pytest.raises(ValidationError, match="an index holds whole objects"):
+        EmbedRequest.model_validate({"image": PART, "index": "pets"})

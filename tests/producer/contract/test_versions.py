@@ -7,6 +7,7 @@ import pytest
 from blipq.contract import Options, contract_of, request_adapter
 
 LONG = "x" * 513
+PART = {"uri": "s3://photos/a.tar", "etag": "x", "offset": 512, "length": 9}
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,8 @@ LONG = "x" * 513
         ),
         ({"kind": "search", "index": "shop", "text": "a", "filter": {"a": ["b", LONG]}}, {}, 2),
         ({"kind": "search", "index": "shop", "text": "a", "filter": {"a": LONG}}, {}, 2),
+        ({"kind": "caption", "image": PART}, {}, 3),
+        ({"kind": "search", "index": "shop", "image": PART}, {}, 3),
     ],
 )
 def test_a_job_needs_the_lowest_contract_whose_workers_take_it(

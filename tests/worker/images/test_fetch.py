@@ -1,5 +1,6 @@
 """An object from S3, or why not: against the real S3, and against servers that misbehave."""
 
+import hashlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -145,6 +146,54 @@ def test_names_elsewhere_promise_nothing(storage: Storage) -> None:
     uri = f"s3://photos/{'0' * 64}.png"
     storage.put(uri, b"a picture", content_type="image/png")
     assert fetcher(storage).fetch(ImageRef(uri=uri)).data == b"a picture"
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def part(storage: Storage, image: ImageRef, offset: int, length: int, **fields: str) -> ImageRef:
+    pinned = {"etag": etag_of(storage, image), **fields}
+    return ImageRef(uri=image.uri, offset=offset, length=length, **pinned)
+
+
+@pytest.mark.parametrize(("offset", "length"), [(0, 1), (7, 1000), (len(BYTES) - 5, 5)])
+def test_a_part_of_an_object_is_read_alone(
+    storage: Storage, image: ImageRef, offset: int, length: int
+) -> None:
+    wanted = part(storage, image, offset, length)
+    sizes: list[int] = []
+    # The cap is on the part, not on what it lies in.
+    found = fetcher(storage, max_bytes=1000).fetch(wanted, sized=sizes.append)
+    assert found.data == BYTES[offset : offset + length]
+    assert found.digest == hashlib.sha256(found.data).hexdigest()
+    assert sizes == [length]
+    assert fetcher(storage).fetch(wanted, unless=found.etag) is None
+
+
+def test_a_part_that_is_too_long_is_refused_unread(image: ImageRef, storage: Storage) -> None:
+    wanted = part(storage, image, 0, 1001)
+    nowhere = Storage(Settings(s3_endpoint_url="http://127.0.0.1:1"))
+    error = refusal(fetcher(nowhere, max_bytes=1000), wanted)
+    assert (type(error), error.code) == (PermanentError, ErrorCode.IMAGE_TOO_LARGE)
+
+
+@pytest.mark.parametrize("offset", [len(BYTES) - 5, len(BYTES), len(BYTES) + 10**6])
+def test_a_part_that_reaches_behind_the_end_is_refused(
+    storage: Storage, image: ImageRef, offset: int
+) -> None:
+    error = refusal(fetcher(storage), part(storage, image, offset, 10))
+    assert (type(error), error.code) == (PermanentError, ErrorCode.INVALID_REQUEST)
+
+
+def test_a_part_of_other_bytes_is_refused(storage: Storage, image: ImageRef) -> None:
+    wanted = part(storage, image, 0, 10, etag='"0123456789abcdef0123456789abcdef"')
+    error = refusal(fetcher(storage), wanted)
+    assert (type(error), error.code) == (PermanentError, ErrorCode.IMAGE_CHANGED)
+
+
+def test_a_part_is_read_from_allowed_buckets_alone(storage: Storage, image: ImageRef) -> None:
+    error = refusal(fetcher(storage, allowed_buckets=["other"]), part(storage, image, 0, 10))
+    assert error.code is ErrorCode.IMAGE_FORBIDDEN
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -339,3 +339,14 @@ def test_a_large_photo_is_decoded_smaller_where_the_model_allows_it(
     sent = np.frombuffer(loaded.pixels[0], "u1").astype(int)
     assert np.abs(sent - np.asarray(expected).ravel()).max() <= 3
     assert list(parts.pictures._sizes._entries.values()) == [(1800, 2400)]
+
+
+def test_two_parts_of_one_object_are_two_pictures(parts: Parts, storage: Storage) -> None:
+    one, two = png(8, 8), png(8, 8, color="red")
+    storage.put(PLACE, one + two, content_type="application/x-tar")
+    etag = storage.client.head_object(Bucket="blipq-inbox", Key="pictures/a.png")["ETag"]
+    places = ({"offset": 0, "length": len(one)}, {"offset": len(one), "length": len(two)})
+    digests = [parts.load(etag=etag, **place).digest for place in places]
+    assert digests == [hashlib.sha256(data).hexdigest() for data in (one, two)]
+    assert [parts.load(etag=etag, **place).digest for place in places] == digests
+    assert parts.counts() == (4, 2, 2)

@@ -48,7 +48,7 @@ class Fetched:
 
 
 class Fetcher:
-    """Reads objects whole, under a cap on bytes and on the time in all."""
+    """Reads objects, or parts of them, under a cap on bytes and on the time in all."""
 
     def __init__(
         self,
@@ -92,10 +92,13 @@ class Fetcher:
         if not image.in_s3:
             return _fetched(self._over_https(image), None)
         self._check_allowed(image)
+        if image.length is not None and image.length > self.max_bytes:
+            raise self._too_large(image)
         deadline = time.monotonic() + self._timeout_s
         try:
             response = self._storage.client.get_object(**_arguments(image, unless))
             _check_etag(image, response)
+            _check_part(image, response)
             data = self._read(image, response, deadline, sized)
             fetched = _fetched(data, response.get("ETag"))
         except (ClientError, BotoCoreError, S3Refused) as error:
@@ -109,7 +112,12 @@ class Fetcher:
         return fetched
 
     def _check_digest(self, image: ImageRef, fetched: Fetched) -> None:
-        """An upload is what its name says, whoever may write to the inbox."""
+        """An upload is what its name says, whoever may write to the inbox.
+
+        The name says nothing of a part, whose reference pins the object by other means.
+        """
+        if image.is_part:
+            return
         named = _DIGEST_KEY.fullmatch(image.key)
         if image.bucket != self._storage.settings.inbox_bucket or named is None:
             return
@@ -151,6 +159,8 @@ class Fetcher:
         except BaseException:
             body.close()  # unread bytes: the connection cannot be used again
             raise
+        if image.is_part:  # offsets count stored bytes
+            return data.getvalue()
         try:
             return plain(data.getvalue(), response.get("ContentEncoding"), self.max_bytes)
         except TooLong:
@@ -169,6 +179,8 @@ def _arguments(image: ImageRef, unless: str | None) -> dict[str, Any]:
     arguments: dict[str, Any] = {"Bucket": image.bucket, "Key": image.key}
     if image.version_id is not None:
         arguments["VersionId"] = image.version_id
+    if image.offset is not None and image.length is not None:
+        arguments["Range"] = f"bytes={image.offset}-{image.offset + image.length - 1}"
     if unless is not None and (image.etag is None or _same(image.etag, unless)):
         arguments["IfNoneMatch"] = unless
     elif image.etag is not None:
@@ -183,6 +195,19 @@ def _check_etag(image: ImageRef, response: Any) -> None:
         response["Body"].close()
         message = f"{image.uri} has the ETag {etag} now"
         raise PermanentError(ErrorCode.IMAGE_CHANGED, message)
+
+
+def _check_part(image: ImageRef, response: Any) -> None:
+    """Refuses another part than the one asked for: an object that ends earlier, or a whole one."""
+    if image.offset is None or image.length is None:
+        return
+    asked = f"bytes {image.offset}-{image.offset + image.length - 1}/"
+    found = response.get("ContentRange")
+    if found is None or not found.startswith(asked):
+        response["Body"].close()
+        shown = found or "the whole object"
+        message = f"{image.uri}: S3 gives {shown} for {asked.rstrip('/')}"
+        raise PermanentError(ErrorCode.INVALID_REQUEST, message)
 
 
 def _same(one: str, other: str) -> bool:

@@ -26,6 +26,9 @@ REMEMBERED = 16_384
 #: Entered while a decoder reads the bytes of strangers.
 Marked = Callable[[], AbstractContextManager[None]]
 
+#: Of an image: its URI, its version, and which part of the object it is.
+_Place = tuple[str, str | None, int | None, int | None]
+
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -101,7 +104,7 @@ class Pictures:
         self._decoding = decoding
         self._limits = limits
         self._timeout_s = timeout_s
-        self._places: Recent[tuple[str, str | None], _Seen] = Recent()
+        self._places: Recent[_Place, _Seen] = Recent()
         self._sizes: Recent[str, tuple[int, int]] = Recent()
 
     def load(
@@ -122,7 +125,7 @@ class Pictures:
         full size nothing is kept. Raises WorkError, InferenceError, and Lost once the claim is
         gone.
         """
-        place = image.uri, image.version_id
+        place = image.uri, image.version_id, image.offset, image.length
         whole = "patches" in needed
         seen = self._places.get(place)
         etag = None
