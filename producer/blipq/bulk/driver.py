@@ -127,9 +127,10 @@ class Driver:
 
     def _add(self, entries: Sequence[Entry]) -> None:
         ids = [job_id_of(self._bulk, entry) for entry in entries]
-        lines = self._journal.add(entries, ids)
+        lines, ended = self._journal.add(entries, ids)
         self.lines, self.position = entries[-1].number, entries[-1].position
-        self._count(REFUSED, len(entries) - len(lines))
+        for status, number in ended.items():
+            self._count(status, number)
         self._submit(lines)
 
     def _submit(self, lines: Sequence[OpenLine]) -> None:

@@ -8,11 +8,12 @@ import fcntl
 import json
 import secrets
 import sqlite3
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from blipq.bulk.manifest import Entry
 from blipq.contract import JobError, JobInfo, Status
@@ -31,8 +32,8 @@ CREATE TABLE line (
 );
 CREATE INDEX line_status ON line (status);
 """
-#: Status of a line that never became a job.
-REFUSED = "refused"
+#: Status of a line that never became a job, and of one that has the outcome of another line.
+REFUSED, DUPLICATE = "refused", "duplicate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,10 @@ def is_driven(path: Path) -> bool:
 class Journal:
     """One bulk's file. ``create`` or ``open`` it."""
 
+    schema: ClassVar[str] = _SCHEMA
+    #: What is kept of a job that has ended.
+    kept: ClassVar[dict[str, Any]] = {"result": True, "result_uri": True, "error": True}
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
@@ -78,11 +83,11 @@ class Journal:
             raise
 
     @classmethod
-    def create(cls, path: Path, **facts: Any) -> "Journal":
+    def create(cls, path: Path, **facts: Any) -> Self:
         """A new file, whole or not at all."""
         scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         with closing(sqlite3.connect(scratch)) as db, db:
-            db.executescript(_SCHEMA)
+            db.executescript(cls.schema)
             pairs = {"position": "", "lines": 0, **facts}.items()
             db.executemany(
                 "INSERT INTO bulk VALUES (?, ?)", [(key, json.dumps(value)) for key, value in pairs]
@@ -91,11 +96,11 @@ class Journal:
         return cls(path)
 
     @classmethod
-    def open(cls, path: Path) -> "Journal":
+    def open(cls, path: Path) -> Self:
         """A file that is there. Raises InvalidRequest."""
         if not path.is_file():
             raise InvalidRequest(f"there is no bulk {path}: {blipq('bulk submit')} makes one")
-        journal: Journal | None = None
+        journal: Self | None = None
         try:
             journal = cls(path)
             journal.fact("id")
@@ -126,22 +131,35 @@ class Journal:
 
     # -- lines --
 
-    def add(self, entries: Sequence[Entry], job_ids: Sequence[str]) -> list[OpenLine]:
+    def add(
+        self, entries: Sequence[Entry], job_ids: Sequence[str]
+    ) -> tuple[list[OpenLine], Counter[str]]:
         """Notes the next lines, and where to read on; those that are to be submitted.
 
-        A malformed line, or one whose ``custom_id`` was used before, ends here.
+        A malformed line, or one whose ``custom_id`` was used before, ends here: how many with which
+        status.
         """
-        added = []
+        added: list[OpenLine] = []
+        ended: Counter[str] = Counter()
         with self._changing():
             for entry, job_id in zip(entries, job_ids, strict=True):
-                if entry.work is None:
-                    self._refuse(entry, entry.error or "malformed")
-                elif self._insert(entry, job_id):
-                    added.append(OpenLine(entry.number, job_id, entry.work))
+                taken = self._take(entry, job_id)
+                if isinstance(taken, OpenLine):
+                    added.append(taken)
                 else:
-                    self._refuse(entry, f"custom_id: line {self._line_of(entry)} has it, too")
+                    ended[taken] += 1
             self._note({"position": entries[-1].position, "lines": entries[-1].number})
-        return added
+        return added, ended
+
+    def _take(self, entry: Entry, job_id: str) -> OpenLine | str:
+        """Notes a line: it is open, or has this status at once."""
+        if entry.work is None:
+            self._refuse(entry, entry.error or "malformed")
+        elif self._insert(entry, job_id):
+            return OpenLine(entry.number, job_id, entry.work)
+        else:
+            self._refuse(entry, f"custom_id: line {self._line_of(entry)} has it, too")
+        return REFUSED
 
     def _insert(self, entry: Entry, job_id: str) -> bool:
         inserted = self._db.execute(
@@ -175,11 +193,10 @@ class Journal:
 
         When this returns they are on disk.
         """
-        kept = {"result", "result_uri", "error"}
         with self._changing():
             self._note({"collected": [info.id for _, info in infos]})
             for number, info in infos:
-                outcome = info.model_dump(mode="json", include=kept, exclude_none=True)
+                outcome = info.model_dump(mode="json", include=self.kept, exclude_none=True)
                 self._end(number, info.status, outcome)
 
     def refuse(self, refused: Sequence[tuple[int, str]]) -> None:

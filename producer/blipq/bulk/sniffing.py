@@ -12,7 +12,7 @@ _BINARY = (
     (b"BZh", "bzip2: unpack it (bunzip2)"),
     (b"\xfd7zXZ\0", "xz: unpack it (unxz)"),
     (b"PK\x03\x04", "a ZIP or a workbook of Excel: export it"),
-    (b"PAR1", "Parquet: export it"),
+    (b"PAR1", "Parquet: export it, or install blipq-datasets"),
     (b"ARROW1", "Arrow: export it"),
     (codecs.BOM_UTF16_LE, "UTF-16: save it as UTF-8"),
     (codecs.BOM_UTF16_BE, "UTF-16: save it as UTF-8"),
@@ -54,4 +54,4 @@ def _separated(line: bytes) -> str | None:
     heading = _HEADING.fullmatch(line)
     if heading is None or not _FIELDS.search(line):
         return None
-    return f"{_SEPARATED[heading[1]]}: make an object of each row"
+    return f"{_SEPARATED[heading[1]]}: make an object of each row, or install blipq-datasets"

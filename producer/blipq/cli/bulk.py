@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from blipq.bulk.driver import Driver
-from blipq.bulk.journal import REFUSED, Journal, driving, is_driven
-from blipq.bulk.manifest import Manifest
+from blipq.bulk.journal import DUPLICATE, REFUSED, Journal, driving, is_driven
+from blipq.bulk.manifest import Entry
 from blipq.bulk.results import write
 from blipq.bulk.start import begin, check_outputs, journal_path, template_from
 from blipq.cli.terminal.bar import Bar
@@ -76,7 +77,9 @@ def submit(
             kept, found = begin(path, facts, client.storage)
             with closing(kept):
                 check_outputs(found, kept, client)
-                _drive(client, kept, found, window or client.settings.window, as_json)
+                most = window or client.settings.window
+                drive(client, kept, found.entries, found.size, most, as_json)
+                end(kept, as_json)
 
 
 def _source(
@@ -89,23 +92,38 @@ def _source(
     return str(manifest), None
 
 
-def _drive(
-    client: Client, journal: Journal, manifest: Manifest, window: int, as_json: bool
+def drive(
+    client: Client,
+    journal: Journal,
+    entries: Callable[[int, str], Iterator[Entry]],
+    size: int | None,
+    window: int,
+    as_json: bool,
+    also: Callable[[Driver], None] = lambda driver: None,
 ) -> None:
-    with Bar(manifest.size, shown=not as_json) as bar:
+    """Works on a bulk until its last line has ended. ``also`` is called after each step.
+
+    size: bytes of the manifest, if known. Raises typer.Exit when it is interrupted.
+    """
+    with Bar(size, shown=not as_json) as bar:
         reasons = Reasons(journal, shown=not as_json)
 
         def tell(driver: Driver) -> None:
             reasons.show(driver)
             bar.show(driver)
+            also(driver)
 
-        driver = Driver(client, journal, manifest.entries, window=window, report=tell)
+        driver = Driver(client, journal, entries, window=window, report=tell)
         try:
             driver.run()
         except KeyboardInterrupt:
             if not as_json:
                 errors.print("the same command goes on from here", style="dim")
             raise typer.Exit(130) from None
+
+
+def end(journal: Journal, as_json: bool) -> None:
+    """Shows what became of a bulk. Raises typer.Exit with the command's exit code."""
     summary = _summary(journal)
     _show(summary, as_json)
     if not as_json:
@@ -115,7 +133,7 @@ def _drive(
             errors.print(told, style="yellow")
         command = blipq(f"bulk results {shlex.quote(str(journal.path))} --output FILE")
         errors.print(f"results: {command}", style="dim", markup=False)
-    raise typer.Exit(0 if set(summary["counts"]) <= {Status.SUCCEEDED} else 3)
+    raise typer.Exit(0 if set(summary["counts"]) <= {Status.SUCCEEDED, DUPLICATE} else 3)
 
 
 class Reasons:

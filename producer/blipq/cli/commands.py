@@ -5,6 +5,7 @@ A command's module is imported only when it is called. Those of the distribution
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -64,6 +65,8 @@ _PANELS: dict[str, list[tuple[str, str, str]]] = {
     ],
 }
 _GROUPS = frozenset({"api", "bulk", "dead-letters", "index", "models", "queue", "webhooks"})
+#: Groups that other distributions may add commands to, or replace them in: by which entry points.
+_ADDED = {"bulk": "blipq.bulk"}
 _PLACES = {name: place for panel in _PANELS.values() for name, place, _ in panel}
 
 #: Names and help.
@@ -104,12 +107,17 @@ def loaded(command: Any) -> Any:
 
 
 def _found(name: str) -> Iterator[Any]:
+    from importlib.metadata import entry_points
+
     place = _PLACES[name]
     if place not in (_DOOR, _WORKER):
         module, _, attribute = place.partition(":")
-        yield getattr(import_module(f"blipq.cli.{module}"), attribute)
+        found = getattr(import_module(f"blipq.cli.{module}"), attribute)
+        for entry in entry_points(group=_ADDED[name]) if name in _ADDED else ():
+            with suppress(ModuleNotFoundError):  # in a clone whose extra `datasets` is missing
+                found.command(entry.name)(entry.load())
+        yield found
         return
-    from importlib.metadata import entry_points
 
     yield from (entry.load() for entry in entry_points(group=ENTRY_POINTS, name=name))
     from blipq.errors import BlipqError
