@@ -124,8 +124,8 @@ else
 endif
 	@touch $@
 
-$(VENV)/installed: $(VENV)/torch pyproject.toml hatch_build.py producer/pyproject.toml api/pyproject.toml worker/pyproject.toml
-	$(PIP) -c constraints.txt -e '.[worker,local,api]'
+$(VENV)/installed: $(VENV)/torch pyproject.toml hatch_build.py producer/pyproject.toml api/pyproject.toml worker/pyproject.toml datasets/pyproject.toml
+	$(PIP) -c constraints.txt -e '.[worker,local,api,datasets]'
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

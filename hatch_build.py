@@ -1,8 +1,8 @@
 """The root of a clone installs the code of all distributions as ``blipq``.
 
-What they need stands in their own files: ``pyproject.toml`` in producer/, api/ and worker/. The
-extras ``api`` and ``worker`` list it, and never name ``blipq-api`` or ``blipq-worker``: they are on
-no package index.
+What they need stands in their own files: ``pyproject.toml`` in producer/, api/, worker/ and
+datasets/. The extras ``api``, ``worker`` and ``datasets`` list it, and never name a distribution of
+ours: they are on no package index.
 """
 
 import tomllib
@@ -12,19 +12,29 @@ from typing import Any
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 
+FOLDERS = ("producer", "api", "worker", "datasets")
+
+
 class Workspace(MetadataHookInterface):
     """Requirements, extras and entry points of all of them."""
 
     def update(self, metadata: dict[str, Any]) -> None:
         """Sets the fields that the root's ``pyproject.toml`` calls dynamic."""
-        producer, api, worker = (self._read(name) for name in ("producer", "api", "worker"))
+        producer, api, worker, datasets = map(self._read, FOLDERS)
         client = producer["project"]
         extras = client["optional-dependencies"]
-        added = {"api": _needed(api), "worker": [*extras["search"], *_needed(worker)]}
+        added = {
+            "api": _needed(api),
+            "worker": [*extras["search"], *_needed(worker)],
+            "datasets": _needed(datasets),
+        }
         metadata["dependencies"] = client["dependencies"]
         metadata["optional-dependencies"] = {**extras, **added}
         metadata["scripts"] = client["scripts"]
-        metadata["entry-points"] = {"blipq.commands": {**_commands(api), **_commands(worker)}}
+        metadata["entry-points"] = {
+            "blipq.commands": {**_commands(api), **_commands(worker)},
+            **datasets["project"]["entry-points"],
+        }
 
     def _read(self, folder: str) -> dict[str, Any]:
         return tomllib.loads((Path(self.root) / folder / "pyproject.toml").read_text("utf-8"))

@@ -16,6 +16,7 @@ from conftest import ROOT
 
 PRODUCER, WORKER = ROOT / "producer" / "blipq", ROOT / "worker" / "blipq_worker"
 DOOR = ROOT / "api" / "blipq_api"
+DATASETS = ROOT / "datasets" / "blipq_datasets"
 HEAVY = (
     *("torch", "transformers", "bitsandbytes", "accelerate"),
     *("PIL", "numpy", "lancedb", "pyarrow"),
@@ -117,7 +118,7 @@ print(*sys.modules)
 
 
 @pytest.mark.parametrize(
-    "root", [PRODUCER, DOOR, WORKER, ROOT / "tests"], ids=lambda root: root.name
+    "root", [PRODUCER, DOOR, WORKER, DATASETS, ROOT / "tests"], ids=lambda root: root.name
 )
 def test_a_folder_can_be_taken_in_at_a_glance(root: Path) -> None:
     counts = Counter(path.parent.relative_to(root) for path in root.rglob("*.py"))
@@ -129,7 +130,7 @@ def test_the_counts_of_the_code_are_printed_and_find_no_circle(
 ) -> None:
     assert counts.main() == 0
     printed = capsys.readouterr().out
-    modules = sum(1 for root in (PRODUCER, DOOR, WORKER) for _ in root.rglob("*.py"))
+    modules = sum(1 for root in (PRODUCER, DOOR, WORKER, DATASETS) for _ in root.rglob("*.py"))
     assert f" {modules} modules" in printed
     assert "folders with a circle: 0" in printed
 

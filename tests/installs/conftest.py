@@ -56,5 +56,6 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("wheels")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
     names = {"producer": "blipq", "api": "blipq_api", "worker": "blipq_worker"}
+    names |= {"datasets": "blipq_datasets"}
     run([*build, str(folder), *(f"./{each}" for each in names)])
     return {each: next(folder.glob(f"{name}-*.whl")) for each, name in names.items()}

@@ -25,7 +25,7 @@ from installs.conftest import Environment, run
 
 pytestmark = [pytest.mark.installs, pytest.mark.timeout(300)]
 
-OURS = ("blipq", "blipq-api", "blipq-worker")
+OURS = ("blipq", "blipq-api", "blipq-worker", "blipq-datasets")
 POISON = "poisoned.py"
 
 
@@ -33,7 +33,7 @@ def needed() -> list[Requirement]:
     """All that the distributions need, their extras included."""
     client, *others = (
         tomllib.loads((ROOT / name / "pyproject.toml").read_text())
-        for name in ("producer", "api", "worker")
+        for name in ("producer", "api", "worker", "datasets")
     )
     extras = client["project"]["optional-dependencies"].values()
     texts = [*client["project"]["dependencies"], *(each for extra in extras for each in extra)]
@@ -172,6 +172,9 @@ WAYS = {
     "client with parts and worker": [["./producer[local]", "./worker"]],
     "wheels of client and worker": [["{producer}", "{worker}"]],
     "wheels of client and door": [["{producer}", "{api}"]],
+    "a clone for datasets": [[".[datasets]"]],
+    "client and datasets": [["./producer", "./datasets"]],
+    "wheels of client and datasets": [["{producer}", "{datasets}"]],
     "a clone, then a part": [["."], ["blipq[worker,local,api]"]],
 }
 

@@ -140,7 +140,8 @@ def test_the_client_is_small_and_has_no_weights(wheels: dict[str, Path]) -> None
 def test_the_wheels_say_the_version_of_the_code_and_go_together(wheels: dict[str, Path]) -> None:
     import blipq
 
-    for name, needed in (("api", "blipq"), ("worker", "blipq[search]")):
+    parts = (("api", "blipq"), ("worker", "blipq[search]"), ("datasets", "blipq"))
+    for name, needed in parts:
         folder = f"blipq_{name}-{blipq.__version__}.dist-info"
         metadata = zipfile.ZipFile(wheels[name]).read(f"{folder}/METADATA").decode()
         assert f"Requires-Dist: {needed}=={blipq.__version__}" in metadata.splitlines()

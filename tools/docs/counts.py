@@ -18,6 +18,7 @@ ROOT = DOCS.parent
 PACKAGES = {
     "blipq": ROOT / "producer/blipq",
     "blipq_api": ROOT / "api/blipq_api",
+    "blipq_datasets": ROOT / "datasets/blipq_datasets",
     "blipq_worker": ROOT / "worker/blipq_worker",
 }
 

@@ -17,6 +17,7 @@ from tools.docs import DOCS, with_section, write_or_check
 ROOT = DOCS.parent
 PAGES = (ROOT / "CONTRIBUTING.md", DOCS / "architecture.md")
 FOLDERS = {"blipq": "producer", "blipq_api": "api", "blipq_worker": "worker"}
+FOLDERS |= {"blipq_datasets": "datasets"}
 
 
 def contracts(kind: str) -> list[dict[str, Any]]:
@@ -92,7 +93,7 @@ def diagram() -> Iterator[str]:
         yield "  end"
         if nodes[container] != f"p{number}":
             yield f"  {nodes[container]} -. in detail .-> p{number}"
-    for program in ("blipq_api", "blipq_worker"):
+    for program in ("blipq_api", "blipq_worker", "blipq_datasets"):
         yield f"  {nodes[program]} --> {nodes['blipq']}"
     yield "```"
 

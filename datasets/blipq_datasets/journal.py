@@ -1,0 +1,170 @@
+"""A bulk's journal with what datasets need beside it, in the same file and the same transactions.
+
+``asked``: the first line that asks something. A later line that asks the same is a duplicate, and
+has that line's outcome. ``earlier``: outcomes of the run before this one, which need not be asked
+for. ``shard``: which line begins each shard, and what kinds of values its columns have.
+"""
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blipq.bulk.journal import DUPLICATE, Journal, OpenLine
+from blipq.bulk.manifest import Entry
+from blipq.contract import Status
+from blipq_datasets.fields import Fields, widened
+
+_MORE = """
+CREATE TABLE asked (mark TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE earlier (mark TEXT PRIMARY KEY, job_id TEXT, status TEXT, outcome TEXT) WITHOUT ROWID;
+CREATE TABLE shard (number INTEGER PRIMARY KEY, first INTEGER NOT NULL, fields TEXT NOT NULL);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class RowEntry(Entry):
+    """A row as a line. mark: what it asks, of which bytes and which model; None with ``error``.
+
+    fields: the kinds of its columns.
+    """
+
+    shard: int = 0
+    mark: str | None = None
+    fields: Fields = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a line. number: its own; of a duplicate, the rest is that of the first."""
+
+    number: int
+    key: str | None
+    job_id: str | None
+    status: str
+    is_duplicate: bool
+    details: dict[str, Any]
+
+
+class DatasetJournal(Journal):
+    """One dataset's file."""
+
+    schema = Journal.schema + _MORE
+    #: Of an outcome: also which model answered.
+    kept = Journal.kept | {
+        "model": True,
+        "receipt": {"checkpoint": True, "revision": True},
+    }
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._shard = -1
+        self._fields: Fields = {}
+
+    # -- taking rows in --
+
+    def take_over(self, earlier: Path) -> None:
+        """What an earlier journal has answers to needs not be asked again."""
+        self._db.execute("ATTACH DATABASE ? AS old", (str(earlier),))
+        with self._changing():
+            self._db.execute(
+                "INSERT OR IGNORE INTO earlier"
+                " SELECT a.mark, l.job_id, l.status, l.outcome"
+                " FROM old.asked a JOIN old.line l ON l.number = a.number WHERE l.status = ?",
+                (Status.SUCCEEDED,),
+            )
+        self._db.execute("DETACH DATABASE old")
+
+    def is_asked(self, mark: str) -> bool:
+        """Whether this has been asked, here or in the earlier run."""
+        found = self._db.execute(
+            "SELECT 1 FROM asked WHERE mark = ? UNION ALL SELECT 1 FROM earlier WHERE mark = ?",
+            (mark, mark),
+        )
+        return found.fetchone() is not None
+
+    def _take(self, entry: Entry, job_id: str) -> OpenLine | str:
+        if isinstance(entry, RowEntry):
+            self._note_shard(entry)
+            if entry.work is not None and entry.mark is not None:
+                return self._ask(entry, entry.mark, job_id)
+        return super()._take(entry, job_id)
+
+    def _ask(self, entry: RowEntry, mark: str, job_id: str) -> OpenLine | str:
+        taken = super()._take(entry, job_id)
+        if isinstance(taken, str):
+            return taken
+        asked = self._db.execute("SELECT number FROM asked WHERE mark = ?", (mark,)).fetchone()
+        if asked is not None:
+            self._end(entry.number, DUPLICATE, {"same_as": asked[0]})
+            return DUPLICATE
+        self._db.execute("INSERT INTO asked VALUES (?, ?)", (mark, entry.number))
+        old = self._db.execute(
+            "SELECT job_id, status, outcome FROM earlier WHERE mark = ?", (mark,)
+        ).fetchone()
+        if old is None:
+            return taken
+        self._end(entry.number, old[1], json.loads(old[2]))
+        self._db.execute("UPDATE line SET job_id = ? WHERE number = ?", (old[0], entry.number))
+        return str(old[1])
+
+    def _note_shard(self, entry: RowEntry) -> None:
+        if entry.shard != self._shard:
+            self._db.execute(
+                "INSERT OR IGNORE INTO shard VALUES (?, ?, '{}')", (entry.shard, entry.number)
+            )
+            self._shard, self._fields = entry.shard, self.shard(entry.shard)[1]
+        fields = widened(self._fields, entry.fields)
+        if fields != self._fields:
+            self._fields = fields
+            self._db.execute(
+                "UPDATE shard SET fields = ? WHERE number = ?", (json.dumps(fields), entry.shard)
+            )
+
+    # -- reading --
+
+    def shard(self, number: int) -> tuple[int, Fields]:
+        """The line that begins a shard, and its columns."""
+        found = self._db.execute(
+            "SELECT first, fields FROM shard WHERE number = ?", (number,)
+        ).fetchone()
+        return found[0], json.loads(found[1])
+
+    def lines_of(self, shard: int) -> range | None:
+        """The lines of a shard, once all of them are known and none before its end is open."""
+        behind = self._db.execute(
+            "SELECT min(first) FROM shard WHERE number > ?", (shard,)
+        ).fetchone()[0]
+        if behind is None and not self.fact("exhausted"):
+            return None
+        last = self.fact("lines") if behind is None else behind - 1
+        open = self._db.execute(
+            "SELECT 1 FROM line WHERE status IS NULL AND number <= ? LIMIT 1", (last,)
+        )
+        if open.fetchone() is not None:
+            return None
+        own = self._db.execute("SELECT first FROM shard WHERE number = ?", (shard,)).fetchone()
+        return range(last + 1, last + 1) if own is None else range(own[0], last + 1)
+
+    def outcomes_of(self, lines: range) -> Iterator[Outcome]:
+        """What became of each line, in order."""
+        rows = self._db.execute(
+            "SELECT l.number, l.custom_id, o.job_id, o.status, l.status = ?, o.outcome, l.outcome"
+            " FROM line l JOIN line o ON o.number ="
+            "  CASE l.status WHEN ? THEN json_extract(l.outcome, '$.same_as') ELSE l.number END"
+            " WHERE l.number BETWEEN ? AND ? ORDER BY l.number",
+            (DUPLICATE, DUPLICATE, lines.start, lines.stop - 1),
+        )
+        for number, key, job_id, status, is_duplicate, details, own in rows:
+            key = key or json.loads(own).get("custom_id")
+            yield Outcome(number, key, job_id, status, bool(is_duplicate), json.loads(details))
+
+    def ended_among(self, lines: Collection[int]) -> list[int]:
+        """Which of these lines have ended."""
+        rows = self._db.execute(
+            "SELECT number FROM line WHERE status IS NOT NULL"
+            " AND number IN (SELECT value FROM json_each(?))",
+            (json.dumps(list(lines)),),
+        )
+        return [number for (number,) in rows]

@@ -1,0 +1,178 @@
+"""Files of answered rows: Parquet, JSON lines, CSV and WebDataset tars."""
+
+import csv
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from blipq_datasets.fields import is_json
+from blipq_datasets.output.answers import SCHEMA
+from blipq_datasets.recipe import Format
+
+#: Rows of a row group, and the bytes after which it is written in any case.
+GROUP_ROWS, GROUP_BYTES = 10_000, 32 * 2**20
+
+ENDINGS: dict[Format, str] = {
+    "parquet": ".parquet",
+    "jsonl": ".jsonl",
+    "csv": ".csv",
+    "webdataset": ".tar",
+}
+#: What a spreadsheet takes for the beginning of a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+Pictures = Sequence[tuple[bytes, str] | None]
+
+
+class Writer(Protocol):
+    """Writes the rows of a shard, some at a time."""
+
+    def write(self, rows: pa.RecordBatch, pictures: Pictures) -> None:
+        """Rows with their answers."""
+
+    def close(self) -> None:
+        """The file is whole."""
+
+
+def writer_of(format: Format, path: Path, *, escape_formulas: bool) -> Writer:
+    """A writer of a new file."""
+    if format == "parquet":
+        return ParquetWriter(path)
+    if format == "jsonl":
+        return JsonLinesWriter(path)
+    return CsvWriter(path, escape_formulas) if format == "csv" else TarWriter(path)
+
+
+class ParquetWriter:
+    """The columns with the types that they have in the source."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: pq.ParquetWriter | None = None
+        self._waiting: list[pa.RecordBatch] = []
+
+    def write(self, rows: pa.RecordBatch, pictures: Pictures) -> None:
+        self._waiting.append(rows)
+        held = sum(batch.nbytes for batch in self._waiting)
+        if held >= GROUP_BYTES or sum(map(len, self._waiting)) >= GROUP_ROWS:
+            self._write()
+
+    def close(self) -> None:
+        if self._waiting or self._file is None:
+            self._write()
+        assert self._file is not None
+        self._file.close()
+
+    def _write(self) -> None:
+        table = pa.Table.from_batches(self._waiting, None if self._waiting else SCHEMA)
+        if self._file is None:
+            self._file = pq.ParquetWriter(self._path, table.schema, compression="zstd")
+        self._file.write_table(table)
+        self._waiting = []
+
+
+class JsonLinesWriter:
+    """An object per row. Bytes, such as pictures, are left out."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+
+    def write(self, rows: pa.RecordBatch, pictures: Pictures) -> None:
+        for row in _objects(rows):
+            self._file.write(_json(row) + b"\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class CsvWriter:
+    """A heading and a line per row; lists and objects are JSON. Bytes are left out.
+
+    escape_formulas: a text that a spreadsheet would run gets ``'`` before it.
+    """
+
+    def __init__(self, path: Path, escape_formulas: bool) -> None:
+        self._file = path.open("w", encoding="utf-8", newline="")
+        self._writer = csv.writer(self._file)
+        self._escape = escape_formulas
+        self._begun = False
+
+    def write(self, rows: pa.RecordBatch, pictures: Pictures) -> None:
+        if not self._begun:
+            names = [field.name for field in rows.schema if not _is_bytes(field.type)]
+            self._writer.writerow(map(self._cell, names))
+            self._begun = True
+        for row in _objects(rows):
+            self._writer.writerow(map(self._cell, row.values()))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _cell(self, value: Any) -> Any:
+        if isinstance(value, dict | list):
+            return _json(value).decode()
+        if self._escape and isinstance(value, str) and value.startswith(_FORMULA):
+            return f"'{value}"
+        return value
+
+
+class TarWriter:
+    """WebDataset: the picture, where there is one, and all columns as ``.json``."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: Any = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        self._number = 0
+
+    def write(self, rows: pa.RecordBatch, pictures: Pictures) -> None:
+        for row, picture in zip(_objects(rows), pictures, strict=True):
+            # A key may have dots and slashes in it: a name is where its row stands.
+            name = f"{self._number:09}"
+            self._number += 1
+            if picture is not None:
+                self._add(f"{name}{picture[1] or '.jpg'}", picture[0])
+            self._add(f"{name}.json", _json(row))
+            self._add(f"{name}.txt", (row.get("blipq_text") or "").encode())
+            # Members are kept for a look-up by name, which nobody does here.
+            self._file.members.clear()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _add(self, name: str, data: bytes) -> None:
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        self._file.addfile(member, io.BytesIO(data))
+
+
+def _objects(rows: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    """The rows as objects of JSON, without bytes."""
+    shown = [field for field in rows.schema if not _is_bytes(field.type)]
+    nested = [field.name for field in shown if is_json(field)]
+    for row in rows.select([field.name for field in shown]).to_pylist():
+        for name in nested:
+            row[name] = None if row[name] is None else json.loads(row[name])
+        yield row
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    """Whether values are bytes, or hold bytes, which no JSON has."""
+    if pa.types.is_struct(kind):
+        return any(_is_bytes(field.type) for field in kind)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _is_bytes(kind.value_type)
+    return bool(
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_fixed_size_binary(kind)
+        or pa.types.is_binary_view(kind)
+    )
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, default=str).encode()

@@ -1,0 +1,1 @@
+"""Where rows come from: tables (CSV, JSON lines, Parquet), tars, folders and prefixes."""

@@ -1,0 +1,126 @@
+"""A dataset's journal, shards and output, as the command line and a recipe name them."""
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from blipq.client.sync_client import Client
+from blipq.errors import InvalidRequest
+from blipq_datasets.dataset import Dataset
+from blipq_datasets.journal import DatasetJournal
+from blipq_datasets.output.shards import Output
+from blipq_datasets.output.targets import target_of
+from blipq_datasets.recipe import Recipe
+from blipq_datasets.sources.finding import shards_of
+from blipq_datasets.uploads import Uploads
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A dataset that is being worked on."""
+
+    journal: DatasetJournal
+    dataset: Dataset
+    output: Output | None
+
+
+def dataset_of(source: str, recipe: Recipe, client: Client, path: Path, id: str) -> Dataset:
+    """The dataset of a bulk with this id and this journal. Raises InvalidRequest."""
+    listing = _listing(path, id)
+    shards = shards_of(source, recipe.columns, client.storage, listing)
+    return Dataset(source, shards, recipe, Uploads(client.storage, id))
+
+
+@contextmanager
+def begun(
+    source: str, recipe: Recipe, client: Client, path: Path, *, update: bool
+) -> Iterator[Run]:
+    """A new run, or the one that this journal is of.
+
+    With ``update`` a run that is over is begun anew, and takes over the answers to whatever has not
+    changed. Raises InvalidRequest if the journal is of another dataset or of other questions.
+    """
+    old = _id_of(path)
+    renewed = old is not None and update and _is_over(path)
+    id = f"bulk_{secrets.token_hex(8)}" if old is None or renewed else old
+    dataset = dataset_of(source, recipe, client, path, id)
+    if old is None or renewed:
+        _create(path, id, dataset)
+    if old is not None and renewed:
+        shutil.rmtree(_listing(path, old), ignore_errors=True)
+    with closing(DatasetJournal.open(path)) as journal:
+        _check_same(journal, dataset)
+        output = _output(journal, dataset, recipe, client)
+        yield Run(journal, dataset, output)
+
+
+def _listing(path: Path, id: str) -> Path:
+    return path.with_name(f"{path.name}.{id}.listing")
+
+
+def _id_of(path: Path) -> str | None:
+    """The id of the bulk that a journal is of; None where there is no journal."""
+    if not path.exists():
+        return None
+    with closing(DatasetJournal.open(path)) as journal:
+        id: str = journal.fact("id")
+        return id
+
+
+def _is_over(path: Path) -> bool:
+    with closing(DatasetJournal.open(path)) as journal:
+        ended = journal.fact("exhausted") or journal.fact("cancelled")
+        return bool(ended) and "open" not in journal.counts()
+
+
+def _create(path: Path, id: str, dataset: Dataset) -> None:
+    """A new journal, with the answers of the one that it replaces; whole or not at all."""
+    fresh = path.with_name(f".{path.name}.{id}")
+    facts = {"id": id, "manifest": dataset.name, "version": dataset.version, "dataset": True}
+    with closing(DatasetJournal.create(fresh, **facts)) as journal:
+        if path.exists():
+            journal.take_over(path)
+    # SQLite would apply a log that lies beside the old file to the new one.
+    if path.with_name(f"{path.name}-wal").exists():
+        fresh.unlink()
+        raise InvalidRequest(f"another process reads {path}: try again when it has ended")
+    fresh.rename(path)
+
+
+def _check_same(journal: DatasetJournal, dataset: Dataset) -> None:
+    if not journal.fact("dataset"):
+        raise InvalidRequest(f"{journal.path} is of a manifest: give another --journal")
+    if journal.fact("cancelled"):
+        raise InvalidRequest(
+            f"{journal.path} was cancelled: --update begins anew with what it has, or give another "
+            "--journal"
+        )
+    if journal.fact("version") != dataset.version:
+        raise InvalidRequest(
+            f"{journal.path} is of another dataset or of other questions, or something has changed:"
+            " --update asks again what has changed, or give another --journal"
+        )
+
+
+def _output(
+    journal: DatasetJournal, dataset: Dataset, recipe: Recipe, client: Client
+) -> Output | None:
+    asked = [recipe.output, recipe.to, recipe.escape_formulas] if recipe.output else None
+    begun = journal.fact("output")
+    if begun is not None and begun != asked:
+        raise InvalidRequest(f"{journal.path} was begun with --output {begun[0]} --to {begun[1]}")
+    if recipe.output is None:
+        return None
+    output = Output(
+        journal,
+        dataset.shards,
+        target_of(recipe.output, client.storage),
+        recipe.to,
+        escape_formulas=recipe.escape_formulas,
+    )
+    output.check()
+    journal.note(output=asked)
+    return output

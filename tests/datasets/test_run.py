@@ -1,0 +1,347 @@
+"""Datasets from the first row to the answered shards; the tests play the worker."""
+
+import csv
+import gzip
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import Result
+
+from blipq import Client
+from blipq.ledger.worker import WorkerLedger
+
+Run = Callable[..., Result]
+Tar = Callable[..., bytes]
+Left = Callable[[], list[str]]
+Answering = Callable[[], Any]
+
+
+def done(ran: Result, code: int = 0) -> dict[str, Any]:
+    assert ran.exit_code == code, (ran.output, ran.exception)
+    found: dict[str, Any] = json.loads(ran.stdout)
+    return found
+
+
+def test_parquet_of_bytes_comes_back_with_its_columns_and_types(
+    run: Run, answering: Answering, uploads_left: Left, tmp_path: Path
+) -> None:
+    columns = pa.table(
+        {
+            "image": pa.array([b"one", b"two", b"one", b"", None], pa.binary()),
+            "color": ["red", "blue", "red", "red", None],
+            "size": pa.array([1, 2, 3, 4, 5], pa.int16()),
+            "tags": [["a"], [], None, ["b"], ["c"]],
+        }
+    )
+    pq.write_table(columns, tmp_path / "cars.parquet")
+    with answering() as worker:
+        ran = run(
+            "submit", "cars.parquet", "--prompt", "a {color}", "--output", "answers", "--json"
+        )
+    assert done(ran, 3)["counts"] == {"succeeded": 2, "duplicate": 1, "refused": 2}
+    found = pq.read_table(tmp_path / "answers" / "cars.parquet")
+    assert found.select(columns.column_names).equals(columns)
+    rows = found.to_pylist()
+    assert [row["blipq_text"] for row in rows] == ["a red one", "a blue two", "a red one"] + 2 * [
+        None
+    ]
+    assert [row["blipq_confidence"] for row in rows[:3]] == [0.5] * 3
+    assert rows[0]["blipq_job"] == rows[2]["blipq_job"]
+    assert rows[0]["blipq_key"] == "cars/0"
+    assert [row["blipq_error_code"] for row in rows] == [None] * 3 + ["invalid_request"] * 2
+    assert "the picture is empty" in rows[3]["blipq_error_message"]
+    assert {(row["blipq_model"], row["blipq_revision"]) for row in rows[:3]} == {("default", "r1")}
+    assert len(worker.runs) == 2
+    assert uploads_left() == []
+    stats = json.loads((tmp_path / "answers" / "_stats.json").read_text())
+    assert stats == {
+        "rows": 5,
+        "shards": 1,
+        "statuses": {"succeeded": 3, "refused": 2},
+        "duplicate": 1,
+        "errors": {"invalid_request": 2},
+    }
+
+
+def test_members_of_tars_in_s3_are_read_where_they_lie(
+    run: Run,
+    answering: Answering,
+    client: Client,
+    bucket: str,
+    tar: Tar,
+    uploads_left: Left,
+    tmp_path: Path,
+) -> None:
+    first = {
+        "a/1.jpg": b"picture 1",
+        "a/1.json": b'{"width": 3, "own": {"x": [1]}}',
+        "a/1.txt": b"a cat",
+        "a/1.npy": b"passed over",
+        "a/2.json": b'{"width": 4.5}',
+        "a/3.png": b"picture 3",
+        "a/3.json": b"{",
+    }
+    client.storage.put(f"s3://{bucket}/set/00000.tar", tar(first), content_type="application/x-tar")
+    second = tar({f"{n}.jpg": b"picture %d" % n for n in range(1, 80)})
+    client.storage.put(f"s3://{bucket}/set/00001.tar", second, content_type="application/x-tar")
+    with answering() as worker:
+        ran = run(
+            "submit",
+            f"s3://{bucket}/set/",
+            *("--question", "what is it?", "--question", "how many?"),
+            *("--output", f"s3://{bucket}/answers", "--to", "jsonl", "--json"),
+        )
+    # Row 1 of the second tar has the bytes of the first tar's first picture.
+    assert done(ran, 3)["counts"] == {"succeeded": 79, "duplicate": 1, "refused": 2}
+    assert {each["image"]["uri"].rpartition("/")[2] for each in worker.runs} == {
+        "00000.tar",
+        "00001.tar",
+    }
+    assert all({"offset", "length", "etag"} <= set(each["image"]) for each in worker.runs)
+    assert uploads_left() == []
+    lines = client.storage.read(f"s3://{bucket}/answers/00000.jsonl").splitlines()
+    one, two, three = map(json.loads, lines)
+    assert one["blipq_answers"] == ["what is it? picture 1", "how many? picture 1"]
+    assert (one["__key__"], one["txt"], one["width"], one["own"]) == ("a/1", "a cat", 3, {"x": [1]})
+    assert (two["width"], two["blipq_error_message"]) == (4.5, "the row has no picture")
+    assert "not JSON" in three["blipq_error_message"]
+    lines = client.storage.read(f"s3://{bucket}/answers/00001.jsonl").splitlines()
+    answers = [json.loads(line)["blipq_text"] for line in lines]
+    assert answers == [f"what is it? picture {n}" for n in range(1, 80)]
+
+
+def test_a_local_tar_becomes_a_tar_with_the_same_pictures(
+    run: Run, answering: Answering, tar: Tar, uploads_left: Left, tmp_path: Path
+) -> None:
+    members = {"x.jpg": b"picture x", "x.cls": b"7", "y.webp": b"picture y"}
+    (tmp_path / "set.tar.gz").write_bytes(gzip.compress(tar(members)))
+    with answering():
+        done(run("submit", "set.tar.gz", "--to", "webdataset", "--output", "answers", "--json"))
+    with tarfile.open(tmp_path / "answers" / "set.tar") as archive:
+        found = {
+            name: archive.extractfile(name).read()  # type: ignore[union-attr]
+            for name in archive.getnames()
+        }
+    assert list(found) == [
+        f"{n:09}.{suffix}"
+        for n, picture in enumerate(("jpg", "webp"))
+        for suffix in (picture, "json", "txt")
+    ]
+    assert found["000000000.jpg"] == b"picture x"
+    assert found["000000001.txt"] == b"picture y"
+    assert json.loads(found["000000000.json"])["cls"] == "7"
+    assert uploads_left() == []
+
+
+def test_csv_rows_that_are_bad_end_in_the_error_column(
+    run: Run, answering: Answering, client: Client, bucket: str, tmp_path: Path
+) -> None:
+    client.storage.put(f"s3://{bucket}/cat.jpg", b"cat", content_type="image/jpeg")
+    good = f"s3://{bucket}/cat.jpg"
+    lines = [
+        "id,url,note",
+        f'1,{good},"a, b\nc"',
+        f"2,s3://{bucket}/none.jpg,=1+1",
+        "3,no uri,",
+        "4,http://10.0.0.1/x.jpg,",
+        f"5,{good}",
+        f'6,{good},"x"y',
+        f"1,{good},again",
+    ]
+    (tmp_path / "cars.csv").write_text("\n".join(lines) + "\n")
+    with answering():
+        ran = run(
+            "submit",
+            "cars.csv",
+            *("--to", "csv", "--escape-formulas", "--output", "answers", "--json"),
+        )
+    assert ran.exit_code == 3, ran.output
+    with (tmp_path / "answers" / "cars.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["id"], row["blipq_status"]) for row in rows] == [
+        ("1", "succeeded"),
+        ("2", "failed"),
+        ("3", "refused"),
+        ("4", "refused"),
+        ("", "refused"),
+        ("", "refused"),
+        ("1", "refused"),
+    ]
+    assert rows[0]["note"] == "a, b\nc"
+    assert rows[1]["note"] == "'=1+1"
+    assert rows[1]["blipq_error_code"] == "image_not_found"
+    assert "custom_id" in rows[6]["blipq_error_message"]
+
+
+def test_a_folder_of_pictures_is_read_and_paths_lead_nowhere_else(
+    run: Run, answering: Answering, uploads_left: Left, tmp_path: Path
+) -> None:
+    folder = tmp_path / "set"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "one.jpg").write_bytes(b"one")
+    (folder / "sub" / "two.PNG").write_bytes(b"two")
+    (folder / "notes.doc").write_bytes(b"no picture")
+    (folder / ".hidden.jpg").write_bytes(b"hidden")
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    with answering() as worker:
+        ran = run("submit", "set", "--to", "jsonl", "--output", "answers", "--json")
+    assert done(ran, 3)["counts"] == {"succeeded": 2, "refused": 1}
+    lines = (tmp_path / "answers" / "00000.jsonl").read_text().splitlines()
+    found = {row["blipq_key"]: row["blipq_text"] for row in map(json.loads, lines)}
+    assert found == {"one.jpg": "one", "sub/two.PNG": "two", "link.jpg": None}
+    assert len(worker.runs) == 2
+    assert uploads_left() == []
+
+
+def test_pictures_under_a_prefix_are_read_where_they_lie(
+    run: Run, answering: Answering, client: Client, bucket: str, tmp_path: Path
+) -> None:
+    for name in ("p/a.jpg", "p/b.png", "q/c.jpg"):
+        client.storage.put(f"s3://{bucket}/{name}", name.encode(), content_type="image/jpeg")
+    with answering() as worker:
+        done(run("submit", f"s3://{bucket}/p/", "--output", "answers", "--json"))
+    rows = pq.read_table(tmp_path / "answers" / "00000.parquet").to_pylist()
+    assert [(row["key"], row["blipq_text"]) for row in rows] == [
+        ("a.jpg", "p/a.jpg"),
+        ("b.png", "p/b.png"),
+    ]
+    assert all(each["image"]["etag"] for each in worker.runs)
+
+
+def test_a_recipe_says_all_and_flags_come_first(
+    run: Run, answering: Answering, client: Client, bucket: str, tmp_path: Path
+) -> None:
+    client.storage.put(f"s3://{bucket}/cat.jpg", b"cat", content_type="image/jpeg")
+    row = {"name": "cat", "image": f"s3://{bucket}/cat.jpg"}
+    (tmp_path / "set.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode() + b"\n"))
+    (tmp_path / "recipe.toml").write_text(
+        'source = "set.jsonl.gz"\nto = "csv"\noutput = "answers"\nid_column = "name"\n'
+        '[request]\nkind = "vqa"\nquestions = ["is it a {name}?"]\n'
+    )
+    shown = run("submit", "--recipe", "recipe.toml", "--dry-run", "--json")
+    asked = done(shown)
+    assert asked["request"]["questions"] == ["is it a cat?"]
+    assert asked["key"] == "cat"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.toml", "set.jsonl.gz"]
+    with answering():
+        done(run("submit", "--recipe", "recipe.toml", "--to", "jsonl", "--json"))
+    (line,) = (tmp_path / "answers" / "set.jsonl").read_text().splitlines()
+    assert json.loads(line)["blipq_text"] == "is it a cat? cat"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        (("--image-column", "picture"), "has no column 'picture'"),
+        (("--id-column", "nr"), "has no column 'nr'"),
+        (("--prompt", "a {shade} car"), "has no column 'shade'"),
+        (("--prompt", "a {} car"), "between braces"),
+        (("--prompt", "a { car"), "write {{ for a brace"),
+        (("--kind", "search"), "not indexed"),
+        (("--to", "excel"), "to"),
+        (("--model", "/"), "options.model"),
+    ],
+)
+def test_what_is_wrong_with_columns_is_told_before_anything_is_submitted(
+    run: Run, ledger: WorkerLedger, tmp_path: Path, arguments: tuple[str, ...], wrong: str
+) -> None:
+    (tmp_path / "cars.csv").write_text("url,color\ns3://photos/a.jpg,red\n")
+    ran = run("submit", "cars.csv", *arguments)
+    assert ran.exit_code == 2, ran.output
+    assert wrong in ran.stderr
+    assert list(tmp_path.glob("*.bulk")) == []
+    assert ledger.redis.dbsize() == 0
+
+
+def test_an_update_asks_only_what_has_changed(
+    run: Run, answering: Answering, tmp_path: Path
+) -> None:
+    def write(**pictures: bytes) -> None:
+        rows = {"key": list(pictures), "image": list(pictures.values())}
+        pq.write_table(pa.table(rows), tmp_path / "set.parquet")
+
+    write(a=b"one", b=b"two", c=b"three")
+    with answering() as worker:
+        done(run("submit", "set.parquet", "--output", "first", "--json"))
+        write(a=b"one", b=b"new", d=b"three", e=b"four")
+        refused = run("submit", "set.parquet", "--output", "second")
+        assert refused.exit_code == 2
+        assert "--update" in refused.stderr
+        refused = run("submit", "set.parquet", "--output", "first", "--update")
+        assert "give another --output" in refused.stderr
+        done(run("submit", "set.parquet", "--output", "second", "--update", "--json"))
+    assert len(worker.runs) == 3 + 2
+    rows = pq.read_table(tmp_path / "second" / "set.parquet").to_pylist()
+    assert {row["blipq_key"]: row["blipq_text"] for row in rows} == {
+        "a": "one",
+        "b": "new",
+        "d": "three",
+        "e": "four",
+    }
+    assert all(row["blipq_job"] for row in rows)
+
+
+class Killed(BaseException):
+    """Stands in for kill -9: nothing below it catches it."""
+
+
+@pytest.mark.parametrize("step", range(14))
+def test_a_run_that_is_killed_anywhere_goes_on(
+    run: Run,
+    answering: Answering,
+    uploads_left: Left,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+) -> None:
+    """Before and after each change of the journal, of the inbox and of the output."""
+    from blipq_datasets.journal import DatasetJournal
+    from blipq_datasets.output.shards import Output
+    from blipq_datasets.output.targets import LocalFolder
+    from blipq_datasets.uploads import Uploads
+
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for number in range(3):
+        rows = [f"{number}-{n // 2}".encode() for n in range(40)]
+        pq.write_table(pa.table({"image": rows}), folder / f"{number}.parquet")
+    places: tuple[tuple[Any, str], ...] = (
+        (Uploads, "put"),
+        (DatasetJournal, "add"),
+        (DatasetJournal, "end"),
+        (Uploads, "delete"),
+        (Output, "_write"),
+        (Uploads, "sweep"),
+        (LocalFolder, "has"),
+    )
+    owner, name = places[step % 7]
+    real = getattr(owner, name)
+    calls = iter(range(1000))
+
+    def deadly(*args: Any, **options: Any) -> Any:
+        call = next(calls)
+        if call != (0 if name == "sweep" else 1):
+            return real(*args, **options)
+        if step >= 7:
+            real(*args, **options)
+        raise Killed
+
+    monkeypatch.setattr(owner, name, deadly)
+    arguments = ("submit", "set", "--output", "answers", "--window", "30", "--json")
+    with answering():
+        with pytest.raises(Killed):
+            run(*arguments)
+        monkeypatch.setattr(owner, name, real)
+        assert done(run(*arguments))["counts"] == {"succeeded": 60, "duplicate": 60}
+    for number in range(3):
+        rows = pq.read_table(tmp_path / "answers" / f"{number}.parquet").to_pylist()
+        assert [row["blipq_text"] for row in rows] == [f"{number}-{n // 2}" for n in range(40)]
+    assert uploads_left() == []
+    assert not list((tmp_path / "answers").glob(".*"))
