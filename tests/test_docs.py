@@ -248,7 +248,8 @@ def test_the_documented_measurement_runs() -> None:
 @pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
 def test_files_and_folders_that_are_named_exist(name: str) -> None:
     """A name may leave out the folders before it, as the text around it says them."""
-    paths = [path for root in ("producer", "api", "worker") for path in (ROOT / root).rglob("*")]
+    roots = [ROOT / name for name in ("producer", "api", "worker", "datasets")]
+    paths = [path for root in roots for path in root.rglob("*")]
     known = {f"/{path.relative_to(ROOT)}" for path in paths} | {"/tests", "/tools", "/benchmarks"}
     text = (ROOT / name).read_text()
     for named in re.findall(r"`([\w/]+(?:\.py|\.lua|/))`", text):
