@@ -11,7 +11,6 @@ from typing import Any
 
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
-
 FOLDERS = ("producer", "api", "worker", "datasets")
 
 
