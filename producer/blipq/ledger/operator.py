@@ -89,10 +89,10 @@ class OperatorLedger(ScriptRunner):
 
         Unix seconds on Redis' clock.
         """
-        page = self.listing.page(Wanted(), limit=CHUNK)
+        times = self.listing.newest("completed_at", CHUNK)
         with redis_errors():
             seconds, micros = self.redis.time()
-        ended = (job.completed_at.timestamp() for job in page.jobs if job.completed_at)
+        ended = (int(time) / 1000 for time in times if time)
         return seconds + micros / 1e6, sorted(ended, reverse=True)
 
     def _newest(self, key: str, limit: int = CHUNK) -> list[str]:

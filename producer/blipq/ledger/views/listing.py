@@ -7,6 +7,7 @@ record by record, and no page goes through more than so many of them.
 
 import heapq
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,7 +26,7 @@ MOST_LISTS = 20_000
 CHUNK = 200
 _NAMES = 1000
 #: Of each list at first: what many lists are merged from is mostly not needed.
-_FEWEST = 10
+_FEWEST, _MOST = 10, 1000
 _OPEN = "open"
 
 
@@ -131,6 +132,13 @@ class Listing(ScriptRunner):
                 return self._running(wanted, start, limit)
             return self._paged(wanted, start, limit)
 
+    def newest(self, name: str, limit: int) -> list[str]:
+        """One field of the newest jobs, as it is stored; "" of those without."""
+        with redis_errors():
+            seconds, _ = self.redis.time()
+            walk = _Walk(self, Wanted(), Place((seconds + 1) * 1000, ""), limit)
+            return self._field(name, list(itertools.islice(walk, limit)))
+
     def _paged(self, wanted: Wanted, start: Place, limit: int) -> Page:
         walk = _Walk(self, wanted, start, limit)
         size = CHUNK if wanted.metadata else min(CHUNK, limit + 1)
@@ -138,8 +146,11 @@ class Listing(ScriptRunner):
         read, last = 0, start
         places = iter(walk)
         while chunk := list(itertools.islice(places, min(size, MOST_READ - read))):
-            for place, info in zip(chunk, self._records(chunk), strict=True):
+            candidates = self._with_metadata(wanted, chunk)
+            infos = dict(zip(candidates, self._records(candidates), strict=True))
+            for place in chunk:
                 last, read = place, read + 1
+                info = infos.get(place)
                 if info is not None and wanted.has(info):
                     found.append((place, info))
                 if len(found) > limit:
@@ -161,7 +172,23 @@ class Listing(ScriptRunner):
         rest = [each for each in placed[::-1] if wanted.first_ms <= each[0].ms and each[0] < start]
         return _page(rest, limit, len(ids))
 
+    def _with_metadata(self, wanted: Wanted, places: list[Place]) -> list[Place]:
+        """Those with the pairs that are wanted: few may have them, and whole records cost more."""
+        if not wanted.metadata:
+            return places
+        pairs = wanted.metadata.items()
+        return [
+            place
+            for place, text in zip(places, self._field("metadata", places), strict=True)
+            if text and pairs <= json.loads(text).items()
+        ]
+
+    def _field(self, name: str, places: Sequence[Place]) -> list[str]:
+        return cast("list[str]", self._run("field", name, *(place.id for place in places)))
+
     def _records(self, places: Sequence[Place]) -> list[JobInfo | None]:
+        if not places:
+            return []
         ids = [place.id for place in places]
         answers = cast("list[Any]", self._run("listed", *ids))
         return [codec.job_of(id, answer) for id, answer in zip(ids, answers, strict=True)]
@@ -257,6 +284,7 @@ class _Walk:
             if len(chunk) < count:
                 return
             before, skip = (fresh[-1], 0) if fresh else (before, skip + count)
+            count = min(2 * count, _MOST)  # a list that is read on is read in longer parts
             (chunk,) = self._read([name], before, skip, count)
 
     def _read(
