@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -35,6 +36,10 @@ LATE_BODY_TIMEOUT_S = 5.0
 MOST_LATE_BODY_BYTES = 2**20
 #: A client that takes nothing of an answer for so long is given up.
 WRITE_TIMEOUT_S = 60.0
+#: Files beside connections: of Redis, S3, logs and libraries.
+SPARE_FILES = 256
+
+log = logging.getLogger(__name__)
 
 
 class _Part(Enum):
@@ -196,8 +201,23 @@ def run(settings: ApiSettings, host: str, port: int, tell: Callable[[str], None]
     set_up_logging()
     tracing.start("blipq-api")
     _log_access()
+    allow_files(2 * settings.api_concurrency + SPARE_FILES)
     with bound(host, port) as listening:
         asyncio.run(_serve(settings, listening, tell))
+
+
+def allow_files(wanted: int) -> None:
+    """Has this process open so many files, or as many as it may: most are let have 1,024 at first.
+
+    Without room for a connection nothing else is opened either, to Redis for example.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    possible = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < possible:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
+    if possible < wanted:
+        text = "this process may open %d files, and BLIPQ_API_CONCURRENCY needs %d: raise ulimit -n"
+        log.warning(text, possible, wanted)
 
 
 def _log_access() -> None:
