@@ -3,13 +3,12 @@
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
-import anyio
 import anyio.to_thread
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
@@ -27,10 +26,12 @@ from blipq.ledger.operator import OperatorLedger
 from blipq.s3.presigned import Presigner
 from blipq.webhooks.outbox import Outbox
 from blipq_api.access.keys import LOCAL, Caller, Keyring, Scope
-from blipq_api.access.rates import SignIns
+from blipq_api.access.rates import SignIns, WrongKeys
+from blipq_api.access.selections import Selections
 from blipq_api.access.sessions import Session, Sessions
 from blipq_api.problems import Problem
 from blipq_api.settings import ApiSettings
+from blipq_api.turns import Turns
 
 T = TypeVar("T")
 
@@ -42,8 +43,6 @@ OPERATOR_THREADS = 4
 UPLOAD_THREADS = 8
 #: Bodies that are held whole at the same time, beside those of single submits.
 LARGE_BODIES = 4
-#: Longest wait for one of the threads.
-TURN_TIMEOUT_S = 10.0
 
 
 class Door:
@@ -54,22 +53,26 @@ class Door:
         self.keyring = None if settings.api_keys is None else Keyring(settings.api_keys)
         self.client = AsyncClient(settings)
         self.sessions = None if self.keyring is None else Sessions(settings, self.keyring)
+        self.selections = Selections(settings)
         self.sign_ins = SignIns()
+        #: In Authorization headers, apart from those of the sign-in page.
+        self.wrong_keys = WrongKeys()
         #: Of a door without keys, which knows one user.
         self.local = Session(LOCAL, secrets.token_urlsafe(32))
         self.draining = asyncio.Event()
         redis = connect(settings)
         self._operator = OperatorLedger(redis, settings)
         self._outbox = Outbox(redis, settings)
-        self._operator_turns = anyio.CapacityLimiter(OPERATOR_THREADS)
-        self._upload_turns = anyio.CapacityLimiter(UPLOAD_THREADS)
-        self._large_bodies = anyio.CapacityLimiter(LARGE_BODIES)
+        self._operator_turns = Turns(OPERATOR_THREADS)
+        self._upload_turns = Turns(UPLOAD_THREADS)
+        self._large_bodies = Turns(LARGE_BODIES)
         self.presigner = Presigner(settings, settings.s3_public_endpoint_url)
         self.streams = 0
 
     async def aclose(self) -> None:
         if self.sessions is not None:
             await self.sessions.aclose()
+        await self.selections.aclose()
         await self.client.aclose()
         self._operator.close()
 
@@ -102,17 +105,17 @@ class Door:
         """Runs what talks to S3, on a thread."""
         return await self._on_thread(work, self._upload_turns)
 
-    async def _on_thread(self, work: Callable[[], T], turns: anyio.CapacityLimiter) -> T:
-        async with _turn(turns):
+    async def _on_thread(self, work: Callable[[], T], turns: Turns) -> T:
+        async with turns.turn():
             # The limit is the limiter: the default one, of 40 threads, is for nobody else here.
             return await anyio.to_thread.run_sync(work)
 
-    async def forget(self, id: str) -> Forgotten:
-        """Erases a job, and what it left in S3 and in search indexes."""
-        async with _turn(self._upload_turns):
+    async def forget(self, ids: Sequence[str]) -> Forgotten:
+        """Erases jobs, and what they left in S3 and in search indexes."""
+        async with self._upload_turns.turn():
             # Indexes are opened at the first use: LanceDB is large.
             unindex = await anyio.to_thread.run_sync(lambda: self._unindex)
-            return await self.client.forget([id], unindex=unindex)
+            return await self.client.forget(ids, unindex=unindex)
 
     @cached_property
     def _unindex(self) -> Unindex | None:
@@ -120,22 +123,7 @@ class Door:
 
     def large_body(self) -> AbstractAsyncContextManager[None]:
         """Room for a large body, for as long as it is kept. Raises Problem if there is none."""
-        return _turn(self._large_bodies)
-
-
-@asynccontextmanager
-async def _turn(turns: anyio.CapacityLimiter) -> AsyncIterator[None]:
-    token = object()
-    try:
-        async with asyncio.timeout(TURN_TIMEOUT_S):
-            await turns.acquire_on_behalf_of(token)
-    except TimeoutError:
-        text = "the door is busy with other lists and uploads"
-        raise Problem(503, "busy", text, retry_after_s=TURN_TIMEOUT_S) from None
-    try:
-        yield
-    finally:
-        turns.release_on_behalf_of(token)
+        return self._large_bodies.turn()
 
 
 def door_of(request: Request) -> Door:

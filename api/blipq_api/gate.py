@@ -21,6 +21,7 @@ from blipq_api.access.rates import BURST_S, Bucket
 from blipq_api.console.errors import answer, is_page, path_in
 from blipq_api.door import Door
 from blipq_api.problems import Problem
+from blipq_api.turns import KEY_SHARE, holder
 
 access = logging.getLogger("blipq_api.access")
 
@@ -28,9 +29,6 @@ access = logging.getLogger("blipq_api.access")
 OPEN_PATHS = ("/health", "/openapi.json", "/docs")
 _HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[\w.-]+))(?::\d{1,5})?", re.ASCII)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-#: Of the requests that a door answers at the same time, the share that one key may have, or
-#: all who send none.
-KEY_SHARE = 0.5
 
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -96,7 +94,7 @@ class Gate:
         elif is_page(path):
             await self._admit_to_console(scope, headers, passage)
         elif not path.startswith(OPEN_PATHS):
-            caller = self._caller(headers)
+            caller = self._caller(headers, _address(scope))
             scope["state"]["caller"] = passage.caller = caller
             self._count(caller, passage)
 
@@ -113,14 +111,20 @@ class Gate:
 
     # -- with keys --
 
-    def _caller(self, headers: Headers) -> Caller:
-        scheme, _, secret = headers.get("authorization", "").partition(" ")
+    def _caller(self, headers: Headers, address: str) -> Caller:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        secret = given.strip() if scheme.lower() == "bearer" else ""
         assert self._door.keyring is not None
-        known = self._door.keyring.find(secret.strip()) if scheme.lower() == "bearer" else None
-        if known is None:
-            text = "no key, or none of this door's: send Authorization: Bearer blipq_..."
-            raise Problem(401, "unauthorized", text, headers={"WWW-Authenticate": "Bearer"})
-        return known
+        known = self._door.keyring.find(secret) if secret else None
+        if known is not None:
+            return known
+        # A right key is taken whatever else its address sends: services may share a proxy's.
+        if secret and (pause := self._door.wrong_keys.wrong(address)):
+            text = "too many wrong keys came from here"
+            close = {"Connection": "close"}
+            raise Problem(429, "too_many_wrong_keys", text, retry_after_s=pause, headers=close)
+        text = "no key, or none of this door's: send Authorization: Bearer blipq_..."
+        raise Problem(401, "unauthorized", text, headers={"WWW-Authenticate": "Bearer"})
 
     def _count(self, caller: Caller, passage: "_Passage") -> None:
         """Raises Problem where the key has used up its rate."""
@@ -149,6 +153,8 @@ class Gate:
             raise Problem(429, "too_many_requests", text, retry_after_s=1)
         self._of_keys[name] += 1
         passage.counted = name
+        if name:
+            holder.set(name)  # of this request's task
 
     def _leave(self, passage: "_Passage") -> None:
         if (name := passage.counted) is not None:
@@ -197,6 +203,11 @@ def _preflight(allowed: bool) -> Response:
         "Access-Control-Allow-Headers": CORS_HEADERS,
     }
     return Response(status_code=204, headers=headers)
+
+
+def _address(scope: Scope) -> str:
+    """Where a request comes from, or "" from a socket file."""
+    return str((scope.get("client") or ("",))[0])
 
 
 def _name(host: str) -> str:
@@ -253,7 +264,7 @@ class _Passage:
             "status": self._status or 499,
             "ms": round(1000 * (time.monotonic() - self._started), 1),
             "bytes": self._bytes,
-            "client": (scope.get("client") or ("",))[0],
+            "client": _address(scope),
         }
         if self.caller is not None:
             line |= {"key": self.caller.name, "tenant": self.caller.tenant}

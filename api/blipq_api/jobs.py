@@ -209,7 +209,7 @@ async def forget(request: Request) -> Response:
     info = await known(door, caller_of(request), id)
     if not info.ended:
         raise Problem(409, "job_open", f"{id} is {info.status}: cancel it first")
-    report = await door.forget(id)
+    report = await door.forget([id])
     if not report.jobs:
         raise not_found(id[:128])
     return shown({**asdict(report), "left": [redacted(each) for each in report.left]})

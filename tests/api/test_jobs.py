@@ -1,9 +1,14 @@
 """A job's life through the door: a real server, and the ledger in the worker's place."""
 
 import json
+import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from random import Random
 from typing import Any
 
 import httpx2
@@ -17,6 +22,8 @@ from blipq.contract import ErrorCode, JobError, split_s3_uri
 from blipq.index.store import Entry, Indexes, Space
 from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.local.sample import red_square
+from blipq.local.stack import free_port, redis_command
+from blipq.local.supervisor import Service
 from blipq.s3.storage import Storage
 from blipq_api.server import bound
 from conftest import wait_until
@@ -90,8 +97,8 @@ def test_a_result_that_is_in_s3_alone_is_read_there(
     assert code_of(http.get(f"/v1/jobs/{id}/result")) == (404, "job_not_found")
 
 
-def test_each_of_a_hundred_jobs_is_readable_at_once(http: httpx2.Client) -> None:
-    for _ in range(100):
+def test_each_of_a_thousand_jobs_is_readable_at_once(http: httpx2.Client) -> None:
+    for _ in range(1000):
         assert http.get(f"/v1/jobs/{submitted(http)}").status_code == 202
 
 
@@ -425,6 +432,67 @@ def test_a_stream_that_was_cut_goes_on_without_loss_or_repeat(
     assert code_of(http.get("/v1/jobs/job_1/events")) == (404, "job_not_found")
 
 
+def test_a_stream_that_is_cut_anywhere_twenty_times_tells_each_stage_once(
+    start: Start, ledger: WorkerLedger
+) -> None:
+    """Cut after so many bytes, within an event, too: only whole ones count, as in browsers."""
+    door = start()
+    with door.http() as http:
+        id = submitted(http)
+    enough = threading.Event()
+    working = threading.Thread(target=_several_attempts, args=(ledger, id, 6, enough))
+    working.start()
+    random = Random(26)
+    seen: list[str] = []
+    cuts, last = 0, ""
+    host, _, port = door.url.removeprefix("http://").partition(":")
+    while not seen or not seen[-1].startswith("succeeded"):
+        with socket.create_connection((host, int(port)), 30) as connection:
+            resumed = f"Last-Event-ID: {last}\r\n" if last else ""
+            head = f"GET /v1/jobs/{id}/events HTTP/1.0\r\nHost: localhost\r\n{resumed}\r\n"
+            connection.sendall(head.encode())
+            most = 2**20 if cuts >= 20 else random.choice((1, 300, 700, 900, 1100, 1500))
+            for event in _whole_events(connection, most):
+                last = event["id"]
+                seen.append(f"{event['event']} {last}")
+        cuts += 1
+        if cuts == 20:
+            enough.set()
+        time.sleep(random.uniform(0, 0.2))
+    working.join()
+    assert cuts > 20, "and then to the end"
+    assert len(seen) == len(set(seen)), seen
+    assert [each.split()[0] for each in seen] == [
+        "queued",
+        *["running", "retrying"] * 6,
+        *("running", "succeeded"),
+    ]
+
+
+def _several_attempts(ledger: WorkerLedger, id: str, count: int, enough: threading.Event) -> None:
+    for _ in range(count):
+        time.sleep(0.5)
+        held = claim(ledger, id)
+        time.sleep(0.4)
+        retried(ledger, held)
+    assert enough.wait(60)
+    finish(ledger, id)
+
+
+def _whole_events(connection: socket.socket, most: int) -> Iterator[dict[str, str]]:
+    """The events of a stream that is cut after so many bytes, or where none comes for a while."""
+    connection.settimeout(0.2)
+    data = b""
+    with suppress(TimeoutError):
+        while len(data) < most and (part := connection.recv(most - len(data))):
+            data += part
+    body = data.partition(b"\r\n\r\n")[2].decode(errors="ignore")
+    for block in body.split("\n\n")[:-1]:
+        fields = dict(line.partition(": ")[::2] for line in block.splitlines())
+        if "id" in fields:
+            yield fields
+
+
 # -- the end --
 
 
@@ -486,6 +554,32 @@ def test_redis_away_is_503_with_a_time_and_then_all_is_right_again(
         assert code_of(http.get("/health")) == (503, "queue_unavailable")
         wait_until(lambda: http.get(f"/v1/jobs/{id}").status_code == 202, "Redis")
         submitted(http)
+
+
+def test_redis_killed_is_503_with_a_time_and_what_was_recorded_is_there_again(
+    start: Start, tmp_path: Path
+) -> None:
+    port = str(free_port())
+    durable = ("--appendonly", "yes", "--appendfsync", "always", "--save", "")
+    command = [redis_command(), "--port", port, "--bind", "127.0.0.1", "--dir", str(tmp_path)]
+    server = Service("redis", [*command, *durable], log=tmp_path / "redis.log")
+    server.start()
+    door = start(redis_url=f"redis://127.0.0.1:{port}/0", timeout_s="0.5")
+    try:
+        with door.http() as http:
+            wait_until(lambda: http.get("/health").status_code == 200, "Redis")
+            ids = [submitted(http) for _ in range(5)]
+            server.signal(signal.SIGKILL)
+            server.wait(10)
+            for answer in (http.post("/v1/jobs", json=CAPTION), http.get(f"/v1/jobs/{ids[0]}")):
+                assert code_of(answer) == (503, "queue_unavailable")
+                assert int(answer.headers["retry-after"]) >= 1
+            server.start()
+            wait_until(lambda: http.get("/health").status_code == 200, "Redis again")
+            assert {http.get(f"/v1/jobs/{id}").status_code for id in ids} == {202}
+            assert http.get(f"/v1/jobs/{submitted(http)}").status_code == 202
+    finally:
+        server.stop()
 
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

@@ -24,6 +24,7 @@ from blipq.local.sample import red_square
 from blipq.local.stack import LocalStack
 from blipq.s3.storage import Storage
 from blipq_api.access.keys import Keyring, digest, make_first_key
+from blipq_api.access.rates import WRONG_AT_ONCE
 from conftest import blipq, wait_until
 
 
@@ -203,6 +204,26 @@ def test_without_a_key_of_the_door_nothing_is_told(
             assert code_of(answer) == (401, "unauthorized")
             assert answer.headers["www-authenticate"] == "Bearer"
         assert http.get("/health").status_code == 200
+
+
+def test_wrong_keys_of_an_address_have_a_limit_and_right_ones_are_always_taken(
+    start: Start, keys: dict[str, str], folder: Path
+) -> None:
+    door = start(api_keys=str(folder / "keys.toml"), api_trusted_proxies="127.0.0.1")
+    with door.http("blipq_wrong") as wrong, door.http(keys["shop"]) as shop, door.http() as http:
+        for _ in range(WRONG_AT_ONCE):
+            assert code_of(wrong.get("/v1/models")) == (401, "unauthorized")
+        refused = wrong.get("/v1/models")
+        assert code_of(refused) == (429, "too_many_wrong_keys")
+        assert 1 <= int(refused.headers["retry-after"]) <= 10
+        assert refused.headers["connection"] == "close"
+        assert shop.get("/v1/models").status_code == 200, "a neighbour behind the same proxy"
+        elsewhere = wrong.get("/v1/models", headers={"X-Forwarded-For": "203.0.113.9"})
+        assert elsewhere.status_code == 401
+        assert http.get("/v1/models").status_code == 401, "no key is no wrong one"
+        assert http.get("/console/login").status_code == 200
+        signed_in = http.post("/console/login", data={"key": keys["shop"]})
+        assert signed_in.status_code == 303, "the sign-in page counts for itself"
 
 
 def test_the_file_is_read_again_when_it_changes_and_a_broken_one_locks_nobody_out(

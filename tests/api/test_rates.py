@@ -1,11 +1,18 @@
-"""Wrong keys at the sign-in page: how many, from where, and what is answered then."""
+"""Sign-ins and wrong keys: how many, from where, and what is answered then."""
 
 from types import SimpleNamespace
 
 import pytest
 
 from blipq_api.access import rates
-from blipq_api.access.rates import ALL_WRONG_AT_ONCE, MOST_ADDRESSES, WRONG_AT_ONCE, SignIns
+from blipq_api.access.rates import (
+    ALL_WRONG_AT_ONCE,
+    MOST_ADDRESSES,
+    SIGN_INS_AT_ONCE,
+    WRONG_AT_ONCE,
+    SignIns,
+    WrongKeys,
+)
 from blipq_api.problems import Problem
 
 
@@ -55,3 +62,28 @@ def test_all_addresses_together_have_a_limit_and_few_are_kept(clock: list[float]
     assert len(sign_ins._of) == MOST_ADDRESSES
     clock[0] += 1.01 / rates.ALL_WRONG_PER_S
     assert not is_refused(sign_ins, "192.0.2.1")
+
+
+def test_a_key_signs_in_so_often_and_each_key_for_itself(clock: list[float]) -> None:
+    sign_ins = SignIns()
+
+    def refused(name: str) -> bool:
+        try:
+            sign_ins.right(name)
+        except Problem as problem:
+            return (problem.status, problem.code) == (429, "too_many_sign_ins")
+        return False
+
+    assert [refused("shop") for _ in range(SIGN_INS_AT_ONCE)] == [False] * SIGN_INS_AT_ONCE
+    assert refused("shop")
+    assert not refused("other")
+    clock[0] += 1.01 / rates.SIGN_INS_PER_S
+    assert not refused("shop")
+    assert refused("shop")
+
+
+def test_a_wrong_key_is_told_of_only_after_those_at_once(clock: list[float]) -> None:
+    wrong = WrongKeys()
+    assert [wrong.wrong("203.0.113.9") for _ in range(WRONG_AT_ONCE)] == [0.0] * WRONG_AT_ONCE
+    assert wrong.wrong("203.0.113.9") == pytest.approx(1 / rates.WRONG_PER_S)
+    assert wrong.wrong("203.0.113.8") == 0

@@ -1,4 +1,4 @@
-"""How often somebody may do something: requests of a key, wrong keys at the sign-in page."""
+"""How often somebody may do something: requests and sign-ins of a key, wrong keys of an address."""
 
 import ipaddress
 import time
@@ -14,6 +14,8 @@ WRONG_AT_ONCE, WRONG_PER_S = 10, 0.1
 ALL_WRONG_AT_ONCE, ALL_WRONG_PER_S = 200, 5.0
 #: Addresses that are known apart; beyond them the oldest is dropped, and the limit of all is left.
 MOST_ADDRESSES = 10_000
+#: Sign-ins of one key at once and a second. Each leaves a session in Redis until it ends.
+SIGN_INS_AT_ONCE, SIGN_INS_PER_S = 100, 0.1
 
 
 @dataclass(slots=True)
@@ -42,8 +44,8 @@ class Bucket:
         return pause
 
 
-class SignIns:
-    """Wrong keys at one door's sign-in page, by the address that they come from.
+class WrongKeys:
+    """Wrong keys that were sent to one door, by the address that they come from.
 
     A key has 256 random bits: no number of tries finds one, so the limit is for the work that tries
     make, which is one process' own. It is kept there, and Redis has no work with strangers.
@@ -53,23 +55,47 @@ class SignIns:
         self._all = Bucket(ALL_WRONG_AT_ONCE)
         self._of: OrderedDict[str, Bucket] = OrderedDict()
 
-    def check(self, address: str) -> None:
-        """Raises Problem where too many were wrong, whatever key comes now."""
+    def pause(self, address: str) -> float:
+        """Seconds until this address may send a wrong key again; 0 if it may now."""
         pause = self._all.pause(ALL_WRONG_PER_S)
         if (known := self._of.get(_network(address))) is not None:
             pause = max(pause, known.pause(WRONG_PER_S))
-        if pause:
-            text = "too many wrong keys came from here: wait before you try again"
-            raise Problem(429, "too_many_sign_ins", text, retry_after_s=pause)
+        return pause
 
-    def wrong(self, address: str) -> None:
-        """Takes in that a key was wrong."""
+    def wrong(self, address: str) -> float:
+        """Takes in that a key was wrong; ``pause`` before that."""
+        pause = self.pause(address)
         network = _network(address)
         self._all.take(ALL_WRONG_PER_S)
         self._of.setdefault(network, Bucket(WRONG_AT_ONCE)).take(WRONG_PER_S)
         self._of.move_to_end(network)
         if len(self._of) > MOST_ADDRESSES:
             self._of.popitem(last=False)
+        return pause
+
+
+class SignIns(WrongKeys):
+    """Keys that were exchanged for sessions at one door, right ones and wrong ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: By the names of keys, of which the file has so many.
+        self._of_keys: dict[str, Bucket] = {}
+
+    def check(self, address: str) -> None:
+        """Raises Problem where too many were wrong, whatever key comes now."""
+        if pause := self.pause(address):
+            raise _too_many("too many wrong keys came from here: wait before you try again", pause)
+
+    def right(self, name: str) -> None:
+        """Takes in that the key of a name is to begin a session. Raises Problem for too many."""
+        bucket = self._of_keys.setdefault(name, Bucket(SIGN_INS_AT_ONCE))
+        if pause := bucket.take(SIGN_INS_PER_S):
+            raise _too_many(f"the key {name!r} has signed in too often: wait a while", pause)
+
+
+def _too_many(text: str, pause: float) -> Problem:
+    return Problem(429, "too_many_sign_ins", text, retry_after_s=pause)
 
 
 def _network(address: str) -> str:

@@ -48,10 +48,8 @@ class Sessions:
         """Closes the connections."""
         await self._redis.aclose(close_connection_pool=True)
 
-    async def begin(self, key: str) -> tuple[str, int] | None:
-        """Exchanges a key for a cookie's token, and the seconds it lives. None for no key."""
-        if self._keyring.find(key) is None:
-            return None
+    async def begin(self, key: str) -> tuple[str, int]:
+        """Exchanges a key of the file for a cookie's token, and the seconds it lives."""
         token = secrets.token_urlsafe(32)
         with redis_errors():
             await self._redis.set(keys.session(digest(token)), digest(key), ex=SESSION_S)

@@ -27,6 +27,9 @@ ADVICE = {
     "wrong_host": "Open the console by the name localhost, or start the door with keys.",
     "cross_origin": "Open the console itself, and repeat what you did there.",
     "stale_form": "Go back, load the page again, and repeat what you did.",
+    "stale_selection": "Filter the list of jobs, and count again.",
+    "queue_full": "Wait until open jobs have ended, or raise BLIPQ_MAX_OPEN_JOBS. What was done "
+    "before this stays done.",
     "not_found": "Use the links above.",
     "internal": "The door's log has the reason, under the id of the request.",
 }

@@ -12,6 +12,8 @@ from blipq.errors import InvalidRequest
 from blipq.ledger.operator import OperatorLedger
 from blipq_api import jobs, operator
 from blipq_api.console.access import call, read_form, to
+from blipq_api.console.bulk import offered
+from blipq_api.console.filters import filters_of, query_of
 from blipq_api.console.pages import rendered
 from blipq_api.console.rates import rate_of
 from blipq_api.door import caller_of, door_of
@@ -22,7 +24,6 @@ PAGE_OF_JOBS = 50
 MOST_DEAD = 100
 #: A backlog that workers do not keep up with.
 LONG_WAIT_S = 60.0
-_FILTERS = ("status", "kind", "model")
 
 
 async def overview(request: Request) -> Response:
@@ -61,20 +62,16 @@ async def _workers(request: Request) -> Sequence[Mapping[str, Any]]:
 
 async def list_jobs(request: Request) -> Response:
     """Jobs by status, kind, model and one pair of metadata, the newest first."""
-    given = {name: request.query_params.get(name, "").strip() for name in _FILTERS}
-    name = request.query_params.get("name", "").strip()
-    value = request.query_params.get("value", "")
-    pair = {f"metadata.{name}": value} if name else {}
+    filters = filters_of(request.query_params)
     cursor = request.query_params.get("cursor", "")
     error: str | None = None
     found: dict[str, Any] = {"jobs": []}
     try:
         found = await call(
-            request, jobs.list_, "read", limit=str(PAGE_OF_JOBS), cursor=cursor, **given, **pair
+            request, jobs.list_, "read", limit=str(PAGE_OF_JOBS), cursor=cursor, **query_of(filters)
         )
     except InvalidRequest as refused:
         error = str(refused)
-    filters = {**given, "name": name, "value": value}
     return rendered(
         request,
         "jobs.html",
@@ -82,6 +79,7 @@ async def list_jobs(request: Request) -> Response:
         jobs=[JobInfo.model_validate(each) for each in found["jobs"]],
         filters=filters,
         filtered=any(filters.values()),
+        bulk=offered(caller_of(request), filters) if error is None else {},
         error=error,
         next={**filters, "cursor": found["next_cursor"]} if "next_cursor" in found else None,
         first=not cursor,

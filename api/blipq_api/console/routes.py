@@ -3,7 +3,7 @@
 from starlette.requests import Request
 from starlette.responses import Response
 
-from blipq_api.console import job, lists, pictures, signing, trying
+from blipq_api.console import bulk, job, lists, pictures, signing, trying
 from blipq_api.console.access import Page
 from blipq_api.console.pages import file_response
 from blipq_api.problems import Problem
@@ -27,6 +27,8 @@ PAGES = (
     Page("GET", "/console/", lists.overview, "read"),
     Page("GET", "/console/jobs", lists.list_jobs, "read"),
     Page("GET", "/console/find", lists.find_job, "read"),
+    Page("POST", "/console/select", bulk.select, "read"),
+    Page("POST", "/console/bulk", bulk.act, "read"),
     Page("GET", "/console/job", job.job, "read"),
     Page("POST", "/console/job", job.act, "read"),
     Page("GET", "/console/stages", job.stages_of, "read"),

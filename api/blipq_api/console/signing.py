@@ -34,20 +34,21 @@ async def sign_in(request: Request) -> Response:
     """Exchanges a key for a cookie that no script can read, and no other site can send.
 
     The cookie has no path of its own: browsers take the console's, wherever that lies. Raises
-    Problem where too many keys were wrong.
+    Problem where too many keys were wrong, and where this one has signed in too often.
     """
     fields = await read_fields(request)
     next = _next(fields.get("next", ""))
-    sessions = door_of(request).sessions
-    if sessions is None:
+    door = door_of(request)
+    if door.sessions is None or door.keyring is None:
         return to(next)
     address = request.client.host if request.client is not None else ""
-    door_of(request).sign_ins.check(address)
-    begun = await sessions.begin(fields.get("key", "").strip())
-    if begun is None:
-        door_of(request).sign_ins.wrong(address)
+    door.sign_ins.check(address)
+    key = fields.get("key", "").strip()
+    if (caller := door.keyring.find(key)) is None:
+        door.sign_ins.wrong(address)
         return rendered(request, "login.html", status=401, next=next, wrong=True)
-    token, seconds = begun
+    door.sign_ins.right(caller.name)
+    token, seconds = await door.sessions.begin(key)
     answer = to(next)
     secure = request.url.scheme == "https"
     answer.set_cookie(

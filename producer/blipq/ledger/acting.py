@@ -47,8 +47,12 @@ def acting(name: str, via: Via) -> Iterator[None]:
 def as_one(target: str | None = None) -> Iterator[None]:
     """Has the parts of a command noted in one line, which counts all of them.
 
-    A line for each part of a large one would push out those of others.
+    A line for each part of a large one would push out those of others. A command within another is
+    a part of that one.
     """
+    if _command.get() is not None:
+        yield
+        return
     token = _command.set(_Command(secrets.token_hex(8), target))
     try:
         yield

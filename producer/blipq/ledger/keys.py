@@ -146,6 +146,11 @@ def session(digest: str) -> str:
     return f"blipq:session:{digest}"
 
 
+def selection(digest: str) -> str:
+    """String: jobs that the session of a digest has counted in the console, to change them."""
+    return f"blipq:selection:{digest}"
+
+
 def watch(name: str) -> str:
     """String: how far a watch has listed, as JSON."""
     return f"blipq:watch:{name}"

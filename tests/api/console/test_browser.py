@@ -13,8 +13,9 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 from api.console.browsers import chromium
-from api.console.conftest import PAGES, Keyed, succeed
+from api.console.conftest import PAGES, Keyed, claimed, succeed
 from blipq import Client
+from blipq.contract import ErrorCode, JobError
 from blipq.ledger.worker import WorkerLedger
 from conftest import ROOT
 
@@ -146,6 +147,39 @@ def test_filters_find_jobs_and_dead_letters_are_tried_again(
     page.click("text=Try again")
     page.wait_for_selector(".status.queued")
     assert client.job(hostile[5]).info().status == "queued"
+
+
+def test_all_jobs_of_a_list_are_counted_and_exactly_those_are_tried_again(
+    reader: Reader, client: Client, ledger: WorkerLedger
+) -> None:
+    error = JobError(code=ErrorCode.IMAGE_NOT_FOUND, message="gone").model_dump_json()
+
+    def failed(campaign: str) -> str:
+        id = client.caption("s3://photos/cat.jpg", metadata={"campaign": campaign}).id
+        assert ledger.fail(claimed(ledger, id), error, "{}")
+        return id
+
+    meant, others = [failed("spring") for _ in range(60)], [failed("autumn") for _ in range(3)]
+    page = reader.open("jobs")
+    assert page.locator("text=With all jobs of this list").count() == 0, "not without a filter"
+    page.select_option("select[name=status]", "failed")
+    page.fill("input[name=name]", "campaign")
+    page.fill("input[name=value]", "spring")
+    page.click("text=Filter")
+    page.click("button:has-text('Try again…')")
+    assert page.locator("h1").inner_text() == "Try again: 60 jobs"
+    assert {client.job(id).info().status for id in meant} == {"failed"}, "counted, not changed"
+    later = failed("spring")
+    page.keyboard.press("Tab")
+    page.evaluate(AXE)
+    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+    assert [each["id"] for each in found if each["impact"] in ("serious", "critical")] == []
+    page.set_viewport_size(PHONE)  # type: ignore[arg-type]
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    page.click("text=exactly these 60 jobs")
+    page.wait_for_selector("h1:has-text('60 jobs queued again')")
+    assert {client.job(id).info().status for id in meant} == {"queued"}
+    assert {client.job(id).info().status for id in (*others, later)} == {"failed"}
 
 
 def test_a_page_that_nobody_sees_asks_for_nothing(browser: Browser, keyed: Keyed) -> None:

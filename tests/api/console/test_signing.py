@@ -9,6 +9,7 @@ import redis
 from api.conftest import DoorProcess, Start
 from api.console.conftest import Keyed, page
 from blipq import Client
+from blipq_api.access.rates import SIGN_INS_AT_ONCE
 from conftest import wait_until
 
 
@@ -67,6 +68,16 @@ def test_wrong_keys_are_so_many_and_then_every_key_waits(start: Start, keyed: Ke
         assert "too many wrong keys" in answer.text
         elsewhere = {"X-Forwarded-For": "203.0.113.9"}
         assert http.post("/console/login", data=right, headers=elsewhere).status_code == 303
+
+
+def test_one_key_begins_so_many_sessions_and_others_go_on(start: Start, keyed: Keyed) -> None:
+    door = start(api_keys=str(keyed.file))
+    with door.http() as http:
+        for status in [303] * SIGN_INS_AT_ONCE + [429]:
+            answer = http.post("/console/login", data={"key": keyed.keys["shop"]})
+            assert answer.status_code == status
+        assert "signed in too often" in answer.text
+        assert http.post("/console/login", data={"key": keyed.keys["other"]}).status_code == 303
 
 
 @pytest.mark.parametrize(

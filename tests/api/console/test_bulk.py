@@ -1,0 +1,200 @@
+"""All jobs of a filtered list at once: counted, confirmed, and then exactly those."""
+
+import re
+
+import httpx2
+import pytest
+import redis
+
+from api.console.conftest import HOSTILE, Keyed, Markup, claimed, page
+from blipq import Client
+from blipq.contract import ErrorCode, JobError
+from blipq.ledger.worker import WorkerLedger
+
+PHOTO = "s3://photos/shop/cat.jpg"
+
+
+def failed(client: Client, ledger: WorkerLedger, id: str) -> str:
+    error = JobError(code=ErrorCode.IMAGE_NOT_FOUND, message="gone").model_dump_json()
+    assert ledger.fail(claimed(ledger, id), error, "{}")
+    return id
+
+
+def caption(client: Client, **options: object) -> str:
+    return client.caption(PHOTO, **options).id  # type: ignore[arg-type]
+
+
+def statuses(client: Client, ids: list[str]) -> list[str]:
+    return [str(client.job(id).info().status) for id in ids]
+
+
+def counted(
+    http: httpx2.Client, action: str, code: int = 200, **filters: str
+) -> tuple[int, dict[str, str]]:
+    """The number of jobs that a dry run shows, and the form that changes them."""
+    token = page(http, "").values("value")[0]
+    answer = http.post("/console/select", data={"form_token": token, "action": action, **filters})
+    assert answer.status_code == code, answer.text[:2000]
+    shown = re.search(r"<h1>[^<]*: ([\d,]+) jobs?</h1>", answer.text)
+    selection = Markup(answer.text).elements
+    fields = {
+        given["name"]: given["value"]
+        for tag, given in selection
+        if tag == "input" and given["name"] in ("selection", "form_token")
+    }
+    return (-1 if shown is None else int(shown[1].replace(",", ""))), fields
+
+
+def test_exactly_the_jobs_that_were_counted_are_queued_again(
+    operator: httpx2.Client, client: Client, ledger: WorkerLedger
+) -> None:
+    meant = [failed(client, ledger, caption(client)) for _ in range(3)]
+    other_kind = failed(client, ledger, client.vqa(PHOTO, "what?").id)
+    waiting = caption(client)
+    count, form = counted(operator, "retry", status="failed", kind="caption")
+    assert count == 3
+    assert statuses(client, meant) == ["failed"] * 3, "nothing is changed by counting"
+    later = failed(client, ledger, caption(client))
+    gone = meant.pop()
+    client.retry_all([gone])
+    client.job(gone).cancel()
+    answer = operator.post("/console/bulk", data=form)
+    assert "<h1>3 jobs queued again</h1>" in answer.text
+    assert statuses(client, [*meant, gone]) == ["queued"] * 3
+    assert statuses(client, [other_kind, later, waiting]) == ["failed", "failed", "queued"]
+    assert operator.post("/console/bulk", data=form).status_code == 409, "once"
+
+
+def test_a_job_that_changed_since_it_was_counted_stays_as_it_is_and_the_page_says_so(
+    operator: httpx2.Client, client: Client, ledger: WorkerLedger
+) -> None:
+    ids = [caption(client, metadata={"campaign": "spring"}) for _ in range(3)]
+    caption(client)
+    count, form = counted(operator, "cancel", name="campaign", value="spring")
+    assert count == 3
+    failed(client, ledger, ids[0])
+    answer = operator.post("/console/bulk", data=form)
+    assert "<h1>2 jobs cancelled</h1>" in answer.text
+    assert "3 were counted" in answer.text
+    assert sorted(statuses(client, ids)) == ["cancelled", "cancelled", "failed"]
+
+
+def test_only_what_has_ended_is_forgotten_and_it_is_gone(
+    operator: httpx2.Client, client: Client, ledger: WorkerLedger
+) -> None:
+    ended = [failed(client, ledger, caption(client)) for _ in range(2)]
+    open_ = caption(client)
+    count, form = counted(operator, "forget", kind="caption")
+    assert count == 2
+    assert "<h1>2 jobs erased</h1>" in operator.post("/console/bulk", data=form).text
+    listed = page(operator, "jobs").text
+    assert [id in listed for id in (*ended, open_)] == [False, False, True]
+
+
+def test_one_line_of_the_log_names_who_did_it_to_how_many_and_no_value_of_metadata(
+    keyed: Keyed, operator: httpx2.Client, client: Client
+) -> None:
+    for _ in range(250):  # more than a script takes at once
+        caption(client, metadata={"user": "42-secret"})
+    count, form = counted(operator, "cancel", name="user", value="42-secret")
+    assert count == 250
+    operator.post("/console/bulk", data=form)
+    with keyed.door.http(keyed.keys["operator"]) as api:
+        actions = api.get("/v1/actions").json()["actions"]
+    (line,) = [each for each in actions if each["action"] == "cancel"]
+    assert (line["name"], line["via"], line["count"]) == ("operator", "api", 250)
+    assert "user" in line["target"]
+    assert "secret" not in line["target"]
+
+
+def test_a_reading_key_is_offered_nothing_and_can_count_nothing(
+    keyed: Keyed, client: Client
+) -> None:
+    with keyed.door.http(keyed.keys["shop"]) as api:
+        id = api.post("/v1/jobs", json={"kind": "caption", "image": PHOTO}).json()["id"]
+    with keyed.signed_in("shop") as http:
+        assert 'action="select"' in page(http, "jobs?status=queued").text
+    with keyed.signed_in("reader") as http:
+        shown = page(http, "jobs?status=queued").text
+        assert id in shown
+        assert 'action="select"' not in shown
+        for action in ("cancel", "retry", "forget"):
+            assert counted(http, action, 403, status="queued")[0] == -1
+        token = page(http, "").values("value")[0]
+        form = {"form_token": token, "selection": "x"}
+        assert http.post("/console/bulk", data=form).status_code == 409
+    assert statuses(client, [id]) == ["queued"]
+
+
+def test_another_tenants_jobs_are_not_counted_and_another_sessions_not_changed(
+    keyed: Keyed, client: Client
+) -> None:
+    ids = {}
+    for name in ("shop", "other"):
+        with keyed.door.http(keyed.keys[name]) as api:
+            body = {"kind": "caption", "image": PHOTO}
+            ids[name] = api.post("/v1/jobs", json=body).json()["id"]
+    with keyed.signed_in("other") as http, keyed.signed_in("operator") as admin:
+        count, form = counted(http, "cancel", kind="caption")
+        assert count == 1
+        own = page(admin, "").values("value")[0]
+        stolen = admin.post("/console/bulk", data={**form, "form_token": own})
+        assert stolen.status_code == 409
+        assert statuses(client, [*ids.values()]) == ["queued", "queued"]
+        assert http.post("/console/bulk", data=form).status_code == 200
+        assert counted(admin, "cancel", kind="caption")[0] == 1
+    assert statuses(client, [*ids.values()]) == ["queued", "cancelled"]
+
+
+@pytest.mark.parametrize("path", ["select", "bulk"])
+def test_a_form_of_another_site_or_session_counts_and_changes_nothing(
+    keyed: Keyed, client: Client, path: str
+) -> None:
+    id = caption(client)
+    with keyed.signed_in() as http, keyed.signed_in() as another:
+        _, form = counted(http, "cancel", kind="caption")
+        data = {**form, "action": "cancel", "kind": "caption"}
+        foreign = page(another, "").values("value")[0]
+        for token in ("", foreign):
+            answer = http.post(f"/console/{path}", data={**data, "form_token": token})
+            assert (answer.status_code, "stale_form" in answer.text) == (403, True)
+        for headers in ({"Sec-Fetch-Site": "cross-site"}, {"Origin": "https://evil.example"}):
+            assert http.post(f"/console/{path}", data=data, headers=headers).status_code == 403
+        assert statuses(client, [id]) == ["queued"]
+        assert http.post("/console/bulk", data=form).status_code == 200, "it still stands"
+
+
+def test_a_list_without_a_filter_and_what_is_no_action_are_refused(
+    operator: httpx2.Client, client: Client
+) -> None:
+    caption(client)
+    assert 'action="select"' not in page(operator, "jobs").text
+    for action, filters in (("cancel", {}), ("drop", {"kind": "caption"})):
+        assert counted(operator, action, 422, **filters)[0] == -1
+    assert counted(operator, "cancel", 422, status="nonsense")[0] == -1
+    assert counted(operator, "retry", status="succeeded")[0] == 0
+
+
+def test_a_session_keeps_one_selection_for_ten_minutes(
+    operator: httpx2.Client, client: Client, raw_redis: "redis.Redis"
+) -> None:
+    caption(client)
+    _, first = counted(operator, "cancel", kind="caption")
+    _, second = counted(operator, "cancel", kind="caption")
+    (name,) = raw_redis.scan_iter("blipq:selection:*")
+    assert 590 < int(raw_redis.ttl(name)) <= 600  # type: ignore[arg-type]
+    assert operator.post("/console/bulk", data=first).status_code == 409
+    assert operator.post("/console/bulk", data=second).status_code == 200
+    assert not [*raw_redis.scan_iter("blipq:selection:*")]
+
+
+def test_hostile_texts_in_filters_and_jobs_are_no_markup(
+    operator: httpx2.Client, client: Client, hostile: list[str]
+) -> None:
+    token = page(operator, "").values("value")[0]
+    form = {"form_token": token, "action": "retry", "name": HOSTILE[:64], "value": HOSTILE}
+    answer = operator.post("/console/select", data=form)
+    assert answer.status_code == 200
+    assert hostile[5] in answer.text
+    assert "<img src=x" not in answer.text
+    assert "<svg onload" not in answer.text
