@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from blipq.cli.terminal.group import Group, GroupOfCommands
 from blipq.cli.terminal.options import pairs
@@ -179,7 +180,7 @@ def _bar(*, shown: bool) -> Progress:
     return Progress(
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         TimeRemainingColumn(),
         console=errors,
         disable=not (shown and errors.is_terminal),
@@ -219,7 +220,7 @@ def _table(infos: "list[IndexInfo]") -> Table:
         small = info.bytes < 2**20
         size = f"{info.bytes / (2**10 if small else 2**20):,.1f} {'KiB' if small else 'MiB'}"
         changed = f"{info.changed_at:%Y-%m-%d %H:%M} UTC"
-        table.add_row(info.name, f"{info.images:,}", size, info.checkpoint, changed)
+        table.add_row(info.name, f"{info.images:,}", size, Text(info.checkpoint), changed)
     return table
 
 

@@ -16,6 +16,7 @@ from blipq.cli.terminal.output import (
     errors,
     exit_code_of,
     out,
+    print_detail,
     print_jobs,
     print_json,
     status_line,
@@ -83,7 +84,7 @@ def log(
     """List who did what, the newest first.
 
     Who cancelled, queued again, dropped, forgot or replayed what in the last 30 days, by a client,
-    by commands or by the HTTP door. Times are UTC.
+    by commands or by the HTTP door, and how many jobs, events or queues that were. Times are UTC.
 
     Examples:
         blipq log
@@ -94,13 +95,12 @@ def log(
     if as_json:
         print(json.dumps({"actions": [action.as_dict() for action in found]}))
         return
-    table = Table(box=None, pad_edge=False)
-    for name in ("at", "who", "by", "action", "jobs", "what"):
-        table.add_column(name, overflow="fold")
     for each in found:
-        texts = (f"{each.at:%Y-%m-%d %H:%M:%S}", each.name, each.via, each.action)
-        table.add_row(*map(Text, (*texts, f"{each.count:,}", each.target)))
-    out.print(table if found else "nothing was done")
+        done = f"{each.action} {each.count:,}"
+        out.print(f"{each.at:%m-%d %H:%M:%S}  {done:<16}  {each.name} ({each.via})", markup=False)
+        print_detail(each.target)
+    if not found:
+        out.print("nothing was done")
 
 
 class By(StrEnum):

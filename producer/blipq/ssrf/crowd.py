@@ -1,5 +1,5 @@
-"""How many requests are at each address, and of each submitter: many names may lead to one server
-that never answers, and many such servers may be named by one submitter.
+"""How many requests are at each address, and of each group: many names may lead to one server that
+never answers, and many such servers may be named by one submitter.
 """
 
 from collections import Counter
@@ -28,9 +28,9 @@ class Visit:
         """Takes a place at an address, if there is one."""
         return self._take((_place(address), port), self._most)
 
-    def enter_for(self, submitter: str, most: int) -> bool:
-        """Takes one of a submitter's places, of which there are ``most``."""
-        return self._take(submitter, most)
+    def enter_for(self, group: object, most: int) -> bool:
+        """Takes one of the ``most`` places of a group, such as a submitter, wherever it leads."""
+        return self._take(group, most)
 
     def _take(self, place: object, most: int) -> bool:
         if self._places[place] >= most:

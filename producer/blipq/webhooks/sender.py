@@ -24,7 +24,7 @@ from blipq.ledger.connection import connect
 from blipq.program import blipq
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
-from blipq.ssrf.crowd import Crowd, Crowded
+from blipq.ssrf.crowd import Crowd, Crowded, Visit
 from blipq.ssrf.http import GuardedHttp
 from blipq.telemetry import names, tracing
 from blipq.telemetry.logs import about, set_up_logging
@@ -45,6 +45,9 @@ MOST_ANSWERED_HOSTS = 10_000
 #: How long a host is left alone that has no room at its address.
 CROWDED_S = 2.0
 
+#: What hosts that have not answered take their places of; no tenant's name.
+_UNANSWERED = object()
+
 T = TypeVar("T")
 
 
@@ -53,7 +56,7 @@ class Lost(Exception):
 
 
 class OverQuota(Exception):
-    """The tenant's other events take all the places that it may have. Nothing was sent."""
+    """Events of the tenant, or to hosts that do not answer, take all their places. None was sent."""
 
 
 class Sender:
@@ -199,7 +202,7 @@ class Sender:
     async def _attempt(self, event: Event) -> Answer:
         host, tenant = event.record["host"], event.record.get("tenant")
         with self._crowd.visit(self._most_of_an_address(host)) as visit:
-            if tenant is not None and not visit.enter_for(tenant, self._most_of_a_tenant(host)):
+            if not self._has_room(visit, host, tenant):
                 raise OverQuota
             body = await self._in_thread(lambda: self._body(event))
             headers = signed_headers(event.webhook_id, body, secrets_for(tenant, self._secrets))
@@ -221,13 +224,19 @@ class Sender:
             return max(1, self._settings.webhook_concurrency // 2)
         return self._settings.webhook_host_concurrency
 
-    def _most_of_a_tenant(self, host: str) -> int:
-        """Requests of a tenant at which further ones wait, its look-ups of names included.
+    def _has_room(self, visit: Visit, host: str, tenant: str | None) -> bool:
+        """Takes the places of an event, its look-up of a name included.
 
-        Half of all, but a quarter where the host has not answered when it was last asked: any
-        number of servers that never answer cost only some places.
+        Any number of servers or names that never answer cost only some places: hosts that have not
+        answered when they were last asked have three quarters of all, and one tenant a quarter.
+        To hosts that did, a tenant has half of all.
         """
-        return max(1, self._settings.webhook_concurrency // (2 if host in self._answered else 4))
+        most = self._settings.webhook_concurrency
+        if host in self._answered:
+            return tenant is None or visit.enter_for(tenant, max(1, most // 2))
+        if not visit.enter_for(_UNANSWERED, max(1, most * 3 // 4)):
+            return False
+        return tenant is None or visit.enter_for(tenant, max(1, most // 4))
 
     async def _defer(self, event: Event) -> None:
         """Puts an event back for which there is no room: it is no attempt."""

@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from blipq import Client, Settings
 from blipq.cli import app
+from blipq.ledger.views.actions import ActionLog
+from blipq.ledger.worker import Claim, WorkerLedger
 
 IMAGE = "s3://uploads/cat.jpg"
 
@@ -73,3 +76,38 @@ def test_queues_are_paused_and_resumed(run: Run, ids: list[str]) -> None:
     assert "resumed, 3 waiting" in run("queue", "resume", "blipq.m.normal").stdout
     assert "paused" not in run("queue", "stats").stdout
     assert run("queue", "pause", "blipq.typo.low").exit_code == 2
+
+
+def dead_letter(client: Client, ledger: WorkerLedger, **options: Any) -> str:
+    id = client.caption(IMAGE, model="m", **options).id
+    claimed = ledger.claim(id, "w1")
+    assert isinstance(claimed, Claim)
+    assert ledger.fail(claimed, '{"code": "internal", "message": "no"}', "{}", dead=True)
+    return id
+
+
+@pytest.mark.parametrize(
+    ("command", "action"),
+    [
+        (("dead-letters", "retry"), "retry"),
+        (("dead-letters", "drop"), "drop"),
+        (("webhooks", "replay"), "replay"),
+    ],
+)
+def test_a_command_for_many_ids_is_one_line_of_the_log_and_names_those_that_are_unknown(
+    run: Run,
+    client: Client,
+    ledger: WorkerLedger,
+    command: tuple[str, str],
+    action: str,
+) -> None:
+    """Before, it was a line for each, and none behind an unknown id was done."""
+    hook = {"url": "https://example.org/"}
+    ids = [dead_letter(client, ledger, webhook=hook) for _ in range(2)]
+    ran = run(*command, ids[0], "job_unknown", ids[1])
+    assert (ran.exit_code, len(ran.stdout.splitlines())) == (4, 2)
+    assert "job_unknown" in ran.stderr
+    assert all(id in ran.stdout and id not in ran.stderr for id in ids)
+    (line,) = ActionLog.beside(ledger).latest(10)
+    assert (line.via, line.action, line.count) == ("cli", action, 2)
+    assert line.target == " ".join([ids[0], "job_unknown", ids[1]])

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 from typing import Any
 
@@ -409,6 +410,46 @@ def test_a_tenant_with_many_silent_servers_holds_up_no_other(
             end("good.example", "evil")
             end("good.example", "good")
             wait_until(lambda: len(receiver.got) == 3, "both to be told", 30)
+
+
+def test_names_that_do_not_resolve_hold_up_no_receiver_that_answers(
+    hooked: Settings, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor where they come without a tenant: before, they held all places."""
+    monkeypatch.setattr("blipq.ssrf.http.RESOLVE_TIMEOUT_S", 60.0)
+    names = [f"h{number}.evil.example" for number in range(24)]
+    allowed = ("good.example", *names)
+    settings = hooked.model_copy(
+        update={"webhook_allow": allowed, "webhook_concurrency": 8, "webhook_timeout_s": 60.0}
+    )
+    silent = threading.Event()
+    asked: list[str] = []
+    silent.set()
+
+    async def resolve(host: str, port: int) -> list[str]:
+        if host != "good.example":
+            asked.append(host)
+        while host != "good.example" and silent.is_set():
+            await asyncio.sleep(0.02)
+        return ["127.0.0.1"]
+
+    http = GuardedHttp(settings.webhook_policy, timeout_s=60.0, resolve=resolve)
+    with Client(settings) as client:
+
+        def end(host: str) -> None:
+            webhook = {"url": f"http://{host}:{receiver.port}/"}
+            client.caption("s3://uploads/cat.jpg", webhook=webhook).cancel()
+
+        with sending(settings, http):
+            end("good.example")
+            wait_until(lambda: len(receiver.got) == 1, "the receiver to have answered")
+            for name in names:
+                end(name)
+            wait_until(lambda: len(asked) == 6, "the others to have their places")
+            end("good.example")
+            wait_until(lambda: len(receiver.got) == 2, "the receiver to be told again")
+            assert len(asked) == 6
+            silent.clear()
 
 
 def test_an_event_that_is_put_back_is_no_attempt_and_due_later(outbox: Outbox, end: End) -> None:

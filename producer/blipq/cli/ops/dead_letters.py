@@ -5,8 +5,14 @@ from typing import Annotated
 import typer
 
 from blipq.cli.terminal.group import Group
-from blipq.cli.terminal.output import IdArgument, JsonOption, connected, out, print_jobs
-from blipq.errors import JobNotFound
+from blipq.cli.terminal.output import (
+    IdArgument,
+    JsonOption,
+    act_on_each,
+    connected,
+    out,
+    print_jobs,
+)
 from blipq.ledger.operator import OperatorLedger
 
 app = Group("Jobs that are out of attempts.")
@@ -49,12 +55,15 @@ def retry(
     """
     with connected() as client:
         operator = OperatorLedger.beside(client.ledger)
-        for id in ids:
+
+        def again(id: str) -> bool:
             message = operator.retry_dead_letter(id)
-            if message is None:
-                raise JobNotFound(f"no dead letter {id}")
-            client.broker.publish(message)
-            out.print(f"{id}: queued")
+            if message is not None:
+                client.broker.publish(message)
+                out.print(f"{id}: queued", markup=False)
+            return message is not None
+
+        act_on_each(ids, again, "no dead letter {}")
 
 
 @app.command("drop")
@@ -68,7 +77,11 @@ def drop(
     """
     with connected() as client:
         operator = OperatorLedger.beside(client.ledger)
-        for id in ids:
-            if not operator.drop_dead_letter(id):
-                raise JobNotFound(f"no dead letter {id}")
-            out.print(f"{id}: dropped")
+
+        def drop_one(id: str) -> bool:
+            dropped = operator.drop_dead_letter(id)
+            if dropped:
+                out.print(f"{id}: dropped", markup=False)
+            return dropped
+
+        act_on_each(ids, drop_one, "no dead letter {}")

@@ -55,7 +55,7 @@ def metrics(
             bound = stack.enter_context(served(registry, port, host, pages))
             pods = Pods(deletion_costs) if deletion_costs else None
             registry.register(LedgerCollector(client))
-            errors.print(f"metrics of {settings.endpoints} on port {bound}")
+            errors.print(f"metrics of {settings.endpoints} on port {bound}", markup=False)
             while not stop.wait(PAUSE_S):
                 if pods is not None:
                     DeletionCosts(client, pods).tick()

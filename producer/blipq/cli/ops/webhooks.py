@@ -3,18 +3,24 @@
 import asyncio
 import json
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from blipq.cli.terminal.group import Group
-from blipq.cli.terminal.output import JsonOption, errors, out, reported
-from blipq.errors import InvalidRequest, JobNotFound
+from blipq.cli.terminal.output import (
+    JsonOption,
+    act_on_each,
+    connected,
+    errors,
+    out,
+    print_detail,
+    reported,
+)
+from blipq.client.sync_client import Client
+from blipq.errors import InvalidRequest
 from blipq.exporter import ANYWHERE
-from blipq.ledger.connection import connect
 from blipq.redaction import redacted
 from blipq.settings import Settings
 from blipq.submission import checked
@@ -91,10 +97,13 @@ def list_(
 ) -> None:
     """List events that wait to be sent, or were given up, and count what came of all attempts.
 
+    Times are UTC.
+
     Examples:
         blipq webhooks list --dead
     """
-    with _outbox(as_json) as outbox:
+    with connected(as_json) as client:
+        outbox = _outbox(client)
         events = [_shown(event) for event in outbox.listed(dead=dead, limit=limit)]
         counted: dict[str, Any] = {
             "pending": outbox.pending(),
@@ -106,7 +115,7 @@ def list_(
         print(json.dumps({**counted, "events": events}))
         return
     for event in events:
-        out.print(_line(event), markup=False)
+        _show(event)
     attempts = ", ".join(f"{number} {outcome}" for outcome, number in counted["attempts"].items())
     summary = f"{counted['pending']} pending, {counted['dead']} dead, "
     summary += f"{len(counted['senders'])} senders; attempts: {attempts or 'none'}"
@@ -119,10 +128,13 @@ def _shown(event: dict[str, Any]) -> dict[str, Any]:
     return {**event, **texts}
 
 
-def _line(event: dict[str, Any]) -> str:
+def _show(event: dict[str, Any]) -> None:
+    """Two lines: which event and when, and what came of it where."""
     at = datetime.fromtimestamp(event.get("dead_at") or event["due_at"], UTC)
-    line = f"{at:%Y-%m-%d %H:%M:%S}  {event['event']}  {event['url']}  attempts {event['attempts']}"
-    return f"{line}, {event['outcome']}: {event['detail']}" if "outcome" in event else line
+    out.print(f"{at:%m-%d %H:%M:%S}  {event['event']}", markup=False)
+    detail = f"attempts {event['attempts']}"
+    detail += f", {event['outcome']}: {event['detail']}" if "outcome" in event else ""
+    print_detail(f"{detail}  {event['url']}")
 
 
 @app.command("replay")
@@ -136,13 +148,16 @@ def replay(
     Examples:
         blipq webhooks replay job_0197f2a0-5c7e-7d3b-9a51-3c1d6e0f4a2b
     """
-    with _outbox() as outbox:
-        for id in ids:
+    with connected() as client:
+        outbox = _outbox(client)
+
+        def again(id: str) -> bool:
             events = outbox.replay(id)
-            if not events:
-                raise JobNotFound(f"no event {id}: never posted, or past its retention")
             for event in events:
                 out.print(f"{event}: queued", markup=False)
+            return bool(events)
+
+        act_on_each(ids, again, "no event {}: never posted, or past its retention")
 
 
 @secret.command("new")
@@ -182,11 +197,7 @@ def _secrets(settings: Settings) -> list[str]:
     return [each.get_secret_value() for each in settings.webhook_secrets]
 
 
-@contextmanager
-def _outbox(as_json: bool = False) -> "Iterator[Outbox]":
+def _outbox(client: Client) -> "Outbox":
     from blipq.webhooks.outbox import Outbox
 
-    with reported(as_json):
-        settings = checked(Settings)
-        with connect(settings) as raw:
-            yield Outbox(raw, settings)
+    return Outbox.beside(client.ledger)

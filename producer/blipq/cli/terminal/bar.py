@@ -40,7 +40,7 @@ class Bar:
         self._told_at = time.monotonic()
         self._progress = Progress(
             BarColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             _Rate(),
             TimeRemainingColumn(),
             console=errors,

@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -40,7 +40,8 @@ from blipq.errors import (
     QueueUnavailable,
     ResultTimeout,
 )
-from blipq.ledger.acting import acting, this_user
+from blipq.ledger.acting import acting, as_one, this_user
+from blipq.ledger.changes import target_of
 from blipq.printable import printable
 from blipq.program import blipq
 from blipq.settings import Settings
@@ -89,7 +90,7 @@ def connected(as_json: bool = False) -> Iterator[Client]:
         if as_json:
             logging.getLogger("blipq").addHandler(logging.NullHandler())  # stderr is silent
         else:
-            errors.print(f"using {settings.endpoints}", style="dim")
+            errors.print(f"using {settings.endpoints}", style="dim", markup=False)
         user = acting(this_user(), "cli")
         with _hint_at_a_stack(settings), Client(settings) as client, user:
             yield client
@@ -125,6 +126,17 @@ def reported(as_json: bool = False) -> Iterator[None]:
             message = str(error).removeprefix(f"{ErrorCode.INVALID_REQUEST}: ")
             errors.print(f"blipq: {message}", style="red", markup=False)
         raise typer.Exit(exit_code(error)) from None
+
+
+def act_on_each(ids: Sequence[str], act: Callable[[str], bool], unknown: str) -> None:
+    """Acts on each id, as one line of the log of actions.
+
+    Raises JobNotFound at the end for all that ``act`` was False of; ``unknown`` says so of ``{}``.
+    """
+    with as_one(target_of(ids)):
+        missing = [id for id in ids if not act(id)]
+    if missing:
+        raise JobNotFound(unknown.format(", ".join(missing)))
 
 
 def exit_code(error: BlipqError) -> int:
@@ -163,7 +175,7 @@ def follow(job: Job[Any], wait: bool, timeout: float, as_json: bool) -> None:
     for line in lines_of(found):
         out.print(line, markup=False)
     if info.receipt is not None and info.receipt.note:
-        errors.print(f"note: {info.receipt.note}", style="yellow")
+        errors.print(f"note: {info.receipt.note}", style="yellow", markup=False)
 
 
 def _go_on(job: Job[Any], as_json: bool) -> None:
@@ -307,10 +319,15 @@ def print_jobs(infos: Iterable[JobInfo], as_json: bool) -> None:
     for info in infos:
         at = f"{info.created_at:%m-%d %H:%M:%S}"
         out.print(f"{at}  {info.kind:<8}  {info.status:<9}  {info.id}", markup=False)
-        line = Text(f"                {_answer_of(info)}", style="dim")
-        if out.is_terminal:  # whole words, and the most important first
-            line.truncate(out.width, overflow="ellipsis")
-        out.print(line)
+        print_detail(_answer_of(info))
+
+
+def print_detail(text: str) -> None:
+    """The second line of an entry of a list; a terminal shows what fits on it."""
+    line = Text(f"                {text}", style="dim")
+    if out.is_terminal:  # whole words, and the most important first
+        line.truncate(out.width, overflow="ellipsis")
+    out.print(line)
 
 
 def _picture(uri: str) -> str:
