@@ -56,7 +56,7 @@ class Lost(Exception):
 
 
 class OverQuota(Exception):
-    """Events of the tenant, or to hosts that do not answer, take all their places. None was sent."""
+    """Events of the tenant, or to hosts that do not answer, have all their places: not sent now."""
 
 
 class Sender:
