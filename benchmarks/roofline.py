@@ -17,7 +17,7 @@ from benchmarks.models import full_size, mid_size
 from blipq_worker.blip2 import Blip2, Pixels
 from blipq_worker.blip2.decoding import DecodeLoop, Row
 from blipq_worker.blip2.loading.packing import pack
-from blipq_worker.blip2.loading.weights import Quantization
+from blipq_worker.blip2.loading.quantizing import Quantization
 from blipq_worker.inference.requests import GenerationParams
 
 BATCHES = (1, 8, 32, 128) if torch.cuda.is_available() else (1, 8, 32)

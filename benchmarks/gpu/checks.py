@@ -12,7 +12,7 @@ from benchmarks.gpu.engine import Card, median_ms
 from benchmarks.gpu.weights import T5_FOLDER, made_here, write_folder
 from blipq_worker.blip2 import Blip2, GenerateItem, MatchItem
 from blipq_worker.blip2.loading.precision import Dtype
-from blipq_worker.blip2.loading.weights import Quantization
+from blipq_worker.blip2.loading.quantizing import Quantization
 from blipq_worker.catalog.models import demo_folder
 from blipq_worker.inference.requests import GenerationParams
 from blipq_worker.serving import canary

@@ -22,7 +22,7 @@ from PIL import Image
 from benchmarks.gpu.pictures import drawn
 from benchmarks.gpu.weights import Name, made_here, write_folder
 from blipq_worker.blip2 import Blip2, GenerateItem, Pixels
-from blipq_worker.blip2.loading.weights import Quantization
+from blipq_worker.blip2.loading.quantizing import Quantization
 from blipq_worker.engine.backend import Engine
 from blipq_worker.images.preprocess import pixels_of as resized_by
 from blipq_worker.inference.interface import Inference

@@ -5,20 +5,23 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
 
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
 from blipq_worker.blip2.loading.precision import choose_precision
-from blipq_worker.blip2.loading.weights import Quantizing, Setup, load_weights
+from blipq_worker.blip2.loading.quantizing import Quantizing
+from blipq_worker.blip2.loading.weights import Setup, load_weights
 from blipq_worker.catalog import weights
-from blipq_worker.catalog.models import KNOWN_MODELS, PARAMETERS, ModelError
+from blipq_worker.catalog.models import KNOWN_MODELS, PARAMETERS, ModelError, demo_folder
 from blipq_worker.catalog.weights import how_to_get, weights_of
-from blipq_worker.serving import footprint, memory
 from blipq_worker.serving import loader as load
+from blipq_worker.serving import memory
 from blipq_worker.serving.footprint import (
     GIB,
     Load,
@@ -30,6 +33,7 @@ from blipq_worker.serving.footprint import (
 )
 from blipq_worker.serving.loader import load_models
 from blipq_worker.serving.memory import Gpu
+from blipq_worker.serving.sizes import sizes_of
 from blipq_worker.settings import WorkerSettings
 from conftest import ROOT
 
@@ -75,18 +79,79 @@ def test_the_same_layers_are_counted_as_quantized_that_are(
     quantizing = Quantizing(quantization, vision)
     opened = loaded(checkpoints[name], quantizing)
     quantized = {
-        f"{place}.weight"
+        place
         for place, module in opened.named_modules()
         if type(module).__name__ == LAYERS[quantization]
     }
     config = config_of(str(checkpoints[name]))
-    with torch.device("meta"):
-        blank: Any = footprint._model_class(retrieval=False)(config)
-    assert footprint._quantized_weights(blank, config, quantizing) == quantized
+    blank = blank_model(config, retrieval=False)
+    weights = [blank.get_submodule(place).weight for place in quantized]
+    parts = ("language model", *(["vision tower"] if vision else []))
+    sizes = [size for size in sizes_of(config) if size.part in parts]
+    assert sum(size.linear for size in sizes) == sum(each.numel() for each in weights)
+    assert sum(size.rows for size in sizes) == sum(len(each) for each in weights)
     precision = choose_precision("bfloat16", torch.device("cpu"), "opt")
     counted = sum(part.bytes for part in parts_of(config, precision, quantizing))
     # Buffers and the smallest layers' rounded-up blocks are not counted: nothing in a real model.
     assert counted == pytest.approx(loaded_bytes(opened), rel=0.03)
+
+
+PARTS = {
+    "vision_model": "vision tower",
+    "language_projection": "projection",
+    "language_model": "language model",
+    "itm_head": "heads",
+    "vision_projection": "heads",
+    "text_projection": "heads",
+}
+
+
+def blank_model(config: Any, *, retrieval: bool) -> Any:
+    """The model of a configuration as transformers has it, without numbers."""
+    kind = Blip2ForImageTextRetrieval if retrieval else Blip2ForConditionalGeneration
+    with torch.device("meta"):
+        return kind(config)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "changed"),
+    [
+        *((name, {}) for name in (*PARAMETERS, "demo/opt", "demo/itm", "tests/models/t5")),
+        ("demo/opt", {"word_embed_proj_dim": 8, "enable_bias": False}),
+        ("demo/opt", {"do_layer_norm_before": False, "tie_word_embeddings": False}),
+        ("tests/models/t5", {"num_decoder_layers": 1, "is_gated_act": False, "d_kv": 3}),
+    ],
+)
+def test_weights_are_counted_as_transformers_makes_them(
+    checkpoint: str, changed: dict[str, Any]
+) -> None:
+    retrieval = "itm" in checkpoint
+    folder = checkpoint.replace("demo", str(demo_folder())).replace("tests", str(ROOT / "tests"))
+    config = config_of(folder, retrieval=retrieval)
+    for name, value in changed.items():
+        setattr(config.text_config, name, value)
+    model = blank_model(config, retrieval=retrieval)
+    counted: Counter[str] = Counter()
+    for name, weight in model.named_parameters():
+        counted[PARTS.get(name.partition(".")[0], "q-former")] += weight.numel()
+    if not getattr(config.text_config, "scale_decoder_outputs", True):
+        counted["language model"] += model.language_model.lm_head.weight.numel()
+    sizes = sizes_of(config, retrieval=retrieval)
+    assert {size.part: size.rest + size.linear for size in sizes} == counted
+
+
+def test_memory_is_counted_without_transformers_models() -> None:
+    """They take seconds to import."""
+    code = """
+import sys
+from blipq_worker.serving.footprint import memory_of
+memory_of("opt-2.7b", quantization="nf4")
+print(*sys.modules)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = ran.stdout.split()
+    assert "transformers.models.blip_2.configuration_blip_2" in imported
+    assert not {"transformers.modeling_utils", "torch._dynamo", "triton"} & set(imported)
 
 
 @pytest.mark.parametrize("checkpoint", PARAMETERS)

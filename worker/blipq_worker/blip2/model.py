@@ -23,13 +23,8 @@ from blipq_worker.blip2.loading.attention import Attention
 from blipq_worker.blip2.loading.checkpoints import Checkpoint, open_checkpoint
 from blipq_worker.blip2.loading.packing import pack
 from blipq_worker.blip2.loading.precision import Dtype
-from blipq_worker.blip2.loading.weights import (
-    Quantization,
-    Quantizing,
-    Setup,
-    load_tokenizer,
-    load_weights,
-)
+from blipq_worker.blip2.loading.quantizing import Quantization, Quantizing
+from blipq_worker.blip2.loading.weights import Setup, load_tokenizer, load_weights
 from blipq_worker.blip2.vision.cache import FeatureCache
 from blipq_worker.blip2.vision.features import OnEncode, Side, Vision, equal_towers, split_tower
 from blipq_worker.blip2.vision.preprocessing import Pixels, Preprocessor

@@ -1,8 +1,8 @@
 """What a served model takes of a device's memory, counted without loading a weight.
 
-Parts are counted on torch's meta device, from config.json or, for the published models, from the
-numbers below. Weights are exact up to the quantizer's rounding, keys and values are exact for what
-runs at once; the activations are an estimate. Torch is imported where it is needed.
+Parts are counted from config.json or, for the published models, from the numbers below. Weights are
+exact up to the quantizer's rounding, keys and values are exact for what runs at once; the
+activations are an estimate. Torch is imported where it is needed, and transformers' models nowhere.
 """
 
 from collections.abc import Iterator
@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from blipq_worker.catalog.models import KNOWN_MODELS, ModelError, served_model
 from blipq_worker.catalog.weights import expanded, hub_cache
+from blipq_worker.serving.sizes import Size, sizes_of
 from blipq_worker.settings import Dtype, Quantization
 
 if TYPE_CHECKING:
     from blipq_worker.blip2.loading.precision import Precision
-    from blipq_worker.blip2.loading.weights import Quantizing
+    from blipq_worker.blip2.loading.quantizing import Quantizing
 
 GIB = 2**30
 
@@ -152,7 +153,7 @@ def memory_of(
     import torch
 
     from blipq_worker.blip2.loading.precision import choose_precision
-    from blipq_worker.blip2.loading.weights import Quantizing
+    from blipq_worker.blip2.loading.quantizing import Quantizing
 
     load = load or Load()
     on = torch.device(device)
@@ -234,86 +235,37 @@ def _stored_config(folder: Path) -> Any:
 def parts_of(
     config: Any, precision: "Precision", quantizing: "Quantizing", *, retrieval: bool = False
 ) -> Iterator[Part]:
-    """The weights of a checkpoint as loading.py loads them, part by part."""
+    """The weights of a checkpoint as ``loading`` keeps them, part by part."""
+    for size in sizes_of(config, retrieval=retrieval):
+        name = f"retrieval {size.part}" if retrieval else size.part
+        kept = _kept(size.part, precision)
+        label = str(kept).removeprefix("torch.")
+        if not _is_quantized(size.part, quantizing):
+            count = size.rest + size.linear
+            yield Part(name, label, count, count * kept.itemsize)
+            continue
+        yield Part(name, label, size.rest, size.rest * kept.itemsize)
+        yield Part(name, quantizing.method, size.linear, _quantized_bytes(size, quantizing.method))
+
+
+def _kept(part: str, precision: "Precision") -> Any:
+    """The type that a part is kept in, where it is not quantized."""
     import torch
 
-    with torch.device("meta"):
-        model = _model_class(retrieval=retrieval)(config)
-    quantized = _quantized_weights(model, config, quantizing)
-    counts: dict[tuple[str, str], list[float]] = {}
-    for name, weight in _stored(model, config):
-        part, kept = _place(name, precision)
-        if name in quantized:
-            label, size = str(quantizing.method), _quantized_bytes(weight, quantizing.method)
-        else:
-            label, size = str(kept).removeprefix("torch."), weight.numel() * kept.itemsize
-        key = (f"retrieval {part}" if retrieval else part, label)
-        count = counts.setdefault(key, [0, 0])
-        count[0] += weight.numel()
-        count[1] += size
-    for (part, label), (parameters, size) in counts.items():
-        yield Part(part, label, int(parameters), round(size))
-
-
-def _model_class(*, retrieval: bool) -> Any:
-    import transformers
-
-    if retrieval:
-        return transformers.Blip2ForImageTextRetrieval
-    return transformers.Blip2ForConditionalGeneration
-
-
-def _stored(model: Any, config: Any) -> Iterator[tuple[str, Any]]:
-    """Every weight once, and the output layer where it is not the input's."""
-    yield from model.named_parameters()
-    # Transformers calls every T5 tied, and remembers by this that Flan's output layer is its own.
-    if not getattr(config.text_config, "scale_decoder_outputs", True):
-        head = getattr(getattr(model, "language_model", None), "lm_head", None)
-        if head is not None:
-            yield "language_model.lm_head.weight", head.weight
-
-
-_PARTS = {
-    "vision_model": "vision tower",
-    "language_projection": "projection",
-    "language_model": "language model",
-    "itm_head": "heads",
-    "vision_projection": "heads",
-    "text_projection": "heads",
-}
-
-
-def _place(name: str, precision: "Precision") -> tuple[str, Any]:
-    """The part that a weight belongs to, and the type it is kept in."""
-    import torch
-
-    part = _PARTS.get(name.partition(".")[0], "q-former")
     if part == "language model":
-        return part, precision.language
-    return part, precision.vision if part in ("vision tower", "projection") else torch.float32
+        return precision.language
+    return precision.vision if part in ("vision tower", "projection") else torch.float32
 
 
-def _quantized_weights(model: Any, config: Any, quantizing: "Quantizing") -> set[str]:
-    """The linear layers that loading.py has quantized: all but those it skips, and T5's ``wo``."""
-    import torch
-
-    if quantizing.method == "none":
-        return set()
-    kept = {"lm_head"} | ({"wo"} if config.text_config.model_type == "t5" else set())
-    parts = ["language_model", *(["vision_model"] if quantizing.vision else [])]
-    return {
-        f"{part}.{name}.weight"
-        for part in parts
-        if hasattr(model, part)
-        for name, module in getattr(model, part).named_modules()
-        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] not in kept
-    }
+def _is_quantized(part: str, quantizing: "Quantizing") -> bool:
+    quantized = ("language model", *(["vision tower"] if quantizing.vision else []))
+    return quantizing.method != "none" and part in quantized
 
 
-def _quantized_bytes(weight: Any, quantization: str) -> float:
+def _quantized_bytes(size: Size, quantization: str) -> int:
     if quantization == "nf4":
-        return float(weight.numel() * _NF4_BYTES)
-    return float(weight.numel() + 4 * weight.shape[0])  # int8, and an fp32 scale per output
+        return round(size.linear * _NF4_BYTES)
+    return size.linear + 4 * size.rows  # int8, and an fp32 scale per output
 
 
 def _kv_token(config: Any, precision: "Precision") -> int:

@@ -8,8 +8,8 @@ ordinary cast after loading would undo even that, so the types are decided while
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,42 +24,10 @@ from blipq_worker.blip2.loading.attention import Attention, choose_attention
 from blipq_worker.blip2.loading.checkpoints import Checkpoint, CheckpointError
 from blipq_worker.blip2.loading.compiling import compile_parts
 from blipq_worker.blip2.loading.precision import Dtype, Precision, choose_precision
+from blipq_worker.blip2.loading.quantizing import Quantizing
 from blipq_worker.inference.requests import Family
 
 log = logging.getLogger(__name__)
-
-Quantization = Literal["none", "int8", "nf4"]
-
-# By itself bitsandbytes would quantize the vision tower, the projection and the heads, too, and a
-# matching head that is quantized fails on its first use. A list replaces bitsandbytes' own default,
-# which is why lm_head must be in it. T5's `wo` is kept by transformers, whatever the list says.
-_NEVER_QUANTIZED = ("qformer", "language_projection", "lm_head")
-_HEADS = ("itm_head", "vision_projection", "text_projection")
-_VISION = "vision_model"
-
-
-@dataclass(frozen=True, slots=True)
-class Quantizing:
-    """How weights are quantized. vision: the tower of every checkpoint, too.
-
-    The tower is what every answer rests on, so it is left alone unless memory is short.
-    """
-
-    method: Quantization = "none"
-    vision: bool = False
-
-    def applies_to(self, family: Family) -> bool:
-        """Whether anything of such a checkpoint is quantized: a retrieval one has only a tower."""
-        return self.method != "none" and (family != "retrieval" or self.vision)
-
-    @property
-    def skipped(self) -> list[str]:
-        """The modules that bitsandbytes must leave alone."""
-        kept = [*_NEVER_QUANTIZED, *_HEADS]
-        return kept if self.vision else [_VISION, *kept]
-
-    def __str__(self) -> str:
-        return f"{self.method}+vision" if self.vision and self.method != "none" else self.method
 
 
 class _ByParts:
@@ -88,7 +56,7 @@ class Setup:
 
     device: torch.device
     dtype: Dtype = "auto"
-    quantizing: Quantizing = Quantizing()
+    quantizing: Quantizing = field(default_factory=Quantizing)
     attention: Attention = "auto"
     compiled: bool = False
 
