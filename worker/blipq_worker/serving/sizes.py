@@ -71,7 +71,7 @@ def _qformer(config: Any, *, text: bool) -> int:
     attention = 2 * wide * (wide + 1) + 2 * wide  # query, output, and its norm
     forward = inner * (wide + 1) + wide * (inner + 1) + 2 * wide
     forwards = 2 if qformer.use_qformer_text_input else 1  # one for queries, one for texts
-    count = config.num_query_tokens * wide + 2 * wide
+    count: int = config.num_query_tokens * wide + 2 * wide
     count += layers * (attention + 2 * wide * (wide + 1) + forwards * forward)
     count += crossing * (attention + 2 * wide * (seen + 1))
     if text:
