@@ -5,6 +5,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from blipq_worker.batching.batcher import Batcher
 from blipq_worker.inference.requests import ModelInfo, Reading, Recipe
 
 #: Seconds of one H100 80GB with OPT-2.7b in fp16 (docs/gpu.md): of a look at an image, and of a
@@ -23,6 +24,13 @@ _INFO = ModelInfo(
     recipe=Recipe(16, 3, "stand-in"),
     reading=Reading("", 512),
 )
+
+
+class WithoutSessions(Batcher[Any, Any]):
+    """A batcher for models that have no sessions: all of their texts are written in batches."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options | {"sessions": {}})
 
 
 def model_info(**changes: Any) -> ModelInfo:

@@ -20,14 +20,15 @@ from typing import Any
 from msgspec.structs import replace
 from PIL import Image
 
-from benchmarks.stand_ins import model_info
+from benchmarks.stand_ins import WithoutSessions, model_info
 from blipq.contract import ImageRef
 from blipq.settings import Settings
 from blipq_worker.blip2 import GeneratedText, GenerateItem, Pixels
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
 from blipq_worker.blip2.vision.preprocessing import Preprocessor
+from blipq_worker.engine import backend
 from blipq_worker.images.fetch import Fetched, Fetcher
-from blipq_worker.inference.requests import GenerationParams, Recipe
+from blipq_worker.inference.requests import Recipe
 from blipq_worker.settings import WorkerSettings
 
 
@@ -83,7 +84,7 @@ def _sleeping(options: WorkerSettings) -> dict[str, Any]:
 
         Fetcher.fetch = fetch  # type: ignore[method-assign]
     # Batches, as the work of a pass depends on the rows in it.
-    GenerationParams.in_flight = property(lambda self: False)  # type: ignore[assignment]
+    backend.Batcher = WithoutSessions  # type: ignore[misc, assignment]
     folder = os.environ.get("BENCH_CHECKPOINT")
     recipe = Preprocessor(open_checkpoint(folder)).recipe if folder else None
     return {name: SleepingModel(what, recipe) for name, what in options.models.items()}
@@ -91,19 +92,13 @@ def _sleeping(options: WorkerSettings) -> dict[str, Any]:
 
 def _batchwise(options: WorkerSettings) -> dict[str, Any]:
     """A batch is one call of the same decode loop, and its answers come when the call returns."""
-    from blipq_worker.engine import backend
     from blipq_worker.serving.loader import load_models
 
-    class Batches(backend.Batcher):  # type: ignore[misc, type-arg]
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options | {"sessions": {}})
-
-    backend.Batcher = Batches  # type: ignore[misc]
+    backend.Batcher = WithoutSessions  # type: ignore[misc, assignment]
     return dict(load_models(options))
 
 
 def _closed(options: WorkerSettings) -> dict[str, Any]:
-    from blipq_worker.engine import backend
     from blipq_worker.serving.loader import load_models
 
     class Batch(backend.Writing):

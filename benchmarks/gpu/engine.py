@@ -141,7 +141,6 @@ def throughput(
         max_batch_size=batch_size(slots),
         batch_wait_timeout_s=0.005,
         max_waiting=2 * slots,
-        max_beams=5 * batch_size(slots),
     )
     engine.batcher.start()
     images = [

@@ -267,11 +267,6 @@ class WorkerSettings(BaseSettings):
     )
 
     @property
-    def beams(self) -> int:
-        """Most beams in one pass."""
-        return 5 * self.max_batch_size
-
-    @property
     def growing_slots(self) -> int:
         """Most texts in flight where their memory is not reserved ahead."""
         return self.decode_slots or 32

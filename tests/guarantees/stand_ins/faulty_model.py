@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.stand_ins import model_info
+from benchmarks.stand_ins import WithoutSessions, model_info
 
 from blipq_worker.blip2 import GeneratedText, GenerateItem, Pixels
-from blipq_worker.inference.requests import GenerationParams, Recipe
+from blipq_worker.engine import backend
+from blipq_worker.inference.requests import Recipe
 from guarantees.stand_ins import stops
 
 log = logging.getLogger("faulty_worker")
@@ -62,7 +63,7 @@ class FaultyModel:
 
 def run_batches_alone() -> None:
     """The model knows no sessions: all of its texts are written in batches."""
-    GenerationParams.in_flight = property(lambda self: False)  # type: ignore[assignment, method-assign]
+    backend.Batcher = WithoutSessions  # type: ignore[misc, assignment]
 
 
 def _use_device() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
-from benchmarks.stand_ins import model_info
+from benchmarks.stand_ins import WithoutSessions, model_info
 from botocore.exceptions import ClientError
 from PIL import Image
 
@@ -48,7 +48,7 @@ from blipq_worker.images.memory_budget import Budget
 from blipq_worker.images.s3_access import AccessRefused, S3Access
 from blipq_worker.index.writer import IndexWriter
 from blipq_worker.inference.local import LocalInference
-from blipq_worker.inference.requests import GenerationParams, ImagePixels, Recipe
+from blipq_worker.inference.requests import ImagePixels, Recipe
 from blipq_worker.jobs.claiming import Claiming
 from blipq_worker.jobs.errors import HandBack, JobFailedTask
 from blipq_worker.jobs.execution import Execution
@@ -199,7 +199,7 @@ def parts(
 ) -> Iterator[Parts]:
     monkeypatch.setattr("blipq_worker.images.loader.pixels_of", sizes)
     # The model knows no sessions: all of its texts are written in batches.
-    monkeypatch.setattr(GenerationParams, "in_flight", property(lambda self: False))
+    monkeypatch.setattr("blipq_worker.engine.backend.Batcher", WithoutSessions)
     with Client(apart, backend=Sharing(storage)) as client:
         ledger = ledger_of(client)
         model, held, gate, metrics = Model(), Held(), Gate(), WorkerMetrics()

@@ -42,12 +42,11 @@ class Batcher(Generic[Item, Answer]):
     """Runs items with ``run`` in batches, and in sessions where their key has one.
 
     sessions: the keys whose items join and leave, and how to open a session. max_batch_size: most
-    items in one batch. max_batch_cost: their highest ``cost`` together; an item alone may cost
-    more. batch_wait_timeout_s: longest the first item of a batch waits for company. max_waiting:
-    items beyond which ``submit`` blocks. judge: stops it where the fault is not an item's. idle:
-    how its thread waits. on_start: is called on that thread with the Futures of items before a pass
-    or a step that they newly take part in. shared: an answer as equal items hear it. name: what its
-    own thread is called, after "blipq-".
+    items in one batch. batch_wait_timeout_s: longest the first item of a batch waits for company.
+    max_waiting: items beyond which ``submit`` blocks. judge: stops it where the fault is not an
+    item's. idle: how its thread waits. on_start: is called on that thread with the Futures of items
+    before a pass or a step that they newly take part in. shared: an answer as equal items hear it.
+    name: what its own thread is called, after "blipq-".
 
     A batch or a step that raises is halved and run again until the item that raises is alone: it
     gets the exception, the others their answers.
@@ -61,8 +60,6 @@ class Batcher(Generic[Item, Answer]):
         batch_wait_timeout_s: float = 0.0,
         max_waiting: int = 64,
         sessions: Mapping[Hashable, Callable[[], Session[Item, Answer]]] | None = None,
-        cost: Callable[[Item], int] = lambda item: 1,
-        max_batch_cost: float = float("inf"),
         judge: Judge | None = None,
         idle: Idle | None = None,
         on_start: "Callable[[Sequence[Future[Answer]]], None]" = lambda futures: None,
@@ -73,8 +70,6 @@ class Batcher(Generic[Item, Answer]):
         self._max_batch_size = max_batch_size
         self._window = batch_wait_timeout_s
         self._openers = dict(sessions or {})
-        self._cost = cost
-        self._max_batch_cost = max_batch_cost
         self._judge = judge or Trusting()
         self._idle = idle or Sleep()
         self._on_start = on_start
@@ -470,11 +465,10 @@ class Batcher(Generic[Item, Answer]):
 
     def _company(self, key: Hashable) -> list[Entry[Item, Answer]]:
         """The most urgent entries of a key, as many as fit into a batch."""
-        return self._waiting.batch(key, self._max_batch_size, self._cost, self._max_batch_cost)
+        return self._waiting.batch(key, self._max_batch_size)
 
     def _is_full(self, key: Hashable) -> bool:
-        batch = self._company(key)
-        return len(batch) == self._max_batch_size or len(batch) < len(self._waiting.of(key))
+        return len(self._waiting.of(key)) >= self._max_batch_size
 
     def _answer_batch(self, batch: list[Entry[Item, Answer]]) -> None:
         started, self._in_batch = time.monotonic(), len(batch)

@@ -1,7 +1,7 @@
 """The items that wait, in the order in which they come to run."""
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from typing import Any
 
 from blipq_worker.batching.entries import Entry
@@ -61,21 +61,9 @@ class Waiting:
         """Those of a key that may have neighbours, most urgent first. Not to be changed."""
         return self._by_key.get(key, [])
 
-    def batch(
-        self, key: Hashable, size: int, cost: Callable[[Any], int], most_cost: float
-    ) -> list[Entry[Any, Any]]:
-        """The most urgent entries of a key: ``size`` at most, of ``most_cost`` at most together.
-
-        The first may cost more, and is alone then.
-        """
-        batch: list[Entry[Any, Any]] = []
-        left = most_cost
-        for entry in self.of(key):
-            left -= cost(entry.item)
-            if len(batch) == size or (batch and left < 0):
-                break
-            batch.append(entry)
-        return batch
+    def batch(self, key: Hashable, size: int) -> list[Entry[Any, Any]]:
+        """The most urgent entries of a key: ``size`` at most."""
+        return self.of(key)[:size]
 
     def first_of(self, keys: Iterable[Hashable]) -> Entry[Any, Any] | None:
         """The most urgent entry of these keys that may have neighbours."""

@@ -101,7 +101,6 @@ class Engine:
         max_batch_size: int,
         batch_wait_timeout_s: float,
         max_waiting: int,
-        max_beams: int = 80,
         judge: Judge | None = None,
         idle: Idle | None = None,
         on_start: Callable[[Sequence[Handle]], None] = lambda handles: None,
@@ -120,8 +119,6 @@ class Engine:
                 _Key(name, GENERATE, None): partial(Writing, model, self._times)
                 for name, model in self._models.items()
             },
-            cost=lambda task: task.cost,
-            max_batch_cost=max_beams,
             judge=judge,
             idle=idle,
             on_start=on_start,

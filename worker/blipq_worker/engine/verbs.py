@@ -42,8 +42,8 @@ class Verb:
 
     name: the method of ``Blip2`` that runs them. item: an item as that method takes it. value: what
     its answers become. feature: what an item needs of its image. setting: what items of one batch
-    must share, beside model and type. cost: what an item takes of a batch's room for beams.
-    repeats: whether equal items come to the same.
+    must share, beside model and type. cost: an item's part of what a pass takes, in rows. repeats:
+    whether equal items come to the same.
     """
 
     name: str
@@ -73,13 +73,11 @@ def _embedded(arrays: Arrays) -> Embedded:
     )
 
 
-#: In a session each text has its own parameters; those of a batch share theirs.
 GENERATE = Verb(
     "generate",
     item=lambda item, pixels: GenerateItem(pixels, item.prompts, item.params),
     value=_generated,
     feature=lambda item: "generation",
-    setting=lambda item: None if item.params.in_flight else item.params,
     cost=lambda item: len(item.prompts) * item.params.num_beams,
     repeats=lambda item: not item.params.do_sample or item.params.seed is not None,
 )

@@ -91,11 +91,6 @@ class GenerationParams(Plain, frozen=True):
     num_return_sequences: Annotated[int, Meta(ge=1, le=16)] = 1
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
 
-    @property
-    def in_flight(self) -> bool:
-        """Whether texts join and leave whatever runs: all do, where the model has sessions."""
-        return True
-
 
 Prompts = Annotated[tuple[Text, ...], Meta(min_length=1, max_length=64)]
 Texts = Annotated[tuple[Text, ...], Meta(min_length=1, max_length=256)]

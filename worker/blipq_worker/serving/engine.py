@@ -65,7 +65,6 @@ def engine_of(
         max_batch_size=options.max_batch_size,
         batch_wait_timeout_s=options.batch_wait_timeout_s,
         max_waiting=max_waiting,
-        max_beams=options.beams,
         idle=idle,
         on_start=on_start,
     )

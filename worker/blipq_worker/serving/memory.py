@@ -137,10 +137,8 @@ def _fetch_configurations(what: str) -> None:
 
 def load_of(options: WorkerSettings) -> Load:
     """What a worker with these settings runs at once."""
-    beams = Load().beams
     return Load(
-        batch_size=max(1, options.beams // beams),
-        beams=beams,
+        batch_size=options.max_batch_size,
         slots=options.growing_slots,
         feature_cache=options.feature_cache_bytes,
     )
