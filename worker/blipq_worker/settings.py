@@ -110,10 +110,11 @@ class WorkerSettings(BaseSettings):
         ge=1,
         le=1024,
         description=(
-            "Most texts in the making at once, a search with beams counting as one; by default 32 "
-            "on a CPU, and up to 128 on a GPU, by half of the memory that the weights leave. Their "
-            "keys and values take 256 tokens per slot: at most on a CPU, from the start on a GPU. "
-            "Together they have at most 5 beams per slot, or 160 on a GPU."
+            "Most texts in the making at once; by default 32 on a CPU, and up to 128 on a GPU, by "
+            "half of the memory that the weights leave. Their keys and values take 256 tokens per "
+            "slot: at most on a CPU, from the start on a GPU. A search with beams counts as one on "
+            "a CPU, where all together have at most 5 beams per slot, and on a GPU as one for each "
+            "of its beams."
         ),
     )
     graphs: bool = Field(

@@ -1,6 +1,7 @@
 """Static slots write what growing slots and ``generate`` write, without waiting for the device."""
 
 import importlib
+import itertools
 import logging
 import random
 import sys
@@ -29,7 +30,7 @@ from blipq_worker.blip2.decoding.static.graphs import Graphs
 from blipq_worker.blip2.decoding.static.linears import EightBits, fused
 from blipq_worker.blip2.decoding.static.opt import StaticOpt
 from blipq_worker.blip2.decoding.static.sampler import Sampler, Variant
-from blipq_worker.blip2.decoding.static.state import SlotState
+from blipq_worker.blip2.decoding.static.state import PARAMS, SlotState
 from blipq_worker.blip2.decoding.static.step import Shape, StaticStep
 from blipq_worker.blip2.decoding.static.t5 import StaticT5
 from blipq_worker.blip2.generation import generator as generation
@@ -44,7 +45,10 @@ from worker.in_flight import GREEDY, alone, every_penalty, rows, write
 EAGER = Way(MaskedAttention, None)
 #: Stands in for graphs: what it records is run again as it is.
 RECORDED = Way(MaskedAttention, lambda: lambda run: run)
-VARIANTS = [Variant(), Variant(True, 0), Variant(False, 64), Variant(True, 1024), Variant(True, 64)]
+VARIANTS = [
+    *(Variant(), Variant(True, 0), Variant(False, 64), Variant(True, 1024), Variant(True, 64)),
+    *(Variant(beams=5), Variant(True, 0, 16), Variant(True, 64, 5), Variant(False, 1024, 16)),
+]
 
 
 def static(model: Blip2, slots: int, way: Way = EAGER) -> StaticLoop:
@@ -310,17 +314,15 @@ def test_steps_and_joins_run_where_no_number_can_be_read(language: Any, model: A
         state = SlotState.empty(8, 256, static.vocabulary, device)
         sampler = Sampler((5, 9), static.start, static.vocabulary, device)
         step = StaticStep(static, sampler, state, MaskedAttention())
+        queries = torch.empty(3, 32, 32, device=device)
         for variant in [*VARIANTS, Variant(True, static.vocabulary)]:
             step(Shape(8, 64, variant))
-        at, lengths = torch.arange(3, device=device), torch.full((3,), 40, device=device)
-        queries = torch.empty(3, 32, 32, device=device)
-        ids, params = (torch.empty(3, n, dtype=torch.long, device=device) for n in (8, 9))
-        scores, filled, positions = static.prefill(queries, ids, lengths)
-        fresh = state.fresh(params, positions, static.start)
-        sampler.write(scores, fresh, Variant(True, 64))
-        static.put(at, filled, lengths, clear=True)
-        state.place(at, fresh)
-        state.release(at)
+            numbers = 2 + max(1, variant.beams) + PARAMS + 8
+            table = torch.empty(3, numbers, dtype=torch.long, device=device)
+            assert Admission(step).run(table, queries, variant).is_meta
+        numbers = torch.ones(2, dtype=torch.long, device=device)
+        assert step.groups.results(numbers, 5).is_meta
+        step.release(numbers)
         assert step.chosen.is_meta
 
 
@@ -731,6 +733,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     name = "blipq_worker.blip2.decoding.static.kernel"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delitem(sys.modules, name, raising=False)
+    # What is imported here is the package's attribute, too, which later tests must not find.
+    monkeypatch.setattr(static_package, "kernel", None, raising=False)
     yield importlib.import_module(name)
     sys.modules.pop(name, None)
 
@@ -747,13 +751,15 @@ def test_the_kernel_attends_as_torch_does(
     cache = torch.randn(2, 6, heads, columns, size).to(dtype)
     cache[:, :, :, 69:] = float("nan")  # nothing behind a sequence is read
     new = torch.randn(5, 3, heads, size).to(dtype)
-    for bias in (None, torch.randn(heads, columns).to(dtype)):
+    ancestry = torch.randint(6, (5, columns), dtype=torch.int32)
+    biases = None, torch.randn(heads, columns).to(dtype)
+    for bias, slots in itertools.product(biases, (None, ancestry)):
         found = []
         for attention in (MaskedAttention(), KernelAttention()):
             mine = cache.clone()
             if isinstance(attention, MaskedAttention):
                 mine.nan_to_num_(0.0)
-            prepared = attention.prepare(positions, columns, dtype, bias)
+            prepared = attention.prepare(positions, columns, dtype, bias, slots)
             found.append(attention(new, mine, prepared, size**-0.5).float())
             stored = mine[:, torch.arange(5), :, positions]
             assert torch.equal(stored, new[:, 1:])
@@ -772,3 +778,9 @@ def test_the_kernel_writes_the_same_texts(kernel: ModuleType, plain: Any) -> Non
     some = of_all_kinds(plain, 4, 2, longest=4)
     loop = opened(plain, 4, (), Way(KernelAttention, None))
     assert written(loop, some) == written(DecodeLoop(plain, ends=(), slots=4), some)
+    searches, expected = anew(some[:2]), anew(some[:2])
+    for row in (*searches, *expected):
+        row.params = GenerationParams(num_beams=2, max_new_tokens=5, num_return_sequences=2)
+    write(loop, [searches[0], *anew(some[2:]), searches[1]])
+    write(DecodeLoop(plain, ends=(), slots=4), expected)
+    assert [row.texts for row in searches] == [row.texts for row in expected]

@@ -124,6 +124,22 @@ def test_the_image_is_seen_once_and_only_when_its_turn_comes(
     assert seen == [2], "no slot is free"
 
 
+def test_room_is_counted_in_the_slots_that_rows_will_take(
+    opt: Blip2, pictures: list[Image.Image]
+) -> None:
+    """A search takes one slot where slots grow, and one for each of its beams elsewhere."""
+    session = with_slots(opt, 6)
+    session.join((1, 0), item(opt, pictures[0], "", num_beams=3))
+    assert session.has_room((1, 1))
+    session.join((1, 1), item(opt, pictures[1], "", num_beams=3))
+    assert session.has_room((1, 2)) == (opt.generator._static is None)
+    assert session.has_room((0, 3)), "a more urgent one waits for nobody"
+    session.step([(1, 0), (1, 1)])
+    assert session.has_room((1, 2)) == (opt.generator._static is None)
+    session.leave((1, 0))
+    assert session.has_room((1, 2))
+
+
 def test_there_is_room_while_a_slot_is_free_that_nobody_more_urgent_waits_for(
     opt: Blip2, pictures: list[Image.Image]
 ) -> None:

@@ -25,17 +25,16 @@ Stopping = Literal["never"] | bool
 class Beams:
     """The beams of n prompts, and the k best texts of each that have ended.
 
-    beams, limit, least, count: (n,), how many there are, the most and the fewest new tokens of a
-    text, and how many of them are written. penalty: (n,), float64, of the length. scores, texts:
-    (n, K) and (n, K, T), the sums of log-probabilities of what is being written, best first, and
-    its tokens, T5's start token included. best, found, lengths, ended: (n, K), the same of the best
-    texts with the penalty, (n, K, T), their tokens; (n, K), new tokens; (n, K), False for what
-    merely holds a place.
+    beams, limit, count: (n,), how many there are, the most new tokens of a text, and how many of
+    them are written. penalty: (n,), float64, of the length. scores, texts: (n, K) and (n, K, T),
+    the sums of log-probabilities of what is being written, best first, and its tokens, T5's start
+    token included. best, found, lengths, ended: (n, K), the same of the best texts with the
+    penalty, (n, K, T), their tokens; (n, K), new tokens; (n, K), False for what merely holds a
+    place.
     """
 
     beams: torch.Tensor
     limit: torch.Tensor
-    least: torch.Tensor
     count: torch.Tensor
     penalty: torch.Tensor
     scores: torch.Tensor
@@ -49,24 +48,43 @@ class Beams:
     def fresh(cls, rows: Sequence[Row], start: Sequence[int], device: torch.device) -> "Beams":
         """Prompts of which nothing is written. start: what texts begin with, before new tokens."""
         params = [row.params for row in rows]
-        count, most = len(rows), max(each.num_beams for each in params)
-        longest = len(start) + max(each.max_new_tokens for each in params)
 
         def whole(numbers: Sequence[int]) -> torch.Tensor:
             return torch.tensor(numbers, dtype=torch.long, device=device)
 
+        penalty = [each.length_penalty for each in params]
+        return cls.begun(
+            whole([each.num_beams for each in params]),
+            whole([each.max_new_tokens for each in params]),
+            torch.tensor(penalty, dtype=torch.float64, device=device),
+            most=max(each.num_beams for each in params),
+            longest=len(start) + max(each.max_new_tokens for each in params),
+            start=start,
+        )
+
+    @classmethod
+    def begun(
+        cls,
+        beams: torch.Tensor,
+        limit: torch.Tensor,
+        penalty: torch.Tensor,
+        *,
+        most: int,
+        longest: int,
+        start: Sequence[int] = (),
+    ) -> "Beams":
+        """The same of numbers on the device, (n,): up to ``most`` beams, ``longest`` tokens."""
+        count, device = len(beams), beams.device
         scores = torch.full((count, most), NONE, device=device)
         scores[:, 0] = 0.0  # at first all beams are one
         texts = torch.zeros((count, most, longest), dtype=torch.long, device=device)
-        texts[:, :, : len(start)] = whole(start)
+        for index, token in enumerate(start):
+            texts[:, :, index] = token
         return cls(
-            beams=whole([each.num_beams for each in params]),
-            limit=whole([each.max_new_tokens for each in params]),
-            least=whole([each.min_new_tokens for each in params]),
+            beams=beams,
+            limit=limit,
             count=torch.zeros(count, dtype=torch.long, device=device),
-            penalty=torch.tensor(
-                [each.length_penalty for each in params], dtype=torch.float64, device=device
-            ),
+            penalty=penalty,
             scores=scores,
             texts=texts,
             best=torch.full_like(scores, NONE),
@@ -77,19 +95,35 @@ class Beams:
 
     def take(self, at: torch.Tensor) -> "Beams":
         """Those of some prompts, (m,)."""
-        return Beams(*(tensor[at] for tensor in self._tensors()))
+        return Beams(*(tensor[at] for tensor in self.tensors()))
+
+    def first(self, count: int, most: int) -> "Beams":
+        """Those of the first prompts, and of each the first beams: views."""
+        return Beams(*(t[:count] if t.dim() == 1 else t[:count, :most] for t in self.tensors()))
+
+    def where(self, chosen: torch.Tensor, others: "Beams") -> "Beams":
+        """These of the prompts that are ``chosen``, (n,), and else the others."""
+
+        def of_both(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+            if mine is theirs:
+                return mine
+            return torch.where(chosen.view(-1, *[1] * (mine.dim() - 1)), mine, theirs)
+
+        pairs = zip(self.tensors(), others.tensors(), strict=True)
+        return Beams(*(of_both(*pair) for pair in pairs))
 
     def put(self, at: torch.Tensor, others: "Beams") -> "Beams":
         """The same with those of some prompts, (m,), replaced."""
-        pairs = zip(self._tensors(), others._tensors(), strict=True)
+        pairs = zip(self.tensors(), others.tensors(), strict=True)
         return Beams(*(mine.index_copy(0, at, theirs) for mine, theirs in pairs))
 
     def beside(self, others: "Beams") -> "Beams":
         """These prompts and others; the most beams and the longest texts of both have room."""
-        mine, theirs = self._tensors(), others._tensors()
+        mine, theirs = self.tensors(), others.tensors()
         return Beams(*(stacked(*pair) for pair in zip(mine, theirs, strict=True)))
 
-    def _tensors(self) -> list[torch.Tensor]:
+    def tensors(self) -> list[torch.Tensor]:
+        """All of these, in one order."""
         return [getattr(self, field.name) for field in fields(self)]
 
     def best_texts(
@@ -177,7 +211,6 @@ def choose_beams(
     after = Beams(
         beams=state.beams,
         limit=state.limit,
-        least=state.least,
         count=written,
         penalty=state.penalty,
         scores=running,

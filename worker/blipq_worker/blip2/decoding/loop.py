@@ -8,7 +8,7 @@ import torch
 from blipq_worker.blip2.decoding.groups import Groups
 from blipq_worker.blip2.decoding.languages import T5, Language, Opt, Pool
 from blipq_worker.blip2.decoding.sampling import choose
-from blipq_worker.blip2.decoding.sequences import Row
+from blipq_worker.blip2.decoding.sequences import Row, RowParams
 from blipq_worker.blip2.decoding.views import Where
 
 #: Columns of keys and values per slot, on average: longer rows run with fewer beside them.
@@ -67,6 +67,10 @@ class DecodeLoop:
         if row.has_beams and len(groups) > 1 and beams > self._slots * BEAMS_PER_SLOT:
             return False
         return len(rows) <= self._slots and columns <= self._slots * COLUMNS_PER_SLOT
+
+    def size(self, params: RowParams) -> int:
+        """Slots that a row takes: one, whatever its beams."""
+        return 1
 
     def queue(self, row: Row) -> str:
         """What else waits where it does: where one row does not fit, others of its queue wait."""

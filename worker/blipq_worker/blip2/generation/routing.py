@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from blipq_worker.blip2.decoding.loop import DecodeLoop
-from blipq_worker.blip2.decoding.sequences import Row
+from blipq_worker.blip2.decoding.sequences import Row, RowParams
 from blipq_worker.blip2.decoding.static.loop import StaticLoop
 
 
@@ -29,6 +29,9 @@ class Loop(Protocol):
     def fits(self, row: Row, beside: Sequence[Row] = ()) -> bool:
         """Whether a row may join, together with those ``beside``."""
 
+    def size(self, params: RowParams) -> int:
+        """How many slots of ``free`` a row with these parameters takes."""
+
     def queue(self, row: Row) -> str:
         """Where it waits: rows of one queue join in their order, and pass those of another."""
 
@@ -43,10 +46,10 @@ class Loop(Protocol):
 
 
 class RoutedLoop:
-    """Static slots, and beside them a loop with few slots that grow, for long sequences and beams.
+    """Static slots, and beside them a loop with few slots that grow, for long sequences.
 
-    A long one is one with more columns than a static slot, or n-grams that a static step cannot
-    forbid; those with beams count as long. ``free`` counts static slots alone: they are where
+    A long one is one with more columns than a static slot, n-grams that a static step cannot
+    forbid, or more beams than there are slots. ``free`` counts static slots alone: they are where
     nearly all sequences run.
     """
 
@@ -76,6 +79,10 @@ class RoutedLoop:
         if self._static.suits(row):
             return self._static.fits(row, beside)
         return self._long.fits(row, self._parts(beside)[1])
+
+    def size(self, params: RowParams) -> int:
+        """How many static slots a row with these parameters takes, unless it is too long."""
+        return self._static.size(params)
 
     def queue(self, row: Row) -> str:
         """Where it waits."""

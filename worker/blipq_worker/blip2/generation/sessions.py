@@ -34,11 +34,14 @@ Texts = list[list[GeneratedText]]
 
 @dataclass(slots=True, eq=False)
 class _Writing:
-    """An item. ``rows`` has those of all prompts, once the image was seen."""
+    """An item. ``rows`` has those of all prompts, once the image was seen; each takes ``size``
+    slots.
+    """
 
     item: GenerateItem
     ids: list[list[int]]
     seed: int
+    size: int
     rows: list[Row] = field(default_factory=list)
 
     @property
@@ -46,6 +49,11 @@ class _Writing:
         """Rows that have had no slot yet."""
         rows = len(self.ids) * self.each
         return rows - sum(row.joined for row in self.rows) if self.rows else rows
+
+    @property
+    def slots(self) -> int:
+        """Slots that these rows will take."""
+        return self.waiting * self.size
 
     @property
     def each(self) -> int:
@@ -85,15 +93,16 @@ class WritingSession:
         self._generator = generator
         self._loop = loop
         self._items: dict[Ticket, _Writing] = {}
-        #: Those of them with rows that have had no slot yet, how many such rows, and the last of
-        #: them in their order.
+        #: Those of them with rows that have had no slot yet, how many slots these will take, and
+        #: the last of them in their order.
         self._new: dict[Ticket, _Writing] = {}
         self._waiting = 0
         self._latest: Ticket | None = None
+        self._slots = loop.free + len(loop.running)
         device = generator.model.query_tokens.device
         self._joining = JOINING_ON_A_CPU
         if device.type != "cpu":
-            self._joining = most_joining(loop.free + len(loop.running))
+            self._joining = most_joining(self._slots)
 
     def has_room(self, ticket: Ticket) -> bool:
         """Whether a slot is free that no more urgent row waits for."""
@@ -101,7 +110,7 @@ class WritingSession:
         free, behind_all = self._loop.free, self._latest is None or ticket > self._latest
         if not free or behind_all:
             return free > self._waiting
-        return free > sum(each.waiting for key, each in self._new.items() if key < ticket)
+        return free > sum(each.slots for key, each in self._new.items() if key < ticket)
 
     def join(self, ticket: Ticket, item: GenerateItem) -> None:
         """Takes an item in. Raises PermanentError ``invalid_request`` for a prompt too long."""
@@ -110,8 +119,9 @@ class WritingSession:
             item,
             [self._generator.checked_ids(prompt, item.params) for prompt in item.prompts],
             secrets.randbits(63) if seed is None else seed,
+            self._loop.size(item.params),
         )
-        self._waiting += self._new[ticket].waiting
+        self._waiting += self._new[ticket].slots
         self._latest = ticket if self._latest is None else max(self._latest, ticket)
 
     def leave(self, ticket: Ticket) -> None:
@@ -144,21 +154,22 @@ class WritingSession:
 
     def _count_new(self) -> None:
         self._new = {ticket: each for ticket, each in self._new.items() if each.waiting}
-        self._waiting = sum(each.waiting for each in self._new.values())
+        self._waiting = sum(each.slots for each in self._new.values())
         self._latest = max(self._new, default=None)
 
     def _is_worth_joining(self) -> bool:
-        free, running = self._loop.free, len(self._loop.running)
-        return running <= free or free >= self._joining // 2
+        free = self._loop.free
+        return 2 * free >= self._slots or free >= self._joining // 2
 
     def _see(self, among: Sequence[_Writing]) -> None:
         """One pass of the vision tower over the images of the rows that come next."""
         new: list[_Writing] = []
-        rows = min(self._joining, self._loop.free)
+        rows, slots = self._joining, self._loop.free
         for each in among:
-            if rows <= 0:
+            if rows <= 0 or slots <= 0:
                 break
             rows -= each.waiting
+            slots -= each.slots
             if each.waiting and not each.rows:
                 new.append(each)
         if new:

@@ -15,8 +15,9 @@ import torch
 from blipq_worker.blip2.cuda.capture import CaptureError, Run, first_line
 from blipq_worker.blip2.decoding.kv_cache import round_up
 from blipq_worker.blip2.decoding.sequences import Row
+from blipq_worker.blip2.decoding.static.groups import SlotGroups
 from blipq_worker.blip2.decoding.static.sampler import Variant
-from blipq_worker.blip2.decoding.static.state import PARAMS, packed_params
+from blipq_worker.blip2.decoding.static.state import PARAMS, Place, SlotState, packed_params
 from blipq_worker.blip2.decoding.static.step import StaticStep
 
 log = logging.getLogger(__name__)
@@ -37,24 +38,39 @@ class Admission:
     def __init__(self, step: StaticStep) -> None:
         self.step = step
 
-    def __call__(self, rows: Sequence[Row], slots: Sequence[int], variant: Variant) -> torch.Tensor:
-        """Puts rows into these slots; their first tokens, (rows,), -1 for what has none.
+    def __call__(
+        self, rows: Sequence[Row], places: Sequence[Place], variant: Variant
+    ) -> torch.Tensor:
+        """Puts rows into these places; their first tokens, (rows,), as ``Sampler.write`` does.
 
-        What it raises leaves running sequences as they were.
+        All or none of them have beams. What it raises leaves running sequences as they were.
         """
         width = round_up(max(len(row.ids) for row in rows), _PROMPT_STEP)
-        table = self.sent(self.table(rows, slots, self.within(width, rows)))
+        table = self.sent(self.table(rows, places, self.within(width, rows), variant))
         return self.run(table, torch.stack([row.queries for row in rows]), variant)
 
     def within(self, width: int, rows: Sequence[Row]) -> int:
         """The width, or what the slots leave for ids beside the queries."""
         return min(width, self.step.language.prompt_columns - len(rows[0].queries))
 
-    def table(self, rows: Sequence[Row], slots: Sequence[int], width: int) -> list[list[int]]:
-        """What ``run`` reads of each: slot, length, parameters, ids."""
+    def table(
+        self, rows: Sequence[Row], places: Sequence[Place], width: int, variant: Variant
+    ) -> list[list[int]]:
+        """What ``run`` reads of each: group, length, slots, parameters, ids.
+
+        Slots fill up with the last of them, as many as the variant has beams.
+        """
+        slots = max(1, variant.beams)
         return [
-            [slot, row.prompt_length, *packed_params(row), *row.ids, *[0] * (width - len(row.ids))]
-            for row, slot in zip(rows, slots, strict=True)
+            [
+                *(place.group, row.prompt_length),
+                *place.slots,
+                *[place.slots[-1]] * (slots - len(place.slots)),
+                *packed_params(row),
+                *row.ids,
+                *[0] * (width - len(row.ids)),
+            ]
+            for row, place in zip(rows, places, strict=True)
         ]
 
     def sent(self, numbers: Sequence[object]) -> torch.Tensor:
@@ -66,15 +82,36 @@ class Admission:
 
     def run(self, table: torch.Tensor, queries: torch.Tensor, variant: Variant) -> torch.Tensor:
         """The same of a table on the device and queries, (rows, 32, hidden). May be run again."""
-        step = self.step
-        at, lengths = table[:, 0].contiguous(), table[:, 1].contiguous()
-        params, ids = table[:, 2 : 2 + PARAMS].contiguous(), table[:, 2 + PARAMS :].contiguous()
+        step, slots = self.step, max(1, variant.beams)
+        widths = [1, 1, slots, PARAMS, table.shape[1] - 2 - slots - PARAMS]
+        groups, lengths, at, params, ids = (
+            part.contiguous() for part in torch.split(table, widths, dim=1)
+        )
+        lengths = lengths[:, 0]
         scores, filled, positions = step.language.prefill(queries, ids, lengths)
         fresh = step.state.fresh(params, positions, step.sampler.start)
-        chosen = step.sampler.write(scores, fresh, variant)
+        begun = step.sampler.begun(fresh) if variant.beams else None
+        chosen = step.sampler.write(scores, fresh, variant, begun)
         step.language.put(at, filled, lengths, clear=step.attention.windows)
-        step.state.place(at, fresh)
+        if begun is None:
+            step.groups.place_alone(at[:, 0])
+            step.state.place(at[:, 0], fresh)
+        else:
+            self._place(groups[:, 0], at, fresh, begun)
         return chosen
+
+    def _place(
+        self, numbers: torch.Tensor, at: torch.Tensor, fresh: SlotState, begun: SlotGroups
+    ) -> None:
+        """Puts the beams of groups into their slots ``at``, (groups, most of them)."""
+        step, beams = self.step, begun.beams
+        ranks = torch.arange(at.shape[1], device=at.device)
+        rank = torch.minimum(ranks, beams.beams[:, None] - 1)
+        # Of one that failed nothing is written.
+        last = (beams.count + len(step.sampler.start) - 1).clamp(min=0)[:, None, None]
+        tokens = beams.texts.gather(2, last.expand(-1, beams.texts.shape[1], 1))[..., 0]
+        step.groups.place(numbers, at, rank, begun)
+        step.state.place_beams(at, fresh, tokens.gather(1, rank))
 
 
 class _Shape(NamedTuple):
@@ -113,23 +150,28 @@ class AdmissionGraphs:
         return sum(each is not None for each in self._recorded.values())
 
     def prepare(self, row: Row, most: int) -> None:
-        """Captures greedy admissions of up to ``most`` rows like this one; the state is in use."""
+        """Captures admissions of up to ``most`` rows like this one; the state is in use."""
         self._left += len(BUCKETS)
+        beams = row.params.num_beams
+        place = Place(tuple(range(beams)), 1 if row.has_beams else 0)
+        variant = Variant.of([row.params], self._admission.step.sampler.vocabulary)
         for bucket in reversed(BUCKETS):
             if bucket <= most:
-                self([row] * bucket, [0] * bucket, Variant())
+                self([row] * bucket, [place] * bucket, variant)
 
-    def __call__(self, rows: Sequence[Row], slots: Sequence[int], variant: Variant) -> torch.Tensor:
+    def __call__(
+        self, rows: Sequence[Row], places: Sequence[Place], variant: Variant
+    ) -> torch.Tensor:
         bucket = next((size for size in BUCKETS if size >= len(rows)), None)
         if bucket is None:
-            return self._admission(rows, slots, variant)
+            return self._admission(rows, places, variant)
         # Copies of the last one write the same to the same places.
         missing = bucket - len(rows)
-        padded, places = [*rows, *[rows[-1]] * missing], [*slots, *[slots[-1]] * missing]
+        padded, at = [*rows, *[rows[-1]] * missing], [*places, *[places[-1]] * missing]
         longest = max(_PROMPT_STEP, *(len(row.ids) for row in rows))
         width = self._admission.within(1 << (longest - 1).bit_length(), rows)
         shape = _Shape(bucket, len(rows[0].queries), width, variant)
-        table = self._admission.sent(self._admission.table(padded, places, width))
+        table = self._admission.sent(self._admission.table(padded, at, width, variant))
         queries = torch.stack([row.queries for row in padded])
         if shape not in self._recorded and self._left > 0:
             self._left -= 1
@@ -177,7 +219,7 @@ class AdmissionGraphs:
         for run in (admit, replay):
             chosen.fill_(_NOTHING)
             run()
-            found.append(chosen.clone())
+            found.append(torch.cat([chosen, self._admission.step.state.tokens]))
         if not torch.equal(*found):
             raise CaptureError("its graph chooses other tokens")
         return _Recorded(table, queries, chosen, replay)

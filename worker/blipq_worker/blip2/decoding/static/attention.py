@@ -4,7 +4,7 @@ Two ways to the same numbers: torch's own, which masks what lies behind each seq
 window of all slots, and a Triton kernel, which reads each sequence at its own length.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -21,12 +21,18 @@ class Attention(Protocol):
     windows: bool
 
     def prepare(
-        self, positions: torch.Tensor, window: int, dtype: torch.dtype, bias: torch.Tensor | None
+        self,
+        positions: torch.Tensor,
+        window: int,
+        dtype: torch.dtype,
+        bias: torch.Tensor | None,
+        ancestry: torch.Tensor | None = None,
     ) -> Any:
         """What all layers of a step share.
 
         positions: the columns of the new tokens, (n,). window: more than the highest of them.
-        bias: what distances add to scores, (heads, distances); None: nothing.
+        bias: what distances add to scores, (heads, distances); None: nothing. ancestry: in which
+        slot each column before the new token is read, (n, columns), int32; None: in its own.
         """
 
     def __call__(
@@ -45,6 +51,19 @@ class Attention(Protocol):
         """Attends to the prompts, unscaled. queries, (n, heads, size); returns their like."""
 
 
+class _Masked(NamedTuple):
+    """slots, positions: of the new tokens, (n,). added: to scores, (n, 1 or heads, 1, window).
+
+    columns: (window,). rows: in which slot each is read, (n, window); None: in its own.
+    """
+
+    slots: torch.Tensor
+    positions: torch.Tensor
+    added: torch.Tensor
+    columns: torch.Tensor
+    rows: torch.Tensor | None
+
+
 class MaskedAttention:
     """By torch's fused kernels, with a mask over a window of the columns."""
 
@@ -52,32 +71,42 @@ class MaskedAttention:
     windows = True
 
     def prepare(
-        self, positions: torch.Tensor, window: int, dtype: torch.dtype, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Slots, positions and what is added to scores, (n, 1 or heads, 1, window)."""
+        self,
+        positions: torch.Tensor,
+        window: int,
+        dtype: torch.dtype,
+        bias: torch.Tensor | None,
+        ancestry: torch.Tensor | None = None,
+    ) -> _Masked:
+        slots = torch.arange(len(positions), device=positions.device)
         columns = torch.arange(window, device=positions.device)
         added = bias_of(columns <= positions[:, None], dtype)
         if bias is not None:
             distances = (positions[:, None] - columns).clamp(min=0)
             added = added + bias[:, distances].transpose(0, 1)[:, :, None].to(dtype)
-        return torch.arange(len(positions), device=positions.device), positions, added
+        if ancestry is None:
+            return _Masked(slots, positions, added, columns, None)
+        # What is hidden must be finite: there each reads its own slot, which was cleared.
+        before = columns < positions[:, None]
+        rows = torch.where(before, ancestry[:, :window], slots[:, None])
+        return _Masked(slots, positions, added, columns, rows)
 
     def __call__(
-        self,
-        new: torch.Tensor,
-        cache: torch.Tensor,
-        prepared: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        scale: float,
+        self, new: torch.Tensor, cache: torch.Tensor, prepared: _Masked, scale: float
     ) -> torch.Tensor:
-        slots, positions, added = prepared
+        slots, positions, added, columns, rows = prepared
         queries, keys, values = new.unbind(1)
         cache[0][slots, :, positions] = keys
         cache[1][slots, :, positions] = values
         count, window = len(queries), added.shape[-1]
+        if rows is None:
+            seen = cache[:, :count, :, :window]
+        else:
+            seen = cache.transpose(2, 3)[:, rows, columns].transpose(2, 3)
         attended = torch.nn.functional.scaled_dot_product_attention(
             (queries if scale == 1.0 else queries * scale)[:, :, None],
-            cache[0, :count, :, :window],
-            cache[1, :count, :, :window],
+            seen[0],
+            seen[1],
             attn_mask=added,
             scale=1.0,
         )
@@ -111,20 +140,25 @@ class KernelAttention:
         self._kernel = kernel
 
     def prepare(
-        self, positions: torch.Tensor, window: int, dtype: torch.dtype, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The positions, from which each program takes its length, and the bias."""
-        return positions, bias
+        self,
+        positions: torch.Tensor,
+        window: int,
+        dtype: torch.dtype,
+        bias: torch.Tensor | None,
+        ancestry: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The positions, from which each program takes its length, the bias and the ancestry."""
+        return positions, bias, ancestry
 
     def __call__(
         self,
         new: torch.Tensor,
         cache: torch.Tensor,
-        prepared: tuple[torch.Tensor, torch.Tensor | None],
+        prepared: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
         scale: float,
     ) -> torch.Tensor:
-        positions, bias = prepared
-        return self._kernel.attend_own(new, cache, positions, bias, scale)
+        positions, bias, ancestry = prepared
+        return self._kernel.attend_own(new, cache, positions, bias, scale, ancestry)
 
     def prepare_cross(
         self, lengths: torch.Tensor, columns: int, dtype: torch.dtype

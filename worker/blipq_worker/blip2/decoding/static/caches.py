@@ -46,10 +46,11 @@ class KeysAndValues:
         *,
         clear: bool,
     ) -> None:
-        """Puts keys and values of each layer, (n, heads, width, head size), into slots ``at``.
+        """Puts keys and values of each layer, (n, heads, width, head size), into slots.
 
-        clear: also what is left there of earlier sequences. A mask hides it, but what is hidden is
-        still multiplied by nothing, which numbers that are not finite survive.
+        at: (n, m), the m slots of each. clear: also what is left there of earlier sequences. A mask
+        hides it, but what is hidden is still multiplied by nothing, which numbers that are not
+        finite survive.
         """
         width = filled[0][0].shape[2]
         together = max(1, _COPY_BYTES // (2 * filled[0][0].nbytes))
@@ -57,6 +58,10 @@ class KeysAndValues:
             some = filled[start : start + together]
             both = torch.stack([part for pair in some for part in pair])
             buffer = self._all[start : start + len(some)]
-            buffer[:, :, at, :, :width] = both.view(len(some), 2, *both.shape[1:])
+            buffer[:, :, at, :, :width] = both.view(len(some), 2, len(at), 1, *both.shape[2:])
             if clear:
-                buffer[..., width:, :].index_fill_(2, at, 0)
+                buffer[..., width:, :].index_fill_(2, at.flatten(), 0)
+
+    def clear(self, at: torch.Tensor) -> None:
+        """Clears slots, of any shape."""
+        self._all.index_fill_(2, at.flatten(), 0)

@@ -75,13 +75,17 @@ class Graphs:
 
         Steps may be taken again from the same state: keys and values are written as they were.
         """
-        step, before = self._step, self._step.state.copy()
+        step, before, groups = self._step, self._step.state.copy(), self._step.groups.copy()
+
+        def restore() -> None:
+            step.state.restore(before)
+            step.groups.restore(groups)
 
         def chosen(run: Run) -> torch.Tensor:
-            step.state.restore(before)
+            restore()
             step.chosen.fill_(_NOTHING)
             run()
-            return step.chosen[: shape.slots].clone()
+            return torch.cat([step.chosen[: shape.slots], step.state.tokens])
 
         def take() -> None:
             step(shape)
@@ -92,5 +96,5 @@ class Graphs:
             if not torch.equal(chosen(take), chosen(replay)):
                 raise CaptureError("its graph chooses other tokens")
         finally:
-            step.state.restore(before)
+            restore()
         return replay

@@ -21,23 +21,26 @@ def _attend(  # type: ignore[no-untyped-def]
     cache,
     lengths,
     bias,
+    rows,
     out,
     scale,
     values_at,
     columns,
     distances,
+    row_columns,
     heads: tl.constexpr,
     size: tl.constexpr,
     padded: tl.constexpr,
     block: tl.constexpr,
     own: tl.constexpr,
     biased: tl.constexpr,
+    shared: tl.constexpr,
 ):
     """One query over the first ``length`` columns of its slot; with ``own``, over its own key, too.
 
     queries: (n, 3, heads, size) with ``own``: queries, keys, values; else (n, heads, size).
     cache: (2, slots, heads, columns, size), values ``values_at`` behind the keys. bias: (heads,
-    distances).
+    distances). rows: with ``shared``, in which slot each column is read, (n, ``row_columns``).
     """
     slot = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -71,7 +74,12 @@ def _attend(  # type: ignore[no-untyped-def]
         at = start + steps
         seen = at < length
         both = seen[:, None] & inside[None, :]
-        offsets = at[:, None] * size + dims[None, :]
+        if shared:
+            row = tl.load(rows + slot * row_columns + at, mask=seen, other=0).to(tl.int64)
+            places = (row - slot) * (heads * columns) + at
+        else:
+            places = at
+        offsets = places[:, None] * size + dims[None, :]
         some = tl.load(keys + offsets, mask=both, other=0.0).to(tl.float32)
         scores = tl.sum(some * query[None, :], 1)
         if biased:
@@ -96,15 +104,16 @@ def attend_own(
     positions: torch.Tensor,
     bias: torch.Tensor | None,
     scale: float,
+    ancestry: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Self-attention; see ``Attention.__call__``. new must be contiguous."""
+    """Self-attention; see ``Attention.__call__``. new and ancestry must be contiguous."""
     out = torch.empty_like(new[:, 0], memory_format=torch.contiguous_format)
-    return _run(new, cache, positions, bias, scale, out, own=True)
+    return _run(new, cache, positions, bias, scale, out, ancestry, own=True)
 
 
 def attend_cross(queries: torch.Tensor, cache: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Cross attention; see ``Attention.cross``. queries must be contiguous."""
-    return _run(queries, cache, lengths, None, 1.0, torch.empty_like(queries), own=False)
+    return _run(queries, cache, lengths, None, 1.0, torch.empty_like(queries), None, own=False)
 
 
 def _run(
@@ -114,6 +123,7 @@ def _run(
     bias: torch.Tensor | None,
     scale: float,
     out: torch.Tensor,
+    rows: torch.Tensor | None,
     *,
     own: bool,
 ) -> torch.Tensor:
@@ -124,17 +134,20 @@ def _run(
         cache,
         lengths,
         cache if bias is None else bias,
+        lengths if rows is None else rows,
         out,
         scale,
         cache.stride(0),
         cache.shape[3],
         0 if bias is None else bias.shape[1],
+        0 if rows is None else rows.shape[1],
         heads=heads,
         size=size,
         padded=triton.next_power_of_2(size),
         block=_BLOCK,
         own=own,
         biased=bias is not None,
+        shared=rows is not None,
         num_warps=_WARPS,
     )
     return out

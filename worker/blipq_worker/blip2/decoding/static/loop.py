@@ -1,18 +1,20 @@
 """Who is in which slot: sequences are admitted, take steps together, and leave at any time."""
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
 from blipq_worker.blip2.decoding.sampling import ScoresError
-from blipq_worker.blip2.decoding.sequences import Row
+from blipq_worker.blip2.decoding.sequences import Row, RowParams
 from blipq_worker.blip2.decoding.static.admission import Admission
+from blipq_worker.blip2.decoding.static.groups import MOST_BEAMS, texts_of
 from blipq_worker.blip2.decoding.static.sampler import Variant
-from blipq_worker.blip2.decoding.static.state import LONGEST_NGRAM
+from blipq_worker.blip2.decoding.static.state import LONGEST_NGRAM, Place
 from blipq_worker.blip2.decoding.static.step import Shape, StaticStep, on_device
 
 P = ParamSpec("P")
@@ -24,19 +26,31 @@ _WINDOW = 64
 
 @dataclass(slots=True, eq=False)
 class _Seat:
-    """A sequence in a slot.
+    """A sequence in a slot, or its beams in as many.
 
     steps: how many more may be launched. position: where the next one writes. failed: its scores
-    were not numbers. A slot has another seat for each sequence: what a step chose for one never
-    reaches the next.
+    were not numbers. over: its search has ended; fetched: what was found is on its way. A slot has
+    another seat for each sequence: what a step chose for one never reaches the next.
     """
 
     row: Row
-    slot: int
+    place: Place
     variant: Variant
     steps: int
     position: int
     failed: bool = False
+    over: bool = False
+    fetched: bool = False
+
+    @property
+    def slot(self) -> int:
+        """The slot that a step says of what it has come to."""
+        return self.place.slots[0]
+
+    @property
+    def bucket(self) -> int:
+        """Slots that a step must cover: of so many it covers half as many groups."""
+        return max(*self.place.slots, 2 * self.place.group - 1) + 1
 
 
 def _on_its_device(
@@ -56,7 +70,8 @@ class StaticLoop:
     """Runs sequences of a language model in static slots; see ``DecodeLoop``. Of one thread.
 
     The host reads tokens one step late, so that the device never waits for it: sequences that
-    ``join`` and ``step`` return may have their tokens only after the next step. run, admit: take
+    ``join`` and ``step`` return may have their tokens only after the next step. Of a search it
+    reads whether it has ended, and then what it has found, with the step after. run, admit: take
     steps and admit sequences; by default eagerly. Sequences stay in their slots, the lowest that
     were free.
     """
@@ -65,7 +80,7 @@ class StaticLoop:
         self,
         step: StaticStep,
         run: Callable[[Shape], None] | None = None,
-        admit: Callable[[Sequence[Row], Sequence[int], Variant], torch.Tensor] | None = None,
+        admit: Callable[[Sequence[Row], Sequence[Place], Variant], torch.Tensor] | None = None,
     ) -> None:
         self._step = step
         self._run = step if run is None else run
@@ -74,7 +89,9 @@ class StaticLoop:
         self._admit = eager if admit is None else admit
         self.device = step.state.tokens.device
         self._columns = step.language.columns
-        self._free = set(range(len(step.state.tokens)))
+        self._free = set(range(self.slots))
+        #: Groups that nobody has: each takes two slots at least, so there are always enough.
+        self._free_groups = set(range(1, self.slots // 2 + 1))
         self._seats: dict[Row, _Seat] = {}
         self._unread: deque[_Reading] = deque()
         self._ends = frozenset(step.sampler.ends.tolist())
@@ -101,17 +118,27 @@ class StaticLoop:
     @property
     def bytes(self) -> int:
         """What the slots take: the same at all times."""
-        return self._step.language.bytes + self._step.state.bytes
+        return self._step.language.bytes + self._step.bytes
 
     def suits(self, row: Row) -> bool:
-        """Whether a slot is long enough for it."""
-        if row.has_beams or row.params.no_repeat_ngram_size > LONGEST_NGRAM:
+        """Whether a slot is long enough for it, and there are enough for its beams."""
+        if row.params.no_repeat_ngram_size > LONGEST_NGRAM:
+            return False
+        if row.params.num_beams > min(MOST_BEAMS, self.slots):
             return False
         return self._step.language.suits(row)
 
+    def size(self, params: RowParams) -> int:
+        """Slots that a row with these parameters takes: one for each of its beams.
+
+        Where there are not so many it suits no slots, and counts as one.
+        """
+        return params.num_beams if params.num_beams <= self.slots else 1
+
     def fits(self, row: Row, beside: Sequence[Row] = ()) -> bool:
-        """Whether there is a slot for a row that ``suits``, after those that join with it."""
-        return self.suits(row) and len(beside) < self.free
+        """Whether there are slots for a row that ``suits``, after those that join with it."""
+        needed = sum(self.size(each.params) for each in (*beside, row))
+        return self.suits(row) and needed <= self.free
 
     def queue(self, row: Row) -> str:
         """All wait for the next slot."""
@@ -125,13 +152,31 @@ class StaticLoop:
         """
         if not rows:
             return []
-        slots = sorted(self._free)[: len(rows)]
-        reading = _Reading(len(rows), self.device)
-        chosen = self._admit(rows, slots, self._variant(rows))
-        seats = [self._seat(row, slot) for row, slot in zip(rows, slots, strict=True)]
-        self._unread.append(reading)
-        reading.begin(chosen, seats, range(len(seats)))
+        places = self._places(rows)
+        parts = [[row for row in rows if row.has_beams == beams] for beams in (False, True)]
+        admitted: list[tuple[list[Row], _Reading, torch.Tensor]] = []
+        # Where the second part raises, the first one is in slots that nobody has: what it comes to
+        # is never read, and who has these slots next takes them over.
+        for part in filter(None, parts):
+            reading = _Reading(self.device, len(part))
+            at = [places[row] for row in part]
+            admitted.append((part, reading, self._admit(part, at, self._variant(part))))
+        for part, reading, chosen in admitted:
+            seats = [self._seat(row, places[row]) for row in part]
+            self._unread.append(reading)
+            reading.begin(chosen, self._write, seats, range(len(seats)))
         return list(rows)
+
+    def _places(self, rows: Sequence[Row]) -> dict[Row, Place]:
+        """The lowest free places, in the order of the rows."""
+        slots, groups = iter(sorted(self._free)), iter(sorted(self._free_groups))
+        return {
+            row: Place(
+                tuple(itertools.islice(slots, self.size(row.params))),
+                next(groups) if row.has_beams else 0,
+            )
+            for row in rows
+        }
 
     @_on_its_device
     def step(self, rows: Sequence[Row]) -> list[Row]:
@@ -143,7 +188,8 @@ class StaticLoop:
         seats = [self._seats[row] for row in rows]
         if any(seat.failed for seat in seats):
             raise ScoresError("the model's scores are not numbers")
-        launched = self._launch([seat for seat in seats if seat.steps > 0])
+        self._fetch()
+        launched = self._launch([seat for seat in seats if seat.steps > 0 and not seat.over])
         self._read(launched)
         return list(rows)
 
@@ -153,21 +199,25 @@ class StaticLoop:
         seats = [self._seats[row] for row in rows if row in self._seats]
         if not seats:
             return
-        self._step.state.release(self._sent([seat.slot for seat in seats]))
+        slots = [slot for seat in seats for slot in seat.place.slots]
+        self._step.release(self._sent(slots))
+        self._free.update(slots)
         for seat in seats:
             del self._seats[seat.row]
-            self._free.add(seat.slot)
+            if seat.place.group:
+                self._free_groups.add(seat.place.group)
         if not self._seats:
             self._unread.clear()
 
     def _variant(self, rows: Iterable[Row]) -> Variant:
         return Variant.of((row.params for row in rows), self._step.sampler.vocabulary)
 
-    def _seat(self, row: Row, slot: int) -> _Seat:
+    def _seat(self, row: Row, place: Place) -> _Seat:
         position = self._step.language.first_position(row)
-        seat = _Seat(row, slot, self._variant([row]), row.params.max_new_tokens - 1, position)
+        seat = _Seat(row, place, self._variant([row]), row.params.max_new_tokens - 1, position)
         self._seats[row] = seat
-        self._free.discard(slot)
+        self._free.difference_update(place.slots)
+        self._free_groups.discard(place.group)
         row.joined = True
         return seat
 
@@ -175,15 +225,17 @@ class StaticLoop:
         """Launches a step of these, while the other running ones are held."""
         if not seats:
             return None
-        bucket = self._bucket(max(seat.slot for seat in seats) + 1)
+        bucket = self._bucket(max(seat.bucket for seat in seats))
         window = self._window(max(seat.position for seat in seats) + 1)
         shape = Shape(bucket, window, Variant.all_of(seat.variant for seat in seats))
-        reading = _Reading(bucket, self.device)
+        reading = _Reading(self.device, bucket)
         going = set(seats)
         held = [
-            seat.slot
+            slot
             for seat in self._seats.values()
-            if seat.slot < bucket and seat.steps > 0 and seat not in going
+            if seat.steps > 0 and seat not in going
+            for slot in seat.place.slots
+            if slot < bucket
         ]
         if held:
             self._run_without(held, shape)
@@ -192,8 +244,23 @@ class StaticLoop:
         for seat in seats:
             seat.steps -= 1
             seat.position += 1
-        reading.begin(self._step.chosen[:bucket], seats, [seat.slot for seat in seats])
+        at = [seat.slot for seat in seats]
+        reading.begin(self._step.chosen[:bucket], self._write, seats, at)
         return reading
+
+    def _fetch(self) -> None:
+        """Has copied to the host what searches have found that it knows to have ended."""
+        seats = [seat for seat in self._seats.values() if seat.over and not seat.fetched]
+        if not seats:
+            return
+        number = max(seat.row.params.num_return_sequences for seat in seats)
+        groups = self._sent([seat.place.group for seat in seats])
+        results = self._step.groups.results(groups, number)
+        reading = _Reading(self.device, *results.shape)
+        for seat in seats:
+            seat.fetched = True
+        self._unread.append(reading)
+        reading.begin(results, self._settle, seats, range(len(seats)))
 
     def _run_without(self, slots: Sequence[int], shape: Shape) -> None:
         """A step in which some slots stay as they are."""
@@ -217,45 +284,61 @@ class StaticLoop:
     def _read(self, last: "_Reading | None") -> None:
         """Writes the tokens of all that was launched, but for the step launched last."""
         while self._unread:
-            for seat, token in self._unread.popleft().tokens():
-                self._write(seat, token)
+            self._unread.popleft().finish()
         if last is not None:
             self._unread.append(last)
 
     def _write(self, seat: _Seat, token: int) -> None:
         # Who has left, ended or failed meanwhile took an idle step.
-        if self._seats.get(seat.row) is not seat or seat.row.ended or seat.failed:
+        if self._seats.get(seat.row) is not seat or seat.row.ended or seat.failed or seat.over:
             return
         if token < 0:
             seat.failed = True
+        elif seat.row.has_beams:
+            seat.over = token == 0
         else:
             seat.row.write(token, self._ends)
 
+    def _settle(self, seat: _Seat, result: Sequence[Sequence[int]]) -> None:
+        """Ends a search with what it has found, unless it has left."""
+        if self._seats.get(seat.row) is seat:
+            number = seat.row.params.num_return_sequences
+            seat.row.settle(*texts_of(result[:number], len(self._step.sampler.start)))
+
 
 class _Reading:
-    """The tokens of a step on their way to the host.
+    """What a step has come to, on its way to the host: whole numbers.
 
     It has its memory before the step is launched: a step that was taken cannot be taken again.
     """
 
-    def __init__(self, count: int, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *shape: int) -> None:
         on_gpu = device.type == "cuda"
-        self._host = torch.empty(count, dtype=torch.long, pin_memory=on_gpu)
+        self._host = torch.empty(shape, dtype=torch.long, pin_memory=on_gpu)
         self._event: torch.cuda.Event | None = None
         if on_gpu:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def begin(self, chosen: torch.Tensor, seats: Sequence[_Seat], places: Sequence[int]) -> None:
-        """Has the tokens, (count,), copied. places: where those of the seats are."""
-        self._seats, self._places = seats, places
-        self._host.copy_(chosen, non_blocking=True)
+    def begin(
+        self,
+        numbers: torch.Tensor,
+        write: Callable[[_Seat, Any], None],
+        seats: Sequence[_Seat],
+        places: Sequence[int],
+    ) -> None:
+        """Has the numbers copied. write: what is to be done then with those of each seat.
+
+        places: where these are.
+        """
+        self._write, self._seats, self._places = write, seats, places
+        self._host.copy_(numbers, non_blocking=True)
         if self._event is not None:
             self._event.record()
 
-    def tokens(self) -> list[tuple[_Seat, int]]:
-        """Waits for them; -1 is one that could not be chosen."""
+    def finish(self) -> None:
+        """Waits for the numbers, and writes them."""
         if self._event is not None:
             self._event.synchronize()
-        chosen = self._host.tolist()
-        pairs = zip(self._seats, self._places, strict=True)
-        return [(seat, chosen[place]) for seat, place in pairs]
+        numbers = self._host.tolist()
+        for seat, place in zip(self._seats, self._places, strict=True):
+            self._write(seat, numbers[place])

@@ -73,17 +73,27 @@ class StaticOpt:
         return scores, cache, lengths - 1
 
     def put(self, at: torch.Tensor, filled: Any, lengths: torch.Tensor, *, clear: bool) -> None:
-        """Puts prefilled sequences into the slots ``at``, (n,). clear: see ``KeysAndValues``."""
+        """Puts prefilled sequences into the first of their slots; see ``StaticLanguage``."""
         assert self._own is not None
-        self._own.put(at, [(layer.keys, layer.values) for layer in filled.layers], clear=clear)
+        if clear:
+            self._own.clear(at[:, 1:])
+        self._own.put(
+            at[:, :1], [(layer.keys, layer.values) for layer in filled.layers], clear=clear
+        )
 
-    def step(self, state: SlotState, attention: Attention, window: int) -> torch.Tensor:
-        """Scores of the next tokens, (n, vocabulary). window: more than the highest position."""
+    def step(
+        self,
+        state: SlotState,
+        attention: Attention,
+        window: int,
+        ancestry: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Scores of the next tokens, (n, vocabulary); see ``StaticLanguage``."""
         assert self._own is not None
         positions, table = state.positions, self._decoder.embed_positions
         states = self._decoder.embed_tokens.forward(state.tokens)
         states = states + table.weight[positions + table.offset]
-        prepared = attention.prepare(positions, window, self.dtype, None)
+        prepared = attention.prepare(positions, window, self.dtype, None, ancestry)
         for layer, cache in zip(self._layers, self._own.layers, strict=True):
             new = layer.read(layer.norm(states)).view(len(states), 3, self.heads, self.size)
             attended = attention(new, cache, prepared, self._scale)

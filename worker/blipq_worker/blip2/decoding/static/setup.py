@@ -22,6 +22,7 @@ from blipq_worker.blip2.decoding.static.attention import (
     MaskedAttention,
 )
 from blipq_worker.blip2.decoding.static.graphs import Graphs
+from blipq_worker.blip2.decoding.static.groups import MOST_BEAMS, WIDTHS
 from blipq_worker.blip2.decoding.static.linears import is_eight_bits
 from blipq_worker.blip2.decoding.static.loop import StaticLoop
 from blipq_worker.blip2.decoding.static.opt import StaticOpt
@@ -45,6 +46,8 @@ SLOTS = 128
 _SHARE = 0.5
 #: Queries of an image, for which admissions are captured at the start.
 QUERIES = 32
+#: Beams of most searches: the default of a job.
+_BEAMS = WIDTHS[0]
 #: Windows of attention that are captured at the start, where attention has windows.
 _WINDOWS = (64, 128)
 #: How far scores may be from those in growing slots, by the largest of them. It is to find errors:
@@ -112,7 +115,8 @@ def static_loop(
         if state is None:
             log.warning("decoding: no memory for static slots; it grows with the texts")
             return None
-        sampler = Sampler(ends, language.start, language.vocabulary, device)
+        stopping = model.generation_config.early_stopping or False
+        sampler = Sampler(ends, language.start, language.vocabulary, device, stopping)
         loop = _first_that_works(model, language, sampler, state, among)
     if loop is None:
         language.release()
@@ -187,15 +191,26 @@ def _opened(model: Any, step: StaticStep, way: Way) -> tuple[StaticLoop, int]:
     graphs.prepare(smallest)  # what cannot be captured at all is found out here
     graphs.attempt(_largest(step))
     for shape in larger:
-        graphs.prepare(shape)
+        if shape.variant.beams:
+            graphs.attempt(shape)
+        else:
+            graphs.prepare(shape)
     admission = AdmissionGraphs(Admission(step), capture)
     (row,) = _random_rows(model, 1, QUERIES)
-    admission.prepare(row, len(step.state.tokens) // 2)
+    slots = len(step.state.tokens)
+    admission.prepare(row, slots // 2)
+    if slots >= _BEAMS:
+        row.params = _Greedy(num_beams=_BEAMS)
+        admission.prepare(row, slots // _BEAMS)
+    step.groups.clear()
     return StaticLoop(step, graphs, admission), len(graphs) + len(admission)
 
 
 def _occupy(step: StaticStep) -> None:
-    """Live sequences of several lengths in all slots: what graphs choose is held against steps."""
+    """Live sequences of several lengths in all slots: what graphs choose is held against steps.
+
+    To steps with beams the first ones are beams of a few groups.
+    """
     state, dice = step.state, torch.Generator().manual_seed(3)
     count, longest = len(state.tokens), min(_WINDOWS[0], step.language.columns)
     row = Row(torch.empty((0, 1)), [], _Greedy(max_new_tokens=longest))
@@ -203,26 +218,46 @@ def _occupy(step: StaticStep) -> None:
     state.tokens.copy_(torch.randint(step.sampler.vocabulary, (count,), generator=dice))
     state.positions.copy_(torch.randint(1, longest, (count,), generator=dice))
     state.live.fill_(True)
+    _occupy_groups(step, longest)
+
+
+def _occupy_groups(step: StaticStep, longest: int) -> None:
+    groups, slots = step.groups, torch.arange(len(step.state.tokens) // _BEAMS * _BEAMS)
+    count, beams = len(slots) // _BEAMS, groups.beams
+    groups.number[: len(slots)] = (slots // _BEAMS + 1).to(groups.number.device)
+    groups.rank[: len(slots)] = (slots % _BEAMS).to(groups.rank.device)
+    groups.members[:count, :_BEAMS] = slots.view(count, _BEAMS).to(groups.members.device)
+    groups.ancestry.copy_(torch.arange(len(step.state.tokens))[:, None].expand_as(groups.ancestry))
+    beams.beams.fill_(_BEAMS)
+    beams.limit.fill_(longest)
+    beams.count.fill_(1)
+    beams.scores[:, :_BEAMS] = -torch.arange(1.0, _BEAMS + 1, device=beams.scores.device)
 
 
 def _largest(step: StaticStep) -> Shape:
     """The shape that takes most memory. It is captured first: all others live in its memory."""
     slots, columns = len(step.state.tokens), step.language.columns
-    return Shape(slots, columns, Variant(penalties=True, window=step.sampler.vocabulary))
+    beams = MOST_BEAMS if slots > 1 else 0
+    variant = Variant(penalties=True, window=step.sampler.vocabulary, beams=beams)
+    return Shape(slots, columns, variant)
 
 
 def _shapes(step: StaticStep) -> Iterator[Shape]:
-    """What must be captured at the start: greedy steps of all buckets, the largest first."""
+    """What is captured at the start, the largest first: greedy steps of all buckets, and those of
+    which some are beams.
+    """
     slots, columns = len(step.state.tokens), step.language.columns
     windows = [each for each in _WINDOWS if each < columns] if step.attention.windows else [columns]
     buckets = {slots, *(1 << power for power in range((slots - 1).bit_length()))}
     for bucket in sorted(buckets, reverse=True):
         for window in windows:
+            if bucket >= _BEAMS:
+                yield Shape(bucket, window, Variant(beams=_BEAMS))
             yield Shape(bucket, window, Variant())
 
 
 def _require_same_attention(step: StaticStep) -> None:
-    """The kernel must find what torch finds, on random numbers."""
+    """The kernel must find what torch finds, on random numbers; of beams, too."""
     language, device = step.language, step.state.tokens.device
     dice = torch.Generator().manual_seed(1)
     heads, size, columns = language.heads, language.size, 80
@@ -232,11 +267,13 @@ def _require_same_attention(step: StaticStep) -> None:
 
     new, cache = random(3, 3, heads, size), random(2, 3, heads, columns, size)
     positions = torch.tensor([0, 37, columns - 1], device=device)
-    found = []
-    for attention in (MaskedAttention(), step.attention):
-        prepared = attention.prepare(positions, columns, language.dtype, None)
-        found.append(attention(new, cache.clone(), prepared, size**-0.5))
-    _require_close(found[0], found[1], "its attention", _TOLERANCE[language.dtype])
+    slots = torch.randint(3, (3, columns), generator=dice, dtype=torch.int32).to(device)
+    for ancestry in (None, slots):
+        found = []
+        for attention in (MaskedAttention(), step.attention):
+            prepared = attention.prepare(positions, columns, language.dtype, None, ancestry)
+            found.append(attention(new, cache.clone(), prepared, size**-0.5))
+        _require_close(found[0], found[1], "its attention", _TOLERANCE[language.dtype])
 
 
 def _require_same_scores(model: Any, step: StaticStep) -> None:

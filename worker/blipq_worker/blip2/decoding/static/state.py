@@ -7,6 +7,7 @@ CUDA graph. A slot without a running sequence is idle: it computes, and nothing 
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 
@@ -16,18 +17,26 @@ from blipq_worker.blip2.decoding.sequences import Row
 LONGEST_NGRAM = 32
 
 # Columns of ``SlotState.params``. Of numbers with a fraction it holds the bits, as float64.
-_LIMIT, _LEAST, _SEED, _DRAWS, _TOP_K, _NGRAM, _TEMPERATURE, _TOP_P, _REPETITION = range(9)
-PARAMS = 9
+_LIMIT, _LEAST, _SEED, _DRAWS, _TOP_K, _NGRAM, _BEAMS = range(7)
+_TEMPERATURE, _TOP_P, _REPETITION, _LENGTH = range(7, 11)
+PARAMS = 11
+
+
+class Place(NamedTuple):
+    """Where a sequence is. group: that of its beams, from 1, with a slot for each; 0: no beams."""
+
+    slots: tuple[int, ...]
+    group: int = 0
 
 
 def packed_params(row: Row) -> list[int]:
     """A sequence's parameters as a row of ``SlotState.params``."""
     params = row.params
     whole = [params.max_new_tokens, params.min_new_tokens, row.seed, int(params.do_sample)]
-    whole += [params.top_k, params.no_repeat_ngram_size]
+    whole += [params.top_k, params.no_repeat_ngram_size, params.num_beams]
+    fractions = params.temperature, params.top_p, params.repetition_penalty, params.length_penalty
     return whole + [
-        int.from_bytes(struct.pack("<d", value), "little", signed=True)
-        for value in (params.temperature, params.top_p, params.repetition_penalty)
+        int.from_bytes(struct.pack("<d", value), "little", signed=True) for value in fractions
     ]
 
 
@@ -35,11 +44,13 @@ def packed_params(row: Row) -> list[int]:
 class SlotState:
     """Tensors with one entry per slot; ``first`` gives views of them, ``fresh`` new ones.
 
+    A beam has a slot as a sequence without beams has; what else there is of it is in ``groups``.
+
     tokens: (n,), the last token written, which the next step reads. positions: (n,), where in the
     language model's self-attention it goes. written: (n,), new tokens so far. live: (n,), whether
     the next token counts. params: (n, PARAMS). history: (n, columns), what penalties count as
     written, in order. seen: (n, vocabulary), the same as a set. The last two are kept only where
-    the parameters penalize.
+    the parameters of a sequence without beams penalize.
     """
 
     tokens: torch.Tensor
@@ -112,6 +123,26 @@ class SlotState:
         for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
             mine.index_copy_(0, at, theirs)
 
+    def place_beams(self, at: torch.Tensor, other: "SlotState", tokens: torch.Tensor) -> None:
+        """Puts the beams of other sequences, that have written ``tokens``, into the slots ``at``.
+
+        Both (len(other), beams); a slot may come twice with the same token.
+        """
+
+        def each(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor[:, None].expand(-1, at.shape[1], *tensor.shape[1:]).flatten(0, 1)
+
+        slots = at.flatten()
+        pairs = [
+            (self.tokens, tokens.flatten()),
+            (self.positions, each(other.positions)),
+            (self.written, each(other.written)),
+            (self.live, each(other.live)),
+            (self.params, each(other.params)),
+        ]
+        for mine, theirs in pairs:
+            mine.index_copy_(0, slots, theirs)
+
     def _tensors(self) -> Iterator[torch.Tensor]:
         return (getattr(self, field.name) for field in fields(self))
 
@@ -120,17 +151,14 @@ class SlotState:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self._tensors())
 
-    def advance(self, tokens: torch.Tensor, ends: torch.Tensor, *, remember: int | None) -> None:
-        """Writes the next token of every live sequence, (n,); -1 is one that failed.
+    def advance(self, token: torch.Tensor, going: torch.Tensor, *, remember: int | None) -> None:
+        """Writes the next token of every live sequence, (n,).
 
-        An end token, the last one allowed and a failure end a sequence; a slot that is not live
-        stays as it is. remember: where in ``history`` new tokens begin; None where nobody's
-        parameters penalize.
+        going: (n,), whether it goes on then. A slot that is not live stays as it is. remember:
+        where in ``history`` new tokens begin; None where nobody's parameters penalize.
         """
-        token = tokens.clamp(min=0)
         written = self.written + self.live
-        ended = (token[:, None] == ends).any(-1) | (written >= self.limit)
-        live = self.live & (tokens >= 0) & ~ended
+        live = self.live & going
         positions = self.positions + live
         kept = torch.where(self.live, token, self.tokens)
         remembered = None if remember is None else self._remembered(token, remember)
@@ -184,6 +212,11 @@ class SlotState:
         return self.params[:, _NGRAM]
 
     @property
+    def beams(self) -> torch.Tensor:
+        """Beams of the search that the slot takes part in, (n,); 1: of none."""
+        return self.params[:, _BEAMS]
+
+    @property
     def temperature(self) -> torch.Tensor:
         """(n,), fp32."""
         return self._fraction(_TEMPERATURE)
@@ -198,5 +231,13 @@ class SlotState:
         """The repetition penalty, (n,), fp32."""
         return self._fraction(_REPETITION)
 
+    @property
+    def length(self) -> torch.Tensor:
+        """The length penalty of searches, (n,), float64."""
+        return self._double(_LENGTH)
+
     def _fraction(self, column: int) -> torch.Tensor:
-        return self.params[:, column].view(torch.float64).float()
+        return self._double(column).float()
+
+    def _double(self, column: int) -> torch.Tensor:
+        return self.params[:, column].view(torch.float64)

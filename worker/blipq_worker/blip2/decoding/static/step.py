@@ -7,6 +7,7 @@ import torch
 
 from blipq_worker.blip2.decoding.sequences import Row
 from blipq_worker.blip2.decoding.static.attention import Attention
+from blipq_worker.blip2.decoding.static.groups import SlotGroups
 from blipq_worker.blip2.decoding.static.sampler import Sampler, Variant
 from blipq_worker.blip2.decoding.static.state import SlotState
 
@@ -62,10 +63,22 @@ class StaticLanguage(Protocol):
         """
 
     def put(self, at: torch.Tensor, filled: Any, lengths: torch.Tensor, *, clear: bool) -> None:
-        """Puts prefilled sequences into the slots ``at``, (n,). clear: see ``KeysAndValues``."""
+        """Puts prefilled sequences into slots. at: (n, beams), the first has what all of them see.
 
-    def step(self, state: SlotState, attention: Attention, window: int) -> torch.Tensor:
-        """Scores of the next tokens, (n, vocabulary). window: more than the highest position."""
+        clear: see ``KeysAndValues``.
+        """
+
+    def step(
+        self,
+        state: SlotState,
+        attention: Attention,
+        window: int,
+        ancestry: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Scores of the next tokens, (n, vocabulary).
+
+        window: more than the highest position. ancestry: see ``Attention.prepare``.
+        """
 
 
 class Shape(NamedTuple):
@@ -79,7 +92,7 @@ class Shape(NamedTuple):
 class StaticStep:
     """Takes a step eagerly. Nothing comes from the host, and nothing is waited for.
 
-    chosen: what the last step chose, (slots,).
+    chosen: what the last step chose, (slots,). groups: of the beams in the slots.
     """
 
     def __init__(
@@ -87,11 +100,26 @@ class StaticStep:
     ) -> None:
         self.language, self.sampler, self.state = language, sampler, state
         self.attention = attention
+        slots, columns = state.history.shape
+        self.groups = SlotGroups.empty(slots, columns, state.tokens.device)
         self.chosen = torch.zeros_like(state.tokens)
 
     def __call__(self, shape: Shape) -> None:
         """One more token for every live sequence in the first slots."""
-        state = self.state.first(shape.slots)
-        scores = self.language.step(state, self.attention, shape.window)
-        chosen = self.sampler.write(scores, state, shape.variant)
+        state, groups, ancestry = self.state.first(shape.slots), None, None
+        if shape.variant.beams:
+            groups = self.groups.first(shape.slots, shape.variant.beams)
+            ancestry = groups.ancestry
+        scores = self.language.step(state, self.attention, shape.window, ancestry)
+        chosen = self.sampler.write(scores, state, shape.variant, groups)
         self.chosen[: shape.slots].copy_(chosen)
+
+    @property
+    def bytes(self) -> int:
+        """What slots take, beside keys and values."""
+        return self.state.bytes + self.groups.bytes
+
+    def release(self, at: torch.Tensor) -> None:
+        """Makes the slots ``at`` idle."""
+        self.state.release(at)
+        self.groups.release(at)

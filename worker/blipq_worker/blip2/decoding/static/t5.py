@@ -104,24 +104,32 @@ class StaticT5:
         return scores, caches, torch.zeros_like(lengths)
 
     def put(self, at: torch.Tensor, filled: Any, lengths: torch.Tensor, *, clear: bool) -> None:
-        """Puts prefilled sequences into the slots ``at``, (n,)."""
+        """Puts prefilled sequences into their slots: what the encoder read into each of them."""
         assert self._own is not None
         assert self._cross is not None
-        for mine, cache in (
-            (self._own, filled.self_attention_cache),
-            (self._cross, filled.cross_attention_cache),
+        if clear:
+            self._own.clear(at[:, 1:])
+        for mine, slots, cache in (
+            (self._own, at[:, :1], filled.self_attention_cache),
+            (self._cross, at, filled.cross_attention_cache),
         ):
-            mine.put(at, [(layer.keys, layer.values) for layer in cache.layers], clear=clear)
-        self._lengths.index_copy_(0, at, lengths)
+            mine.put(slots, [(layer.keys, layer.values) for layer in cache.layers], clear=clear)
+        self._lengths.index_copy_(0, at.flatten(), lengths[:, None].expand_as(at).flatten())
 
-    def step(self, state: SlotState, attention: Attention, window: int) -> torch.Tensor:
+    def step(
+        self,
+        state: SlotState,
+        attention: Attention,
+        window: int,
+        ancestry: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Scores of the next tokens, (n, vocabulary)."""
         assert self._own is not None
         assert self._cross is not None
         count = len(state.tokens)
         lengths = self._lengths[:count]
         states = self._decoder.embed_tokens.forward(state.tokens)
-        prepared = attention.prepare(state.positions, window, self.dtype, self._bias)
+        prepared = attention.prepare(state.positions, window, self.dtype, self._bias, ancestry)
         mask = attention.prepare_cross(lengths, self.prompt_columns, self.dtype)
         layers = zip(self._layers, self._own.layers, self._cross.layers, strict=True)
         for layer, own, cross in layers:
