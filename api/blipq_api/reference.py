@@ -42,8 +42,8 @@ _PROBLEMS = {
     "415": "The body's type is none of those listed.",
     "421": "A door without keys was addressed by a foreign name.",
     "422": "A field or parameter is wrong: the detail names it.",
-    "429": "The key or its tenant has used up its rate or its share, too many jobs are open, or too "
-    "many wrong keys came from this address.",
+    "429": "The key or its tenant has used up its rate or its share, too many jobs are open, or "
+    "too many wrong keys came from this address.",
     "503": "Redis or S3 does not answer, or the door is busy: Retry-After says when.",
 }
 
