@@ -53,6 +53,18 @@ def full_size() -> str:
     return str(written)
 
 
+def large() -> str:
+    """A model whose weights, in fp32 as the published ones, are 2 GB: a folder, written once."""
+    written, mark = FOLDER / "large", FOLDER / f"large-{VERSION}"
+    if not mark.exists():
+        torch.manual_seed(11)
+        text = {"hidden_size": 1_536, "ffn_dim": 6_144, "num_hidden_layers": 16}
+        text |= {"num_attention_heads": 16, "vocab_size": 2_049}
+        _write_generation(written, _vision(), _qformer(vocab_size=4), text)
+        mark.touch()
+    return str(written)
+
+
 def _vision() -> Blip2VisionConfig:
     return Blip2VisionConfig(
         hidden_size=WIDTH,

@@ -23,13 +23,14 @@ from blipq.local.sample import red_square
 from blipq.local.stack import LocalStack
 from blipq.s3.storage import Storage
 from blipq_api.settings import ApiSettings
+from blipq_worker.catalog.s3.keys import ModelS3Settings
 from blipq_worker.settings import WorkerSettings
 from conftest import ROOT, start_worker, wait_for_worker, wait_until
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 #: Read from the environment elsewhere than in the settings.
-OTHER_VARIABLES = {"BLIPQ_STACK_FILE", "BLIPQ_REDIS_PASSWORD", "BLIPQ_S3_"}
+OTHER_VARIABLES = {"BLIPQ_STACK_FILE", "BLIPQ_REDIS_PASSWORD", "BLIPQ_S3_", "BLIPQ_MODEL_S3_"}
 OTHER_VARIABLES |= {"BLIPQ_LOG_LEVEL", "BLIPQ_LOG_FORMAT"}
 
 
@@ -207,7 +208,7 @@ def test_commands_and_options_that_are_named_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_settings_that_are_named_exist(page: Path) -> None:
-    fields = {**ApiSettings.model_fields, **WorkerSettings.model_fields}
+    fields = ApiSettings.model_fields | WorkerSettings.model_fields | ModelS3Settings.model_fields
     known = {f"BLIPQ_{name.upper()}" for name in fields} | OTHER_VARIABLES | {"BLIPQ_"}
     named = set(re.findall(r"BLIPQ_[A-Z0-9_]*", page.read_text()))
     assert named <= known, named - known

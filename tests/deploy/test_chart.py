@@ -42,7 +42,10 @@ SETS: dict[str, dict[str, Any]] = {
     "all": {
         "door": {"enabled": True, "replicas": 3},
         "sender": {"enabled": True, "replicas": 1},
-        "secrets": {"apiKeys": "keys", "webhooks": "hooks", "workerS3": "s3", "doorS3": "s3"},
+        "secrets": {
+            **{"apiKeys": "keys", "webhooks": "hooks", "workerS3": "s3", "doorS3": "s3"},
+            "modelS3": "models",
+        },
         "trialRedis": {"enabled": True},
         "podMonitor": {"enabled": True},
         **SCALING,

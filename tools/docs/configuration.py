@@ -13,6 +13,7 @@ from tools.docs import DOCS, write_or_check
 
 from blipq import Settings
 from blipq_api.settings import ApiSettings
+from blipq_worker.catalog.s3.keys import ModelS3Settings
 from blipq_worker.settings import WorkerSettings
 
 PAGE = DOCS / "configuration.md"
@@ -66,6 +67,8 @@ def page() -> str:
             *_table(Settings),
             "\n## Workers only\n",
             *_table(WorkerSettings),
+            "\n## Models in S3, for workers only\n",
+            *_table(ModelS3Settings),
             "\n## The HTTP door only\n",
             *_table(ApiSettings, but={*Settings.model_fields}),
             "",

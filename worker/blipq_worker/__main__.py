@@ -13,6 +13,8 @@ from blipq.submission import checked
 from blipq.telemetry import tracing
 from blipq.telemetry.logs import set_up_logging
 from blipq_worker.catalog.models import ModelError
+from blipq_worker.catalog.s3.errors import S3ModelAway
+from blipq_worker.catalog.s3.keys import forget_model_keys
 from blipq_worker.engine.faults import DeviceLost
 from blipq_worker.inference.address import AddressError
 from blipq_worker.process.health import PortTaken, require_port
@@ -41,7 +43,7 @@ def main() -> int:
 
 
 def _engine(arguments: list[str]) -> int:
-    """The process that runs the models: ``engine --run FOLDER``. It knows no Redis and no S3."""
+    """The process that runs the models: ``engine --run FOLDER``. It knows no Redis."""
     parser = argparse.ArgumentParser("python -m blipq_worker engine")
     parser.add_argument("--run", type=Path, required=True, help="folder for the engine's socket")
     folder = parser.parse_args(arguments).run
@@ -92,7 +94,7 @@ def _worker() -> int:
     except DeviceLost as error:
         print(f"blipq worker: {error}", file=sys.stderr)
         return EXIT_HUNG
-    except PortTaken as error:  # whoever has it may end: starting again can help
+    except (PortTaken, S3ModelAway) as error:  # starting again can help
         print(f"blipq worker: {error}", file=sys.stderr)
         return 1
     return worker.run()
@@ -101,7 +103,7 @@ def _worker() -> int:
 def _loaded() -> "Worker | SplitWorker":
     """The worker with its models, or with the processes that will have them.
 
-    Raises InvalidRequest for settings, ModelError, DeviceLost, PortTaken.
+    Raises InvalidRequest for settings, ModelError, DeviceLost, PortTaken, S3ModelAway.
     """
     from blipq.s3.storage import Storage
 
@@ -125,6 +127,7 @@ def _loaded() -> "Worker | SplitWorker":
     models = load_models(options)
     slots = max(model.static_slots for model in models.values())
     check = checker(options, models)
+    forget_model_keys()
     return Worker(settings, options.filling(slots), models, check=check)
 
 

@@ -30,6 +30,7 @@ from blipq_worker.process.heartbeat import LeaseBeat, beat_s
 from blipq_worker.process.metrics import WorkerMetrics, count_in
 from blipq_worker.reading import Readers
 from blipq_worker.settings import WorkerSettings
+from blipq_worker.startup import START
 from blipq_worker.taking import Taker
 
 #: Once the engine is gone, jobs that are not given back by then are given back from outside of
@@ -68,7 +69,8 @@ class Front:
         """Works until it is stopped, or the engine is gone; the exit code."""
         signal.signal(signal.SIGTERM, _leave)
         signal.signal(signal.SIGINT, _leave)
-        models = self._awaited()
+        with START.part("wait for the engine"):
+            models = self._awaited()
         if models is None:
             return EXIT_ENGINE_GONE
         options = share_of(self._options, models, self._seat.of)

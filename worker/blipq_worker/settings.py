@@ -70,8 +70,8 @@ class WorkerSettings(BaseSettings):
         min_length=1,
         description=(
             "Served models: `name=what` pairs. What is a known model (`blipq models list`), or "
-            "`generation[+retrieval]` as hub ids or folders; `\\,` and `\\+` stand for a comma and "
-            "a plus in a folder's name."
+            "`generation[+retrieval]` as hub ids, folders, or `s3://bucket/prefix`; `\\,` and "
+            "`\\+` stand for a comma and a plus in a name."
         ),
     )
     quantization: Quantization = Field(

@@ -125,7 +125,7 @@ class Taker:
     def _on_ready(self, sender: Any, **_: Any) -> None:
         """Takes the signals over from Celery, whose own handling waits without an end."""
         log.info("%s is ready: %s", self._hostname, ", ".join(self._base.models))
-        log.info("ready after %s", START)
+        START.ready()
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
 

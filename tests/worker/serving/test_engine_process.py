@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 
+from blipq.local.stack import LocalStack
 from blipq_worker.blip2 import Blip2
 from blipq_worker.engine.backend import Engine
 from blipq_worker.inference import (
@@ -37,7 +38,9 @@ from blipq_worker.inference import (
     Rerank,
 )
 from blipq_worker.serving.engine import HUB_TOKENS, SOCKET, forget_hub_tokens
+from blipq_worker.serving.pushing import push
 from conftest import ROOT, wait_until
+from worker.models_in_s3 import Bucket, reach
 
 WRITTEN = GenerationParams(num_beams=1, max_new_tokens=6)
 TEXTS = ("a red circle", "a dog")
@@ -451,6 +454,46 @@ def test_it_keeps_no_credentials_for_the_hub(monkeypatch: pytest.MonkeyPatch) ->
     forget_hub_tokens()
     assert "secret" not in os.environ.values()
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+#: An engine that has loaded its model, and says what it keeps instead of serving.
+KEEPS = """
+import gc, json, os, sys
+from pathlib import Path
+from blipq_worker.serving import engine
+from blipq_worker.settings import WorkerSettings
+
+def told(self):
+    held = {type(each).__name__ for each in gc.get_objects()}
+    held &= {"Credentials", "Storage", "Settings", "ModelS3Settings", "S3"}
+    print(json.dumps({"environment": dict(os.environ), "held": sorted(held)}), flush=True)
+    return 0
+
+engine.EngineProcess.run = told
+sys.exit(engine.run_engine(Path(sys.argv[1]), WorkerSettings()))
+"""
+
+
+def test_it_keeps_no_keys_of_the_store_that_it_read_its_weights_from(
+    stack: LocalStack, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = Bucket(stack)
+    reach(bucket.settings, monkeypatch)
+    place = bucket.place()
+    push(checkpoints["opt"], place)
+    monkeypatch.setenv("BLIPQ_MODELS", f"default={place}")
+    monkeypatch.setenv("BLIPQ_CANARY", "0")
+    monkeypatch.setenv("BLIPQ_DTYPE", "float32")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "of-a-role")
+    with tempfile.TemporaryDirectory(prefix="bq") as folder:
+        ended = subprocess.run(
+            [sys.executable, "-c", KEEPS, folder], capture_output=True, text=True, timeout=90
+        )
+    assert ended.returncode == 0, ended.stderr
+    kept = json.loads(ended.stdout)
+    reaching = ("AWS_", "BLIPQ_MODEL_S3_")
+    assert not [name for name in kept["environment"] if name.startswith(reaching)]
+    assert kept["held"] == []
 
 
 def test_it_loads_nothing_that_takes_jobs_or_images() -> None:

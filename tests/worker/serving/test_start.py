@@ -13,6 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from blipq.local.stack import LocalStack
+from blipq_worker.catalog.s3.keys import environment_of
+from worker.models_in_s3 import BUCKET, Bucket
+
 
 def started(**settings: str) -> subprocess.CompletedProcess[str]:
     """A worker process as a supervisor starts it, until it ends."""
@@ -146,3 +150,31 @@ def test_a_device_that_is_not_there_is_one_line() -> None:
     assert ended.returncode == 78, ended.stderr
     (line,) = ended.stderr.splitlines()
     assert "BLIPQ_DEVICE=cuda:7: " in line
+
+
+def test_a_model_that_is_not_in_s3_is_one_line(stack: LocalStack) -> None:
+    Bucket(stack)
+    reached = environment_of(stack.settings()).items()
+    fields = {name.removeprefix("BLIPQ_").lower(): value for name, value in reached}
+    ended = started(**fields, models=f"default=s3://{BUCKET}/nothing/here")
+    assert ended.returncode == 78, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert "checkpoint_missing" in line
+    assert f"s3://{BUCKET}/nothing/here/blipq-manifest.json" in line
+
+
+def test_a_model_in_an_s3_that_is_away_is_worth_another_start() -> None:
+    keys = {"model_s3_access_key_id": "key", "model_s3_secret_access_key": "secret"}
+    ended = started(
+        models="default=s3://models/opt", model_s3_endpoint_url="http://127.0.0.1:9", **keys
+    )
+    assert ended.returncode == 1, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert "checkpoint_unavailable" in line
+
+
+def test_half_of_a_key_is_one_line() -> None:
+    ended = started(models="default=s3://models/opt", model_s3_access_key_id="key")
+    assert ended.returncode == 78, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert "BLIPQ_MODEL_S3_SECRET_ACCESS_KEY go together" in line

@@ -10,7 +10,7 @@ import pytest
 
 from blipq.local.supervisor import Service
 from blipq_worker.fronts.holdings import Holding
-from blipq_worker.supervision.environment import engine_environment
+from blipq_worker.supervision.environment import engine_environment, front_environment
 from blipq_worker.supervision.folder import RunFolder
 from blipq_worker.supervision.front import FrontProcess
 from blipq_worker.supervision.settling import Settler, verdicts
@@ -91,10 +91,49 @@ def test_a_front_whose_settings_are_wrong_is_not_started_again(folder: RunFolder
 def test_the_engine_gets_no_key_however_its_variable_is_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("blipq_redis_url", "Blipq_S3_Secret_Access_Key", "aws_secret_access_key"):
+    services = ("blipq_redis_url", "Blipq_S3_Secret_Access_Key", "aws_secret_access_key")
+    for name in (*services, "Blipq_model_s3_secret_access_key"):
         monkeypatch.setenv(name, "hush")
     monkeypatch.setenv("blipq_device", "cpu")
-    found = engine_environment()
+    found = engine_environment({"default": "demo"})
     assert "hush" not in found.values()
     assert found["blipq_device"] == "cpu"
     assert found["PATH"] == os.environ["PATH"]
+
+
+IN_S3 = {"default": "demo", "other": "owner/opt+s3://models/itm"}
+
+
+def test_the_keys_of_models_in_s3_are_the_engines_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLIPQ_S3_ENDPOINT_URL", "http://s3.test:9000")
+    monkeypatch.setenv("BLIPQ_S3_ACCESS_KEY_ID", "for-images")
+    monkeypatch.setenv("BLIPQ_S3_SECRET_ACCESS_KEY", "hush-images")
+    monkeypatch.setenv("BLIPQ_MODEL_S3_ACCESS_KEY_ID", "for-models")
+    monkeypatch.setenv("BLIPQ_MODEL_S3_SECRET_ACCESS_KEY", "hush-models")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-aws")
+    monkeypatch.setenv("AWS_CA_BUNDLE", "/etc/ca.pem")
+    engine = engine_environment(IN_S3)
+    assert engine["BLIPQ_MODEL_S3_ENDPOINT_URL"] == "http://s3.test:9000"
+    assert engine["BLIPQ_MODEL_S3_SECRET_ACCESS_KEY"] == "hush-models"
+    assert engine["AWS_CA_BUNDLE"] == "/etc/ca.pem"
+    assert not {"hush-images", "hush-aws"} & set(engine.values())
+    front = front_environment()
+    assert {"hush-images", "hush-aws"} <= set(front.values())
+    assert not {"hush-models", "for-models"} & set(front.values())
+
+
+def test_models_in_s3_are_read_as_images_are_where_nothing_else_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("BLIPQ_S3_ACCESS_KEY_ID", "for-images")
+    monkeypatch.setenv("BLIPQ_S3_SECRET_ACCESS_KEY", "hush-images")
+    found = engine_environment(IN_S3)
+    assert found["BLIPQ_MODEL_S3_ACCESS_KEY_ID"] == "for-images"
+    assert found["BLIPQ_MODEL_S3_SECRET_ACCESS_KEY"] == "hush-images"
+    assert "BLIPQ_S3_SECRET_ACCESS_KEY" not in found
+
+
+def test_a_role_of_the_cloud_reaches_models_in_s3_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::1:role/worker")
+    assert engine_environment(IN_S3)["AWS_ROLE_ARN"] == "arn:aws:iam::1:role/worker"
+    assert "AWS_ROLE_ARN" not in engine_environment({"default": "demo"})

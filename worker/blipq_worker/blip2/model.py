@@ -1,7 +1,9 @@
 """A served model: a generation checkpoint and, where matching is served, a retrieval one."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Collection, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,11 +78,11 @@ class Blip2:
         cache: FeatureCache | None = None,
         draft: bool = False,
     ) -> "Blip2":
-        """Loads the checkpoints (folders or hub ids) onto ``device``; see ``loading``.
+        """Loads the checkpoints (folders, hub ids, places in S3) onto ``device``; see ``loading``.
 
         slots, static: see ``Generator``. cache: keeps what is known of images between
-        jobs. draft: see ``Recipe``. Raises CheckpointError, and ValueError for a type or an
-        attention that the device is no good at.
+        jobs. draft: see ``Recipe``. Raises CheckpointError, ValueError for a type or an attention
+        that the device is no good at, and for checkpoints in S3 ModelError and S3ModelAway.
         """
         setup = Setup(
             device=torch.device(device),
@@ -315,17 +317,19 @@ class _Part:
     def load(cls, name: str, side: Side, setup: Setup, draft: bool) -> "_Part":
         with START.part("digest of weights"):
             checkpoint = open_checkpoint(name)
-        with START.part("weights to the device"):
-            model = load_weights(checkpoint, setup)
-        split_tower(model)
-        preprocessor = Preprocessor(checkpoint, draft=draft)
+        with closing(checkpoint):
+            with START.part("weights to the device"):
+                model = load_weights(checkpoint, setup)
+            split_tower(model)
+            preprocessor = Preprocessor(checkpoint, draft=draft)
+            tokenizer = load_tokenizer(checkpoint)
         precision = f"{setup.precision(checkpoint.family)}/{setup.quantizing}/{setup.attention}"
         version = f"{checkpoint.revision}/{precision}/{preprocessor.recipe.version}"
         return cls(
             side=side,
-            checkpoint=checkpoint,
+            checkpoint=dataclasses.replace(checkpoint, pushed=None),  # it holds keys of S3
             model=model,
-            tokenizer=load_tokenizer(checkpoint),
+            tokenizer=tokenizer,
             preprocessor=preprocessor,
             tower=f"tower/{version}",
             queries=f"queries/{version}",

@@ -1,13 +1,17 @@
-"""Where a checkpoint's files are on this machine, or what it takes to get them. Without torch."""
+"""Where a checkpoint's files are, here or in S3, or what it takes to get them. Without torch."""
 
 import importlib.util
 import json
 import os
 import shutil
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
+from blipq.s3.refusals import S3Unavailable
 from blipq_worker.catalog.models import PARAMETERS, ModelError, ServedModel, served_model
+from blipq_worker.catalog.s3.objects import Objects
+from blipq_worker.catalog.s3.places import is_in_s3, place_of
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -27,19 +31,21 @@ _BYTES_PER_PARAMETER = 4
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The weights of one checkpoint: a hub id or a folder.
+    """The weights of one checkpoint: a hub id, a folder, or a place in S3.
 
-    bytes: what they take on disk, or would (None: unknown). present: whether they are all here.
+    bytes: what they take where they are stored, or would (None: unknown). present: whether they are
+    all here, or in S3. problem: why those in S3 cannot be read.
     """
 
     checkpoint: str
     present: bool
     bytes: int | None
+    problem: str | None = None
 
     @property
     def command(self) -> str | None:
-        """What fetches them; None for a folder, which no hub has."""
-        if "/" not in self.checkpoint or self.checkpoint.startswith((".", "/", "~")):
+        """What fetches them; None for what no hub has."""
+        if "/" not in self.checkpoint or self.checkpoint.startswith((".", "/", "~", "s3://")):
             return None
         hub_id, _, revision = self.checkpoint.partition("@")
         at = f" --revision {revision}" if revision else ""
@@ -67,7 +73,9 @@ def free_bytes() -> int:
 
 
 def weights_of(checkpoint: str) -> Weights:
-    """What is known of a checkpoint's weights."""
+    """What is known of a checkpoint's weights. For those in S3 it asks there, once each."""
+    if is_in_s3(checkpoint):
+        return _in_s3(checkpoint)
     folder = expanded(checkpoint)
     if folder.is_dir():
         size = _complete_size(folder)
@@ -83,6 +91,16 @@ def weights_of(checkpoint: str) -> Weights:
     return Weights(checkpoint, False, expected)
 
 
+def _in_s3(checkpoint: str) -> Weights:
+    try:
+        objects = Objects(place_of(checkpoint), tries=1)
+        manifest = objects.manifest()
+        objects.check_weights(manifest)
+    except (ModelError, S3Unavailable) as error:
+        return Weights(checkpoint, False, None, str(error))
+    return Weights(checkpoint, True, sum(each.bytes for each in manifest.weights.values()))
+
+
 def weights_of_served(models: dict[str, str]) -> list[Weights]:
     """The weights of every served model, each once."""
     wanted: list[str] = []
@@ -94,9 +112,15 @@ def weights_of_served(models: dict[str, str]) -> list[Weights]:
 
 def how_to_get(missing: list[Weights]) -> str:
     """One line: what to run, how much it fetches, and the room there is for it."""
-    commands = [f"`{each.command}`" for each in missing if each.command]
-    if not commands:
-        return "; ".join(_lack(expanded(each.checkpoint)) for each in missing)
+    fetched = [each for each in missing if each.command]
+    lacks = [
+        each.problem or _lack(expanded(each.checkpoint)) for each in missing if not each.command
+    ]
+    return "; ".join([*([_fetch(fetched)] if fetched else []), *lacks])
+
+
+def _fetch(missing: list[Weights]) -> str:
+    commands = [f"`{each.command}`" for each in missing]
     known = [each.bytes for each in missing if each.bytes is not None]
     size = f"about {gigabytes(sum(known))}" if len(known) == len(missing) else "of unknown size"
     room = f"{gigabytes(free_bytes())} free in {hub_cache()}"
@@ -135,24 +159,27 @@ def _complete_size(folder: Path) -> int | None:
     return sum(file.stat().st_size for file in files)
 
 
-def weight_files(folder: Path) -> dict[Path, set[str] | None]:
+def weight_files(folder: Path, there: Container[str] | None = None) -> dict[Path, set[str] | None]:
     """The files that hold a checkpoint's weights, and which tensors of each (None: all of them).
 
     As transformers chooses them: ``model.safetensors``, or what its index names; never what merely
-    lies beside them. Raises ModelError.
+    lies beside them. there: the names of files that count as being in the folder, where they are
+    elsewhere. Raises ModelError.
     """
-    if (folder / ADAPTER).exists():
+    if there is None:
+        there = {each.name for each in folder.iterdir() if each.exists()}
+    if ADAPTER in there:
         raise ModelError(
             f"its folder holds a LoRA adapter ({ADAPTER}), which is not served as such: merge it "
             "into its base model with peft's merge_and_unload, save that with save_pretrained, and "
             "keep the adapter elsewhere"
         )
-    if (folder / WHOLE).exists():
+    if WHOLE in there:
         return {folder / WHOLE: None}
-    if not (folder / INDEX).exists():
+    if INDEX not in there:
         raise ModelError(f"it has no {WHOLE} and no {INDEX}{_found_instead(folder)}")
     files = _indexed(folder / INDEX)
-    missing = sorted(file.name for file in files if not file.exists())
+    missing = sorted(file.name for file in files if file.name not in there)
     if missing:
         raise ModelError(f"it lacks weights that {INDEX} names: {', '.join(missing[:3])}")
     return files

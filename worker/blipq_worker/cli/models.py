@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 
 from blipq.cli.terminal.group import Group
-from blipq.cli.terminal.output import JsonOption
+from blipq.cli.terminal.output import JsonOption, exit_code
 from blipq.errors import BlipqError, InvalidRequest
 from blipq.local.worker import NO_WORKER
 from blipq.submission import checked
 from blipq_worker.catalog.models import KNOWN_MODELS, ModelError
+from blipq_worker.catalog.s3.places import is_in_s3
 from blipq_worker.catalog.weights import (
     Weights,
     free_bytes,
@@ -40,7 +41,7 @@ _SUMS = ("weights", "shared", "kv_batch", "kv_slots", "activations", "host_cache
 
 @app.command("list")
 def list_(as_json: JsonOption = False) -> None:
-    """List the known models, and whether their weights are on this machine.
+    """List the known models, and those of BLIPQ_MODELS, and whether their weights are there.
 
     Examples:
         blipq models list
@@ -49,15 +50,25 @@ def list_(as_json: JsonOption = False) -> None:
         name: [weights_of(each) for each in (model.generation, model.retrieval) if each]
         for name, model in KNOWN_MODELS.items()
     }
+    with _refused():
+        others = _others()
     if as_json:
         rows = [
             {"model": name, "about": KNOWN_MODELS[name].about, "checkpoints": _described(found)}
             for name, found in known.items()
         ]
-        print(json.dumps({"models": rows, "cache": str(hub_cache()), "free": free_bytes()}))
+        served = [
+            {"model": name, "checkpoints": _described(found)} for name, found in others.items()
+        ]
+        place = {"cache": str(hub_cache()), "free": free_bytes()}
+        print(json.dumps({"models": rows, "served": served, **place}))
         return
     for name, found in known.items():
         print(f"{name:16} {KNOWN_MODELS[name].about}")
+        for each in found:
+            print(f"{'':16} {_weights_line(each)}")
+    for name, found in others.items():
+        print(f"{name:16} as BLIPQ_MODELS has it")
         for each in found:
             print(f"{'':16} {_weights_line(each)}")
     print(f"{'demo':16} coloured shapes on a plain background; comes with blipq")
@@ -67,7 +78,7 @@ def list_(as_json: JsonOption = False) -> None:
 
 @app.command("memory")
 def memory(
-    model: Annotated[str, typer.Argument(help="A known model, or generation[+retrieval].")],
+    model: Annotated[str, typer.Argument(help="A known model, or as in BLIPQ_MODELS.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Jobs in one batch.")] = 16,
     quantization: Annotated[str, typer.Option(help="auto, none, int8 or nf4.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float16, bfloat16 or float32.")] = "auto",
@@ -159,6 +170,26 @@ def record_golden(
     print(f"recorded in {output}: BLIPQ_GOLDENS={output}", file=sys.stderr)
 
 
+@app.command("push")
+def push(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint's folder, with safetensors.")],
+    target: Annotated[str, typer.Argument(metavar="S3_URI", help="s3://bucket/prefix, empty.")],
+) -> None:
+    """Bring a checkpoint to S3, for workers to read it from there (BLIPQ_MODEL_S3_*).
+
+    Prints the name to serve it by, with its revision. A push that was killed goes on where it is
+    run again; nothing that is there is written over. A goldens.json in the folder goes with it.
+
+    Examples:
+        blipq models push ./my-model s3://models/my-model/v1
+        BLIPQ_MODELS=default=s3://models/my-model/v1 blipq worker
+    """
+    with _refused():
+        from blipq_worker.serving.pushing import push as push_folder
+
+        print(push_folder(folder, target, lambda line: print(line, file=sys.stderr, flush=True)))
+
+
 @app.command("weights", hidden=True)
 def weights() -> None:
     """For `blipq doctor`: the weights of BLIPQ_MODELS, as JSON.
@@ -180,12 +211,12 @@ def weights() -> None:
 
 @contextmanager
 def _refused() -> Iterator[None]:
-    """Any error is one line on stderr and the exit code 2."""
+    """Any error is one line on stderr and the exit code 2, or 7 where S3 does not answer."""
     try:
         yield
     except BlipqError as error:
         print(f"blipq models: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        raise typer.Exit(max(2, exit_code(error))) from None
 
 
 def _one_of(option: str, given: str, literal: Any) -> Any:
@@ -196,9 +227,20 @@ def _one_of(option: str, given: str, literal: Any) -> Any:
     return given
 
 
+def _others() -> dict[str, list[Weights]]:
+    """The weights of models in BLIPQ_MODELS that are no known ones."""
+    models = checked(WorkerSettings).models.items()
+    others = {name: what for name, what in models if what not in (*KNOWN_MODELS, "demo")}
+    return {name: weights_of_served({name: what}) for name, what in others.items()}
+
+
 def _weights_line(each: Weights) -> str:
     size = "unknown size" if each.bytes is None else gigabytes(each.bytes)
-    return f"{each.checkpoint:36} {size:>8}  {'here' if each.present else 'not here'}"
+    if is_in_s3(each.checkpoint):
+        where = each.problem or "in S3"
+    else:
+        where = "here" if each.present else "not here"
+    return f"{each.checkpoint:36} {size:>8}  {where}"
 
 
 def _described(found: Sequence[Weights]) -> list[dict[str, Any]]:

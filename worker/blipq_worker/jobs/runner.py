@@ -17,6 +17,7 @@ from blipq_worker.jobs.execution import Execution
 from blipq_worker.jobs.outcomes import Outcomes
 from blipq_worker.jobs.quarantine import Draining, Gate
 from blipq_worker.receipt import Stopwatch
+from blipq_worker.startup import START
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class Runner:
         try:
             made = self._execution.result(claim, watch)
             self._outcomes.succeeded(claim, made.result, watch, result_uri=made.uri)
+            START.job_succeeded(watch.run_ms / 1000)
         except Lost:
             self._outcomes.lost(claim, watch)
         except WorkError as error:

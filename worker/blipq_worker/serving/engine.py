@@ -1,7 +1,8 @@
 """The engine process: loads the models, then runs the items of fronts until SIGTERM.
 
-It alone touches the device. It reads no queue and no store: what it may do is to answer whoever
-connects to its socket. One thread does all of it; signals are the exception, and only leave notes.
+It alone touches the device. It reads no queue, and a store only for its weights, before it serves:
+what it may do then is to answer whoever connects to its socket. One thread does all of it; signals
+are the exception, and only leave notes.
 Another one looks whether the main process lives, which ends an engine that hangs.
 """
 
@@ -17,9 +18,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from blipq.errors import InvalidRequest
 from blipq_worker.batching.interface import Idle, Judge
 from blipq_worker.blip2.loading.compiling import LONGEST_S, on_compiling
 from blipq_worker.catalog.models import ModelError
+from blipq_worker.catalog.s3.errors import S3ModelAway
+from blipq_worker.catalog.s3.keys import forget_model_keys
 from blipq_worker.engine.backend import Engine
 from blipq_worker.engine.faults import DeviceLost, Trust
 from blipq_worker.inference.address import MOST_FRONTS, AddressError, check_path
@@ -74,7 +78,8 @@ def run_engine(folder: Path, options: WorkerSettings) -> int:
     """Serves at a socket in ``folder``; the exit code.
 
     0 after SIGTERM; EXIT_MODEL where a model cannot be served; EXIT_HUNG where the device is lost;
-    1 where it cannot listen. The reason goes to stderr, and to the fronts.
+    1 where it cannot listen, or S3 does not give a model for now. The reason goes to stderr, and to
+    the fronts.
     """
     path, note = folder / SOCKET, folder / _TRIAL
     signal.signal(signal.SIGTERM, lambda *_: _end_at_once(note))
@@ -83,15 +88,17 @@ def run_engine(folder: Path, options: WorkerSettings) -> int:
         check_path(path)
         models = load_models(_careful(options, note), _noted(note))
         stay_near(next(iter(models.values())).info.device)
+        check = checker(options, models)
         forget_hub_tokens()
+        forget_s3()
         for name, model in models.items():
             model.write_readings(folder, name)
-        process = EngineProcess(path, options, models, checker(options, models))
-    except ModelError as error:
+        process = EngineProcess(path, options, models, check)
+    except (InvalidRequest, ModelError) as error:
         return _ended(EXIT_MODEL, error)
     except DeviceLost as error:
         return _ended(EXIT_HUNG, error)
-    except AddressError as error:  # whoever has it may end: starting again can help
+    except (AddressError, S3ModelAway) as error:  # starting again can help
         return _ended(1, error)
     return process.run()
 
@@ -146,6 +153,13 @@ def forget_hub_tokens() -> None:
     for name in HUB_TOKENS:
         os.environ.pop(name, None)
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def forget_s3() -> None:
+    """Drops what weights in S3 were read with: their keys, or what the fronts read images with."""
+    forget_model_keys()
+    for name in [each for each in os.environ if each.upper().startswith("AWS_")]:
+        del os.environ[name]
 
 
 class EngineProcess:

@@ -5,12 +5,15 @@ exact up to the quantizer's rounding, keys and values are exact for what runs at
 activations are an estimate. Torch is imported where it is needed, and transformers' models nowhere.
 """
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blipq_worker.catalog.models import KNOWN_MODELS, ModelError, served_model
+from blipq_worker.catalog.s3.objects import Objects
+from blipq_worker.catalog.s3.places import is_in_s3, place_of
 from blipq_worker.catalog.weights import expanded, hub_cache
 from blipq_worker.serving.sizes import Size, sizes_of
 from blipq_worker.settings import Dtype, Quantization
@@ -148,7 +151,7 @@ def memory_of(
     """What serving ``what`` takes (a known model, or ``generation[+retrieval]``).
 
     quantization: ``auto`` counts the weights in full, as a worker keeps them where they fit.
-    Raises ModelError where its configuration is not on this machine.
+    Raises ModelError where its configuration is not to be had, and S3ModelAway.
     """
     import torch
 
@@ -199,7 +202,12 @@ def _scales(weight: Any) -> Iterator[Any]:
 
 
 def config_of(checkpoint: str, *, retrieval: bool = False) -> Any:
-    """A checkpoint's configuration: the folder's, a published one's, or the cache's."""
+    """A checkpoint's configuration: the folder's, S3's, a published one's, or the cache's.
+
+    Raises ModelError, and S3ModelAway.
+    """
+    if is_in_s3(checkpoint):
+        return _config_in_s3(checkpoint)
     from transformers import Blip2Config
 
     if expanded(checkpoint).is_dir():
@@ -220,6 +228,14 @@ def config_of(checkpoint: str, *, retrieval: bool = False) -> Any:
         f"({', '.join((*KNOWN_MODELS, 'demo'))}) or a folder, or run "
         f"`hf download {checkpoint} config.json`"
     )
+
+
+def _config_in_s3(checkpoint: str) -> Any:
+    objects = Objects(place_of(checkpoint))
+    data = objects.small("config.json", objects.manifest())
+    with tempfile.TemporaryDirectory(prefix="blipq-checkpoint-") as folder:
+        (Path(folder) / "config.json").write_bytes(data)
+        return _stored_config(Path(folder))
 
 
 def _stored_config(folder: Path) -> Any:

@@ -1,7 +1,8 @@
 """What served models answered when they were known to be right, and how far others may differ.
 
 A golden is recorded on the canary's pictures by ``blipq models record-golden``. blipq brings those
-of the models that it could run itself; ``BLIPQ_GOLDENS`` names a file with more. Without torch.
+of the models that it could run itself, a checkpoint in S3 may bring its own, and ``BLIPQ_GOLDENS``
+names a file with more. Without torch.
 """
 
 import json
@@ -14,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from blipq.errors import BlipqError
 from blipq.submission import explain
+from blipq_worker.catalog.s3.objects import Objects
+from blipq_worker.catalog.s3.places import is_in_s3, place_of
 
 
 class GoldenError(BlipqError):
@@ -55,6 +58,9 @@ class Tolerance(NamedTuple):
     probability: float
 
 
+#: What a checkpoint in S3 brings, where it was in its folder as that was pushed.
+BESIDE = "goldens.json"
+
 #: By precision: beyond these lies damage. Answers in fewer bits differ a little, and may.
 TOLERANCES = {
     "float32": Tolerance(1.0, 0.1, 0.02),
@@ -72,12 +78,41 @@ def read_goldens(file: Path | None = None) -> dict[str, Golden]:
     return {**_Goldens.validate_json(brought), **(_read(file) if file else {})}
 
 
+def golden_beside(checkpoint: str, what: str) -> Golden | None:
+    """The golden of ``what`` that was pushed to S3 with its checkpoint; None without one.
+
+    A file with a single golden is about that checkpoint, by whatever name it was recorded. Raises
+    GoldenError, and as ``Objects``.
+    """
+    if not is_in_s3(checkpoint):
+        return None
+    objects = Objects(place_of(checkpoint))
+    manifest = objects.manifest()
+    if BESIDE not in manifest.files:
+        return None
+    goldens = _parsed(objects.place.uri(BESIDE), objects.small(BESIDE, manifest))
+    only = next(iter(goldens.values())) if len(goldens) == 1 else None
+    return goldens.get(what, only)
+
+
 def _read(file: Path) -> dict[str, Golden]:
     try:
-        return _Goldens.validate_json(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        data = file.read_bytes()
+    except OSError as error:
+        raise _unreadable(file, str(error)) from error
+    return _parsed(file, data)
+
+
+def _parsed(place: object, data: bytes) -> dict[str, Golden]:
+    try:
+        return _Goldens.validate_json(data.decode())
+    except ValueError as error:
         reason = explain(error) if isinstance(error, ValidationError) else str(error)
-        raise GoldenError(f"{file} is no file of `blipq models record-golden`: {reason}") from error
+        raise _unreadable(place, reason) from error
+
+
+def _unreadable(place: object, reason: str) -> GoldenError:
+    return GoldenError(f"{place} is no file of `blipq models record-golden`: {reason}")
 
 
 def write_golden(file: Path, what: str, golden: Golden) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from blipq_worker.catalog.models import ModelError, served_model
+from blipq_worker.catalog.s3.errors import S3ModelAway
 from blipq_worker.catalog.weights import how_to_get, weights_of_served
 from blipq_worker.engine.faults import DeviceLost, is_device_fault
 from blipq_worker.process.malloc import give_large_blocks_back
@@ -22,6 +23,7 @@ from blipq_worker.startup import START
 
 if TYPE_CHECKING:
     from blipq_worker.blip2 import Blip2, FeatureCache
+    from blipq_worker.serving.goldens import Golden
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +34,8 @@ def load_models(
 ) -> "dict[str, Blip2]":
     """Loads every served model, once, and checks that it makes sense.
 
-    opening: is entered while graphs are captured, on GPUs alone. Raises ModelError, and DeviceLost
-    where another try may succeed.
+    opening: is entered while graphs are captured, on GPUs alone. Raises ModelError, InvalidRequest
+    for the settings of S3, and where another try may succeed DeviceLost and S3ModelAway.
 
     CUDA is first touched here: the process has no children to share it with. The thread that loads
     ends with it, and so do OpenMP's helpers of that thread. Where these and the ones of the thread
@@ -64,13 +66,9 @@ def _load_all(
     with START.part("model imports"):
         from blipq_worker.blip2 import FeatureCache
         from blipq_worker.serving import canary
-        from blipq_worker.serving.goldens import GoldenError, read_goldens
 
     give_large_blocks_back()  # what is quantized was read in full before
-    try:
-        goldens = read_goldens(options.goldens) if options.canary else {}
-    except GoldenError as error:
-        raise ModelError(str(error)) from error
+    goldens = _goldens(options) if options.canary else {}
     cache = FeatureCache(options.feature_cache_bytes)
     device = usable_device(options.device)
     stay_near(device)
@@ -85,11 +83,25 @@ def _load_all(
                     canary.warm(model)
             if options.canary:
                 with START.part("canary"):
-                    canary.check(model, goldens.get(what))
+                    canary.check(model, goldens[name])
         loaded[name] = model
     with START.part("slots and graphs"):
         _open_slots(loaded, options, opening)
     return loaded
+
+
+def _goldens(options: WorkerSettings) -> "dict[str, Golden | None]":
+    """What each model, by its name, must say. Raises ModelError, and S3ModelAway."""
+    from blipq_worker.serving.goldens import GoldenError, golden_beside, read_goldens
+
+    try:
+        known = read_goldens(options.goldens)
+        return {
+            name: known.get(what) or golden_beside(served_model(name, what).generation, what)
+            for name, what in options.models.items()
+        }
+    except GoldenError as error:
+        raise ModelError(str(error)) from error
 
 
 def _open_slots(
@@ -166,17 +178,17 @@ def checker(
 ) -> "Callable[[str], None] | None":
     """What checks a served model again, by its name; None where BLIPQ_CANARY is off.
 
-    Raises CanaryError, and whatever the model raises.
+    It raises CanaryError, and whatever the model raises. To be made as long as the keys of models
+    in S3 are there. Raises ModelError, and S3ModelAway.
     """
     from blipq_worker.serving import canary
-    from blipq_worker.serving.goldens import read_goldens
 
     if not options.canary:
         return None
-    goldens = read_goldens(options.goldens)
+    goldens = _goldens(options)
 
     def check(name: str) -> None:
-        canary.check(models[name], goldens.get(options.models[name]))
+        canary.check(models[name], goldens[name])
 
     return check
 
@@ -185,7 +197,7 @@ def checker(
 def _explained(name: str, options: WorkerSettings) -> Iterator[None]:
     """Whatever keeps a model from being served becomes a ModelError that says what to do.
 
-    A device that is lost becomes DeviceLost.
+    A device that is lost becomes DeviceLost; S3ModelAway stays what it is.
     """
     import torch
 
@@ -195,6 +207,8 @@ def _explained(name: str, options: WorkerSettings) -> Iterator[None]:
 
     try:
         yield
+    except S3ModelAway:
+        raise
     except CanaryError as error:
         advice = "it is damaged or does not suit these settings (BLIPQ_CANARY=0 serves it)"
         raise ModelError(f"model {name!r} failed its check: {error}; {advice}") from error

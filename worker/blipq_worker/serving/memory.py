@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from blipq_worker.catalog.models import ModelError, served_model
+from blipq_worker.catalog.s3.places import is_in_s3
 from blipq_worker.serving.footprint import GIB, Load, Memory, memory_of
 from blipq_worker.settings import WorkerSettings
 
@@ -110,7 +111,7 @@ def kept_on(device: str, options: WorkerSettings) -> tuple[Kept, str]:
 
 
 def _in_full(options: WorkerSettings, what: str, device: str) -> int:
-    """Bytes that a model takes without quantization. Raises ModelError."""
+    """Bytes that a model takes without quantization. Raises ModelError, S3ModelAway."""
     load = load_of(options)
 
     def count() -> int:
@@ -130,6 +131,8 @@ def _fetch_configurations(what: str) -> None:
 
     served = served_model("default", what)
     for checkpoint in filter(None, (served.generation, served.retrieval)):
+        if is_in_s3(checkpoint):
+            continue
         hub_id, _, revision = checkpoint.partition("@")
         with suppress(HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
             hf_hub_download(hub_id, "config.json", revision=revision or None)

@@ -64,7 +64,9 @@ class SplitWorker:
         self._broker = Broker(settings)
         self._settler = Settler(self._ledger, self._broker, WorkerMetrics())
         self._engine = EngineProcess(
-            engine_service(self._folder, command), self._folder, watchdog_s=options.watchdog_s
+            engine_service(self._folder, options.models, command),
+            self._folder,
+            watchdog_s=options.watchdog_s,
         )
         self._fronts = [
             FrontProcess(

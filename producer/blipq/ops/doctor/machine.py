@@ -55,8 +55,9 @@ def _weights() -> Findings:
         names = ", ".join(each["checkpoint"] for each in missing)
         needed = sum(each["bytes"] or 0 for each in missing)
         full = needed > found["free"]
-        message = f"not on this machine: {names}" + (", and the disk is too full" if full else "")
-        yield Finding("bad" if full else "warn", "weights", message, found["advice"])
+        message = f"missing: {names}" + (", and the disk is too full" if full else "")
+        bad = full or any(each.get("problem") for each in missing)
+        yield Finding("bad" if bad else "warn", "weights", message, found["advice"])
 
 
 def _gpus() -> Findings | None:

@@ -20,6 +20,9 @@ from blipq_worker.catalog.models import (
     ModelError,
     one_line,
 )
+from blipq_worker.catalog.s3.manifest import revision_of
+from blipq_worker.catalog.s3.places import is_in_s3
+from blipq_worker.catalog.s3.pushed import Pushed
 from blipq_worker.catalog.weights import (
     expanded,
     is_lfs_pointer,
@@ -57,12 +60,13 @@ class CheckpointMissing(CheckpointError):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint in a local folder.
+    """A checkpoint in a local folder, or with its weights in S3 and the rest in a private folder.
 
     name: as it was requested. revision: the hub's commit, or the SHA-256 of the weights (of a
     single file: that file's own; of several: of their digests in the order of their names).
     default_prompt: what LAVIS puts before a caption. weights: the files that hold them, and which
-    tensors of each (None: all of them).
+    tensors of each (None: all of them). pushed: what reads those in S3; ``close`` removes the
+    private folder.
     """
 
     name: str
@@ -74,30 +78,60 @@ class Checkpoint:
     num_query_tokens: int
     default_prompt: str
     weights: dict[Path, set[str] | None]
+    pushed: Pushed | None = None
+
+    def close(self) -> None:
+        """Once it is loaded, tokenizer and processor too."""
+        if self.pushed is not None:
+            self.pushed.close()
 
 
 def open_checkpoint(name: str) -> Checkpoint:
-    """The checkpoint in the local folder ``name``, or with the hub id ``name`` (``id@revision``).
+    """The checkpoint in the local folder ``name``, with that hub id (``id@revision``), or in S3.
 
-    Raises CheckpointError.
+    Whoever opens it closes it. Raises CheckpointError; for one in S3 ModelError and S3ModelAway,
+    too.
     """
+    if is_in_s3(name):
+        return _open_pushed(name)
     folder = expanded(name)
     local = folder.is_dir()
     if not local:
         folder = _download(name)
     weights = _weights(name, folder)
+    return _checkpoint(name, folder, weights, _digest(weights) if local else folder.name)
+
+
+def _open_pushed(name: str) -> Checkpoint:
+    pushed = Pushed(name)
+    try:
+        weights = weight_files(pushed.folder, pushed.manifest.files)
+        return _checkpoint(name, pushed.folder, weights, pushed.manifest.revision, pushed)
+    except BaseException:
+        pushed.close()
+        raise
+
+
+def _checkpoint(
+    name: str,
+    folder: Path,
+    weights: dict[Path, set[str] | None],
+    revision: str,
+    pushed: Pushed | None = None,
+) -> Checkpoint:
     config = _read_config(name, folder)
     family, image_size = _family(name, config), _side(config.vision_config.image_size)
     return Checkpoint(
         name=name,
         folder=folder,
-        revision=_digest(weights) if local else folder.name,
+        revision=revision,
         config=config,
         family=family,
         image_size=image_size,
         num_query_tokens=config.num_query_tokens,
         default_prompt=_default_prompt(name, image_size),
         weights=weights,
+        pushed=pushed,
     )
 
 
@@ -171,10 +205,8 @@ def _digest(files: Iterable[Path]) -> str:
     digests = []
     for file in files:
         with file.open("rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256"))
-    if len(digests) == 1:
-        return digests[0].hexdigest()
-    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+            digests.append(hashlib.file_digest(stream, "sha256").digest())
+    return revision_of(digests)
 
 
 def _family(name: str, config: Any) -> Family:

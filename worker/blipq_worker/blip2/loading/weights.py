@@ -7,8 +7,9 @@ ordinary cast after loading would undo even that, so the types are decided while
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from blipq_worker.blip2.loading.checkpoints import Checkpoint, CheckpointError
 from blipq_worker.blip2.loading.compiling import compile_parts
 from blipq_worker.blip2.loading.precision import Dtype, Precision, choose_precision
 from blipq_worker.blip2.loading.quantizing import Quantizing
+from blipq_worker.blip2.loading.streaming import streamed_weights
 from blipq_worker.inference.requests import Family
 
 log = logging.getLogger(__name__)
@@ -68,8 +70,9 @@ class Setup:
 def load_weights(checkpoint: Checkpoint, setup: Setup) -> Any:
     """The model of the checkpoint: frozen and in evaluation mode.
 
-    Raises CheckpointError where weights are missing, rather than run on random ones, and ValueError
-    for a type or an attention that cannot run on the device.
+    Raises CheckpointError where weights are missing, rather than run on random ones, ValueError for
+    a type or an attention that cannot run on the device, and for a checkpoint in S3 ModelError and
+    S3ModelAway.
     """
     base = _Retrieval if checkpoint.family == "retrieval" else _Generation
     precision = setup.precision(checkpoint.family)
@@ -155,16 +158,23 @@ def _contiguous(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args[0].contiguous(), *args[1:]
 
 
-@contextmanager
-def _stored_weights(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+def _stored_weights(checkpoint: Checkpoint) -> AbstractContextManager[Mapping[str, Any]]:
     """The checkpoint's tensors by name, each read on request and not kept.
 
     Transformers itself maps the files into memory, and what it has read of them stays resident
     until all is loaded: for nf4 that is four times what the model takes.
     """
+    if checkpoint.pushed is None:
+        return _local_weights(checkpoint.weights)
+    files = {path.name: names for path, names in checkpoint.weights.items()}
+    return streamed_weights(checkpoint.pushed, files)
+
+
+@contextmanager
+def _local_weights(stored: Mapping[Path, set[str] | None]) -> Iterator[dict[str, Any]]:
     with ExitStack() as files:
         weights: dict[str, Any] = {}
-        for path, names in checkpoint.weights.items():
+        for path, names in stored.items():
             file = files.enter_context(safe_open(path, framework="pt", backend="pread"))
             weights |= {name: file.get_slice(name) for name in names or file.keys()}
         yield weights

@@ -1,0 +1,1 @@
+"""Checkpoints in S3: where they are, what they hold, and how weights are read. Without torch."""
