@@ -73,7 +73,7 @@ def free_bytes() -> int:
 
 
 def weights_of(checkpoint: str) -> Weights:
-    """What is known of a checkpoint's weights. For those in S3 it asks there, once each."""
+    """What is known of a checkpoint's weights. For those in S3 one try is made."""
     if is_in_s3(checkpoint):
         return _in_s3(checkpoint)
     folder = expanded(checkpoint)

@@ -1,7 +1,7 @@
 """The engine process: loads the models, then runs the items of fronts until SIGTERM.
 
 It alone touches the device. It reads no queue, and a store only for its weights, before it serves:
-what it may do then is to answer whoever connects to its socket. One thread does all of it; signals
+what it may do then is to answer what connects to its socket. One thread does all of it; signals
 are the exception, and only leave notes.
 Another one looks whether the main process lives, which ends an engine that hangs.
 """

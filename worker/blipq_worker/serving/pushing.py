@@ -32,22 +32,22 @@ _AT_ONCE = 4
 _SMALL = (".json", ".txt", ".model")
 _JSON = "application/json"
 
-Tell = Callable[[str], object]
+Report = Callable[[str], object]
 
 
-def push(folder: Path, target: str, tell: Tell = lambda line: None) -> str:
+def push(folder: Path, target: str, report: Report = lambda line: None) -> str:
     """Pushes a checkpoint's folder to ``s3://bucket/prefix``; the name to serve it by, pinned.
 
-    tell: is told what is being done. Raises ModelError, and as ``Storage``.
+    report: gets a line for each step. Raises ModelError, and as ``Storage``.
     """
     place = place_of(target)
     if place.revision:
         raise ModelError(f"{target}: the revision is that of the files; push to {place.uri()}")
     paths = files_of(folder)
     size = gigabytes(sum(path.stat().st_size for path in paths.values()))
-    tell(f"{len(paths)} files, {size}: computing digests")
+    report(f"{len(paths)} files, {size}: computing digests")
     manifest = _manifest(paths)
-    push = _Push(place, manifest, tell)
+    push = _Push(place, manifest, report)
     push.begin()
     for name, path in paths.items():
         push.send(name, path)
@@ -75,7 +75,7 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 
 def _require_whole(file: Path) -> None:
-    """Reads the header, which says how long a file is."""
+    """Reads the header, which holds the length of a file."""
     if is_lfs_pointer(file):
         raise ModelError(f"{file} is in Git LFS and not here: run `git lfs pull`")
     try:
@@ -106,8 +106,8 @@ class _Part:
 class _Push:
     """One push to a place."""
 
-    def __init__(self, place: Place, manifest: Manifest, tell: Tell) -> None:
-        self._place, self._manifest, self._tell = place, manifest, tell
+    def __init__(self, place: Place, manifest: Manifest, report: Report) -> None:
+        self._place, self._manifest, self._report = place, manifest, report
         self._storage: Storage = model_storage(connections=_AT_ONCE + 1, attempts=5)
 
     @property
@@ -115,7 +115,7 @@ class _Push:
         return self._storage.client
 
     def begin(self) -> None:
-        """Refuses a place that holds anything else; else says there what the push is about."""
+        """Refuses a place that holds anything else; else writes there what the push is about."""
         own = self._manifest.written()
         for name in (MANIFEST, DRAFT):
             found = self._read(name)
@@ -133,9 +133,9 @@ class _Push:
         """Sends a file, unless it is there."""
         file = self._manifest.files[name]
         if self._is_there(name, file):
-            self._tell(f"{name}: is there")
+            self._report(f"{name}: is there")
             return
-        self._tell(f"{name}: {gigabytes(file.bytes)}")
+        self._report(f"{name}: {gigabytes(file.bytes)}")
         if file.bytes <= PART_BYTES:
             self._put(name, path.read_bytes(), _JSON if name.endswith(".json") else None)
         else:

@@ -26,7 +26,7 @@ _PREFIXES = (_AWS, "CELERY_", "REDIS_")
 #: Where a local stack wrote its endpoints, and where fronts count.
 _STACK_FILE = "BLIPQ_STACK_FILE"
 _NAMES = (_STACK_FILE, "PROMETHEUS_MULTIPROC_DIR")
-#: What says how S3 is reached, and is no key.
+#: Variables by which S3 is reached, and that are no keys.
 _AWS_PLACES = (
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"),
     *("AWS_CA_BUNDLE", "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"),

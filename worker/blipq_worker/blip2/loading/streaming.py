@@ -1,4 +1,4 @@
-"""Weights that are read from S3 as transformers asks for them, tensor by tensor."""
+"""Weights that are read from S3 as transformers requests them, tensor by tensor."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -48,7 +48,7 @@ class StreamedTensor:
         return list(self._stored.shape)
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """What of the tensor is asked for. On any thread. Raises S3ModelError, S3ModelAway."""
+        """The part of the tensor that an index names. On any thread. Raises S3ModelError, S3ModelAway."""
         data = torch.empty(self._stored.range.size, dtype=torch.uint8)
         self._blocks.fill(self._stored.range, data.numpy().data)
         return data.view(self._dtype).view(self._stored.shape)[index]
@@ -58,7 +58,7 @@ class StreamedTensor:
 def streamed_weights(
     pushed: Pushed, files: Mapping[str, set[str] | None]
 ) -> Iterator[dict[str, StreamedTensor]]:
-    """The checkpoint's tensors by name, each read when it is asked for and not kept."""
+    """The checkpoint's tensors by name, each read on request and not kept."""
     with pushed.reading() as blocks:
         stored = pushed.tensors(blocks, files)
         weights = {name: StreamedTensor(blocks, name, stored[name]) for name in stored}

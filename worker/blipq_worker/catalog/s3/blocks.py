@@ -1,4 +1,4 @@
-"""Ranges of a checkpoint's weights, read by blocks: several at a time, and ahead of who asks."""
+"""Ranges of a checkpoint's weights, read by blocks: several at a time, and ahead of their use."""
 
 import threading
 from collections import Counter, OrderedDict, deque
@@ -14,7 +14,7 @@ CONNECTIONS = 16
 #: Blocks that are read or wait to be used, and those that are kept for the next range with a part
 #: of them: together the memory that reading takes, beside the ranges themselves.
 AHEAD, KEPT = 24, 8
-#: After so many uses of others, nobody comes for a block that was read ahead.
+#: After so many uses of others, a block that was read ahead counts as unwanted.
 _UNWANTED = 8 * AHEAD
 #: Longer than a block can take, with all its tries and those before it.
 _LONGEST_S = 900.0
@@ -62,7 +62,7 @@ class Blocks:
         self._coming: deque[Block] = deque()
 
     def plan(self, ranges: Iterable[Range]) -> None:
-        """Says which ranges will be asked for, in their order: they are read ahead.
+        """Takes the ranges that will be requested, in their order: they are read ahead.
 
         Another order, and ranges that are not among them, cost time alone.
         """
@@ -99,7 +99,7 @@ class Blocks:
 
     def _wanted(self, block: Block) -> bytearray:
         with self._lock:
-            # Begun also where no more may be held: whoever waits for this one lets none go.
+            # Begun also where no more may be held: a thread that waits here frees no other block.
             read = self._held.get(block) or self._kept.get(block) or self._begin(block)
             self._read_ahead()
         try:

@@ -39,7 +39,7 @@ _ADVICE = {
     Fault.MISSING: "`blipq models push FOLDER s3://...` brings a checkpoint there",
     Fault.CHANGED: "it was written again while it was read",
     Fault.FORBIDDEN: (
-        "check BLIPQ_MODEL_S3_*; S3 says the same of an object that is not there, unless the keys "
+        "check BLIPQ_MODEL_S3_*; S3 answers the same for an object that is not there, unless the keys "
         "may list the bucket"
     ),
 }

@@ -54,7 +54,7 @@ class ModelS3Settings(BaseSettings):
         return self
 
     def over(self, settings: Settings) -> Settings:
-        """The settings with what is said here of S3."""
+        """The settings with these of S3 in place of their own."""
         own = {
             "s3_endpoint_url": self.model_s3_endpoint_url,
             "s3_region": self.model_s3_region,

@@ -83,7 +83,7 @@ def revision_of(digests: Iterable[bytes]) -> str:
 
 
 def stored_file(path: Path, block_bytes: int = BLOCK_BYTES) -> StoredFile:
-    """What a manifest says of a file on disk. Raises OSError."""
+    """A file on disk as a manifest describes it. Raises OSError."""
     whole, blocks, size = hashlib.sha256(), [], 0
     with path.open("rb") as file:
         while block := file.read(block_bytes):

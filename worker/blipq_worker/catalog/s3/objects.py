@@ -170,7 +170,7 @@ class Objects:
 
 
 class _Garbled(S3ModelError):
-    """Bytes are others than were pushed: on their way, or in S3, which another try tells."""
+    """Bytes are others than were pushed: on their way, or in S3, which another try shows."""
 
     def __init__(self, text: str) -> None:
         super().__init__(Fault.DAMAGED, text)
