@@ -48,7 +48,7 @@ class StreamedTensor:
         return list(self._stored.shape)
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """The part of the tensor that an index names. On any thread. Raises S3ModelError, S3ModelAway."""
+        """The tensor at an index, on any thread. Raises S3ModelError, S3ModelAway."""
         data = torch.empty(self._stored.range.size, dtype=torch.uint8)
         self._blocks.fill(self._stored.range, data.numpy().data)
         return data.view(self._dtype).view(self._stored.shape)[index]

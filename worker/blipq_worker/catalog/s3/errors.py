@@ -39,8 +39,8 @@ _ADVICE = {
     Fault.MISSING: "`blipq models push FOLDER s3://...` brings a checkpoint there",
     Fault.CHANGED: "it was written again while it was read",
     Fault.FORBIDDEN: (
-        "check BLIPQ_MODEL_S3_*; S3 answers the same for an object that is not there, unless the keys "
-        "may list the bucket"
+        "check BLIPQ_MODEL_S3_*; without the right to list the bucket, S3 answers the same for an "
+        "object that is not there"
     ),
 }
 
