@@ -34,9 +34,12 @@ WAYS = ("disk", "download, then disk", "S3")
 
 def load(way: str, folder: str, place: str) -> dict[str, float]:
     """Seconds and peak MiB of one load, in this process."""
+    from transformers.utils.logging import disable_progress_bar
+
     from blipq_worker.blip2 import Blip2
     from blipq_worker.process.malloc import give_large_blocks_back
 
+    disable_progress_bar()
     give_large_blocks_back()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as copy:
