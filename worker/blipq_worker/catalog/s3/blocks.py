@@ -13,7 +13,7 @@ from blipq_worker.catalog.s3.objects import Block, Objects
 CONNECTIONS = 16
 #: Blocks that are read or wait to be used, and those that are kept for the next range with a part
 #: of them: together the memory that reading takes, beside the ranges themselves.
-AHEAD, KEPT = 24, 8
+AHEAD, KEPT = 16, 4
 #: After so many uses of others, a block that was read ahead counts as unwanted.
 _UNWANTED = 8 * AHEAD
 #: Longer than a block can take, with all its tries and those before it.
