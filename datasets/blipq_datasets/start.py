@@ -50,6 +50,7 @@ def begun(
     if old is None or renewed:
         _create(path, id, dataset)
     if old is not None and renewed:
+        Uploads(client.storage, old).sweep()  # what a cancelled run has left
         shutil.rmtree(_listing(path, old), ignore_errors=True)
     with closing(DatasetJournal.open(path)) as journal:
         _check_same(journal, dataset)

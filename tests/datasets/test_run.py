@@ -15,6 +15,12 @@ from typer.testing import Result
 
 from blipq import Client
 from blipq.ledger.worker import WorkerLedger
+from blipq.s3.refusals import S3Unavailable
+from blipq_datasets.journal import DatasetJournal
+from blipq_datasets.output.shards import Output
+from blipq_datasets.output.targets import LocalFolder, S3Folder
+from blipq_datasets.sources.places import S3Place
+from blipq_datasets.uploads import Uploads
 
 Run = Callable[..., Result]
 Tar = Callable[..., bytes]
@@ -302,11 +308,6 @@ def test_a_run_that_is_killed_anywhere_goes_on(
     step: int,
 ) -> None:
     """Before and after each change of the journal, of the inbox and of the output."""
-    from blipq_datasets.journal import DatasetJournal
-    from blipq_datasets.output.shards import Output
-    from blipq_datasets.output.targets import LocalFolder
-    from blipq_datasets.uploads import Uploads
-
     folder = tmp_path / "set"
     folder.mkdir()
     for number in range(3):
@@ -345,3 +346,62 @@ def test_a_run_that_is_killed_anywhere_goes_on(
         assert [row["blipq_text"] for row in rows] == [f"{number}-{n // 2}" for n in range(40)]
     assert uploads_left() == []
     assert not list((tmp_path / "answers").glob(".*"))
+
+
+@pytest.mark.parametrize("place", ["read", "put", "write"])
+def test_a_run_waits_while_s3_is_away(
+    run: Run,
+    answering: Answering,
+    client: Client,
+    bucket: str,
+    tar: Tar,
+    uploads_left: Left,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    pictures = {f"{n}.jpg": f"picture {n}".encode() for n in range(150)}
+    source = f"s3://{bucket}/set.tar.gz"
+    packed = gzip.compress(tar(pictures))
+    client.storage.put(source, packed, content_type="application/gzip")
+    owner, name = {
+        "read": (S3Place, "read"),
+        "put": (Uploads, "put"),
+        "write": (S3Folder, "has"),
+    }[place]
+    real, calls = getattr(owner, name), iter(range(1000))
+
+    def flaky(*args: Any, **options: Any) -> Any:
+        if next(calls) == 2:
+            raise S3Unavailable("S3 does not answer")
+        return real(*args, **options)
+
+    monkeypatch.setattr("blipq_datasets.sources.places.BLOCK_BYTES", 1000)
+    monkeypatch.setattr(owner, name, flaky)
+    output = f"s3://{bucket}/answers"
+    with answering() as worker:
+        ran = run("submit", source, "--output", output, "--to", "jsonl", "--json")
+    assert done(ran)["counts"] == {"succeeded": 150}
+    assert len(worker.runs) == 150
+    lines = client.storage.read(f"{output}/set.jsonl").splitlines()
+    assert [json.loads(line)["blipq_text"] for line in lines] == [
+        f"picture {n}" for n in range(150)
+    ]
+    assert uploads_left() == []
+
+
+def test_an_update_goes_on_from_a_run_that_was_cancelled(
+    run: Run, answering: Answering, client: Client, uploads_left: Left, tmp_path: Path
+) -> None:
+    table = pa.table({"image": [b"one", b"two"], "key": ["a", "b"]})
+    pq.write_table(table, tmp_path / "set.parquet")
+    facts = {"id": "bulk_x", "dataset": True, "cancelled": True, "manifest": "set.parquet"}
+    DatasetJournal.create(tmp_path / "set.parquet.bulk", **facts).close()
+    left = f"s3://{client.settings.inbox_bucket}/bulk/bulk_x/1/left.jpg"
+    client.storage.put(left, b"left", content_type="image/jpeg")
+    refused = run("submit", "set.parquet")
+    assert refused.exit_code == 2
+    assert "was cancelled" in refused.stderr
+    with answering() as worker:
+        done(run("submit", "set.parquet", "--update", "--json"))
+    assert len(worker.runs) == 2
+    assert uploads_left() == []

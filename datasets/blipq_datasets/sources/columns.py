@@ -57,7 +57,7 @@ class Columns:
         """A row of a table; ``key`` is for one that has no column for it."""
         image = self.image or _first(IMAGES, columns)
         named = self.key or _first(KEYS, columns)
-        key = key if named is None else _key(columns.get(named))
+        key = key if named is None else key_of(columns.get(named))
         if not 0 < len(key) <= LONGEST_KEY:
             return Row(None, columns, error=f"{named}: 1 to {LONGEST_KEY} characters are expected")
         value = None if image is None else columns.get(image)
@@ -100,7 +100,7 @@ def _first(usual: tuple[str, ...], columns: Collection[str]) -> str | None:
     return next((each for each in usual if each in columns), None)
 
 
-def _key(value: Any) -> str:
+def key_of(value: Any) -> str:
     """A key as a text; what is neither a text nor a number is none."""
     return str(value) if isinstance(value, str | int) else ""
 

@@ -8,7 +8,7 @@ from typing import Any
 from blipq.contract import ImageRef
 from blipq.s3.storage import MAX_UPLOAD_BYTES
 from blipq_datasets.fields import MOST_FIELDS, Fields
-from blipq_datasets.sources.columns import Columns
+from blipq_datasets.sources.columns import Columns, key_of
 from blipq_datasets.sources.members import Member, members, padded
 from blipq_datasets.sources.places import Place, S3Place, opened
 from blipq_datasets.sources.rows import Cursor, Damaged, Part, Row, parts_of
@@ -85,7 +85,7 @@ class Tar:
         columns, error = _columns(sample)
         key = f"{self.stem}/{sample.key}"
         if self._key is not None:
-            key = str(columns.get(self._key) or "")
+            key = key_of(columns.get(self._key))
         picture = sample.picture
         if sample.error or error or picture is None:
             return Row(key, columns, error=sample.error or error or "the row has no picture")

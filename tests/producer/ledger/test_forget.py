@@ -247,3 +247,15 @@ def test_the_command_counts_asks_and_erases(
     ran = CliRunner().invoke(app, [*where, "--yes", "--json"])
     assert json.loads(ran.stdout)["jobs"] == ["job_1"]
     assert ledger.claim("job_1", "w1") == "ended"
+
+
+def test_an_upload_of_which_a_job_named_a_part_stays(client: Client, ledger: WorkerLedger) -> None:
+    """It may hold the pictures of others, and is named as left."""
+    whole = client.storage.upload(b"two pictures in one tar")
+    part = whole.model_copy(update={"etag": "x", "offset": 4, "length": 8})
+    job = client.caption(part)
+    ledger.succeed(claimed(ledger, job.id), RESULT, "{}")
+    report = client.forget([job.id])
+    assert (report.jobs, report.objects) == ([job.id], [])
+    assert report.left == [f"{whole.uri}: the job named a part of it"]
+    assert client.storage.head(whole.bucket, whole.key) is not None
