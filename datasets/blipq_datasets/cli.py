@@ -45,7 +45,7 @@ def submit(
         Path | None, typer.Option(help="A file of TOML with these options and a request.")
     ] = None,
     kind: Annotated[
-        Kind | None, typer.Option(help="What is asked of each picture; by default a caption.")
+        Kind | None, typer.Option(help="The kind of each row's job; by default a caption.")
     ] = None,
     question: Annotated[
         list[str] | None, typer.Option(help="A question to each picture; may be repeated.")
@@ -78,7 +78,7 @@ def submit(
         bool, typer.Option(help="Show the requests of the first three rows, and submit nothing.")
     ] = False,
     update: Annotated[
-        bool, typer.Option(help="Begin a run anew that is over: ask only what has changed.")
+        bool, typer.Option(help="Begin a run anew that is over: submit only what has changed.")
     ] = False,
     journal: Annotated[
         str | None, typer.Option(help="What became of each row; by default SOURCE.bulk here.")
@@ -121,8 +121,8 @@ def submit(
         "escape_formulas": escape_formulas or None,
         "request": _given(request),
     }
-    asked = [name for name, value in flags.items() if value is not None and name != "source"]
-    if _is_manifest(source, prefix) and not (asked or recipe or dry_run or update):
+    chosen_here = [name for name, value in flags.items() if value is not None and name != "source"]
+    if _is_manifest(source, prefix) and not (chosen_here or recipe or dry_run or update):
         bulk.submit(
             manifest=source,
             prefix=prefix,
@@ -173,10 +173,10 @@ def _is_manifest(source: str | None, prefix: str | None) -> bool:
 
 
 def _show(dataset: Dataset, as_json: bool) -> None:
-    """The first rows as they would be asked about."""
+    """The requests of the first rows."""
     for entry in islice(dataset.preview(), SHOWN):
-        asked = json.loads(entry.work) if entry.work else {"error": entry.error}
-        shown = {"key": entry.custom_id, **asked}
+        job = json.loads(entry.work) if entry.work else {"error": entry.error}
+        shown = {"key": entry.custom_id, **job}
         if as_json:
             print(json.dumps(shown))
         else:
@@ -191,7 +191,7 @@ def _work(client: Client, run: Run, window: int, as_json: bool) -> None:
                 run.output.write_due()
 
     def entries(number: int, position: str) -> Any:
-        return run.dataset.entries(number, position, run.journal.is_asked)
+        return run.dataset.entries(number, position, run.journal.is_known)
 
     bulk.drive(client, run.journal, entries, None, window, as_json, tell)
     _finish(run, as_json)

@@ -34,17 +34,17 @@ class Dataset:
 
     @property
     def version(self) -> str:
-        """Changes with the shards and with what is asked."""
-        asked = self._recipe.model_dump(mode="json", exclude={"to", "output", "escape_formulas"})
+        """Changes with the shards and the requests."""
+        requests = self._recipe.model_dump(mode="json", exclude={"to", "output", "escape_formulas"})
         shards = [(shard.stem, shard.version) for shard in self.shards]
-        return _digest([shards, asked])
+        return _digest([shards, requests])
 
     def entries(
-        self, number: int, position: str, is_asked: Callable[[str], bool] = lambda mark: False
+        self, number: int, position: str, is_known: Callable[[str], bool] = lambda mark: False
     ) -> Iterator[Entry]:
         """The lines behind number ``number``, which ended at ``position``.
 
-        is_asked: what is asked already needs no upload. Raises S3Unavailable.
+        is_known: a request that is known needs no upload. Raises S3Unavailable.
         """
         first, *place = json.loads(position) if position else (0, 0, 0)
         cursor = Cursor(*place)
@@ -55,7 +55,7 @@ class Dataset:
                     number += 1
                     entry, target = self._entry(number, json.dumps([index, *after]), index, row)
                     entries.append(entry)
-                    if target and row.data and entry.mark and not is_asked(entry.mark):
+                    if target and row.data and entry.mark and not is_known(entry.mark):
                         pictures[number] = target, row.data
                 self.uploads.put(pictures)
                 yield from entries
@@ -94,7 +94,7 @@ class Dataset:
         return {"uri": place}, place
 
     def _mark(self, row: Row, request: Mapping[str, Any]) -> str:
-        """The same for rows that ask the same of the same bytes and model.
+        """The same for rows with the same request, of the same bytes and model.
 
         Where the bytes do not pass through here, the reference stands for them.
         """

@@ -1,8 +1,8 @@
 """A bulk's journal with what datasets need beside it, in the same file and the same transactions.
 
-``asked``: the first line that asks something. A later line that asks the same is a duplicate, and
-has that line's outcome. ``earlier``: outcomes of the run before this one, which need not be asked
-for. ``shard``: which line begins each shard, and what kinds of values its columns have.
+``request``: the first line with a request. A later line with an equal one is a duplicate, and has
+that line's outcome. ``earlier``: outcomes of the run before this one, which need no job.
+``shard``: which line begins each shard, and what kinds of values its columns have.
 """
 
 import json
@@ -17,7 +17,7 @@ from blipq.contract import Status
 from blipq_datasets.fields import Fields, widened
 
 _MORE = """
-CREATE TABLE asked (mark TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE request (mark TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE earlier (mark TEXT PRIMARY KEY, job_id TEXT, status TEXT, outcome TEXT) WITHOUT ROWID;
 CREATE TABLE shard (number INTEGER PRIMARY KEY, first INTEGER NOT NULL, fields TEXT NOT NULL);
 """
@@ -25,7 +25,7 @@ CREATE TABLE shard (number INTEGER PRIMARY KEY, first INTEGER NOT NULL, fields T
 
 @dataclass(frozen=True, slots=True)
 class RowEntry(Entry):
-    """A row as a line. mark: what it asks, of which bytes and which model; None with ``error``.
+    """A row as a line. mark: its request, of which bytes and which model; None with ``error``.
 
     fields: the kinds of its columns.
     """
@@ -65,21 +65,21 @@ class DatasetJournal(Journal):
     # -- taking rows in --
 
     def take_over(self, earlier: Path) -> None:
-        """What an earlier journal has answers to needs not be asked again."""
+        """What an earlier journal has answers to needs no job."""
         self._db.execute("ATTACH DATABASE ? AS old", (str(earlier),))
         with self._changing():
             self._db.execute(
                 "INSERT OR IGNORE INTO earlier"
                 " SELECT a.mark, l.job_id, l.status, l.outcome"
-                " FROM old.asked a JOIN old.line l ON l.number = a.number WHERE l.status = ?",
+                " FROM old.request a JOIN old.line l ON l.number = a.number WHERE l.status = ?",
                 (Status.SUCCEEDED,),
             )
         self._db.execute("DETACH DATABASE old")
 
-    def is_asked(self, mark: str) -> bool:
-        """Whether this has been asked, here or in the earlier run."""
+    def is_known(self, mark: str) -> bool:
+        """Whether a line has this request, here or in the earlier run."""
         found = self._db.execute(
-            "SELECT 1 FROM asked WHERE mark = ? UNION ALL SELECT 1 FROM earlier WHERE mark = ?",
+            "SELECT 1 FROM request WHERE mark = ? UNION ALL SELECT 1 FROM earlier WHERE mark = ?",
             (mark, mark),
         )
         return found.fetchone() is not None
@@ -88,18 +88,18 @@ class DatasetJournal(Journal):
         if isinstance(entry, RowEntry):
             self._note_shard(entry)
             if entry.work is not None and entry.mark is not None:
-                return self._ask(entry, entry.mark, job_id)
+                return self._take_request(entry, entry.mark, job_id)
         return super()._take(entry, job_id)
 
-    def _ask(self, entry: RowEntry, mark: str, job_id: str) -> OpenLine | str:
+    def _take_request(self, entry: RowEntry, mark: str, job_id: str) -> OpenLine | str:
         taken = super()._take(entry, job_id)
         if isinstance(taken, str):
             return taken
-        asked = self._db.execute("SELECT number FROM asked WHERE mark = ?", (mark,)).fetchone()
-        if asked is not None:
-            self._end(entry.number, DUPLICATE, {"same_as": asked[0]})
+        first = self._db.execute("SELECT number FROM request WHERE mark = ?", (mark,)).fetchone()
+        if first is not None:
+            self._end(entry.number, DUPLICATE, {"same_as": first[0]})
             return DUPLICATE
-        self._db.execute("INSERT INTO asked VALUES (?, ?)", (mark, entry.number))
+        self._db.execute("INSERT INTO request VALUES (?, ?)", (mark, entry.number))
         old = self._db.execute(
             "SELECT job_id, status, outcome FROM earlier WHERE mark = ?", (mark,)
         ).fetchone()

@@ -1,4 +1,4 @@
-"""What is asked of each row, and where answers go: from flags or from a file of TOML."""
+"""The request of each row, and where answers go: from flags or from a file of TOML."""
 
 import json
 import string
@@ -98,8 +98,8 @@ class Recipe(BaseModel):
             request = request_adapter.validate_python({**fields, "image": image})
         except ValidationError as error:
             raise InvalidRequest(explain(error, Request)) from None
-        asked = request.model_dump(mode="json", exclude_defaults=True)
-        return {**asked, "kind": str(request.kind)}
+        chosen = request.model_dump(mode="json", exclude_defaults=True)
+        return {**chosen, "kind": str(request.kind)}
 
 
 def recipe_from(path: Path | None, flags: Mapping[str, Any]) -> Recipe:

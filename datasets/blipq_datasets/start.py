@@ -102,16 +102,16 @@ def _check_same(journal: DatasetJournal, dataset: Dataset) -> None:
     if journal.fact("version") != dataset.version:
         raise InvalidRequest(
             f"{journal.path} is of another dataset or of other questions, or something has changed:"
-            " --update asks again what has changed, or give another --journal"
+            " --update submits what has changed, or give another --journal"
         )
 
 
 def _output(
     journal: DatasetJournal, dataset: Dataset, recipe: Recipe, client: Client
 ) -> Output | None:
-    asked = [recipe.output, recipe.to, recipe.escape_formulas] if recipe.output else None
+    wanted = [recipe.output, recipe.to, recipe.escape_formulas] if recipe.output else None
     begun = journal.fact("output")
-    if begun is not None and begun != asked:
+    if begun is not None and begun != wanted:
         raise InvalidRequest(f"{journal.path} was begun with --output {begun[0]} --to {begun[1]}")
     if recipe.output is None:
         return None
@@ -123,5 +123,5 @@ def _output(
         escape_formulas=recipe.escape_formulas,
     )
     output.check()
-    journal.note(output=asked)
+    journal.note(output=wanted)
     return output

@@ -1,4 +1,4 @@
-"""Datasets on the real stack; the tests play the worker, and answer with what was asked."""
+"""Datasets on the real stack; the tests play the worker, and answer with the request."""
 
 import io
 import json
@@ -57,9 +57,9 @@ def bucket(client: Client) -> Iterator[str]:
 
 
 class Answering:
-    """Plays a worker: fetches each picture for real, and says what it read and what was asked.
+    """Plays a worker: fetches each picture for real, and answers with what it read and the request.
 
-    A picture that cannot be fetched fails its job. ``runs`` counts what was asked.
+    A picture that cannot be fetched fails its job. ``runs`` has the requests.
     """
 
     def __init__(self, ledger: WorkerLedger, storage: Storage) -> None:

@@ -138,7 +138,7 @@ class TarWriter:
                 self._add(f"{name}{picture[1] or '.jpg'}", picture[0])
             self._add(f"{name}.json", _json(row))
             self._add(f"{name}.txt", (row.get("blipq_text") or "").encode())
-            # Members are kept for a look-up by name, which nobody does here.
+            # Members are kept for access by name, which nobody needs here.
             self._file.members.clear()
 
     def close(self) -> None:

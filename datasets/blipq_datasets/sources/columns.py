@@ -92,7 +92,7 @@ class Columns:
         return path
 
 
-#: A column of our own listings: what S3 said of the object.
+#: A column of our own listings: the object's ETag in S3.
 ETAG = "blipq_etag"
 
 
