@@ -21,7 +21,7 @@ class Workspace(MetadataHookInterface):
         """Sets the fields that the root's ``pyproject.toml`` calls dynamic."""
         producer, api, worker, datasets = map(self._read, FOLDERS)
         client = producer["project"]
-        extras = client["optional-dependencies"]
+        extras = {**client["optional-dependencies"], **worker["project"]["optional-dependencies"]}
         added = {
             "api": _needed(api),
             "worker": [*extras["search"], *_needed(worker)],

@@ -39,6 +39,8 @@ def needed() -> list[Requirement]:
     texts = [*client["project"]["dependencies"], *(each for extra in extras for each in extra)]
     for each in others:
         texts += each["tool"]["hatch"]["metadata"]["hooks"]["custom"]["dependencies"]
+        for extra in each["project"].get("optional-dependencies", {}).values():
+            texts += extra
     return [Requirement(text) for text in texts]
 
 

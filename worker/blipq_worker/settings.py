@@ -188,7 +188,8 @@ class WorkerSettings(BaseSettings):
         default=("JPEG", "PNG", "WEBP", "AVIF", "GIF"),
         min_length=1,
         description=(
-            "Image formats accepted, by Pillow's names; HEIC needs the package pillow-heif."
+            "Image formats accepted, by Pillow's names; HEIC needs the package pillow-heif "
+            "(`blipq-worker[heic]`)."
         ),
     )
     fetch_timeout_s: Seconds = Field(

@@ -202,7 +202,8 @@ def decoded(image: Image.Image) -> Image.Image:
         raise
     except Exception as error:  # a decoder may raise anything on damaged bytes
         image.close()
-        raise _invalid(f"the {found} image is damaged: {error}") from error
+        reason = " ".join(str(error).split())  # libheif's ends with a line
+        raise _invalid(f"the {found} image is damaged: {reason}") from error
 
 
 def _changed(image: Image.Image, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
@@ -292,7 +293,7 @@ def _open_errors(data: bytes, limits: ImageLimits) -> Iterator[None]:
 def _why_not_opened(data: bytes, limits: ImageLimits) -> str:
     found = _sniff(data)
     accepted = ", ".join(limits.formats)
-    if found in limits.formats:
+    if found in limits.formats or (found == "HEIC" and "HEIF" in limits.formats):
         declared = int.from_bytes(data[4:8], "little") + 8  # by a RIFF's header
         if found == "WEBP" and declared > len(data):
             return f"the WEBP image is truncated: {len(data):,} of {declared:,} bytes"

@@ -12,10 +12,12 @@ import time
 import tracemalloc
 import weakref
 import zlib
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pillow_heif
 import pytest
 from PIL import Image, ImageChops
 
@@ -54,6 +56,36 @@ def test_each_accepted_format_decodes_to_rgb(format: str) -> None:
     pixel = image.getpixel((8, 6))
     assert isinstance(pixel, tuple)
     assert all(abs(got - want) <= 8 for got, want in zip(pixel, RED, strict=True))
+
+
+@pytest.fixture
+def heif() -> Iterator[ImageLimits]:
+    """Limits of a worker that reads HEIC, with the package that does."""
+    pillow_heif.register_heif_opener()
+    yield ImageLimits(formats=("JPEG", "HEIF"))
+    for known in (Image.OPEN, Image.SAVE, Image.SAVE_ALL):
+        known.pop("HEIF", None)
+    Image.ID.remove("HEIF")
+
+
+def test_a_photo_of_a_phone_is_read_upright(heif: ImageLimits) -> None:
+    sides = Image.new("RGB", (64, 32), RED)
+    sides.paste(BLUE, (0, 0, 32, 32))
+    exif = Image.Exif()
+    exif[0x112] = 6  # a quarter turn to the right shows it upright
+    image = decode(encoded(sides, "HEIF", quality=95, exif=exif.tobytes()), heif)
+    assert (image.mode, image.size) == ("RGB", (32, 64))
+    for place, wanted in (((16, 8), BLUE), ((16, 56), RED)):
+        pixel: Any = image.getpixel(place)
+        assert all(abs(got - want) <= 12 for got, want in zip(pixel, wanted, strict=True))
+
+
+def test_a_heic_that_is_cut_is_told_as_damaged_in_one_line(heif: ImageLimits) -> None:
+    data = encoded(Image.effect_noise((64, 64), 60).convert("RGB"), "HEIF")
+    for size in (60, len(data) // 2):
+        reason = refused(data[:size], ErrorCode.IMAGE_INVALID, heif)
+        assert "damaged" in reason
+        assert "\n" not in reason
 
 
 def test_a_truncated_jpeg_is_image_invalid() -> None:
