@@ -228,7 +228,8 @@ def _named(indexes: "Indexes", name: str) -> "list[IndexInfo]":
     from blipq.index.store import UnknownIndex
 
     if not (infos := indexes.infos(name)):
-        raise UnknownIndex(f"there is no index {name!r}")
+        known = ", ".join(sorted({info.name for info in indexes.infos()})) or "none"
+        raise UnknownIndex(f"there is no index {name!r}; there are: {known}")
     return infos
 
 

@@ -140,6 +140,8 @@ class EmbedRequest(Input, Asks[EmbedResult]):
 
     @model_validator(mode="after")
     def _mode_has_its_inputs(self) -> "EmbedRequest":
+        if self.image is None and self.text is None:
+            raise ValueError("needs an image, a text, or both")
         if self.mode != "text" and self.image is None:
             raise ValueError(f"mode {self.mode!r} needs an image")
         if self.mode != "image" and self.text is None:

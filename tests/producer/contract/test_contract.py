@@ -348,6 +348,8 @@ def test_a_model_name_fits_into_queue_names_and_keys(wrong: str) -> None:
 def test_embedding_a_text_and_an_image_needs_both() -> None:
     with pytest.raises(ValidationError, match="needs a text"):
         EmbedRequest.model_validate({"image": IMAGE, "mode": "multimodal"})
+    with pytest.raises(ValidationError, match="needs an image, a text, or both"):
+        EmbedRequest.model_validate({})
 
 
 @pytest.mark.parametrize("query", [{}, {"text": "a cat", "image": IMAGE}])

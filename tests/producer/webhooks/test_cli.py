@@ -76,6 +76,7 @@ def test_without_a_secret_nothing_runs(run: Run, monkeypatch: pytest.MonkeyPatch
     for arguments in (["run"], ["test", "https://example.org/"], ["secret", "of", "shop"]):
         ran = run(*arguments)
         assert (ran.exit_code, "BLIPQ_WEBHOOK_SECRETS" in ran.stderr) == (2, True)
+        assert "webhooks secret new" in ran.stderr
 
 
 def test_a_new_secret_is_one_that_the_settings_take(run: Run) -> None:

@@ -340,6 +340,28 @@ def test_a_configuration_that_is_not_here_is_refused() -> None:
         config_of("owner/absent")
 
 
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (None, "has no config.json: name a folder that save_pretrained wrote"),
+        ("{", "config.json is unusable"),
+        ('{"model_type": "bert"}', "is of 'bert', not of BLIP-2"),
+        ('{"model_type": "blip-2", "text_config": {"model_type": "bloom"}}', "'bloom': OPT and T5"),
+    ],
+)
+def test_no_model_is_made_of_a_folder_that_is_no_checkpoint(
+    tmp_path: Path, config: str | None, told: str
+) -> None:
+    """Before, the published model's memory was counted for it."""
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    ran = run("memory", str(tmp_path))
+    assert (ran.returncode, ran.stdout) == (2, "")
+    last = ran.stderr.splitlines()[-1]  # transformers may warn before it
+    assert last.startswith("blipq models: ")
+    assert told in last
+
+
 def test_a_worker_warns_before_it_runs_out(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -241,11 +241,20 @@ def _config_in_s3(checkpoint: str) -> Any:
 def _stored_config(folder: Path) -> Any:
     from transformers import Blip2Config
 
+    file = folder / "config.json"
+    if not file.is_file():  # of which transformers would make a model of its own
+        raise ModelError(f"{folder} has no config.json: name a folder that save_pretrained wrote")
     try:
-        return Blip2Config.from_pretrained(folder)
+        config = Blip2Config.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds on a malformed configuration
         reason = " ".join(str(error).split())
-        raise ModelError(f"{folder / 'config.json'} is unusable: {reason}") from error
+        raise ModelError(f"{file} is unusable: {reason}") from error
+    if config.model_type != "blip-2":
+        raise ModelError(f"{file} is of {config.model_type!r}, not of BLIP-2")
+    if config.text_config.model_type not in ("opt", "t5"):
+        language = config.text_config.model_type
+        raise ModelError(f"{file} has the language model {language!r}: OPT and T5 are served")
+    return config
 
 
 def parts_of(

@@ -21,6 +21,7 @@ from blipq.cli.terminal.output import (
 from blipq.client.sync_client import Client
 from blipq.errors import InvalidRequest
 from blipq.exporter import ANYWHERE
+from blipq.program import blipq
 from blipq.redaction import redacted
 from blipq.settings import Settings
 from blipq.submission import checked
@@ -193,7 +194,8 @@ def of_tenant(
 def _secrets(settings: Settings) -> list[str]:
     """Those of the deployment. Raises InvalidRequest without one."""
     if not settings.webhook_secrets:
-        raise InvalidRequest("no secret to sign with: set BLIPQ_WEBHOOK_SECRETS")
+        new = blipq("webhooks secret new")
+        raise InvalidRequest(f"no secret to sign with: set BLIPQ_WEBHOOK_SECRETS as `{new}` says")
     return [each.get_secret_value() for each in settings.webhook_secrets]
 
 
