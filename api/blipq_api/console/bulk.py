@@ -108,15 +108,23 @@ async def act(request: Request) -> Response:
     with as_one(chosen.target):
         count, left = await _done(door, chosen)
     return rendered(
-        request, "bulk.html", action=chosen.action, bulk=bulk, token="", count=count,
-        counted=len(chosen.ids), left=left,
-    )  # fmt: skip
+        request,
+        "bulk.html",
+        action=chosen.action,
+        bulk=bulk,
+        token="",
+        count=count,
+        counted=len(chosen.ids),
+        left=left,
+    )
 
 
 async def _done(door: Door, chosen: Selection) -> tuple[int, list[str]]:
     """How many jobs were changed, and what an erasure left elsewhere."""
     if chosen.action == "forget":
-        report = await door.forget(chosen.ids)
+        # Of an open job the record would go, too: somebody has queued it again meanwhile.
+        open_ = set(await _would(door, "cancel", chosen.ids))
+        report = await door.forget([id for id in chosen.ids if id not in open_])
         return len(report.jobs), [redacted(each) for each in report.left]
     change = door.client.cancel_all if chosen.action == "cancel" else door.client.retry_all
     return await change(chosen.ids), []
@@ -150,14 +158,19 @@ async def _counted(door: Door, bulk: Bulk, wanted: Wanted | None) -> _Counted:
         if len(found) >= bulk.most or read >= MOST_READ:
             more = True
             break
-    ids = [*found][: bulk.most]
-    changing = Changing(Change.of(bulk.change, ids, dry_run=True))
-    kept: list[str] = []
+    kept = await _would(door, bulk.change, [*found][: bulk.most])
+    return _Counted({id: found[id] for id in kept}, more)
+
+
+async def _would(door: Door, action: Action, ids: list[str]) -> list[str]:
+    """Those of the jobs that a change would change."""
+    changing = Changing(Change.of(action, ids, dry_run=True))
+    found: list[str] = []
     while (chunk := changing.next()) is not None:
         changed = await door.client.ledger.change(chunk)
         changing.took(changed)
-        kept += changed.ids
-    return _Counted({id: found[id] for id in kept}, more)
+        found += changed.ids
+    return found
 
 
 async def _pages(door: Door, bulk: Bulk, wanted: Wanted | None) -> AsyncIterator[Page]:

@@ -91,6 +91,20 @@ def test_only_what_has_ended_is_forgotten_and_it_is_gone(
     assert [id in listed for id in (*ended, open_)] == [False, False, True]
 
 
+def test_a_job_that_was_queued_again_since_it_was_counted_is_not_forgotten(
+    operator: httpx2.Client, client: Client, ledger: WorkerLedger
+) -> None:
+    again, gone = (failed(client, ledger, caption(client)) for _ in range(2))
+    count, form = counted(operator, "forget", status="failed")
+    assert count == 2
+    client.retry_all([again])
+    answer = operator.post("/console/bulk", data=form)
+    assert "<h1>1 job erased</h1>" in answer.text
+    assert "2 were counted" in answer.text
+    assert statuses(client, [again]) == ["queued"]
+    assert gone not in page(operator, "jobs").text
+
+
 def test_one_line_of_the_log_names_who_did_it_to_how_many_and_no_value_of_metadata(
     keyed: Keyed, operator: httpx2.Client, client: Client
 ) -> None:
