@@ -1,10 +1,12 @@
 """The console in a real browser: what runs, what it sends, and how it is to be used."""
 
 import http.client
+import json
 import re
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
+from pathlib import Path
 from threading import Thread
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,11 +14,13 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
+from api.conftest import DoorProcess, running, service_of
 from api.console.browsers import chromium
 from api.console.conftest import PAGES, Keyed, claimed, succeed
-from blipq import Client
+from blipq import Client, Settings
 from blipq.contract import ErrorCode, JobError
 from blipq.ledger.worker import WorkerLedger
+from blipq.local.stack import LocalStack
 from conftest import ROOT
 
 pytestmark = pytest.mark.programs
@@ -116,6 +120,51 @@ def test_a_picture_is_dropped_and_its_stages_and_answer_appear(
     assert page.evaluate("window.same")  # it was not loaded again
     assert "what" in page.locator(".snippet pre").nth(1).inner_text()
     assert client.job(id).info().tenant == "operator"
+
+
+@pytest.fixture
+def served(
+    stack: LocalStack, settings: Settings, worker: object, tmp_path: Path
+) -> Iterator[DoorProcess]:
+    """A door without keys beside a real worker with the demo model."""
+    service = service_of(stack, settings, tmp_path / "door.log")
+    yield running(service)
+    service.stop(timeout=30)
+
+
+def test_the_demo_model_answers_about_a_picture_that_was_dropped(
+    browser: Browser, served: DoorProcess
+) -> None:
+    context = browser.new_context()
+    reader = Reader(context, served.url)
+    page = reader.open("try")
+    page.set_input_files("#file", SCENE)
+    page.check("input[value=vqa]")
+    page.fill("textarea[name=questions]", "what color is the circle?")
+    page.click("text=Submit")
+    page.wait_for_selector(".status.succeeded")
+    assert page.locator(".asked dd").inner_text() == "red"
+    assert "generating" in page.locator("table.stages").inner_text()
+    assert "what color is the circle?" in page.locator(".snippet pre").nth(0).inner_text()
+    reader.check()
+    context.close()
+
+
+def test_a_queue_is_paused_while_a_job_runs_and_that_job_ends(
+    reader: Reader, client: Client, ledger: WorkerLedger
+) -> None:
+    runs, waits = (client.caption("s3://photos/cat.jpg") for _ in range(2))
+    claim = claimed(ledger, runs.id)
+    page = reader.open("queues")
+    page.click("button:has-text('pause')")
+    page.wait_for_selector("text=paused")
+    assert ledger.claim(waits.id, "w2") == "paused"
+    answer = {"kind": "caption", "captions": [{"text": "a cat"}]}
+    assert ledger.succeed(claim, json.dumps(answer), "{}")
+    reader.open(f"job?id={runs.id}").wait_for_selector(".status.succeeded")
+    reader.open("queues").click("button:has-text('resume')")
+    page.wait_for_selector("button:has-text('pause')")
+    assert not isinstance(ledger.claim(waits.id, "w2"), str)
 
 
 def test_a_job_is_cancelled_with_the_keyboard_alone_and_only_once_it_is_confirmed(
