@@ -1,31 +1,25 @@
 """Dashboards and alerts: their queries on a real Prometheus that scrapes a real stack."""
 
-import json
 import re
 import subprocess
 import sys
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from tools.deploy.alerts import ALERTS
 from tools.deploy.monitoring import written
 from tools.deploy.panels import DASHBOARDS
 
 from blipq import Client, Settings
-from blipq.ledger.connection import connect
 from blipq.local.sample import red_square
 from blipq.local.stack import LocalStack, free_port
 from blipq.local.supervisor import Service
-from conftest import ROOT, start_worker, wait_for_worker, wait_until
+from conftest import start_worker, wait_for_worker, wait_until
+from deploy.scraping import RULES, Prometheus
 
 pytestmark = pytest.mark.programs
 
-RULES = ROOT / "deploy/prometheus"
 QUERIES = {
     f"{title}: {legend}": expr
     for _, panels in DASHBOARDS.values()
@@ -34,59 +28,7 @@ QUERIES = {
     for legend, expr in panel.queries.items()
 }
 #: What nothing in this stack brings about.
-WITHOUT_SAMPLES = {"Webhook attempts a second"}
-
-
-class Prometheus:
-    """A real one, which scrapes every second; its alerts fire two seconds after their fault."""
-
-    def __init__(self, folder: Path, targets: list[str]) -> None:
-        self._url = f"http://127.0.0.1:{(port := free_port())}/api/v1"
-        config = {
-            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-            "rule_files": [str(_quick_rules(folder))],
-            "scrape_configs": [{"job_name": "blipq", "static_configs": [{"targets": targets}]}],
-        }
-        file = folder / "prometheus.yml"
-        file.write_text(yaml.safe_dump(config))
-        command = ["prometheus", f"--config.file={file}", f"--storage.tsdb.path={folder / 'data'}"]
-        command.append(f"--web.listen-address=127.0.0.1:{port}")
-        self.service = Service("prometheus", command, log=folder / "prometheus.log")
-        self.service.start()
-
-    def get(self, path: str, **arguments: str) -> Any:
-        url = f"{self._url}/{path}?{urllib.parse.urlencode(arguments)}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return json.load(answer)["data"]
-
-    def samples(self, query: str) -> list[Any]:
-        found: list[Any] = self.get("query", query=query)["result"]
-        return found
-
-    def has(self, query: str) -> bool:
-        try:
-            return bool(self.samples(query))
-        except OSError:  # it has not started yet
-            return False
-
-    def fires(self, alert: str) -> bool:
-        return self.has(f'ALERTS{{alertname="{alert}", alertstate="firing"}}')
-
-    def names(self) -> set[str]:
-        """All metrics of the targets, also those without a sample yet."""
-        found = {each["metric"] for each in self.get("targets/metadata")}
-        parts = ("", "_total", "_bucket", "_sum", "_count")
-        return {f"{name}{part}" for name in found for part in parts}
-
-
-def _quick_rules(folder: Path) -> Path:
-    """The shipped rules, but for how long their expressions must hold."""
-    rules = yaml.safe_load((RULES / "blipq-alerts.yml").read_text())
-    for rule in rules["groups"][0]["rules"]:
-        rule["for"] = "2s"
-    file = folder / "rules.yml"
-    file.write_text(yaml.safe_dump(rules))
-    return file
+WITHOUT_SAMPLES = {"Webhook attempts a second", "GPU utilization", "GPU memory"}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +43,7 @@ def stack_with_work(
     health, exported, sent = free_port(), free_port(), free_port()
     options = {"dtype": "float32", "fronts": "1", "health_port": str(health)}
     worker = start_worker(
-        stack, folder / "worker.log", redis_url=settings.redis_url, canary="0", **options
+        stack, folder / "worker.log", redis_url=settings.redis_url, **options
     )
     environment = stack.environment() | {"BLIPQ_REDIS_URL": settings.redis_url}
     environment["BLIPQ_WEBHOOK_SECRETS"] = "whsec_" + "QUJD" * 8
@@ -195,30 +137,3 @@ def test_the_config_for_the_compose_file_is_one_that_prometheus_takes() -> None:
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
-
-def test_jobs_that_no_worker_takes_fire_an_alert_until_they_are_gone(
-    stack_with_work: tuple[Client, list[str]], prometheus: Prometheus
-) -> None:
-    client, _ = stack_with_work
-    assert not prometheus.fires("BlipqNoWorkers")
-    settings = client.settings.model_copy(update={"known_models": ("nobody",)})
-    with Client(settings) as other:
-        job = other.caption("s3://blipq-inbox/any.jpg", model="nobody")
-        wait_until(lambda: prometheus.fires("BlipqNoWorkers"), "the alert")
-        job.cancel()
-        wait_until(lambda: not prometheus.fires("BlipqNoWorkers"), "its end")
-
-
-def test_a_redis_that_fills_fires_an_alert_until_it_has_room(
-    stack_with_work: tuple[Client, list[str]], prometheus: Prometheus
-) -> None:
-    client, _ = stack_with_work
-    assert not prometheus.fires("BlipqRedisMemory")
-    with connect(client.settings) as raw:
-        before = raw.config_get("maxmemory")["maxmemory"]
-        try:
-            raw.config_set("maxmemory", int(raw.info("memory")["used_memory"] / 0.8))
-            wait_until(lambda: prometheus.fires("BlipqRedisMemory"), "the alert")
-        finally:
-            raw.config_set("maxmemory", before)
-    wait_until(lambda: not prometheus.fires("BlipqRedisMemory"), "its end")

@@ -24,7 +24,9 @@ PAGE = """\
 
 `deploy/prometheus/blipq-alerts.yml` has these rules, and `deploy/grafana/` two dashboards: of the
 fleet and of its workers. `promtool test rules deploy/prometheus/blipq-alerts-test.yml` fires each
-rule. `page` is for whoever is on call, `warn` for the next working day.
+rule, and `tests/deploy/test_alerts.py` brings about the fault that each is for, on a real Prometheus
+that scrapes a real stack, with shorter times. `page` is for whoever is on call, `warn` for the next
+working day.
 
 Prometheus scrapes the exporter, every worker and every sender ([Metrics](production.md#metrics)).
 """

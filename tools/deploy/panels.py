@@ -98,6 +98,20 @@ WORKERS = [
         "The share of time in which the device ran passes of jobs that have ended.",
     ),
     Panel(
+        "GPU utilization",
+        {"{{instance}} {{gpu}}": "blipq_worker_gpu_utilization_ratio"},
+        "percentunit",
+        "As the driver has it: the share of time in which any kernel ran.",
+    ),
+    Panel(
+        "GPU memory",
+        {
+            "{{instance}} {{gpu}} used": "blipq_worker_gpu_memory_used_bytes",
+            "{{instance}} {{gpu}} all": "blipq_worker_gpu_memory_bytes",
+        },
+        "bytes",
+    ),
+    Panel(
         "Jobs in a pass",
         {
             "{{model}}": "sum by (model) (rate(blipq_worker_batch_size_sum[5m]))"
@@ -140,6 +154,7 @@ WORKERS = [
             "{{instance}} decode bound": "blipq_worker_decode_bound",
             "{{instance}} draining": "blipq_worker_draining",
             "{{instance}} engine serves": "blipq_worker_engine_serving",
+            "{{instance}} passed its check": "blipq_worker_canary_passed",
             "{{instance}} fronts": "blipq_worker_fronts",
         },
     ),

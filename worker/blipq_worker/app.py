@@ -29,7 +29,7 @@ from blipq_worker.inference.local import LocalInference
 from blipq_worker.messages.strays import Strays
 from blipq_worker.process.health import BrokerLoop, HealthServer
 from blipq_worker.process.heartbeat import EXIT_HUNG
-from blipq_worker.process.metrics import DECODE_BOUND, WorkerMetrics
+from blipq_worker.process.metrics import CANARY_PASSED, DECODE_BOUND, SERVING, WorkerMetrics
 from blipq_worker.serving.engine import engine_of
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.taking import Taker
@@ -67,7 +67,7 @@ class Worker:
         self._decoding = decoding_budget(options)
         slots = max(model.info.slots for model in models.values())
         self._bottleneck = Bottleneck(lambda: self._decoding.waiting, self._engine.load, slots)
-        metrics = self._metrics()
+        metrics = self._metrics(has_canary=check is not None)
         self._broker_loop = BrokerLoop()
         self._jobs = jobs_of(base, LocalInference(self._engine), self._decoding, metrics)
         self._heartbeat = heartbeat_of(
@@ -117,8 +117,11 @@ class Worker:
         self._bottleneck.look()
         return self._bottleneck.holds
 
-    def _metrics(self) -> WorkerMetrics:
+    def _metrics(self, *, has_canary: bool) -> WorkerMetrics:
         metrics = WorkerMetrics()
+        metrics.gauge("engine_serving", SERVING, lambda: self._problem is None)
+        if has_canary:
+            metrics.gauge("canary_passed", CANARY_PASSED, lambda: self._problem is None)
         metrics.gauge("jobs_held", "Jobs held now.", lambda: len(self._base.held.claims()))
         metrics.gauge("slots", "Jobs that it can hold.", lambda: self._options.threads)
         metrics.gauge("draining", "Whether it takes no more jobs.", lambda: self._gate.closed)
@@ -127,6 +130,7 @@ class Worker:
         infos = self._infos.items()
         metrics.decoding({name: (info.decoding, info.device) for name, info in infos})
         metrics.loaded({name: info.load_seconds for name, info in infos})
+        metrics.gpus(info.gpu for _, info in infos)
         return metrics
 
     def _health_server(self, ledger: WorkerLedger, metrics: WorkerMetrics) -> HealthServer:
@@ -160,7 +164,7 @@ class Worker:
                 "broker loop": self._broker_loop.away,
                 "draining": lambda: "yes" if self._gate.closed else None,
             },
-            metrics=metrics.page,
+            metrics=metrics.answer,
             host=self._options.health_host,
         )
 

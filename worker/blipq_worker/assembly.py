@@ -176,15 +176,8 @@ def _image_storage(base: Base) -> Storage:
 
 def _pictures(base: Base, storage: Storage, inference: Inference, decoding: Budget) -> Pictures:
     options = base.options
-    fetcher = Fetcher(
-        storage,
-        max_bytes=options.max_image_bytes,
-        timeout_s=options.fetch_timeout_s,
-        allowed_buckets=options.allowed_buckets,
-        https=_https_fetcher(base) if options.https_images else None,
-    )
     return Pictures(
-        fetcher,
+        fetcher_of(base.settings, options, storage),
         inference,
         fetching=Budget(
             options.fetch_memory_bytes,
@@ -192,20 +185,35 @@ def _pictures(base: Base, storage: Storage, inference: Inference, decoding: Budg
             use="to fetch an image (BLIPQ_FETCH_MEMORY_BYTES)",
         ),
         decoding=decoding,
-        limits=ImageLimits(
-            formats=options.image_formats,
-            max_pixels=options.max_image_pixels,
-            max_side=options.max_image_side,
-            max_aspect=options.max_image_aspect,
-            decode_s=min(DECODE_S, options.watchdog_s / 4),
-        ),
+        limits=limits_of(options),
         timeout_s=options.job_timeout_s,
     )
 
 
-def _https_fetcher(base: Base) -> HttpsFetcher:
-    options = base.options
+def limits_of(options: WorkerSettings) -> ImageLimits:
+    """Which images are decoded at all."""
+    return ImageLimits(
+        formats=options.image_formats,
+        max_pixels=options.max_image_pixels,
+        max_side=options.max_image_side,
+        max_aspect=options.max_image_aspect,
+        decode_s=min(DECODE_S, options.watchdog_s / 4),
+    )
+
+
+def fetcher_of(settings: Settings, options: WorkerSettings, storage: Storage) -> Fetcher:
+    """What reads images, from where a worker with these options may."""
+    return Fetcher(
+        storage,
+        max_bytes=options.max_image_bytes,
+        timeout_s=options.fetch_timeout_s,
+        allowed_buckets=options.allowed_buckets,
+        https=_https_fetcher(settings, options) if options.https_images else None,
+    )
+
+
+def _https_fetcher(settings: Settings, options: WorkerSettings) -> HttpsFetcher:
     http = GuardedHttp(
-        base.settings.image_policy, timeout_s=options.fetch_timeout_s, at_a_time=options.threads
+        settings.image_policy, timeout_s=options.fetch_timeout_s, at_a_time=options.threads
     )
     return HttpsFetcher(http, max_bytes=options.max_image_bytes)

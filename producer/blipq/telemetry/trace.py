@@ -79,6 +79,11 @@ def trace_id(context: str) -> str:
     return context[3:35]
 
 
+def exemplar(context: str) -> dict[str, str] | None:
+    """What leads from a sample of a metric to a trace that is recorded; None without one."""
+    return {"trace_id": trace_id(context)} if context and is_sampled(context) else None
+
+
 def formatted(context: Any) -> str:
     """OpenTelemetry's context of a span as a ``traceparent``."""
     return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"

@@ -9,6 +9,7 @@ from prometheus_client import (
 )
 
 from blipq.exporter import SECONDS, new_registry
+from blipq.telemetry.trace import exemplar
 
 
 class SenderMetrics:
@@ -30,7 +31,7 @@ class SenderMetrics:
             "blipq_sender_sending", "Webhooks being sent now.", registry=self.registry
         )
 
-    def attempted(self, outcome: str, started: float) -> None:
-        """Counts an attempt. ``started`` is of the monotonic clock."""
+    def attempted(self, outcome: str, started: float, trace: str) -> None:
+        """Counts an attempt. ``started`` is of the monotonic clock; trace: of its job, or ""."""
         self._attempts.labels(outcome).inc()
-        self._seconds.observe(time.monotonic() - started)
+        self._seconds.observe(time.monotonic() - started, exemplar(trace))

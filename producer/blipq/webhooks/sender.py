@@ -176,7 +176,8 @@ class Sender:
         try:
             answer = await self._attempt(event)
             self._note_speed(host, answer)
-            self.metrics.attempted(answer.outcome, started)
+            trace = parsed(event.record.get("traceparent"))
+            self.metrics.attempted(answer.outcome, started, trace)
             await self._record(event, answer, started)
         except OverQuota:
             await self._defer(event)

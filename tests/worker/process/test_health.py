@@ -13,7 +13,8 @@ from blipq_worker.process.health import Checks, HealthServer, PortTaken, require
 
 @contextmanager
 def serving(ready: Checks, metrics: Callable[[], bytes] = lambda: b"") -> Iterator[str]:
-    server = HealthServer(0, live={}, ready=ready, metrics=metrics)
+    page = lambda accept: ("text/plain", metrics())  # noqa: E731
+    server = HealthServer(0, live={}, ready=ready, metrics=page)
     server.start()
     try:
         yield f"http://127.0.0.1:{server.port}"

@@ -4,10 +4,16 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as openmetrics,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
 from blipq import Kind
+from blipq_worker.process import nvml
 from blipq_worker.process.health import HealthServer
 from blipq_worker.process.metrics import WorkerMetrics
 
@@ -59,7 +65,7 @@ def test_how_long_a_model_took_to_load_is_a_metric() -> None:
 def test_the_health_port_serves_them() -> None:
     metrics = WorkerMetrics()
     metrics.gauge("jobs_held", "Jobs held now.", lambda: 3)
-    server = HealthServer(0, live={}, ready={}, metrics=metrics.page)
+    server = HealthServer(0, live={}, ready={}, metrics=metrics.answer)
     server.start()
     try:
         url = f"http://127.0.0.1:{server.port}/metrics"
@@ -85,3 +91,60 @@ def test_a_disk_that_is_full_later_has_a_place_for_all_that_is_counted(tmp_path:
     found = [each.stat() for each in tmp_path.iterdir()]
     assert len(found) == 2
     assert all(each.st_blocks * 512 >= each.st_size for each in found)
+
+
+def test_the_times_of_a_sampled_job_lead_to_its_trace_in_openmetrics_alone() -> None:
+    metrics = WorkerMetrics()
+    trace, took = f"00-{'a' * 32}-{'b' * 16}", {"queue_ms": 1.0}
+    metrics.done(Kind.VQA, "succeeded", took, model="m", run_ms=5, trace=f"{trace}-01")
+    metrics.done(Kind.CAPTION, "succeeded", took, model="m", run_ms=5, trace=f"{trace}-00")
+    metrics.done(Kind.MATCH, "succeeded", took, model="m", run_ms=5)
+    content_type, page = metrics.answer("application/openmetrics-text;version=1.0.0,*/*;q=0.1")
+    assert content_type.startswith("application/openmetrics-text")
+    leading = [
+        sample.labels["kind"]
+        for family in openmetrics(page.decode())
+        for sample in family.samples
+        if sample.exemplar and sample.exemplar.labels == {"trace_id": "a" * 32}
+    ]
+    assert leading == ["vqa", "vqa"], "of its stage and of the whole"
+    assert metrics.answer("*/*")[1] == metrics.page()
+
+
+def test_gpus_are_told_of_by_their_uuids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What NVML knows; a GPU that it does not know has no samples."""
+
+    class Refused(Exception):
+        """An error of NVML's."""
+
+    def handle(uuid: str) -> str:
+        if uuid != "GPU-1":
+            raise Refused
+        return uuid
+
+    driver = SimpleNamespace(
+        NVMLError=Refused,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=handle,
+        nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(used=3, total=8),
+        nvmlDeviceGetUtilizationRates=lambda gpu: SimpleNamespace(gpu=25),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    nvml._nvml.cache_clear()
+    try:
+        metrics = WorkerMetrics()
+        metrics.gpus(["GPU-1", "GPU-1", "GPU-lost", ""])
+        page = told(metrics.page())
+    finally:
+        nvml._nvml.cache_clear()
+    assert page["blipq_worker_gpu_memory_used_bytes GPU-1"] == 3
+    assert page["blipq_worker_gpu_memory_bytes GPU-1"] == 8
+    assert page["blipq_worker_gpu_utilization_ratio GPU-1"] == 0.25
+    assert sum("_gpu_" in name for name in page) == 3
+
+
+def test_a_machine_without_a_gpu_has_no_samples_of_one() -> None:
+    metrics = WorkerMetrics()
+    metrics.gpus([""])
+    assert "blipq_worker_gpu_memory_bytes" in metrics.page().decode(), "dashboards name it"
+    assert not any("_gpu_" in name for name in told(metrics.page()))

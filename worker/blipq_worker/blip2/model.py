@@ -1,6 +1,7 @@
 """A served model: a generation checkpoint and, where matching is served, a retrieval one."""
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
@@ -298,7 +299,16 @@ def _info(
         retrieval_reading=matched.reading if matched else None,
         shares_vision=shares_vision,
         slots=slots,
+        gpu=_gpu(setup.device),
     )
+
+
+def _gpu(device: torch.device) -> str:
+    """The UUID of a GPU as NVML has it; "" for a CPU, and where this torch does not know it."""
+    if device.type != "cuda":
+        return ""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return "" if uuid is None else f"GPU-{uuid}"
 
 
 @dataclass(slots=True)
@@ -324,7 +334,10 @@ class _Part:
             preprocessor = Preprocessor(checkpoint, draft=draft)
             tokenizer = load_tokenizer(checkpoint)
         precision = f"{setup.precision(checkpoint.family)}/{setup.quantizing}/{setup.attention}"
-        version = f"{checkpoint.revision}/{precision}/{preprocessor.recipe.version}"
+        # Beside the weights, what a configuration makes of them: folders with equal weights may
+        # differ in the epsilon of their LayerNorms.
+        config = hashlib.sha256(checkpoint.config.to_json_string().encode()).hexdigest()[:16]
+        version = f"{checkpoint.revision}/{config}/{precision}/{preprocessor.recipe.version}"
         return cls(
             side=side,
             checkpoint=dataclasses.replace(checkpoint, pushed=None),  # it holds keys of S3

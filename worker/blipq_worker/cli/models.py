@@ -1,22 +1,18 @@
 """``blipq models``: what can be served, and what it takes."""
 
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from blipq.cli.terminal.group import Group
-from blipq.cli.terminal.output import JsonOption, exit_code
-from blipq.errors import BlipqError, InvalidRequest
-from blipq.local.worker import NO_WORKER
+from blipq.cli.terminal.output import JsonOption
 from blipq.submission import checked
-from blipq_worker.catalog.models import KNOWN_MODELS, ModelError
+from blipq_worker.catalog.models import KNOWN_MODELS
 from blipq_worker.catalog.s3.places import is_in_s3
 from blipq_worker.catalog.weights import (
     Weights,
@@ -27,6 +23,8 @@ from blipq_worker.catalog.weights import (
     weights_of,
     weights_of_served,
 )
+from blipq_worker.cli.refusing import one_of, refused, require_torch
+from blipq_worker.cli.upgrades import compare, record_golden
 from blipq_worker.settings import Dtype, Quantization, WorkerSettings
 
 if TYPE_CHECKING:
@@ -50,7 +48,7 @@ def list_(as_json: JsonOption = False) -> None:
         name: [weights_of(each) for each in (model.generation, model.retrieval) if each]
         for name, model in KNOWN_MODELS.items()
     }
-    with _refused():
+    with refused():
         others = _others()
     if as_json:
         rows = [
@@ -102,12 +100,11 @@ def memory(
     Examples:
         blipq models memory opt-2.7b --quantization nf4 --batch-size 16
     """
-    with _refused():
-        known_quantization: Quantization = _one_of("--quantization", quantization, Quantization)
-        known_dtype: Dtype = _one_of("--dtype", dtype, Dtype)
-        _one_of("--device", device, Device)
-        if importlib.util.find_spec("torch") is None:
-            raise ModelError(f"counting needs torch; {NO_WORKER}")
+    with refused():
+        known_quantization: Quantization = one_of("--quantization", quantization, Quantization)
+        known_dtype: Dtype = one_of("--dtype", dtype, Dtype)
+        one_of("--device", device, Device)
+        require_torch("counting")
         from blipq_worker.serving.footprint import Load, memory_of
         from blipq_worker.serving.memory import for_cards, gpus, verdict, verdict_on_the_cpu
 
@@ -145,29 +142,8 @@ def memory(
     print(fits)
 
 
-@app.command("record-golden")
-def record_golden(
-    model: Annotated[str, typer.Argument(help="As in BLIPQ_MODELS: a known model, or folders.")],
-    output: Annotated[str, typer.Option(help="File to write to, or to add to.")] = "goldens.json",
-    quantization: Annotated[str, typer.Option(help="none, int8, nf4 or auto.")] = "none",
-    dtype: Annotated[str, typer.Option(help="auto, float16, bfloat16 or float32.")] = "auto",
-) -> None:
-    """Record what a model says at its check, for workers to be held against (BLIPQ_GOLDENS).
-
-    Do it where the model is known to be well: quantized and damaged copies are measured by it.
-
-    Examples:
-        blipq models record-golden opt-2.7b --output goldens.json
-    """
-    with _refused():
-        _one_of("--quantization", quantization, Quantization)
-        _one_of("--dtype", dtype, Dtype)
-        if importlib.util.find_spec("torch") is None:
-            raise ModelError(f"recording needs torch; {NO_WORKER}")
-        from blipq_worker.serving.record_golden import record
-
-        print(record(model, Path(output), quantization, dtype))
-    print(f"recorded in {output}: BLIPQ_GOLDENS={output}", file=sys.stderr)
+app.command("compare")(compare)
+app.command("record-golden")(record_golden)
 
 
 @app.command("push")
@@ -184,7 +160,7 @@ def push(
         blipq models push ./my-model s3://models/my-model/v1
         BLIPQ_MODELS=default=s3://models/my-model/v1 blipq worker
     """
-    with _refused():
+    with refused():
         from blipq_worker.serving.pushing import push as push_folder
 
         print(push_folder(folder, target, lambda line: print(line, file=sys.stderr, flush=True)))
@@ -197,7 +173,7 @@ def weights() -> None:
     Examples:
         blipq models weights
     """
-    with _refused():
+    with refused():
         found = weights_of_served(checked(WorkerSettings).models)
         missing = [each for each in found if not each.present]
         described = {
@@ -207,24 +183,6 @@ def weights() -> None:
             "advice": how_to_get(missing) if missing else None,
         }
     print(json.dumps(described))
-
-
-@contextmanager
-def _refused() -> Iterator[None]:
-    """Any error is one line on stderr and the exit code 2, or 7 where S3 does not answer."""
-    try:
-        yield
-    except BlipqError as error:
-        print(f"blipq models: {error}", file=sys.stderr)
-        raise typer.Exit(max(2, exit_code(error))) from None
-
-
-def _one_of(option: str, given: str, literal: Any) -> Any:
-    """What was given, if the type ``Literal[...]`` has it. Raises InvalidRequest."""
-    known = get_args(literal)
-    if given not in known:
-        raise InvalidRequest(f"{option}: {given!r} is none of {', '.join(known)}")
-    return given
 
 
 def _others() -> dict[str, list[Weights]]:

@@ -274,6 +274,7 @@ class ModelInfo(Plain, frozen=True):
     shares_vision: one vision tower serves both checkpoints. recipe, reading: of the generation
     checkpoint; the retrieval checkpoint's are None without one. slots: texts that are written at
     once. decoding: how, in a few words for people. load_seconds: what loading its weights took.
+    gpu: the UUID of its GPU, as NVML knows it; "" for a CPU.
     """
 
     checkpoint: str
@@ -293,6 +294,7 @@ class ModelInfo(Plain, frozen=True):
     slots: Annotated[int, Meta(ge=1, le=65_536)] = 32
     decoding: Annotated[str, Meta(max_length=128)] = "growing slots"
     load_seconds: Seconds = 0.0
+    gpu: Annotated[str, Meta(max_length=128)] = ""
 
     @property
     def image_size(self) -> int:

@@ -234,7 +234,15 @@ class Outcomes:
         """Counts a job that has run here, and what it took of the device, whatever came of it."""
         watch.trace.say({names.OUTCOME: outcome})
         took, run_ms = watch.took, watch.run_ms
-        self._metrics.done(claim.kind, outcome, took, code, model=claim.model, run_ms=run_ms)
+        self._metrics.done(
+            claim.kind,
+            outcome,
+            took,
+            code,
+            model=claim.model,
+            run_ms=run_ms,
+            trace=watch.trace.context,
+        )
         self._usage.add(claim, took, run_ms, succeeded=outcome == "succeeded")
 
 

@@ -20,6 +20,8 @@ LONGEST_TURN_S = 60.0
 TURN_S = 2.0
 
 Checks = Mapping[str, Callable[[], str | None]]
+#: Content type and text of ``/metrics``, by the header Accept.
+Metrics = Callable[[str], tuple[str, bytes]]
 #: Status, content type and body.
 Answer = tuple[int, str, bytes]
 
@@ -60,9 +62,9 @@ def _asked(check: Callable[[], str | None]) -> str | None:
     return None if problem is None else redacted(problem) or "failed"
 
 
-def _page(metrics: Callable[[], bytes]) -> Answer:
+def _page(metrics: Metrics, accept: str) -> Answer:
     try:
-        return 200, CONTENT_TYPE_LATEST, metrics()
+        return 200, *metrics(accept)
     except Exception as error:
         shown = redacted(f"{type(error).__name__}: {error}")
         return 500, "text/plain; charset=utf-8", shown.encode(errors="replace")
@@ -106,7 +108,7 @@ class HealthServer:
         port: int,
         live: Checks,
         ready: Checks,
-        metrics: Callable[[], bytes] = lambda: b"",
+        metrics: Metrics = lambda accept: (CONTENT_TYPE_LATEST, b""),
         host: str = "",
     ) -> None:
         checks = {"/healthz": live, "/readyz": ready}
@@ -116,7 +118,7 @@ class HealthServer:
 
             def do_GET(self) -> None:
                 if self.path == "/metrics":
-                    self._reply(*_page(metrics))
+                    self._reply(*_page(metrics, self.headers.get("Accept", "")))
                 elif self.path in checks:
                     self._reply(*_checked(checks[self.path]))
                 else:

@@ -1,7 +1,7 @@
 """What one worker process does, for Prometheus; what the ledger holds: ``blipq.ops.metrics``."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +14,12 @@ from prometheus_client import (
     multiprocess,
     values,
 )
+from prometheus_client.exposition import choose_encoder
 
 from blipq.contract import Kind, Receipt
 from blipq.exporter import SECONDS, new_registry
+from blipq.telemetry.trace import exemplar
+from blipq_worker.process.nvml import GpuCollector
 
 #: Stages of a job, and the fields of its receipt that say their milliseconds.
 STAGES = {
@@ -28,6 +31,8 @@ STAGES = {
 DECODE_BOUND = "Whether the model waits for images to be decoded."
 DECODING = "How texts are written, by model: always 1."
 DECODING_LABELS = ("model", "way", "device")
+SERVING = "Whether the model can be asked."
+CANARY_PASSED = "Whether all models have passed their last check; missing where BLIPQ_CANARY is off."
 LOAD_SECONDS = "What loading each model took, from its checkpoint to the device."
 
 Outcome = Literal[
@@ -138,6 +143,11 @@ class WorkerMetrics:
         for model, way in ways.items():
             gauge.labels(model, *way).set(1)
 
+    def gpus(self, uuids: Iterable[str]) -> None:
+        """Has the GPUs of models told of, by their UUIDs."""
+        found = frozenset(uuids)
+        self._registry.register(GpuCollector(lambda: found))
+
     def loaded(self, seconds: Mapping[str, float]) -> None:
         """Says how long each model took to load."""
         name = "blipq_worker_model_load_seconds"
@@ -154,15 +164,18 @@ class WorkerMetrics:
         *,
         model: str,
         run_ms: float | None = None,
+        trace: str = "",
     ) -> None:
         """Counts a job that this worker is done with.
 
-        took: what its receipt has so far. run_ms: since its claim, where it has run.
+        took: what its receipt has so far. run_ms: since its claim, where it has run. trace: the
+        span of its run, or "": the times of a job that is sampled lead to its trace.
         """
+        leads_to = exemplar(trace)
         self._jobs.labels(model, kind, outcome, code).inc()
         for stage, name in STAGES.items():
             if name in took:
-                self._stages.labels(kind, stage).observe(took[name] / 1000)
+                self._stages.labels(kind, stage).observe(took[name] / 1000, leads_to)
         if "batch_size" in took:
             self._batch.labels(model).observe(took["batch_size"])
         if "cache_hit" in took:
@@ -173,8 +186,15 @@ class WorkerMetrics:
             self._gpu.labels(model, kind).inc(took["gpu_ms"] / 1000)
         if run_ms is not None and outcome in ("succeeded", "failed"):
             seconds = (took.get("queue_ms", 0.0) + run_ms) / 1000
-            self._seconds.labels(model, kind).observe(seconds)
+            self._seconds.labels(model, kind).observe(seconds, leads_to)
 
     def page(self) -> bytes:
-        """The text that Prometheus reads."""
+        """All of it as text."""
         return generate_latest(self._registry)
+
+    def answer(self, accept: str) -> tuple[str, bytes]:
+        """Content type and text of what Prometheus reads; exemplars have a place in OpenMetrics
+        alone, which it asks for by ``accept``.
+        """
+        encode, content_type = choose_encoder(accept)
+        return content_type, encode(self._registry)

@@ -122,7 +122,7 @@ def _require_the_same(info: ModelInfo, golden: Golden, observation: Observation)
         raise CanaryError(found)
     raise CanaryError(
         f"{found}. Its weights differ from those recorded: if they were changed on purpose, run "
-        f"`blipq models record-golden {info.checkpoint}`"
+        f"`blipq models record-golden {info.checkpoint} --accept`"
     )
 
 

@@ -142,7 +142,7 @@ def _bits(dtype: str, quantization: str) -> str:
 def difference(golden: Observation, now: Observation, allowed: Tolerance) -> str | None:
     """What is not as recorded, in words; None where all is."""
     expected, said = golden.captions + golden.answers, now.captions + now.answers
-    if _common(expected, said) < allowed.words:
+    if words_in_common(expected, said) < allowed.words:
         return f"it should say {_quoted(expected)}, and says {_quoted(said)}"
     if _farthest(golden.likelihoods, now.likelihoods) > allowed.likelihood:
         return (
@@ -159,7 +159,7 @@ def difference(golden: Observation, now: Observation, allowed: Tolerance) -> str
     return None
 
 
-def _common(expected: tuple[str, ...], said: tuple[str, ...]) -> float:
+def words_in_common(expected: tuple[str, ...], said: tuple[str, ...]) -> float:
     """The share of words that texts have in common, pair by pair; 1 where all are equal."""
     common = words = 0
     for first, second in zip(expected, said, strict=True):

@@ -1,20 +1,17 @@
-"""Records what a model answers to the canary."""
+"""What a model answers to the canary now, to be recorded."""
 
 from pathlib import Path
 from typing import Any
 
 from blipq.submission import checked
 from blipq_worker.serving.canary import golden_of
-from blipq_worker.serving.goldens import write_golden
+from blipq_worker.serving.goldens import Golden, difference, read_goldens, tolerance
 from blipq_worker.serving.loader import load_models
 from blipq_worker.settings import WorkerSettings
 
 
-def record(model: str, output: Path, quantization: Any, dtype: Any) -> str:
-    """Writes a golden into a file, or adds it there; what the model answered, as JSON.
-
-    Raises BlipqError.
-    """
+def golden_now(model: str, quantization: Any, dtype: Any) -> Golden:
+    """The golden of a model as ``BLIPQ_MODELS`` names it. Raises BlipqError."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -25,6 +22,16 @@ def record(model: str, output: Path, quantization: Any, dtype: Any) -> str:
         dtype=dtype,
         canary=False,
     )
-    golden = golden_of(load_models(options)["default"])
-    write_golden(output, model, golden)
-    return golden.said.model_dump_json(indent=2)
+    return golden_of(load_models(options)["default"])
+
+
+def change(file: Path, model: str, golden: Golden) -> str | None:
+    """What differs from the model's golden in a file, or from blipq's own; None without one.
+
+    Raises GoldenError.
+    """
+    known = read_goldens(file if file.exists() else None).get(model)
+    if known is None:
+        return None
+    precisions = (known.dtype, known.quantization), (golden.dtype, golden.quantization)
+    return difference(known.said, golden.said, tolerance(*precisions))

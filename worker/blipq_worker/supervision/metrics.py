@@ -5,18 +5,21 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from prometheus_client import generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from blipq.exporter import new_registry
 from blipq_worker.process.metrics import (
+    CANARY_PASSED,
     DECODE_BOUND,
     DECODING,
     DECODING_LABELS,
     LOAD_SECONDS,
+    SERVING,
     counted_in,
 )
+from blipq_worker.process.nvml import GpuCollector
 from blipq_worker.supervision.state import Whole
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -24,22 +27,29 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Page:
-    """The text that Prometheus reads. folder: where the fronts count."""
+    """The text that Prometheus reads. folder: where the fronts count. canary: whether the engine
+    checks its models.
 
-    def __init__(self, whole: Whole, folder: Path) -> None:
+    Never OpenMetrics: what processes count in files has no exemplars.
+    """
+
+    def __init__(self, whole: Whole, folder: Path, *, canary: bool) -> None:
         self._folder = folder
         self._registry = new_registry()
-        self._registry.register(_Processes(whole))
+        self._registry.register(_Processes(whole, canary))
+        engine = whole.engine
+        self._registry.register(GpuCollector(lambda: [each.gpu for each in engine.models.values()]))
 
-    def __call__(self) -> bytes:
-        return generate_latest(self._registry) + counted_in(self._folder)
+    def __call__(self, accept: str) -> tuple[str, bytes]:
+        return CONTENT_TYPE_LATEST, generate_latest(self._registry) + counted_in(self._folder)
 
 
 class _Processes(Collector):
     """Gauges have no place in files: what a front says of itself is in its status."""
 
-    def __init__(self, whole: Whole) -> None:
+    def __init__(self, whole: Whole, canary: bool) -> None:
         self._whole = whole
+        self._canary = canary
 
     def describe(self) -> list[Metric]:
         return []  # so that registering reads nothing
@@ -52,7 +62,9 @@ class _Processes(Collector):
         yield _gauge("draining", "Whether it takes no more jobs.", state.draining)
         yield _gauge("decode_bound", DECODE_BOUND, state.decode_bound)
         yield _gauge("stalled_seconds", "Since the model last progressed.", whole.engine.stalled_s)
-        yield _gauge("engine_serving", "Whether the model's process serves.", whole.engine.serving)
+        yield _gauge("engine_serving", SERVING, whole.engine.serving)
+        if self._canary and whole.engine.models:  # it has served: they have passed the first check
+            yield _gauge("canary_passed", CANARY_PASSED, whole.engine.refusal is None)
         yield _gauge("fronts", "Front processes that run.", whole.live_fronts())
         yield self._decoding()
         yield self._loaded()

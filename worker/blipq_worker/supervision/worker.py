@@ -211,6 +211,6 @@ class SplitWorker:
                 "fronts": whole.fronts_problem,
                 "draining": lambda: "yes" if whole.state().draining else None,
             },
-            metrics=Page(whole, self._folder.metrics),
+            metrics=Page(whole, self._folder.metrics, canary=self._options.canary),
             host=self._options.health_host,
         )
