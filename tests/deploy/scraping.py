@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -11,7 +12,9 @@ import yaml
 
 from blipq.local.stack import free_port
 from blipq.local.supervisor import Service
-from conftest import ROOT
+from conftest import ROOT, wait_until
+from guarantees.rig import Rig, named
+from receivers import SECRET
 
 RULES = ROOT / "deploy/prometheus"
 #: Of a rule that waits for a time: what it is compared with, in seconds.
@@ -22,7 +25,7 @@ _SECONDS = re.compile(r"(_seconds) > \d+")
 class Prometheus:
     """A real one, which scrapes every second; its alerts fire two seconds after their fault."""
 
-    def __init__(self, folder: Path, targets: list[str], *options: str) -> None:
+    def __init__(self, folder: Path, targets: list[str]) -> None:
         self._url = f"http://127.0.0.1:{(port := free_port())}/api/v1"
         config = {
             "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
@@ -32,7 +35,8 @@ class Prometheus:
         file = folder / "prometheus.yml"
         file.write_text(yaml.safe_dump(config))
         command = ["prometheus", f"--config.file={file}", f"--storage.tsdb.path={folder / 'data'}"]
-        command += [f"--web.listen-address=127.0.0.1:{port}", *options]
+        command += [f"--web.listen-address=127.0.0.1:{port}"]
+        command += ["--enable-feature=exemplar-storage"]  # as the compose file has it
         self.service = Service("prometheus", command, log=folder / "prometheus.log")
         self.service.start()
 
@@ -70,3 +74,38 @@ def _quick_rules(folder: Path) -> Path:
     file = folder / "rules.yml"
     file.write_text(yaml.safe_dump(rules))
     return file
+
+
+class Fleet:
+    """A rig, an exporter and a Prometheus that scrapes it, and a worker and a sender to come."""
+
+    def __init__(self, rig: Rig, folder: Path) -> None:
+        self.rig = rig
+        self.worker_port, self.sender_port, exporter_port = free_port(), free_port(), free_port()
+        self.exporter = rig.command("metrics", "--port", str(exporter_port))
+        self.exporter.start()
+        ports = exporter_port, self.worker_port, self.sender_port
+        self.prometheus = Prometheus(folder, [f"127.0.0.1:{port}" for port in ports])
+        self._services: list[Service] = []
+
+    def start_worker(self, **options: object) -> Service:
+        """The worker, once Prometheus has scraped it."""
+        worker = self.rig.start_worker(health_port=self.worker_port, **options)
+        self.sees("blipq_worker_jobs_held")
+        return worker
+
+    def sees(self, query: str) -> None:
+        wait_until(lambda: self.prometheus.has(query), query, timeout=60)
+
+    def start_sender(self, **options: object) -> None:
+        command = [sys.executable, "-m", "blipq", "webhooks", "run"]
+        command += ["--metrics-port", str(self.sender_port)]
+        environment = self.rig.stack.environment() | named(options)
+        environment["BLIPQ_WEBHOOK_SECRETS"] = SECRET
+        sender = Service("sender", command, env=environment, log=self.rig.folder / "sender.log")
+        sender.start()
+        self._services.append(sender)
+
+    def close(self) -> None:
+        for service in (*self._services, self.prometheus.service, self.exporter):
+            service.stop(timeout=10)

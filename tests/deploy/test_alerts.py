@@ -1,75 +1,22 @@
 """Each alert fires from the fault that it is about, on a real Prometheus."""
 
 import io
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 
 import pytest
 from PIL import Image
 from tools.deploy.alerts import ALERTS
 
 from blipq import Client, Settings
-from blipq.local.stack import free_port
-from blipq.local.supervisor import Service
 from conftest import wait_until
-from deploy.scraping import Prometheus
-from guarantees.rig import Rig, named
-from receivers import SECRET, receiving
+from deploy.scraping import Fleet
+from receivers import receiving
 
 pytestmark = [pytest.mark.programs, pytest.mark.timeout(240)]
 
 #: The side of a picture that takes a third of a second to decode, and no time to fetch.
 LARGE = 6000
-
-
-class Fleet:
-    """A rig, an exporter and a Prometheus that scrapes it, and a worker and a sender to come."""
-
-    def __init__(self, rig: Rig, folder: Path) -> None:
-        self.rig = rig
-        self.worker_port, self.sender_port, exporter_port = free_port(), free_port(), free_port()
-        self.exporter = rig.command("metrics", "--port", str(exporter_port))
-        self.exporter.start()
-        ports = exporter_port, self.worker_port, self.sender_port
-        self.prometheus = Prometheus(folder, [f"127.0.0.1:{port}" for port in ports])
-        self._services: list[Service] = []
-
-    def start_worker(self, **options: object) -> Service:
-        """The worker, once Prometheus has scraped it."""
-        worker = self.rig.start_worker(health_port=self.worker_port, **options)
-        self.sees("blipq_worker_jobs_held")
-        return worker
-
-    def sees(self, query: str) -> None:
-        wait_until(lambda: self.prometheus.has(query), query, timeout=60)
-
-    def start_sender(self, **options: object) -> None:
-        command = [sys.executable, "-m", "blipq", "webhooks", "run"]
-        command += ["--metrics-port", str(self.sender_port)]
-        environment = self.rig.stack.environment() | named(options)
-        environment["BLIPQ_WEBHOOK_SECRETS"] = SECRET
-        sender = Service("sender", command, env=environment, log=self.rig.folder / "sender.log")
-        sender.start()
-        self._services.append(sender)
-
-    def close(self) -> None:
-        for service in (*self._services, self.prometheus.service, self.exporter):
-            service.stop(timeout=10)
-
-
-@pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    rig = Rig(tmp_path / "rig")
-    try:
-        fleet = Fleet(rig, tmp_path)
-        try:
-            yield fleet
-        finally:
-            fleet.close()
-    finally:
-        rig.close()
 
 
 @contextmanager

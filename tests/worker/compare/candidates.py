@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from blipq.contract import CaptionRequest, ImageRef, MatchRequest, VQARequest
+from blipq.contract import CaptionRequest, ErrorCode, ImageRef, MatchRequest, VQARequest
 from blipq.errors import PermanentError
 from blipq.images.decoding import DEFAULT_LIMITS
 from blipq_worker import demo
@@ -34,7 +34,7 @@ class Scenes:
     def fetch(self, image: ImageRef) -> Fetched:
         number = int(image.key.partition(".")[0])
         if number >= len(SCENES):
-            raise PermanentError("image_not_found", f"there is no {image.uri}")
+            raise PermanentError(ErrorCode.IMAGE_NOT_FOUND, f"there is no {image.uri}")
         data = io.BytesIO()
         world.render(SCENES[number]).save(data, "PNG")
         return Fetched(data.getvalue(), "", None)

@@ -3,11 +3,13 @@
 import json
 from math import inf
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
 from worker.compare.candidates import (
     CASES,
+    OPTIONS,
     changed,
     copied,
     epsilon_of,
@@ -19,19 +21,24 @@ from worker.compare.candidates import (
 from blipq.contract import (
     CaptionRequest,
     EmbedRequest,
+    ErrorCode,
     Generation,
+    ImageRef,
     IndexEntry,
     MatchRequest,
     SearchRequest,
 )
-from blipq.errors import InvalidRequest
+from blipq.errors import InvalidRequest, TransientError
+from blipq.images.decoding import DEFAULT_LIMITS
 from blipq_worker import demo
 from blipq_worker.blip2 import Blip2, FeatureCache, GenerateItem
 from blipq_worker.catalog.models import ModelError
 from blipq_worker.catalog.params import resolve
 from blipq_worker.compare.cases import SEED, Case, of_manifest, replayable
 from blipq_worker.compare.difference import LIMIT_FEATURES, LIMIT_SINGLE, Comparison, distance
+from blipq_worker.compare.pictures import Pictures
 from blipq_worker.compare.report import rendered
+from blipq_worker.compare.run import OUTAGE, Guard
 from blipq_worker.demo import world
 
 LAYERS = [
@@ -166,3 +173,21 @@ def test_a_manifest_is_read_to_its_bound_and_a_wrong_line_is_named(tmp_path: Pat
     with pytest.raises(InvalidRequest, match=r"sample\.jsonl: line 2: .*image"):
         of_manifest(file, 5)
 
+
+
+def test_a_store_that_is_away_ends_the_comparison_at_once(tmp_path: Path) -> None:
+    class Away:
+        """A store that answers nothing."""
+
+        asked = 0
+
+        def fetch(self, image: ImageRef) -> NoReturn:
+            self.asked += 1
+            raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, "the store is away")
+
+    away = Away()
+    guarding = Guard(Pictures(away, DEFAULT_LIMITS, tmp_path), OPTIONS)  # type: ignore[arg-type]
+    cases = [Case(str(number), CASES[0].request) for number in range(50)]
+    with pytest.raises(TransientError, match="the store is away"):
+        guarding.compare("demo", "demo", cases)
+    assert away.asked <= 2 * OUTAGE

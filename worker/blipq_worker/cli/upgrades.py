@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 CHANGED = 1
 #: Pairs in the JSON object.
 _WORST = 20
+#: Of each job some 0.6 MB of features are held until the candidate has answered.
+_MOST = 2_000
 
 AgainstOption = Annotated[
     str | None,
@@ -38,7 +40,7 @@ AgainstOption = Annotated[
     ),
 ]
 JobsOption = Annotated[
-    int, typer.Option(min=1, max=2000, help="Jobs that are replayed, the newest first.")
+    int, typer.Option(min=1, max=_MOST, help="Jobs that are replayed, the newest first.")
 ]
 ManifestOption = Annotated[
     Path | None,

@@ -25,8 +25,8 @@ from blipq_worker.settings import WorkerSettings
 if TYPE_CHECKING:
     from blipq_worker.blip2 import Blip2
 
-#: So many cases at most: 0.6 MB of features each are held until the candidate has answered.
-MOST_CASES = 2_000
+#: So many pictures in a row that cannot be had now are an outage, and no reason to wait for more.
+OUTAGE = 5
 
 #: Called with the cases that are done, and all that there are to do.
 Progress = Callable[[int, int], None]
@@ -57,8 +57,8 @@ class Guard:
     ) -> Comparison:
         """Replays cases on the served model, then on the other one.
 
-        skipped: what could not be replayed from the start. Raises ModelError, and InvalidRequest
-        where nothing is left to compare.
+        skipped: what could not be replayed from the start. Raises ModelError, InvalidRequest where
+        nothing is left to compare, and TransientError where the pictures' store is away.
         """
         info, answers, left_out = self._served(served, cases)
         left_out = [*skipped, *left_out]
@@ -77,13 +77,18 @@ class Guard:
         self, what: str, cases: Sequence[Case]
     ) -> tuple[ModelInfo, list[tuple[Case, Observed]], list[Skipped]]:
         answers, skipped = [], []
+        away = 0
         with self._loaded(what) as model:
             for number, case in enumerate(cases, 1):
                 try:
                     if not answers:
                         self._warm(model, case)
                     answers.append((case, answered(model, case, self.pictures)))
+                    away = 0
                 except WorkError as error:  # of the picture, or of what the model has no head for
+                    away = away + 1 if error.retryable else 0
+                    if away == OUTAGE:
+                        raise
                     skipped.append(Skipped(case.name, f"{error.code}: {error}"))
                 self.progress(number, 2 * len(cases))
             return model.info, answers, skipped
