@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from tools.deploy.alerts import ALERTS
@@ -42,9 +41,7 @@ def stack_with_work(
     settings = Settings.model_validate(fields)
     health, exported, sent = free_port(), free_port(), free_port()
     options = {"dtype": "float32", "fronts": "1", "health_port": str(health)}
-    worker = start_worker(
-        stack, folder / "worker.log", redis_url=settings.redis_url, **options
-    )
+    worker = start_worker(stack, folder / "worker.log", redis_url=settings.redis_url, **options)
     environment = stack.environment() | {"BLIPQ_REDIS_URL": settings.redis_url}
     environment["BLIPQ_WEBHOOK_SECRETS"] = "whsec_" + "QUJD" * 8
     blipq = [sys.executable, "-m", "blipq"]
@@ -136,4 +133,3 @@ def test_the_config_for_the_compose_file_is_one_that_prometheus_takes() -> None:
     command = ["promtool", "check", "config", str(RULES / "blipq.yml")]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-

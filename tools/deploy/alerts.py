@@ -100,12 +100,12 @@ ALERTS = [
         minutes=20,
         severity="warn",
         summary="The engine of {{ $labels.instance }} does not serve.",
-        meaning="A model has failed its canary, the check that it says what it should, after jobs of"
-        " its own had failed, or its engine process does not come back. A worker whose model fails"
-        " it at the start ends with code 78: that is `BlipqNoWorkers` once jobs wait.",
+        meaning="A model has failed its canary, the check that it says what it should, after jobs"
+        " of its own had failed, or its engine process does not come back. A worker whose model"
+        " fails it at the start ends with code 78: that is `BlipqNoWorkers` once jobs wait.",
         action="The worker's log, `/readyz` and `blipq_worker_canary_passed` say which. After a"
-        " canary refusal, compare driver, precision and revision with what the goldens were recorded"
-        " with; do not switch the canary off.",
+        " canary refusal, compare driver, precision and revision with what the goldens were"
+        " recorded with; do not switch the canary off.",
         series={'blipq_worker_engine_serving{instance="w1"}': "0x40"},
         labels={"instance": "w1"},
     ),

@@ -24,7 +24,7 @@ PAGE = """\
 
 `deploy/prometheus/blipq-alerts.yml` has these rules, and `deploy/grafana/` two dashboards: of the
 fleet and of its workers. `promtool test rules deploy/prometheus/blipq-alerts-test.yml` fires each
-rule, and `tests/deploy/test_alerts.py` brings about the fault that each is for, on a real Prometheus
+rule. `tests/deploy/test_alerts.py` brings about the fault that each is for, on a real Prometheus
 that scrapes a real stack, with shorter times. `page` is for whoever is on call, `warn` for the next
 working day.
 

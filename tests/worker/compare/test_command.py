@@ -2,21 +2,20 @@
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from worker.compare.candidates import changed, copied, scaled
 
 from blipq import Client, Settings
 from blipq.local.sample import red_square
 from blipq.local.stack import LocalStack
 from blipq.local.supervisor import Service
 from conftest import blipq, start_worker, wait_for_worker
+from worker.compare.candidates import changed, copied, scaled
 
 
 @pytest.fixture(scope="module")
-def served(stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def served(stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of commands, where a worker has run a job of each kind."""
     fields = stack.settings_fields()
     fields["redis_url"] = fields["redis_url"].removesuffix("/0") + "/5"
@@ -41,8 +40,7 @@ def served(stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> Itera
             client.search("photos", text="a red square").result(timeout=60)
     finally:
         worker.stop(timeout=30)
-    return_to = {"BLIPQ_REDIS_URL": settings.redis_url, "OMP_NUM_THREADS": "1"}
-    yield return_to
+    return {"BLIPQ_REDIS_URL": settings.redis_url, "OMP_NUM_THREADS": "1"}
 
 
 def test_an_unchanged_candidate_passes(
@@ -102,7 +100,11 @@ def test_what_cannot_be_compared_is_an_error_of_its_own(tmp_path: Path) -> None:
     several = {"BLIPQ_MODELS": "a=demo,b=opt-2.7b"}
     for arguments, extra, message in (
         (["demo", "--manifest", str(tmp_path / "none")], {}, "cannot read"),
-        (["demo", "--manifest", str(manifest)], several, "BLIPQ_MODELS serves several models: a, b"),
+        (
+            ["demo", "--manifest", str(manifest)],
+            several,
+            "BLIPQ_MODELS serves several models: a, b",
+        ),
         (["demo"], {"BLIPQ_REDIS_URL": "redis://127.0.0.1:1/0"}, "Redis does not answer"),
     ):
         ran = blipq("models", "compare", *arguments, "--json", **extra)

@@ -7,16 +7,6 @@ from typing import NoReturn
 
 import numpy as np
 import pytest
-from worker.compare.candidates import (
-    CASES,
-    OPTIONS,
-    changed,
-    copied,
-    epsilon_of,
-    guard,
-    picture,
-    scaled,
-)
 
 from blipq.contract import (
     CaptionRequest,
@@ -40,6 +30,16 @@ from blipq_worker.compare.pictures import Pictures
 from blipq_worker.compare.report import rendered
 from blipq_worker.compare.run import OUTAGE, Guard
 from blipq_worker.demo import world
+from worker.compare.candidates import (
+    CASES,
+    OPTIONS,
+    changed,
+    copied,
+    epsilon_of,
+    guard,
+    picture,
+    scaled,
+)
 
 LAYERS = [
     ("opt", "vision_model.encoder.layers.1."),
@@ -172,7 +172,6 @@ def test_a_manifest_is_read_to_its_bound_and_a_wrong_line_is_named(tmp_path: Pat
     file.write_text(line % (1, 1) + '{"custom_id": "2", "kind": "caption"}\n')
     with pytest.raises(InvalidRequest, match=r"sample\.jsonl: line 2: .*image"):
         of_manifest(file, 5)
-
 
 
 def test_a_store_that_is_away_ends_the_comparison_at_once(tmp_path: Path) -> None:

@@ -1,22 +1,24 @@
-"""The page of a comparison in a real browser: on a phone, in both schemes, and without a network."""
+"""The page of a comparison in a real browser: on a phone, in both schemes, without a network."""
 
 from importlib import resources
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
-from producer.api.console.browsers import chromium
-from worker.compare.candidates import CASES, changed, guard, picture, scaled
 
 from blipq.contract import MatchRequest
 from blipq_worker.compare.cases import Case
 from blipq_worker.compare.report import write_page
+from producer.api.console.browsers import chromium
+from worker.compare.candidates import CASES, changed, guard, picture, scaled
 
 pytestmark = pytest.mark.programs
 
 PHONE = {"width": 390, "height": 844}
 AXE = (resources.files("axe_playwright_python") / "axe.min.js").read_text()
-LONG = Case("long", MatchRequest(image=picture(3), texts=("a" * 90, "<img src=x onerror=alert(1)>")))
+LONG = Case(
+    "long", MatchRequest(image=picture(3), texts=("a" * 90, "<img src=x onerror=alert(1)>"))
+)
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,9 @@ _WORST = 20
 #: Of each job some 0.6 MB of features are held until the candidate has answered.
 _MOST = 2_000
 
+CandidateArgument = Annotated[
+    str, typer.Argument(help="As in BLIPQ_MODELS: a known model, or folders.")
+]
 AgainstOption = Annotated[
     str | None,
     typer.Option(
@@ -56,7 +59,9 @@ PageOption = Annotated[
 
 
 def compare(
-    candidate: Annotated[str, typer.Argument(help="As in BLIPQ_MODELS: a known model, or folders.")],
+    candidate: Annotated[
+        str, typer.Argument(help="As in BLIPQ_MODELS: a known model, or folders.")
+    ],
     against: AgainstOption = None,
     jobs: JobsOption = 500,
     manifest: ManifestOption = None,
@@ -91,7 +96,7 @@ def compare(
 
 
 def record_golden(
-    model: Annotated[str, typer.Argument(help="As in BLIPQ_MODELS: a known model, or folders.")],
+    model: CandidateArgument,
     output: Annotated[str, typer.Option(help="File to write to, or to add to.")] = "goldens.json",
     quantization: Annotated[str, typer.Option(help="none, int8, nf4 or auto.")] = "none",
     dtype: Annotated[str, typer.Option(help="auto, float16, bfloat16 or float32.")] = "auto",

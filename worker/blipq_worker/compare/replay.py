@@ -20,6 +20,8 @@ from blipq.contract import ErrorCode, ImageRef
 from blipq.errors import PermanentError
 from blipq.index.store import Entry, Filter, Found, Vectors
 from blipq_worker.blip2 import Blip2, EmbedItem, MatchItem, Pixels, RankItem, RerankItem
+from blipq_worker.compare.cases import Case
+from blipq_worker.compare.pictures import Pictures
 from blipq_worker.engine.verbs import as_model_item, verb_of
 from blipq_worker.inference.requests import (
     Embedded,
@@ -33,8 +35,6 @@ from blipq_worker.inference.requests import (
     Reranked,
     Value,
 )
-from blipq_worker.compare.cases import Case
-from blipq_worker.compare.pictures import Pictures
 from blipq_worker.kinds.arrays import Numbers, numbers
 from blipq_worker.kinds.registry import spec_of
 from blipq_worker.kinds.spec import Part
@@ -194,7 +194,11 @@ def _probe(model: Blip2, pixels: Pixels | None, found: _Found, texts: Sequence[s
     found.add(LIKELIHOODS, model.rank([RankItem(pixels, (prompt,), choices)]))
     if not model.info.has_retrieval:
         return
-    for item in (EmbedItem("image", pixels), EmbedItem("multimodal", pixels, TEXTS[0])):
+    for item in (
+        EmbedItem("image", pixels),
+        EmbedItem("text", text=TEXTS[0]),
+        EmbedItem("multimodal", pixels, TEXTS[0]),
+    ):
         for name, array in model.embed([item])[0].items():
             found.add(name, array)
     for text in TEXTS:

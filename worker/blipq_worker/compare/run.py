@@ -76,7 +76,8 @@ class Guard:
     def _served(
         self, what: str, cases: Sequence[Case]
     ) -> tuple[ModelInfo, list[tuple[Case, Observed]], list[Skipped]]:
-        answers, skipped = [], []
+        answers: list[tuple[Case, Observed]] = []
+        skipped: list[Skipped] = []
         away = 0
         with self._loaded(what) as model:
             for number, case in enumerate(cases, 1):

@@ -32,7 +32,9 @@ DECODE_BOUND = "Whether the model waits for images to be decoded."
 DECODING = "How texts are written, by model: always 1."
 DECODING_LABELS = ("model", "way", "device")
 SERVING = "Whether the model can be asked."
-CANARY_PASSED = "Whether all models have passed their last check; missing where BLIPQ_CANARY is off."
+CANARY_PASSED = (
+    "Whether all models have passed their last check; missing where BLIPQ_CANARY is off."
+)
 LOAD_SECONDS = "What loading each model took, from its checkpoint to the device."
 
 Outcome = Literal[
