@@ -57,10 +57,11 @@ ALERTS = [
         expr="delta(blipq_dead_letters[15m]) > 0",
         minutes=0,
         severity="warn",
-        summary="{{ $value | humanize }} jobs ran out of attempts within 15 minutes.",
-        meaning="Jobs have failed in every attempt, or have ended their worker three times.",
-        action="`blipq dead-letters list` shows the errors. What was an outage:"
-        " `blipq dead-letters retry`. A job that ends its worker: keep its image and report it.",
+        summary="{{ $value | humanize }} jobs were given up within 15 minutes.",
+        meaning="Each of these jobs has ended its worker three times, twice while it ran alone. Jobs"
+        " that failed in every attempt are no dead letters: see `BlipqFailures`.",
+        action="`blipq dead-letters list` names them, the workers' logs say how they died. Keep the"
+        " image and report it; `blipq dead-letters retry` runs a job once more.",
         series={"blipq_dead_letters": "0x20 3x20"},
     ),
     Alert(
