@@ -3,12 +3,14 @@
 import io
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import pytest
 from PIL import Image
 from tools.deploy.alerts import ALERTS
 
 from blipq import Client, Settings
+from blipq.local.supervisor import Service
 from conftest import wait_until
 from deploy.scraping import Fleet
 from receivers import receiving
@@ -48,8 +50,12 @@ def dead_letters(fleet: Fleet) -> Iterator[None]:
     fleet.rig.submit("exit")
     while not fleet.rig.operator.dead():
         worker = fleet.rig.launch_worker()
-        wait_until(lambda: worker.exit_code is not None or fleet.rig.operator.dead(), "the end", 60)
+        wait_until(partial(_ended, worker, fleet), "the worker's death, or the job's", timeout=60)
     yield
+
+
+def _ended(worker: Service, fleet: Fleet) -> bool:
+    return worker.exit_code is not None or fleet.rig.operator.dead() > 0
 
 
 @contextmanager

@@ -58,8 +58,8 @@ ALERTS = [
         minutes=0,
         severity="warn",
         summary="{{ $value | humanize }} jobs were given up within 15 minutes.",
-        meaning="Each of these jobs has ended its worker three times, twice while it ran alone. Jobs"
-        " that failed in every attempt are no dead letters: see `BlipqFailures`.",
+        meaning="Each of these jobs has ended its worker three times, twice while it ran alone."
+        " Jobs that failed in every attempt are no dead letters: see `BlipqFailures`.",
         action="`blipq dead-letters list` names them, the workers' logs say how they died. Keep the"
         " image and report it; `blipq dead-letters retry` runs a job once more.",
         series={"blipq_dead_letters": "0x20 3x20"},

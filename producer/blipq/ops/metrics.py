@@ -64,7 +64,7 @@ class LedgerCollector(Collector):
             ("blipq_jobs_open", "Jobs that have not ended.", keys.OPEN),
             ("blipq_jobs_running", "Jobs that a worker holds.", keys.RUNNING),
             ("blipq_jobs_delayed", "Jobs that wait for a retry.", keys.DELAYED),
-            ("blipq_dead_letters", "Jobs out of attempts, still kept.", keys.DEAD_LETTERS),
+            ("blipq_dead_letters", "Jobs that ended three workers, still kept.", keys.DEAD_LETTERS),
         )
         with self._redis.pipeline(transaction=False) as pipe:
             for _, _, key in counted:
