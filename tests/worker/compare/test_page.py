@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
+from api.console.browsers import chromium
 from blipq.contract import MatchRequest
 from blipq_worker.compare.cases import Case
 from blipq_worker.compare.report import write_page
-from producer.api.console.browsers import chromium
 from worker.compare.candidates import CASES, changed, guard, picture, scaled
 
 pytestmark = pytest.mark.programs

@@ -74,7 +74,8 @@ def compare(
     other, in fp32 on the same pictures. Texts must be equal, and numbers may differ by rounding
     only. A page shows the worst pairs side by side.
 
-    Exits 0 where nothing changed, 1 where something did, and 2 where nothing could be compared.
+    Exits 0 where nothing changed, 1 where something did, 2 where nothing could be compared, and
+    7 where Redis does not answer.
 
     Examples:
         blipq models compare ./opt-next --jobs 200
