@@ -21,7 +21,7 @@ _LFS = b"version https://git-lfs"
 _PICKLED = "is pickled, which is not loaded: save it again with transformers' save_pretrained"
 #: What a file of weights is that cannot be served, by the end of its name.
 _NOT_SERVED = {
-    ".pth": "is in LAVIS's format, which is not read: convert it to transformers' format",
+    ".pth": "is in LAVIS's format: write it as a folder with `blipq models convert`",
     **dict.fromkeys((".bin", ".pt", ".ckpt"), _PICKLED),
 }
 

@@ -142,6 +142,37 @@ def memory(
     print(fits)
 
 
+@app.command("convert")
+def convert(
+    file: Annotated[Path, typer.Argument(help="A checkpoint of LAVIS, such as FILE.pth.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write; a new one.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="What gives frozen weights and tokenizer: a known model, id or folder."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a checkpoint of LAVIS as a folder that can be served.
+
+    Weights that LAVIS did not save, as they were frozen, are the base's. Without `--base` that is
+    the published model of the same kind and size.
+
+    Examples:
+        blipq models convert checkpoint_best.pth my-captions --base opt-2.7b
+        BLIPQ_MODELS=default=my-captions blipq worker
+    """
+    with refused():
+        require_torch("converting")
+        from blipq_worker.conversion.convert import convert
+
+        done = convert(file, folder, base)
+    if as_json:
+        print(json.dumps(asdict(done)))
+        return
+    for line in done.lines():
+        print(line)
+
+
 app.command("compare")(compare)
 app.command("record-golden")(record_golden)
 

@@ -40,7 +40,8 @@ _JSON = (
     *("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json"),
 )
-_NEEDED = ["*.json", "*.txt", "*.model", "*.safetensors"]
+_DESCRIPTION = ["*.json", "*.txt", "*.model"]
+_NEEDED = [*_DESCRIPTION, "*.safetensors"]
 
 
 class CheckpointError(BlipqError):
@@ -86,6 +87,27 @@ class Checkpoint:
             self.pushed.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a checkpoint is, without its weights; see ``Checkpoint``."""
+
+    folder: Path
+    config: Any
+    family: Family
+
+
+def describe_checkpoint(name: str) -> Description:
+    """The same checkpoint as ``open_checkpoint`` opens; weights are not fetched.
+
+    Raises CheckpointError.
+    """
+    folder = expanded(name)
+    if not folder.is_dir():
+        folder = _download(name, _DESCRIPTION)
+    config = _read_config(name, folder)
+    return Description(folder, config, _family(name, config))
+
+
 def open_checkpoint(name: str) -> Checkpoint:
     """The checkpoint in the local folder ``name``, with that hub id (``id@revision``), or in S3.
 
@@ -97,7 +119,7 @@ def open_checkpoint(name: str) -> Checkpoint:
     folder = expanded(name)
     local = folder.is_dir()
     if not local:
-        folder = _download(name)
+        folder = _download(name, _NEEDED)
     weights = _weights(name, folder)
     return _checkpoint(name, folder, weights, _digest(weights) if local else folder.name)
 
@@ -135,7 +157,7 @@ def _checkpoint(
     )
 
 
-def _download(name: str) -> Path:
+def _download(name: str, files: list[str]) -> Path:
     if expanded(name).is_file():
         raise CheckpointError(told_of_file(Path(name)))
     hub_id, _, revision = name.partition("@")
@@ -145,7 +167,7 @@ def _download(name: str) -> Path:
             "or a comma of a folder's name is written \\+ or \\,"
         )
     try:
-        return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=_NEEDED))
+        return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointMissing(
             f"checkpoint {name!r} is neither a folder here nor in the local cache, and the hub "

@@ -25,13 +25,34 @@ _RGB = {
 
 def render(scene: Scene) -> Image.Image:
     """The picture of a scene: square, 64 to 224 pixels wide, with the flaws of a photograph."""
-    rng = np.random.default_rng([scene.seed % 2**63, 1])
+    rng = _random(scene)
+    picture, _ = _drawn(scene, rng)
+    return _flawed(picture, rng)
+
+
+def outlines(scene: Scene) -> list[list[tuple[float, float]]]:
+    """The corners of each shape as ``render`` draws them, in shares of the picture's side."""
+    picture, corners = _drawn(scene, _random(scene))
+    side = picture.width
+    return [[(x / side, y / side) for x, y in each] for each in corners]
+
+
+def _random(scene: Scene) -> np.random.Generator:
+    return np.random.default_rng([scene.seed % 2**63, 1])
+
+
+def _drawn(
+    scene: Scene, rng: np.random.Generator
+) -> tuple[Image.Image, list[list[tuple[float, float]]]]:
+    """The picture without flaws, and the corners of its shapes in pixels."""
     side = int(rng.integers(64, 225))
     picture = _background(scene.background, side, rng)
     draw = ImageDraw.Draw(picture)
+    corners = []
     for shape in scene.shapes:
-        draw.polygon(_outline(shape, side, rng), fill=_jittered(shape.color, rng))
-    return _flawed(picture, rng)
+        corners.append(_outline(shape, side, rng))
+        draw.polygon(corners[-1], fill=_jittered(shape.color, rng))
+    return picture, corners
 
 
 def _jittered(color: str, rng: np.random.Generator) -> tuple[int, int, int]:

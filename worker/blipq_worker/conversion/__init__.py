@@ -1,0 +1,1 @@
+"""Checkpoints of LAVIS, written as folders that can be served."""
