@@ -11,6 +11,7 @@ from blipq_worker.catalog.prompts import match_text
 from blipq_worker.inference.interface import ItemFailed
 from blipq_worker.inference.requests import (
     Embed,
+    Explain,
     Failure,
     Generate,
     Item,
@@ -40,7 +41,7 @@ class Readers:
                 self._check_generate(model, item)
             case Rank():
                 self._check_rank(model, item)
-            case Match() | Rerank():
+            case Match() | Explain() | Rerank():
                 _retrieval(model)
             case Embed():
                 self._check_embed(model, item)

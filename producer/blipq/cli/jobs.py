@@ -110,6 +110,7 @@ def match(
     image: ImageArgument,
     texts: Annotated[list[str], typer.Argument(help="One or more texts.")],
     head: Annotated[str, typer.Option(help="itm: a probability; itc: a cosine.")] = "itm",
+    explain: Annotated[bool, typer.Option("--explain", help="Add where itm looked.")] = False,
     **options: Unpack[OptionFields],
 ) -> Job[Any]:
     """Score texts against an image.
@@ -119,7 +120,7 @@ def match(
         blipq match s3://photos/1.jpg "a cat" --head itc
     """
     # pydantic checks the head and names the choices
-    return client.match(image, texts, head=head, **options)  # type: ignore[arg-type]
+    return client.match(image, texts, head=head, explain=explain, **options)  # type: ignore[arg-type]
 
 
 @verb

@@ -152,10 +152,13 @@ class AsyncClient(ClientBase):
         texts: str | Sequence[str],
         *,
         head: Head = "itm",
+        explain: bool = False,
         **options: Unpack[Fields],
     ) -> AsyncJob[MatchResult]:
         """Asks how well each text matches, like ``Client.match``."""
-        return await self._ask(MatchRequest, image, {"texts": texts, "head": head}, options)
+        return await self._ask(
+            MatchRequest, image, {"texts": texts, "head": head, "explain": explain}, options
+        )
 
     async def embed(
         self,

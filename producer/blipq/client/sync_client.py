@@ -154,10 +154,16 @@ class Client(ClientBase):
         texts: str | Sequence[str],
         *,
         head: Head = "itm",
+        explain: bool = False,
         **options: Unpack[Fields],
     ) -> Job[MatchResult]:
-        """Asks how well each text matches: ``itm`` is a probability, ``itc`` a cosine."""
-        return self._ask(MatchRequest, image, {"texts": texts, "head": head}, options)
+        """Asks how well each text matches: ``itm`` is a probability, ``itc`` a cosine.
+
+        ``explain`` adds where ``itm`` looked.
+        """
+        return self._ask(
+            MatchRequest, image, {"texts": texts, "head": head, "explain": explain}, options
+        )
 
     def embed(
         self,

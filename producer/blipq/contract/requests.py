@@ -96,12 +96,22 @@ class VQARequest(Input, Asks[VQAResult]):
 
 
 class MatchRequest(Input, Asks[MatchResult]):
-    """Score texts against the image: ``itm`` is a probability, ``itc`` a cosine."""
+    """Score texts against the image: ``itm`` is a probability, ``itc`` a cosine.
+
+    ``explain`` adds where ``itm`` looked, for at most 16 texts.
+    """
 
     kind: Literal[Kind.MATCH] = Kind.MATCH
     image: Image
     texts: Annotated[Texts, Field(max_length=256)]
     head: Head = "itm"
+    explain: bool = False
+
+    @model_validator(mode="after")
+    def _explicable(self) -> "MatchRequest":
+        if self.explain and (self.head != "itm" or len(self.texts) > 16):
+            raise ValueError("explain is for head 'itm' and at most 16 texts")
+        return self
 
 
 EmbedMode = Literal["image", "text", "multimodal"]

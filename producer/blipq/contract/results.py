@@ -65,26 +65,6 @@ class VQAResult(Output):
         return self.answers[0].text
 
 
-class TextScore(Output):
-    """A text and how well it matches: a probability (itm) or a cosine (itc)."""
-
-    text: str
-    score: float
-
-
-class MatchResult(Output):
-    """A score per text, in the order given."""
-
-    kind: Literal[Kind.MATCH] = Kind.MATCH
-    head: Head
-    scores: tuple[TextScore, ...]
-
-    @property
-    def best(self) -> TextScore:
-        """The text that matches best."""
-        return max(self.scores, key=lambda scored: scored.score)
-
-
 class Array(Output):
     """Numbers in row-major order: little-endian ``dtype``, base64.
 
@@ -112,6 +92,32 @@ class Array(Output):
         """What NumPy reads an array from."""
         typestr = "<f2" if self.dtype == "float16" else "<f4"
         return {"version": 3, "shape": self.shape, "typestr": typestr, "data": self.tobytes()}
+
+
+class TextScore(Output):
+    """A text and how well it matches: a probability (itm) or a cosine (itc).
+
+    With ``explain``, ``map`` (1 + words, rows, columns) says where in the image, from 0 to 1: row 0
+    for the whole text, the others for ``words``.
+    """
+
+    text: str
+    score: float
+    map: Array | None = None
+    words: tuple[str, ...] | None = None
+
+
+class MatchResult(Output):
+    """A score per text, in the order given."""
+
+    kind: Literal[Kind.MATCH] = Kind.MATCH
+    head: Head
+    scores: tuple[TextScore, ...]
+
+    @property
+    def best(self) -> TextScore:
+        """The text that matches best."""
+        return max(self.scores, key=lambda scored: scored.score)
 
 
 class EmbedResult(Output):

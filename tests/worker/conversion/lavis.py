@@ -119,9 +119,17 @@ def seen(state: State, images: Tensor) -> Tensor:
 
 
 def read(
-    state: State, image: Tensor | None, ids: Tensor | None = None, *, queries: bool = True
+    state: State,
+    image: Tensor | None,
+    ids: Tensor | None = None,
+    *,
+    queries: bool = True,
+    looked: list[Tensor] | None = None,
 ) -> Tensor:
-    """``Qformer.bert``'s last states, (B, queries + tokens, width)."""
+    """``Qformer.bert``'s last states, (B, queries + tokens, width).
+
+    looked: takes the attention to the image, layer by layer.
+    """
     parts = []
     if queries:
         assert image is not None
@@ -139,7 +147,7 @@ def read(
         if queries:
             if layer % 2 == 0:
                 assert image is not None
-                asked = _attended(state, f"{at}.crossattention", asked, image)
+                asked = _attended(state, f"{at}.crossattention", asked, image, looked)
             asked = _fed(state, at, "_query", asked)
         if ids is not None:
             text = _fed(state, at, "", text)
@@ -147,9 +155,9 @@ def read(
     return x
 
 
-def matched(state: State, image: Tensor, ids: Tensor) -> Tensor:
+def matched(state: State, image: Tensor, ids: Tensor, looked: list[Tensor] | None = None) -> Tensor:
     """The two logits of the matching head, (B, 2)."""
-    asked = read(state, image, ids)[:, :QUERIES]
+    asked = read(state, image, ids, looked=looked)[:, :QUERIES]
     return _apply(state, "itm_head", asked).mean(dim=1)
 
 
@@ -230,16 +238,24 @@ def _norm(state: State, name: str, x: Tensor, eps: float = 1e-12) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps)
 
 
-def _attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _attention(
+    queries: Tensor, keys: Tensor, values: Tensor, looked: list[Tensor] | None = None
+) -> Tensor:
     q, k, v = (each.unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in (queries, keys, values))
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+    attention = scores.softmax(dim=-1)
+    if looked is not None:
+        looked.append(attention)
+    return (attention @ v).transpose(1, 2).flatten(2)
 
 
-def _attended(state: State, at: str, x: Tensor, other: Tensor) -> Tensor:
+def _attended(
+    state: State, at: str, x: Tensor, other: Tensor, looked: list[Tensor] | None = None
+) -> Tensor:
     queries = _apply(state, f"{at}.self.query", x)
     keys, values = (_apply(state, f"{at}.self.{part}", other) for part in ("key", "value"))
-    dense = _apply(state, f"{at}.output.dense", _attention(queries, keys, values))
+    states = _attention(queries, keys, values, looked)
+    dense = _apply(state, f"{at}.output.dense", states)
     return _norm(state, f"{at}.output.LayerNorm", dense + x)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from blipq_worker.blip2.generation.items import GeneratedText, GenerateItem
     from blipq_worker.blip2.generation.sessions import WritingSession
     from blipq_worker.blip2.heads.embedding import Arrays, EmbedItem
+    from blipq_worker.blip2.heads.heatmaps import ExplainItem
     from blipq_worker.blip2.heads.matching import MatchItem, RerankItem
     from blipq_worker.blip2.heads.scoring import RankItem
     from blipq_worker.blip2.loading.checkpoints import CheckpointError
@@ -26,6 +27,7 @@ _MODULES = {
     **dict.fromkeys(("GenerateItem", "GeneratedText"), "generation.items"),
     "WritingSession": "generation.sessions",
     **dict.fromkeys(("Arrays", "EmbedItem"), "heads.embedding"),
+    "ExplainItem": "heads.heatmaps",
     **dict.fromkeys(("MatchItem", "RerankItem"), "heads.matching"),
     "RankItem": "heads.scoring",
     "CheckpointError": "loading.checkpoints",
@@ -39,6 +41,7 @@ __all__ = [
     "Blip2",
     "CheckpointError",
     "EmbedItem",
+    "ExplainItem",
     "FeatureCache",
     "GenerateItem",
     "GeneratedText",

@@ -20,6 +20,7 @@ from blipq_worker.blip2.generation.generator import Generator
 from blipq_worker.blip2.generation.items import GeneratedText, GenerateItem
 from blipq_worker.blip2.generation.sessions import WritingSession
 from blipq_worker.blip2.heads.embedding import Arrays, Embedder, EmbedItem
+from blipq_worker.blip2.heads.heatmaps import Explainer, ExplainItem
 from blipq_worker.blip2.heads.matching import Matcher, MatchItem, RerankItem
 from blipq_worker.blip2.heads.scoring import Ranker, RankItem
 from blipq_worker.blip2.loading.attention import Attention
@@ -37,14 +38,14 @@ from blipq_worker.startup import START
 
 log = logging.getLogger(__name__)
 
-Item = GenerateItem | RankItem | MatchItem | RerankItem | EmbedItem
+Item = GenerateItem | RankItem | MatchItem | ExplainItem | RerankItem | EmbedItem
 
 
 class Blip2:
     """A resident model.
 
-    One thread calls ``generate``, ``rank``, ``match``, ``rerank`` and ``embed``; the rest is
-    thread-safe.
+    One thread calls ``generate``, ``rank``, ``match``, ``explain``, ``rerank`` and ``embed``;
+    the rest is thread-safe.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Blip2:
         generator: Generator,
         matcher: Matcher | None = None,
         embedder: Embedder | None = None,
+        explainer: Explainer | None = None,
         cache: FeatureCache | None = None,
     ) -> None:
         self.info = info
@@ -60,6 +62,7 @@ class Blip2:
         self.ranker = Ranker(generator)
         self.matcher = matcher
         self.embedder = embedder
+        self.explainer = explainer
         self._cache = cache
 
     @classmethod
@@ -105,18 +108,19 @@ class Blip2:
         matched = None
         if retrieval is not None:
             matched = _Part.load(retrieval, "retrieval", setup, draft)
-        matcher = embedder = None
+        matcher = embedder = explainer = None
         shares_vision = False
         if matched is not None:
             shares_vision = matched.share_tower(written)
             parts = matched.checkpoint, matched.model, matched.tokenizer, matched.vision(cache)
             matcher, embedder = Matcher(*parts), Embedder(*parts)
+            explainer = Explainer(matched.checkpoint, matcher.texts, matcher.vision)
         if not compiled:  # the compiler cannot read packed layers
             for part in filter(None, (written, matched)):
                 pack(part.model)
         reading = Reading(str(written.checkpoint.folder), generator.room(0))
         info = _info(setup, written, matched, reading, shares_vision=shares_vision, slots=slots)
-        return cls(info, generator, matcher, embedder, cache)
+        return cls(info, generator, matcher, embedder, explainer, cache)
 
     def on_step(self, call: Callable[[], None]) -> None:
         """Has ``call`` called after every decode step, chunk of pairs, and pass of a part."""
@@ -127,6 +131,8 @@ class Blip2:
             self.matcher.on_step = call
             self.matcher.vision.on_step = call
             self.embedder.on_step = call
+        if self.explainer is not None:
+            self.explainer.on_step = call
 
     def on_encode(self, call: OnEncode) -> None:
         """Has ``call`` called after a pass that encoded images, with these and its milliseconds."""
@@ -208,7 +214,7 @@ class Blip2:
                 self.generator.check(item.prompts, item.params)
             case RankItem():
                 self.ranker.check(item.prompts, item.choices)
-            case MatchItem() | RerankItem():
+            case MatchItem() | ExplainItem() | RerankItem():
                 self._matcher()
             case EmbedItem():
                 self._embedder().check(item)
@@ -244,6 +250,15 @@ class Blip2:
         Raises PermanentError ``model_unavailable`` without a retrieval checkpoint.
         """
         return self._matcher().match(items)
+
+    def explain(self, items: Sequence[ExplainItem]) -> list[Arrays]:
+        """Where the matching head looked, per item. See ``Explainer.explain``.
+
+        Raises PermanentError ``model_unavailable`` without a retrieval checkpoint.
+        """
+        if self.explainer is None:
+            raise self._no_retrieval()
+        return self.explainer.explain(items)
 
     def rerank(self, items: Sequence[RerankItem]) -> list[tuple[float, float]]:
         """The matching logit and the probability of a match, per item. See ``Matcher.rerank``.

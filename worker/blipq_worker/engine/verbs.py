@@ -9,6 +9,7 @@ import numpy as np
 from blipq_worker.blip2 import (
     Arrays,
     EmbedItem,
+    ExplainItem,
     GeneratedText,
     GenerateItem,
     MatchItem,
@@ -22,6 +23,7 @@ from blipq_worker.inference.requests import (
     Array,
     Embed,
     Embedded,
+    Explain,
     Feature,
     Generate,
     Generated,
@@ -96,6 +98,12 @@ _VERBS: Mapping[type, Verb] = {
         value=lambda scores: Matched(tuple(scores)),
         feature=lambda item: "patches" if item.head == "itm" else "retrieval",
         setting=lambda item: item.head,
+    ),
+    Explain: Verb(
+        "explain",
+        item=lambda item, pixels: ExplainItem(pixels, item.texts),
+        value=_embedded,
+        feature=lambda item: "patches",
     ),
     Rerank: Verb(
         "rerank",

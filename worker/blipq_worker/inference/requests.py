@@ -120,6 +120,13 @@ class Match(Plain, frozen=True, tag="match"):
     head: Literal["itm", "itc"] = "itm"
 
 
+class Explain(Plain, frozen=True, tag="explain"):
+    """One image and the texts of which to say where the matching head looked."""
+
+    image: ImagePixels
+    texts: Texts
+
+
 class Rerank(Plain, frozen=True, tag="rerank"):
     """An image that is near a text, to be looked at together with it."""
 
@@ -141,7 +148,7 @@ class Embed(Plain, frozen=True, tag="embed"):
             raise ValueError(f"mode {self.mode!r} has other inputs")
 
 
-Item = Generate | Rank | Match | Rerank | Embed
+Item = Generate | Rank | Match | Explain | Rerank | Embed
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -187,7 +194,7 @@ class Array(Plain, frozen=True):
 
 
 class Embedded(Plain, frozen=True, tag="embedded"):
-    """Features by name."""
+    """Features by name; of an ``Explain``, maps by the number of their text, counted from "0"."""
 
     arrays: dict[str, Array]
 

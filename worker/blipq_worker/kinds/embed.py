@@ -1,12 +1,8 @@
 """Features of an image, of a text, or of both read together; of an image also into an index."""
 
-from base64 import b64encode
 from functools import partial
 
-import numpy as np
-
 from blipq.contract import (
-    Array,
     EmbedDtype,
     EmbedRequest,
     EmbedResult,
@@ -16,7 +12,7 @@ from blipq.contract import (
 )
 from blipq.index.store import Entry, Vectors
 from blipq_worker.inference.requests import Embed, Embedded, Feature, ImagePixels
-from blipq_worker.kinds.arrays import Numbers, numbers
+from blipq_worker.kinds.arrays import numbers, stored
 from blipq_worker.kinds.spec import Ask, Part, SinglePart
 
 
@@ -57,13 +53,8 @@ def _projected(embedded: Embedded) -> Vectors:
 
 def _features(dtype: EmbedDtype, embedded: Embedded) -> EmbedResult:
     return EmbedResult(
-        arrays={name: _array(numbers(array), dtype) for name, array in embedded.arrays.items()}
+        arrays={name: stored(numbers(array), dtype) for name, array in embedded.arrays.items()}
     )
-
-
-def _array(values: Numbers, dtype: EmbedDtype) -> Array:
-    data = np.asarray(values, dtype=np.dtype(dtype).newbyteorder("<")).tobytes()
-    return Array(shape=values.shape, dtype=dtype, data=b64encode(data).decode())
 
 
 def _entry(target: IndexEntry, image: ImageRef, vectors: Vectors) -> Entry:

@@ -2,13 +2,22 @@
 
 from functools import partial
 
-from blipq.contract import Kind, MatchRequest, MatchResult, TextScore
-from blipq_worker.inference.requests import Feature, ImagePixels, Match, Matched
+from blipq.contract import Array, Kind, MatchRequest, MatchResult, TextScore
+from blipq_worker.catalog.prompts import match_text
+from blipq_worker.inference.requests import (
+    Embedded,
+    Explain,
+    Feature,
+    ImagePixels,
+    Match,
+    Matched,
+)
+from blipq_worker.kinds.arrays import numbers, stored
 from blipq_worker.kinds.spec import Ask, Part, SinglePart
 
 
 class MatchSpec(SinglePart[MatchRequest]):
-    """One ``Match`` of all texts."""
+    """One ``Match`` of all texts; with ``explain`` an ``Explain`` beside it."""
 
     kind = Kind.MATCH
 
@@ -21,6 +30,33 @@ class MatchSpec(SinglePart[MatchRequest]):
         assert image is not None
         item = Match(image, request.texts, request.head)
         return Part("match", item, partial(_scores, request))
+
+    def answer(self, request: MatchRequest, image: ImagePixels | None, ask: Ask) -> MatchResult:
+        """Scores, and where asked for the maps that explain them."""
+        part = self.part(request, image, ask)
+        if not request.explain:
+            return ask.one(part)
+        assert image is not None
+        maps = Part("match", Explain(image, request.texts), _maps)
+        matched, drawn = ask.all([part, maps])
+        scores = zip(matched.scores, drawn, strict=True)
+        return MatchResult(
+            head=request.head,
+            scores=tuple(
+                TextScore(text=each.text, score=each.score, map=map_, words=_words(each.text, map_))
+                for each, map_ in scores
+            ),
+        )
+
+
+def _maps(embedded: Embedded) -> list[Array]:
+    maps = embedded.arrays
+    return [stored(numbers(maps[str(number)]), "float16") for number in range(len(maps))]
+
+
+def _words(text: str, map_: Array) -> tuple[str, ...]:
+    """The words that have maps: all but those that the head does not read."""
+    return tuple(match_text(text).split()[: map_.shape[0] - 1])
 
 
 def _scores(request: MatchRequest, matched: Matched) -> MatchResult:

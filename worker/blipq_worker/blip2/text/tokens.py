@@ -24,7 +24,7 @@ class Texts:
             )
         self._tokenizer = tokenizer
         self._longest = longest
-        self._pad: int = tokenizer.pad_token_id
+        self.pad: int = tokenizer.pad_token_id
 
     def ids(self, text: str) -> list[int]:
         """A text's token ids, from [CLS] to [SEP]."""
@@ -35,6 +35,15 @@ class Texts:
             return [*ids[: self._longest - 1], ids[-1]]
         return ids
 
+    def words(self, text: str) -> list[range]:
+        """Where the ids of each word of a text are among its ids; what is cut off is left out."""
+        found, start, end = [], 1, len(self.ids(text)) - 1
+        for word in match_text(text).split():
+            ids = self._tokenizer(word, add_special_tokens=False, verbose=False)["input_ids"]
+            found.append(range(start, min(start + len(ids), end)))
+            start += len(ids)
+        return [word for word in found if word]
+
     def write(self, path: Path) -> None:
         """Writes the tokenizer to a file of the library tokenizers. Raises OSError."""
         path.write_text(self._tokenizer.backend_tokenizer.to_str())
@@ -43,4 +52,4 @@ class Texts:
         self, texts: Sequence[str], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask, (texts, longest), padded on the right: BERT's positions are absolute."""
-        return padded([self.ids(text) for text in texts], self._pad, device)
+        return padded([self.ids(text) for text in texts], self.pad, device)
