@@ -3,7 +3,9 @@
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
+from benchmarks.heatmaps import cases, gain
 from pytest_httpserver import HTTPServer
 
 from blipq import Client, JobFailed, Settings
@@ -102,6 +104,19 @@ def test_describe_an_image_at_one_look(client: Client, picture: bytes, scene: wo
     assert result.vqa.text == asked.answer
     assert result.match.best.score > 0.5
     assert len(result.embed["image_embeds"].tolist()) == 32
+
+
+def test_a_match_can_say_where_it_looked(client: Client) -> None:
+    """On one of two shapes, at least twice its share of the picture."""
+    case = next(each for each in cases(20) if each.text == "a red circle")
+    matched = client.match(png(case.scene), case.text, explain=True).result(timeout=60)
+    found = matched.best
+    assert (found.score > 0.5, found.words) == (True, ("a", "red", "circle"))
+    assert found.map is not None
+    maps = np.asarray(found.map)
+    assert (maps.shape, maps.max()) == ((4, 8, 8), 1.0)
+    assert case.shape is not None
+    assert gain(maps[0].astype(float), case.scene, case.shape) >= 2
 
 
 def test_a_local_file_is_uploaded_first(client: Client, picture: bytes, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from blipq_worker.inference.requests import (
     Array,
     Embed,
     Embedded,
+    Explain,
     Generate,
     Generated,
     GeneratedText,
@@ -62,6 +63,7 @@ class Model:
         said = {
             Generate: self.generate,
             Match: self.match,
+            Explain: self.explain,
             Embed: self.embed,
             Rank: self.rank,
         }
@@ -82,6 +84,11 @@ class Model:
     def match(self, item: Match) -> Matched:
         self.asked.append(item)
         return Matched(tuple(int(text[-1]) / 10 for text in item.texts))
+
+    def explain(self, item: Explain) -> Embedded:
+        self.asked.append(item)
+        map_ = Array((3, 1, 2), np.arange(6, dtype=np.float32).tobytes())
+        return Embedded({str(number): map_ for number in range(len(item.texts))})
 
     def rank(self, item: Rank) -> Ranked:
         self.asked.append(item)
