@@ -164,8 +164,14 @@ def main() -> None:
     asked = cases(parser.parse_args().scenes)
     model = Blip2.load(str(demo.OPT), str(demo.ITM), dtype="float32")
     found = measured(model, asked)
-    print(f"maps of texts: {found.texts:.1%} good, median {found.median_text:.1f} times the area")
-    print(f"maps of words: {found.words:.1%} good, median {found.median_word:.1f} times the area")
+    print(
+        f"maps of texts: {found.texts:.1%} good, median {found.median_text:.1f} times the area",
+        flush=True,
+    )
+    print(
+        f"maps of words: {found.words:.1%} good, median {found.median_word:.1f} times the area",
+        flush=True,
+    )
     for name, share in sorted(others(model, asked).items(), key=lambda each: -each[1]):
         print(f"  {share:6.1%} {name}")
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from blipq.contract.images import split_s3_uri
 from blipq.contract.options import Options
-from blipq.contract.requests import EmbedRequest, Request, SearchRequest
+from blipq.contract.requests import EmbedRequest, MatchRequest, Request, SearchRequest
 
 #: Names of buckets and lengths of metadata that contract 1 has.
 _BUCKET_1 = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -18,6 +18,8 @@ def contract_of(request: Request, options: Options) -> int:
     Most jobs need contract 1: in a fleet that is being upgraded, every worker takes them.
     """
     if request.image is not None and request.image.is_part:
+        return 3
+    if isinstance(request, MatchRequest) and request.explain:
         return 3
     buckets = all(_BUCKET_1.fullmatch(bucket) for bucket in _buckets(request, options))
     metadata = all(len(value) <= _LONGEST_METADATA_1 for value in _metadata(request))

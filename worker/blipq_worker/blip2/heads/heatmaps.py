@@ -26,7 +26,7 @@ from blipq_worker.blip2.text.tokens import Texts
 from blipq_worker.blip2.vision.features import Vision
 from blipq_worker.blip2.vision.preprocessing import Pixels
 
-#: Texts, whole or without a word, in one pass: each keeps its states for the gradient.
+#: Texts, whole or without a word, in one pass: each keeps its states until the gradient is known.
 _AT_ONCE = 16
 
 
