@@ -12,6 +12,7 @@ class Costs:
     """us: of Redis' one core, for a job by its client and by its worker, and for a worker a second.
 
     open_bytes, ended_bytes: of Redis, for a job that is open and for one that is kept.
+    job_commands, idle_commands: of Redis, those in scripts too, for a job and a worker a second.
     """
 
     submit_us: float
@@ -19,6 +20,8 @@ class Costs:
     idle_us: float
     open_bytes: float = 0.0
     ended_bytes: float = 0.0
+    job_commands: float = 0.0
+    idle_commands: float = 0.0
 
     @property
     def job_us(self) -> float:

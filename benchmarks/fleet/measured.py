@@ -9,6 +9,7 @@ import statistics
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from benchmarks.fleet.costs import Costs, Gpu
@@ -52,8 +53,7 @@ def measured() -> dict[str, Any]:
         killed = _backlog(stack, image, KILL, KILLED_AFTER), simulated(costs, 2, KILL, killed=True)
         runs["two, one killed"] = killed
     found = {name: {"measured": real, "simulated": sim} for name, (real, sim) in runs.items()}
-    own = {"job_us": costs.job_us, "idle_us": costs.idle_us}
-    return {"costs": own, "runs": found, "tenants": neighbours}
+    return {"costs": asdict(costs), "runs": found, "tenants": neighbours}
 
 
 def off(run: Mapping[str, Figures]) -> float:
@@ -74,7 +74,8 @@ def simulated(costs: Costs, workers: int, jobs: int, *, killed: bool = False) ->
     fleet.run(drained=True)
     seconds = max(each.at for each in fleet.ended)
     found = _figures(jobs, seconds, fleet.latency(0.5), fleet.latency(0.99))
-    found["redis_busy"] = fleet.redis_busy(seconds)
+    commands = jobs * costs.job_commands + fleet.worker_s * costs.idle_commands
+    found["commands_per_s"] = commands / seconds
     if killed:
         found["recovery_s"] = max(each.at for each in fleet.ended if each.alone) - killed_at
     return found
@@ -87,34 +88,43 @@ def _figures(jobs: int, seconds: float, p50_s: float, p99_s: float) -> Figures:
 def _costs(stack: Stack, image: ImageRef) -> Costs:
     """What an idle worker and a job cost Redis here. The halves of a job's do not matter."""
     _backlog(stack, image, WARM)  # the first jobs make what others find
-    before = _redis_cpu_s(stack)
+    cpu_s, commands = _redis(stack)
     time.sleep(IDLE_S)
-    idle = (_redis_cpu_s(stack) - before) / IDLE_S
-    found = _backlog(stack, image, CALIBRATION)
-    seconds = CALIBRATION / found["per_s"]
-    job_us = 1e6 * (found["redis_busy"] - idle) * seconds / CALIBRATION
-    return Costs(job_us / 2, job_us / 2, 1e6 * idle)
+    after_s, after = _redis(stack)
+    idle, idle_commands = (after_s - cpu_s) / IDLE_S, (after - commands) / IDLE_S
+    before, started = _redis(stack), time.monotonic()
+    _backlog(stack, image, CALIBRATION)
+    seconds = time.monotonic() - started
+    cpu_s, commands = (now - then for now, then in zip(_redis(stack), before, strict=True))
+    job_us = 1e6 * (cpu_s - idle * seconds) / CALIBRATION
+    job_commands = (commands - idle_commands * seconds) / CALIBRATION
+    return Costs(
+        *(job_us / 2, job_us / 2, 1e6 * idle),
+        job_commands=job_commands,
+        idle_commands=idle_commands,
+    )
 
 
-def _redis_cpu_s(stack: Stack) -> float:
-    """CPU seconds by Redis' own account: the system's, by pid, is in hundredths."""
-    info: Any = stack.client.ledger.redis.info("cpu")
-    return float(info["used_cpu_user"] + info["used_cpu_sys"])
+def _redis(stack: Stack) -> tuple[float, int]:
+    """CPU seconds by Redis' own account, and commands, those in scripts too."""
+    info: Any = stack.client.ledger.redis.info("everything")
+    calls = sum(each["calls"] for name, each in info.items() if name.startswith("cmdstat_"))
+    return info["used_cpu_user"] + info["used_cpu_sys"], calls
 
 
 def _backlog(stack: Stack, image: ImageRef, jobs: int, kill_after: int | None = None) -> Figures:
     """Jobs all at once. kill_after: how many have ended when the first worker is killed."""
-    before, started = _redis_cpu_s(stack), time.monotonic()
+    (_, before), started = _redis(stack), time.monotonic()
     submitted = stack.client.submit_many(requests(image, jobs))
     killed_at = 0.0 if kill_after is None else _kill(stack, jobs - kill_after)
     waited = stack.client.wait_all(submitted, timeout=RUN_S)
-    busy = (_redis_cpu_s(stack) - before) / (time.monotonic() - started)
+    commands = (_redis(stack)[1] - before) / (time.monotonic() - started)
     infos = [job.info() for job in waited]
     ended = [i.completed_at for i in infos if i.completed_at]
     seconds = max(ended).timestamp() - infos[0].created_at.timestamp()
     took = sorted((i.completed_at - i.created_at).total_seconds() for i in infos if i.completed_at)
     found = _figures(jobs, seconds, took[jobs // 2], took[int(0.99 * jobs)])
-    found["redis_busy"] = busy
+    found["commands_per_s"] = commands
     if kill_after is not None:
         back = [i.completed_at.timestamp() for i in infos if i.completed_at and i.attempts > 1]
         found["recovery_s"] = max(back) - killed_at

@@ -106,6 +106,8 @@ class Fleet:
         self.costs = costs
         self.cells = [Cell() for _ in range(cells)]
         self.ended: list[Ended] = []
+        #: Seconds that workers served, of all of them together.
+        self.worker_s = 0.0
         self._draw = random.Random(seed)
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._numbers = itertools.count()
@@ -201,6 +203,7 @@ class Fleet:
     def _idle_load(self, cell: Cell) -> None:
         """Heartbeats, sweeps and waits of workers, once a second."""
         workers = sum(each.serves for each in cell.workers)
+        self.worker_s += workers
         cell.redis.serve(self.now, workers * self.costs.idle_us / 1e6)
         self.at(self.now + 1.0, self._idle_load, cell)
 

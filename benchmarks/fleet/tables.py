@@ -12,7 +12,7 @@ _RUN_NAMES = {
     "per_s": "jobs/s",
     "p50_s": "p50 s",
     "p99_s": "p99 s",
-    "redis_busy": "Redis busy",
+    "commands_per_s": "Redis commands/s",
     "recovery_s": "recovery s",
 }
 
@@ -30,7 +30,7 @@ def _pair(run: Mapping[str, Any], figure: str) -> str:
     if figure not in run["measured"]:
         return ""
     real, simulated = run["measured"][figure], run["simulated"][figure]
-    return f"{real:.3g}, {simulated:.3g}"
+    return f"{real:,.4g}, {simulated:,.4g}"
 
 
 def steady(found: Mapping[str, Any]) -> Table:
