@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 #: Goes up when a worker must know something new to run a job (see ``contract_of``). A worker that
 #: meets a newer number leaves the job in its queue, so workers are deployed before producers.
 #: 2: buckets with capitals or underscores, metadata of indexes of up to 1,024 characters.
-#: 3: images that are a part of an object (``offset`` and ``length``), maps of matches (``explain``).
+#: 3: images that are a part of an object (``offset``, ``length``), maps of matches (``explain``).
 CONTRACT = 3
 
 
