@@ -143,7 +143,7 @@ class Generator:
 
     @property
     def way(self) -> str:
-        """How greedy and sampled texts in flight are written."""
+        """How texts in flight are written, but for long ones."""
         return "growing slots" if self._static is None else f"static slots, {self._static.way}"
 
     def _loop(self) -> Loop:
@@ -155,7 +155,7 @@ class Generator:
         return growing if static is None else RoutedLoop(static, growing)
 
     def open_slots(self, among: Sequence[Way], *, slots: int | None, budget: int) -> None:
-        """Has greedy and sampled texts written in static slots, if one of these ways works.
+        """Has texts written in static slots, if one of these ways works.
 
         Where ways capture graphs, looks at images are captured, too. slots, budget: see
         ``static_loop``. Slots of before must be empty; they are let go first. What does not work is

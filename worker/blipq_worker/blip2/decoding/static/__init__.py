@@ -1,9 +1,9 @@
-"""Greedy search and sampling in static slots: what GPUs run.
+"""Greedy search, sampling and beams in static slots: what GPUs run.
 
 Read in this order: ``loop`` (who is in which slot), ``step`` (what a step is), ``state`` (what the
-device knows of the sequences), ``opt`` (the forward passes), ``attention`` and ``kernel``,
-``sampler`` (from scores to tokens), ``graphs`` (steps as CUDA graphs), ``setup`` (what of all this
-a device can run).
+device knows of the sequences), ``groups`` (and of their beams), ``opt`` (the forward passes),
+``attention`` and ``kernel``, ``sampler`` (from scores to tokens), ``graphs`` (steps as CUDA
+graphs), ``setup`` (what of all this a device can run).
 """
 
 from blipq_worker.blip2.decoding.static.loop import StaticLoop
