@@ -453,6 +453,34 @@ def test_what_cannot_run_is_given_up_for_what_can_in_one_line(
     assert written(loop, some) == written(DecodeLoop(plain, ends=(), slots=5), some)
 
 
+class _KnowsNoAncestors(KernelAttention):
+    """A kernel that reads each slot's own past, whoever its beam goes on from."""
+
+    windows = True
+
+    def __init__(self) -> None:
+        self._masked = MaskedAttention()
+        self.prepare_cross, self.cross = self._masked.prepare_cross, self._masked.cross
+
+    def prepare(self, *args: Any) -> Any:
+        return self._masked.prepare(*args[:4])
+
+    def __call__(self, *args: Any) -> torch.Tensor:
+        return self._masked(*args)
+
+
+def test_a_kernel_that_is_wrong_of_beams_alone_is_given_up(
+    plain: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger=setup.__name__):
+        loop = static_loop(
+            plain, ends=(), slots=3, budget=0, among=[Way(_KnowsNoAncestors, None), EAGER]
+        )
+    assert loop is not None
+    assert loop.way == "sdpa eagerly"
+    assert "numbers of its attention are off" in caplog.text
+
+
 def test_nothing_that_works_leaves_growing_slots(opt: Blip2) -> None:
     opt.open_slots([Way(_Missing, None)], slots=2, budget=0)
     try:
