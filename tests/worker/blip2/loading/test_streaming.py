@@ -16,7 +16,8 @@ from blipq.local.stack import LocalStack
 from blipq.s3.storage import Storage
 from blipq_worker.blip2 import Blip2
 from blipq_worker.blip2.loading.checkpoints import CheckpointError, open_checkpoint
-from blipq_worker.blip2.loading.weights import Quantization, Quantizing, Setup, load_weights
+from blipq_worker.blip2.loading.quantizing import Quantization, Quantizing
+from blipq_worker.blip2.loading.weights import Setup, load_weights
 from blipq_worker.catalog.models import ModelError, demo_folder
 from blipq_worker.catalog.s3.errors import Fault, S3ModelError
 from blipq_worker.catalog.s3.manifest import MANIFEST, Manifest
