@@ -12,6 +12,7 @@ _RUN_NAMES = {
     "per_s": "jobs/s",
     "p50_s": "p50 s",
     "p99_s": "p99 s",
+    "redis_busy": "Redis busy",
     "commands_per_s": "Redis commands/s",
     "recovery_s": "recovery s",
 }
