@@ -33,7 +33,7 @@ PART = {"uri": "s3://photos/a.tar", "etag": "x", "offset": 512, "length": 9}
         ({"kind": "search", "index": "shop", "text": "a", "filter": {"a": LONG}}, {}, 2),
         ({"kind": "caption", "image": PART}, {}, 3),
         ({"kind": "search", "index": "shop", "image": PART}, {}, 3),
-        ({"kind": "match", "image": "s3://p/a", "texts": "a", "explain": True}, {}, 3),
+        ({"kind": "match", "image": "s3://photos/a", "texts": "a", "explain": True}, {}, 3),
     ],
 )
 def test_a_job_needs_the_lowest_contract_whose_workers_take_it(
