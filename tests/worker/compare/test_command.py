@@ -93,22 +93,3 @@ def test_what_a_file_holds_of_a_model_is_not_replaced_by_another_ones(tmp_path: 
     assert file.read_bytes() == before
     assert blipq(*recording, "--accept").returncode == 0
     assert file.read_bytes() != before
-
-
-def test_what_cannot_be_compared_is_an_error_of_its_own(tmp_path: Path) -> None:
-    manifest = tmp_path / "sample.jsonl"
-    manifest.write_text('{"custom_id": "1", "kind": "caption", "image": "s3://a-bucket/1.png"}\n')
-    several = {"BLIPQ_MODELS": "a=demo,b=opt-2.7b"}
-    for code, arguments, extra, message in (
-        (2, ["demo", "--manifest", str(tmp_path / "none")], {}, "cannot read"),
-        (
-            2,
-            ["demo", "--manifest", str(manifest)],
-            several,
-            "BLIPQ_MODELS serves several models: a, b",
-        ),
-        (7, ["demo"], {"BLIPQ_REDIS_URL": "redis://127.0.0.1:1/0"}, "Redis does not answer"),
-    ):
-        ran = blipq("models", "compare", *arguments, "--json", **extra)
-        assert ran.returncode == code, ran.stdout
-        assert message in json.loads(ran.stdout)["message"]
