@@ -45,7 +45,8 @@ def submit(
         Path | None, typer.Option(help="A file of TOML with these options and a request.")
     ] = None,
     kind: Annotated[
-        Kind | None, typer.Option(help="The kind of each row's job; by default a caption.")
+        Kind | None,
+        typer.Option(metavar="KIND", help="caption, vqa, match, embed or describe."),
     ] = None,
     question: Annotated[
         list[str] | None, typer.Option(help="A question to each picture; may be repeated.")
@@ -88,7 +89,7 @@ def submit(
         str | None, typer.Option(help="Served model of rows or lines that name none.")
     ] = None,
     priority: Annotated[
-        Priority | None, typer.Option(help="Their priority; by default low.")
+        Priority | None, typer.Option(metavar="PRIORITY", help="high, normal or (default) low.")
     ] = None,
     expires_in: Annotated[str | None, typer.Option(help="Their deadline, such as 2d.")] = None,
     as_json: JsonOption = False,
@@ -100,8 +101,8 @@ def submit(
 
     Examples:
         blipq bulk submit manifest.jsonl
-        blipq bulk submit s3://photos/shards/ --question "what is it?" --output answers/
-        blipq bulk submit cars.csv --image-column url --prompt "a photo of a {color} car that"
+        blipq bulk submit s3://photos/shards/ --question "what is it?"
+        blipq bulk submit cars.csv --image-column url --prompt "a {color} car"
         blipq bulk submit --recipe cars.toml --dry-run
     """
     request = {

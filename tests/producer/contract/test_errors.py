@@ -35,7 +35,13 @@ def test_the_tree_in_the_docstring_is_the_tree_of_the_classes() -> None:
 
 def test_every_error_says_whether_trying_again_can_help() -> None:
     retryable = {name for name, kind in CLASSES.items() if kind.retryable}
-    assert retryable == {"QueueUnavailable", "QueueFull", "ResultTimeout", "TransientError"}
+    assert retryable == {
+        "QueueUnavailable",
+        "QueueFull",
+        "TenantLimited",
+        "ResultTimeout",
+        "TransientError",
+    }
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import redis
 from pytest_httpserver import HTTPServer
 
 from blipq import Client, Settings
+from blipq.contract import CONTRACT
 from blipq.errors import QueueUnavailable
 from blipq.ledger.connection import COMPACT_FIELD, connect
 from blipq.ledger.worker import WorkerLedger
@@ -133,9 +134,11 @@ def test_workers_of_an_earlier_contract_are_a_warning(
 ) -> None:
     info: dict[str, Any] = {"models": ["default"], "active": 0}
     ledger.register("earlier", ["default"], json.dumps(info), ttl_s=30, spare=False)
-    ledger.register("new", ["default"], json.dumps(info | {"contract": 2}), ttl_s=30, spare=False)
+    ledger.register(
+        "new", ["default"], json.dumps(info | {"contract": CONTRACT}), ttl_s=30, spare=False
+    )
     finding = next(each for each in check_workers(apart) if each.state == "warn")
-    assert "1 of 2 for the model 'default' lack contract 2" in finding.message
+    assert f"1 of 2 for the model 'default' lack contract {CONTRACT}" in finding.message
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,6 @@ def convert(
 
     Examples:
         blipq models convert checkpoint_best.pth my-captions --base opt-2.7b
-        BLIPQ_MODELS=default=my-captions blipq worker
     """
     with refused():
         require_torch("converting")
@@ -189,7 +188,6 @@ def push(
 
     Examples:
         blipq models push ./my-model s3://models/my-model/v1
-        BLIPQ_MODELS=default=s3://models/my-model/v1 blipq worker
     """
     with refused():
         from blipq_worker.serving.pushing import push as push_folder

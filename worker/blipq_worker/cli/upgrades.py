@@ -79,7 +79,7 @@ def compare(
 
     Examples:
         blipq models compare ./opt-next --jobs 200
-        blipq models compare opt-6.7b --against opt-2.7b --manifest sample.jsonl --json
+        blipq models compare opt-6.7b --manifest sample.jsonl --json
     """
     with refused(as_json):
         require_torch("comparing")
