@@ -160,7 +160,8 @@ class Taker:
     def _leave_now(self, code: int = 0) -> None:
         """Hands everything back and ends the process: its threads cannot be stopped."""
         count = self._jobs.outcomes.hand_back_all()
-        log.warning("handed back: %d", count)
+        if count:
+            log.warning("handed back: %d", count)
         logging.shutdown()
         os._exit(code)
 

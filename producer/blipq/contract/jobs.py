@@ -70,6 +70,8 @@ class JobInfo(Output):
     what keeps it from being run, if that is known, and ``last_error`` why it is run again.
     ``eta`` is when it should end, predicted from jobs like it and from what is ahead of it; missing
     where no such job has ended yet, and while no worker lives that serves its model.
+    ``queue_position`` is how many waiting jobs of its model are taken before it; missing while it
+    runs, and while it waits for the time of a retry.
     ``tenant`` is whose job it is, if it is a tenant's.
     ``result_uri``: the s3:// object that holds the result, where that is not in the ledger.
     """
@@ -83,6 +85,7 @@ class JobInfo(Output):
     completed_at: datetime | None = None
     expires_at: datetime
     eta: datetime | None = None
+    queue_position: int | None = None
     attempts: int = 0
     image: str | None = None
     result: Result | None = None

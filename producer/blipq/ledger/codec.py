@@ -274,7 +274,15 @@ def job_of(id: str, answer: Sequence[Any]) -> JobInfo | None:
     live, paused, outlook, *pairs = answer
     job = paired(pairs)
     eta = None if paused == 1 else eta_of(job, int(live), outlook)
-    return job_info(id, job, live_workers=int(live), paused=paused == 1, eta=eta)
+    position = int(outlook[1]) if outlook and job["status"] == "queued" else -1
+    return job_info(
+        id,
+        job,
+        live_workers=int(live),
+        paused=paused == 1,
+        eta=eta,
+        queue_position=None if position < 0 else position,
+    )
 
 
 def _request_text(request: Request) -> str:
@@ -347,6 +355,7 @@ def job_info(
     live_workers: int | None = None,
     paused: bool = False,
     eta: float | None = None,
+    queue_position: int | None = None,
 ) -> JobInfo:
     """A record's fields as everyone sees the job. ``paused``: whether its queue is."""
 
@@ -375,6 +384,7 @@ def job_info(
             "completed_at": at("completed_at"),
             "expires_at": at("deadline"),
             "eta": eta,
+            "queue_position": queue_position,
             "attempts": int(job.get("attempts", 0)),
             "image": _image_of(loaded("request")),
             "result": loaded("result"),

@@ -189,7 +189,7 @@ def eta_of(job: Mapping[str, str], live: int, outlook: Sequence[Any]) -> float |
 
     live: workers that serve its model. outlook: see ``read.lua``.
     """
-    if not outlook:
+    if not outlook or live == 0:
         return None
     now, ahead, *hashes = outlook
     open_, working, learned = (dict(zip(each[::2], each[1::2], strict=True)) for each in hashes)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from blipq import Client
+from blipq.cli.terminal.output import state_of
 from blipq.contract import (
     CaptionRequest,
     DescribeRequest,
@@ -190,6 +191,24 @@ def test_all_that_is_learned_expires(client: Client, ledger: WorkerLedger) -> No
     ledger.learn(learned(("default", CAPTION, 1, 1.0, 0, 0.0, 1.0), used=(("default", "", 1.0),)))
     for key in (keys.work, keys.cost, keys.used):
         assert ledger.redis.ttl(key("default")) > 0
+
+
+def test_a_job_says_how_many_are_taken_before_it(client: Client, ledger: WorkerLedger) -> None:
+    jobs = [client.caption(IMAGE) for _ in range(3)]
+    client.caption(IMAGE, priority="low")
+    client.caption(IMAGE, model="other")
+    assert [job.info().queue_position for job in jobs] == [0, 1, 2]  # also where no worker lives
+    client.caption(IMAGE, priority="high")
+    assert [job.info().queue_position for job in jobs] == [1, 2, 3]
+    claim = ledger.claim(jobs[0].id, "w1")
+    assert isinstance(claim, Claim)
+    assert [job.info().queue_position for job in jobs] == [None, 1, 2]
+    assert state_of(jobs[1].info()).startswith("queued, no live worker serves")
+    assert state_of(jobs[1].info()).endswith(", behind 1")
+    ledger.retry(claim, delay_s=60.0)
+    assert [job.info().queue_position for job in jobs] == [None, 1, 2]  # it waits for its time
+    jobs[1].cancel()
+    assert [job.info().queue_position for job in jobs] == [None, None, 1]
 
 
 def test_a_job_says_when_it_should_end(client: Client, ledger: WorkerLedger) -> None:

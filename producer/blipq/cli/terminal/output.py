@@ -218,6 +218,8 @@ def state_of(info: JobInfo) -> str:
         line += f" ({info.error.code}: {info.error.message})"
     if info.note is not None:
         line += f", {info.note}"
+    if info.queue_position:
+        line += f", behind {info.queue_position:,}"
     if info.eta is not None:
         line += f", should end at {info.eta.astimezone():%H:%M:%S}"
     if info.attempts > 1:

@@ -1,8 +1,8 @@
 -- Settles what is due and reads the job. ARGV: id, and whether to look ahead (1 or nothing).
--- Returns {live workers of its model, whether its queue is paused (1 or 0), what an ETA needs, field,
+-- Returns {live workers of its model, whether its queue is paused (1 or 0), what is ahead of it, field,
 -- value, ...}, or {} for an unknown id.
--- An ETA needs {now, jobs ahead of it or -1 outside its queue, and the hashes of work, working and
--- cost}; {} where nobody looks ahead, and of a job that has ended.
+-- Ahead of it is {now, how many jobs or -1 outside its queue}, and where a worker lives the hashes of
+-- work, working and cost, which an ETA needs; {} where nobody looks ahead, and of a job that has ended.
 local id = ARGV[1]
 local job = load(id)
 if not job then return {} end
@@ -22,9 +22,10 @@ if not ended(job) and tonumber(job.deadline) <= now then end_job(id, job, 'expir
 local live = redis.call('ZCOUNT', serving_key(job.model), '(' .. now, '+inf')
 local answer = redis.call('HGETALL', job_key(id))
 local outlook = {}
-if ARGV[2] and live > 0 and redis.call('ZSCORE', OPEN, id) then
+if ARGV[2] and redis.call('ZSCORE', OPEN, id) then
   outlook = {now, ahead()}
-  for _, key in ipairs({work_key(job.model), working_key(job.model), cost_key(job.model)}) do
+  for _, key in ipairs(live > 0 and {work_key(job.model), working_key(job.model), cost_key(job.model)}
+    or {}) do
     outlook[#outlook + 1] = redis.call('HGETALL', key)
   end
 end
