@@ -9,11 +9,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from blipq.errors import BlipqError
-from blipq_api import batches, events, jobs, operator, reference, uploads
+from blipq_api import events, reference
 from blipq_api.console import errors, routes
 from blipq_api.door import Door, Operation
 from blipq_api.gate import Gate
 from blipq_api.problems import Problem
+from blipq_api.routes import batches, jobs, operator, uploads
 
 OPERATIONS = (
     Operation("POST", "/v1/jobs", jobs.submit, "submit"),

@@ -17,7 +17,7 @@ from starlette.responses import Response, StreamingResponse
 from blipq.contract import JobInfo, Status
 from blipq.errors import InvalidRequest, QueueUnavailable
 from blipq_api.door import caller_of, door_of
-from blipq_api.jobs import known
+from blipq_api.routes.jobs import known
 
 #: A stream ends after this; whoever wants more comes again with the last number.
 LONGEST_STREAM_S = 600.0

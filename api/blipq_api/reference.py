@@ -14,7 +14,7 @@ from starlette.responses import HTMLResponse, Response
 from blipq import __version__, contract
 from blipq.contract import Kind, Status
 from blipq_api.door import Operation
-from blipq_api.uploads import Presigned, PresignRequest, Uploaded
+from blipq_api.routes.uploads import Presigned, PresignRequest, Uploaded
 
 _REF = "#/components/schemas/"
 _REQUESTS: tuple[type[BaseModel], ...] = (

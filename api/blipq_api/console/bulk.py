@@ -13,7 +13,6 @@ from blipq.ledger.acting import as_one
 from blipq.ledger.changes import Action, Change, Changing
 from blipq.ledger.views.listing import Page, Place, Wanted
 from blipq.redaction import redacted
-from blipq_api import jobs
 from blipq_api.access.keys import Caller, Scope
 from blipq_api.access.selections import Selection
 from blipq_api.console.access import read_form
@@ -21,6 +20,7 @@ from blipq_api.console.filters import filters_of, query_of
 from blipq_api.console.pages import rendered, session_of
 from blipq_api.door import Door, caller_of, door_of
 from blipq_api.problems import Problem
+from blipq_api.routes import jobs
 
 #: Records that a count goes through at most: of those with some metadata it may find few.
 MOST_READ = 25_000

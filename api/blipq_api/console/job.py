@@ -8,13 +8,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from blipq.contract import JobInfo, Receipt, Status
-from blipq_api import events, jobs
+from blipq_api import events
 from blipq_api.access.keys import Scope
 from blipq_api.console.access import about, call, id_of, read_form, to
 from blipq_api.console.pages import rendered
 from blipq_api.console.snippets import Snippets
 from blipq_api.door import Handler, caller_of, door_of
 from blipq_api.problems import Problem
+from blipq_api.routes import jobs
 
 #: What the buttons of a job do: the operation, the right that it needs, and the page behind it.
 ACTIONS: dict[str, tuple[Handler, Scope, str]] = {

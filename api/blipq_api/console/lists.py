@@ -10,7 +10,6 @@ from starlette.responses import Response
 from blipq.contract import JobInfo, Kind, Status
 from blipq.errors import InvalidRequest
 from blipq.ledger.operator import OperatorLedger
-from blipq_api import jobs, operator
 from blipq_api.console.access import call, read_form, to
 from blipq_api.console.bulk import offered
 from blipq_api.console.filters import filters_of, query_of
@@ -18,6 +17,7 @@ from blipq_api.console.pages import rendered
 from blipq_api.console.rates import rate_of
 from blipq_api.door import caller_of, door_of
 from blipq_api.problems import Problem
+from blipq_api.routes import jobs, operator
 
 PAGE_OF_JOBS = 50
 #: More dead letters are counted, and shown as the newest ones leave.

@@ -9,10 +9,10 @@ from starlette.responses import Response
 from blipq.contract import ImageRef, JobInfo, SearchResult
 from blipq.s3.refusals import s3_errors
 from blipq.s3.storage import Storage
-from blipq_api import jobs
 from blipq_api.console.access import id_of
 from blipq_api.door import caller_of, door_of
 from blipq_api.problems import Problem
+from blipq_api.routes import jobs
 
 MOST_BYTES = 32 * 2**20
 TIMEOUT_S = 20.0

@@ -12,12 +12,12 @@ from blipq.contract import Kind
 from blipq.errors import InvalidRequest
 from blipq.s3.storage import MAX_UPLOAD_BYTES
 from blipq.submission import new_id
-from blipq_api import operator
 from blipq_api.console.access import MOST_FIELDS, MOST_FORM_BYTES, call, check_token, to
 from blipq_api.console.pages import rendered
 from blipq_api.door import caller_of, door_of, media_type, read_body
-from blipq_api.jobs import job_request_of
 from blipq_api.problems import Problem
+from blipq_api.routes import operator
+from blipq_api.routes.jobs import job_request_of
 
 #: What the form has for each kind; a field of several lines is a list.
 FIELDS: dict[Kind, tuple[str, ...]] = {

@@ -14,8 +14,8 @@ from blipq_worker.blip2 import Blip2
 from blipq_worker.blip2.cuda.capture import Run
 from blipq_worker.blip2.decoding import DecodeLoop, Row
 from blipq_worker.blip2.decoding.static import StaticLoop, Way, static_loop
-from blipq_worker.blip2.decoding.static import kernel as kernel_module
-from blipq_worker.blip2.decoding.static.attention import KernelAttention, MaskedAttention
+from blipq_worker.blip2.decoding.static.attention import kernel as kernel_module
+from blipq_worker.blip2.decoding.static.attention.methods import KernelAttention, MaskedAttention
 from blipq_worker.blip2.decoding.static.opt import StaticOpt
 from blipq_worker.blip2.decoding.static.sampler import Sampler, Variant
 from blipq_worker.blip2.decoding.static.state import SlotState

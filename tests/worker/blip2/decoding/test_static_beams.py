@@ -15,7 +15,7 @@ from blipq_worker.blip2 import Blip2
 from blipq_worker.blip2.decoding import DecodeLoop, Row, row_seed
 from blipq_worker.blip2.decoding.sampling import ScoresError
 from blipq_worker.blip2.decoding.static import StaticLoop, Way, static_loop
-from blipq_worker.blip2.decoding.static.attention import MaskedAttention
+from blipq_worker.blip2.decoding.static.attention.methods import MaskedAttention
 from blipq_worker.blip2.decoding.static.graphs import Graphs
 from blipq_worker.blip2.decoding.static.step import Shape
 from blipq_worker.blip2.generation.routing import RoutedLoop

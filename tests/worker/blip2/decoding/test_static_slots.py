@@ -25,7 +25,7 @@ from blipq_worker.blip2.decoding import static as static_package
 from blipq_worker.blip2.decoding.sampling import ScoresError
 from blipq_worker.blip2.decoding.static import StaticLoop, Way, setup, static_loop
 from blipq_worker.blip2.decoding.static.admission import Admission, AdmissionGraphs
-from blipq_worker.blip2.decoding.static.attention import KernelAttention, MaskedAttention
+from blipq_worker.blip2.decoding.static.attention.methods import KernelAttention, MaskedAttention
 from blipq_worker.blip2.decoding.static.graphs import Graphs
 from blipq_worker.blip2.decoding.static.linears import EightBits, fused
 from blipq_worker.blip2.decoding.static.opt import StaticOpt
@@ -758,7 +758,7 @@ def test_a_worker_holds_jobs_enough_to_fill_its_slots() -> None:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The kernel in Triton's interpreter."""
-    name = "blipq_worker.blip2.decoding.static.kernel"
+    name = "blipq_worker.blip2.decoding.static.attention.kernel"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delitem(sys.modules, name, raising=False)
     # What is imported here is the package's attribute, too, which later tests must not find.

@@ -12,7 +12,7 @@ from PIL import Image
 from blipq.errors import PermanentError
 from blipq_worker.blip2 import Blip2, GenerateItem, WritingSession
 from blipq_worker.blip2.decoding.static import Way
-from blipq_worker.blip2.decoding.static.attention import MaskedAttention
+from blipq_worker.blip2.decoding.static.attention.methods import MaskedAttention
 from blipq_worker.blip2.generation import generator, sessions
 from blipq_worker.catalog.params import resolve
 from blipq_worker.engine.backend import Engine

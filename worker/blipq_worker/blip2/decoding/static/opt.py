@@ -7,8 +7,8 @@ import torch
 from blipq_worker.blip2.decoding.languages import Opt
 from blipq_worker.blip2.decoding.opt_step import OptStep
 from blipq_worker.blip2.decoding.sequences import Row
-from blipq_worker.blip2.decoding.static.attention import Attention
-from blipq_worker.blip2.decoding.static.caches import KeysAndValues
+from blipq_worker.blip2.decoding.static.attention.caches import KeysAndValues
+from blipq_worker.blip2.decoding.static.attention.methods import Attention
 from blipq_worker.blip2.decoding.static.linears import Pass, fused, pass_of
 from blipq_worker.blip2.decoding.static.state import SlotState
 

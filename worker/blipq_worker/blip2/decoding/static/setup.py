@@ -16,7 +16,7 @@ from blipq_worker.blip2.cuda.capture import CudaCapture, Run
 from blipq_worker.blip2.decoding.languages import T5, Language, Opt
 from blipq_worker.blip2.decoding.sequences import Row
 from blipq_worker.blip2.decoding.static.admission import Admission, AdmissionGraphs
-from blipq_worker.blip2.decoding.static.attention import (
+from blipq_worker.blip2.decoding.static.attention.methods import (
     Attention,
     KernelAttention,
     MaskedAttention,

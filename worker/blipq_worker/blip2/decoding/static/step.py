@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from blipq_worker.blip2.decoding.sequences import Row
-from blipq_worker.blip2.decoding.static.attention import Attention
+from blipq_worker.blip2.decoding.static.attention.methods import Attention
 from blipq_worker.blip2.decoding.static.groups import SlotGroups
 from blipq_worker.blip2.decoding.static.sampler import Sampler, Variant
 from blipq_worker.blip2.decoding.static.state import SlotState

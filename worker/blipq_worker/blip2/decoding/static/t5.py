@@ -6,8 +6,8 @@ import torch
 
 from blipq_worker.blip2.decoding.languages import T5
 from blipq_worker.blip2.decoding.sequences import Row
-from blipq_worker.blip2.decoding.static.attention import Attention
-from blipq_worker.blip2.decoding.static.caches import KeysAndValues
+from blipq_worker.blip2.decoding.static.attention.caches import KeysAndValues
+from blipq_worker.blip2.decoding.static.attention.methods import Attention
 from blipq_worker.blip2.decoding.static.linears import (
     Pass,
     activation_of,

@@ -12,8 +12,8 @@ from blipq.ledger.views.actions import ActionLog, is_action_id
 from blipq.redaction import redacted
 from blipq.rights import ANY
 from blipq_api.door import caller_of, door_of, shown
-from blipq_api.jobs import number
 from blipq_api.problems import Problem
+from blipq_api.routes.jobs import number
 
 
 async def health(request: Request) -> Response:

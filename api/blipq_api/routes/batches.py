@@ -14,8 +14,8 @@ from blipq.errors import BlipqError, InvalidRequest, SubmitStopped
 from blipq.submission import Submission, checked, new_id
 from blipq_api.access.keys import Caller
 from blipq_api.door import Door, caller_of, door_of, json_of, media_type, read_body, read_json
-from blipq_api.jobs import job_request_of
 from blipq_api.problems import Problem, problem_of
+from blipq_api.routes.jobs import job_request_of
 
 LINES = ("application/x-ndjson", "application/jsonl", "application/jsonlines")
 MOST_LINES = 10_000

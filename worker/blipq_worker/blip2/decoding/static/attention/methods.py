@@ -135,7 +135,7 @@ class KernelAttention:
     windows = False
 
     def __init__(self) -> None:
-        from blipq_worker.blip2.decoding.static import kernel
+        from blipq_worker.blip2.decoding.static.attention import kernel
 
         self._kernel = kernel
 

@@ -1,0 +1,1 @@
+"""What the door answers under /v1, by what it is about."""
