@@ -6,9 +6,7 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from blipq.bulk.driver import Driver
 from blipq.bulk.journal import driving
@@ -17,11 +15,11 @@ from blipq.cli import bulk
 from blipq.cli.terminal.output import JsonOption, connected, errors, out
 from blipq.client.recording import AWAY
 from blipq.client.sync_client import Client
-from blipq.contract import Kind, Priority
+from blipq.contract import Priority
 from blipq.errors import InvalidRequest, QueueUnavailable
 from blipq.s3.refusals import S3Refused
+from blipq_datasets import flags
 from blipq_datasets.dataset import Dataset
-from blipq_datasets.recipe import recipe_from
 from blipq_datasets.start import Run, begun, dataset_of
 
 #: Rows that a preview shows.
@@ -29,69 +27,27 @@ SHOWN = 3
 
 
 def submit(
-    source: Annotated[
-        str | None,
-        typer.Argument(
-            help="A file, folder, s3:// object or prefix: pictures, tars, Parquet, CSV, JSON lines."
-        ),
-    ] = None,
-    prefix: Annotated[
-        str | None, typer.Option(metavar="S3-URI", help="Instead: a request per object under it.")
-    ] = None,
-    template: Annotated[
-        Path | None, typer.Option(help="With --prefix: the request, as JSON without its image.")
-    ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="A file of TOML with these options and a request.")
-    ] = None,
-    kind: Annotated[
-        Kind | None,
-        typer.Option(metavar="KIND", help="caption, vqa, match, embed or describe."),
-    ] = None,
-    question: Annotated[
-        list[str] | None, typer.Option(help="A question to each picture; may be repeated.")
-    ] = None,
-    text: Annotated[
-        list[str] | None, typer.Option(help="A text to score against each; may be repeated.")
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help="How each caption begins.")] = None,
-    image_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The pictures: URIs, paths or bytes.")
-    ] = None,
-    id_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The rows' keys, each once.")
-    ] = None,
-    prompt_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A prompt, question or text for each row.")
-    ] = None,
-    to: Annotated[
-        str | None,
-        typer.Option(metavar="KIND", help="parquet (default), jsonl, csv or webdataset."),
-    ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="Where answered shards go: a folder or s3:// prefix."),
-    ] = None,
-    escape_formulas: Annotated[
-        bool, typer.Option(help="In CSV: ' before what a spreadsheet would run.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option(help="Show the requests of the first three rows, and submit nothing.")
-    ] = False,
-    update: Annotated[
-        bool, typer.Option(help="Begin a run anew that is over: submit only what has changed.")
-    ] = False,
-    journal: Annotated[
-        str | None, typer.Option(help="What became of each row; by default SOURCE.bulk here.")
-    ] = None,
-    window: Annotated[int | None, typer.Option(min=1, help=bulk.WINDOW_HELP)] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Served model of rows or lines that name none.")
-    ] = None,
-    priority: Annotated[
-        Priority | None, typer.Option(metavar="PRIORITY", help="high, normal or (default) low.")
-    ] = None,
-    expires_in: Annotated[str | None, typer.Option(help="Their deadline, such as 2d.")] = None,
+    source: flags.Source = None,
+    prefix: flags.PrefixOption = None,
+    template: flags.TemplateOption = None,
+    recipe: flags.RecipeOption = None,
+    kind: flags.KindOption = None,
+    question: flags.QuestionOption = None,
+    text: flags.TextOption = None,
+    prompt: flags.PromptOption = None,
+    image_column: flags.ImageColumnOption = None,
+    id_column: flags.IdColumnOption = None,
+    prompt_column: flags.PromptColumnOption = None,
+    to: flags.ToOption = None,
+    output: flags.OutputOption = None,
+    escape_formulas: flags.EscapeOption = False,
+    dry_run: flags.DryRunOption = False,
+    update: flags.UpdateOption = False,
+    journal: flags.JournalOption = None,
+    window: flags.WindowOption = None,
+    model: flags.ModelOption = None,
+    priority: flags.PriorityOption = None,
+    expires_in: flags.ExpiresOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Submit a dataset or a manifest and collect; the same command again goes on after a kill.
@@ -105,25 +61,8 @@ def submit(
         blipq bulk submit cars.csv --image-column url --prompt "a {color} car"
         blipq bulk submit --recipe cars.toml --dry-run
     """
-    request = {
-        "kind": _kind(kind, question, text),
-        "prompt": prompt,
-        "questions": question,
-        "texts": text,
-    }
-    options = {"model": model, "priority": priority, "expires_in": expires_in}
-    flags: dict[str, Any] = {
-        "source": source,
-        "image_column": image_column,
-        "id_column": id_column,
-        "prompt_column": prompt_column,
-        "to": to,
-        "output": output,
-        "escape_formulas": escape_formulas or None,
-        "request": _given(request),
-    }
-    chosen_here = [name for name, value in flags.items() if value is not None and name != "source"]
-    if _is_manifest(source, prefix) and not (chosen_here or recipe or dry_run or update):
+    given = flags.Flags(**locals())  # nothing else is local yet
+    if given.is_of_a_manifest:
         bulk.submit(
             manifest=source,
             prefix=prefix,
@@ -135,42 +74,27 @@ def submit(
             expires_in=expires_in,
             as_json=as_json,
         )
-        return
-    with connected(as_json) as client:
-        if prefix is not None or template is not None:
+    else:
+        _submit_dataset(given)
+
+
+def _submit_dataset(given: flags.Flags) -> None:
+    with connected(given.as_json) as client:
+        if given.prefix is not None or given.template is not None:
             raise InvalidRequest("--prefix and --template are for manifests: give a source")
-        chosen = recipe_from(recipe, {**flags, "options": _given(options)})
-        chosen = chosen.with_low_priority()
-        if chosen.source is None:
+        recipe = given.chosen()
+        if recipe.source is None:
             raise InvalidRequest("give a source, or a recipe that names one")
-        path = journal_path(journal or chosen.source)
-        if dry_run:
+        path = journal_path(given.journal or recipe.source)
+        if given.dry_run:
             with TemporaryDirectory(prefix="blipq-") as folder:
                 shown = Path(folder, "preview")
-                _show(dataset_of(chosen.source, chosen, client, shown, "0"), as_json)
+                _show(dataset_of(recipe.source, recipe, client, shown, "0"), given.as_json)
             return
         with suppress(QueueUnavailable):  # the driver waits for Redis, and meets it then
-            client.ledger.check_models([chosen.options.get("model", "default")])
-        with driving(path), begun(chosen.source, chosen, client, path, update=update) as run:
-            _work(client, run, window or client.settings.window, as_json)
-
-
-def _kind(kind: Kind | None, questions: list[str] | None, texts: list[str] | None) -> str | None:
-    """The kind that the flags mean."""
-    if kind is not None:
-        return str(kind)
-    return "vqa" if questions else "match" if texts else None
-
-
-def _given(fields: dict[str, Any]) -> dict[str, Any] | None:
-    given = {name: value for name, value in fields.items() if value}
-    return given or None
-
-
-def _is_manifest(source: str | None, prefix: str | None) -> bool:
-    if source is None:
-        return prefix is not None
-    return source.lower().endswith((".jsonl", ".ndjson"))
+            client.ledger.check_models([recipe.options.get("model", "default")])
+        with driving(path), begun(recipe.source, recipe, client, path, update=given.update) as run:
+            _work(client, run, given.window or client.settings.window, given.as_json)
 
 
 def _show(dataset: Dataset, as_json: bool) -> None:
