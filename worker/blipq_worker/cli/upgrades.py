@@ -50,7 +50,7 @@ ManifestOption = Annotated[
     typer.Option(
         "--manifest",
         metavar="FILE",
-        help="Replay its first lines instead: JSON Lines, as for `blipq bulk run`.",
+        help="Replay its first lines instead: JSON Lines, as for `blipq bulk submit`.",
     ),
 ]
 PageOption = Annotated[

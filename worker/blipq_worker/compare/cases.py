@@ -78,7 +78,7 @@ def _ids(ledger: OperatorLedger, model: str | None) -> Iterator[str]:
 
 
 def of_manifest(file: Path, most: int) -> list[Case]:
-    """The first requests of a manifest as ``blipq bulk run`` takes it. Raises InvalidRequest."""
+    """The first requests of a manifest as ``blipq bulk submit`` takes it. Raises InvalidRequest."""
     cases = []
     for entry in islice(JsonLines(LocalFile(file), {}).entries(0, ""), most):
         if entry.work is None:
