@@ -528,7 +528,7 @@ def test_a_frozen_engine_is_noticed_by_its_silence(path: Path) -> None:
         future = ask(client)
         wait_until(lambda: "holds 1" in engine.last, "the item")
         engine.signal(signal.SIGSTOP)
-        with pytest.raises(EngineGone, match="has said nothing for 1 s"):
+        with pytest.raises(EngineGone, match="has sent nothing for 1 s"):
             future.result(10)
         engine.signal(signal.SIGCONT)
         wait_until(lambda: client.connected, "the engine again")
