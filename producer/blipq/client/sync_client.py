@@ -373,7 +373,8 @@ class Client(ClientBase):
         """Queues jobs again that failed, expired or were cancelled, with fresh attempts.
 
         Like ``cancel_all``. Their deadline is ``default_expires_in`` from now. Raises QueueFull
-        where too many jobs are open for all of them.
+        where too many jobs are open for all of them, and TenantLimited at the end, when all others
+        are queued, where some are of a tenant that has its open jobs.
         """
         return self._change(Change.of("retry", which, dry_run=dry_run))
 

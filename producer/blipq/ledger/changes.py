@@ -60,8 +60,8 @@ class Chunk:
 class Changed:
     """What a chunk came to: the jobs that were changed, and the messages to publish.
 
-    ``cursor`` is of the next chunk. ``full``: too many jobs are open for the rest, of all or of the
-    tenant that ``limited`` names with how many it may have.
+    ``cursor`` is of the next chunk. ``full``: too many jobs are open for the rest. ``limited``: a
+    tenant of which there are too many, with how many it may have.
     """
 
     ids: list[str]
@@ -79,25 +79,38 @@ class Changing:
         self._change = change
         self._cursor: str | None = _FIRST
         self._at = 0
+        self._limited: tuple[str, int] | None = None
 
     def next(self) -> Chunk | None:
         """The next chunk, or None when all have been run."""
+        if self._is_done:
+            return None
         if self._change.where is not None:
-            return None if self._cursor is None else Chunk(self._change, self._cursor, ())
-        ids = self._change.ids[self._at : self._at + CHUNK]
-        return Chunk(self._change, _FIRST, ids) if ids else None
+            return Chunk(self._change, self._cursor or _FIRST, ())
+        return Chunk(self._change, _FIRST, self._change.ids[self._at : self._at + CHUNK])
+
+    @property
+    def _is_done(self) -> bool:
+        if self._change.where is not None:
+            return self._cursor is None
+        return self._at >= len(self._change.ids)
 
     def took(self, changed: Changed) -> None:
-        """Takes in what the chunk came to. Raises QueueFull or TenantLimited."""
+        """Takes in what the chunk came to.
+
+        Raises QueueFull, and after the last chunk TenantLimited: a tenant at its limit holds up no
+        jobs of others.
+        """
         self.count += len(changed.ids)
         self._at += CHUNK
         self._cursor = None if changed.cursor == _LAST else changed.cursor
+        self._limited = changed.limited or self._limited
+        done = f"{self.count:,} are queued again, the others are not"
         if changed.full:
-            done = f"{self.count:,} are queued again, the others are not"
-            if changed.limited is not None:
-                tenant, most = changed.limited
-                raise TenantLimited(tenant, "open_jobs", most, done=f": {done}")
             raise QueueFull(f"too many jobs are open (BLIPQ_MAX_OPEN_JOBS): {done}")
+        if self._limited is not None and self._is_done:
+            tenant, most = self._limited
+            raise TenantLimited(tenant, "open_jobs", most, done=f": {done}")
 
 
 def arguments(chunk: Chunk, settings: Settings) -> Iterator[str | int]:
@@ -142,8 +155,8 @@ def target_of(which: JobFilter | Sequence[str]) -> str:
 
 def changed(answer: Sequence[Any]) -> Changed:
     """The change script's reply."""
-    cursor, full, ids, found = answer
-    tenant, _, most = full.partition(" ") if isinstance(full, str) else ("", "", "")
+    cursor, full, ids, found, met = answer
+    tenant, _, most = met.partition(" ")
     limited = (tenant, int(most)) if tenant else None
     return Changed(list(ids), codec.messages(found), str(cursor), bool(full), limited)
 

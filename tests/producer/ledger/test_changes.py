@@ -19,7 +19,7 @@ from blipq import (
 )
 from blipq.contract import CaptionRequest, Kind
 from blipq.ledger import keys
-from blipq.ledger.changes import CHUNK, Change, Changing
+from blipq.ledger.changes import CHUNK, Change, Changed, Changing
 from blipq.ledger.operator import OperatorLedger
 from blipq.ledger.worker import Claim, Turn, WorkerLedger
 
@@ -148,7 +148,7 @@ def test_one_script_takes_a_bounded_number_of_ids() -> None:
     sizes = []
     while (chunk := changing.next()) is not None:
         sizes.append(len(chunk.ids))
-        changing.took(type("Changed", (), {"ids": [], "cursor": "0", "full": False})())
+        changing.took(Changed([]))
     assert sizes == [CHUNK, CHUNK, 1]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import redis
+from typer.testing import CliRunner
 
 from blipq import (
     Client,
@@ -18,8 +19,10 @@ from blipq import (
     SubmitStopped,
     TenantLimited,
 )
+from blipq.cli import app
 from blipq.contract import CaptionRequest
 from blipq.ledger import keys
+from blipq.ledger.changes import CHUNK
 from blipq.ledger.connection import connect
 from blipq.ledger.operator import OperatorLedger
 from blipq.ledger.views.actions import ActionLog
@@ -162,6 +165,37 @@ def test_a_job_that_is_tried_again_counts_and_is_refused_at_the_limit(
         submit(ledger, "job_4")
     ledger.succeed(claimed(ledger, "job_1"), RESULT, "{}")
     assert client.retry_all(JobFilter(tenant="shop")) == 1
+
+
+@pytest.mark.parametrize("which", ["ids", "filter"])
+def test_a_tenant_at_its_limit_holds_up_no_other_tenants_retries(
+    ledger: WorkerLedger, client: Client, which: str
+) -> None:
+    ids = [f"job_{number}" for number in range(2 * CHUNK)]
+    for number, id in enumerate(ids):
+        submit(ledger, id, "zoo" if number % 2 else "shop")
+    client.cancel_all(ids)
+    client.limit("shop", open_jobs=1)
+    of = ids if which == "ids" else JobFilter(status="cancelled")
+    with pytest.raises(TenantLimited, match=rf"'shop' .*: {CHUNK + 1} are queued again"):
+        client.retry_all(of)
+    assert counts(ledger) == {"shop": 1, "zoo": CHUNK}
+
+
+def test_a_tenant_at_its_limit_holds_up_no_other_tenants_dead_letters(
+    ledger: WorkerLedger, client: Client, apart: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for id, tenant in (("job_1", "shop"), ("job_2", "zoo")):
+        submit(ledger, id, tenant)
+        ledger.fail(claimed(ledger, id), ERROR, "{}", dead=True)
+    client.limit("shop", open_jobs=0)
+    monkeypatch.setenv("BLIPQ_REDIS_URL", apart.redis_url)
+    ran = CliRunner().invoke(app, ["dead-letters", "retry", "job_1", "job_2"])
+    assert ran.stdout == "job_2: queued\n"
+    assert ran.exit_code != 0
+    assert "'shop' may have 0 open jobs" in ran.stderr
+    assert "not queued again are job_1" in ran.stderr
+    assert counts(ledger)["zoo"] == 1
 
 
 def test_a_rate_lets_two_seconds_jobs_come_at_once_and_then_so_many_a_second(

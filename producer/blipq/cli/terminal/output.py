@@ -39,6 +39,7 @@ from blipq.errors import (
     QueueFull,
     QueueUnavailable,
     ResultTimeout,
+    TenantLimited,
 )
 from blipq.ledger.acting import acting, as_one, this_user
 from blipq.ledger.changes import target_of
@@ -131,10 +132,22 @@ def reported(as_json: bool = False) -> Iterator[None]:
 def act_on_each(ids: Sequence[str], act: Callable[[str], bool], unknown: str) -> None:
     """Acts on each id, as one line of the log of actions.
 
-    Raises JobNotFound at the end for all that ``act`` was False of; ``unknown`` says so of ``{}``.
+    Raises at the end: TenantLimited for jobs of a tenant at its limit, which hold up no others, or
+    JobNotFound for all that ``act`` was False of; ``unknown`` says so of ``{}``.
     """
+    missing: list[str] = []
+    limited: dict[str, TenantLimited] = {}
     with as_one(target_of(ids)):
-        missing = [id for id in ids if not act(id)]
+        for id in ids:
+            try:
+                if not act(id):
+                    missing.append(id)
+            except TenantLimited as error:
+                limited[id] = error
+    if limited:
+        last = [*limited.values()][-1]
+        done = f": not queued again are {', '.join(limited)}"
+        raise TenantLimited(last.tenant, last.limit, last.most, done=done)
     if missing:
         raise JobNotFound(unknown.format(", ".join(missing)))
 

@@ -3,11 +3,11 @@
 -- how many records to go through, or 'ids' and the ids.
 -- Options: dry (nothing is changed), priority (of move), dead (retry dead letters alone),
 -- expires_in ms, retention ms and max_open (of retry).
--- Returns {next cursor ('0': none are left), 1 if too many jobs are open or the last tenant of which
--- there are with how many it may have, ids of the jobs that are changed, or would be, {kind, id, queue,
--- ... of those to publish}}.
+-- Returns {next cursor ('0': none are left), 1 if too many jobs are open, ids of the jobs that are
+-- changed, or would be, {kind, id, queue, ... of those to publish}, 'tenant limit' of the last tenant
+-- that has all the open jobs that it may have, or ''}.
 local change, options, filter = ARGV[1], cjson.decode(ARGV[2]), cjson.decode(ARGV[3])
-local full, changed, publish = 0, {}, {}
+local full, limited, changed, publish = 0, '', {}, {}
 
 local function queue_at(job, priority)
   return (string.gsub(job.queue, '%a+$', priority))
@@ -65,7 +65,7 @@ function changes.retry(id, job)
   end
   local most = job.tenant and limits_of(job.tenant)
   if is_at_most(job.tenant, most) then
-    full = job.tenant .. ' ' .. most
+    limited = job.tenant .. ' ' .. string.format('%d', most)  -- others may go on
     return false
   end
   revive(id, job)
@@ -135,11 +135,11 @@ end
 
 if ARGV[4] == 'ids' then
   for i = 5, #ARGV do consider(ARGV[i]) end
-  return {'0', full, changed, publish}
+  return {'0', full, changed, publish, limited}
 end
 local page = redis.call('SCAN', ARGV[4], 'MATCH', job_key('*'), 'COUNT', ARGV[5])
 local prefix = #job_key('')
 for _, key in ipairs(page[2]) do
   if full == 0 then consider(string.sub(key, prefix + 1)) end
 end
-return {page[1], full, changed, publish}
+return {page[1], full, changed, publish, limited}
