@@ -426,6 +426,11 @@ def test_a_tenant_that_has_used_its_rate_up_is_refused_until_it_has_some(client:
     with pytest.raises(TenantLimited, match=r"may submit 0\.01 jobs a second") as refused:
         client.caption(IMAGE, tenant="shop")
     assert 50 < refused.value.retry_after_s <= 100
+    client.limit("shop", rate=0.2)  # it holds at once
+    client.caption(IMAGE, tenant="shop")
+    with pytest.raises(TenantLimited) as refused:
+        client.caption(IMAGE, tenant="shop")
+    assert 4 < refused.value.retry_after_s <= 5
     client.limit("shop")
     client.caption(IMAGE, tenant="shop")
     with pytest.raises(InvalidRequest, match="rate: "):

@@ -229,6 +229,27 @@ def test_a_rate_below_one_a_second_lets_one_come_at_once(
     assert 9 < refused.value.retry_after_s <= 10
 
 
+def test_a_rate_that_is_raised_holds_at_once(ledger: WorkerLedger, client: Client) -> None:
+    client.limit("shop", rate=0.01)
+    submit(ledger, "job_1")
+    client.limit("shop", rate=0.2)
+    submit(ledger, "job_2")
+    with pytest.raises(TenantLimited) as refused:
+        submit(ledger, "job_3")
+    assert 4 < refused.value.retry_after_s <= 5
+
+
+def test_a_clock_that_is_set_back_locks_no_tenant_out(
+    ledger: WorkerLedger, client: Client, raw: "redis.Redis"
+) -> None:
+    client.limit("shop", rate=0.2)
+    raw.set(keys.rate("shop"), 1000 * (time.time() + 3600), px=3_600_000)
+    submit(ledger, "job_1")
+    with pytest.raises(TenantLimited) as refused:
+        submit(ledger, "job_2")
+    assert 4 < refused.value.retry_after_s <= 5
+
+
 def test_a_limit_of_all_others_is_for_those_without_one_of_their_own(
     ledger: WorkerLedger, client: Client
 ) -> None:

@@ -103,8 +103,12 @@ end
 -- or one job's: so many may be submitted at once.
 local BURST = 2000
 
-local function used_until(tenant)
-  return math.max(now, tonumber(redis.call('GET', rate_key(tenant)) or 0))
+-- What lies further ahead was used at a lower rate, or before Redis' clock was set back: there is room
+-- for one job, which sets it right. 1 ms is for what is lost by rounding.
+local function used_until(tenant, rate)
+  local till = math.max(now, tonumber(redis.call('GET', rate_key(tenant)) or 0))
+  local most = now + math.max(BURST, 1000 / rate)
+  return till <= most + 1 and till or most - 1000 / rate
 end
 
 -- Why a tenant may submit no further job now: 'open_jobs' or 'rate', the limit, and in how many ms to
@@ -113,13 +117,13 @@ local function limit_met(tenant)
   local open, rate = limits_of(tenant)
   if is_at_most(tenant, open) then return string.format('open_jobs %d 1000', open) end
   if not rate then return nil end
-  local wait = used_until(tenant) + 1000 / rate - now - math.max(BURST, 1000 / rate)
+  local wait = used_until(tenant, rate) + 1000 / rate - now - math.max(BURST, 1000 / rate)
   if wait > 0 then return string.format('rate %.10g %d', rate, math.ceil(wait)) end
   return nil, rate
 end
 
 local function use_rate(tenant, rate)
-  local till = used_until(tenant) + 1000 / rate
+  local till = used_until(tenant, rate) + 1000 / rate
   redis.call('SET', rate_key(tenant), string.format('%.3f', till), 'PX', math.ceil(till - now) + 1)
 end
 
