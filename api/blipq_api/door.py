@@ -43,6 +43,8 @@ OPERATOR_THREADS = 4
 UPLOAD_THREADS = 8
 #: Bodies that are held whole at the same time, beside those of single submits.
 LARGE_BODIES = 4
+#: Counts of the console at the same time: each goes through many records.
+COUNTS = 4
 
 
 class Door:
@@ -66,6 +68,7 @@ class Door:
         self._operator_turns = Turns(OPERATOR_THREADS)
         self._upload_turns = Turns(UPLOAD_THREADS)
         self._large_bodies = Turns(LARGE_BODIES)
+        self._counts = Turns(COUNTS)
         self.presigner = Presigner(settings, settings.s3_public_endpoint_url)
         self.streams = 0
 
@@ -110,12 +113,12 @@ class Door:
             # The limit is the limiter: the default one, of 40 threads, is for nobody else here.
             return await anyio.to_thread.run_sync(work)
 
-    async def forget(self, ids: Sequence[str]) -> Forgotten:
+    async def forget(self, ids: Sequence[str], *, only_ended: bool = False) -> Forgotten:
         """Erases jobs, and what they left in S3 and in search indexes."""
         async with self._upload_turns.turn():
             # Indexes are opened at the first use: LanceDB is large.
             unindex = await anyio.to_thread.run_sync(lambda: self._unindex)
-            return await self.client.forget(ids, unindex=unindex)
+            return await self.client.forget(ids, unindex=unindex, only_ended=only_ended)
 
     @cached_property
     def _unindex(self) -> Unindex | None:
@@ -124,6 +127,10 @@ class Door:
     def large_body(self) -> AbstractAsyncContextManager[None]:
         """Room for a large body, for as long as it is kept. Raises Problem if there is none."""
         return self._large_bodies.turn()
+
+    def count(self) -> AbstractAsyncContextManager[None]:
+        """A turn to count jobs. Raises Problem if there is none."""
+        return self._counts.turn()
 
 
 def door_of(request: Request) -> Door:

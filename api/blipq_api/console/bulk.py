@@ -1,8 +1,9 @@
 """All jobs of a filtered list at once: counted first, then exactly those that were counted."""
 
 import json
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -11,6 +12,7 @@ from starlette.responses import Response
 from blipq.contract import JobInfo, Status
 from blipq.ledger.acting import as_one
 from blipq.ledger.changes import Action, Change, Changing
+from blipq.ledger.erasure import CHUNK as ERASED_AT_ONCE
 from blipq.ledger.views.listing import Page, Place, Wanted
 from blipq.redaction import redacted
 from blipq_api.access.keys import Caller, Scope
@@ -76,7 +78,7 @@ async def select(request: Request) -> Response:
     assert session is not None
     wanted = jobs.wanted_of(query_of(filters), caller)
     counted = await _counted(door, bulk, wanted)
-    ids = [*counted.jobs]
+    ids = [*counted.ids]
     # Without values of metadata: the log outlives the jobs.
     target = json.dumps({name: each for name, each in filters.items() if each and name != "value"})
     selection = Selection(action, ids, caller.only_tenant, target)
@@ -91,7 +93,7 @@ async def select(request: Request) -> Response:
         count=len(ids),
         more=counted.more,
         most_read=MOST_READ,
-        jobs=[counted.jobs[id] for id in ids[:SHOWN]],
+        jobs=counted.shown,
     )
 
 
@@ -122,12 +124,20 @@ async def act(request: Request) -> Response:
 async def _done(door: Door, chosen: Selection) -> tuple[int, list[str]]:
     """How many jobs were changed, and what an erasure left elsewhere."""
     if chosen.action == "forget":
-        # Of an open job the record would go, too: somebody has queued it again meanwhile.
-        open_ = set(await _would(door, "cancel", chosen.ids))
-        report = await door.forget([id for id in chosen.ids if id not in open_])
-        return len(report.jobs), [redacted(each) for each in report.left]
+        return await _erased(door, chosen.ids)
     change = door.client.cancel_all if chosen.action == "cancel" else door.client.retry_all
     return await change(chosen.ids), []
+
+
+async def _erased(door: Door, ids: list[str]) -> tuple[int, list[str]]:
+    """A turn for each chunk: an erasure may take minutes. What is queued again by then stays."""
+    count = 0
+    left: list[str] = []
+    for at in range(0, len(ids), ERASED_AT_ONCE):
+        report = await door.forget(ids[at : at + ERASED_AT_ONCE], only_ended=True)
+        count += len(report.jobs)
+        left += map(redacted, report.left)
+    return count, left
 
 
 def _bulk(request: Request, action: str) -> Bulk:
@@ -143,23 +153,31 @@ def _bulk(request: Request, action: str) -> Bulk:
 
 @dataclass(slots=True)
 class _Counted:
-    """Jobs that would be changed; whether there may be more beyond the bounds."""
+    """Jobs that would be changed: the ids of all, of which the first are shown.
 
-    jobs: dict[str, JobInfo]
-    more: bool
+    ``more``: there may be others beyond the bounds.
+    """
+
+    ids: dict[str, None] = field(default_factory=dict)
+    shown: list[JobInfo] = field(default_factory=list)
+    more: bool = False
 
 
 async def _counted(door: Door, bulk: Bulk, wanted: Wanted | None) -> _Counted:
-    found: dict[str, JobInfo] = {}
-    read, more = 0, False
-    async for page in _pages(door, bulk, wanted):
-        found |= {info.id: info for info in page.jobs}
-        read += page.read
-        if len(found) >= bulk.most or read >= MOST_READ:
-            more = True
-            break
-    kept = await _would(door, bulk.change, [*found][: bulk.most])
-    return _Counted({id: found[id] for id in kept}, more)
+    """Whole records are large, so that few are kept, and so is the work: it takes a turn."""
+    counted, read = _Counted(), 0
+    async with door.count(), aclosing(_pages(door, bulk, wanted)) as pages:
+        async for page in pages:
+            infos = {info.id: info for info in page.jobs if info.id not in counted.ids}
+            kept = await _would(door, bulk.change, [*infos])
+            kept = kept[: bulk.most - len(counted.ids)]
+            counted.ids |= dict.fromkeys(kept)
+            counted.shown += [infos[id] for id in kept[: SHOWN - len(counted.shown)]]
+            read += page.read
+            if len(counted.ids) >= bulk.most or read >= MOST_READ:
+                counted.more = True
+                break
+    return counted
 
 
 async def _would(door: Door, action: Action, ids: list[str]) -> list[str]:
@@ -173,7 +191,7 @@ async def _would(door: Door, action: Action, ids: list[str]) -> list[str]:
     return found
 
 
-async def _pages(door: Door, bulk: Bulk, wanted: Wanted | None) -> AsyncIterator[Page]:
+async def _pages(door: Door, bulk: Bulk, wanted: Wanted | None) -> AsyncGenerator[Page]:
     """Pages of the lists of each status that the change is for, by the lists' indexes."""
     if wanted is None:
         return

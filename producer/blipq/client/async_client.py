@@ -332,7 +332,11 @@ class AsyncClient(ClientBase):
         return await self._change(Change.of("move", which, **options))
 
     async def forget(
-        self, which: JobFilter | Sequence[str], *, unindex: Unindex | None = None
+        self,
+        which: JobFilter | Sequence[str],
+        *,
+        unindex: Unindex | None = None,
+        only_ended: bool = False,
     ) -> Forgotten:
         """Erases jobs, and what they left, like ``Client.forget``."""
         forgetting = Forgetting(self.storage, unindex)
@@ -341,16 +345,18 @@ class AsyncClient(ClientBase):
             while (chunk := changing.next()) is not None:
                 changed = await self.ledger.change(chunk)
                 for at in range(0, len(changed.ids), ERASED_AT_ONCE):
-                    await self._forget(forgetting, changed.ids[at : at + ERASED_AT_ONCE])
+                    ids = changed.ids[at : at + ERASED_AT_ONCE]
+                    await self._forget(forgetting, ids, only_ended)
                 changing.took(changed)
         return forgetting.report
 
-    async def _forget(self, forgetting: Forgetting, ids: Sequence[str]) -> None:
-        jobs = await self.ledger.forget(ids, erase=False)
+    async def _forget(self, forgetting: Forgetting, ids: Sequence[str], only_ended: bool) -> None:
+        jobs = await self.ledger.forget(ids, erase=False, only_ended=only_ended)
         uploads = forgetting.uploads(jobs)
         named = await self.ledger.named(uploads)
         await asyncio.to_thread(forgetting.clear, jobs, uploads, named)
-        forgetting.erased(await self.ledger.forget(ids, erase=True))
+        closed = [job.id for job in jobs]
+        forgetting.erased(await self.ledger.forget(closed, erase=True))
 
     async def _change(self, change: Change) -> int:
         changing = Changing(change)

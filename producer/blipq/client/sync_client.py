@@ -390,7 +390,11 @@ class Client(ClientBase):
         return self._change(Change.of("move", which, **options))
 
     def forget(
-        self, which: JobFilter | Sequence[str], *, unindex: Unindex | None = None
+        self,
+        which: JobFilter | Sequence[str],
+        *,
+        unindex: Unindex | None = None,
+        only_ended: bool = False,
     ) -> Forgotten:
         """Erases jobs: all of a filter, or those of these ids, and what they left.
 
@@ -398,6 +402,8 @@ class Client(ClientBase):
         for them, unless open jobs name them, their outputs, records, results, events and
         idempotency keys. ``unindex`` removes images from search indexes, such as
         ``blipq.index.store.Indexes(settings).remove``. Needs s3:DeleteObject for what is in S3.
+
+        ``only_ended``: those that are open by then stay as they are.
 
         ``left`` lists what it may not delete. Raises QueueUnavailable: it can be repeated then.
         """
@@ -407,16 +413,18 @@ class Client(ClientBase):
             while (chunk := changing.next()) is not None:
                 changed = self.ledger.change(chunk)
                 for at in range(0, len(changed.ids), ERASED_AT_ONCE):
-                    self._forget(forgetting, changed.ids[at : at + ERASED_AT_ONCE])
+                    ids = changed.ids[at : at + ERASED_AT_ONCE]
+                    self._forget(forgetting, ids, only_ended)
                 changing.took(changed)
         return forgetting.report
 
-    def _forget(self, forgetting: Forgetting, ids: Sequence[str]) -> None:
-        jobs = self.ledger.forget(ids, erase=False)
+    def _forget(self, forgetting: Forgetting, ids: Sequence[str], only_ended: bool) -> None:
+        jobs = self.ledger.forget(ids, erase=False, only_ended=only_ended)
         uploads = forgetting.uploads(jobs)
         named = self.ledger.named(uploads)
         forgetting.clear(jobs, uploads, named)
-        forgetting.erased(self.ledger.forget(ids, erase=True))
+        closed = [job.id for job in jobs]
+        forgetting.erased(self.ledger.forget(closed, erase=True))
 
     def _change(self, change: Change) -> int:
         changing = Changing(change)

@@ -85,11 +85,14 @@ class AsyncProducerLedger(AsyncScriptRunner):
                 return changes.changed(await self._run("change", *arguments))
             return changes.changed(await self._act(*noted, "change", *arguments))
 
-    async def forget(self, ids: Sequence[str], *, erase: bool) -> list[Erased]:
+    async def forget(
+        self, ids: Sequence[str], *, erase: bool, only_ended: bool = False
+    ) -> list[Erased]:
         """Ends jobs, or erases their records."""
         with redis_errors():
             if not erase:  # the first of two steps, which is no action yet
-                return erased(await self._run("forget", "close", *ids))
+                step = "close ended" if only_ended else "close"
+                return erased(await self._run("forget", step, *ids))
             answer = await self._act("forget", " ".join(ids), "forget", "erase", *ids)
         return erased(answer)
 

@@ -85,11 +85,12 @@ class ProducerLedger(ScriptRunner):
                 return changes.changed(self._run("change", *arguments))
             return changes.changed(self._act(*noted, "change", *arguments))
 
-    def forget(self, ids: Sequence[str], *, erase: bool) -> list[Erased]:
+    def forget(self, ids: Sequence[str], *, erase: bool, only_ended: bool = False) -> list[Erased]:
         """Ends jobs, or erases their records."""
         with redis_errors():
             if not erase:  # the first of two steps, which is no action yet
-                return erased(self._run("forget", "close", *ids))
+                step = "close ended" if only_ended else "close"
+                return erased(self._run("forget", step, *ids))
             answer = self._act("forget", " ".join(ids), "forget", "erase", *ids)
         return erased(answer)
 

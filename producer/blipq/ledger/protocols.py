@@ -66,10 +66,11 @@ class Producer(Protocol):
     def change(self, chunk: Chunk) -> Changed:
         """Makes one chunk of a change of many jobs."""
 
-    def forget(self, ids: Sequence[str], *, erase: bool) -> list[Erased]:
+    def forget(self, ids: Sequence[str], *, erase: bool, only_ended: bool = False) -> list[Erased]:
         """Ends those of some jobs that are open, or erases them all; those that are known.
 
-        At most ``erasure.CHUNK`` at once.
+        At most ``erasure.CHUNK`` at once. ``only_ended``: open ones stay, and are not returned.
+        None of those that are returned is tried again.
         """
 
     def named(self, uris: Sequence[str]) -> set[str]:
@@ -121,7 +122,9 @@ class AsyncProducer(Protocol):
     async def change(self, chunk: Chunk) -> Changed:
         """As ``Producer.change``."""
 
-    async def forget(self, ids: Sequence[str], *, erase: bool) -> list[Erased]:
+    async def forget(
+        self, ids: Sequence[str], *, erase: bool, only_ended: bool = False
+    ) -> list[Erased]:
         """As ``Producer.forget``."""
 
     async def named(self, uris: Sequence[str]) -> set[str]:

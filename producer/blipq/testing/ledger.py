@@ -150,8 +150,12 @@ class Jobs:
         if rate is None:
             return None
         now = time.monotonic()
-        till = max(now, self._used_until.get(tenant, 0.0)) + 1 / rate
-        wait = till - now - max(BURST_S, 1 / rate)
+        ahead = max(BURST_S, 1 / rate)
+        used = max(now, self._used_until.get(tenant, 0.0))
+        if used > now + ahead + 0.001:  # at a lower rate
+            used = now + ahead - 1 / rate
+        till = used + 1 / rate
+        wait = till - now - ahead
         if wait > 0:
             return f"rate {rate:.10g} {math.ceil(1000 * wait)}"
         self._used_until[tenant] = till
@@ -201,10 +205,11 @@ class Jobs:
         self._publish([record.message for record in waiting])
         return len(waiting)
 
-    def forget(self, ids: Sequence[str], *, erase: bool) -> list[Erased]:
+    def forget(self, ids: Sequence[str], *, erase: bool, only_ended: bool = False) -> list[Erased]:
         """Ends jobs, or erases them."""
         with self._lock:
-            found = [self._records[id] for id in ids if self.read(id) is not None]
+            known = [self._records[id] for id in ids if self.read(id) is not None]
+            found = [each for each in known if each.info.ended or not only_ended]
             told = [record.erased for record in found]
             for record in found:
                 if not record.info.ended:
@@ -354,9 +359,9 @@ class InMemoryLedger:
         """Makes one chunk of a change."""
         return self._jobs.change(chunk, self._settings)
 
-    def forget(self, ids: Sequence[str], *, erase: bool) -> list[Erased]:
+    def forget(self, ids: Sequence[str], *, erase: bool, only_ended: bool = False) -> list[Erased]:
         """Ends jobs, or erases them."""
-        return self._jobs.forget(ids, erase=erase)
+        return self._jobs.forget(ids, erase=erase, only_ended=only_ended)
 
     def named(self, uris: Sequence[str]) -> set[str]:
         """Which of these images open jobs name."""
@@ -419,9 +424,11 @@ class InMemoryAsyncLedger:
         """Makes one chunk of a change."""
         return self._ledger.change(chunk)
 
-    async def forget(self, ids: Sequence[str], *, erase: bool) -> list[Erased]:
+    async def forget(
+        self, ids: Sequence[str], *, erase: bool, only_ended: bool = False
+    ) -> list[Erased]:
         """Ends jobs, or erases them."""
-        return self._ledger.forget(ids, erase=erase)
+        return self._ledger.forget(ids, erase=erase, only_ended=only_ended)
 
     async def named(self, uris: Sequence[str]) -> set[str]:
         """Which of these images open jobs name."""

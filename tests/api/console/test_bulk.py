@@ -1,16 +1,33 @@
 """All jobs of a filtered list at once: counted, confirmed, and then exactly those."""
 
+import asyncio
+import gc
 import re
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import TypeVar
 
 import httpx2
 import pytest
 import redis
 
 from api.console.conftest import HOSTILE, Keyed, Markup, claimed, page
-from blipq import Client
+from blipq import Client, JobInfo, Settings
 from blipq.contract import ErrorCode, JobError
+from blipq.ledger import keys
+from blipq.ledger.erasure import CHUNK as ERASED_AT_ONCE
+from blipq.ledger.views.listing import Wanted
 from blipq.ledger.worker import WorkerLedger
+from blipq_api import turns
+from blipq_api.access.selections import Selection
+from blipq_api.console import bulk
+from blipq_api.console.bulk import BULKS, SHOWN
+from blipq_api.door import COUNTS, Door
+from blipq_api.problems import Problem
+from blipq_api.settings import ApiSettings
 
+T = TypeVar("T")
 PHOTO = "s3://photos/shop/cat.jpg"
 
 
@@ -26,6 +43,19 @@ def caption(client: Client, **options: object) -> str:
 
 def statuses(client: Client, ids: list[str]) -> list[str]:
     return [str(client.job(id).info().status) for id in ids]
+
+
+def with_door(settings: Settings, run: Callable[[Door], Awaitable[T]]) -> T:
+    """What ``run`` does with a door in this process."""
+
+    async def opened() -> T:
+        door = Door(ApiSettings.model_validate(settings.model_dump()))
+        try:
+            return await run(door)
+        finally:
+            await door.aclose()
+
+    return asyncio.run(opened())
 
 
 def counted(
@@ -103,6 +133,77 @@ def test_a_job_that_was_queued_again_since_it_was_counted_is_not_forgotten(
     assert "2 were counted" in answer.text
     assert statuses(client, [again]) == ["queued"]
     assert gone not in page(operator, "jobs").text
+
+
+def test_a_job_that_is_queued_again_while_others_are_erased_is_not_forgotten(
+    apart: Settings, client: Client, ledger: WorkerLedger
+) -> None:
+    indexed = client.embed(PHOTO, index={"name": "photos", "id": "cat"}).id
+    ids = [indexed, *(caption(client) for _ in range(ERASED_AT_ONCE))]
+    client.cancel_all(ids)
+    again: list[int] = []
+
+    def unindex(index: str, images: Sequence[str]) -> None:
+        """Comes while the first chunk is erased."""
+        again.append(client.retry_all([ids[0], ids[-1]]))
+
+    async def erase(door: Door) -> tuple[int, list[str]]:
+        door.__dict__["_unindex"] = unindex
+        return await bulk._done(door, Selection("forget", ids, None, ""))
+
+    assert with_door(apart, erase) == (ERASED_AT_ONCE, [])
+    assert again == [1], "of the two, the one that is not being erased"
+    assert statuses(client, [ids[-1]]) == ["queued"]
+
+
+def test_a_count_keeps_the_records_that_it_shows_and_ids_of_the_others(
+    apart: Settings, client: Client
+) -> None:
+    ids = [caption(client) for _ in range(2 * SHOWN)]
+
+    def records() -> int:
+        gc.collect()
+        return sum(isinstance(each, JobInfo) for each in gc.get_objects())
+
+    async def count(door: Door) -> int:
+        before = records()
+        counted = await bulk._counted(door, BULKS["cancel"], Wanted())
+        assert (len(counted.ids), counted.more) == (len(ids), False)
+        assert [info.id for info in counted.shown] == [*counted.ids][:SHOWN]
+        return records() - before
+
+    assert with_door(apart, count) == SHOWN
+
+
+def test_what_cannot_be_changed_does_not_count_towards_the_most(
+    apart: Settings, client: Client, raw_redis: "redis.Redis"
+) -> None:
+    ids = [caption(client) for _ in range(4)]
+    client.cancel_all(ids)
+    for id in ids[2:]:  # as of messages that could not be run: newer ones come first
+        raw_redis.hdel(keys.job(id), "contract")
+
+    async def count(door: Door) -> list[str]:
+        two = replace(BULKS["retry"], most=2)
+        return [*(await bulk._counted(door, two, Wanted())).ids]
+
+    assert sorted(with_door(apart, count)) == sorted(ids[:2])
+
+
+def test_counts_are_so_many_at_a_time_and_others_wait_for_a_turn(
+    apart: Settings, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "TURN_TIMEOUT_S", 0.1)
+
+    async def count(door: Door) -> None:
+        async with AsyncExitStack() as held:
+            for _ in range(COUNTS):
+                await held.enter_async_context(door.count())
+            with pytest.raises(Problem, match="busy"):
+                await bulk._counted(door, BULKS["cancel"], Wanted())
+        assert not (await bulk._counted(door, BULKS["cancel"], Wanted())).ids
+
+    with_door(apart, count)
 
 
 def test_one_line_of_the_log_names_who_did_it_to_how_many_and_no_value_of_metadata(

@@ -149,6 +149,29 @@ def test_an_erased_job_posts_no_event(
     assert raw_redis.zcard(keys.outbox("example.org")) == 0
 
 
+def test_of_ended_jobs_alone_one_that_is_open_by_then_stays(
+    client: Client, ledger: WorkerLedger, raw_redis: "redis.Redis"
+) -> None:
+    for id in ("job_1", "job_2"):
+        submitted_alone(ledger, id)
+    ledger.fail(claimed(ledger, "job_1"), ERROR, "{}")
+    assert client.forget(["job_1", "job_2"], only_ended=True).jobs == ["job_1"]
+    assert not raw_redis.exists(keys.job("job_1")), "one that had ended leaves no mark"
+    claimed(ledger, "job_2")
+
+
+@pytest.mark.parametrize("only_ended", [False, True])
+def test_a_job_that_had_ended_is_not_tried_again_while_it_is_erased(
+    client: Client, ledger: WorkerLedger, only_ended: bool
+) -> None:
+    submitted_alone(ledger, "job_1")
+    ledger.fail(claimed(ledger), ERROR, "{}")
+    (job,) = ledger.forget(["job_1"], erase=False, only_ended=only_ended)
+    assert client.retry_all(["job_1"]) == 0
+    ledger.forget([job.id], erase=True)
+    assert client.count(JobFilter(model="default")) == 0
+
+
 def test_a_job_that_is_being_erased_is_not_tried_again(
     client: Client, ledger: WorkerLedger, raw_redis: "redis.Redis"
 ) -> None:

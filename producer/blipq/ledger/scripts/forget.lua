@@ -1,7 +1,8 @@
 -- Erases jobs, in two steps: what lies outside of Redis is deleted in between, by their records.
--- ARGV: 'close' (open ones end, and say nothing to anybody but who waits) or 'erase', then ids.
+-- ARGV: 'close' (open ones end, and say nothing to anybody but who waits), 'close ended' (open ones
+-- stay as they are) or 'erase', then ids.
 -- Returns {id, status, request, output, place of the result, events that wait or are kept, tenant} of
--- each job that is known.
+-- each job that is known, and of 'close ended' has ended.
 local step = ARGV[1]
 local closed = {}
 
@@ -33,7 +34,12 @@ local function each_event(id, job, act)
   return count
 end
 
+-- From now on it is not tried again: what it left is deleted meanwhile.
 local function close(id, job)
+  if ended(job) then
+    redis.call('HSETNX', job_key(id), 'closed', 'ended')
+    return
+  end
   job.webhook_events = nil
   redis.call('HSET', job_key(id), 'closed', 1)
   end_job(id, job, 'cancelled', {})
@@ -69,7 +75,7 @@ local function erase(id, job)
   local key = job.idempotency_key and idempotency_key(job.idempotency_key)
   if key and redis.call('GET', key) == id then redis.call('DEL', key) end
   redis.call('DEL', job_key(id))
-  if job.closed or job.notify == FOREIGN_CHANNEL then leave_mark(id, job) end
+  if job.closed == '1' or job.notify == FOREIGN_CHANNEL then leave_mark(id, job) end
 end
 
 local function exists(event) return redis.call('EXISTS', event_key(event)) end
@@ -77,14 +83,11 @@ local function exists(event) return redis.call('EXISTS', event_key(event)) end
 for i = 2, #ARGV do
   local id = ARGV[i]
   local job = load(id)
-  if job and not job.erased then
+  local is_meant = job and not job.erased and (step ~= 'close ended' or ended(job))
+  if is_meant then
     closed[#closed + 1] = {id, job.status, job.request or '', job.output or '', job.result_uri or '',
       each_event(id, job, exists), job.tenant or ''}
-    if step == 'erase' then
-      erase(id, job)
-    elseif not ended(job) then
-      close(id, job)
-    end
+    if step == 'erase' then erase(id, job) else close(id, job) end
   end
 end
 return closed
