@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from blipq.bulk.start import check_tenant
 from blipq.client.sync_client import Client
 from blipq.errors import InvalidRequest
 from blipq_datasets.dataset import Dataset
@@ -48,12 +49,13 @@ def begun(
     id = f"bulk_{secrets.token_hex(8)}" if old is None or renewed else old
     dataset = dataset_of(source, recipe, client, path, id)
     if old is None or renewed:
-        _create(path, id, dataset)
+        _create(path, id, dataset, client.settings.tenant)
     if old is not None and renewed:
         Uploads(client.storage, old).sweep()  # what a cancelled run has left
         shutil.rmtree(_listing(path, old), ignore_errors=True)
     with closing(DatasetJournal.open(path)) as journal:
         _check_same(journal, dataset)
+        check_tenant(journal, client.settings.tenant)
         output = _output(journal, dataset, recipe, client)
         yield Run(journal, dataset, output)
 
@@ -77,11 +79,11 @@ def _is_over(path: Path) -> bool:
         return bool(ended) and "open" not in journal.counts()
 
 
-def _create(path: Path, id: str, dataset: Dataset) -> None:
+def _create(path: Path, id: str, dataset: Dataset, tenant: str | None) -> None:
     """A new journal, with the answers of the one that it replaces; whole or not at all."""
     fresh = path.with_name(f".{path.name}.{id}")
-    facts = {"id": id, "manifest": dataset.name, "version": dataset.version, "dataset": True}
-    with closing(DatasetJournal.create(fresh, **facts)) as journal:
+    facts = {"id": id, "manifest": dataset.name, "version": dataset.version, "tenant": tenant}
+    with closing(DatasetJournal.create(fresh, dataset=True, **facts)) as journal:
         if path.exists():
             journal.take_over(path)
     # SQLite would apply a log that lies beside the old file to the new one.

@@ -56,11 +56,13 @@ def begin(path: Path, facts: Mapping[str, Any], storage: Storage) -> tuple[Journ
     manifest = manifest_of(facts, storage)
     if not path.exists():
         id = facts.get("id") or f"bulk_{secrets.token_hex(8)}"
-        journal = Journal.create(path, **{**facts, "id": id, "version": manifest.version})
+        more = {"id": id, "version": manifest.version, "tenant": storage.settings.tenant}
+        journal = Journal.create(path, **{**facts, **more})
         return journal, manifest
     journal = Journal.open(path)
     try:
         _check_same(journal, facts, manifest)
+        check_tenant(journal, storage.settings.tenant)
     except BaseException:
         journal.close()
         raise
@@ -77,6 +79,20 @@ def _check_same(journal: Journal, facts: Mapping[str, Any], manifest: Manifest) 
     changed = [name for name in ("template", "defaults") if journal.fact(name) != facts.get(name)]
     if changed:
         raise InvalidRequest(f"{journal.path} was begun with other options: {', '.join(changed)}")
+
+
+def check_tenant(journal: Journal, tenant: str | None) -> None:
+    """Raises InvalidRequest for another tenant than the one that the bulk was begun for.
+
+    The jobs of lines that are open are that one's: submitted again for another they would conflict.
+    """
+    begun = journal.fact("tenant")
+    if begun != tenant:
+        whom, now = (each or "no tenant" for each in (begun, tenant))
+        raise InvalidRequest(
+            f"{journal.path} was begun for {whom}, and BLIPQ_TENANT is of {now}: name the same, or "
+            "give another --journal"
+        )
 
 
 def check_outputs(manifest: Manifest, journal: Journal, client: Client) -> None:

@@ -263,6 +263,23 @@ def test_a_bulk_is_not_confused_with_another(bulk: Bulk) -> None:
     assert bulk.path not in open_files()
 
 
+@pytest.mark.parametrize(("begun", "now"), [(None, "shop"), ("shop", "zoo"), ("shop", None)])
+def test_a_bulk_is_not_resumed_for_another_tenant(
+    bulk: Bulk, ledger: WorkerLedger, begun: str | None, now: str | None
+) -> None:
+    bulk.write(line("a"), line("b"))
+    settings = bulk.client.settings
+    with Client(settings.model_copy(update={"tenant": begun})) as bulk.client:
+        bulk.driver()
+    with Client(settings.model_copy(update={"tenant": now})) as bulk.client:
+        refusal = f"begun for {begun or 'no tenant'}, and BLIPQ_TENANT is of {now or 'no tenant'}"
+        with pytest.raises(InvalidRequest, match=refusal):
+            bulk.driver()
+    with Client(settings.model_copy(update={"tenant": begun})) as bulk.client, worker(ledger):
+        bulk.driver().run()
+    assert [each["status"] for each in bulk.outcomes()] == ["succeeded"] * 2
+
+
 def test_a_file_that_is_no_journal_is_left_alone(bulk: Bulk) -> None:
     bulk.write(line("a"))
     bulk.path.write_text("my diary, which is long enough to be a header of something else")
