@@ -56,7 +56,7 @@ class Lost(Exception):
 
 
 class OverQuota(Exception):
-    """Events of the tenant, or to hosts that do not answer, have all their places: not sent now."""
+    """Events of the tenant have all its places: not sent now. Others to the host may be."""
 
 
 class Sender:
@@ -203,8 +203,7 @@ class Sender:
     async def _attempt(self, event: Event) -> Answer:
         host, tenant = event.record["host"], event.record.get("tenant")
         with self._crowd.visit(self._most_of_an_address(host)) as visit:
-            if not self._has_room(visit, host, tenant):
-                raise OverQuota
+            self._take_places(visit, host, tenant)
             body = await self._in_thread(lambda: self._body(event))
             headers = signed_headers(event.webhook_id, body, secrets_for(tenant, self._secrets))
             with _span(event) as span:
@@ -225,19 +224,23 @@ class Sender:
             return max(1, self._settings.webhook_concurrency // 2)
         return self._settings.webhook_host_concurrency
 
-    def _has_room(self, visit: Visit, host: str, tenant: str | None) -> bool:
+    def _take_places(self, visit: Visit, host: str, tenant: str | None) -> None:
         """Takes the places of an event, its look-up of a name included.
 
         Any number of servers or names that never answer cost only some places: hosts that have not
         answered when they were last asked have three quarters of all, and one tenant a quarter.
-        To hosts that did, a tenant has half of all.
+        To hosts that did, a tenant has half of all. Raises OverQuota, and Crowded where hosts that
+        have not answered have all theirs: then none of the host's events is taken for a while.
         """
         most = self._settings.webhook_concurrency
         if host in self._answered:
-            return tenant is None or visit.enter_for(tenant, max(1, most // 2))
-        if not visit.enter_for(_UNANSWERED, max(1, most * 3 // 4)):
-            return False
-        return tenant is None or visit.enter_for(tenant, max(1, most // 4))
+            share = most // 2
+        elif visit.enter_for(_UNANSWERED, max(1, most * 3 // 4)):
+            share = most // 4
+        else:
+            raise Crowded
+        if tenant is not None and not visit.enter_for(tenant, max(1, share)):
+            raise OverQuota
 
     async def _defer(self, event: Event) -> None:
         """Puts an event back for which there is no room: it is no attempt."""

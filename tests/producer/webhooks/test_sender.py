@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 import time
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.ssrf.http import GuardedHttp
 from blipq.submission import Submission
 from blipq.webhooks.delivery import new_secret, tenant_secret, verdict_on, webhook_id
-from blipq.webhooks.outbox import MAX_CRASHES, SUSPECT_AFTER, Outbox
+from blipq.webhooks.outbox import MAX_CRASHES, SUSPECT_AFTER, Event, Outbox
 from blipq.webhooks.response import Answer, _retry_after
 from blipq.webhooks.sender import Sender
 from conftest import wait_until
@@ -410,6 +411,58 @@ def test_a_tenant_with_many_silent_servers_holds_up_no_other(
             end("good.example", "evil")
             end("good.example", "good")
             wait_until(lambda: len(receiver.got) == 3, "both to be told", 30)
+
+
+def test_events_that_have_no_place_are_not_taken_again_and_again(
+    hooked: Settings, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, each of a host's events was taken and put back while silent hosts had all places."""
+    names = ["h1.evil.example", "h2.evil.example", "h3.evil.example", "late.example"]
+    settings = hooked.model_copy(
+        update={
+            "webhook_allow": tuple(names),
+            "webhook_concurrency": 4,
+            "webhook_timeout_s": 60.0,
+        }
+    )
+    silent = threading.Event()
+    silent.set()
+    asked: list[str] = []
+    taken: Counter[str] = Counter()
+    take = Outbox.take
+
+    def counted(self: Outbox, *given: Any, **options: Any) -> list[Event]:
+        events = take(self, *given, **options)
+        taken.update(event.record["host"].partition(":")[0] for event in events)
+        return events
+
+    async def resolve(host: str, port: int) -> list[str]:
+        asked.append(host)
+        while silent.is_set():
+            await asyncio.sleep(0.02)
+        return ["127.0.0.1"]
+
+    monkeypatch.setattr(Outbox, "take", counted)
+    monkeypatch.setattr("blipq.ssrf.http.RESOLVE_TIMEOUT_S", 60.0)
+    monkeypatch.setattr("blipq.webhooks.sender.CROWDED_S", 600.0)
+    http = GuardedHttp(settings.webhook_policy, timeout_s=60.0, resolve=resolve)
+    with Client(settings) as client:
+
+        def end(host: str) -> None:
+            webhook = {"url": f"http://{host}:{receiver.port}/"}
+            client.caption("s3://uploads/cat.jpg", webhook=webhook).cancel()
+
+        with sending(settings, http):
+            for name in names[:3]:
+                end(name)
+            wait_until(lambda: len(asked) == 3, "the silent hosts to have their places")
+            for _ in range(50):
+                end("late.example")
+            wait_until(lambda: taken["late.example"] > 0, "an event of the other")
+            time.sleep(1)  # ten polls
+            of_late = taken["late.example"]
+            silent.clear()
+    assert of_late <= 4
 
 
 def test_names_that_do_not_resolve_hold_up_no_receiver_that_answers(
