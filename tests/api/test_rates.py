@@ -64,6 +64,14 @@ def test_all_addresses_together_have_a_limit_and_few_are_kept(clock: list[float]
     assert not is_refused(sign_ins, "192.0.2.1")
 
 
+def test_wrong_keys_of_one_address_use_up_nobody_elses(clock: list[float]) -> None:
+    sign_ins = SignIns()
+    for _ in range(2 * ALL_WRONG_AT_ONCE):
+        sign_ins.wrong("203.0.113.9")
+    assert is_refused(sign_ins, "203.0.113.9")
+    assert not is_refused(sign_ins, "203.0.113.8")
+
+
 def test_a_key_signs_in_so_often_and_each_key_for_itself(clock: list[float]) -> None:
     sign_ins = SignIns()
 

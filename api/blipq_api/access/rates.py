@@ -66,8 +66,9 @@ class WrongKeys:
         """Takes in that a key was wrong; ``pause`` before that."""
         pause = self.pause(address)
         network = _network(address)
-        self._all.take(ALL_WRONG_PER_S)
-        self._of.setdefault(network, Bucket(WRONG_AT_ONCE)).take(WRONG_PER_S)
+        own = self._of.setdefault(network, Bucket(WRONG_AT_ONCE))
+        if not own.take(WRONG_PER_S):  # beyond its own limit it uses up nobody else's
+            self._all.take(ALL_WRONG_PER_S)
         self._of.move_to_end(network)
         if len(self._of) > MOST_ADDRESSES:
             self._of.popitem(last=False)
@@ -83,7 +84,7 @@ class SignIns(WrongKeys):
         self._of_keys: dict[str, Bucket] = {}
 
     def check(self, address: str) -> None:
-        """Raises Problem where too many were wrong, whatever key comes now."""
+        """Raises Problem where too many were wrong: for a further wrong one."""
         if pause := self.pause(address):
             raise _too_many("too many wrong keys came from here: wait before you try again", pause)
 
