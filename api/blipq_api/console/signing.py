@@ -34,17 +34,18 @@ async def sign_in(request: Request) -> Response:
     """Exchanges a key for a cookie that no script can read, and no other site can send.
 
     The cookie has no path of its own: browsers take the console's, wherever that lies. Raises
-    Problem where too many keys were wrong, and where this one has signed in too often.
+    Problem for a wrong key after too many others, and for a right one that has signed in too often.
     """
     fields = await read_fields(request)
     next = _next(fields.get("next", ""))
     door = door_of(request)
     if door.sessions is None or door.keyring is None:
         return to(next)
-    address = request.client.host if request.client is not None else ""
-    door.sign_ins.check(address)
     key = fields.get("key", "").strip()
     if (caller := door.keyring.find(key)) is None:
+        # A right key is taken whatever else its address sent: a proxy's may be that of all.
+        address = request.client.host if request.client is not None else ""
+        door.sign_ins.check(address)
         door.sign_ins.wrong(address)
         return rendered(request, "login.html", status=401, next=next, wrong=True)
     door.sign_ins.right(caller.name)
