@@ -23,6 +23,7 @@ from blipq.cli.terminal.output import (
 )
 from blipq.contract import Status
 from blipq.errors import InvalidRequest
+from blipq.ledger.codec import limits_text
 from blipq.ledger.operator import OperatorLedger, QueueState
 from blipq.ledger.views.actions import ActionLog
 
@@ -186,7 +187,9 @@ def limit(
         float | None, typer.Option(help="Most jobs a second; two seconds' may come at once.")
     ] = None,
 ) -> None:
-    """Limit what a tenant may submit. Without options it has no limits of its own.
+    """Limit what a tenant may submit. Both limits are replaced: one that is not given is none.
+
+    Without options the tenant has no limits of its own.
 
     Examples:
         blipq queue limit shop --open-jobs 10000 --rate 50
@@ -195,9 +198,7 @@ def limit(
     """
     with connected() as client:
         client.limit(tenant, open_jobs=open_jobs, rate=rate)
-    told = [] if open_jobs is None else [f"{open_jobs:,} open jobs"]
-    told += [] if rate is None else [f"{rate:g} jobs a second"]
-    out.print(f"{tenant}: {' and '.join(told) or 'no limits of its own'}", markup=False)
+    out.print(limits_text(tenant, open_jobs, rate), markup=False)
 
 
 QueueArgument = Annotated[

@@ -351,9 +351,10 @@ class Client(ClientBase):
     ) -> None:
         """Limits a tenant's open jobs, and how many it may submit a second.
 
-        Beyond them its submits raise TenantLimited, whatever process they come from; jobs that are
-        open go on. Of a rate two seconds' jobs may come at once. The tenant ``*`` is all that have
-        no limits of their own; without both limits it has none of its own. Raises InvalidRequest.
+        Both are replaced: one that is not given is none. Beyond them its submits raise
+        TenantLimited, whatever process they come from; jobs that are open go on. Of a rate two
+        seconds' jobs may come at once. The tenant ``*`` is all that have no limits of their own;
+        without both limits it has none of its own. Raises InvalidRequest.
         """
         self.ledger.limit(tenant, open_jobs, rate)
 

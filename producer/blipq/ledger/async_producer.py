@@ -73,8 +73,9 @@ class AsyncProducerLedger(AsyncScriptRunner):
     async def limit(self, tenant: str, open_jobs: int | None, rate: float | None) -> None:
         """Limits a tenant."""
         arguments = codec.limit_arguments(tenant, open_jobs, rate)
+        target = codec.limits_text(tenant, open_jobs, rate)
         with redis_errors():
-            await self._act("limit", tenant, "limit", *arguments)
+            await self._act("limit", target, "limit", *arguments)
 
     async def change(self, chunk: Chunk) -> Changed:
         """Makes one chunk of a change."""

@@ -159,6 +159,15 @@ def limit_arguments(tenant: str, open_jobs: int | None, rate: float | None) -> t
     return tenant, *("-" if each is None else str(each) for each in (open_jobs, rate))
 
 
+def limits_text(tenant: str, open_jobs: int | None, rate: float | None) -> str:
+    """A tenant's limits for people, and for the log of actions: both, as both are set at once."""
+    if open_jobs is None and rate is None:
+        return f"{tenant}: no limits of its own"
+    open_ = "any number of" if open_jobs is None else f"{open_jobs:,}"
+    a_second = "any number of" if rate is None else f"{rate:,.10g}"
+    return f"{tenant}: {open_} open jobs, {a_second} jobs a second"
+
+
 def only(ids: Iterable[str]) -> str | None:
     """The id that an error of a call is about, if the call is about one job."""
     all_ids = list(ids)

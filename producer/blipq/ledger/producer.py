@@ -73,8 +73,9 @@ class ProducerLedger(ScriptRunner):
     def limit(self, tenant: str, open_jobs: int | None, rate: float | None) -> None:
         """Limits a tenant."""
         arguments = codec.limit_arguments(tenant, open_jobs, rate)
+        target = codec.limits_text(tenant, open_jobs, rate)
         with redis_errors():
-            self._act("limit", tenant, "limit", *arguments)
+            self._act("limit", target, "limit", *arguments)
 
     def change(self, chunk: Chunk) -> Changed:
         """Makes one chunk of a change."""

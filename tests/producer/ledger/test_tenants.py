@@ -351,4 +351,8 @@ def test_limits_that_are_none_are_refused(
 def test_who_limited_whom_is_in_the_log_of_actions(client: Client) -> None:
     client.limit("shop", open_jobs=2)
     (action,) = ActionLog.beside(client.ledger).latest(5)
-    assert (action.action, action.target, action.count) == ("limit", "shop", 1)
+    assert (action.action, action.target, action.count) == (
+        "limit",
+        "shop: 2 open jobs, any number of jobs a second",
+        1,
+    )

@@ -189,7 +189,7 @@ def test_tenants_are_limited_and_shown_with_what_they_have(run: Run, apart: Sett
         for tenant in ("shop", "shop", "zoo"):
             client.caption(IMAGE, tenant=tenant)
     ran = run("queue", "limit", "shop", "--open-jobs", "1000", "--rate", "2.5")
-    assert ran.stdout == "shop: 1,000 open jobs and 2.5 jobs a second\n"
+    assert ran.stdout == "shop: 1,000 open jobs, 2.5 jobs a second\n"
     shop, zoo = json.loads(run("queue", "stats", "--by", "tenant", "--json").stdout)["tenants"]
     assert 0 < shop.pop("oldest_s") < 60
     assert shop == {"tenant": "shop", "open": 2, "most_open": 1000, "most_per_s": 2.5}
@@ -199,3 +199,13 @@ def test_tenants_are_limited_and_shown_with_what_they_have(run: Run, apart: Sett
     assert line.split() == ["shop", "2", "0", "s", "1,000", "2.5"]
     assert run("queue", "limit", "shop").stdout == "shop: no limits of its own\n"
     assert run("queue", "limit", "a:b", "--open-jobs", "1").exit_code == 2
+
+
+def test_a_limit_says_that_the_other_one_is_gone(run: Run) -> None:
+    run("queue", "limit", "shop", "--open-jobs", "1000")
+    rate = "shop: any number of open jobs, 50 jobs a second"
+    assert run("queue", "limit", "shop", "--rate", "50").stdout == f"{rate}\n"
+    open_jobs = "shop: 1,000 open jobs, any number of jobs a second"
+    assert run("queue", "limit", "shop", "--open-jobs", "1000").stdout == f"{open_jobs}\n"
+    noted = json.loads(run("log", "--json").stdout)["actions"]
+    assert [each["target"] for each in noted][:2] == [open_jobs, rate]
