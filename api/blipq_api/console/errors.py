@@ -30,10 +30,14 @@ ADVICE = {
     "stale_selection": "Filter the list of jobs, and count again.",
     "queue_full": "Wait until open jobs have ended, or raise BLIPQ_MAX_OPEN_JOBS. What was done "
     "before this stays done.",
+    "tenant_limited": "Wait until jobs of the tenant have ended, or raise its limits: “blipq queue "
+    "limit”. What was done before this stays done.",
     "not_found": "Use the links above.",
     "internal": "The door's log has the reason, under the id of the request.",
 }
 _OTHERWISE = "Go back, and correct what the message names."
+#: Pages that a form is sent to, and that nobody opens by their address alone.
+_OF_FORMS = ("select", "bulk", "job", "logout")
 #: An address behind the sign-in page is longer than this only by accident.
 _LONGEST_NEXT = 500
 
@@ -68,8 +72,15 @@ def answer(request: Request, error: Exception) -> Response:
         headers["Retry-After"] = str(math.ceil(problem.retry_after_s))
     body = problem.body(request.state.request_id)
     advice = ADVICE.get(problem.code, _OTHERWISE)
+    is_form = request.method == "POST" and path_in(request.scope).rpartition("/")[2] in _OF_FORMS
     return rendered(
-        request, "error.html", status=problem.status, headers=headers, problem=body, advice=advice
+        request,
+        "error.html",
+        status=problem.status,
+        headers=headers,
+        problem=body,
+        advice=advice,
+        again=not is_form,
     )
 
 

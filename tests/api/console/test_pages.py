@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import httpx2
 import pytest
@@ -12,9 +12,12 @@ from api.console.conftest import HOSTILE, PAGES, Keyed, Markup, page, succeed
 from blipq import Client, Settings
 from blipq.ledger.worker import WorkerLedger
 from blipq.s3.storage import Storage
-from blipq_api.console.pages import HEADERS, seconds
+from blipq_api.access.keys import LOCAL
+from blipq_api.access.sessions import Session
+from blipq_api.console.pages import HEADERS, _environment, seconds
 from blipq_api.console.pictures import MOST_BYTES, type_of
 from blipq_api.console.rates import rate_of
+from blipq_api.console.routes import PAGES as ROUTES
 from conftest import ROOT
 
 SCENE = (ROOT / "docs" / "scene.png").read_bytes()
@@ -290,6 +293,47 @@ def test_when_redis_is_away_the_page_says_what_to_do(start: Start) -> None:
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         assert "blipq doctor" in answer.text
         assert "Try again" in answer.text
+
+
+@pytest.mark.parametrize("path", [each.path for each in ROUTES if each.method == "POST"])
+def test_an_error_of_a_form_leads_to_a_page_that_is_there(
+    operator: httpx2.Client, path: str
+) -> None:
+    answer = operator.post(path, data={"form_token": "wrong", "key": "blipq_wrong"})
+    assert answer.status_code in (401, 403, 415)
+    links = re.findall(r'<a class="button" href="([^"]*)"', answer.text)
+    for link in links:
+        assert operator.get(urljoin(path, link)).status_code in (200, 303)
+    assert links or path.endswith("login")
+
+
+def test_a_form_of_a_tenant_at_its_limit_says_what_to_do(
+    operator: httpx2.Client, client: Client
+) -> None:
+    job = client.caption("s3://photos/cat.jpg", tenant="shop")
+    job.cancel()
+    form = page(operator, f"job?id={job.id}").fields("retry")
+    client.limit("shop", open_jobs=0)
+    answer = operator.post("/console/job", data=form)
+    assert (answer.status_code, "blipq queue limit" in answer.text) == (429, True)
+
+
+def test_what_can_be_done_with_a_list_is_offered_where_its_first_page_is_empty() -> None:
+    """Of jobs with a pair of metadata a page may have none, and others may follow."""
+    filters = {"status": "failed", "name": "user", "value": "42"}
+    shown = (
+        _environment()
+        .get_template("jobs.html")
+        .render(
+            session=Session(LOCAL, "secret"),
+            filters=filters,
+            filtered=True,
+            bulk={"retry": "Try again"},
+            next={**filters, "cursor": "c"},
+            jobs=[],
+        )
+    )
+    assert Markup(shown).fields("retry")["value"] == "42"
 
 
 def test_the_rate_is_that_of_the_time_in_which_all_ends_are_known() -> None:
