@@ -113,12 +113,12 @@ class Door:
             # The limit is the limiter: the default one, of 40 threads, is for nobody else here.
             return await anyio.to_thread.run_sync(work)
 
-    async def forget(self, ids: Sequence[str], *, only_ended: bool = False) -> Forgotten:
-        """Erases jobs, and what they left in S3 and in search indexes."""
+    async def forget(self, ids: Sequence[str]) -> Forgotten:
+        """Erases jobs that have ended, and what they left in S3 and in search indexes."""
         async with self._upload_turns.turn():
             # Indexes are opened at the first use: LanceDB is large.
             unindex = await anyio.to_thread.run_sync(lambda: self._unindex)
-            return await self.client.forget(ids, unindex=unindex, only_ended=only_ended)
+            return await self.client.forget(ids, unindex=unindex, only_ended=True)
 
     @cached_property
     def _unindex(self) -> Unindex | None:

@@ -134,7 +134,7 @@ async def _erased(door: Door, ids: list[str]) -> tuple[int, list[str]]:
     count = 0
     left: list[str] = []
     for at in range(0, len(ids), ERASED_AT_ONCE):
-        report = await door.forget(ids[at : at + ERASED_AT_ONCE], only_ended=True)
+        report = await door.forget(ids[at : at + ERASED_AT_ONCE])
         count += len(report.jobs)
         left += map(redacted, report.left)
     return count, left

@@ -203,14 +203,19 @@ async def retry(request: Request) -> Response:
     return job_answer(await known(door, caller, id), 202)
 
 
+def _check_ended(info: JobInfo) -> None:
+    """Raises Problem for a job that is open."""
+    if not info.ended:
+        raise Problem(409, "job_open", f"{info.id} is {info.status}: cancel it first")
+
+
 async def forget(request: Request) -> Response:
     """Erases a job that has ended, with its result, events, upload, output and index entry."""
-    door, id = door_of(request), request.path_params["id"]
-    info = await known(door, caller_of(request), id)
-    if not info.ended:
-        raise Problem(409, "job_open", f"{id} is {info.status}: cancel it first")
+    door, caller, id = door_of(request), caller_of(request), request.path_params["id"]
+    _check_ended(await known(door, caller, id))
     report = await door.forget([id])
-    if not report.jobs:
+    if not report.jobs:  # somebody has queued it again, or erased it
+        _check_ended(await known(door, caller, id))
         raise not_found(id[:128])
     return shown({**asdict(report), "left": [redacted(each) for each in report.left]})
 
