@@ -294,6 +294,17 @@ def test_an_update_asks_only_what_has_changed(
     assert all(row["blipq_job"] for row in rows)
 
 
+def test_a_dataset_is_not_resumed_for_another_tenant(
+    run: Run, answering: Answering, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pq.write_table(pa.table({"image": [b"one"]}), tmp_path / "set.parquet")
+    with answering():
+        done(run("submit", "set.parquet", "--json"))
+    monkeypatch.setenv("BLIPQ_TENANT", "shop")
+    refused = run("submit", "set.parquet")
+    assert (refused.exit_code, "begun for no tenant" in refused.stderr) == (2, True)
+
+
 class Killed(BaseException):
     """Stands in for kill -9: nothing below it catches it."""
 
