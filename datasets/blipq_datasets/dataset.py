@@ -11,7 +11,7 @@ from blipq_datasets.fields import kinds_of
 from blipq_datasets.journal import RowEntry
 from blipq_datasets.recipe import Recipe
 from blipq_datasets.sources.columns import LONGEST_KEY
-from blipq_datasets.sources.rows import Cursor, Row, Shard, held
+from blipq_datasets.sources.rows import END, Cursor, Row, Shard, held
 from blipq_datasets.uploads import Uploads
 
 
@@ -49,7 +49,8 @@ class Dataset:
         first, *place = json.loads(position) if position else (0, 0, 0)
         cursor = Cursor(*place)
         for index in range(first, len(self.shards)):
-            for group in held(self.shards[index].rows(cursor)):
+            rows = () if cursor.offset == END else self.shards[index].rows(cursor)
+            for group in held(rows):
                 entries, pictures = [], {}
                 for after, row in group:
                     number += 1

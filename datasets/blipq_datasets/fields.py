@@ -1,7 +1,7 @@
-"""What kind of values a column of objects has, found row by row, and the same as Arrow types."""
+"""What kind of values a column of objects has, the same as Arrow types, and back again."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -10,6 +10,8 @@ import pyarrow as pa
 Fields = dict[str, str]
 
 MOST_FIELDS = 512
+#: Columns that a shard of objects has, and the characters of a name; further ones are left out.
+MOST_COLUMNS, LONGEST_NAME = 4096, 512
 
 _TYPES: Mapping[str, pa.DataType] = {
     "null": pa.null(),
@@ -42,9 +44,16 @@ def kinds_of(columns: Mapping[str, Any]) -> Fields:
 
 
 def widened(fields: Fields, kinds: Fields) -> Fields:
-    """The kinds that hold these as well."""
-    more = {name: _wider(fields.get(name, "null"), kind) for name, kind in kinds.items()}
-    return {**fields, **more}
+    """The kinds that hold these as well, of no more than MOST_COLUMNS columns."""
+    more: Fields = {}
+    for name, kind in kinds.items():
+        is_new = name not in fields
+        if is_new and (len(fields) + len(more) >= MOST_COLUMNS or len(name) > LONGEST_NAME):
+            continue
+        wider = _wider(fields.get(name, "null"), kind)
+        if is_new or wider != fields[name]:
+            more[name] = wider
+    return {**fields, **more} if more else fields
 
 
 def _wider(one: str, other: str) -> str:
@@ -76,3 +85,67 @@ def schema_of(fields: Fields) -> pa.Schema:
 def is_json(column: pa.Field) -> bool:
     """Whether a column's texts are JSON that ``cell`` made."""
     return bool(column.metadata) and column.metadata.get(b"blipq") == b"json"
+
+
+def objects_of(rows: pa.RecordBatch) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Rows as objects, and which of their columns hold texts that are not UTF-8, which are None.
+
+    Times are texts: Python's have neither nanoseconds nor all years.
+    """
+    rows = _with_texts(rows)
+    try:
+        found = rows.to_pylist()
+    except UnicodeDecodeError:
+        yield from (_object_of(rows, number) for number in range(len(rows)))
+    else:
+        yield from ((each, []) for each in found)
+
+
+def _object_of(rows: pa.RecordBatch, number: int) -> tuple[dict[str, Any], list[str]]:
+    found: dict[str, Any] = {}
+    bad = []
+    for name, column in zip(rows.schema.names, rows.columns, strict=True):
+        try:
+            found[name] = column[number].as_py()
+        except UnicodeDecodeError:
+            found[name] = None
+            bad.append(name)
+    return found, bad
+
+
+def _with_texts(rows: pa.RecordBatch) -> pa.RecordBatch:
+    """The same with texts for times, also within lists and structs; those of a zone are in UTC."""
+    arrays = []
+    for column in rows.columns:
+        for change in (_in_utc, _as_text):
+            kind = _changed(column.type, change)
+            column = column if kind == column.type else column.cast(kind)
+        arrays.append(column)
+    schema = [field.with_type(array.type) for field, array in zip(rows.schema, arrays, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(schema))
+
+
+def _changed(kind: pa.DataType, change: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+    """A type in which all types of single values are changed."""
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_changed(field.type, change)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(_changed_item(kind, change))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_changed_item(kind, change))
+    return change(kind)
+
+
+def _changed_item(kind: Any, change: Callable[[pa.DataType], pa.DataType]) -> pa.Field:
+    item: pa.Field = kind.value_field
+    return item.with_type(_changed(item.type, change))
+
+
+def _in_utc(kind: pa.DataType) -> pa.DataType:
+    """Not every zone of a file is known here."""
+    has_zone = pa.types.is_timestamp(kind) and kind.tz is not None
+    return pa.timestamp(kind.unit, "UTC") if has_zone else kind
+
+
+def _as_text(kind: pa.DataType) -> pa.DataType:
+    return pa.string() if pa.types.is_temporal(kind) else kind

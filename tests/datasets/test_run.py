@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -416,3 +417,123 @@ def test_an_update_goes_on_from_a_run_that_was_cancelled(
         done(run("submit", "set.parquet", "--update", "--json"))
     assert len(worker.runs) == 2
     assert uploads_left() == []
+
+
+def _damaged(kind: str, tar: Tar) -> tuple[str, bytes]:
+    """The name and the bytes of a shard that has good rows before its damage."""
+    pictures = {f"{n}.jpg": b"picture %d" % n for n in range(3)}
+    if kind == "tar":
+        return "a.tar", tar(pictures)[: 5 * 512 + 4]
+    if kind == "tar.gz":
+        return "a.tar.gz", gzip.compress(tar({"0.jpg": b"picture 0", "1.jpg": bytes(9000)}))[:-20]
+    if kind == "csv.gz":
+        lines = b"image\n" + b"".join(b"%d.jpg\n" % n for n in range(2000))
+        return "a.csv.gz", gzip.compress(lines)[:-20]
+    if kind == "csv":
+        return "a.csv", b"image\n0.jpg\n1.jpg\n" + b"x" * 2**21
+    stream = pa.BufferOutputStream()
+    table = pa.table({"image": [b"picture 0", b"picture 1", b"picture 2"]})
+    pq.write_table(table, stream, row_group_size=1, compression="none")
+    data = bytearray(stream.getvalue().to_pybytes())
+    column = pq.read_metadata(pa.BufferReader(bytes(data))).row_group(2).column(0)
+    begin = column.dictionary_page_offset or column.data_page_offset
+    data[begin : begin + column.total_compressed_size] = bytes(column.total_compressed_size)
+    return "a.parquet", bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "csv", "csv.gz", "parquet"])
+def test_a_run_that_is_killed_behind_a_damaged_shard_has_one_row_for_the_damage(
+    run: Run,
+    answering: Answering,
+    tar: Tar,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    monkeypatch.setattr("blipq_datasets.sources.places.BLOCK_BYTES", 1000)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    name, data = _damaged(kind, tar)
+    (folder / name).write_bytes(data)
+    for n in range(3):
+        (folder / f"{n}.jpg").write_bytes(b"picture %d" % n)
+    real = DatasetJournal.add
+
+    def deadly(journal: DatasetJournal, entries: Any, ids: Any) -> Any:
+        added = real(journal, entries, ids)
+        if any(entry.error and name in entry.error for entry in entries):
+            raise Killed
+        return added
+
+    monkeypatch.setattr(DatasetJournal, "add", deadly)
+    arguments = ("submit", "set", "--output", "answers", "--to", "jsonl", "--json")
+    with answering():
+        with pytest.raises(Killed):
+            run(*arguments)
+        monkeypatch.setattr(DatasetJournal, "add", real)
+        ran = run(*arguments)
+    assert ran.exit_code == 3, ran.output
+    lines = (tmp_path / "answers" / "a.jsonl").read_text().splitlines()
+    errors = [json.loads(line)["blipq_error_message"] for line in lines]
+    assert [error for error in errors if error and name in error] == errors[-1:]
+
+
+def test_a_name_that_is_not_utf_8_is_a_key_with_its_bytes_in_digits(
+    run: Run, answering: Answering, tmp_path: Path
+) -> None:
+    def header(name: bytes, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+        member = tarfile.TarInfo(name.decode("latin-1"))
+        member.size, member.type = size, kind
+        return member.tobuf(tarfile.GNU_FORMAT, "latin-1")
+
+    def padded(data: bytes) -> bytes:
+        return data + bytes(-len(data) % 512)
+
+    long = b"x" * 150 + b"\xe9.jpg"
+    record = b"15 path=p\xe9.jpg\n"
+    data = header(b"\xe9.jpg", 3) + padded(b"one")
+    data += header(b"././@LongLink", len(long), tarfile.GNUTYPE_LONGNAME) + padded(long)
+    data += header(b"cut", 3) + padded(b"two")
+    data += header(b"pax", len(record), tarfile.XHDTYPE) + padded(record)
+    data += header(b"cut", 5) + padded(b"three") + bytes(1024)
+    (tmp_path / "set.tar").write_bytes(data)
+    with answering():
+        done(run("submit", "set.tar", "--output", "answers", "--to", "jsonl", "--json"))
+    lines = (tmp_path / "answers" / "set.jsonl").read_text().splitlines()
+    assert {row["blipq_key"]: row["blipq_text"] for row in map(json.loads, lines)} == {
+        r"set/\xe9": "one",
+        "set/" + "x" * 150 + r"\xe9": "two",
+        r"set/p\xe9": "three",
+    }
+
+
+def test_a_shard_whose_name_is_not_utf_8_is_refused(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / os.fsdecode(b"\xe9.csv")).write_bytes(b"url\ns3://photos/a.jpg\n")
+    ran = run("submit", "set")
+    assert ran.exit_code == 2, ran.output
+    assert "is not UTF-8: rename the file" in " ".join(ran.stderr.split())
+
+
+@pytest.mark.parametrize("to", ["jsonl", "csv", "webdataset"])
+def test_nanoseconds_come_back_as_texts(
+    run: Run, answering: Answering, tmp_path: Path, to: str
+) -> None:
+    table = pa.table(
+        {
+            "image": [b"one"],
+            "at": pa.array([1], pa.timestamp("ns", "Europe/Nowhere")),
+            "took": pa.array([[1]], pa.list_(pa.duration("ns"))),
+            "daily": pa.array([1], pa.time64("ns")),
+            "day": pa.array([10**7], pa.date32()),
+        }
+    )
+    pq.write_table(table, tmp_path / "set.parquet")
+    arguments = ("--prompt", "at {at}", "--output", "answers", "--to", to)
+    with answering():
+        done(run("submit", "set.parquet", *arguments, "--json"))
+    written = next((tmp_path / "answers").glob("set.*")).read_text("latin-1")
+    for text in ("at 1970-01-01 00:00:00.000000001Z one", "00:00:00.000000001", "29349-01-26"):
+        assert text in written
+    assert pq.read_table(tmp_path / "set.parquet").equals(table)

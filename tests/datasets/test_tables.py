@@ -9,17 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from blipq.errors import InvalidRequest
-from blipq_datasets.fields import Fields, cell, kinds_of, schema_of, widened
+from blipq_datasets.fields import Fields, cell, kinds_of, objects_of, schema_of, widened
 from blipq_datasets.sources.columns import Columns
 from blipq_datasets.sources.parquet import Parquet
 from blipq_datasets.sources.places import LocalPlace
-from blipq_datasets.sources.rows import Cursor, Shard
+from blipq_datasets.sources.rows import END, Cursor
 from blipq_datasets.sources.tables import Csv, JsonLines
 
 URI = "s3://photos/cat.jpg"
 
 
-def shard_of(path: Path, data: bytes) -> Shard:
+def shard_of(path: Path, data: bytes) -> JsonLines | Csv:
     path.write_bytes(data)
     packed = path.suffix == ".gz"
     kind = JsonLines if ".jsonl" in path.name else Csv
@@ -92,22 +92,86 @@ def test_what_is_no_row_is_an_error_of_its_own(
 
 @pytest.mark.parametrize("data", [b"image,image\n", b"\xff,image\n", b"x" * 2**21])
 def test_a_heading_that_is_none_is_refused(data: bytes, tmp_path: Path) -> None:
+    shard = shard_of(tmp_path / "a.csv", data)
+    assert isinstance(shard, Csv)
     with pytest.raises(InvalidRequest):
-        shard_of(tmp_path / "a.csv", data).columns()
+        shard.columns()
+
+
+def damage(path: Path, name: str, group: int) -> None:
+    """Overwrites what a row group has of a column."""
+    metadata = pq.read_metadata(path)
+    (column,) = (
+        metadata.row_group(group).column(n)
+        for n in range(metadata.num_columns)
+        if metadata.schema.column(n).path == name
+    )
+    begin = column.dictionary_page_offset or column.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[begin : begin + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(data)
 
 
 def test_a_damaged_parquet_ends_in_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     rows = [f"s3://photos/{n:06}.jpg" for n in range(3000)]
     pq.write_table(pa.table({"url": rows}), path, row_group_size=1000, compression="zstd")
-    data = bytearray(path.read_bytes())
-    data[len(data) // 3 : len(data) // 3 + 2000] = bytes(2000)
-    path.write_bytes(data)
+    damage(path, "url", group=1)
     shard = Parquet("set", LocalPlace(path), Columns("url"))
     found = [row for _, row in shard.rows(Cursor())]
     assert found[-1].error
-    parts = list(shard.parts({}, pictures=False))
+    parts = list(shard.parts({}, pictures=False, lines=len(found)))
     assert sum(len(part.columns) for part in parts) == len(found)
+
+
+def test_damage_in_another_column_costs_that_column_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table(
+        {
+            "url": [f"s3://photos/{n:06}.jpg" for n in range(300)],
+            "note": [f"note {n}" for n in range(300)],
+            "size": pa.array(range(300), pa.int16()),
+        },
+        schema=pa.schema(
+            [("url", pa.string()), pa.field("note", pa.string(), False), ("size", pa.int16())]
+        ),
+    )
+    pq.write_table(table, path, row_group_size=100)
+    damage(path, "note", group=1)
+    shard = Parquet("set", LocalPlace(path), Columns("url"))
+    assert [row.error for _, row in shard.rows(Cursor())] == [None] * 300
+    parts = list(shard.parts({}, pictures=True, lines=300))
+    assert sum(len(part.pictures) for part in parts) == 300
+    found = pa.Table.from_batches(part.columns for part in parts)
+    assert found["url"].equals(table["url"])
+    assert found["size"].equals(table["size"])
+    assert found["note"].to_pylist() == table["note"].to_pylist()[:100] + [None] * 200
+
+
+@pytest.mark.parametrize("start", [0, 64, 150])
+def test_a_parquet_is_damaged_at_the_same_row_from_wherever_it_is_read_on(
+    tmp_path: Path, start: int
+) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"url": [f"s3://photos/{n}.jpg" for n in range(300)]})
+    pq.write_table(table, path, row_group_size=50)
+    damage(path, "url", group=4)
+    shard = Parquet("set", LocalPlace(path), Columns("url"))
+    found = list(shard.rows(Cursor(start, start)))
+    assert len(found) == 200 + 1 - start
+    assert found[-1][0] == Cursor(END, 201)
+
+
+def test_a_text_that_is_not_utf_8_is_an_error_of_its_row(tmp_path: Path) -> None:
+    texts = pa.array([b"s3://photos/1.jpg", b"s3://photos/\xe9.jpg", b"s3://photos/3.jpg"])
+    bad = pa.Array.from_buffers(pa.string(), 3, texts.buffers())
+    pq.write_table(pa.table({"url": bad}), tmp_path / "a.parquet")
+    shard = Parquet("set", LocalPlace(tmp_path / "a.parquet"), Columns("url"))
+    found = [row for _, row in shard.rows(Cursor())]
+    assert [row.error for row in found] == [None, "url: the text is not UTF-8", None]
+    (part,) = shard.parts({}, pictures=False, lines=3)
+    objects = [row for row, _ in objects_of(part.columns)]
+    assert objects == [{"url": "s3://photos/1.jpg"}, {"url": None}, {"url": "s3://photos/3.jpg"}]
 
 
 @pytest.mark.parametrize(

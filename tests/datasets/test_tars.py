@@ -82,6 +82,13 @@ HOSTILE = {
     "a sparse member": (header("a.jpg", 0, tarfile.GNUTYPE_SPARSE), "sparse"),
     "a member that is cut": (header("a.jpg", 5000) + bytes(100), "ends within"),
     "no tar at all": (b"GIF89a" * 1000, "no header of a tar"),
+    "a size that no file has": (header("a.bin", 2**70), "an impossible size"),
+    "a size that this file has not": (header("a.bin", 10**17), "ends within"),
+    "a PAX record of a length without an end": (
+        header("x", 4500, tarfile.XHDTYPE) + padded(b"1" * 4490 + b" path=abc\n"),
+        "malformed",
+    ),
+    "a member that is passed over and cut": (header("a.bin", 5000) + bytes(4000), "ends within"),
     "a header that is cut": (header("a.bin", 0) + b"half", "no header of a tar"),
 }
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import time
 from collections import Counter
 from collections.abc import Sequence
 
@@ -40,7 +39,6 @@ class Output:
         self._format = format
         self._escape_formulas = escape_formulas
         self._written: int = journal.fact("written") or 0
-        self._began = time.monotonic()
 
     def check(self) -> None:
         """Raises InvalidRequest for a place that holds other files of these names."""
@@ -63,14 +61,12 @@ class Output:
             self._written += 1
             self._journal.note(written=self._written)
 
-    def finish(self) -> bool:
-        """Writes what is due and, if that is all there is, the figures; whether it was."""
+    def finish(self) -> None:
+        """Writes what is due and, if that is all there is, the figures."""
         self.write_due()
-        if self._written < len(self._shards):
-            return False
-        with self._target.writing(STATS) as path:
-            path.write_text(json.dumps(self._stats(), indent=1) + "\n")
-        return True
+        if self._written == len(self._shards):
+            with self._target.writing(STATS) as path:
+                path.write_text(json.dumps(self._stats(), indent=1) + "\n")
 
     def _name(self, shard: int) -> str:
         return self._shards[shard].stem + ENDINGS[self._format]
@@ -82,7 +78,7 @@ class Output:
             writer = writer_of(self._format, path, escape_formulas=self._escape_formulas)
             try:
                 pictures = self._format == "webdataset"
-                for part in shard.parts(fields, pictures=pictures):
+                for part in shard.parts(fields, pictures=pictures, lines=len(lines)):
                     found = list(itertools.islice(outcomes, len(part.columns)))
                     _check_same(shard, len(found) == len(part.columns))
                     writer.write(with_answers(part.columns, found), part.pictures)

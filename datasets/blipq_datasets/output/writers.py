@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blipq_datasets.fields import is_json
+from blipq_datasets.fields import is_json, objects_of
 from blipq_datasets.output.answers import SCHEMA
 from blipq_datasets.recipe import Format
 
@@ -151,10 +151,10 @@ class TarWriter:
 
 
 def _objects(rows: pa.RecordBatch) -> Iterator[dict[str, Any]]:
-    """The rows as objects of JSON, without bytes."""
+    """The rows as objects of JSON, without bytes and without texts that are not UTF-8."""
     shown = [field for field in rows.schema if not _is_bytes(field.type)]
     nested = [field.name for field in shown if is_json(field)]
-    for row in rows.select([field.name for field in shown]).to_pylist():
+    for row, _ in objects_of(rows.select([field.name for field in shown])):
         for name in nested:
             row[name] = None if row[name] is None else json.loads(row[name])
         yield row

@@ -62,9 +62,19 @@ def shards_of(source: str, wanted: Columns, storage: Storage, listing: Path) -> 
     for stem, count in Counter(shard.stem for shard in shards).items():
         if count > 1:
             raise InvalidRequest(f"{source}: two files are called {stem}, but for their endings")
+        if not _is_text(stem):
+            raise InvalidRequest(f"{source}: the name {stem!a} is not UTF-8: rename the file")
         if ".." in stem.split("/") or stem.startswith("/"):  # an output takes its name
             raise InvalidRequest(f"{source}: {stem} leads out of the folder")
     return shards
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _in_s3(source: str, wanted: Columns, storage: Storage, listing: Path) -> list[Shard]:
@@ -91,12 +101,16 @@ def _local(source: Path, wanted: Columns, listing: Path) -> list[Shard]:
     if not source.is_dir():
         if ending_of(source.name) is None:
             raise InvalidRequest(f"{source} ends in none of {', '.join(ENDINGS)}")
-        return [_shard(source.name, LocalPlace(source), replace(wanted, folder=source.parent))]
+        return [_local_shard(source.name, source, wanted)]
     files, listed = _sorted_out(_walked(source) if not listing.exists() else (), listing)
-    wanted = replace(wanted, folder=source)
-    return [_shard(each.name, LocalPlace(Path(each.place)), wanted) for each in files] or _listed(
+    return [_local_shard(each.name, Path(each.place), wanted) for each in files] or _listed(
         listed, source
     )
+
+
+def _local_shard(name: str, path: Path, wanted: Columns) -> Shard:
+    """A shard whose paths count from its own folder."""
+    return _shard(name, LocalPlace(path), replace(wanted, folder=path.parent))
 
 
 def _walked(folder: Path) -> Iterator[_Found]:
@@ -172,8 +186,8 @@ def _shard(name: str, place: Place, wanted: Columns) -> Shard:
         return Tar(stem, place, wanted, packed=packed)
     if ending == ".parquet":
         columns = Parquet(stem, place, wanted).columns()
-        return Parquet(stem, place, wanted.within(place.name, columns or []))
+        return Parquet(stem, place, wanted.within(place.name, columns))
     if ending.startswith((".csv", ".tsv")):
         columns = Csv(stem, place, wanted, packed=packed).columns()
-        return Csv(stem, place, wanted.within(place.name, columns or []), packed=packed)
+        return Csv(stem, place, wanted.within(place.name, columns), packed=packed)
     return JsonLines(stem, place, wanted, packed=packed)

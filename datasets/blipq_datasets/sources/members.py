@@ -1,7 +1,8 @@
-"""Members of a tar, one after the other: names, places and the bytes of those that are wanted.
+r"""Members of a tar, one after the other: names, places and the bytes of those that are wanted.
 
 The standard library's ``tarfile`` keeps every member in memory and reads extension records of any
-size, so it only parses single headers here. Nothing is ever extracted: a name is no path.
+size, so it only parses single headers here. Nothing is ever extracted: a name is no path. Bytes of
+a name that are not UTF-8 are written as ``\xe9``: names become keys, which are texts.
 """
 
 import io
@@ -15,6 +16,8 @@ from blipq_datasets.sources.rows import Damaged
 BLOCK = tarfile.BLOCKSIZE
 #: Of records that extend a header: the most bytes of each, and the most before one member.
 LONGEST_RECORD, MOST_RECORDS = 64 * 2**10, 8
+#: No member has so many bytes; larger numbers are more than a file can be read at.
+LARGEST = 10**18
 
 _NAMES, _PAX = (tarfile.GNUTYPE_LONGNAME,), (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _OTHERS = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
@@ -59,8 +62,8 @@ def members(
             raise Damaged(f"the member at byte {begin:,} is sparse, which is not read")
         name = header.name if extension.name is None else extension.name
         if header.isreg():
-            data = _exactly(file, size, at) if wanted(name, size) else None
-            skip(file, padded(size) - (0 if data is None else size))
+            data = _data(file, size, at, wanted=wanted(name, size))
+            skip(file, padded(size) - size)
             yield Member(name, begin, at, size, data)
         at += padded(size) if header.isreg() else 0
         begin, extension = at, _Extension()
@@ -72,11 +75,11 @@ def _header(file: io.BufferedReader, at: int) -> tarfile.TarInfo | None:
     if not block.strip(b"\0") and len(block) in (0, BLOCK):
         return None
     try:
-        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
     except tarfile.HeaderError as error:
         raise Damaged(f"no header of a tar at byte {at:,}: {error}") from None
-    if header.size < 0:
-        raise Damaged(f"the member at byte {at:,} has a negative size")
+    if not 0 <= header.size < LARGEST:
+        raise Damaged(f"the member at byte {at:,} has an impossible size")
     return header
 
 
@@ -92,7 +95,7 @@ def _extend(
         )
     record = _exactly(file, padded(header.size), at)[: header.size]
     if header.type in _NAMES:
-        extension.name = record.rstrip(b"\0").decode("utf-8", "surrogateescape")
+        extension.name = record.rstrip(b"\0").decode("utf-8", "backslashreplace")
     elif header.type in _PAX:
         _extend_by_pax(extension, record, at)
     return padded(header.size)
@@ -102,12 +105,13 @@ def _extend_by_pax(extension: _Extension, record: bytes, at: int) -> None:
     """``LENGTH NAME=VALUE`` lines, of which only the name and the size matter."""
     while record.strip(b"\0"):
         length, _, _ = record.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(record):
+        is_number = length.isdigit() and len(length) < 10
+        if not is_number or not 0 < int(length) <= len(record):
             raise Damaged(f"the PAX record at byte {at:,} is malformed")
         name, _, value = record[len(length) + 1 : int(length) - 1].partition(b"=")
         record = record[int(length) :]
         if name == b"path":
-            extension.name = value.decode("utf-8", "surrogateescape")
+            extension.name = value.decode("utf-8", "backslashreplace")
         elif name == b"size":
             if not value.isdigit() or len(value) > 18:
                 raise Damaged(f"the PAX record at byte {at:,} has no size: {value[:20]!r}")
@@ -121,6 +125,16 @@ def _exactly(file: io.BufferedReader, size: int, at: int) -> bytes:
     if len(data) < size:
         raise Damaged(f"it ends within the member at byte {at:,}")
     return data
+
+
+def _data(file: io.BufferedReader, size: int, at: int, *, wanted: bool) -> bytes | None:
+    """A member's bytes, or None where they are passed over; all of them must be there."""
+    if wanted:
+        return _exactly(file, size, at)
+    if size:
+        skip(file, size - 1)
+        _exactly(file, 1, at)
+    return None
 
 
 def padded(size: int) -> int:

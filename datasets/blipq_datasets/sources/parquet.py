@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from blipq.errors import InvalidRequest
-from blipq_datasets.fields import Fields
+from blipq_datasets.fields import Fields, objects_of
 from blipq_datasets.sources.columns import Columns
 from blipq_datasets.sources.places import Place, opened
-from blipq_datasets.sources.rows import MOST_HELD, Cursor, Part, Row
+from blipq_datasets.sources.rows import END, MOST_HELD, Cursor, Part, Row
 
 #: Columns are decoded through buffers of this size, not by whole row groups.
 BUFFER_BYTES = 2**20
@@ -27,7 +27,7 @@ class Parquet:
         self._place = place
         self._wanted = wanted
 
-    def columns(self) -> list[str] | None:
+    def columns(self) -> list[str]:
         """The names in its schema. Raises InvalidRequest for another file."""
         try:
             with self._file() as file:
@@ -44,24 +44,47 @@ class Parquet:
                     index += 1
                     yield Cursor(index, index), row
         except _DAMAGE as error:
-            yield Cursor(index, index + 1), Row(None, error=f"{self._place.name}: {error}")
+            yield Cursor(END, index + 1), Row(None, error=f"{self._place.name}: {error}")
 
-    def parts(self, fields: Fields, *, pictures: bool) -> Iterator[Part]:
-        """All rows again, with the types that they have there."""
+    def parts(self, fields: Fields, *, pictures: bool, lines: int) -> Iterator[Part]:
+        """All rows again, with the types that they have there.
+
+        A damaged column has nulls from its damage on: rows may have been made of the others.
+        """
+        index = 0
+        for batch in self._whole_or_salvaged(lines):
+            yield Part(batch, self._pictures(batch, index, wanted=pictures))
+            index += len(batch)
+
+    def _whole_or_salvaged(self, lines: int) -> Iterator[pa.RecordBatch]:
         index = 0
         try:
             for batch in self._batches(0):
-                yield Part(batch, self._pictures(batch, index, wanted=pictures))
+                yield _nullable(batch)
                 index += len(batch)
-        except _DAMAGE:  # `rows` has a last row for it
+        except _DAMAGE:
             with self._file() as file:
                 schema = file.schema_arrow
-            nothing = [pa.nulls(1, column.type) for column in schema]
-            yield Part(pa.RecordBatch.from_arrays(nothing, schema=schema), [None])
+            columns = [self._salvaged(field, index, lines) for field in schema]
+            for arrays in zip(*columns, strict=True):
+                yield _nullable(pa.RecordBatch.from_arrays(list(arrays), schema=schema))
+
+    def _salvaged(self, field: pa.Field, index: int, lines: int) -> Iterator[pa.Array]:
+        """A column from row ``index`` on, as long as batches are, with nulls from its damage on."""
+        batches = self._batches(index, [field.name])
+        for size in self._sizes(index, lines):
+            try:
+                yield next(batches).column(0).slice(0, size)
+            except (*_DAMAGE, StopIteration):  # the latter ever after the former
+                yield pa.nulls(size, field.type)
 
     def _rows(self, batch: pa.RecordBatch, index: int) -> Iterator[Row]:
-        for number, columns in enumerate(batch.to_pylist(), index):
-            yield self._wanted.row(columns, f"{self.stem}/{number}")
+        for number, (columns, bad) in enumerate(objects_of(batch), index):
+            key = f"{self.stem}/{number}"
+            if bad:
+                yield Row(key, columns, error=f"{bad[0]}: the text is not UTF-8")
+            else:
+                yield self._wanted.row(columns, key)
 
     def _pictures(
         self, batch: pa.RecordBatch, index: int, *, wanted: bool
@@ -81,12 +104,40 @@ class Parquet:
             yield file
 
     def _batches(self, index: int, names: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """The rows behind the first ``index``; row groups before them are not read."""
+        """The rows behind the first ``index``; row groups before them are not read.
+
+        Each group has batches of its own, so that they are the same from wherever they are read.
+        """
         with self._file() as file:
-            skipped, groups = 0, list(range(file.num_row_groups))
-            while groups and skipped + file.metadata.row_group(groups[0]).num_rows <= index:
-                skipped += file.metadata.row_group(groups.pop(0)).num_rows
-            over = index - skipped
-            for batch in file.iter_batches(MOST_HELD, row_groups=groups, columns=names):
-                yield batch.slice(min(over, len(batch)))
-                over = max(0, over - len(batch))
+            for group, rows in enumerate(_groups(file)):
+                if index >= rows:
+                    index -= rows
+                    continue
+                for batch in file.iter_batches(MOST_HELD, row_groups=[group], columns=names):
+                    if index < len(batch):
+                        yield batch.slice(index)
+                    index = max(0, index - len(batch))
+
+    def _sizes(self, index: int, lines: int) -> Iterator[int]:
+        """How many rows the batches behind the first ``index`` have, up to ``lines``."""
+        with self._file() as file:
+            groups = _groups(file)
+        begin = 0
+        for rows in groups:
+            for start in range(begin, begin + rows, MOST_HELD):
+                size = min(start + MOST_HELD, begin + rows, lines) - start
+                if start >= index and size > 0:
+                    yield size
+            begin += rows
+
+
+def _groups(file: pq.ParquetFile) -> list[int]:
+    """The rows of each row group."""
+    return [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+
+
+def _nullable(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The same columns, any of which may have nulls."""
+    fields = [field.with_nullable(True) for field in batch.schema]
+    schema = pa.schema(fields, metadata=batch.schema.metadata)
+    return pa.RecordBatch.from_arrays(batch.columns, schema=schema)

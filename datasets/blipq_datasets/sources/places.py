@@ -109,7 +109,9 @@ class _Raw(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        data = self._place.read(self._at, len(buffer))
+        # Far behind the end, where a header of strangers may point, some file systems cannot seek.
+        within = self._at < self._place.size
+        data = self._place.read(self._at, len(buffer)) if within else b""
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)

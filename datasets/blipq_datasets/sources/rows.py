@@ -13,12 +13,19 @@ from blipq_datasets.fields import Fields, cell, schema_of
 MOST_HELD, MOST_HELD_BYTES = 64, 32 * 2**20
 
 
+#: The offset behind the last row of a shard that cannot be read any further.
+END = -1
+
+
 class Damaged(Exception):
     """The rest of a shard cannot be read."""
 
 
 class Cursor(NamedTuple):
-    """Where a shard is read on: an offset in its own unit, and how many rows come before it."""
+    """Where a shard is read on: an offset in its own unit, and how many rows come before it.
+
+    With the offset END nothing more is read, or the same damage would be a row again.
+    """
 
     offset: int = 0
     rows: int = 0
@@ -57,17 +64,15 @@ class Shard(Protocol):
     def version(self) -> str:
         """Changes with the content."""
 
-    def columns(self) -> list[str] | None:
-        """The names of the columns, where a heading has them. Raises InvalidRequest."""
-
     def rows(self, start: Cursor) -> Iterator[tuple[Cursor, Row]]:
         """The rows from ``start`` on, each with where the next one begins.
 
-        What cannot be read any further is a last row with an ``error``. Raises S3Unavailable.
+        What cannot be read any further is a last row with an ``error``, behind which the offset is
+        END. Raises S3Unavailable.
         """
 
-    def parts(self, fields: Fields, *, pictures: bool) -> Iterator[Part]:
-        """All rows again, for the output, as columns of these kinds."""
+    def parts(self, fields: Fields, *, pictures: bool, lines: int) -> Iterator[Part]:
+        """All rows again, for the output, as columns of these kinds. lines: how many there were."""
 
 
 def held(rows: Iterable[tuple[Cursor, Row]]) -> Iterator[list[tuple[Cursor, Row]]]:

@@ -12,7 +12,7 @@ from blipq.errors import InvalidRequest
 from blipq_datasets.fields import MOST_FIELDS, Fields
 from blipq_datasets.sources.columns import Columns
 from blipq_datasets.sources.places import Place, opened
-from blipq_datasets.sources.rows import Cursor, Damaged, Part, Row, parts_of
+from blipq_datasets.sources.rows import END, Cursor, Damaged, Part, Row, parts_of
 
 #: Bytes of a line, and of a row of CSV, which quotes may stretch over several lines.
 LONGEST_LINE, LONGEST_ROW = 2**20, 4 * 2**20
@@ -55,15 +55,11 @@ class _Table:
                     index, at = index + 1, after
                     yield Cursor(at, index), row
         except Damaged as error:
-            yield Cursor(at, index + 1), Row(None, error=f"{self._place.name}: {error}")
+            yield Cursor(END, index + 1), Row(None, error=f"{self._place.name}: {error}")
 
-    def parts(self, fields: Fields, *, pictures: bool) -> Iterator[Part]:
+    def parts(self, fields: Fields, *, pictures: bool, lines: int) -> Iterator[Part]:
         """All rows again."""
         return parts_of(self, fields, pictures=pictures)
-
-    def columns(self) -> list[str] | None:
-        """Unknown until the rows are read."""
-        return None
 
     def _row(self, key: str, found: dict[str, Any] | str) -> Row:
         return Row(key, error=found) if isinstance(found, str) else self._wanted.row(found, key)
@@ -96,7 +92,7 @@ def _object(line: bytes) -> dict[str, Any] | str:
 class Csv(_Table):
     """Comma-, semicolon- or tab-separated values below a heading; all values are texts."""
 
-    def columns(self) -> list[str] | None:
+    def columns(self) -> list[str]:
         """The heading. Raises InvalidRequest."""
         try:
             with closing(opened(self._place, packed=self._packed)) as file:

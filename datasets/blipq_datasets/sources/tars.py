@@ -11,7 +11,7 @@ from blipq_datasets.fields import MOST_FIELDS, Fields
 from blipq_datasets.sources.columns import Columns, key_of
 from blipq_datasets.sources.members import Member, members, padded
 from blipq_datasets.sources.places import Place, S3Place, opened
-from blipq_datasets.sources.rows import Cursor, Damaged, Part, Row, parts_of
+from blipq_datasets.sources.rows import END, Cursor, Damaged, Part, Row, parts_of
 
 PICTURES = frozenset(["jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff"])
 SIDECARS = frozenset({"json", "txt", "cls"})
@@ -42,21 +42,17 @@ class Tar:
         self._key = wanted.key
         self._packed = packed
 
-    def columns(self) -> list[str] | None:
-        return None
-
     def rows(self, start: Cursor) -> Iterator[tuple[Cursor, Row]]:
-        index = start.rows
-        at = start.offset
+        index, at = start.rows, start.offset
         try:
             file = opened(self._place, packed=self._packed, at=at)
             for after, sample in self._samples(members(file, at, _is_wanted)):
                 index, at = index + 1, after
                 yield Cursor(after, index), self._row(sample)
         except Damaged as error:
-            yield Cursor(at, index + 1), Row(None, error=f"{self._place.name}: {error}")
+            yield Cursor(END, index + 1), Row(None, error=f"{self._place.name}: {error}")
 
-    def parts(self, fields: Fields, *, pictures: bool) -> Iterator[Part]:
+    def parts(self, fields: Fields, *, pictures: bool, lines: int) -> Iterator[Part]:
         return parts_of(self, fields, pictures=pictures)
 
     def _samples(self, found: Iterator[Member]) -> Iterator[tuple[int, _Sample]]:
@@ -141,11 +137,10 @@ def _columns(sample: _Sample) -> tuple[dict[str, Any], str | None]:
         except UnicodeDecodeError as error:
             return {}, f"its .{suffix} is not UTF-8: byte {error.start + 1}"
     try:
-        sample.key.encode()
         found = json.loads(texts.pop("json", "{}"))
         json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return {}, "its name or its .json is no UTF-8"
+        return {}, "its .json is not UTF-8"
     except (ValueError, RecursionError) as error:
         return texts, f"its .json is not JSON: {error}"
     if not isinstance(found, dict):
