@@ -12,7 +12,7 @@ from blipq.bulk.driver import Driver
 from blipq.bulk.journal import driving
 from blipq.bulk.start import journal_path
 from blipq.cli import bulk
-from blipq.cli.terminal.output import JsonOption, connected, errors, out
+from blipq.cli.terminal.output import JsonOption, connected, errors, out, reported
 from blipq.client.recording import AWAY
 from blipq.client.sync_client import Client
 from blipq.contract import Priority
@@ -21,6 +21,7 @@ from blipq.s3.refusals import S3Refused
 from blipq_datasets import flags
 from blipq_datasets.dataset import Dataset
 from blipq_datasets.start import Run, begun, dataset_of
+from blipq_datasets.uploads import Uploads
 
 #: Rows that a preview shows.
 SHOWN = 3
@@ -52,8 +53,9 @@ def submit(
 ) -> None:
     """Submit a dataset or a manifest and collect; the same command again goes on after a kill.
 
-    A .jsonl file without options of datasets is a manifest: a request per line (docs/bulk.md).
-    Anything else is a dataset (docs/datasets.md). Exits 0 if all rows succeeded, 3 if not.
+    A .jsonl file, or one of no known ending, without options of datasets is a manifest: a request
+    per line (docs/bulk.md). Anything else is a dataset (docs/datasets.md). Exits 0 if all rows
+    succeeded, 3 if not.
 
     Examples:
         blipq bulk submit manifest.jsonl
@@ -62,7 +64,9 @@ def submit(
         blipq bulk submit --recipe cars.toml --dry-run
     """
     given = flags.Flags(**locals())  # nothing else is local yet
-    if given.is_of_a_manifest:
+    with reported(as_json):
+        is_of_a_manifest = given.is_of_a_manifest
+    if is_of_a_manifest:
         bulk.submit(
             manifest=source,
             prefix=prefix,
@@ -125,9 +129,8 @@ def _work(client: Client, run: Run, window: int, as_json: bool) -> None:
 
 def _tidy(run: Run) -> None:
     """Deletes pictures that were uploaded for rows that have ended."""
-    with suppress(S3Refused):  # who may not delete keeps them for the inbox's lifecycle rule
-        uploads = run.dataset.uploads
-        uploads.delete(run.journal.ended_among(uploads.held))
+    uploads = run.dataset.uploads
+    uploads.delete(run.journal.ended_among(uploads.held))
 
 
 def _finish(run: Run, as_json: bool) -> None:
@@ -138,8 +141,16 @@ def _finish(run: Run, as_json: bool) -> None:
                 run.output.finish()
             with suppress(S3Refused):
                 run.dataset.uploads.sweep()
+            _tell_of_left(run.dataset.uploads, as_json)
             return
         except QueueUnavailable as error:
             if not as_json:
                 errors.print(str(error), style="yellow", markup=False)
             time.sleep(AWAY.pause_s(tries))
+
+
+def _tell_of_left(uploads: Uploads, as_json: bool) -> None:
+    """Pictures that S3 refused to delete stay for the inbox's lifecycle rule."""
+    if uploads.left and not as_json:
+        told = f"S3 refused to delete {uploads.left:,} uploaded pictures: {uploads.prefix}"
+        errors.print(told, style="yellow", markup=False)

@@ -1,14 +1,23 @@
 """The flags of ``blipq bulk submit``, and what they mean together."""
 
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from blipq.bulk.journal import Journal
+from blipq.bulk.start import journal_path
 from blipq.cli import bulk
 from blipq.contract import Kind, Priority
+from blipq.s3.refusals import S3Refused
+from blipq.s3.storage import Storage
+from blipq.settings import Settings
+from blipq.submission import checked
 from blipq_datasets.recipe import Recipe, recipe_from
+from blipq_datasets.sources.finding import ending_of
+from blipq_datasets.sources.tars import PICTURES
 
 Source = Annotated[
     str | None,
@@ -100,12 +109,21 @@ class Flags:
 
     @property
     def is_of_a_manifest(self) -> bool:
-        """Whether a request stands in each line: JSON lines, without a flag of datasets."""
+        """Whether a request stands in each line: without a flag of datasets, what is no dataset.
+
+        Raises InvalidRequest, S3Unavailable.
+        """
+        if self._fields() or self.recipe or self.dry_run or self.update:
+            return False
         if self.source is None:
-            could_be = self.prefix is not None
-        else:
-            could_be = self.source.lower().endswith((".jsonl", ".ndjson"))
-        return could_be and not (self._fields() or self.recipe or self.dry_run or self.update)
+            return self.prefix is not None
+        if self.source.lower().endswith((".jsonl", ".ndjson")):
+            return True
+        path = journal_path(self.journal or self.source)
+        if path.exists():
+            with closing(Journal.open(path)) as journal:
+                return not journal.fact("dataset")
+        return _is_another_file(self.source)
 
     def chosen(self) -> Recipe:
         """The recipe, in which flags come first. Raises InvalidRequest."""
@@ -140,6 +158,19 @@ class Flags:
         if self.kind is not None:
             return str(self.kind)
         return "vqa" if self.question else "match" if self.text else None
+
+
+def _is_another_file(source: str) -> bool:
+    """Whether a file or an object is neither a picture nor has an ending of datasets."""
+    suffix = source.lower().rpartition(".")[2]
+    if source.endswith("/") or ending_of(source) is not None or suffix in PICTURES:
+        return False
+    if not source.startswith("s3://"):
+        return Path(source).is_file()
+    bucket, _, key = source.removeprefix("s3://").partition("/")
+    with suppress(S3Refused):  # who may not list is refused what is not there
+        return bool(key) and Storage(checked(Settings)).head(bucket, key) is not None
+    return False
 
 
 def _given(fields: dict[str, Any]) -> dict[str, Any] | None:

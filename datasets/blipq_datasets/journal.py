@@ -98,6 +98,7 @@ class DatasetJournal(Journal):
         first = self._db.execute("SELECT number FROM request WHERE mark = ?", (mark,)).fetchone()
         if first is not None:
             self._end(entry.number, DUPLICATE, {"same_as": first[0]})
+            self._db.execute("UPDATE line SET job_id = NULL WHERE number = ?", (entry.number,))
             return DUPLICATE
         self._db.execute("INSERT INTO request VALUES (?, ?)", (mark, entry.number))
         old = self._db.execute(

@@ -1,21 +1,24 @@
 """A dataset's journal, shards and output, as the command line and a recipe name them."""
 
 import secrets
+import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from blipq.bulk.start import check_tenant
 from blipq.client.sync_client import Client
 from blipq.errors import InvalidRequest
+from blipq.program import blipq
+from blipq.s3.refusals import S3Refused
 from blipq_datasets.dataset import Dataset
 from blipq_datasets.journal import DatasetJournal
 from blipq_datasets.output.shards import Output
 from blipq_datasets.output.targets import target_of
 from blipq_datasets.recipe import Recipe
-from blipq_datasets.sources.finding import shards_of
+from blipq_datasets.sources.finding import ending_of, shards_of
 from blipq_datasets.uploads import Uploads
 
 
@@ -42,8 +45,11 @@ def begun(
     """A new run, or the one that this journal is of.
 
     With ``update`` a run that is over is begun anew, and takes over the answers to whatever has not
-    changed. Raises InvalidRequest if the journal is of another dataset or of other questions.
+    changed. Raises InvalidRequest if the journal is of another dataset or of other questions, or if
+    answers would go below the source.
     """
+    if recipe.output is not None:
+        _check_apart(recipe.output, source)
     old = _id_of(path)
     renewed = old is not None and update and _is_over(path)
     id = f"bulk_{secrets.token_hex(8)}" if old is None or renewed else old
@@ -51,13 +57,32 @@ def begun(
     if old is None or renewed:
         _create(path, id, dataset, client.settings.tenant)
     if old is not None and renewed:
-        Uploads(client.storage, old).sweep()  # what a cancelled run has left
+        with suppress(S3Refused):  # what a cancelled run has left
+            Uploads(client.storage, old).sweep()
         shutil.rmtree(_listing(path, old), ignore_errors=True)
     with closing(DatasetJournal.open(path)) as journal:
         _check_same(journal, dataset)
         check_tenant(journal, client.settings.tenant)
         output = _output(journal, dataset, recipe, client)
         yield Run(journal, dataset, output)
+
+
+def _check_apart(output: str, source: str) -> None:
+    """Answers below the source would be rows of it the next time, or shards that it has not."""
+    if output.startswith("s3://") and source.startswith("s3://"):
+        is_prefix = source.endswith("/") or ending_of(source) is None
+        bucket, _, key = source.removeprefix("s3://").partition("/")
+        below = is_prefix and f"{output.rstrip('/')}/".startswith(f"s3://{bucket}/{key}")
+    elif "s3://" in (output[:5], source[:5]):
+        return
+    else:
+        below = Path(source).is_dir() and Path(output).resolve().is_relative_to(
+            Path(source).resolve()
+        )
+    if below:
+        raise InvalidRequest(
+            f"--output {output} is below the source: give a place outside {source}"
+        )
 
 
 def _listing(path: Path, id: str) -> Path:
@@ -102,9 +127,13 @@ def _check_same(journal: DatasetJournal, dataset: Dataset) -> None:
             "--journal"
         )
     if journal.fact("version") != dataset.version:
+        update = "--update submits what has changed"
+        if not _is_over(journal.path):
+            cancel = blipq(f"bulk cancel {shlex.quote(str(journal.path))}")
+            update = f"its run is not over: cancel it first ({cancel}), then {update}"
         raise InvalidRequest(
             f"{journal.path} is of another dataset or of other questions, or something has changed:"
-            " --update submits what has changed, or give another --journal"
+            f" {update}, or give another --journal"
         )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from blipq.contract import split_s3_uri
-from blipq.s3.refusals import s3_errors
+from blipq.s3.refusals import S3Refused, s3_errors
 from blipq.s3.storage import Storage
 from blipq.watch.objects import Objects
 
@@ -24,6 +24,8 @@ class Uploads:
         self.prefix = f"s3://{storage.settings.inbox_bucket}/bulk/{bulk}/"
         self._storage = storage
         self._held: dict[int, str] = {}
+        #: Pictures that S3 refused to delete.
+        self.left = 0
 
     @property
     def held(self) -> Collection[int]:
@@ -48,25 +50,38 @@ class Uploads:
         self._storage.put(place, data, content_type=kind)
 
     def delete(self, lines: Collection[int]) -> None:
-        """Deletes the pictures of lines that have ended. Raises S3Unavailable, S3Refused."""
+        """Deletes the pictures of lines that have ended. Raises S3Unavailable.
+
+        Those that S3 refuses to delete are not held either, or memory would grow with the dataset.
+        """
         if lines:
-            self._delete([self._held[line] for line in lines])
+            self.left += self._delete([self._held[line] for line in lines])
             for line in lines:
                 del self._held[line]
 
     def sweep(self) -> None:
-        """Deletes all that is left, also by processes that were killed; no line may be open."""
+        """Deletes all that is left, also by processes that were killed; no line may be open.
+
+        Raises S3Unavailable, S3Refused.
+        """
         bucket, key = split_s3_uri(self.prefix)
-        for page in Objects(self._storage).pages(bucket, key):
-            self._delete([each.uri for each in page.uploads])
+        pages = Objects(self._storage).pages(bucket, key)
+        self.left = sum(self._delete([each.uri for each in page.uploads]) for page in pages)
         self._held.clear()
 
-    def _delete(self, places: Sequence[str]) -> None:
+    def _delete(self, places: Sequence[str]) -> int:
+        """How many S3 refused to delete. Raises S3Unavailable."""
         bucket, _ = split_s3_uri(self.prefix)
+        refused = 0
         for start in range(0, len(places), DELETED_AT_ONCE):
             keys = [split_s3_uri(each)[1] for each in places[start : start + DELETED_AT_ONCE]]
-            with s3_errors(self.prefix):
-                self._storage.client.delete_objects(
-                    Bucket=bucket,
-                    Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True},
-                )
+            try:
+                with s3_errors(self.prefix):
+                    answer = self._storage.client.delete_objects(
+                        Bucket=bucket,
+                        Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True},
+                    )
+                refused += len(answer.get("Errors", ()))
+            except S3Refused:
+                refused += len(keys)
+        return refused

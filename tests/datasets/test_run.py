@@ -12,15 +12,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from botocore.client import BaseClient
+from botocore.exceptions import ClientError
 from typer.testing import Result
 
 from blipq import Client
+from blipq.bulk.start import begin
 from blipq.ledger.worker import WorkerLedger
 from blipq.s3.refusals import S3Unavailable
 from blipq_datasets.journal import DatasetJournal
 from blipq_datasets.output.shards import Output
 from blipq_datasets.output.targets import LocalFolder, S3Folder
 from blipq_datasets.sources.places import S3Place
+from blipq_datasets.sources.rows import MOST_HELD
 from blipq_datasets.uploads import Uploads
 
 Run = Callable[..., Result]
@@ -537,3 +541,184 @@ def test_nanoseconds_come_back_as_texts(
     for text in ("at 1970-01-01 00:00:00.000000001Z one", "00:00:00.000000001", "29349-01-26"):
         assert text in written
     assert pq.read_table(tmp_path / "set.parquet").equals(table)
+
+
+@pytest.mark.parametrize(
+    ("source", "output"),
+    [
+        ("set", "set/answers"),
+        ("set", "set"),
+        ("set/", "other/../set/answers"),
+        ("link", "set/answers"),
+        ("s3://datasets/set/", "s3://datasets/set"),
+        ("s3://datasets/set/", "s3://datasets/set/answers/"),
+        ("s3://datasets/set", "s3://datasets/set-answers"),
+        ("s3://datasets", "s3://datasets/answers"),
+    ],
+)
+def test_answers_may_not_go_below_the_source(
+    run: Run, ledger: WorkerLedger, bucket: str, tmp_path: Path, source: str, output: str
+) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.csv").write_text("url\ns3://photos/a.jpg\n")
+    (tmp_path / "link").symlink_to("set")
+    before = sorted(tmp_path.rglob("*"))
+    ran = run("submit", source, "--output", output)
+    assert ran.exit_code == 2, ran.output
+    assert "is below the source" in " ".join(ran.stderr.split())
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.suffix != ".bulk-lock"] == before
+    assert ledger.redis.dbsize() == 0
+
+
+@pytest.mark.parametrize("place", ["here", "s3"])
+def test_a_manifest_of_any_name_stays_one_beside_datasets(
+    run: Run, answering: Answering, client: Client, bucket: str, tmp_path: Path, place: str
+) -> None:
+    client.storage.put(f"s3://{bucket}/cat.jpg", b"cat", content_type="image/jpeg")
+    line = {"custom_id": "1", "kind": "caption", "image": f"s3://{bucket}/cat.jpg"}
+    data = json.dumps(line).encode() + b"\n"
+    if place == "here":
+        source = "requests.txt"
+        (tmp_path / source).write_bytes(data)
+    else:
+        source = f"s3://{bucket}/manifest"
+        client.storage.put(source, data, content_type="text/plain")
+    with answering():
+        for _ in range(2):
+            assert done(run("submit", source, "--json"))["counts"] == {"succeeded": 1}
+
+
+def test_a_manifest_that_was_begun_goes_on_beside_datasets(
+    run: Run, answering: Answering, client: Client, bucket: str, tmp_path: Path
+) -> None:
+    client.storage.put(f"s3://{bucket}/cat.jpg", b"cat", content_type="image/jpeg")
+    line = {"custom_id": "1", "kind": "caption", "image": f"s3://{bucket}/cat.jpg"}
+    (tmp_path / "requests.csv").write_text(json.dumps(line) + "\n")
+    defaults = {"model": "default", "priority": "low"}
+    facts = {"manifest": "requests.csv", "template": None, "defaults": defaults}
+    begin(tmp_path / "requests.csv.bulk", facts, client.storage)[0].close()
+    with answering():
+        assert done(run("submit", "requests.csv", "--json"))["counts"] == {"succeeded": 1}
+
+
+@pytest.mark.parametrize("refused", ["each", "the request"])
+def test_who_may_not_delete_is_told_once_and_holds_no_more_than_the_window(
+    run: Run,
+    answering: Answering,
+    client: Client,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: str,
+) -> None:
+    rows, window = 200, 10
+    table = pa.table({"image": [b"picture %d" % n for n in range(rows)]})
+    pq.write_table(table, tmp_path / "set.parquet")
+    call, put = BaseClient._make_api_call, Uploads.put
+    held = []
+
+    def refusing(self: Any, operation: str, options: Any) -> Any:
+        if operation != "DeleteObjects":
+            return call(self, operation, options)
+        if refused == "the request":
+            raise ClientError({"Error": {"Code": "AccessDenied"}}, operation)
+        return {
+            "Errors": [{**each, "Code": "AccessDenied"} for each in options["Delete"]["Objects"]]
+        }
+
+    def noted(self: Uploads, pictures: Any) -> None:
+        put(self, pictures)
+        held.append(len(self.held))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BaseClient, "_make_api_call", refusing)
+        patched.setattr(Uploads, "put", noted)
+        with answering():
+            ran = run("submit", "set.parquet", "--window", window)
+    for each in client.storage.client.list_objects_v2(
+        Bucket=client.settings.inbox_bucket, Prefix="bulk/"
+    )["Contents"]:
+        client.storage.client.delete_object(Bucket=client.settings.inbox_bucket, Key=each["Key"])
+    assert ran.exit_code == 0, ran.output
+    assert max(held) <= window + MOST_HELD
+    assert ran.stderr.count("S3 refused to delete") == 1
+    assert f"S3 refused to delete {rows} uploaded pictures" in " ".join(ran.stderr.split())
+
+
+def test_a_shard_has_no_more_columns_than_are_written(
+    run: Run,
+    answering: Answering,
+    client: Client,
+    bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("blipq_datasets.fields.MOST_COLUMNS", 3)
+    client.storage.put(f"s3://{bucket}/cat.jpg", b"cat", content_type="image/jpeg")
+    rows = [{"image": f"s3://{bucket}/cat.jpg", f"own {n}": n, "x" * 600: 1} for n in range(5)]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (tmp_path / "set.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    with answering():
+        done(run("submit", "set.jsonl.gz", "--output", "answers", "--json"))
+    found = pq.read_table(tmp_path / "answers" / "set.parquet")
+    names = [name for name in found.column_names if not name.startswith("blipq_")]
+    assert names == ["image", "own 0", "own 1"]
+    assert found["own 1"].to_pylist() == [None, 1, None, None, None]
+
+
+def test_a_path_counts_from_its_tables_folder(
+    run: Run, answering: Answering, tmp_path: Path
+) -> None:
+    folder = tmp_path / "set"
+    for name in ("", "sub"):
+        (folder / name / "pictures").mkdir(parents=True)
+        (folder / name / "pictures" / "a.jpg").write_bytes(f"in {name or 'set'}".encode())
+        (folder / name / "cars.csv").write_text("image\npictures/a.jpg\n../pictures/a.jpg\n")
+    with answering():
+        ran = run("submit", "set", "--to", "jsonl", "--output", "answers", "--json")
+    assert done(ran, 3)["counts"] == {"succeeded": 2, "refused": 2}
+    for name, text in (("cars", "in set"), ("sub/cars", "in sub")):
+        lines = (tmp_path / "answers" / f"{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["blipq_text"] for line in lines] == [text, None]
+
+
+def test_results_of_a_duplicate_have_the_answer_of_the_line_that_was_asked(
+    run: Run, answering: Answering, client: Client, tmp_path: Path
+) -> None:
+    table = pa.table({"image": [b"one", b"two", b"one"], "key": ["a", "b", "c"]})
+    pq.write_table(table, tmp_path / "set.parquet")
+    with answering():
+        done(run("submit", "set.parquet", "--json"))
+    done(run("results", "set.parquet", "--output", "results.jsonl", "--json"))
+    first, second, third = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert third == {**first, "custom_id": "c", "line": 3, "same_as": 1}
+    assert first["result"]["captions"][0]["text"] == "one"
+    assert "same_as" not in second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        (("--image-column", "picture"), "has no column 'picture'"),
+        (("--prompt", "a {shade} car"), "has no column 'shade'"),
+    ],
+)
+def test_a_column_that_the_first_line_of_json_lacks_is_told_before_anything_is_submitted(
+    run: Run, ledger: WorkerLedger, tmp_path: Path, arguments: tuple[str, ...], wrong: str
+) -> None:
+    (tmp_path / "cars.jsonl").write_text('{"url": "s3://photos/a.jpg", "color": "red"}\n')
+    ran = run("submit", "cars.jsonl", *arguments)
+    assert ran.exit_code == 2, ran.output
+    assert wrong in ran.stderr
+    assert list(tmp_path.glob("*.bulk")) == []
+    assert ledger.redis.dbsize() == 0
+
+
+def test_who_updates_a_run_that_is_not_over_is_told_to_cancel_it_first(
+    run: Run, tmp_path: Path
+) -> None:
+    pq.write_table(pa.table({"image": [b"one"]}), tmp_path / "set.parquet")
+    facts = {"id": "bulk_x", "dataset": True, "manifest": "set.parquet", "version": "old"}
+    DatasetJournal.create(tmp_path / "set.parquet.bulk", **facts).close()
+    ran = run("submit", "set.parquet", "--update")
+    assert ran.exit_code == 2, ran.output
+    assert "bulk cancel set.parquet.bulk" in " ".join(ran.stderr.split())

@@ -59,6 +59,8 @@ def shards_of(source: str, wanted: Columns, storage: Storage, listing: Path) -> 
         shards = _local(Path(source), wanted, listing)
     if not shards:
         raise InvalidRequest(f"{source}: no pictures and no files ending in {', '.join(ENDINGS)}")
+    if (table := next((each for each in shards if isinstance(each, JsonLines)), None)) is not None:
+        table.check()
     for stem, count in Counter(shard.stem for shard in shards).items():
         if count > 1:
             raise InvalidRequest(f"{source}: two files are called {stem}, but for their endings")
@@ -94,7 +96,9 @@ def _in_s3(source: str, wanted: Columns, storage: Storage, listing: Path) -> lis
         return S3Place(each.place, storage, each.etag, each.size)
 
     files, listed = _sorted_out(found() if not listing.exists() else (), listing)
-    return [_shard(each.name, place(each), wanted) for each in files] or _listed(listed, None)
+    return [_shard(each.name, place(each), wanted) for each in files] or _listed(
+        listed, replace(wanted, folder=None)
+    )
 
 
 def _local(source: Path, wanted: Columns, listing: Path) -> list[Shard]:
@@ -104,7 +108,7 @@ def _local(source: Path, wanted: Columns, listing: Path) -> list[Shard]:
         return [_local_shard(source.name, source, wanted)]
     files, listed = _sorted_out(_walked(source) if not listing.exists() else (), listing)
     return [_local_shard(each.name, Path(each.place), wanted) for each in files] or _listed(
-        listed, source
+        listed, replace(wanted, folder=source)
     )
 
 
@@ -171,8 +175,8 @@ def _line(found: _Found) -> str:
     return json.dumps(row) + "\n"
 
 
-def _listed(listing: Path, folder: Path | None) -> list[Shard]:
-    wanted = Columns("image", "key", folder)
+def _listed(listing: Path, wanted: Columns) -> list[Shard]:
+    wanted = replace(wanted, image="image", key="key")
     files = sorted(listing.glob("*.jsonl")) if listing.exists() else []
     return [JsonLines(path.stem, LocalPlace(path), wanted, packed=False) for path in files]
 

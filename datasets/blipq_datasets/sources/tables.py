@@ -72,6 +72,12 @@ class _Table:
 class JsonLines(_Table):
     """An object per line."""
 
+    def check(self) -> None:
+        """Raises InvalidRequest for columns that the first object lacks."""
+        _, row = next(self.rows(Cursor()), (None, None))
+        if row is not None and row.columns:
+            self._wanted.within(self._place.name, row.columns)
+
     def _found(self, lines: _Lines) -> Iterator[tuple[int, dict[str, Any] | str]]:
         for line in lines:
             if line.strip():

@@ -236,13 +236,20 @@ class Journal:
         return [(number, json.loads(outcome)["error"]["message"]) for number, outcome in rows]
 
     def outcomes(self) -> Iterator[dict[str, Any]]:
-        """What became of each line that has ended, in their order."""
+        """What became of each line that has ended, in their order.
+
+        A duplicate has the outcome of the line that it is the same as, once that one has ended.
+        """
         rows = self._db.execute(
-            "SELECT number, custom_id, job_id, status, outcome FROM line"
-            " WHERE status IS NOT NULL ORDER BY number"
+            "SELECT l.number, l.custom_id, o.number, o.job_id, o.status, o.outcome"
+            " FROM line l JOIN line o ON o.number ="
+            "  CASE l.status WHEN ? THEN json_extract(l.outcome, '$.same_as') ELSE l.number END"
+            " WHERE l.status IS NOT NULL AND o.status IS NOT NULL ORDER BY l.number",
+            (DUPLICATE,),
         )
-        for number, custom_id, job_id, status, outcome in rows:
+        for number, custom_id, first, job_id, status, outcome in rows:
             line = {"custom_id": custom_id, "line": number, "status": status}
+            line |= {"same_as": first} if first != number else {}
             yield line | ({"job_id": job_id} if job_id else {}) | json.loads(outcome)
 
     @contextmanager
