@@ -133,6 +133,13 @@ def _changed(kind: pa.DataType, change: Callable[[pa.DataType], pa.DataType]) ->
         return pa.list_(_changed_item(kind, change))
     if pa.types.is_large_list(kind):
         return pa.large_list(_changed_item(kind, change))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_changed_item(kind, change), kind.list_size)
+    if pa.types.is_map(kind):
+        return pa.map_(_changed(kind.key_type, change), _changed(kind.item_type, change))
+    if pa.types.is_dictionary(kind):
+        changed = _changed(kind.value_type, change)
+        return kind if changed == kind.value_type else changed
     return change(kind)
 
 

@@ -174,6 +174,34 @@ def test_a_text_that_is_not_utf_8_is_an_error_of_its_row(tmp_path: Path) -> None
     assert objects == [{"url": "s3://photos/1.jpg"}, {"url": None}, {"url": "s3://photos/3.jpg"}]
 
 
+def test_times_are_texts_wherever_they_lie() -> None:
+    time, text = pa.timestamp("ns"), "1970-01-01 00:00:00.000000001"
+    columns = [
+        pa.array([1], time),
+        pa.array([1], pa.timestamp("ns", "Europe/Nowhere")),
+        pa.array([1], time).dictionary_encode(),
+        pa.array([[1]], pa.list_(time)),
+        pa.array([[1]], pa.large_list(time)),
+        pa.array([[1]], pa.list_(time, 1)),
+        pa.array([{"at": 1, "n": 1}], pa.struct([("at", time), ("n", pa.int8())])),
+        pa.array([[("a", 1)]], pa.map_(pa.string(), time)),
+        pa.array(["a"]).dictionary_encode(),
+    ]
+    ((found, bad),) = objects_of(pa.RecordBatch.from_arrays(columns, names=list("abcdefghi")))
+    assert not bad
+    assert list(found.values()) == [
+        text,
+        f"{text}Z",
+        text,
+        [text],
+        [text],
+        [text],
+        {"at": text, "n": 1},
+        [("a", text)],
+        "a",
+    ]
+
+
 @pytest.mark.parametrize(
     ("values", "kind", "cells"),
     [
