@@ -164,6 +164,18 @@ def test_what_depends_on_more_than_the_model_is_taken_out_of_a_request() -> None
     assert replayable(own) == own
 
 
+def test_an_explained_match_is_replayed_for_its_scores_alone(tmp_path: Path) -> None:
+    """Maps of two models differ by more than rounding where their scores do not."""
+    match = MatchRequest(image=picture(2), texts=("a red circle",), explain=True)
+    replayed = replayable(match)
+    assert replayed == match.model_copy(update={"explain": False})
+    what = copied(tmp_path / "candidate")
+    case = Case("explained", replayed)
+    (pair,) = guard(tmp_path / "pictures").compare("demo", what, [case]).pairs
+    assert not pair.changed
+    assert "0" not in pair.distances, "no map is compared"
+
+
 def test_a_manifest_is_read_to_its_bound_and_a_wrong_line_is_named(tmp_path: Path) -> None:
     file = tmp_path / "sample.jsonl"
     line = '{"custom_id": "%d", "kind": "caption", "image": "s3://scenes/%d.png"}\n'

@@ -20,7 +20,7 @@ from blipq_worker.blip2.generation.generator import Generator
 from blipq_worker.blip2.generation.items import GeneratedText, GenerateItem
 from blipq_worker.blip2.generation.sessions import WritingSession
 from blipq_worker.blip2.heads.embedding import Arrays, Embedder, EmbedItem
-from blipq_worker.blip2.heads.heatmaps import Explainer, ExplainItem
+from blipq_worker.blip2.heads.heatmaps import Explainer, ExplainItem, own_weights
 from blipq_worker.blip2.heads.matching import Matcher, MatchItem, RerankItem
 from blipq_worker.blip2.heads.scoring import Ranker, RankItem
 from blipq_worker.blip2.loading.attention import Attention
@@ -33,6 +33,7 @@ from blipq_worker.blip2.vision.cache import FeatureCache
 from blipq_worker.blip2.vision.features import OnEncode, Side, Vision, equal_towers, split_tower
 from blipq_worker.blip2.vision.preprocessing import Pixels, Preprocessor
 from blipq_worker.catalog.resize import resized
+from blipq_worker.catalog.s3.places import is_in_s3
 from blipq_worker.inference.requests import Feature, ModelInfo, Reading
 from blipq_worker.startup import START
 
@@ -114,7 +115,8 @@ class Blip2:
             shares_vision = matched.share_tower(written)
             parts = matched.checkpoint, matched.model, matched.tokenizer, matched.vision(cache)
             matcher, embedder = Matcher(*parts), Embedder(*parts)
-            explainer = Explainer(matched.checkpoint, matcher.texts, matcher.vision)
+            own = own_weights(matched.model) if is_in_s3(matched.checkpoint.name) else None
+            explainer = Explainer(matched.checkpoint, matcher.texts, matcher.vision, own)
         if not compiled:  # the compiler cannot read packed layers
             for part in filter(None, (written, matched)):
                 pack(part.model)

@@ -13,6 +13,7 @@ from blipq.contract import (
     DescribeRequest,
     EmbedRequest,
     Generation,
+    MatchRequest,
     Request,
     SearchRequest,
     Status,
@@ -100,6 +101,8 @@ def replayable(request: Request) -> Request:
             return EmbedRequest(mode="text", text=request.text)
         case EmbedRequest():
             return request.model_copy(update={"index": None})
+        case MatchRequest():  # maps are drawn of the scores, and are no answer of their own
+            return request.model_copy(update={"explain": False})
         case CaptionRequest() | VQARequest() | DescribeRequest():
             return request.model_copy(update={"generation": _seeded(request.generation)})
         case _:

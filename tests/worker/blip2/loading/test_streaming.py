@@ -8,13 +8,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from blipq.local.stack import LocalStack
 from blipq.s3.storage import Storage
-from blipq_worker.blip2 import Blip2
+from blipq_worker.blip2 import Blip2, ExplainItem
 from blipq_worker.blip2.loading.checkpoints import CheckpointError, open_checkpoint
 from blipq_worker.blip2.loading.quantizing import Quantization, Quantizing
 from blipq_worker.blip2.loading.weights import Setup, load_weights
@@ -115,6 +116,32 @@ def test_a_model_from_s3_says_what_the_one_from_the_folder_says(
     assert model.info.revision == open_checkpoint(str(folder)).revision == served.partition("@")[2]
     assert model.info.retrieval_revision == opt.info.retrieval_revision
     assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_model_in_s3_says_where_it_looked_as_its_folder_does(
+    bucket: Bucket,
+    checkpoints: dict[str, Path],
+    pictures: list[Image.Image],
+    quantization: Quantization,
+) -> None:
+    place, other = bucket.place(), bucket.place()
+    push(checkpoints["opt"], place)
+    push(checkpoints["itm"], other)
+    load: dict[str, Any] = {
+        "dtype": "float32" if quantization == "none" else "bfloat16",
+        "quantization": quantization,
+        "quantize_vision": quantization != "none",
+    }
+    drawn = []
+    for names in ((str(checkpoints["opt"]), str(checkpoints["itm"])), (place, other)):
+        model = Blip2.load(*names, **load)
+        item = ExplainItem(model.preprocess(pictures[0]), ("a red circle", "two cats"))
+        drawn.append(model.explain([item])[0])
+    expected, found = drawn
+    assert found.keys() == expected.keys()
+    for name, maps in expected.items():
+        np.testing.assert_allclose(found[name], maps, atol=1e-5)
 
 
 def test_a_loaded_model_keeps_no_way_to_s3(

@@ -8,10 +8,11 @@ not attended to. ``python -m benchmarks.heatmaps`` compares this with other defi
 
 What serves jobs computes no gradients: its layers are packed, and its tensors are of inference
 mode. So maps have fp32 weights of their own, of the Q-Former and the matching head, read when the
-first map is needed. The vision tower is the served one.
+first map is needed. Of a checkpoint in S3 they are kept from the start: its keys are dropped before
+the first job. The vision tower is the served one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +40,20 @@ class ExplainItem:
 
 
 class Explainer:
-    """Draws maps with a retrieval checkpoint. Not thread-safe."""
+    """Draws maps with a retrieval checkpoint. Not thread-safe.
 
-    def __init__(self, checkpoint: Checkpoint, texts: Texts, vision: Vision) -> None:
+    own: its weights where its files cannot be read again; see ``own_weights``.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        texts: Texts,
+        vision: Vision,
+        own: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self._checkpoint = checkpoint
+        self._own = own
         self._texts = texts
         self._vision = vision
         self._weights: Any = None
@@ -109,28 +120,53 @@ class Explainer:
     def _model(self, device: torch.device) -> Any:
         if self._weights is None:
             with torch.inference_mode(False):
-                self._weights = read_plain(self._checkpoint, device)
+                self._weights = read_plain(self._checkpoint, device, self._own)
             self.on_step()
         return self._weights
 
 
-def read_plain(checkpoint: Checkpoint, device: torch.device) -> Any:
-    """The checkpoint without its tower: fp32, in transformers' plain layers and attention."""
+def own_weights(model: Any) -> dict[str, torch.Tensor]:
+    """What maps need of a loaded retrieval model that is not packed yet: all but its tower.
+
+    These parts are fp32 and never quantized, so they are what its files hold. They are shared with
+    the model, until packing gives that others.
+    """
+    state: dict[str, torch.Tensor] = model.state_dict()
+    return {name: each for name, each in state.items() if not name.startswith("vision_model.")}
+
+
+def read_plain(
+    checkpoint: Checkpoint, device: torch.device, own: Mapping[str, torch.Tensor] | None = None
+) -> Any:
+    """The checkpoint without its tower: fp32, in transformers' plain layers and attention.
+
+    own: its weights, where they are here already.
+    """
     with torch.device("meta"):
         model = Blip2ForImageTextRetrieval._from_config(
             checkpoint.config, attn_implementation="eager"
         )
     del model.vision_model
     wanted = set(model.state_dict())
+    if own is None:
+        weights = _read(checkpoint, wanted, device)
+    else:
+        weights = {name: own[name].float() for name in wanted}
+    model.load_state_dict(weights, assign=True)
+    positions = model.embeddings.position_ids.shape[-1]
+    model.embeddings.position_ids = torch.arange(positions, device=device)[None]
+    return model.requires_grad_(False).eval()
+
+
+def _read(
+    checkpoint: Checkpoint, wanted: set[str], device: torch.device
+) -> dict[str, torch.Tensor]:
     weights = {}
     for path, names in checkpoint.weights.items():
         with safe_open(path, framework="pt", device=str(device)) as file:
             for name in wanted & set(names or file.keys()):
                 weights[name] = file.get_tensor(name).float()
-    model.load_state_dict(weights, assign=True)
-    positions = model.embeddings.position_ids.shape[-1]
-    model.embeddings.position_ids = torch.arange(positions, device=device)[None]
-    return model.requires_grad_(False).eval()
+    return weights
 
 
 def _scaled(map_: torch.Tensor) -> torch.Tensor:
