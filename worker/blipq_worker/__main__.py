@@ -19,6 +19,7 @@ from blipq_worker.engine.faults import DeviceLost
 from blipq_worker.inference.address import AddressError
 from blipq_worker.process.health import PortTaken, require_port
 from blipq_worker.process.heartbeat import EXIT_HUNG
+from blipq_worker.process.privacy import hide_keys_of_models
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.startup import START
 from blipq_worker.supervision.sizing import fronts_of
@@ -47,6 +48,7 @@ def _engine(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m blipq_worker engine")
     parser.add_argument("--run", type=Path, required=True, help="folder for the engine's socket")
     folder = parser.parse_args(arguments).run
+    hide_keys_of_models()
     try:
         _set_up_logging()
         options = checked(WorkerSettings)
@@ -113,6 +115,7 @@ def _loaded() -> "Worker | SplitWorker":
     require_port(options.health_port, options.health_host)
     fronts = fronts_of(options)
     if fronts:
+        hide_keys_of_models()  # before there is a front
         from blipq_worker.supervision.worker import SplitWorker
 
         return SplitWorker(settings, options, fronts)

@@ -37,7 +37,8 @@ from blipq_worker.inference import (
     Rank,
     Rerank,
 )
-from blipq_worker.serving.engine import HUB_TOKENS, SOCKET, forget_hub_tokens
+from blipq_worker.process.privacy import HUB_TOKENS
+from blipq_worker.serving.engine import SOCKET, forget_hub_tokens
 from blipq_worker.serving.pushing import push
 from conftest import ROOT, wait_until
 from worker.models_in_s3 import Bucket, reach

@@ -110,16 +110,18 @@ def test_the_keys_of_models_in_s3_are_the_engines_alone(monkeypatch: pytest.Monk
     monkeypatch.setenv("BLIPQ_S3_SECRET_ACCESS_KEY", "hush-images")
     monkeypatch.setenv("BLIPQ_MODEL_S3_ACCESS_KEY_ID", "for-models")
     monkeypatch.setenv("BLIPQ_MODEL_S3_SECRET_ACCESS_KEY", "hush-models")
+    monkeypatch.setenv("HF_TOKEN", "hush-hub")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-aws")
     monkeypatch.setenv("AWS_CA_BUNDLE", "/etc/ca.pem")
     engine = engine_environment(IN_S3)
     assert engine["BLIPQ_MODEL_S3_ENDPOINT_URL"] == "http://s3.test:9000"
     assert engine["BLIPQ_MODEL_S3_SECRET_ACCESS_KEY"] == "hush-models"
+    assert engine["HF_TOKEN"] == "hush-hub"
     assert engine["AWS_CA_BUNDLE"] == "/etc/ca.pem"
     assert not {"hush-images", "hush-aws"} & set(engine.values())
     front = front_environment()
     assert {"hush-images", "hush-aws"} <= set(front.values())
-    assert not {"hush-models", "for-models"} & set(front.values())
+    assert not {"hush-models", "for-models", "hush-hub"} & set(front.values())
 
 
 def test_models_in_s3_are_read_as_images_are_where_nothing_else_is_said(

@@ -43,7 +43,10 @@ def run_many(gpus: str | None, processes: int) -> int:
     or in all. SIGTERM and SIGINT drain them all. One that cannot serve its model is given up alone:
     the others have GPUs of their own.
     """
+    from blipq_worker.process.privacy import hide_keys_of_models
+
     _require_worker()
+    hide_keys_of_models()
     if gpus is None:
         device = os.environ.get("BLIPQ_DEVICE", "auto")
         share = shares_of_fronts(processes) | beside(processes) if on_gpu(device) else {}

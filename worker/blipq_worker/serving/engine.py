@@ -30,6 +30,7 @@ from blipq_worker.inference.address import MOST_FRONTS, AddressError, check_path
 from blipq_worker.inference.interface import Handle
 from blipq_worker.inference.server import BEAT_S, CREDITS, EngineServer
 from blipq_worker.process.heartbeat import EXIT_HUNG
+from blipq_worker.process.privacy import HUB_TOKENS
 from blipq_worker.serving.device import stay_near
 from blipq_worker.serving.loader import checker, load_models
 from blipq_worker.settings import WorkerSettings
@@ -49,8 +50,6 @@ EXIT_MODEL = 78
 PATIENCE_S = 10.0
 #: How often the engine looks whether its main process lives.
 _PARENT_S = 1.0
-#: Credentials for the hub, which weights are read with. Nothing is read from there later.
-HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
 
 
 def engine_of(

@@ -12,6 +12,7 @@ from blipq.settings import Settings
 from blipq_worker.catalog.models import served_model
 from blipq_worker.catalog.s3.keys import PREFIX, environment_of, model_settings
 from blipq_worker.catalog.s3.places import is_in_s3
+from blipq_worker.process.privacy import is_of_models
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.supervision.folder import RunFolder
 
@@ -67,7 +68,7 @@ def engine_environment(models: Mapping[str, str]) -> dict[str, str]:
 
 def front_environment() -> dict[str, str]:
     """The environment of this process without the keys of models: a front loads none."""
-    return {name: value for name, value in os.environ.items() if not _is_of_models(name.upper())}
+    return {name: value for name, value in os.environ.items() if not is_of_models(name)}
 
 
 def _has_one_in_s3(models: Mapping[str, str]) -> bool:
@@ -87,11 +88,7 @@ def _for_models_in_s3() -> dict[str, str]:
 
 def _is_of_services(name: str) -> bool:
     of_services = name.startswith(_PREFIXES) or name in _NAMES or name in _of_settings()
-    return of_services or _is_of_models(name)
-
-
-def _is_of_models(name: str) -> bool:
-    return name.startswith(PREFIX)
+    return of_services or name.startswith(PREFIX)
 
 
 def _of_settings() -> set[str]:
