@@ -24,15 +24,19 @@ from blipq_worker import demo
 from blipq_worker.blip2 import Blip2, FeatureCache, GenerateItem
 from blipq_worker.catalog.models import ModelError
 from blipq_worker.catalog.params import resolve
+from blipq_worker.compare import run
 from blipq_worker.compare.cases import SEED, Case, of_manifest, replayable
 from blipq_worker.compare.difference import LIMIT_FEATURES, LIMIT_SINGLE, Comparison, distance
 from blipq_worker.compare.pictures import Pictures
+from blipq_worker.compare.replay import Observed, answered, answered_beside
 from blipq_worker.compare.report import rendered
 from blipq_worker.compare.run import OUTAGE, Guard
 from blipq_worker.demo import world
+from blipq_worker.engine.faults import DeviceLost
 from worker.compare.candidates import (
     CASES,
     OPTIONS,
+    Scenes,
     changed,
     copied,
     epsilon_of,
@@ -117,6 +121,69 @@ def test_pictures_that_are_gone_are_left_out_and_counted(tmp_path: Path) -> None
     assert "image_not_found" in skipped.why
     with pytest.raises(InvalidRequest, match="there is no job to replay: gone: image_not_found"):
         guard(tmp_path / "pictures").compare("demo", "demo", [gone])
+
+
+def breaking(message: str) -> object:
+    """A candidate that breaks with the job ``match``."""
+
+    def answered(model: Blip2, case: Case, pictures: Pictures, other: Observed) -> Observed:
+        if case.name == "match":
+            raise RuntimeError(message)
+        return answered_beside(model, case, pictures, other)
+
+    return answered
+
+
+def test_a_job_that_breaks_the_candidate_is_a_pair_without_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "answered_beside", breaking("mat1 and mat2\ncannot be multiplied"))
+    comparison = guard(tmp_path / "pictures").compare("demo", "demo", CASES)
+    by_name = {pair.case.name: pair for pair in comparison.pairs}
+    assert by_name["match"].failure == "RuntimeError: mat1 and mat2 cannot be multiplied"
+    assert comparison.failures == 1
+    assert not by_name["caption"].changed
+    assert not by_name["questions"].changed
+
+
+def test_a_job_that_breaks_the_served_model_is_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(model: Blip2, case: Case, pictures: Pictures) -> Observed:
+        if case.name == "caption":
+            raise RuntimeError("mat1 and mat2")
+        return answered(model, case, pictures)
+
+    monkeypatch.setattr(run, "answered", broken)
+    comparison = guard(tmp_path / "pictures").compare("demo", "demo", CASES)
+    assert [(each.name, each.why) for each in comparison.skipped] == [
+        ("caption", "RuntimeError: mat1 and mat2")
+    ]
+    assert len(comparison.pairs) == len(CASES) - 1
+
+
+def test_a_lost_device_ends_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "answered_beside", breaking("CUDA error: an illegal memory access"))
+    with pytest.raises(DeviceLost, match="lost with match"):
+        guard(tmp_path / "pictures").compare("demo", "demo", CASES)
+
+
+def test_pictures_beyond_the_bound_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = len(Scenes().fetch(picture(0)).data)
+    monkeypatch.setattr("blipq_worker.compare.pictures.MOST_BYTES", first)
+    comparison = guard(tmp_path / "pictures").compare("demo", "demo", CASES)
+    assert [pair.case.name for pair in comparison.pairs] == ["caption"]
+    assert {each.name for each in comparison.skipped} == {"questions", "match"}
+    assert "image_too_large: the pictures before it take" in comparison.skipped[0].why
+
+
+def test_pictures_that_cannot_be_kept_say_what_to_do(tmp_path: Path) -> None:
+    guarding = guard(tmp_path / "pictures")
+    (tmp_path / "pictures").rmdir()
+    with pytest.raises(InvalidRequest, match=r"cannot be kept in .*: No such file.*TMPDIR"):
+        guarding.compare("demo", "demo", CASES)
 
 
 def test_a_candidate_that_cannot_be_loaded_is_an_error(tmp_path: Path) -> None:

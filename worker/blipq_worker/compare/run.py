@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from blipq.errors import InvalidRequest, WorkError
+from blipq.errors import BlipqError, InvalidRequest, WorkError
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
 from blipq_worker.assembly import fetcher_of, limits_of
 from blipq_worker.compare.cases import Case, Skipped
 from blipq_worker.compare.difference import Comparison, Pair, failed, pair_of
-from blipq_worker.compare.pictures import Pictures
+from blipq_worker.compare.pictures import Pictures, kept_on_disk
 from blipq_worker.compare.replay import Observed, answered, answered_beside
+from blipq_worker.engine.faults import DeviceLost, is_device_fault
 from blipq_worker.inference.requests import ModelInfo
 from blipq_worker.serving.loader import load_models
 from blipq_worker.settings import WorkerSettings
@@ -28,17 +29,22 @@ if TYPE_CHECKING:
 #: So many pictures in a row that cannot be had now are an outage, and no reason to wait for more.
 OUTAGE = 5
 
+#: Of a text of a library's error.
+LONGEST = 300
+
 #: Called with the cases that are done, and all that there are to do.
 Progress = Callable[[int, int], None]
 
 
 @contextmanager
 def album(settings: Settings, options: WorkerSettings) -> Iterator[Pictures]:
-    """The pictures of cases, kept on disk as long as they are needed."""
+    """The pictures of cases, kept on disk as long as they are needed. Raises InvalidRequest."""
     storage = Storage(settings, read_timeout_s=min(10.0, options.fetch_timeout_s))
-    with TemporaryDirectory(prefix="blipq-compare-") as folder:
+    with kept_on_disk("TMPDIR"):
+        folder = TemporaryDirectory(prefix="blipq-compare-", ignore_cleanup_errors=True)
+    with folder as path:
         fetcher = fetcher_of(settings, options, storage)
-        yield Pictures(fetcher, limits_of(options), Path(folder))
+        yield Pictures(fetcher, limits_of(options), Path(path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,8 @@ class Guard:
         """Replays cases on the served model, then on the other one.
 
         skipped: what could not be replayed from the start. Raises ModelError, InvalidRequest where
-        nothing is left to compare, and TransientError where the pictures' store is away.
+        nothing is left to compare or pictures cannot be kept, TransientError where their store is
+        away, and DeviceLost.
         """
         info, answers, left_out = self._served(served, cases)
         left_out = [*skipped, *left_out]
@@ -91,6 +98,10 @@ class Guard:
                     if away == OUTAGE:
                         raise
                     skipped.append(Skipped(case.name, f"{error.code}: {error}"))
+                except BlipqError:
+                    raise
+                except Exception as error:
+                    skipped.append(Skipped(case.name, _broken(case, error)))
                 self.progress(number, 2 * len(cases))
             return model.info, answers, skipped
 
@@ -100,12 +111,20 @@ class Guard:
             answered(model, case, self.pictures)
         except WorkError:
             return  # it is met again, where it counts
+        except BlipqError:
+            raise
+        except Exception as error:
+            _broken(case, error)
 
     def _pair(self, model: "Blip2", case: Case, served: Observed) -> Pair:
         try:
             return pair_of(case, served, answered_beside(model, case, self.pictures, served))
         except WorkError as error:
             return failed(case, served, f"{error.code}: {error}")
+        except BlipqError:
+            raise
+        except Exception as error:
+            return failed(case, served, _broken(case, error))
 
     @contextmanager
     def _loaded(self, what: str) -> Iterator["Blip2"]:
@@ -117,3 +136,11 @@ class Guard:
             self.options.model_copy(update={"models": {"compared": what}})
         ).values()
         yield model
+
+
+def _broken(case: Case, error: Exception) -> str:
+    """What a library raised of a job, on one line. Raises DeviceLost where no other one can run."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST]
+    if is_device_fault(error):
+        raise DeviceLost(f"the device is lost with {case.name}: {reason}") from error
+    return reason
