@@ -5,13 +5,19 @@ import os
 from pathlib import Path
 
 import pytest
+import typer
 
 from blipq import Client, Settings
+from blipq.contract import CaptionRequest
+from blipq.errors import InvalidRequest
 from blipq.local.sample import red_square
 from blipq.local.stack import LocalStack
 from blipq.local.supervisor import Service
+from blipq_worker.cli import upgrades
+from blipq_worker.cli.refusing import refused
+from blipq_worker.compare.cases import Case
 from conftest import blipq, start_worker, wait_for_worker
-from worker.compare.candidates import changed, copied, scaled
+from worker.compare.candidates import CASES, changed, copied, guard, picture, scaled
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +99,72 @@ def test_what_a_file_holds_of_a_model_is_not_replaced_by_another_ones(tmp_path: 
     assert file.read_bytes() == before
     assert blipq(*recording, "--accept").returncode == 0
     assert file.read_bytes() != before
+
+
+def test_a_first_golden_is_recorded_where_there_is_no_job_to_replay(
+    stack: LocalStack, tmp_path: Path
+) -> None:
+    what, file = copied(tmp_path / "mine"), tmp_path / "goldens.json"
+    recording = ["models", "record-golden", what, "--output", str(file), "--dtype", "float32"]
+    recording += ["--report", str(tmp_path / "page.html")]
+    environment = {
+        "BLIPQ_REDIS_URL": stack.settings().redis_url.removesuffix("/0") + "/6",
+        "BLIPQ_MODELS": "default=demo",
+        "OMP_NUM_THREADS": "1",
+    }
+    ran = blipq(*recording, stack=stack, **environment)
+    assert ran.returncode == 2, ran.stderr
+    assert "no job to replay; --accept records it without a comparison" in ran.stderr
+    assert not file.exists()
+    ran = blipq(*recording, "--accept", stack=stack, **environment)
+    assert ran.returncode == 0, ran.stderr
+    assert "not compared: there is no job to replay" in ran.stderr
+    assert what in json.loads(file.read_text())
+
+
+@pytest.mark.parametrize(
+    ("environment", "code", "why"),
+    [
+        ({"BLIPQ_REDIS_URL": "redis://127.0.0.1:1/0"}, 7, "Redis"),
+        ({"BLIPQ_MODELS": "default=demo,other=demo"}, 2, "serves several models"),
+    ],
+)
+def test_what_keeps_a_golden_from_being_compared_is_named_with_the_way_out(
+    stack: LocalStack, tmp_path: Path, environment: dict[str, str], code: int, why: str
+) -> None:
+    file = tmp_path / "goldens.json"
+    recording = ["models", "record-golden", "opt-2.7b", "--output", str(file)]
+    recording += ["--report", str(tmp_path / "page.html")]
+    ran = blipq(*recording, stack=stack, **{"BLIPQ_MODELS": "default=demo", **environment})
+    assert ran.returncode == code, ran.stderr
+    assert why in ran.stderr
+    assert "--accept records it without a comparison" in ran.stderr
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("name", ["", "absent/page.html", "."])
+def test_a_page_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(typer.Exit) as ended:
+        upgrades.compare("nothing-that-could-be-loaded", report=Path(name))
+    assert ended.value.exit_code == 2
+    assert "blipq models: --report: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_stranger_named_an_image_moves_no_cursor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = Case("gone\x1b[2J\x9b1A", CaptionRequest(image=picture(99)))
+    comparison = guard(tmp_path / "pictures").compare("demo", "demo", [hostile, CASES[0]])
+    monkeypatch.setattr(upgrades, "_compared", lambda *_: comparison)
+    upgrades.compare("demo", report=tmp_path / "page\x1b[2J.html")
+    with pytest.raises(typer.Exit), refused():
+        raise InvalidRequest("there is no job to replay: gone\x1b[2J")
+    printed = "".join(capsys.readouterr())
+    assert "were not compared: gone" in printed
+    assert "no job to replay: gone" in printed
+    assert "the page: " in printed
+    assert not {"\x1b", "\x9b"} & set(printed)

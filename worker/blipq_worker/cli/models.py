@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from blipq.cli.terminal.group import Group
-from blipq.cli.terminal.output import JsonOption
+from blipq.cli.terminal.output import JsonOption, out
 from blipq.submission import checked
 from blipq_worker.catalog.models import KNOWN_MODELS
 from blipq_worker.catalog.s3.places import is_in_s3
@@ -64,11 +64,11 @@ def list_(as_json: JsonOption = False) -> None:
     for name, found in known.items():
         print(f"{name:16} {KNOWN_MODELS[name].about}")
         for each in found:
-            print(f"{'':16} {_weights_line(each)}")
+            out.print(f"{'':16} {_weights_line(each)}", markup=False)
     for name, found in others.items():
-        print(f"{name:16} as BLIPQ_MODELS has it")
+        out.print(f"{name:16} as BLIPQ_MODELS has it", markup=False)
         for each in found:
-            print(f"{'':16} {_weights_line(each)}")
+            out.print(f"{'':16} {_weights_line(each)}", markup=False)
     print(f"{'demo':16} coloured shapes on a plain background; comes with blipq")
     print(f"\n{gigabytes(free_bytes())} free in {hub_cache()}")
     print("A worker fetches what it serves; by hand: hf download ID --exclude '*.bin'")
@@ -169,7 +169,7 @@ def convert(
         print(json.dumps(asdict(done)))
         return
     for line in done.lines():
-        print(line)
+        out.print(line, markup=False)
 
 
 app.command("compare")(compare)

@@ -2,14 +2,13 @@
 
 import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, get_args
 
 import typer
 
-from blipq.cli.terminal.output import exit_code
+from blipq.cli.terminal.output import errors, exit_code
 from blipq.errors import BlipqError, InvalidRequest
 from blipq.local.worker import NO_WORKER
 from blipq_worker.catalog.models import ModelError
@@ -24,7 +23,7 @@ def refused(as_json: bool = False) -> Iterator[None]:
         if as_json:
             print(json.dumps({"error": type(error).__name__, "message": str(error)}))
         else:
-            print(f"blipq models: {error}", file=sys.stderr)
+            errors.print(f"blipq models: {error}", markup=False)
         raise typer.Exit(max(2, exit_code(error))) from None
 
 

@@ -1,17 +1,17 @@
 """``blipq models compare`` and ``record-golden``: whether another model may be served."""
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from blipq.cli.terminal.output import JsonOption, errors
-from blipq.errors import InvalidRequest
+from blipq.cli.terminal.output import JsonOption, errors, out
+from blipq.errors import BlipqError, InvalidRequest, QueueUnavailable
 from blipq.ledger.connection import connect
 from blipq.ledger.operator import OperatorLedger
 from blipq.settings import Settings
@@ -90,8 +90,8 @@ def compare(
         print(json.dumps({**comparison.as_dict(_WORST), "report": str(report)}))
     else:
         for line in _lines(comparison):
-            print(line)
-        print(f"the page: {report}", file=sys.stderr)
+            out.print(line, markup=False)
+        errors.print(f"the page: {report}", markup=False)
     if comparison.changed:
         raise typer.Exit(CHANGED)
 
@@ -106,7 +106,8 @@ def record_golden(
     manifest: ManifestOption = None,
     report: PageOption = Path("comparison.html"),
     accept: Annotated[
-        bool, typer.Option("--accept", help="Record it although it is another model.")
+        bool,
+        typer.Option("--accept", help="Record it although it is another model, or not compared."),
     ] = False,
 ) -> None:
     """Record what a model says at its check, for workers to be held against (BLIPQ_GOLDENS).
@@ -114,7 +115,8 @@ def record_golden(
     Do it where the model is known to be well: quantized and damaged copies are measured by it.
     Where BLIPQ_MODELS serves another model, or --against names one, both are compared first (see
     `blipq models compare`), and what the file holds already is compared in any case. Exits 1, and
-    records nothing, where something changed.
+    records nothing, where something changed; 2 or 7 where no comparison is possible, as without a
+    job to replay. --accept records it in both cases.
 
     Examples:
         blipq models record-golden opt-2.7b --output goldens.json
@@ -128,18 +130,30 @@ def record_golden(
         from blipq_worker.serving.goldens import write_golden
         from blipq_worker.serving.record_golden import change, golden_now
 
-        changes = list(_changes(model, against, jobs, manifest, report))
+        changes = []
+        try:
+            changes += _changes(model, against, jobs, manifest, report)
+        except BlipqError as error:
+            if not accept:
+                raise _not_compared(error) from error
+            changes.append(f"not compared: {error}")
         golden = golden_now(model, quantization, dtype)
         if (found := change(file, model, golden)) is not None:
             changes.append(f"{file} has another one: {found}")
         for each in changes:
-            print(each, file=sys.stderr)
+            errors.print(each, markup=False)
         if changes and not accept:
-            print("not recorded: --accept records it in spite of that", file=sys.stderr)
+            errors.print("not recorded: --accept records it in spite of that")
             raise typer.Exit(CHANGED)
         write_golden(file, model, golden)
-        print(golden.said.model_dump_json(indent=2))
-    print(f"recorded in {output}: BLIPQ_GOLDENS={output}", file=sys.stderr)
+        print(json.dumps(golden.said.model_dump(mode="json"), indent=2))
+    errors.print(f"recorded in {output}: BLIPQ_GOLDENS={output}", markup=False)
+
+
+def _not_compared(error: BlipqError) -> BlipqError:
+    """Why a model is not compared before it is recorded, and what records it all the same."""
+    kind = QueueUnavailable if isinstance(error, QueueUnavailable) else InvalidRequest
+    return kind(f"{error}; --accept records it without a comparison")
 
 
 def _changes(
@@ -195,6 +209,7 @@ def _compared(
     options: WorkerSettings,
 ) -> "Comparison":
     """Compares, and writes the page. Raises BlipqError."""
+    _require_writable(report)
     from transformers.utils import logging as transformers_logging
 
     from blipq_worker.compare.report import write_page
@@ -206,11 +221,25 @@ def _compared(
     with album(settings, options) as pictures, _bar(len(cases)) as progress:
         guard = Guard(pictures, options, progress)
         comparison = guard.compare(served, candidate, cases, skipped)
-        try:
+        with _reporting(report):
             write_page(comparison, pictures, report)
-        except OSError as error:
-            raise InvalidRequest(f"--report: cannot write {report}: {error.strerror}") from error
     return comparison
+
+
+def _require_writable(report: Path) -> None:
+    """Raises InvalidRequest where no page can be written: models take minutes to load."""
+    if not report.name or report.is_dir():
+        raise InvalidRequest(f"--report: {str(report)!r} is no name of a file")
+    with _reporting(report), TemporaryFile(dir=report.parent):
+        pass
+
+
+@contextmanager
+def _reporting(report: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InvalidRequest(f"--report: cannot write {report}: {error.strerror}") from error
 
 
 def _cases(
