@@ -1,6 +1,7 @@
 """A checkpoint's folder goes to S3: whole, once, and over nothing that is there."""
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -9,8 +10,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from botocore.awsrequest import AWSResponse
 
 from blipq.local.stack import LocalStack
 from blipq_worker.catalog.models import ModelError, demo_folder
@@ -19,7 +22,7 @@ from blipq_worker.catalog.s3.places import place_of
 from blipq_worker.catalog.weights import weights_of
 from blipq_worker.serving.pushing import _Push, push
 from conftest import blipq
-from worker.models_in_s3 import Bucket, reach
+from worker.models_in_s3 import BUCKET, Bucket, reach
 
 WEIGHTS = "model.safetensors"
 
@@ -143,6 +146,83 @@ def test_what_workers_would_not_read_is_not_pushed(
     assert not bucket.keys(place)
 
 
+def make_large(folder: Path, size: int) -> None:
+    """Gives the folder weights of so many bytes and a few."""
+    import numpy
+    from safetensors.numpy import save_file
+
+    noise = numpy.frombuffer(random.Random(7).randbytes(size), dtype=numpy.uint8)
+    save_file({"noise": noise}, folder / WEIGHTS)
+
+
+def uploads(bucket: Bucket, place: str) -> list[str]:
+    """Keys of the uploads that have begun at a place and not ended."""
+    prefix = place.removeprefix(f"s3://{BUCKET}/")
+    found: Any = bucket.storage.client.list_multipart_uploads(Bucket=BUCKET, Prefix=prefix)
+    return [each["Key"] for each in found.get("Uploads", ())]
+
+
+@pytest.mark.parametrize("meanwhile", ["completed", "written", "aborted"])
+def test_a_large_file_that_another_push_ends_meanwhile_is_there_once(
+    bucket: Bucket, folder: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    part = 5 * 2**20
+    make_large(folder, part)
+    monkeypatch.setattr("blipq_worker.serving.pushing.PART_BYTES", part)
+    place, complete = bucket.place(), _Push._complete
+
+    def last(push: _Push, where: Any, parts: Any) -> None:
+        """Another push is faster by one request."""
+        if meanwhile == "completed":
+            complete(push, where, parts)
+        elif meanwhile == "written":
+            bucket.write(f"{place}/{WEIGHTS}", (folder / WEIGHTS).read_bytes())
+        else:
+            push._client.abort_multipart_upload(**where)
+        complete(push, where, parts)
+
+    monkeypatch.setattr(_Push, "_complete", last)
+    if meanwhile == "aborted":
+        with pytest.raises(ModelError, match="was sent and is not there: push again"):
+            push(folder, place)
+    else:
+        push(folder, place)
+        assert bucket.read(f"{place}/{WEIGHTS}") == (folder / WEIGHTS).read_bytes()
+        assert weights_of(place).present
+    assert uploads(bucket, place) == []
+
+
+def test_a_store_that_knows_no_conditions_takes_a_large_file(
+    bucket: Bucket, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = 5 * 2**20
+    make_large(folder, part)
+    monkeypatch.setattr("blipq_worker.serving.pushing.PART_BYTES", part)
+    connected = _Push._client.fget  # type: ignore[attr-defined]
+    refused = []
+
+    def refuse(request: Any, **_: object) -> AWSResponse | None:
+        if "If-None-Match" not in request.headers:
+            return None
+        refused.append(request.url)
+        body = io.BytesIO(b"<Error><Code>NotImplemented</Code></Error>")
+        body.stream = lambda **_: iter([body.read()])  # type: ignore[attr-defined]
+        return AWSResponse(request.url, 501, {}, body)
+
+    def simple(self: _Push) -> object:
+        client = connected(self)
+        client.meta.events.register("before-send.s3", refuse, unique_id="simple")
+        return client
+
+    monkeypatch.setattr(_Push, "_client", property(simple))
+    place = bucket.place()
+    push(folder, place)
+    assert any("uploadId=" in url for url in refused)
+    assert weights_of(place).present
+    assert bucket.read(f"{place}/{WEIGHTS}") == (folder / WEIGHTS).read_bytes()
+    assert uploads(bucket, place) == []
+
+
 #: Pushes in parts of S3's least size, and dies by a real kill as it sends the fourth.
 _KILLED = """
 import os, signal, sys
@@ -162,12 +242,8 @@ pushing.push(Path(sys.argv[1]), sys.argv[2])
 def test_a_push_that_is_killed_goes_on_with_the_part_that_it_was_at(
     bucket: Bucket, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import numpy
-    from safetensors.numpy import save_file
-
     part = 5 * 2**20
-    noise = numpy.frombuffer(random.Random(7).randbytes(5 * part), dtype=numpy.uint8)
-    save_file({"noise": noise}, folder / WEIGHTS)
+    make_large(folder, 5 * part)
     place = bucket.place()
     command = [sys.executable, "-c", _KILLED, str(folder), place]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=90)

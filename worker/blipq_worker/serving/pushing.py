@@ -9,6 +9,7 @@ next file, or the next part of a large one. Nothing that is there is ever writte
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from blipq.s3.refusals import Refusal, refusal_of, s3_errors
+from blipq.s3.refusals import Refusal, code_of, refusal_of, s3_errors, status_of
 from blipq.s3.storage import Storage
 from blipq.submission import explain
 from blipq_worker.catalog.models import ModelError
@@ -183,7 +184,8 @@ class _Push:
 
     def _send_parts(self, name: str, path: Path) -> None:
         where = {"Bucket": self._place.bucket, "Key": self._place.key(name)}
-        with s3_errors(self._place.uri(name)), ThreadPoolExecutor(_AT_ONCE) as pool:
+        uri = self._place.uri(name)
+        with s3_errors(uri), _ended_elsewhere(), ThreadPoolExecutor(_AT_ONCE) as pool:
             where["UploadId"] = (
                 self._begun(where)
                 or self._client.create_multipart_upload(
@@ -227,13 +229,30 @@ class _Push:
         """Makes the parts an object, unless another push of the same files has done so."""
         from botocore.exceptions import ClientError
 
+        what = {**where, "MultipartUpload": {"Parts": parts}}
         try:
-            self._client.complete_multipart_upload(
-                **where, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
-            )
+            self._client.complete_multipart_upload(**what, IfNoneMatch="*")
         except ClientError as error:
-            if refusal_of(error) is not Refusal.CHANGED:
+            if status_of(error) == 501:  # a store that does not know conditions
+                self._client.complete_multipart_upload(**what)
+            elif refusal_of(error) is Refusal.CHANGED:
+                self._client.abort_multipart_upload(**where)  # its parts would be kept, and paid
+            else:
                 raise
+
+
+@contextmanager
+def _ended_elsewhere() -> Iterator[None]:
+    """Passes over an upload that is gone: another push of the same files has completed it, as a
+    rule. Whether the object is there must be seen.
+    """
+    from botocore.exceptions import ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        if code_of(error) != "NoSuchUpload":
+            raise
 
 
 def _parts(size: int) -> Iterator[_Part]:
