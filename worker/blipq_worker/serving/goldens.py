@@ -6,7 +6,9 @@ names a file with more. Without torch.
 """
 
 import json
+import logging
 from collections import Counter
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,8 @@ from blipq.errors import BlipqError
 from blipq.submission import explain
 from blipq_worker.catalog.s3.objects import Objects
 from blipq_worker.catalog.s3.places import is_in_s3, place_of
+
+log = logging.getLogger(__name__)
 
 
 class GoldenError(BlipqError):
@@ -81,8 +85,8 @@ def read_goldens(file: Path | None = None) -> dict[str, Golden]:
 def golden_beside(checkpoint: str, what: str) -> Golden | None:
     """The golden of ``what`` that was pushed to S3 with its checkpoint; None without one.
 
-    A file with a single golden is about that checkpoint, by whatever name it was recorded. Raises
-    GoldenError, and as ``Objects``.
+    A file with a single golden is about that checkpoint, by whatever name it was recorded. Where
+    several have other names, none is: a warning says so. Raises GoldenError, and as ``Objects``.
     """
     if not is_in_s3(checkpoint):
         return None
@@ -90,9 +94,19 @@ def golden_beside(checkpoint: str, what: str) -> Golden | None:
     manifest = objects.manifest()
     if BESIDE not in manifest.files:
         return None
-    goldens = _parsed(objects.place.uri(BESIDE), objects.small(BESIDE, manifest))
-    only = next(iter(goldens.values())) if len(goldens) == 1 else None
-    return goldens.get(what, only)
+    uri = objects.place.uri(BESIDE)
+    goldens = _parsed(uri, objects.small(BESIDE, manifest))
+    if len(goldens) == 1:
+        return next(iter(goldens.values()))
+    if what not in goldens:
+        log.warning(
+            "%s is held to no golden: %s has none of that name, but %s", what, uri, _some(goldens)
+        )
+    return goldens.get(what)
+
+
+def _some(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)[:5]) or "none at all"
 
 
 def _read(file: Path) -> dict[str, Golden]:

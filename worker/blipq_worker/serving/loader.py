@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from blipq_worker.catalog.models import ModelError, served_model
-from blipq_worker.catalog.s3.errors import S3ModelAway
+from blipq_worker.catalog.s3.errors import S3ModelAway, S3ModelError
 from blipq_worker.catalog.weights import how_to_get, weights_of_served
 from blipq_worker.engine.faults import DeviceLost, is_device_fault
 from blipq_worker.process.malloc import give_large_blocks_back
@@ -197,7 +197,8 @@ def checker(
 def _explained(name: str, options: WorkerSettings) -> Iterator[None]:
     """Whatever keeps a model from being served becomes a ModelError that says what to do.
 
-    A device that is lost becomes DeviceLost; S3ModelAway stays what it is.
+    A device that is lost becomes DeviceLost; S3ModelAway stays what it is, and S3ModelError keeps
+    its code at its beginning.
     """
     import torch
 
@@ -209,6 +210,8 @@ def _explained(name: str, options: WorkerSettings) -> Iterator[None]:
         yield
     except S3ModelAway:
         raise
+    except S3ModelError as error:
+        raise S3ModelError(error.code, f"model {name!r}: {error.text}") from error
     except CanaryError as error:
         advice = "it is damaged or does not suit these settings (BLIPQ_CANARY=0 serves it)"
         raise ModelError(f"model {name!r} failed its check: {error}; {advice}") from error

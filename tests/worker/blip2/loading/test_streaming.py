@@ -23,7 +23,7 @@ from blipq_worker.catalog.models import ModelError, demo_folder
 from blipq_worker.catalog.s3.errors import Fault, S3ModelError
 from blipq_worker.catalog.s3.manifest import MANIFEST, Manifest
 from blipq_worker.serving.footprint import config_of
-from blipq_worker.serving.goldens import read_goldens, write_golden
+from blipq_worker.serving.goldens import golden_beside, read_goldens, write_golden
 from blipq_worker.serving.loader import checker, load_models
 from blipq_worker.serving.pushing import push
 from blipq_worker.settings import WorkerSettings
@@ -226,3 +226,38 @@ def test_a_golden_that_was_pushed_with_a_checkpoint_is_what_its_model_is_held_to
     else:
         with pytest.raises(ModelError, match="it should say 'three green stars'"):
             load_models(options)
+
+
+def test_several_goldens_of_other_names_hold_a_checkpoint_to_none_and_a_warning_says_so(
+    bucket: Bucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(demo_folder() / "opt", tmp_path / "mine"))
+    for name in ("one", "another"):
+        write_golden(folder / "goldens.json", name, read_goldens()["demo"])
+    place = bucket.place()
+    push(folder, place)
+    assert golden_beside(place, place) is None
+    assert f"{place} is held to no golden: {place}/goldens.json" in caplog.text
+    assert "another, one" in caplog.text
+    caplog.clear()
+    assert golden_beside(place, "one") is not None
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("canary", [True, False])
+def test_the_error_of_a_worker_begins_with_its_stable_code(bucket: Bucket, canary: bool) -> None:
+    options = WorkerSettings(models={"default": bucket.place()}, dtype="float32", canary=canary)
+    with pytest.raises(S3ModelError, match=r"^checkpoint_missing: ") as caught:
+        load_models(options)
+    assert caught.value.code is Fault.MISSING
+
+
+def test_a_model_that_is_damaged_is_named_behind_its_code(
+    bucket: Bucket, checkpoints: dict[str, Path]
+) -> None:
+    place = bucket.place()
+    push(checkpoints["opt"], place)
+    bucket.damage(f"{place}/{WEIGHTS}", at=(checkpoints["opt"] / WEIGHTS).stat().st_size - 3)
+    options = WorkerSettings(models={"mine": place}, dtype="float32", canary=False)
+    with pytest.raises(S3ModelError, match=r"^checkpoint_damaged: model 'mine': .*are not those"):
+        load_models(options)

@@ -24,6 +24,7 @@ class S3ModelError(ModelError):
     def __init__(self, code: Fault, text: str) -> None:
         super().__init__(f"{code}: {text}")
         self.code = code
+        self.text = text
 
 
 class S3ModelAway(S3Unavailable):
