@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import ValidationError
+from pydantic_settings import BaseSettings
 
 from blipq import Settings
 from blipq.ledger.connection import COMPACT_FIELD, connect
@@ -27,6 +28,7 @@ from blipq.local.supervisor import Service
 from blipq.s3.storage import Storage
 from blipq.settings import Settings as ProducerSettings
 from blipq_api.settings import ApiSettings
+from blipq_worker.catalog.s3.keys import ModelS3Settings
 from blipq_worker.process.health import HealthServer
 from blipq_worker.settings import WorkerSettings
 from conftest import ROOT, blipq, wait_until
@@ -179,16 +181,28 @@ def test_the_drain_fits_into_the_grace_period(compose: dict[str, Any]) -> None:
     assert seconds(worker["stop_grace_period"]) > drain + 10
 
 
+def variables(settings: type[BaseSettings]) -> set[str]:
+    return {f"BLIPQ_{name.upper()}" for name in settings.model_fields}
+
+
+def test_keys_of_models_go_to_the_worker_alone(compose: dict[str, Any]) -> None:
+    """Without a value: Compose takes it from .env or the shell, and else sets nothing."""
+    keys = variables(ModelS3Settings)
+    for name, service in compose["services"].items():
+        environment = service.get("environment", {})
+        given = {each: environment[each] for each in keys & set(environment)}
+        assert given == (dict.fromkeys(keys) if name == "worker" else {})
+
+
 def test_every_setting_exists_and_is_valid(
     compose: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = {
-        f"BLIPQ_{name.upper()}" for name in {**Settings.model_fields, **WorkerSettings.model_fields}
-    }
+    known = variables(Settings) | variables(WorkerSettings) | variables(ModelS3Settings)
     for name in ("worker", "tools"):
-        environment = compose["services"][name]["environment"]
+        environment = {**compose["services"][name]["environment"]}
         environment = {**environment.pop("<<", {}), **environment}
         assert set(environment) <= known
+        environment = {each: value for each, value in environment.items() if value is not None}
         with monkeypatch.context() as patched:
             for variable, value in environment.items():
                 patched.setenv(variable, value)

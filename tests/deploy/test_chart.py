@@ -60,6 +60,7 @@ SETS: dict[str, dict[str, Any]] = {
         "networkPolicy": {
             "redis": {"cidrs": ["10.0.0.5/32"]},
             "s3": {"cidrs": ["10.1.0.0/16"], "port": 8333},
+            "modelS3": {"cidrs": ["10.2.0.7/32"], "port": 9000},
             "internet": False,
             "scrapers": [],
             "callers": ["shop"],
@@ -134,6 +135,7 @@ def test_kubernetes_and_keda_take_what_is_rendered(values: Any) -> None:
         ({"settings": {"BLIPQ_HEALTH_PORT": 1}}, "BLIPQ_HEALTH_PORT"),
         ({"keda": {"source": "statsd"}}, "source"),
         ({"networkPolicy": {"redis": {"cidrs": ["redis.example.org"]}}}, "cidrs"),
+        ({"networkPolicy": {"modelS3": {"ports": [9000]}}}, "ports"),
         ({"door": {"enabled": True}}, "apiKeys"),
         ({"sender": {"enabled": True}}, "webhooks"),
         (SCALING | {"keda": {"source": "prometheus"}}, "prometheusUrl"),
@@ -216,6 +218,21 @@ def test_the_exporter_may_say_which_workers_pods_are_idle_and_nothing_else() -> 
     ]
     assert sorted(chosen) == ["shop-worker-large", "shop-worker-small"]
     assert not of_kind(rendered({}), "Role")
+
+
+def test_workers_alone_reach_another_store_of_models() -> None:
+    place = {
+        "ports": [{"protocol": "TCP", "port": 9000}],
+        "to": [{"ipBlock": {"cidr": "10.2.0.7/32"}}],
+    }
+    policies = of_kind(rendered(SETS["closed networks"]), "NetworkPolicy")
+    reached = {name: each["spec"].get("egress") or [] for name, each in policies.items()}
+    assert [name for name, rules in reached.items() if place in rules] == ["shop-workers"]
+    usual = of_kind(rendered({}), "NetworkPolicy")["shop-workers"]["spec"]["egress"]
+    assert {rule["ports"][0]["port"] for rule in usual} == {443}
+    only = {"networkPolicy": {"modelS3": {"cidrs": ["10.2.0.7/32"]}, "internet": False}}
+    rules = of_kind(rendered(only), "NetworkPolicy")["shop-workers"]["spec"]["egress"]
+    assert place | {"ports": [{"protocol": "TCP", "port": 443}]} in rules
 
 
 def test_a_service_reaches_the_pods_of_its_part() -> None:
