@@ -130,7 +130,7 @@ def record_golden(
         from blipq_worker.serving.goldens import write_golden
         from blipq_worker.serving.record_golden import change, golden_now
 
-        changes = []
+        changes: list[str] = []
         try:
             changes += _changes(model, against, jobs, manifest, report)
         except BlipqError as error:

@@ -105,8 +105,6 @@ def replayable(request: Request) -> Request:
             return request.model_copy(update={"explain": False})
         case CaptionRequest() | VQARequest() | DescribeRequest():
             return request.model_copy(update={"generation": _seeded(request.generation)})
-        case _:
-            return request
 
 
 def _seeded(generation: Generation | None) -> Generation | None:
