@@ -36,7 +36,7 @@ class LocalDoor:
 
     def service(self, environment: dict[str, str]) -> Service:
         """The process. Where the user names a file of keys, that is taken, and no key is made."""
-        command = [sys.executable, "-m", "blipq", "api", "--port", str(self.port)]
+        command = [sys.executable, "-P", "-m", "blipq", "api", "--port", str(self.port)]
         keys = {}
         if KEYS not in os.environ:
             command.append("--make-key")

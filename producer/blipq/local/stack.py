@@ -300,7 +300,9 @@ class LocalStack:
 
 def sender_service(environment: dict[str, str]) -> Service:
     """A process that sends webhooks."""
-    return Service("webhooks", [sys.executable, "-m", "blipq", "webhooks", "run"], env=environment)
+    return Service(
+        "webhooks", [sys.executable, "-P", "-m", "blipq", "webhooks", "run"], env=environment
+    )
 
 
 def worker_service(
@@ -309,4 +311,4 @@ def worker_service(
     """A worker process for this machine."""
     if not has_worker():
         raise StackError(NO_WORKER)
-    return Service(name, [sys.executable, "-m", "blipq_worker"], env=environment, log=log)
+    return Service(name, [sys.executable, "-P", "-m", "blipq_worker"], env=environment, log=log)

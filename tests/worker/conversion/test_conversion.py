@@ -299,6 +299,18 @@ def test_a_hostile_pickle_runs_nothing(
     assert trace.exists()  # it would have run
 
 
+def test_a_module_that_lies_beside_a_hostile_file_is_not_imported(
+    bases: dict[str, Path], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that was unpacked, with a module in it that has the name of one that is needed."""
+    trace = tmp_path / "trace"
+    (tmp_path / "psutil.py").write_text(f"open({str(trace)!r}, 'w').close()")
+    whole("opt", bases, tmp_path / "whole.pth")
+    monkeypatch.chdir(tmp_path)
+    convert(Path("whole.pth"), folder, str(bases["opt"]))
+    assert not trace.exists()
+
+
 def test_a_small_file_that_asks_for_much_memory_is_refused(folder: Path, tmp_path: Path) -> None:
     wide = torch.zeros(1, dtype=torch.uint8).expand(2**33)  # a byte in the file
     torch.save({"model": {"opt_proj.weight": wide}}, tmp_path / "bomb.pth")

@@ -17,6 +17,7 @@ from blipq_worker.inference.local import LocalInference
 from blipq_worker.inference.requests import (
     Answer,
     Embed,
+    Explain,
     Feature,
     Generate,
     GenerationParams,
@@ -234,3 +235,36 @@ def test_all_items_of_one_job_are_encoded_once_without_a_cache(
         assert any(answer.vision_ms == 0 for answer in answers)
     finally:
         asked.engine.batcher.close(timeout=10)
+
+
+def test_an_urgent_job_runs_between_two_that_are_explained(
+    checkpoints: dict[str, Path], pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Blip2.load(str(checkpoints["opt"]), str(checkpoints["itm"]), dtype="float32")
+    asked = Asked(model, FeatureCache(0))
+    urgent = Match(asked.image(pictures[2]), TEXTS)
+    ran: list[tuple[str, int]] = []
+    sent: list[Any] = []
+    explain, match = model.explain, model.match
+
+    def explaining(items: Any) -> Any:
+        ran.append(("explain", len(items)))
+        if not sent:
+            sent.append(asked.submit("default", urgent, "high"))
+        return explain(items)
+
+    def matching(items: Any) -> Any:
+        ran.append(("match", len(items)))
+        return match(items)
+
+    monkeypatch.setattr(model, "explain", explaining)
+    monkeypatch.setattr(model, "match", matching)
+    both = [Explain(asked.image(picture), TEXTS) for picture in pictures[:2]]
+    waiting = [asked.submit("default", item, "normal") for item in both]
+    asked.engine.batcher.start()
+    try:
+        for future in (*waiting, *sent):
+            future.result(timeout=30)
+    finally:
+        asked.engine.batcher.close(timeout=10)
+    assert ran == [("explain", 1), ("match", 1), ("explain", 1)]

@@ -41,7 +41,7 @@ class Bench:
             for number, picture in enumerate(self.pictures.take(self.jobs)):
                 (Path(folder) / f"{number:06}.jpg").write_bytes(picture)
             names = [each.name for each in workloads]
-            command = [sys.executable, "-m", "blipq_worker.bench.bare", folder]
+            command = [sys.executable, "-P", "-m", "blipq_worker.bench.bare", folder]
             ran = subprocess.run(
                 [*command, str(self.jobs), str(self.processes), *names],
                 env={**os.environ, **shares_of_cores(self.processes), **self.environment},

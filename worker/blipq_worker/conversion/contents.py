@@ -43,11 +43,12 @@ def read(file: Path, folder: Path) -> Contents:
         raise ConversionError(f"{file} is no file")
     if is_lfs_pointer(file):
         raise ConversionError(f"{file} is in Git LFS and not here: run `git lfs pull`")
-    command = [sys.executable, "-m", "blipq_worker.conversion.unpickling", str(file), str(folder)]
+    # Without the current folder (-P): what lies beside a hostile file may be hostile modules.
+    begun = [sys.executable, "-P", "-m", "blipq_worker.conversion.unpickling"]
     limit = _SECONDS + file.stat().st_size / _BYTES_PER_SECOND
     try:
         ended = subprocess.run(
-            command,
+            [*begun, str(file), str(folder)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -104,6 +104,8 @@ _VERBS: Mapping[type, Verb] = {
         item=lambda item, pixels: ExplainItem(pixels, item.texts),
         value=_embedded,
         feature=lambda item: "patches",
+        # An image takes long, and neighbours make it no shorter: what is urgent runs between two.
+        setting=lambda item: (item.image.digest or id(item.image), item.texts),
     ),
     Rerank: Verb(
         "rerank",

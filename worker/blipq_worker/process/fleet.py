@@ -17,7 +17,7 @@ from blipq.local.supervisor import Service, supervise
 from blipq.local.worker import EXIT_MODEL, NO_WORKER, has_worker
 from blipq_worker.process.gpus import workers_on
 
-COMMAND = [sys.executable, "-m", "blipq_worker"]
+COMMAND = [sys.executable, "-P", "-m", "blipq_worker"]
 
 #: Microseconds of CPU in a period, and the period (cgroup v2); "max" where there is no quota.
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")

@@ -17,7 +17,7 @@ from blipq_worker.settings import WorkerSettings
 from blipq_worker.supervision.folder import RunFolder
 
 #: Starts a process of this worker.
-COMMAND = (sys.executable, "-m", "blipq_worker")
+COMMAND = (sys.executable, "-P", "-m", "blipq_worker")
 
 #: Of a front, which loads nothing that takes long: pictures may end one after another.
 _RESTARTS = Backoff(0.5, 4.0)

@@ -39,7 +39,7 @@ def _size(count: int) -> str:
 
 def _weights() -> Findings:
     """The weights of BLIPQ_MODELS, and room for those that are not here yet."""
-    command = [sys.executable, "-m", "blipq", "models", "weights"]
+    command = [sys.executable, "-P", "-m", "blipq", "models", "weights"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if answer.returncode:
         reason = (answer.stderr.strip() or "no answer").splitlines()[-1]
