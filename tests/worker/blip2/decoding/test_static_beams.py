@@ -147,7 +147,7 @@ def test_a_search_takes_a_slot_for_each_beam_and_gives_all_of_them_back() -> Non
     for row, beams in zip(some, (5, 1, 3, 2), strict=True):
         row.params = replace(DEFAULT, num_beams=beams, max_new_tokens=9)
     loop = opened(model, 10, ())
-    assert [loop.size(row.params) for row in some] == [5, 1, 3, 2]
+    assert [loop.size(row) for row in some] == [5, 1, 3, 2]
     assert loop.fits(some[3], some[:2])
     assert not loop.fits(some[3], some[:3]), "eleven beams, where there are ten slots"
     loop.join(some[:3])
@@ -193,7 +193,7 @@ def test_more_beams_than_slots_search_in_growing_ones() -> None:
         row.params = replace(DEFAULT, num_beams=beams)
     expected = {row: by_generate(model, row, (5,)) for row in some}
     loop = RoutedLoop(opened(model, 8), DecodeLoop(model, ends=(5,), slots=4))
-    assert [loop.size(row.params) for row in some] == [1, 2, 1, 3, 1, 4]
+    assert [loop.size(row) for row in some] == [1, 2, 1, 3, 1, 4]
     run(loop, some, random.Random(5))
     for row, what in expected.items():
         require_same(row, what)

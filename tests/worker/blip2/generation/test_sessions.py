@@ -389,6 +389,26 @@ def test_what_does_not_fit_keeps_only_its_like_waiting(
     assert joined == [[True], [False], [True]]
 
 
+def test_searches_too_long_for_static_slots_take_no_room_of_short_ones(
+    t5: Blip2, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do they keep their images from being seen, however many of them wait."""
+    monkeypatch.setattr(generator, "_LONG_SLOTS", 1)
+    monkeypatch.setattr(sessions, "JOINING_ON_A_CPU", 2)
+    open_static_slots(t5, 6)
+    session = t5.generator.session()
+    long = item(t5, pictures[0], "", num_beams=5, max_new_tokens=400, min_new_tokens=400)
+    for number in range(3):
+        session.join((0, number), long)
+    assert session.has_room((0, 3))
+    session.join((0, 3), item(t5, pictures[1], "", max_new_tokens=1))
+    done: list[Any] = []
+    for _ in range(3):
+        waiting = [(0, number) for number in range(4) if (0, number) not in done]
+        done += [ticket for ticket, _ in session.step(waiting)]
+    assert done == [(0, 3)]
+
+
 def test_where_most_slots_are_taken_rows_join_in_groups(
     opt: Blip2, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ import torch
 from blipq_worker.blip2.decoding.groups import Groups
 from blipq_worker.blip2.decoding.languages import T5, Language, Opt, Pool
 from blipq_worker.blip2.decoding.sampling import choose
-from blipq_worker.blip2.decoding.sequences import Row, RowParams
+from blipq_worker.blip2.decoding.sequences import Row
 from blipq_worker.blip2.decoding.views import Where
 
 #: Columns of keys and values per slot, on average: longer rows run with fewer beside them.
@@ -68,7 +68,7 @@ class DecodeLoop:
             return False
         return len(rows) <= self._slots and columns <= self._slots * COLUMNS_PER_SLOT
 
-    def size(self, params: RowParams) -> int:
+    def size(self, row: Row) -> int:
         """Slots that a row takes: one, whatever its beams."""
         return 1
 

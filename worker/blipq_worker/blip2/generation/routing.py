@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from blipq_worker.blip2.decoding.loop import DecodeLoop
-from blipq_worker.blip2.decoding.sequences import Row, RowParams
+from blipq_worker.blip2.decoding.sequences import Row
 from blipq_worker.blip2.decoding.static.loop import StaticLoop
 
 
@@ -29,8 +29,8 @@ class Loop(Protocol):
     def fits(self, row: Row, beside: Sequence[Row] = ()) -> bool:
         """Whether a row may join, together with those ``beside``."""
 
-    def size(self, params: RowParams) -> int:
-        """How many slots of ``free`` a row with these parameters takes."""
+    def size(self, row: Row) -> int:
+        """How many slots of ``free`` a row takes."""
 
     def queue(self, row: Row) -> str:
         """Where it waits: rows of one queue join in their order, and pass those of another."""
@@ -72,17 +72,18 @@ class RoutedLoop:
         return self._static.bytes + self._long.bytes
 
     def fits(self, row: Row, beside: Sequence[Row] = ()) -> bool:
-        """Whether a row may join, together with those ``beside``.
-
-        For a short one all of these count as short: it is asked for each that joins.
-        """
+        """Whether a row may join, together with those ``beside``."""
+        short, long = self._parts(beside)
         if self._static.suits(row):
-            return self._static.fits(row, beside)
-        return self._long.fits(row, self._parts(beside)[1])
+            return self._static.fits(row, short)
+        return self._long.fits(row, long)
 
-    def size(self, params: RowParams) -> int:
-        """How many static slots a row with these parameters takes, unless it is too long."""
-        return self._static.size(params)
+    def size(self, row: Row) -> int:
+        """How many static slots a row takes. A long one takes none, and counts as one.
+
+        So there is a bound to those that have come in and wait for slots that grow.
+        """
+        return self._static.size(row) if self._static.suits(row) else 1
 
     def queue(self, row: Row) -> str:
         """Where it waits."""

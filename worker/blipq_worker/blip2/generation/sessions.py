@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -34,38 +34,33 @@ Texts = list[list[GeneratedText]]
 
 @dataclass(slots=True, eq=False)
 class _Writing:
-    """An item. ``rows`` has those of all prompts, once the image was seen; each takes ``size``
-    slots.
+    """An item. ``rows`` has those of all prompts: a prompt's alternatives one after the other.
+
+    sizes: the slots that each of them takes. seen: whether the image was; until then its queries
+    are there only by their number.
     """
 
     item: GenerateItem
-    ids: list[list[int]]
-    seed: int
-    size: int
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row]
+    sizes: list[int]
+    seen: bool = False
 
     @property
-    def waiting(self) -> int:
-        """Rows that have had no slot yet."""
-        rows = len(self.ids) * self.each
-        return rows - sum(row.joined for row in self.rows) if self.rows else rows
+    def waiting(self) -> bool:
+        """Whether a row has had no slot yet."""
+        return not all(row.joined for row in self.rows)
 
     @property
     def slots(self) -> int:
-        """Slots that these rows will take."""
-        return self.waiting * self.size
-
-    @property
-    def each(self) -> int:
-        """Rows of a prompt: beams come to all of its alternatives together."""
-        params = self.item.params
-        return 1 if params.num_beams > 1 else params.num_return_sequences
+        """Slots that such rows will take."""
+        pairs = zip(self.rows, self.sizes, strict=True)
+        return sum(size for row, size in pairs if not row.joined)
 
     def see(self, queries: torch.Tensor) -> None:
-        """Makes the rows: a prompt's alternatives one after the other. Queries: (32, hidden)."""
-        params = self.item.params
-        seeds = [row_seed(self.seed, index) for index in range(self.each)]
-        self.rows = [Row(queries, ids, params, seed) for ids in self.ids for seed in seeds]
+        """Gives the rows the image. Queries: (32, hidden)."""
+        for row in self.rows:
+            row.queries = queries
+        self.seen = True
 
 
 class Writer(Protocol):
@@ -114,15 +109,21 @@ class WritingSession:
 
     def join(self, ticket: Ticket, item: GenerateItem) -> None:
         """Takes an item in. Raises PermanentError ``invalid_request`` for a prompt too long."""
-        seed = item.params.seed
-        self._items[ticket] = self._new[ticket] = _Writing(
-            item,
-            [self._generator.checked_ids(prompt, item.params) for prompt in item.prompts],
-            secrets.randbits(63) if seed is None else seed,
-            self._loop.size(item.params),
-        )
+        rows = self._rows(item)
+        sizes = [self._loop.size(row) for row in rows]
+        self._items[ticket] = self._new[ticket] = _Writing(item, rows, sizes)
         self._waiting += self._new[ticket].slots
         self._latest = ticket if self._latest is None else max(self._latest, ticket)
+
+    def _rows(self, item: GenerateItem) -> list[Row]:
+        params = item.params
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        # Beams come to all alternatives of a prompt together.
+        alternatives = 1 if params.num_beams > 1 else params.num_return_sequences
+        seeds = [row_seed(seed, index) for index in range(alternatives)]
+        prompts = [self._generator.checked_ids(prompt, params) for prompt in item.prompts]
+        unseen = self._generator.model.query_tokens[0]
+        return [Row(unseen, ids, params, seed) for ids in prompts for seed in seeds]
 
     def leave(self, ticket: Ticket) -> None:
         """Lets an item go, finished or not."""
@@ -144,8 +145,9 @@ class WritingSession:
         """
         among = [self._items[ticket] for ticket in sorted(tickets)]
         if self._is_worth_joining():
-            self._see(among)
-            by_halves(self._loop.join, self._next_rows(among))
+            coming = self._next_rows(among)
+            self._see(among, set(coming))
+            by_halves(self._loop.join, coming)
         self._count_new()
         rows = [row for each in among for row in each.rows if row.joined]
         by_halves(self._loop.step, [row for row in rows if not row.ended])
@@ -161,17 +163,9 @@ class WritingSession:
         free = self._loop.free
         return 2 * free >= self._slots or free >= self._joining // 2
 
-    def _see(self, among: Sequence[_Writing]) -> None:
+    def _see(self, among: Sequence[_Writing], coming: set[Row]) -> None:
         """One pass of the vision tower over the images of the rows that come next."""
-        new: list[_Writing] = []
-        rows, slots = self._joining, self._loop.free
-        for each in among:
-            if rows <= 0 or slots <= 0:
-                break
-            rows -= each.waiting
-            slots -= each.slots
-            if each.waiting and not each.rows:
-                new.append(each)
+        new = [each for each in among if not each.seen and not coming.isdisjoint(each.rows)]
         if new:
             images = self._generator.project([each.item.pixels for each in new])
             for each, queries in zip(new, images, strict=True):

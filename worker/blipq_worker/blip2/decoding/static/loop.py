@@ -10,7 +10,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 
 from blipq_worker.blip2.decoding.sampling import ScoresError
-from blipq_worker.blip2.decoding.sequences import Row, RowParams
+from blipq_worker.blip2.decoding.sequences import Row
 from blipq_worker.blip2.decoding.static.admission import Admission
 from blipq_worker.blip2.decoding.static.groups import MOST_BEAMS, texts_of
 from blipq_worker.blip2.decoding.static.sampler import Variant
@@ -128,16 +128,13 @@ class StaticLoop:
             return False
         return self._step.language.suits(row)
 
-    def size(self, params: RowParams) -> int:
-        """Slots that a row with these parameters takes: one for each of its beams.
-
-        Where there are not so many it suits no slots, and counts as one.
-        """
-        return params.num_beams if params.num_beams <= self.slots else 1
+    def size(self, row: Row) -> int:
+        """Slots that a row that ``suits`` takes: one for each of its beams."""
+        return row.params.num_beams
 
     def fits(self, row: Row, beside: Sequence[Row] = ()) -> bool:
         """Whether there are slots for a row that ``suits``, after those that join with it."""
-        needed = sum(self.size(each.params) for each in (*beside, row))
+        needed = sum(self.size(each) for each in (*beside, row))
         return self.suits(row) and needed <= self.free
 
     def queue(self, row: Row) -> str:
@@ -172,7 +169,7 @@ class StaticLoop:
         slots, groups = iter(sorted(self._free)), iter(sorted(self._free_groups))
         return {
             row: Place(
-                tuple(itertools.islice(slots, self.size(row.params))),
+                tuple(itertools.islice(slots, self.size(row))),
                 next(groups) if row.has_beams else 0,
             )
             for row in rows
