@@ -5,6 +5,7 @@ As in growing slots: in fp32 token by token, with scores within 1e-5, but for th
 
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from msgspec.structs import replace
 from blipq_worker.blip2 import Blip2
 from blipq_worker.blip2.decoding import DecodeLoop, Row, row_seed
 from blipq_worker.blip2.decoding.sampling import ScoresError
-from blipq_worker.blip2.decoding.static import StaticLoop, Way, static_loop
+from blipq_worker.blip2.decoding.static import StaticLoop, Way, setup, static_loop
 from blipq_worker.blip2.decoding.static.attention.methods import MaskedAttention
 from blipq_worker.blip2.decoding.static.graphs import Graphs
+from blipq_worker.blip2.decoding.static.state import SlotState
 from blipq_worker.blip2.decoding.static.step import Shape
 from blipq_worker.blip2.generation.routing import RoutedLoop
 from worker.blip2.decoding.test_beams import (
@@ -162,6 +164,34 @@ def test_a_search_takes_a_slot_for_each_beam_and_gives_all_of_them_back() -> Non
         require_same(row, by_generate(model, row, ()))
 
 
+@pytest.mark.parametrize("make", [small_opt, small_t5])
+def test_a_join_that_raises_leaves_nobody_alive_in_free_slots(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The greedy text is in its slot, and the search has its group, when memory runs out."""
+    model = model_of(make, ())
+    some = some_rows(3, seed=4)
+    for row, beams in zip(some, (1, 3, 2), strict=True):
+        row.params = replace(DEFAULT, num_beams=beams, max_new_tokens=9)
+    expected = {row: by_generate(model, row, ()) for row in some}
+    loop = opened(model, 8, ())
+    loop.join(some[2:])
+    with monkeypatch.context() as patch:
+
+        def full(*args: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        patch.setattr(SlotState, "place_beams", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            loop.join(some[:2])
+    state, groups = loop._step.state, loop._step.groups
+    assert state.live.tolist() == [True, True, *[False] * 6]
+    assert state.positions[2:].tolist() == groups.number[2:].tolist() == [0] * 6
+    run(loop, some[:2], random.Random(1))
+    for row, what in expected.items():
+        require_same(row, what)
+
+
 def test_a_step_covers_the_groups_in_use_and_their_slots() -> None:
     """Groups have numbers of their own: who stays may have a low slot and a high number."""
     model = model_of(small_opt, ())
@@ -305,3 +335,23 @@ def _twice(run: Any) -> Any:
     run()
     run()
     return run
+
+
+class Unbiased(MaskedAttention):
+    """A kernel that loses the bias of distances, of beams or of all others."""
+
+    def __init__(self, of_beams: bool) -> None:
+        self.of_beams = of_beams
+
+    def prepare(self, positions: Any, window: Any, dtype: Any, bias: Any, ancestry: Any) -> Any:
+        lost = (ancestry is not None) == self.of_beams
+        return super().prepare(positions, window, dtype, None if lost else bias, ancestry)
+
+
+@pytest.mark.parametrize("of_beams", [False, True])
+def test_a_start_finds_out_a_kernel_that_loses_the_bias(of_beams: bool) -> None:
+    for make, biased in ((small_opt, False), (small_t5, True)):
+        step = opened(model_of(make, (5,)), 4)._step
+        step.attention = Unbiased(of_beams)
+        with pytest.raises(RuntimeError, match="attention are off") if biased else nullcontext():
+            setup._require_same_attention(step)

@@ -152,12 +152,17 @@ class StaticLoop:
         places = self._places(rows)
         parts = [[row for row in rows if row.has_beams == beams] for beams in (False, True)]
         admitted: list[tuple[list[Row], _Reading, torch.Tensor]] = []
-        # Where the second part raises, the first one is in slots that nobody has: what it comes to
-        # is never read, and who has these slots next takes them over.
-        for part in filter(None, parts):
-            reading = _Reading(self.device, len(part))
-            at = [places[row] for row in part]
-            admitted.append((part, reading, self._admit(part, at, self._variant(part))))
+        try:
+            for part in filter(None, parts):
+                reading = _Reading(self.device, len(part))
+                at = [places[row] for row in part]
+                admitted.append((part, reading, self._admit(part, at, self._variant(part))))
+        except BaseException:
+            # The first part, or some of the second one, is in slots that nobody has: it must not
+            # go on there, nor pass for the beams of a group that others have by then.
+            slots = [slot for place in places.values() for slot in place.slots]
+            self._step.release(self._sent(slots))
+            raise
         for part, reading, chosen in admitted:
             seats = [self._seat(row, places[row]) for row in part]
             self._unread.append(reading)

@@ -257,7 +257,7 @@ def _shapes(step: StaticStep) -> Iterator[Shape]:
 
 
 def _require_same_attention(step: StaticStep) -> None:
-    """The kernel must find what torch finds, on random numbers; of beams, too."""
+    """The kernel must find what torch finds, on random numbers, also of beams; with T5's bias."""
     language, device = step.language, step.state.tokens.device
     dice = torch.Generator().manual_seed(1)
     heads, size, columns = language.heads, language.size, 80
@@ -270,10 +270,11 @@ def _require_same_attention(step: StaticStep) -> None:
     # Beams are at one position: what one of them writes in a step is in nobody's past.
     together = torch.full_like(apart, columns - 1)
     slots = torch.randint(3, (3, columns), generator=dice, dtype=torch.int32).to(device)
+    bias = random(heads, columns) if isinstance(language, StaticT5) else None
     for positions, ancestry in ((apart, None), (together, slots)):
         found = []
         for attention in (MaskedAttention(), step.attention):
-            prepared = attention.prepare(positions, columns, language.dtype, None, ancestry)
+            prepared = attention.prepare(positions, columns, language.dtype, bias, ancestry)
             found.append(attention(new, cache.clone(), prepared, size**-0.5))
         _require_close(found[0], found[1], "numbers of its attention", _TOLERANCE[language.dtype])
 
