@@ -51,10 +51,20 @@ def language_model(kind: str, base: Path) -> Any:
     return network(AutoConfig.from_pretrained(base).text_config).eval()
 
 
+#: Weights of frozen models that LAVIS's runner does not find among their parameters, where each
+#: has one name, and so does not drop.
+TIED = (
+    "opt_model.lm_head.weight",
+    *(f"t5_model.{part}.embed_tokens.weight" for part in ("encoder", "decoder")),
+)
+
+
 def trained(state: State, *, tower: bool = False) -> State:
-    """What LAVIS's runner saves: no language model, and the tower only where it was tuned."""
+    """What LAVIS's runner saves: no language model, but for TIED; the tower where it was tuned."""
     frozen = ("opt_model.", "t5_model.", *(() if tower else ("visual_encoder.",)))
-    return {name: each for name, each in state.items() if not name.startswith(frozen)}
+    return {
+        name: each for name, each in state.items() if name in TIED or not name.startswith(frozen)
+    }
 
 
 def tuned(state: State, seed: int = 1) -> State:
@@ -63,7 +73,7 @@ def tuned(state: State, seed: int = 1) -> State:
     changed = {
         name: each + 0.05 * torch.randn(each.shape)
         for name, each in trained(state).items()
-        if each.is_floating_point()
+        if each.is_floating_point() and name not in TIED
     }
     return state | changed
 

@@ -131,6 +131,28 @@ def test_frozen_weights_that_lavis_dropped_are_the_bases_and_are_listed(
     require_laviss_numbers(kind, folder, state, bases, pictures[0])
 
 
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_tied_weights_that_lavis_leaves_in_a_tune_are_taken_or_dropped(
+    kind: str, bases: dict[str, Path], folder: Path, tmp_path: Path
+) -> None:
+    """In 16 bits, in which LAVIS holds what is frozen; the base has more."""
+    state = lavis.random_state(kind, bases[kind], side=SIDE)
+    lavis.save(tmp_path / "whole.pth", state, image_size=SIDE)
+    base = tmp_path / "base"
+    convert(tmp_path / "whole.pth", base, str(bases[kind]))
+    least = torch.float16 if kind == "opt" else torch.bfloat16
+    tune = lavis.trained(state)
+    left = {name: each.to(least) for name, each in tune.items() if name in lavis.TIED}
+    assert len(left) == (1 if kind == "opt" else 2)
+    lavis.save(tmp_path / "tune.pth", {**tune, **left}, image_size=SIDE)
+    done = convert(tmp_path / "tune.pth", folder, str(base))
+    assert done.unknown == ()
+    stored, whole = (load_file(at / "model.safetensors") for at in (folder, base))
+    assert stored.keys() == whole.keys()
+    for name, each in stored.items():
+        assert torch.equal(each, whole[name]), name
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tune_at_another_image_size_brings_its_own(
     kind: str, bases: dict[str, Path], folder: Path, tmp_path: Path, pictures: list[Image.Image]
@@ -254,6 +276,27 @@ def test_a_model_of_another_build_is_refused(
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"query_tokens": torch.ones(4)},
+        {"query_tokens": torch.ones(1, 2**60, 0)},
+        {"visual_encoder.pos_embed": torch.ones(1, 0, lavis.WIDTH)},
+        {"opt_proj.weight": torch.tensor(1.0)},
+        {"visual_encoder.blocks.0.attn.q_bias": torch.tensor(1.0)},
+        {"t5_proj.weight": torch.ones(lavis.WIDTH, lavis.WIDTH)},
+    ],
+)
+def test_weights_of_odd_shapes_are_told_in_a_line(
+    bases: dict[str, Path], folder: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    state = {**lavis.random_state("opt", bases["opt"], side=SIDE), **change}
+    lavis.save(tmp_path / "odd.pth", state)
+    with pytest.raises(ConversionError, match=r"has the shape \(|one weight twice"):
+        convert(tmp_path / "odd.pth", folder, str(bases["opt"]))
+    assert not folder.exists()
+
+
 def test_a_base_of_another_kind_is_refused(
     bases: dict[str, Path], folder: Path, tmp_path: Path
 ) -> None:
@@ -309,6 +352,32 @@ def test_a_module_that_lies_beside_a_hostile_file_is_not_imported(
     monkeypatch.chdir(tmp_path)
     convert(Path("whole.pth"), folder, str(bases["opt"]))
     assert not trace.exists()
+
+
+RAW = "\x1b[2J\x9b2J\nwritten: elsewhere\u202e"
+
+
+@pytest.mark.parametrize("where", ["unknown", "beside", "kind", "global"])
+def test_names_in_a_file_move_no_cursor(
+    bases: dict[str, Path], folder: Path, tmp_path: Path, where: str
+) -> None:
+    file = tmp_path / "named.pth"
+    state = lavis.random_state("opt", bases["opt"], side=SIDE)
+    if where == "unknown":
+        lavis.save(file, {**state, RAW: torch.ones(2)})
+    elif where == "beside":
+        torch.save({"model": state, RAW: 1, "\ud800": 2}, file)
+    elif where == "kind":
+        torch.save({RAW: torch.ones(2)}, file)
+    else:
+        file.write_bytes(b"\x80\x02cmodule\x1b[2J\nname\n.")
+    command = ["models", "convert", str(file), str(folder), "--base", str(bases["opt"])]
+    ran = CliRunner().invoke(cli.app, command)
+    assert ran.exit_code == (0 if where in ("unknown", "beside") else 2), ran.output
+    assert "\\x1b[2J" in ran.output
+    for line in ran.output.splitlines():
+        assert line.isprintable()
+        assert not line.startswith("written: elsewhere")
 
 
 def test_a_small_file_that_asks_for_much_memory_is_refused(folder: Path, tmp_path: Path) -> None:

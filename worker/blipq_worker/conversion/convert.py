@@ -17,7 +17,13 @@ from blipq_worker.conversion.contents import ConversionError, read
 from blipq_worker.conversion.description import fitted, write_description
 from blipq_worker.conversion.names import renamed
 from blipq_worker.conversion.report import Conversion
-from blipq_worker.conversion.weights import check, completed, room_of, taken
+from blipq_worker.conversion.weights import (
+    check,
+    completed,
+    require_dimensions,
+    room_of,
+    taken,
+)
 
 
 def convert(file: Path, folder: Path, base: str | None = None) -> Conversion:
@@ -46,6 +52,7 @@ def _convert(file: Path, folder: Path, base: str | None, work: Path) -> Conversi
     contents = read(file, work)
     with safe_open(contents.weights, framework="pt") as stored:
         shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+        require_dimensions(shapes)
         family = family_of(shapes)
         name = base_of(base, family, shapes, contents.model)
         description = describe_checkpoint(name)

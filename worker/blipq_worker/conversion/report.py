@@ -34,7 +34,14 @@ class Conversion:
     resized: bool
 
     def lines(self) -> Iterator[str]:
-        """For people; names are summed up by the part that they belong to."""
+        """For people; names are summed up by the part that they belong to.
+
+        Each is one line that can be printed, whatever names the file has.
+        """
+        for line in self._lines():
+            yield " ".join(line.splitlines()).encode(errors="backslashreplace").decode()
+
+    def _lines(self) -> Iterator[str]:
         kind = {"opt": "OPT", "t5": "T5", "retrieval": "retrieval"}[self.family]
         epoch = "" if self.epoch is None else f", epoch {self.epoch}"
         yield f"{self.file}: {kind}, {self.image_size} px{epoch}"

@@ -18,6 +18,14 @@ from blipq_worker.inference.requests import Family
 Shapes = Mapping[str, tuple[int, ...]]
 
 _POSITIONS = "vision_model.embeddings.position_embedding"
+#: Of LAVIS's weights by which the model's sizes are known: how many dimensions each has.
+_DIMENSIONS = {
+    "query_tokens": 3,
+    "visual_encoder.pos_embed": 3,
+    **dict.fromkeys(("opt_proj.weight", "t5_proj.weight", "vision_proj.weight"), 2),
+}
+_BIASES = (".attn.q_bias", ".attn.v_bias")
+_WIDEST = 2**24  # of any dimension; a weight without numbers may say anything of the others
 _OUTPUT = "language_model.lm_head.weight"
 
 
@@ -57,6 +65,19 @@ def room_of(family: Family, config: Any) -> Room:
     return Room({name: tuple(each.shape) for name, each in model.state_dict().items()}, tied)
 
 
+def require_dimensions(shapes: Shapes) -> None:
+    """Raises ConversionError where weights that say how the model is built have odd shapes.
+
+    shapes: by LAVIS's names.
+    """
+    for name, shape in shapes.items():
+        number = 1 if name.endswith(_BIASES) else _DIMENSIONS.get(name)
+        if number is None:
+            continue
+        if len(shape) != number or not all(0 < each <= _WIDEST for each in shape):
+            raise ConversionError(f"the file's {name} has the shape {shape}, as no model has it")
+
+
 def taken(stored: Any, found: Renamed) -> Weights:
     """The file's weights under transformers' names. Raises ConversionError."""
     return Weights({name: _made(stored, name, some) for name, some in found.sources.items()})
@@ -65,6 +86,8 @@ def taken(stored: Any, found: Renamed) -> Weights:
 def _made(stored: Any, name: str, sources: list[str]) -> torch.Tensor:
     parts: list[torch.Tensor] = [stored.get_tensor(each) for each in sources]
     if not name.endswith(QKV_BIAS):
+        if len(parts) != 1:
+            raise ConversionError(f"the file has one weight twice: {' and '.join(sources)}")
         return parts[0]
     if len(parts) != 2:
         raise ConversionError(f"the file has {sources[0]} alone, of the biases of its attention")
@@ -125,8 +148,14 @@ def _fit_positions(weights: Weights, room: Room) -> None:
 def _untie(own: dict[str, torch.Tensor], room: Room) -> None:
     """Drops weights that are another's, where they are equal: stored twice they only take room."""
     for name, source in room.tied.items():
-        if name in own and source in own and torch.equal(own[name], own[source]):
+        if name in own and source in own and _are_equal(own[name], own[source]):
             del own[name]
+
+
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """At the lower of their precisions: what LAVIS leaves of a frozen model it had in 16 bits."""
+    least = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(one.to(least), other.to(least))
 
 
 def _some(names: list[str]) -> str:
