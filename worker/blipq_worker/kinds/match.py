@@ -55,7 +55,7 @@ def _maps(embedded: Embedded) -> list[Array]:
 
 
 def _words(text: str, map_: Array) -> tuple[str, ...]:
-    """The words that have maps: all but those that the head does not read."""
+    """The words that have maps: all but those behind what the head reads."""
     return tuple(match_text(text).split()[: map_.shape[0] - 1])
 
 

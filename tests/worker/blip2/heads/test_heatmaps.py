@@ -14,6 +14,7 @@ from blipq.errors import PermanentError
 from blipq_worker import demo
 from blipq_worker.blip2 import Blip2, ExplainItem, MatchItem
 from blipq_worker.blip2.heads import heatmaps as module
+from blipq_worker.catalog.prompts import match_text
 from worker.conversion import lavis
 
 TEXTS = ("a red circle above the dog", "two cats", "a question")
@@ -63,6 +64,28 @@ def test_words_that_the_head_does_not_read_have_none(
     (found,) = opt.explain([item])
     assert found["0"].shape[0] == 1 + 30  # of 32 tokens two are [CLS] and [SEP]
     assert found["1"].shape[0] == 1
+
+
+@pytest.mark.parametrize("nothing", ["\u200b", "\x07", "\u200b\u200d"])
+def test_a_word_without_tokens_shifts_no_other_words_map(
+    opt: Blip2, pictures: list[Image.Image], nothing: str
+) -> None:
+    """Its own is of zeros."""
+    text = f"a red {nothing} circle {nothing}"
+    (found,) = opt.explain([ExplainItem(opt.preprocess(pictures[0]), (text, "a red circle"))])
+    assert len(match_text(text).split()) == 5
+    np.testing.assert_allclose(found["0"][[0, 1, 2, 4]], found["1"], atol=1e-4)
+    assert found["0"][4].max() > 0
+    assert not found["0"][[3, 5]].any()
+
+
+def test_words_that_the_tokenizer_reads_as_one_shift_no_other(opt: Blip2) -> None:
+    """To Python this character ends a word, to the tokenizer it is nothing."""
+    assert opt.matcher is not None
+    texts = opt.matcher.texts
+    ids = texts.ids("c\x85at dog")
+    assert ids == texts.ids("cat dog")
+    assert texts.words("c\x85at dog") == [range(1, 2), range(2, 2), range(2, 3)]
 
 
 def test_neighbours_and_chunks_do_not_change_a_map(

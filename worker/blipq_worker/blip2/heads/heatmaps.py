@@ -82,7 +82,10 @@ class Explainer:
         drawn = {}
         for number, text in enumerate(texts):
             whole = next(maps)
-            words = [(whole - next(maps)).relu() for _ in self._texts.words(text)]
+            words = [
+                (whole - next(maps)).relu() if word else torch.zeros_like(whole)
+                for word in self._texts.words(text)
+            ]
             drawn[str(number)] = torch.stack([_scaled(each) for each in (whole, *words)])
         return {name: each.cpu().numpy() for name, each in drawn.items()}
 
@@ -90,8 +93,7 @@ class Explainer:
         """The text's ids, and which of them are left out: none, then those of each word."""
         ids = self._texts.ids(text)
         yield ids, range(0)
-        for word in self._texts.words(text):
-            yield ids, word
+        yield from ((ids, word) for word in self._texts.words(text) if word)
 
     def _looked(self, image: torch.Tensor, variants: list[tuple[list[int], range]]) -> torch.Tensor:
         """A map for each text, (texts, patches)."""

@@ -1,5 +1,7 @@
 """Texts as a retrieval checkpoint reads them."""
 
+import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,13 +38,20 @@ class Texts:
         return ids
 
     def words(self, text: str) -> list[range]:
-        """Where the ids of each word of a text are among its ids; what is cut off is left out."""
-        found, start, end = [], 1, len(self.ids(text)) - 1
-        for word in match_text(text).split():
-            ids = self._tokenizer(word, add_special_tokens=False, verbose=False)["input_ids"]
-            found.append(range(start, min(start + len(ids), end)))
-            start += len(ids)
-        return [word for word in found if word]
+        """Where the ids of each word of a text are among its ids: nowhere, if it has none.
+
+        A word has none if it is of control characters alone. Words that are cut off are left out.
+        """
+        read, end = match_text(text), len(self.ids(text)) - 1
+        tokens = self._tokenizer(read, return_offsets_mapping=True, verbose=False)
+        begins = [begin for begin, _ in tokens["offset_mapping"][1:-1]]
+        found = []
+        for word in re.finditer(r"\S+", read):
+            first, behind = (1 + bisect_left(begins, place) for place in word.span())
+            if end <= first < behind:
+                break
+            found.append(range(first, min(behind, end)))
+        return found
 
     def write(self, path: Path) -> None:
         """Writes the tokenizer to a file of the library tokenizers. Raises OSError."""
