@@ -326,6 +326,9 @@ def test_what_can_be_done_with_a_list_is_offered_where_its_first_page_is_empty()
         .get_template("jobs.html")
         .render(
             session=Session(LOCAL, "secret"),
+            scopes=LOCAL.scopes,
+            signs_in=False,
+            version="0",
             filters=filters,
             filtered=True,
             bulk={"retry": "Try again"},
