@@ -320,7 +320,7 @@ def test_a_form_of_a_tenant_at_its_limit_says_what_to_do(
 
 def test_what_can_be_done_with_a_list_is_offered_where_its_first_page_is_empty() -> None:
     """Of jobs with a pair of metadata a page may have none, and others may follow."""
-    filters = {"status": "failed", "name": "user", "value": "42"}
+    filters = {"status": "failed", "kind": "", "model": "", "name": "user", "value": "42"}
     shown = (
         _environment()
         .get_template("jobs.html")
@@ -334,6 +334,10 @@ def test_what_can_be_done_with_a_list_is_offered_where_its_first_page_is_empty()
             bulk={"retry": "Try again"},
             next={**filters, "cursor": "c"},
             jobs=[],
+            error=None,
+            first=True,
+            statuses=[],
+            kinds=[],
         )
     )
     assert Markup(shown).fields("retry")["value"] == "42"
