@@ -11,6 +11,7 @@ from starlette.responses import Response
 from blipq.bulk.manifest import LONGEST_LINE, S3Object
 from blipq.contract import ImageRef
 from blipq.errors import BlipqError, InvalidRequest, SubmitStopped
+from blipq.ledger.codec import check_urls
 from blipq.submission import Submission, checked, new_id
 from blipq_api.access.keys import Caller
 from blipq_api.door import Door, caller_of, door_of, json_of, media_type, read_body, read_json
@@ -86,11 +87,9 @@ class _Batch:
     async def record(self, lines: Sequence[tuple[int, bytes]]) -> None:
         """Records what these lines ask for."""
         items = [(number, *_checked(self._door, self._caller, line)) for number, line in lines]
-        submissions = [
-            replace(item, traceparent=self._traceparent)
-            for _, _, item in items
-            if isinstance(item, Submission)
-        ]
+        submissions = [item for _, _, item in items if isinstance(item, Submission)]
+        if self._traceparent is not None:
+            submissions = [replace(each, traceparent=self._traceparent) for each in submissions]
         outcomes = iter(await self._submitted(submissions))
         for number, custom_id, item in items:
             outcome = item if isinstance(item, Problem) else next(outcomes)
@@ -128,9 +127,8 @@ def _checked(door: Door, caller: Caller, line: bytes) -> tuple[str | None, _Item
             custom_id = _custom_id(body.pop("custom_id", None))
         job_request, options = job_request_of(body)
         inbox = door.settings.inbox_bucket
-        submission = caller.submission(job_request, options, new_id(), inbox)
-        door.client.ledger.prepare(submission, notify="")  # raises for a forbidden URL
-        return custom_id, submission
+        check_urls(job_request, options, door.settings)
+        return custom_id, caller.submission(job_request, options, new_id(), inbox)
     except (BlipqError, Problem) as error:
         return custom_id, problem_of(error)
 

@@ -117,7 +117,7 @@ def prepare(submission: Submission, settings: Settings, *, notify: str) -> Prepa
     """Makes a job ready to be recorded. Raises InvalidRequest for a forbidden URL, or a tenant."""
     options = submission.options
     check_tenant(submission.tenant)
-    _check_urls(submission.request, options, settings)
+    check_urls(submission.request, options, settings)
     text = _request_text(submission.request)
     fields: dict[str, str | int] = {  # the submit script reads some by their places
         "contract": contract_of(submission.request, options),
@@ -319,8 +319,11 @@ def _optional_fields(options: Options, settings: Settings) -> dict[str, str]:
     return fields
 
 
-def _check_urls(request: Request, options: Options, settings: Settings) -> None:
-    """Refuses what the text of a URL shows; its addresses are checked when it is used."""
+def check_urls(request: Request, options: Options, settings: Settings) -> None:
+    """Raises InvalidRequest for what the text of a URL shows.
+
+    Its addresses are checked when it is used.
+    """
     field = "webhook.url"
     try:
         if options.webhook:

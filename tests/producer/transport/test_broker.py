@@ -107,7 +107,7 @@ def test_no_exception_of_a_publisher_reaches_who_submits(
 ) -> None:
     """A TypeError came out of submit behind a job that was recorded: its id was lost."""
 
-    def put(self: Broker, producer: Any, message: Message) -> None:
+    def put(self: Broker, producer: Any, message: Message, *, declares: bool) -> None:
         raise error
 
     monkeypatch.setattr(Broker, "_put", put)
