@@ -26,6 +26,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks import results
 from benchmarks.stand_ins import LOOK_S, STEP_S, model_info
 from blipq_worker.inference import (
     Answer,
@@ -49,9 +50,8 @@ from blipq_worker.inference import (
 #: The most images of one look, and the tokens of a text.
 MOST_LOOKED_AT, TOKENS = 32, 20
 FRONTS, FRONT_MS = 2, 8.0
-#: Milliseconds of a core that a job of 640 x 480 pixels takes in a front: the JPEG, decoded and
-#: resized, and all else but the socket, which is measured here.
-DECODE_MS, REST_MS = 6.0, 11.0
+#: Whose jobs are carried over to whole hosts: those of ``python -m benchmarks host``.
+CARRIED = "captured, 128 slots, 2 fronts, 640 x 480"
 HOSTS = (8, 16)
 WARM_S = 1.0
 Mode = Literal["alone", "served", "at once"]
@@ -260,7 +260,6 @@ def split(seconds: float) -> dict[str, Any]:
             "bound by a front": bound,
             "answered at once": at_once,
             "ratio": bound["jobs_s"] / at_once["jobs_s"],
-            "hosts": {str(cores): host(cores, alone, at_once) for cores in HOSTS},
         }
     return found
 
@@ -268,8 +267,14 @@ def split(seconds: float) -> dict[str, Any]:
 def host(cores: int, alone: Mapping[str, float], at_once: Mapping[str, float]) -> dict[str, float]:
     """Jobs a second on a host: what the card does, and what fronts on all other cores bring."""
     socket_ms = max(0.0, 1000 * at_once["fronts_share"] / at_once["jobs_s"] - FRONT_MS)
-    fronts = (cores - 1) * 1000 / (DECODE_MS + REST_MS + socket_ms)
+    fronts = (cores - 1) * 1000 / (job_ms() + socket_ms)
     return {"card": alone["jobs_s"], "fronts": fronts, "jobs_s": min(alone["jobs_s"], fronts)}
+
+
+def job_ms() -> float:
+    """Milliseconds of a core that a job of 640 x 480 pixels takes beside the model's thread."""
+    kept = results.load("host")["found"][CARRIED]
+    return kept["cpu_ms_a_job"]["worker"] - kept["worker_ms_by_part"]["the model's thread"]
 
 
 def _bound(host: Mapping[str, float]) -> str:
@@ -289,7 +294,7 @@ def rows(found: Mapping[str, Any]) -> list[list[str]]:
             f"{each['alone']['share']:.2f} / {each['served']['share']:.2f}",
             f"{each['bound by a front']['jobs_s']:.0f} of {each['answered at once']['jobs_s']:.0f}",
             f"{each['ratio']:.2f}",
-            *(_bound(each["hosts"][str(cores)]) for cores in HOSTS),
+            *(_bound(host(cores, each["alone"], each["answered at once"])) for cores in HOSTS),
         ]
         for name, each in found.items()
     ]
