@@ -273,8 +273,11 @@ def host(cores: int, alone: Mapping[str, float], at_once: Mapping[str, float]) -
 
 def job_ms() -> float:
     """Milliseconds of a core that a job of 640 x 480 pixels takes beside the model's thread."""
-    kept = results.load("host")["found"][CARRIED]
-    return kept["cpu_ms_a_job"]["worker"] - kept["worker_ms_by_part"]["the model's thread"]
+    kept = results.load("host")
+    if kept is None:
+        raise SystemExit("python -m benchmarks host comes first")
+    of = kept["found"][CARRIED]
+    return float(of["cpu_ms_a_job"]["worker"] - of["worker_ms_by_part"]["the model's thread"])
 
 
 def _bound(host: Mapping[str, float]) -> str:
