@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: help demo up test test-avx2 test-newest-python test-python test-installs test-programs guarantees chaos bench gpu gpu-kit peers lint types site check format constraints demo-model clean
+.PHONY: help demo up test test-avx2 test-newest-python test-python test-installs test-programs guarantees chaos soak bench gpu gpu-kit peers lint types site check format constraints demo-model clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -65,6 +65,10 @@ JOBS ?= 10000
 FRONTS ?= 0
 chaos: $(VENV)/installed-dev  ## Load with faults at random; SEED=7 JOBS=10000 FRONTS=0.
 	$(BIN)/python tests/guarantees/soak/chaos.py --seed $(SEED) --jobs $(JOBS) --fronts $(FRONTS)
+
+MINUTES ?= 60
+soak: $(VENV)/installed-dev  ## A day's work with its troubles; MINUTES=60.
+	$(BIN)/python tests/guarantees/soak/day.py --minutes $(MINUTES)
 
 bench: $(VENV)/installed-bench  ## Measure everything and write docs/performance.md (make peers first).
 	$(BIN)/python -m benchmarks

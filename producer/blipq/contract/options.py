@@ -72,6 +72,7 @@ class OptionFields(TypedDict, total=False):
     idempotency_key: str | None
     webhook: Webhook | Mapping[str, Any] | None
     output: str | None
+    keep: float | str | timedelta | None
     metadata: Mapping[str, str] | None
 
 
