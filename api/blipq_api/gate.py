@@ -225,7 +225,7 @@ def _is_loopback(host: str) -> bool:
 
 
 class _Passage:
-    """One request on its way: headers that its answer gets, and what the log tells of it."""
+    """One request on its way: headers that its answer gets, and what the log has about it."""
 
     def __init__(self, id: str, send: Send) -> None:
         self.id = id

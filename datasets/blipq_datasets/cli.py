@@ -152,5 +152,5 @@ def _finish(run: Run, as_json: bool) -> None:
 def _tell_of_left(uploads: Uploads, as_json: bool) -> None:
     """Pictures that S3 refused to delete stay for the inbox's lifecycle rule."""
     if uploads.left and not as_json:
-        told = f"S3 refused to delete {uploads.left:,} uploaded pictures: {uploads.prefix}"
-        errors.print(told, style="yellow", markup=False)
+        text = f"S3 refused to delete {uploads.left:,} uploaded pictures: {uploads.prefix}"
+        errors.print(text, style="yellow", markup=False)

@@ -18,7 +18,7 @@ from blipq.errors import InvalidRequest
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
-#: An error is for a person, and goes into logs and Redis: so many problems of a request are told,
+#: An error is for a person, and goes into logs and Redis: so many problems of a request are listed,
 #: and so many characters of a name and of a message.
 MOST_TOLD, LONGEST_NAME, LONGEST_MESSAGE = 10, 100, 500
 

@@ -87,7 +87,7 @@ def _front(arguments: list[str]) -> int:
 
 
 def _worker() -> int:
-    """Loads the models, then works until told to stop."""
+    """Loads the models, then works until it is stopped."""
     try:
         worker = _loaded()
     except (InvalidRequest, ModelError) as error:
@@ -119,7 +119,7 @@ def _loaded() -> "Worker | SplitWorker":
         from blipq_worker.supervision.worker import SplitWorker
 
         return SplitWorker(settings, options, fronts)
-    # torch and transformers take seconds to import: wrong settings are told before.
+    # torch and transformers take seconds to import: wrong settings are reported before.
     with START.part("imports"):
         from transformers.utils import logging as transformers_logging
 

@@ -48,7 +48,7 @@ class Stage:
 
 
 def stages(receipt: Receipt | None) -> list[Stage]:
-    """The stages that a receipt tells of, one after the other."""
+    """The stages of a receipt, one after the other."""
     if receipt is None:
         return []
     found = [(name, getattr(receipt, field)) for field, name in _STAGES]
@@ -80,7 +80,7 @@ async def job(request: Request) -> Response:
 
 
 def _shown(asked: dict[str, Any], info: JobInfo) -> dict[str, Any]:
-    """What was asked beside the picture, for people."""
+    """The request without its picture, for people."""
     left_out = ("kind", "image", "questions", "texts")
     return {name: value for name, value in asked.items() if name not in left_out} | {
         name: asked[name] for name in ("questions", "texts") if name in asked and not info.result

@@ -57,7 +57,7 @@ _NAMES = ("kind", "model", "image", "prompt", "questions", "texts", "index", "te
 
 
 async def submit(request: Request) -> Response:
-    """Puts the picture into the inbox and submits the job. What is wrong is said in the form."""
+    """Puts the picture into the inbox and submits the job. Errors are shown in the form."""
     door, caller = door_of(request), caller_of(request)
     async with door.large_body():
         fields, data = await _sent(request)

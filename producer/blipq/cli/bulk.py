@@ -27,7 +27,7 @@ app = Group("Many requests from a manifest, some at a time.")
 JournalArgument = Annotated[
     str, typer.Argument(metavar="JOURNAL", help="The journal, or the manifest it is named after.")
 ]
-#: Refused lines that are told on the terminal, and the most characters of each reason.
+#: Refused lines that are shown on the terminal, and the most characters of each reason.
 REASONS, REASON_CHARS = 5, 300
 WINDOW_HELP = "Jobs in flight at a time; by default BLIPQ_WINDOW."
 
@@ -66,10 +66,10 @@ def submit(
         blipq bulk submit --prefix s3://photos/2026/ --template caption.json
     """
     with connected(as_json) as client:
-        source, asked = _source(manifest, prefix, template)
+        source, given = _source(manifest, prefix, template)
         defaults = {"model": model, "priority": priority.value}
         defaults |= {"expires_in": expires_in} if expires_in else {}
-        facts = {"manifest": source, "template": asked, "defaults": defaults}
+        facts = {"manifest": source, "template": given, "defaults": defaults}
         path = journal_path(journal or source)
         with suppress(QueueUnavailable):  # the driver waits for Redis, and meets it then
             client.ledger.check_models([model])
@@ -129,8 +129,8 @@ def end(journal: Journal, as_json: bool) -> None:
     if not as_json:
         refused = summary["counts"].get(REFUSED, 0)
         if refused > REASONS:
-            told = f"{refused:,} lines were refused; the results have the reason of each"
-            errors.print(told, style="yellow")
+            text = f"{refused:,} lines were refused; the results have the reason of each"
+            errors.print(text, style="yellow")
         command = blipq(f"bulk results {shlex.quote(str(journal.path))} --output FILE")
         errors.print(f"results: {command}", style="dim", markup=False)
     raise typer.Exit(0 if set(summary["counts"]) <= {Status.SUCCEEDED, DUPLICATE} else 3)
@@ -145,7 +145,7 @@ class Reasons:
         self._told: set[int] = set()
 
     def show(self, driver: Driver) -> None:
-        """Tells of lines that were not told of."""
+        """Counts the refused lines that were not shown."""
         if not self._left or driver.counts.get(REFUSED, 0) == len(self._told):
             return
         for number, why in self._journal.refusals(REASONS):

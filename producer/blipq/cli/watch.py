@@ -77,8 +77,8 @@ def _report(as_json: bool) -> Callable[[Wanted, str | None], None]:
     def tell(wanted: Wanted, id: str | None) -> None:
         output = wanted.submission.options.output
         if as_json:
-            told = {"upload": wanted.upload.uri, "rule": wanted.rule.name, "id": id}
-            print(json.dumps(told | ({"output": output} if output else {})), flush=True)
+            shown = {"upload": wanted.upload.uri, "rule": wanted.rule.name, "id": id}
+            print(json.dumps(shown | ({"output": output} if output else {})), flush=True)
         else:
             line = f"{wanted.upload.uri}  {wanted.rule.name}  {id or 'would be submitted'}"
             out.print(line + (f"  {output}" if output else ""), markup=False)

@@ -389,8 +389,8 @@ class AsyncClient(ClientBase):
         given = dict(options)
         tenant = self._tenant(given.pop("tenant", None))
         chosen = checked(Options, **given)
-        asked = request_of(request, await self._reference(image, folder_of(tenant)), fields)
-        return await self.submit(asked, chosen, tenant=tenant)
+        made = request_of(request, await self._reference(image, folder_of(tenant)), fields)
+        return await self.submit(made, chosen, tenant=tenant)
 
     async def _reference(self, image: ImageSource | None, folder: str) -> str | ImageRef | None:
         source = self._source(image)

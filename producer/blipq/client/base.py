@@ -54,8 +54,8 @@ class ClientBase:
         """A submission with the usual options, an id and a tenant, where none are given."""
         if isinstance(request, Submission):
             return request
-        asked, own = cast(Request, request), self._tenant(tenant)
-        return Submission(asked, options or Options(), id or new_id(), own)
+        made, own = cast(Request, request), self._tenant(tenant)
+        return Submission(made, options or Options(), id or new_id(), own)
 
     def _waiting(self, ids: Iterable[str], timeout: float | None, expires: float | None) -> Waiting:
         """A wait for jobs of which the last expires at ``expires``, if that is known."""

@@ -458,8 +458,8 @@ class Client(ClientBase):
         given = dict(options)
         tenant = self._tenant(given.pop("tenant", None))
         chosen = checked(Options, **given)
-        asked = request_of(request, self._reference(image, folder_of(tenant)), fields)
-        return self.submit(asked, chosen, tenant=tenant)
+        made = request_of(request, self._reference(image, folder_of(tenant)), fields)
+        return self.submit(made, chosen, tenant=tenant)
 
     def _reference(self, image: ImageSource | None, folder: str) -> str | ImageRef | None:
         source = self._source(image)

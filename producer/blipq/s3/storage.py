@@ -190,7 +190,7 @@ class Storage:
 
     @property
     def longest_write_s(self) -> float:
-        """How long one attempt at writing an object may take: to connect, to send, to be told."""
+        """How long one attempt at writing an object may take: connecting, sending, the response."""
         return self._attempts * (self._connect_timeout_s + 2 * self._read_timeout_s)
 
     def presign(self, uri: str, *, expires_in: int = 3600) -> str:
@@ -304,7 +304,7 @@ def _read(source: str | Path | bytes) -> tuple[bytes, str]:
 def _start_of(path: Path) -> bytes:
     """A file's bytes, one more than may be uploaded at the most.
 
-    The size that the file system tells is no bound: pipes and devices have none.
+    The size from the file system is no bound: pipes and devices have none.
     """
     try:
         with path.open("rb") as file:

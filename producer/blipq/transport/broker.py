@@ -89,7 +89,7 @@ def make_app(settings: Settings) -> "Celery":
 
 @dataclass(frozen=True, slots=True)
 class BrokerAddress:
-    """A broker as Celery is told of it: URL, its transport's options, arguments for TLS or False.
+    """A broker as Celery is configured: URL, its transport's options, arguments for TLS or False.
 
     Without arguments of its own, Celery would not verify a Redis behind TLS, nor the name of a
     RabbitMQ.
@@ -186,7 +186,7 @@ class Broker:
         return True
 
     def send(self, messages: list[Message]) -> "Future[None]":
-        """Hands messages to the publishing thread; the future tells what became of them."""
+        """Hands messages to the publishing thread; the future has the outcome."""
         sent: Future[None] = Future()
         try:
             self._outgoing.put((sent, messages))

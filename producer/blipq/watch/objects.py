@@ -39,7 +39,7 @@ class Upload:
     def identity(self) -> str:
         """The same for every event, listing and backfill that finds this version.
 
-        Listings know no version ids, so it is made of what they and HEAD both say. The time tells
+        Listings know no version ids, so it is made of what they and HEAD both have. The time tells
         the same bytes apart that were put there, replaced, and put there again.
         """
         parts = [self.bucket, self.key, self.etag, int(self.modified.timestamp())]

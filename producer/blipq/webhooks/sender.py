@@ -217,7 +217,7 @@ class Sender:
     def _most_of_an_address(self, host: str) -> int:
         """Requests at one address at which a host's further ones wait.
 
-        A single server may have any number of names. Those that answered when they were last asked
+        A single server may have any number of names. Those that answered when they were last tried
         may have half of all places there, as behind a large proxy; others as many as one host.
         """
         if host in self._answered:
@@ -228,7 +228,7 @@ class Sender:
         """Takes the places of an event, its look-up of a name included.
 
         Any number of servers or names that never answer cost only some places: hosts that have not
-        answered when they were last asked have three quarters of all, and one tenant a quarter.
+        answered when they were last tried have three quarters of all, and one tenant a quarter.
         To hosts that did, a tenant has half of all. Raises OverQuota, and Crowded where hosts that
         have not answered have all theirs: then none of the host's events is taken for a while.
         """

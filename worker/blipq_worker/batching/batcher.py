@@ -42,7 +42,7 @@ class Batcher(Generic[Item, Answer]):
     """Runs items with ``run`` in batches, and in sessions where their key has one.
 
     sessions: the keys whose items join and leave, and how to open a session. max_batch_size: most
-    items in one batch. batch_wait_timeout_s: longest the first item of a batch waits for company.
+    items in one batch. batch_wait_timeout_s: longest the first item of a batch waits for others.
     max_waiting: items beyond which ``submit`` blocks. judge: stops it where the fault is not an
     item's. idle: how its thread waits. on_start: is called on that thread with the Futures of items
     before a pass or a step that they newly take part in. shared: an answer as equal items hear it.
@@ -316,7 +316,7 @@ class Batcher(Generic[Item, Answer]):
         return NEVER if first is None else self._due_in(first)
 
     def _due_in(self, first: Entry[Item, Answer]) -> float:
-        """Seconds for which the batch of an item may still wait for company."""
+        """Seconds for which the batch of an item may still wait for others."""
         if self._closed or self._is_full(first.key):
             return 0.0
         return max(0.0, first.arrived + self._window - time.monotonic())

@@ -78,7 +78,7 @@ class Bare:
         engine.batcher.close(timeout=10)
 
     def _item(self, workload: Workload, path: Path, generation: Generation | None) -> GenerateItem:
-        """A picture read and decoded, and what is asked about it."""
+        """A picture read and decoded, and its request."""
         pixels = self.model.preprocess(decode(path.read_bytes()))
         return GenerateItem(pixels, *self._asked(workload, generation))
 

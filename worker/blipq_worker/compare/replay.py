@@ -159,7 +159,7 @@ def answered(model: Blip2, case: Case, pictures: Pictures) -> Observed:
 
 
 def answered_beside(model: Blip2, case: Case, pictures: Pictures, other: Observed) -> Observed:
-    """What another model makes of it: how likely it finds what the first one said. See above."""
+    """What another model makes of it: how probable the first one's texts are. See above."""
     return _observed(model, case, pictures, other.texts)
 
 

@@ -25,7 +25,7 @@ _LONGEST = 300
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A pair, its picture as a data: URI (None without one), and what was asked."""
+    """A pair, its picture as a data: URI (None without one), and its request."""
 
     pair: Pair
     picture: str | None

@@ -83,7 +83,7 @@ class Fetcher:
         """The image, or None where an object still has the ETag ``unless``.
 
         Its store says so, who thereby also says that the object exists and may be read. sized: is
-        told the length of an object, where its store gives it, before the bytes come. Raises
+        given the length of an object, where its store gives it, before the bytes come. Raises
         PermanentError (image_not_found, image_forbidden, image_changed, image_too_large,
         url_forbidden, invalid_request), TransientError (image_unavailable), or AccessRefused. Bytes
         are counted while they stream, and the deadline covers the whole download: a slow drip never
@@ -198,15 +198,15 @@ def _check_etag(image: ImageRef, response: Any) -> None:
 
 
 def _check_part(image: ImageRef, response: Any) -> None:
-    """Refuses another part than the one asked for: an object that ends earlier, or a whole one."""
+    """Refuses another part than the requested one: an object that ends earlier, or a whole one."""
     if image.offset is None or image.length is None:
         return
-    asked = f"bytes {image.offset}-{image.offset + image.length - 1}/"
+    wanted = f"bytes {image.offset}-{image.offset + image.length - 1}/"
     found = response.get("ContentRange")
-    if found is None or not found.startswith(asked):
+    if found is None or not found.startswith(wanted):
         response["Body"].close()
         shown = found or "the whole object"
-        message = f"{image.uri}: S3 gives {shown} for {asked.rstrip('/')}"
+        message = f"{image.uri}: S3 gives {shown} for {wanted.rstrip('/')}"
         raise PermanentError(ErrorCode.INVALID_REQUEST, message)
 
 

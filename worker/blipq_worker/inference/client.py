@@ -42,7 +42,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 class EngineClient:
     """An ``Inference`` over the socket of an engine in another process.
 
-    name: tells this front in the engine's log. silence_s: so long without a beat means that the
+    name: of this front in the engine's log. silence_s: so long without a beat means that the
     engine is frozen; then, and where the connection ends, all that has no answer fails with
     EngineGone, ``on_lost`` hears why on the thread that reads, and that thread connects again until
     ``close``. timeout_s: longest wait for a connection, a credit, or an answer to a question.

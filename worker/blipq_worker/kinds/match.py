@@ -32,7 +32,7 @@ class MatchSpec(SinglePart[MatchRequest]):
         return Part("match", item, partial(_scores, request))
 
     def answer(self, request: MatchRequest, image: ImagePixels | None, ask: Ask) -> MatchResult:
-        """Scores, and where asked for the maps that explain them."""
+        """Scores, and the maps that explain them where the request wants them."""
         part = self.part(request, image, ask)
         if not request.explain:
             return ask.one(part)

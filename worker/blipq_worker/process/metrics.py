@@ -31,7 +31,7 @@ STAGES = {
 DECODE_BOUND = "Whether the model waits for images to be decoded."
 DECODING = "How texts are written, by model: always 1."
 DECODING_LABELS = ("model", "way", "device")
-SERVING = "Whether the model can be asked."
+SERVING = "Whether the model can serve."
 CANARY_PASSED = (
     "Whether all models have passed their last check; missing where BLIPQ_CANARY is off."
 )
@@ -146,7 +146,7 @@ class WorkerMetrics:
             gauge.labels(model, *way).set(1)
 
     def gpus(self, uuids: Iterable[str]) -> None:
-        """Has the GPUs of models told of, by their UUIDs."""
+        """Has metrics of the GPUs of models, by their UUIDs."""
         found = frozenset(uuids)
         self._registry.register(GpuCollector(lambda: found))
 

@@ -43,7 +43,7 @@ class GpuCollector(Collector):
 
 @functools.cache
 def _nvml() -> Any:
-    """NVML, ready to be asked; None without its package or its library."""
+    """NVML, initialized; None without its package or its library."""
     try:
         import pynvml
     except ImportError:

@@ -161,7 +161,7 @@ def _load(
         draft=options.jpeg_draft,
     )
     took = time.monotonic() - began
-    # Receipts and indexes name a model as it was asked for, not by its folder here.
+    # Receipts and indexes name a model as the settings do, not by its folder here.
     local = served.retrieval is not None and Path(served.retrieval).is_dir()
     retrieval = what if local else served.retrieval
     model.info = replace(

@@ -80,11 +80,11 @@ def verb(
     def command(*, timeout: float, wait: bool, as_json: bool, **given: Any) -> None:
         options = {name: given.pop(name) for name in inspect.signature(job_options).parameters}
         with connected(as_json) as client:
-            asked = submit(client, **given, **job_options(**options))
-            if isinstance(asked, Several):
-                follow_all(asked, wait, timeout, as_json)
+            submitted = submit(client, **given, **job_options(**options))
+            if isinstance(submitted, Several):
+                follow_all(submitted, wait, timeout, as_json)
                 return
-            job, then = asked if isinstance(asked, tuple) else (asked, None)
+            job, then = submitted if isinstance(submitted, tuple) else (submitted, None)
             follow(job, wait, timeout, as_json)
             if then is not None and wait:
                 then(job)

@@ -24,7 +24,7 @@ local is_suspect = why == 'suspect' or why == 'lost' and redis.call('HINCRBY', k
 if is_suspect then
   redis.call('HSET', key, 'solo', 1)
   -- One death is accounted for: it is charged for as many crashes alone as a job whose first death
-  -- was a crash in company.
+  -- was a crash of a whole batch.
   redis.call('HSETNX', key, 'crashes', 1)
 end
 enqueue(id, job, now)

@@ -1,4 +1,4 @@
-"""Passes over batches as CUDA graphs: one launch instead of hundreds, for which Python's lock is
+"""Passes over batches as CUDA graphs: one launch instead of hundreds, for which the GIL is
 needed and, beside a worker's other threads, waited for.
 """
 
@@ -30,7 +30,7 @@ class _Recorded:
 class CapturedPass:
     """Runs a pass whose rows are independent of each other by the graph of the next size.
 
-    The pass itself runs sizes that cannot be captured, larger batches, and what is asked outside of
+    The pass itself runs sizes that cannot be captured, larger batches, and calls outside of
     inference mode, as what graphs read belongs to it.
     """
 

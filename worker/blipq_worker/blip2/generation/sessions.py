@@ -192,6 +192,6 @@ class WritingSession:
 
     def _texts(self, ticket: Ticket) -> Texts:
         each = self._items.pop(ticket)
-        texts = [self._generator.text(said) for row in each.rows for said in row.alternatives]
+        texts = [self._generator.text(one) for row in each.rows for one in row.alternatives]
         number = each.item.params.num_return_sequences
         return [texts[start : start + number] for start in range(0, len(texts), number)]
