@@ -72,6 +72,7 @@ async def job(request: Request) -> Response:
         "job.html",
         job=info,
         asked=_shown(asked or {}, info),
+        part=_part(asked or {}),
         stages=stages(info.receipt),
         moments=[*_moments(info)],
         snippets=Snippets.of(request, info, asked or {}),
@@ -85,6 +86,14 @@ def _shown(asked: dict[str, Any], info: JobInfo) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if name not in left_out} | {
         name: asked[name] for name in ("questions", "texts") if name in asked and not info.result
     }
+
+
+def _part(asked: dict[str, Any]) -> tuple[int, int] | None:
+    """The first and the last byte of a picture that is a part of an object."""
+    image = asked.get("image")
+    if not isinstance(image, dict) or image.get("offset") is None:
+        return None
+    return image["offset"], image["offset"] + image["length"] - 1
 
 
 def _moments(info: JobInfo) -> Iterator[tuple[str, Any]]:

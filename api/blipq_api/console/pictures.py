@@ -1,12 +1,15 @@
 """Pictures of jobs, through the door: with the reader's rights, and as nothing but pictures."""
 
 import time
+from collections.abc import Mapping
 from contextlib import closing
+from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from blipq.contract import ImageRef, JobInfo, SearchResult
+from blipq.contract import Image, ImageRef, JobInfo, SearchResult
 from blipq.s3.refusals import s3_errors
 from blipq.s3.storage import Storage
 from blipq_api.console.access import id_of
@@ -17,6 +20,7 @@ from blipq_api.routes import jobs
 MOST_BYTES = 32 * 2**20
 TIMEOUT_S = 20.0
 _CHUNK_BYTES = 256 * 1024
+_REFERENCE: TypeAdapter[ImageRef] = TypeAdapter(Image)
 #: What browsers draw, by its first bytes. SVG is none: it may run scripts.
 _FORMATS = (
     (b"\xff\xd8\xff", "image/jpeg"),
@@ -45,7 +49,9 @@ async def picture(request: Request) -> Response:
     """The picture of a job, or of its n-th hit. Raises Problem for what is not to be shown."""
     door, caller = door_of(request), caller_of(request)
     info = await jobs.known(door, caller, id_of(request))
-    image = _image(info, request.query_params.get("hit"))
+    hit = request.query_params.get("hit")
+    asked = await door.operate(lambda ledger: ledger.request(info.id)) if hit is None else None
+    image = _image(info, asked, hit)
     caller.check_read(image, "image", door.settings.inbox_bucket)
     async with door.large_body():
         data = await door.store(lambda: read(door.client.storage, image))
@@ -54,15 +60,18 @@ async def picture(request: Request) -> Response:
     return Response(data, 200, HEADERS, kind)
 
 
-def _image(info: JobInfo, hit: str | None) -> ImageRef:
-    uri = info.image
+def _image(info: JobInfo, asked: Mapping[str, Any] | None, hit: str | None) -> ImageRef:
+    """What the request names, which may be a part of an object; or the picture of a hit."""
+    uri: Any = info.image
     if hit is not None:
         hits = info.result.hits if isinstance(info.result, SearchResult) else ()
         place = int(hit) if hit.isascii() and hit.isdecimal() and len(hit) < 6 else len(hits)
         uri = (hits[place].uri or hits[place].id) if place < len(hits) else None
+    elif asked is not None:
+        uri = asked.get("image")
     try:
-        image = None if uri is None else ImageRef(uri=uri)
-    except ValueError:
+        image = None if uri is None else _REFERENCE.validate_python(uri)
+    except ValidationError:
         image = None
     if image is None:
         raise Problem(404, "not_found", "there is no such picture")
@@ -72,11 +81,11 @@ def _image(info: JobInfo, hit: str | None) -> ImageRef:
 
 
 def read(storage: Storage, image: ImageRef) -> bytes:
-    """An object of S3. Raises Problem for one that is too large, or comes too slowly."""
+    """An object of S3, or a part. Raises Problem for what is too large, or comes too slowly."""
     deadline = time.monotonic() + TIMEOUT_S
     data = bytearray()
     with s3_errors(image.uri):
-        found = storage.client.get_object(Bucket=image.bucket, Key=image.key)
+        found = storage.client.get_object(**_wanted(image))
         with closing(found["Body"]) as body:
             for piece in body.iter_chunks(_CHUNK_BYTES):
                 data += piece
@@ -87,3 +96,16 @@ def read(storage: Storage, image: ImageRef) -> bytes:
                 if time.monotonic() > deadline:
                     raise Problem(504, "too_slow", f"S3 sent it for longer than {TIMEOUT_S:g} s")
     return bytes(data)
+
+
+def _wanted(image: ImageRef) -> Any:
+    """What S3 is to send: of an object that has changed nothing, as a part would be another."""
+    wanted: dict[str, Any] = {"Bucket": image.bucket, "Key": image.key}
+    if image.version_id is not None:
+        wanted["VersionId"] = image.version_id
+    if image.etag is not None:
+        wanted["IfMatch"] = image.etag
+    if image.offset is not None and image.length is not None:
+        wanted["Range"] = f"bytes={image.offset}-{image.offset + image.length - 1}"
+    return wanted
+

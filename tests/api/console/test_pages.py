@@ -9,7 +9,7 @@ import pytest
 
 from api.conftest import Start
 from api.console.conftest import HOSTILE, PAGES, Keyed, Markup, page, succeed
-from blipq import Client, Settings
+from blipq import Client, ImageRef, Settings
 from blipq.ledger.worker import WorkerLedger
 from blipq.s3.storage import Storage
 from blipq_api.access.keys import LOCAL
@@ -248,6 +248,25 @@ def test_a_picture_is_sent_as_what_its_bytes_are_and_nothing_else_is(
     assert operator.get(f"/console/picture?id={gone.id}").status_code == 422
     elsewhere = client.caption("https://example.org/cat.png")
     assert operator.get(f"/console/picture?id={elsewhere.id}").status_code == 404
+
+
+def test_a_picture_that_is_a_part_of_an_object_is_cut_out_of_it(
+    operator: httpx2.Client, client: Client, storage: Storage
+) -> None:
+    uri = "s3://photos/00012.tar"
+    storage.put(uri, bytes(512) + SCENE + bytes(512), content_type="application/x-tar")
+    found = storage.head("photos", "00012.tar")
+    assert found is not None
+    part = ImageRef(uri=uri, etag=found["ETag"], offset=512, length=len(SCENE))
+    job = client.caption(part)
+    shown = operator.get(f"/console/picture?id={job.id}")
+    assert (shown.status_code, shown.content) == (200, SCENE)
+    assert shown.headers["content-type"] == "image/png"
+    page = operator.get(f"/console/job?id={job.id}").text
+    assert f"bytes 512 to {512 + len(SCENE) - 1:,}" in page
+    # A part of other bytes is no picture of this job.
+    storage.put(uri, bytes(512) + SCENE[:-1] + bytes(513), content_type="application/x-tar")
+    assert operator.get(f"/console/picture?id={job.id}").status_code == 422
 
 
 def test_a_picture_needs_the_right_to_read_it(keyed: Keyed, storage: Storage) -> None:
