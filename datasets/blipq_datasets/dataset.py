@@ -3,6 +3,8 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from blipq.bulk.manifest import Entry
@@ -32,6 +34,10 @@ class Dataset:
         self._options = recipe.options_of_all
         self.uploads = uploads
 
+    def of(self, shards: Sequence[Shard]) -> "Dataset":
+        """The same of other shards."""
+        return Dataset(self.name, shards, self._recipe, self.uploads)
+
     @property
     def version(self) -> str:
         """Changes with the shards and the requests."""
@@ -54,7 +60,7 @@ class Dataset:
                 entries, pictures = [], {}
                 for after, row in group:
                     number += 1
-                    entry, target = self._entry(number, json.dumps([index, *after]), index, row)
+                    entry, target = self.entry(number, json.dumps([index, *after]), index, row)
                     entries.append(entry)
                     if target and row.data and entry.mark and not is_known(entry.mark):
                         pictures[number] = target, row.data
@@ -62,11 +68,25 @@ class Dataset:
                 yield from entries
             cursor = Cursor()
 
+    def share(self, position: str) -> float | None:
+        """How much of the shards' bytes lies before a position, 0 to 1. Raises S3Unavailable."""
+        if not position:
+            return None
+        index, *place = json.loads(position)
+        shard = self.shards[index]
+        before = self._before[index] + shard.share(Cursor(*place)) * shard.size
+        return before / self._before[-1] if self._before[-1] else None
+
+    @cached_property
+    def _before(self) -> list[int]:
+        """Bytes before each shard, and of all."""
+        return [0, *accumulate(shard.size for shard in self.shards)]
+
     def preview(self) -> Iterator[Entry]:
         """The lines from the first on; nothing is uploaded."""
         return self.entries(0, "", lambda mark: True)
 
-    def _entry(
+    def entry(
         self, number: int, position: str, shard: int, row: Row
     ) -> tuple[RowEntry, str | None]:
         """A row's line, and where its picture is to be uploaded to."""

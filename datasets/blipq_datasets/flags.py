@@ -8,9 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from blipq.bulk.journal import Journal
+from blipq.bulk.manners import HOST_RATE, Manners
 from blipq.bulk.start import journal_path
 from blipq.cli import bulk
 from blipq.contract import Kind, Priority
+from blipq.errors import InvalidRequest
 from blipq.s3.refusals import S3Refused
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
@@ -70,7 +72,9 @@ UpdateOption = Annotated[
 JournalOption = Annotated[
     str | None, typer.Option(help="What became of each row; by default SOURCE.bulk here.")
 ]
-WindowOption = Annotated[int | None, typer.Option(min=1, help=bulk.WINDOW_HELP)]
+SampleOption = Annotated[
+    int, typer.Option(min=10, max=10_000, help="Rows that are asked, at random.")
+]
 ModelOption = Annotated[
     str | None, typer.Option(help="Served model of rows or lines that name none.")
 ]
@@ -85,8 +89,8 @@ class Flags:
     """All of them, as they were given."""
 
     source: str | None
-    prefix: str | None
-    template: Path | None
+    prefix: str | None = None
+    template: Path | None = None
     recipe: Path | None
     kind: Kind | None
     question: list[str] | None
@@ -95,17 +99,25 @@ class Flags:
     image_column: str | None
     id_column: str | None
     prompt_column: str | None
-    to: str | None
-    output: str | None
-    escape_formulas: bool
-    dry_run: bool
-    update: bool
+    to: str | None = None
+    output: str | None = None
+    escape_formulas: bool = False
+    dry_run: bool = False
+    update: bool = False
     journal: str | None
-    window: int | None
+    window: int | None = None
+    rate: float | None = None
+    host_rate: float = HOST_RATE
+    until: str | None = None
     model: str | None
     priority: Priority | None
     expires_in: str | None
     as_json: bool
+
+    @property
+    def manners(self) -> Manners:
+        """How fast rows are submitted, and until when. Raises InvalidRequest."""
+        return bulk.manners_of(self.rate, self.host_rate, self.until)
 
     @property
     def is_of_a_manifest(self) -> bool:
@@ -134,6 +146,14 @@ class Flags:
         }
         fields = {"source": self.source, "options": _given(options), **self._fields()}
         return recipe_from(self.recipe, fields).with_low_priority()
+
+    @property
+    def named(self) -> tuple[Recipe, str, Path]:
+        """The recipe, its source, and the journal. Raises InvalidRequest."""
+        recipe = self.chosen()
+        if recipe.source is None:
+            raise InvalidRequest("give a source, or a recipe that names one")
+        return recipe, recipe.source, journal_path(self.journal or recipe.source)
 
     def _fields(self) -> dict[str, Any]:
         """Those that a manifest has no use for, as a recipe names them."""

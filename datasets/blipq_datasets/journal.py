@@ -6,12 +6,13 @@ that line's outcome. ``earlier``: outcomes of the run before this one, which nee
 """
 
 import json
+import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blipq.bulk.journal import DUPLICATE, Journal, OpenLine
+from blipq.bulk.journal import DUPLICATE, REFUSED, Journal, OpenLine
 from blipq.bulk.manifest import Entry
 from blipq.contract import Status
 from blipq_datasets.fields import Fields, widened
@@ -21,6 +22,8 @@ CREATE TABLE request (mark TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT RO
 CREATE TABLE earlier (mark TEXT PRIMARY KEY, job_id TEXT, status TEXT, outcome TEXT) WITHOUT ROWID;
 CREATE TABLE shard (number INTEGER PRIMARY KEY, first INTEGER NOT NULL, fields TEXT NOT NULL);
 """
+
+NOTED_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +54,10 @@ class DatasetJournal(Journal):
     """One dataset's file."""
 
     schema = Journal.schema + _MORE
-    #: Of an outcome: also which model answered.
+    #: Of an outcome: also which model answered, and what that took.
     kept = Journal.kept | {
         "model": True,
-        "receipt": {"checkpoint": True, "revision": True},
+        "receipt": {"checkpoint": True, "revision": True, "gpu_ms": True, "cache_hit": True},
     }
 
     def __init__(self, path: Path) -> None:
@@ -65,7 +68,7 @@ class DatasetJournal(Journal):
     # -- taking rows in --
 
     def take_over(self, earlier: Path) -> None:
-        """What an earlier journal has answers to needs no job."""
+        """What an earlier journal has answers to needs no job, nor what an estimate has."""
         self._db.execute("ATTACH DATABASE ? AS old", (str(earlier),))
         with self._changing():
             self._db.execute(
@@ -73,6 +76,10 @@ class DatasetJournal(Journal):
                 " SELECT a.mark, l.job_id, l.status, l.outcome"
                 " FROM old.request a JOIN old.line l ON l.number = a.number WHERE l.status = ?",
                 (Status.SUCCEEDED,),
+            )
+            self._db.execute(
+                "INSERT OR IGNORE INTO earlier SELECT * FROM old.earlier"
+                " WHERE NOT EXISTS (SELECT 1 FROM old.line)"
             )
         self._db.execute("DETACH DATABASE old")
 
@@ -132,6 +139,12 @@ class DatasetJournal(Journal):
         ).fetchone()
         return found[0], json.loads(found[1])
 
+    def begun(self) -> list[tuple[int, range]]:
+        """The shards of which lines are known, and these lines."""
+        found = self._db.execute("SELECT number, first FROM shard ORDER BY number").fetchall()
+        ends = [first for _, first in found[1:]] + [self.fact("lines") + 1]
+        return [(number, range(first, end)) for (number, first), end in zip(found, ends, strict=True)]
+
     def lines_of(self, shard: int) -> range | None:
         """The lines of a shard, once all of them are known and none before its end is open."""
         behind = self._db.execute(
@@ -149,12 +162,13 @@ class DatasetJournal(Journal):
         return range(last + 1, last + 1) if own is None else range(own[0], last + 1)
 
     def outcomes_of(self, lines: range) -> Iterator[Outcome]:
-        """What became of each line, in order."""
+        """What became of each line that has ended, in order."""
         rows = self._db.execute(
             "SELECT l.number, l.custom_id, o.job_id, o.status, l.status = ?, o.outcome, l.outcome"
             " FROM line l JOIN line o ON o.number ="
             "  CASE l.status WHEN ? THEN json_extract(l.outcome, '$.same_as') ELSE l.number END"
-            " WHERE l.number BETWEEN ? AND ? ORDER BY l.number",
+            " WHERE l.number BETWEEN ? AND ? AND l.status IS NOT NULL AND o.status IS NOT NULL"
+            " ORDER BY l.number",
             (DUPLICATE, DUPLICATE, lines.start, lines.stop - 1),
         )
         for number, key, job_id, status, is_duplicate, details, own in rows:
@@ -169,3 +183,40 @@ class DatasetJournal(Journal):
             (json.dumps(list(lines)),),
         )
         return [number for (number,) in rows]
+    def took(self) -> dict[str, float]:
+        """What this run took so far, without the jobs whose answers it took over.
+
+        Seconds of the command over all its starts, jobs, GPU-seconds, and how many jobs found the
+        features of their picture cached.
+        """
+        found = self._db.execute(
+            "SELECT count(*), sum(json_extract(l.outcome, '$.receipt.gpu_ms')),"
+            " sum(coalesce(json_extract(l.outcome, '$.receipt.cache_hit'), 0))"
+            " FROM line l JOIN request a ON a.number = l.number"
+            " LEFT JOIN earlier e ON e.mark = a.mark"
+            " WHERE l.status IS NOT NULL AND l.status != ? AND e.mark IS NULL",
+            (REFUSED,),
+        ).fetchone()
+        return {
+            "s": round(self.fact("worked_s") or 0.0, 3),
+            "jobs": found[0],
+            "gpu_s": round((found[1] or 0.0) / 1000, 3),
+            "cache_hits": found[2] or 0,
+        }
+
+
+class Clock:
+    """How long commands have worked on a run, kept in its journal."""
+
+    def __init__(self, journal: DatasetJournal) -> None:
+        self._journal = journal
+        self._before: float = journal.fact("worked_s") or 0.0
+        self._began = self._noted = time.monotonic()
+
+    def note(self, *, at_once: bool = False) -> None:
+        """Keeps it, now and then: a command that is killed loses NOTED_EVERY_S at most."""
+        now = time.monotonic()
+        if at_once or now - self._noted >= NOTED_EVERY_S:
+            self._noted = now
+            self._journal.note(worked_s=self._before + now - self._began)
+

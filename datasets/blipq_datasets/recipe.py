@@ -32,6 +32,12 @@ def _request(value: Any) -> Any:
     return {"kind": "caption", **value} if isinstance(value, Mapping) else value
 
 
+def _known(value: Any) -> Any:
+    if value == "lance":
+        raise ValueError("lance is not written: write parquet, and make a table of it (docs/datasets.md)")
+    return value
+
+
 class Recipe(BaseModel):
     """The whole file. Texts in ``request`` may name columns: ``"is this a {color} car?"``.
 
@@ -49,7 +55,7 @@ class Recipe(BaseModel):
         default_factory=lambda: {"kind": "caption"}
     )
     options: dict[str, Any] = Field(default_factory=dict)
-    to: Format = "parquet"
+    to: Annotated[Format, BeforeValidator(_known)] = "parquet"
     output: str | None = None
     escape_formulas: bool = False
 

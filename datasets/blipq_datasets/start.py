@@ -3,10 +3,11 @@
 import secrets
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from blipq.bulk.start import check_tenant
 from blipq.client.sync_client import Client
@@ -33,7 +34,7 @@ class Run:
 
 def dataset_of(source: str, recipe: Recipe, client: Client, path: Path, id: str) -> Dataset:
     """The dataset of a bulk with this id and this journal. Raises InvalidRequest."""
-    listing = _listing(path, id)
+    listing = listing_of(path, id)
     shards = shards_of(source, recipe.columns, client.storage, listing)
     return Dataset(source, shards, recipe, Uploads(client.storage, id))
 
@@ -50,16 +51,17 @@ def begun(
     """
     if recipe.output is not None:
         _check_apart(recipe.output, source)
-    old = _id_of(path)
-    renewed = old is not None and update and _is_over(path)
+    old = id_of(path)
+    renewed = old is not None and update and (_is_over(path) or is_estimate(path))
     id = f"bulk_{secrets.token_hex(8)}" if old is None or renewed else old
     dataset = dataset_of(source, recipe, client, path, id)
     if old is None or renewed:
-        _create(path, id, dataset, client.settings.tenant)
+        answers = [path] if path.exists() else []
+        create(path, id, dataset, recipe, client.settings.tenant, answers)
     if old is not None and renewed:
         with suppress(S3Refused):  # what a cancelled run has left
             Uploads(client.storage, old).sweep()
-        shutil.rmtree(_listing(path, old), ignore_errors=True)
+        shutil.rmtree(listing_of(path, old), ignore_errors=True)
     with closing(DatasetJournal.open(path)) as journal:
         _check_same(journal, dataset)
         check_tenant(journal, client.settings.tenant)
@@ -85,11 +87,12 @@ def _check_apart(output: str, source: str) -> None:
         )
 
 
-def _listing(path: Path, id: str) -> Path:
+def listing_of(path: Path, id: str) -> Path:
+    """Where the pictures of a folder or a prefix are listed."""
     return path.with_name(f"{path.name}.{id}.listing")
 
 
-def _id_of(path: Path) -> str | None:
+def id_of(path: Path) -> str | None:
     """The id of the bulk that a journal is of; None where there is no journal."""
     if not path.exists():
         return None
@@ -104,13 +107,28 @@ def _is_over(path: Path) -> bool:
         return bool(ended) and "open" not in journal.counts()
 
 
-def _create(path: Path, id: str, dataset: Dataset, tenant: str | None) -> None:
-    """A new journal, with the answers of the one that it replaces; whole or not at all."""
+def is_estimate(path: Path) -> bool:
+    """Whether a journal is of a run that has not begun: it has the answers of an estimate alone."""
+    with closing(DatasetJournal.open(path)) as journal:
+        return bool(journal.fact("estimate")) and not journal.fact("lines")
+
+
+def create(
+    path: Path,
+    id: str,
+    dataset: Dataset,
+    recipe: Recipe,
+    tenant: str | None,
+    answers: Sequence[Path],
+    **more: Any,
+) -> None:
+    """A new journal, with the answers of other journals; whole or not at all."""
     fresh = path.with_name(f".{path.name}.{id}")
     facts = {"id": id, "manifest": dataset.name, "version": dataset.version, "tenant": tenant}
+    facts |= {"recipe": recipe.model_dump(mode="json"), **more}
     with closing(DatasetJournal.create(fresh, dataset=True, **facts)) as journal:
-        if path.exists():
-            journal.take_over(path)
+        for each in answers:
+            journal.take_over(each)
     # SQLite would apply a log that lies beside the old file to the new one.
     if path.with_name(f"{path.name}-wal").exists():
         fresh.unlink()
@@ -128,7 +146,7 @@ def _check_same(journal: DatasetJournal, dataset: Dataset) -> None:
         )
     if journal.fact("version") != dataset.version:
         update = "--update submits what has changed"
-        if not _is_over(journal.path):
+        if not (_is_over(journal.path) or is_estimate(journal.path)):
             cancel = blipq(f"bulk cancel {shlex.quote(str(journal.path))}")
             update = f"its run is not over: cancel it first ({cancel}), then {update}"
         raise InvalidRequest(

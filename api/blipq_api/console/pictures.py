@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from blipq.contract import Image, ImageRef, JobInfo, SearchResult
 from blipq.s3.refusals import s3_errors
-from blipq.s3.storage import Storage
+from blipq.s3.storage import Storage, arguments_of
 from blipq_api.console.access import id_of
 from blipq_api.door import caller_of, door_of
 from blipq_api.problems import Problem
@@ -85,7 +85,7 @@ def read(storage: Storage, image: ImageRef) -> bytes:
     deadline = time.monotonic() + TIMEOUT_S
     data = bytearray()
     with s3_errors(image.uri):
-        found = storage.client.get_object(**_wanted(image))
+        found = storage.client.get_object(**arguments_of(image))
         with closing(found["Body"]) as body:
             for piece in body.iter_chunks(_CHUNK_BYTES):
                 data += piece
@@ -96,16 +96,4 @@ def read(storage: Storage, image: ImageRef) -> bytes:
                 if time.monotonic() > deadline:
                     raise Problem(504, "too_slow", f"S3 sent it for longer than {TIMEOUT_S:g} s")
     return bytes(data)
-
-
-def _wanted(image: ImageRef) -> Any:
-    """What S3 is to send: of an object that has changed nothing, as a part would be another."""
-    wanted: dict[str, Any] = {"Bucket": image.bucket, "Key": image.key}
-    if image.version_id is not None:
-        wanted["VersionId"] = image.version_id
-    if image.etag is not None:
-        wanted["IfMatch"] = image.etag
-    if image.offset is not None and image.length is not None:
-        wanted["Range"] = f"bytes={image.offset}-{image.offset + image.length - 1}"
-    return wanted
 

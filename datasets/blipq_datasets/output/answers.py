@@ -46,7 +46,7 @@ def _answer(outcome: Outcome) -> dict[str, Any]:
     details = outcome.details
     result, error = details.get("result"), details.get("error") or {}
     receipt = details.get("receipt") or {}
-    texts, confidence = _texts(result) if result else ([], None)
+    texts, confidence = texts_of(result) if result else ([], None)
     return {
         "blipq_key": outcome.key,
         "blipq_status": outcome.status,
@@ -63,7 +63,7 @@ def _answer(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _texts(result: Mapping[str, Any]) -> tuple[list[str], float | None]:
+def texts_of(result: Mapping[str, Any]) -> tuple[list[str], float | None]:
     """A result's texts, the most wanted first, and the probability or score of that one."""
     if captions := result.get("captions"):
         return [each["text"] for each in captions], captions[0].get("score")
@@ -74,5 +74,5 @@ def _texts(result: Mapping[str, Any]) -> tuple[list[str], float | None]:
         best = sorted(scores, key=lambda each: -each["score"])
         return [each["text"] for each in best], best[0]["score"]
     parts = [result.get(name) for name in ("caption", "vqa", "match")]
-    found = [_texts(part) for part in parts if part]
+    found = [texts_of(part) for part in parts if part]
     return [text for texts, _ in found for text in texts], found[0][1] if found else None

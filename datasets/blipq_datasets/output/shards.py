@@ -102,6 +102,8 @@ class Output:
             "statuses": dict(statuses),
             DUPLICATE: duplicates,
             "errors": dict(errors),
+            "took": self._journal.took(),
+            "estimate": self._journal.fact("estimate"),
         }
 
 

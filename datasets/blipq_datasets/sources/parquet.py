@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import cached_property
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -45,6 +46,26 @@ class Parquet:
                     yield Cursor(index, index), row
         except _DAMAGE as error:
             yield Cursor(END, index + 1), Row(None, error=f"{self._place.name}: {error}")
+
+    @property
+    def size(self) -> int:
+        """Bytes of its file."""
+        return self._place.size
+
+    @cached_property
+    def count(self) -> int:
+        """The rows that its footer tells of; none where that cannot be read."""
+        try:
+            with self._file() as file:
+                return int(file.metadata.num_rows)
+        except _DAMAGE:
+            return 0
+
+    def share(self, cursor: Cursor) -> float:
+        """How much of it lies before a cursor."""
+        if cursor.offset == END:
+            return 1.0
+        return min(1.0, cursor.rows / self.count) if self.count else 1.0
 
     def parts(self, fields: Fields, *, pictures: bool, lines: int) -> Iterator[Part]:
         """All rows again, with the types that they have there.

@@ -3,6 +3,7 @@
 import gzip
 import io
 import zlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ from blipq.contract import split_s3_uri
 from blipq.errors import InvalidRequest
 from blipq.s3.refusals import s3_errors
 from blipq.s3.storage import Storage
-from blipq_datasets.sources.rows import Damaged
+from blipq_datasets.sources.rows import END, Cursor, Damaged
 
 BLOCK_BYTES = 2 * 2**20
 #: Unpacked bytes that are let pass, and beyond them the most per packed byte.
@@ -158,3 +159,21 @@ def skip(file: io.BufferedReader, size: int) -> None:
         return
     while size > 0 and (data := file.read(min(size, BLOCK_BYTES))):
         size -= len(data)
+
+
+def share_of(place: Place, cursor: Cursor, *, packed: bool) -> float:
+    """How much of a file lies before a cursor whose offset counts bytes, 0 to 1.
+
+    A gzip ends with how many bytes it unpacks to, modulo 4 GiB and of its last part alone: less
+    than its own size it is taken for wrong.
+    """
+    if cursor.offset == END:
+        return 1.0
+    size = _unpacked(place) if packed else place.size
+    return min(1.0, cursor.offset / size) if size else 1.0
+
+
+@lru_cache(maxsize=1024)
+def _unpacked(place: Place) -> int:
+    last = place.read(max(0, place.size - 4), 4)
+    return max(place.size, int.from_bytes(last, "little"))

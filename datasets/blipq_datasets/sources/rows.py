@@ -64,6 +64,13 @@ class Shard(Protocol):
     def version(self) -> str:
         """Changes with the content."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of its file."""
+
+    def share(self, cursor: Cursor) -> float:
+        """How much of it lies before a cursor, 0 to 1. Of a gzip this is a guess."""
+
     def rows(self, start: Cursor) -> Iterator[tuple[Cursor, Row]]:
         """The rows from ``start`` on, each with where the next one begins.
 

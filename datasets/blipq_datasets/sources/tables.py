@@ -11,7 +11,7 @@ from typing import Any
 from blipq.errors import InvalidRequest
 from blipq_datasets.fields import MOST_FIELDS, Fields
 from blipq_datasets.sources.columns import Columns
-from blipq_datasets.sources.places import Place, opened
+from blipq_datasets.sources.places import Place, opened, share_of
 from blipq_datasets.sources.rows import END, Cursor, Damaged, Part, Row, parts_of
 
 #: Bytes of a line, and of a row of CSV, which quotes may stretch over several lines.
@@ -56,6 +56,15 @@ class _Table:
                     yield Cursor(at, index), row
         except Damaged as error:
             yield Cursor(END, index + 1), Row(None, error=f"{self._place.name}: {error}")
+
+    @property
+    def size(self) -> int:
+        """Bytes of its file."""
+        return self._place.size
+
+    def share(self, cursor: Cursor) -> float:
+        """How much of it lies before a cursor."""
+        return share_of(self._place, cursor, packed=self._packed)
 
     def parts(self, fields: Fields, *, pictures: bool, lines: int) -> Iterator[Part]:
         """All rows again."""

@@ -10,7 +10,7 @@ from blipq.s3.storage import MAX_UPLOAD_BYTES
 from blipq_datasets.fields import MOST_FIELDS, Fields
 from blipq_datasets.sources.columns import Columns, key_of
 from blipq_datasets.sources.members import Member, members, padded
-from blipq_datasets.sources.places import Place, S3Place, opened
+from blipq_datasets.sources.places import Place, S3Place, opened, share_of
 from blipq_datasets.sources.rows import END, Cursor, Damaged, Part, Row, parts_of
 
 PICTURES = frozenset(["jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff"])
@@ -51,6 +51,13 @@ class Tar:
                 yield Cursor(after, index), self._row(sample)
         except Damaged as error:
             yield Cursor(END, index + 1), Row(None, error=f"{self._place.name}: {error}")
+
+    @property
+    def size(self) -> int:
+        return self._place.size
+
+    def share(self, cursor: Cursor) -> float:
+        return share_of(self._place, cursor, packed=self._packed)
 
     def parts(self, fields: Fields, *, pictures: bool, lines: int) -> Iterator[Part]:
         return parts_of(self, fields, pictures=pictures)

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import TypeVar
@@ -10,6 +11,7 @@ from typing import TypeVar
 from blipq.backoff import Backoff
 from blipq.bulk.journal import REFUSED, Journal, OpenLine
 from blipq.bulk.manifest import Entry, read_work
+from blipq.bulk.manners import POLITE, Hosts, Manners, Pace
 from blipq.client.recording import AWAY, record_all
 from blipq.client.sync_client import Client
 from blipq.contract import JobInfo, Status
@@ -23,6 +25,8 @@ CHUNK = 200
 POLLS = Backoff(0.05, 1.0, factor=1.5)
 #: How often all jobs in flight are looked at.
 WHOLE_EVERY_S = 2.0
+#: Outcomes that a terminal shows.
+NEWEST = 2
 
 
 def job_id_of(bulk: str, entry: Entry) -> str:
@@ -46,6 +50,7 @@ class Driver:
         entries: Callable[[int, str], Iterator[Entry]],
         *,
         window: int,
+        manners: Manners = POLITE,
         report: Callable[["Driver"], None] = lambda driver: None,
     ) -> None:
         self.counts = journal.counts()
@@ -54,11 +59,17 @@ class Driver:
         self.lines: int = journal.fact("lines")
         self.position: str = journal.fact("position")
         self.exhausted: bool = journal.fact("exhausted") or False
+        self.paused = False
+        #: What succeeded last, the latest at the end.
+        self.newest: deque[JobInfo] = deque(maxlen=NEWEST)
         self._client = client
         self._journal = journal
         self._read = entries
         self._window = window
         self._report = report
+        self._manners = manners
+        self._pace = Pace(manners.rate)
+        self._hosts = Hosts(manners.host_rate)
         self._bulk: str = journal.fact("id")
         self._entries: Iterator[Entry] | None = None
         self._in_flight: dict[str, int] = {}
@@ -71,19 +82,32 @@ class Driver:
         """Jobs that are submitted and not collected."""
         return len(self._in_flight)
 
+    @property
+    def waiting(self) -> int:
+        """Lines that wait until their picture's host may be visited again."""
+        return len(self._hosts)
+
     def run(self) -> None:
-        """Until every line has ended, or none is open after a cancel."""
+        """Until every line has ended, none is open after a cancel, or the time is over.
+
+        Then jobs that are in flight are collected, and lines that are not submitted stay open.
+        """
         self._resume(self._journal.open_lines())
         idle = 0
-        while self._fill() or self._in_flight or self._lost:
+        while self._goes_on(more := self._fill()):
             idle = 0 if self._collect() else idle + 1
+            self._submit_waiting()
             self._submit_again()
             self._cancel_if_asked()
             self._report(self)
-            if self._in_flight:
+            if more or self._in_flight or self._hosts:
                 time.sleep(POLLS.pause_s(idle))
         self._journal.note(exhausted=self.exhausted)
         self._report(self)
+
+    def _goes_on(self, more: bool) -> bool:
+        waits = bool(self._hosts) and not self._manners.is_over
+        return bool(more or waits or self._in_flight or self._lost)
 
     def _resume(self, lines: Sequence[OpenLine]) -> None:
         """Jobs that a driver before this one may have recorded: they are found again.
@@ -102,11 +126,14 @@ class Driver:
 
     def _fill(self) -> bool:
         """Submits lines until the window is full; whether there may be more."""
-        while not self.exhausted and not self._cancelled:
-            room = min(CHUNK, self._window - len(self._in_flight))
-            if room <= 0:
+        self.paused = bool(self._journal.fact("paused"))
+        while not (self.exhausted or self._cancelled or self._manners.is_over):
+            room = self._window - len(self._in_flight) - len(self._hosts)
+            room = self._pace.room(min(CHUNK, room))
+            if self.paused or room <= 0:
                 return True
             if entries := self._next(room):
+                self._pace.took(len(entries))
                 self._add(entries)
             self._report(self)
         return False
@@ -134,6 +161,15 @@ class Driver:
         self._submit(lines)
 
     def _submit(self, lines: Sequence[OpenLine]) -> None:
+        """Submits lines, but those whose pictures would come from one host too fast."""
+        for chunk in _chunks(self._hosts.admitted(lines)):
+            self._record(chunk)
+
+    def _submit_waiting(self) -> None:
+        if self._hosts and not (self.paused or self._manners.is_over):
+            self._submit([])
+
+    def _record(self, lines: Sequence[OpenLine]) -> None:
         tenant = self._client.settings.tenant
         submissions = [Submission(*read_work(line.work), line.job_id, tenant) for line in lines]
         answers = record_all(self._client, submissions, self._wait)
@@ -197,6 +233,7 @@ class Driver:
         self._journal.end([(self._in_flight.pop(info.id), info) for info in infos])
         for info in infos:
             self._count(info.status, 1)
+        self.newest.extend(info for info in infos if info.status is Status.SUCCEEDED)
         self._release([info.id for info in infos])
 
     def _release(self, ids: Sequence[str]) -> None:
@@ -214,6 +251,8 @@ class Driver:
         if self._cancelled or not self._journal.fact("cancelled"):
             return
         self._cancelled = True
+        # A driver before this one may have submitted them.
+        self._in_flight |= {line.job_id: line.number for line in self._hosts.all()}
         for id in list(self._in_flight):
             self._cancel(id)
 

@@ -2,16 +2,18 @@
 
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
 
 from blipq.bulk.driver import Driver
 from blipq.bulk.journal import DUPLICATE, REFUSED, Journal, driving, is_driven
-from blipq.bulk.manifest import Entry
+from blipq.bulk.manifest import Entry, Manifest
+from blipq.bulk.manners import HOST_RATE, Manners, next_time
 from blipq.bulk.results import write
 from blipq.bulk.start import begin, check_outputs, journal_path, template_from
 from blipq.cli.terminal.bar import Bar
@@ -29,7 +31,19 @@ JournalArgument = Annotated[
 ]
 #: Refused lines that are shown on the terminal, and the most characters of each reason.
 REASONS, REASON_CHARS = 5, 300
-WINDOW_HELP = "Jobs in flight at a time; by default BLIPQ_WINDOW."
+WindowOption = Annotated[
+    int | None, typer.Option(min=1, help="Jobs in flight at a time; by default BLIPQ_WINDOW.")
+]
+RateOption = Annotated[
+    float | None, typer.Option(min=0.001, help="The most lines that are submitted a second.")
+]
+HostRateOption = Annotated[
+    float, typer.Option(min=0.001, help="Of those, with pictures from one web host.")
+]
+UntilOption = Annotated[
+    str | None,
+    typer.Option(metavar="HH:MM", help="Submit nothing from then on; the same command goes on."),
+]
 
 
 @app.command("submit")
@@ -46,7 +60,10 @@ def submit(
     journal: Annotated[
         str | None, typer.Option(help="What became of each line; by default MANIFEST.bulk here.")
     ] = None,
-    window: Annotated[int | None, typer.Option(min=1, help=WINDOW_HELP)] = None,
+    window: WindowOption = None,
+    rate: RateOption = None,
+    host_rate: HostRateOption = HOST_RATE,
+    until: UntilOption = None,
     model: Annotated[str, typer.Option(help="Served model of lines that name none.")] = "default",
     priority: Annotated[
         Priority, typer.Option(help="Priority of lines that name none.")
@@ -58,7 +75,7 @@ def submit(
 ) -> None:
     """Submit a manifest and collect the results; the same command again goes on after a kill.
 
-    Exits 0 if all lines succeeded, 3 if not. See docs/bulk.md.
+    Exits 0 if all lines succeeded, 3 if not, 5 where it stopped at --until. See docs/bulk.md.
 
     Examples:
         blipq bulk submit manifest.jsonl
@@ -66,6 +83,7 @@ def submit(
         blipq bulk submit --prefix s3://photos/2026/ --template caption.json
     """
     with connected(as_json) as client:
+        manners = manners_of(rate, host_rate, until)
         source, given = _source(manifest, prefix, template)
         defaults = {"model": model, "priority": priority.value}
         defaults |= {"expires_in": expires_in} if expires_in else {}
@@ -78,7 +96,9 @@ def submit(
             with closing(kept):
                 check_outputs(found, kept, client)
                 most = window or client.settings.window
-                drive(client, kept, found.entries, found.size, most, as_json)
+                drive(
+                    *(client, kept, found.entries, share_of(found), most, manners, as_json)
+                )
                 end(kept, as_json)
 
 
@@ -92,20 +112,33 @@ def _source(
     return str(manifest), None
 
 
+def manners_of(rate: float | None, host_rate: float, until: str | None) -> Manners:
+    """What the options say. Raises InvalidRequest."""
+    return Manners(rate, host_rate, None if until is None else next_time(until))
+
+
+def share_of(manifest: Manifest) -> Callable[[Driver], float | None]:
+    """How much of a manifest lies before where a driver reads."""
+    size = manifest.size
+    return lambda driver: int(driver.position) / size if size and driver.position else None
+
+
 def drive(
     client: Client,
     journal: Journal,
     entries: Callable[[int, str], Iterator[Entry]],
-    size: int | None,
+    share: Callable[[Driver], float | None],
     window: int,
+    manners: Manners,
     as_json: bool,
     also: Callable[[Driver], None] = lambda driver: None,
 ) -> None:
-    """Works on a bulk until its last line has ended. ``also`` is called after each step.
+    """Works on a bulk until its last line has ended, or the time is over.
 
-    size: bytes of the manifest, if known. Raises typer.Exit when it is interrupted.
+    share: how much lies before where the driver reads. also: called after each step. Raises
+    typer.Exit when it is interrupted.
     """
-    with Bar(size, shown=not as_json) as bar:
+    with Bar(share, shown=not as_json) as bar:
         reasons = Reasons(journal, shown=not as_json)
 
         def tell(driver: Driver) -> None:
@@ -113,7 +146,9 @@ def drive(
             bar.show(driver)
             also(driver)
 
-        driver = Driver(client, journal, entries, window=window, report=tell)
+        driver = Driver(
+            client, journal, entries, window=window, manners=manners, report=tell
+        )
         try:
             driver.run()
         except KeyboardInterrupt:
@@ -122,9 +157,12 @@ def drive(
             raise typer.Exit(130) from None
 
 
-def end(journal: Journal, as_json: bool) -> None:
-    """Shows what became of a bulk. Raises typer.Exit with the command's exit code."""
-    summary = _summary(journal)
+def end(journal: Journal, as_json: bool, more: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Shows what became of a bulk. Raises typer.Exit with the command's exit code.
+
+    more: what its JSON has beside that.
+    """
+    summary = {**summary_of(journal, own=True), **more}
     _show(summary, as_json)
     if not as_json:
         refused = summary["counts"].get(REFUSED, 0)
@@ -133,6 +171,10 @@ def end(journal: Journal, as_json: bool) -> None:
             errors.print(text, style="yellow")
         command = blipq(f"bulk results {shlex.quote(str(journal.path))} --output FILE")
         errors.print(f"results: {command}", style="dim", markup=False)
+    if summary["state"] == "stopped":
+        if not as_json:
+            errors.print("the time is over: the same command goes on from here", style="yellow")
+        raise typer.Exit(5)
     raise typer.Exit(0 if set(summary["counts"]) <= {Status.SUCCEEDED, DUPLICATE} else 3)
 
 
@@ -165,7 +207,7 @@ def status(journal: JournalArgument, as_json: JsonOption = False) -> None:
         blipq bulk status manifest.jsonl.bulk --json
     """
     with reported(as_json), closing(Journal.open(journal_path(journal))) as kept:
-        _show(_summary(kept), as_json)
+        _show(summary_of(kept), as_json)
 
 
 @app.command("results")
@@ -186,7 +228,7 @@ def results(
     """
     with connected(as_json) as client, closing(Journal.open(journal_path(journal))) as kept:
         lines = write(kept, output, client.storage)
-        summary = _summary(kept)
+        summary = summary_of(kept)
         if as_json:
             print(json.dumps({"output": output, "lines": lines, "state": summary["state"]}))
         else:
@@ -212,16 +254,39 @@ def cancel(journal: JournalArgument, as_json: JsonOption = False) -> None:
             return
         with driving(kept.path):
             Driver(client, kept, lambda number, position: iter(()), window=1).run()
-        _show(_summary(kept), as_json)
+        _show(summary_of(kept), as_json)
 
 
-def _summary(journal: Journal) -> dict[str, Any]:
+@app.command("pause")
+def pause(journal: JournalArgument) -> None:
+    """Pause a bulk: nothing more is submitted, what is in flight is collected.
+
+    Examples:
+        blipq bulk pause manifest.jsonl
+    """
+    with reported(), closing(Journal.open(journal_path(journal))) as kept:
+        kept.note(paused=True)
+
+
+@app.command("resume")
+def resume(journal: JournalArgument) -> None:
+    """Go on with a bulk that is paused; where no process is at it, `bulk submit` does.
+
+    Examples:
+        blipq bulk resume manifest.jsonl
+    """
+    with reported(), closing(Journal.open(journal_path(journal))) as kept:
+        kept.note(paused=False)
+
+
+def summary_of(journal: Journal, *, own: bool = False) -> dict[str, Any]:
+    """How far a bulk is. own: this process is the one that works on it, and has ended."""
     counts = journal.counts()
     state = "cancelled" if journal.fact("cancelled") else "stopped"
     if state == "stopped" and journal.fact("exhausted") and not counts.get("open"):
         state = "done"
-    elif is_driven(journal.path):
-        state = "running"
+    elif not own and is_driven(journal.path):
+        state = "paused" if journal.fact("paused") else "running"
     return {
         "id": journal.fact("id"),
         "manifest": journal.fact("manifest"),

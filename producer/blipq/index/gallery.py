@@ -18,7 +18,7 @@ from blipq.errors import BlipqError, InvalidRequest
 from blipq.images.decoding import decode
 from blipq.pages import environment
 from blipq.s3.refusals import s3_errors
-from blipq.s3.storage import Storage
+from blipq.s3.storage import Storage, arguments_of
 
 _SIDE_PX = 360
 _MAX_BYTES = 64 * 2**20
@@ -64,7 +64,7 @@ def write_page(result: SearchResult, title: str, path: Path, storage: Storage) -
     """Writes the page of a search's result. Raises BlipqError where the file cannot be written."""
 
     def fetch(image: ImageRef) -> bytes:
-        return _fetched(storage, image)
+        return fetched(storage, image)
 
     html = page(result, title, fetch)
     try:
@@ -73,8 +73,8 @@ def write_page(result: SearchResult, title: str, path: Path, storage: Storage) -
         raise BlipqError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _fetched(storage: Storage, image: ImageRef) -> bytes:
-    """An object of S3. Raises BlipqError where it cannot be read, is too large or takes too long.
+def fetched(storage: Storage, image: ImageRef) -> bytes:
+    """An object of S3, or a part. Raises BlipqError where it cannot be read, is too large or takes too long.
 
     A hit whose image lies elsewhere is shown without it.
     """
@@ -83,7 +83,7 @@ def _fetched(storage: Storage, image: ImageRef) -> bytes:
     deadline = time.monotonic() + _TIMEOUT_S
     data = io.BytesIO()
     with s3_errors(image.uri):
-        body = storage.client.get_object(Bucket=image.bucket, Key=image.key)["Body"]
+        body = storage.client.get_object(**arguments_of(image))["Body"]
         with closing(body):
             for piece in body.iter_chunks(_CHUNK_BYTES):
                 data.write(piece)

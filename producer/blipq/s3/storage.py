@@ -282,6 +282,18 @@ def _differs(found: Any, data: bytes) -> bool:
     return _MD5.fullmatch(etag) is not None and etag != digest
 
 
+def arguments_of(image: ImageRef) -> Any:
+    """What reads an image in S3: its part, and nothing of an object that has changed."""
+    which: dict[str, Any] = {"Bucket": image.bucket, "Key": image.key}
+    if image.version_id is not None:
+        which["VersionId"] = image.version_id
+    if image.etag is not None:
+        which["IfMatch"] = image.etag
+    if image.offset is not None and image.length is not None:
+        which["Range"] = f"bytes={image.offset}-{image.offset + image.length - 1}"
+    return which
+
+
 def told_at(answer: Any) -> datetime:
     """When S3 gave an answer, on its clock."""
     date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")

@@ -1,8 +1,10 @@
-"""A bar for bulks: how much has ended, how fast it goes, when it will be done."""
+"""A bar for bulks: how much has ended, how fast it goes, when it will be done, and the newest."""
 
 import time
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
+from rich.console import RenderableType
 from rich.progress import (
     BarColumn,
     Progress,
@@ -14,10 +16,12 @@ from rich.progress import (
 from rich.text import Text
 
 from blipq.bulk.driver import Driver
-from blipq.cli.terminal.output import errors
+from blipq.cli.terminal.output import answer_line, errors
 
 #: Where there is no terminal, for logs.
 LINE_EVERY_S = 30.0
+#: Leaves room for the rest of the line on a terminal of 80 columns.
+BAR_WIDTH = 20
 
 
 class _Rate(ProgressColumn):
@@ -28,18 +32,31 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:,.1f}/s" if speed else "", style="dim")
 
 
+class _WithLines(Progress):
+    """A bar, and below it lines of text that are cut where the terminal ends."""
+
+    below: tuple[str, ...] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        for line in self.below:
+            yield Text(f"  {line}", style="dim", no_wrap=True, overflow="ellipsis")
+
+
 class Bar:
     """Shows a driver's progress on stderr: a bar on a terminal, else a line now and then.
 
-    How many lines there are is estimated from how many bytes those took that were read.
+    share: how much of the lines lies before where a driver reads, 0 to 1; None if that is unknown.
+    How many lines there are is estimated from it.
     """
 
-    def __init__(self, size: int | None, *, shown: bool) -> None:
-        self._size = size
+    def __init__(self, share: Callable[[Driver], float | None], *, shown: bool) -> None:
+        self._share = share
         self._lines = shown and not errors.is_terminal
-        self._told_at = time.monotonic()
-        self._progress = Progress(
-            BarColumn(),
+        self._began = self._told_at = time.monotonic()
+        self._first: int | None = None
+        self._progress = _WithLines(
+            BarColumn(BAR_WIDTH),
             TextColumn("{task.description}", markup=False),
             _Rate(),
             TimeRemainingColumn(),
@@ -67,17 +84,30 @@ class Bar:
         failed = ended - driver.counts.get("succeeded", 0)
         text = f"{ended:,} ended, {driver.in_flight:,} in flight"
         text += f", {failed:,} failed" if failed else ""
-        text += f" ({driver.trouble})" if driver.trouble else ""
+        self._first = ended if self._first is None else self._first
         if self._lines and time.monotonic() - self._told_at >= LINE_EVERY_S:
             self._told_at = time.monotonic()
-            errors.print(text, style="dim", markup=False)
+            rate = (ended - self._first) / (self._told_at - self._began)
+            more = [f"{text}, {rate:,.1f}/s", *_waits(driver)]
+            errors.print("; ".join(more), style="dim", markup=False)
+        self._progress.below = (*map(answer_line, driver.newest), *_waits(driver))
         self._progress.update(
             self._task, description=text, completed=ended, total=self._total(driver)
         )
 
     def _total(self, driver: Driver) -> float | None:
+        open = driver.in_flight + driver.waiting
         if driver.exhausted:
-            return sum(driver.counts.values()) + driver.in_flight
-        if not self._size or not driver.lines:
-            return None
-        return driver.lines * self._size / int(driver.position)
+            return sum(driver.counts.values()) + open
+        share = self._share(driver)
+        return driver.lines / share if share and driver.lines else None
+
+
+def _waits(driver: Driver) -> Iterable[str]:
+    """What keeps a driver from going faster."""
+    if driver.paused:
+        yield "paused: `blipq bulk resume` goes on"
+    if driver.waiting:
+        yield f"{driver.waiting:,} wait for web hosts that are visited often (--host-rate)"
+    if driver.trouble:
+        yield str(driver.trouble)

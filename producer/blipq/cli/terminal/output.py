@@ -334,7 +334,7 @@ def print_jobs(infos: Iterable[JobInfo], as_json: bool) -> None:
     for info in infos:
         at = f"{info.created_at:%m-%d %H:%M:%S}"
         out.print(f"{at}  {info.kind:<8}  {info.status:<9}  {info.id}", markup=False)
-        print_detail(_answer_of(info))
+        print_detail(answer_line(info))
 
 
 def print_detail(text: str) -> None:
@@ -351,7 +351,7 @@ def _picture(uri: str) -> str:
     return _DIGEST.sub(r"\1...\2", name)
 
 
-def _answer_of(info: JobInfo) -> str:
+def answer_line(info: JobInfo) -> str:
     """A job's picture, and its answer or where it is, on one line."""
     if info.result is not None:
         answer = "; ".join(" ".join(line.split()) for line in _summary(info.result))

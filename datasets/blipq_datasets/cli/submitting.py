@@ -10,7 +10,7 @@ from typing import Any
 
 from blipq.bulk.driver import Driver
 from blipq.bulk.journal import driving
-from blipq.bulk.start import journal_path
+from blipq.bulk.manners import HOST_RATE, Manners
 from blipq.cli import bulk
 from blipq.cli.terminal.output import JsonOption, connected, errors, out, reported
 from blipq.client.recording import AWAY
@@ -19,7 +19,9 @@ from blipq.contract import Priority
 from blipq.errors import InvalidRequest, QueueUnavailable
 from blipq.s3.refusals import S3Refused
 from blipq_datasets import flags
+from blipq_datasets.cli.figures import took_line
 from blipq_datasets.dataset import Dataset
+from blipq_datasets.journal import Clock
 from blipq_datasets.start import Run, begun, dataset_of
 from blipq_datasets.uploads import Uploads
 
@@ -45,7 +47,10 @@ def submit(
     dry_run: flags.DryRunOption = False,
     update: flags.UpdateOption = False,
     journal: flags.JournalOption = None,
-    window: flags.WindowOption = None,
+    window: bulk.WindowOption = None,
+    rate: bulk.RateOption = None,
+    host_rate: bulk.HostRateOption = HOST_RATE,
+    until: bulk.UntilOption = None,
     model: flags.ModelOption = None,
     priority: flags.PriorityOption = None,
     expires_in: flags.ExpiresOption = None,
@@ -55,7 +60,7 @@ def submit(
 
     A .jsonl file, or one of no known ending, without options of datasets is a manifest: a request
     per line (docs/bulk.md). Anything else is a dataset (docs/datasets.md). Exits 0 if all rows
-    succeeded, 3 if not.
+    succeeded, 3 if not, 5 where it stopped at --until.
 
     Examples:
         blipq bulk submit manifest.jsonl
@@ -73,6 +78,9 @@ def submit(
             template=template,
             journal=journal,
             window=window,
+            rate=rate,
+            host_rate=host_rate,
+            until=until,
             model=model or "default",
             priority=priority or Priority.LOW,
             expires_in=expires_in,
@@ -86,19 +94,18 @@ def _submit_dataset(given: flags.Flags) -> None:
     with connected(given.as_json) as client:
         if given.prefix is not None or given.template is not None:
             raise InvalidRequest("--prefix and --template are for manifests: give a source")
-        recipe = given.chosen()
-        if recipe.source is None:
-            raise InvalidRequest("give a source, or a recipe that names one")
-        path = journal_path(given.journal or recipe.source)
+        recipe, source, path = given.named
+        manners = given.manners
         if given.dry_run:
             with TemporaryDirectory(prefix="blipq-") as folder:
                 shown = Path(folder, "preview")
-                _show(dataset_of(recipe.source, recipe, client, shown, "0"), given.as_json)
+                _show(dataset_of(source, recipe, client, shown, "0"), given.as_json)
             return
         with suppress(QueueUnavailable):  # the driver waits for Redis, and meets it then
             client.ledger.check_models([recipe.options.get("model", "default")])
-        with driving(path), begun(recipe.source, recipe, client, path, update=given.update) as run:
-            _work(client, run, given.window or client.settings.window, given.as_json)
+        with driving(path), begun(source, recipe, client, path, update=given.update) as run:
+            window = given.window or client.settings.window
+            _work(client, run, window, manners, given.as_json)
 
 
 def _show(dataset: Dataset, as_json: bool) -> None:
@@ -112,8 +119,11 @@ def _show(dataset: Dataset, as_json: bool) -> None:
             out.print(json.dumps(shown, ensure_ascii=False, indent=2), markup=False)
 
 
-def _work(client: Client, run: Run, window: int, as_json: bool) -> None:
+def _work(client: Client, run: Run, window: int, manners: Manners, as_json: bool) -> None:
+    clock = Clock(run.journal)
+
     def tell(driver: Driver) -> None:
+        clock.note()
         with suppress(QueueUnavailable):
             _tidy(run)
             if run.output is not None:
@@ -122,9 +132,18 @@ def _work(client: Client, run: Run, window: int, as_json: bool) -> None:
     def entries(number: int, position: str) -> Any:
         return run.dataset.entries(number, position, run.journal.is_known)
 
-    bulk.drive(client, run.journal, entries, None, window, as_json, tell)
+    def share(driver: Driver) -> float | None:
+        with suppress(QueueUnavailable):
+            return run.dataset.share(driver.position)
+        return None
+
+    bulk.drive(client, run.journal, entries, share, window, manners, as_json, tell)
+    clock.note(at_once=True)
     _finish(run, as_json)
-    bulk.end(run.journal, as_json)
+    took = {"took": run.journal.took(), "estimate": run.journal.fact("estimate")}
+    if not as_json:
+        errors.print(took_line(**took), style="dim", markup=False)
+    bulk.end(run.journal, as_json, took)
 
 
 def _tidy(run: Run) -> None:
