@@ -1,6 +1,7 @@
 # syntax=docker/dockerfile:1
-# Two images: `producer` for services, tools and the HTTP door, `worker` for a GPU.
+# Three images: `producer` for services and the HTTP door, `datasets` for tools, `worker` for a GPU.
 #   docker build --target producer -t blipq .
+#   docker build --target datasets -t blipq-tools .
 #   docker build --target worker -t blipq-worker .
 
 FROM python:3.11-slim AS wheels
@@ -8,7 +9,8 @@ WORKDIR /source
 COPY producer producer
 COPY api api
 COPY worker worker
-RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels ./producer ./api ./worker
+COPY datasets datasets
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels ./producer ./api ./worker ./datasets
 
 FROM python:3.11-slim AS producer
 ENV PYTHONUNBUFFERED=1
@@ -20,6 +22,15 @@ RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
     "$(echo /wheels/blipq-*.whl)[otel]" /wheels/blipq_api-*.whl
 USER blipq
 CMD ["blipq", "--help"]
+
+# Whoever submits whole datasets: what reads and writes them, and draws reports, is not for services.
+FROM producer AS datasets
+USER root
+RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
+    pip install --no-cache-dir -c /tmp/constraints.txt \
+    "$(echo /wheels/blipq-*.whl)[otel,search]" /wheels/blipq_datasets-*.whl
+USER blipq
+CMD ["blipq", "bulk", "--help"]
 
 # PyPI's torch for Linux brings CUDA along; the host gives the driver. All wheels are named, so
 # that pip looks for none of ours on a package index.

@@ -352,3 +352,15 @@ def test_no_image_holds_the_worker_but_the_workers() -> None:
     worker = text.partition(" AS worker")[2]
     assert "blipq_worker" not in producer
     assert "/wheels/blipq-*.whl /wheels/blipq_worker-*.whl" in worker
+
+
+def test_tools_can_submit_datasets_and_services_are_as_light_as_before(
+    compose: dict[str, Any],
+) -> None:
+    assert compose["services"]["tools"]["build"]["target"] == "datasets"
+    text = (ROOT / "Dockerfile").read_text()
+    assert "./datasets" in text.partition("RUN pip wheel")[2].partition("\n\n")[0]
+    datasets = text.partition("FROM producer AS datasets")[2].partition("\nFROM ")[0]
+    assert "/wheels/blipq_datasets-*.whl" in datasets
+    assert datasets.rpartition("USER ")[2].startswith("blipq\n")
+    assert "blipq_datasets" not in text.partition(" AS producer")[2].partition("\nFROM ")[0]

@@ -77,6 +77,7 @@ def estimate(
     id = f"bulk_{secrets.token_hex(8)}"
     dataset = dataset_of(source, recipe, client, path, id)
     facts = {"manifest": dataset.name, "version": dataset.version, "run": id, "dataset": True}
+    facts |= {"tenant": client.settings.tenant}
     sample_id = f"bulk_{secrets.token_hex(8)}"
     with closing(SampleJournal.create(scratch, id=sample_id, **facts)) as journal:
         with _known_in(path) as is_known:

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from blipq.contract import JobInfo, Kind, Status
 from blipq.errors import InvalidRequest
 from blipq.ledger.operator import OperatorLedger
+from blipq.ledger.views.runs import Runs
 from blipq_api.console.access import call, read_form, to
 from blipq_api.console.bulk import offered
 from blipq_api.console.filters import filters_of, query_of
@@ -92,6 +93,13 @@ async def find_job(request: Request) -> Response:
     """Leads from an id that somebody typed to its job."""
     id = request.query_params.get("id", "").strip()
     return to("job", id=id) if id else to("jobs")
+
+
+async def runs(request: Request) -> Response:
+    """Bulks that are worked on, or were lately."""
+    caller = caller_of(request)
+    found = await door_of(request).operate(lambda ledger: Runs.beside(ledger).newest())
+    return rendered(request, "runs.html", runs=[each for each in found if caller.sees(each.tenant)])
 
 
 async def dead_letters(request: Request) -> Response:

@@ -35,6 +35,7 @@ PAGES = (
     Page("GET", "/console/picture", pictures.picture, "read"),
     Page("GET", "/console/try", trying.form, "submit"),
     Page("POST", "/console/try", trying.submit, "submit"),
+    Page("GET", "/console/runs", lists.runs, "read"),
     Page("GET", "/console/dead", lists.dead_letters, "read"),
     Page("GET", "/console/webhooks", lists.webhooks, "admin"),
     Page("POST", "/console/webhooks", lists.replay, "admin"),

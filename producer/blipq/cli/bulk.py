@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
@@ -21,8 +22,10 @@ from blipq.cli.terminal.group import Group
 from blipq.cli.terminal.output import JsonOption, connected, errors, out, reported
 from blipq.client.sync_client import Client
 from blipq.contract import Priority, Status
-from blipq.errors import InvalidRequest, QueueUnavailable
+from blipq.errors import InvalidRequest, QueueFull, QueueUnavailable
+from blipq.ledger.views.runs import NOTED_EVERY_S, Run, Runs
 from blipq.program import blipq
+from blipq.redaction import redacted
 
 app = Group("Many requests from a manifest, some at a time.")
 
@@ -141,9 +144,12 @@ def drive(
     with Bar(share, shown=not as_json) as bar:
         reasons = Reasons(journal, shown=not as_json)
 
+        noting = Noting(client, journal, share)
+
         def tell(driver: Driver) -> None:
             reasons.show(driver)
             bar.show(driver)
+            noting.note(driver)
             also(driver)
 
         driver = Driver(
@@ -151,7 +157,9 @@ def drive(
         )
         try:
             driver.run()
+            noting.note(driver, state=summary_of(journal, own=True)["state"])
         except KeyboardInterrupt:
+            noting.note(driver, state="stopped")
             if not as_json:
                 errors.print("the same command goes on from here", style="dim")
             raise typer.Exit(130) from None
@@ -176,6 +184,45 @@ def end(journal: Journal, as_json: bool, more: Mapping[str, Any] = MappingProxyT
             errors.print("the time is over: the same command goes on from here", style="yellow")
         raise typer.Exit(5)
     raise typer.Exit(0 if set(summary["counts"]) <= {Status.SUCCEEDED, DUPLICATE} else 3)
+
+
+class Noting:
+    """Notes how far a bulk is, for the console."""
+
+    def __init__(
+        self, client: Client, journal: Journal, share: Callable[[Driver], float | None]
+    ) -> None:
+        self._runs = Runs.beside(client.ledger)
+        self._journal = journal
+        self._share = share
+        self._at: float | None = None
+        self._ended = 0
+
+    def note(self, driver: Driver, *, state: str | None = None) -> None:
+        """Notes it now and then, or at once with a ``state`` to end with."""
+        now = time.time()
+        passed = None if self._at is None else now - self._at
+        if state is None and passed is not None and passed < NOTED_EVERY_S:
+            return
+        ended = sum(driver.counts.values())
+        per_s = (ended - self._ended) / passed if passed else None
+        share = self._share(driver)
+        left = driver.lines * (1 / share - 1) + driver.in_flight if share else None
+        run = Run(
+            id=self._journal.fact("id"),
+            name=redacted(self._journal.fact("manifest")),
+            state=state or ("paused" if driver.paused else "running"),
+            tenant=self._journal.fact("tenant"),
+            at=now,
+            counts=dict(driver.counts),
+            in_flight=driver.in_flight,
+            per_s=per_s,
+            share=share,
+            left_s=left / per_s if left is not None and per_s else None,
+        )
+        self._at, self._ended = now, ended
+        with suppress(QueueUnavailable, QueueFull):  # nobody but people needs it
+            self._runs.note(run)
 
 
 class Reasons:

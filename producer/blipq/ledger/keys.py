@@ -27,6 +27,7 @@ DEAD_EVENTS = "blipq:dead-events"  # zset: event id -> when it was given up
 EVENT_COUNTS = "blipq:event-counts"  # hash: outcome of an attempt -> count
 FORGOTTEN = "blipq:forgotten"  # zset: SHA-1 of an image's URI -> when its job was erased
 ACTIONS = "blipq:actions"  # stream: the log of actions
+RUNS = "blipq:runs"  # zset: bulk -> when its run was noted last, in seconds
 SWEEPER = "blipq:reconciler"  # string: since when which worker sweeps
 STRAYS_LOCK = "blipq:strays"  # string: the worker that scans for stray queues
 
@@ -154,6 +155,11 @@ def selection(digest: str) -> str:
 def watch(name: str) -> str:
     """String: how far a watch has listed, as JSON."""
     return f"blipq:watch:{name}"
+
+
+def run(bulk: str) -> str:
+    """String: how far the run of a bulk is, as JSON."""
+    return f"blipq:run:{bulk}"
 
 
 def ended_channel(client: str) -> str:
