@@ -90,7 +90,8 @@ class Answering:
             self._ledger.fail(claim, json.dumps(wrong), "{}")
             return
         seen = data.decode("latin-1")
-        receipt = json.dumps({"checkpoint": "demo", "revision": "r1"})
+        spent = {"gpu_ms": 10.0, "cache_hit": False}
+        receipt = json.dumps({"checkpoint": "demo", "revision": "r1", **spent})
         self._ledger.succeed(claim, json.dumps(_result(request, seen)), receipt)
 
 

@@ -1,11 +1,16 @@
 """A bulk from the first line to the results; the test plays the worker."""
 
+import io
 import json
 import os
+import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +21,14 @@ from blipq import Client, InvalidRequest, QueueFull, QueueUnavailable, Settings
 from blipq.bulk.driver import Driver, job_id_of
 from blipq.bulk.journal import Journal, driving, is_driven
 from blipq.bulk.manifest import Entry, Prefix
+from blipq.bulk.manners import Manners
 from blipq.bulk.start import begin, journal_path, template_from
 from blipq.cli import app
+from blipq.cli.terminal.bar import Bar
+from blipq.cli.terminal.output import Terminal
 from blipq.ledger.producer import ProducerLedger
+from blipq.ledger.views.runs import MOST, Runs
+from blipq.ledger.views.runs import Run as Noted
 from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.s3.storage import Storage
 from conftest import ROOT, ledger_of
@@ -525,3 +535,119 @@ def test_results_of_a_bulk_that_is_not_done_exit_5(run: Run, bulk: Bulk) -> None
     ran = run("results", "manifest.jsonl", "--output", "results.jsonl")
     assert ran.exit_code == 5
     assert "results.jsonl: 1 lines" in ran.stdout
+
+
+def test_a_paused_bulk_submits_nothing_until_it_goes_on(
+    run: Run, bulk: Bulk, ledger: WorkerLedger
+) -> None:
+    bulk.write(*(line(f"line-{number}") for number in range(30)))
+    driver = bulk.driver(window=5)
+    assert bulk.journal is not None
+    bulk.journal.note(paused=True)
+    seen: list[tuple[int, bool]] = []
+
+    def report(driver: Driver) -> None:
+        seen.append((driver.lines, driver.paused))
+        if len(seen) == 3:
+            assert run("resume", "manifest.jsonl").exit_code == 0
+
+    driver._report = report
+    with worker(ledger):
+        driver.run()
+    assert seen[:3] == [(0, True)] * 3
+    assert {each["status"] for each in bulk.outcomes()} == {"succeeded"}
+    assert run("pause", "manifest.jsonl").exit_code == 0
+    with closing(Journal.open(bulk.path)) as journal:
+        assert journal.fact("paused") is True
+
+
+def test_a_bulk_whose_time_is_over_collects_what_is_in_flight_and_goes_on_later(
+    bulk: Bulk, ledger: WorkerLedger
+) -> None:
+    bulk.write(*(line(f"line-{number}") for number in range(30)))
+    over = False
+
+    class Until(Manners):
+        @property
+        def is_over(self) -> bool:
+            return over
+
+    def report(driver: Driver) -> None:
+        nonlocal over
+        over = driver.lines >= 10
+
+    with worker(ledger):
+        bulk.driver(window=5, manners=Until(), report=report).run()
+        ended = bulk.outcomes()
+        assert 10 <= len(ended) < 30
+        with closing(Journal.open(bulk.path)) as journal:
+            assert journal.open_lines() == []
+            assert not journal.fact("exhausted")
+        bulk.driver(window=5).run()
+    assert len(bulk.outcomes()) == 30
+
+
+def test_a_bulk_that_stops_at_its_time_exits_5(run: Run, bulk: Bulk) -> None:
+    bulk.write(line("a"))
+    at = datetime.now() + timedelta(seconds=1)
+    ran = run("submit", "manifest.jsonl", "--until", "25:00")
+    assert (ran.exit_code, "06:00" in ran.output) == (2, True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("blipq.cli.bulk.next_time", lambda text: at.astimezone(UTC))
+        patched.setattr("blipq.bulk.driver.Pace.room", lambda pace, most: 0)
+        ran = run("submit", "manifest.jsonl", "--until", f"{at:%H:%M}", "--json")
+    assert (ran.exit_code, json.loads(ran.stdout)["state"]) == (5, "stopped")
+
+
+def test_lines_that_wait_for_a_web_host_are_cancelled_with_the_others(
+    bulk: Bulk, ledger: WorkerLedger
+) -> None:
+    bulk.write(*(line(f"{n}", image=f"https://slow.example/{n}.jpg") for n in range(10)))
+    manners = Manners(host_rate=0.001)
+    driver = bulk.driver(manners=manners)
+
+    def report(driver: Driver) -> None:
+        if driver.waiting and bulk.journal is not None:
+            bulk.journal.note(cancelled=True)
+
+    driver._report = report
+    driver.run()
+    assert Counter(each["status"] for each in bulk.outcomes()) == {"cancelled": 10}
+
+
+def test_a_terminal_of_80_columns_shows_the_newest_answers_below_the_bar(
+    bulk: Bulk, ledger: WorkerLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    terminal = Terminal(file=screen, force_terminal=True, width=80, highlight=False)
+    monkeypatch.setattr("blipq.cli.terminal.bar.errors", terminal)
+    bulk.write(*(line(f"{n}", prompt=f"answer {n} " + "x" * 200) for n in range(50)))
+    with worker(ledger), Bar(lambda driver: 0.5, shown=True) as bar:
+        bulk.driver(window=5, report=bar.show).run()
+        bar._progress.refresh()
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n").split("\n")
+    assert max(map(len, lines)) <= 80
+    assert any("cat.jpg: answer" in each for each in lines)
+    assert any("50 ended" in each for each in lines)
+
+
+def test_a_bulk_notes_how_far_it_is_for_the_console(
+    run: Run, bulk: Bulk, ledger: WorkerLedger
+) -> None:
+    bulk.write(line("a"), line("b"), "nonsense")
+    with worker(ledger):
+        assert run("submit", "manifest.jsonl", "--json").exit_code == 3
+    (noted,) = Runs.beside(ledger).newest()
+    assert (noted.name, noted.state, noted.shown) == ("manifest.jsonl", "done", "done")
+    assert (noted.counts, noted.share) == ({"succeeded": 2, "refused": 1}, 1.0)
+    for key in ("blipq:runs", f"blipq:run:{noted.id}"):
+        assert 6 * 86400 < int(ledger.redis.ttl(key)) <= 7 * 86400  # type: ignore[arg-type]
+    assert replace(noted, state="running", at=time.time() - 3600).shown == "stopped"
+
+
+def test_no_more_runs_are_noted_than_are_shown(ledger: WorkerLedger) -> None:
+    runs = Runs.beside(ledger)
+    for number in range(MOST + 5):
+        runs.note(Noted(f"bulk_{number}", "m.jsonl", "running", None, at=float(number)))
+    assert [each.id for each in runs.newest()][:2] == [f"bulk_{MOST + 4}", f"bulk_{MOST + 3}"]
+    assert len(runs.newest()) == MOST
