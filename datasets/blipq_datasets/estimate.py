@@ -164,9 +164,7 @@ def _gpu_s(each_s: Sequence[float]) -> tuple[float, float]:
     return mean, WIDTH * stdev(each_s) / math.sqrt(len(each_s)) / mean
 
 
-def _run_s(
-    ran: Sequence[Mapping[str, Any]], left: int, error: float
-) -> tuple[float, float, float]:
+def _run_s(ran: Sequence[Mapping[str, Any]], left: int, error: float) -> tuple[float, float, float]:
     """Seconds for what is left, at the rate of the sample.
 
     A sample has a beginning in which nothing has ended yet. A long run has one, too, but it counts

@@ -143,7 +143,9 @@ class DatasetJournal(Journal):
         """The shards of which lines are known, and these lines."""
         found = self._db.execute("SELECT number, first FROM shard ORDER BY number").fetchall()
         ends = [first for _, first in found[1:]] + [self.fact("lines") + 1]
-        return [(number, range(first, end)) for (number, first), end in zip(found, ends, strict=True)]
+        return [
+            (number, range(first, end)) for (number, first), end in zip(found, ends, strict=True)
+        ]
 
     def lines_of(self, shard: int) -> range | None:
         """The lines of a shard, once all of them are known and none before its end is open."""
@@ -183,6 +185,7 @@ class DatasetJournal(Journal):
             (json.dumps(list(lines)),),
         )
         return [number for (number,) in rows]
+
     def took(self) -> dict[str, float]:
         """What this run took so far, without the jobs whose answers it took over.
 
@@ -219,4 +222,3 @@ class Clock:
         if at_once or now - self._noted >= NOTED_EVERY_S:
             self._noted = now
             self._journal.note(worked_s=self._before + now - self._began)
-

@@ -34,7 +34,9 @@ def _request(value: Any) -> Any:
 
 def _known(value: Any) -> Any:
     if value == "lance":
-        raise ValueError("lance is not written: write parquet, and make a table of it (docs/datasets.md)")
+        raise ValueError(
+            "lance is not written: write parquet, and make a table of it (docs/datasets.md)"
+        )
     return value
 
 

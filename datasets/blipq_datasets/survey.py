@@ -64,7 +64,7 @@ class _Reading:
         self._is_known = is_known
         self._marks: set[str] = set()
         # The same rows for the same dataset: two estimates differ by what they measured alone.
-        self._random = random.Random(dataset.version)  # noqa: S311
+        self._random = random.Random(dataset.version)
         self._places: list[tuple[int, int]] = []
         self._survey = Survey()
 

@@ -63,7 +63,10 @@ def test_an_estimate_says_what_is_left_and_the_run_asks_that_alone(
         assert uploads_left() == []
         ran = run("submit", "cars.parquet", "--output", "answers", "--json")
         assert len(worker.runs) == 200 - 20 - 10
-        assert len({json.dumps(each["image"]["uri"].rpartition("/")[2]) for each in worker.runs}) == 170
+        assert (
+            len({json.dumps(each["image"]["uri"].rpartition("/")[2]) for each in worker.runs})
+            == 170
+        )
     summary = done(ran, 3)
     assert summary["counts"] == {"succeeded": 170, "duplicate": 10, "refused": 20}
     expected = {"rows": 200, "counted": True, "repeated": 10, "refused": 20, "jobs": 130}
@@ -204,11 +207,18 @@ def test_figures_fit_a_terminal_of_80_columns() -> None:
     lines = list(lines_of(made, "s3://photos/shards/"))
     assert [line for line in lines if len(line) > 80] == []
     assert "  GPU time       139 d (127 d to 150 d)" in lines
-    assert [duration(each) for each in (0.5, 42, 3600, 12_240)] == ["0.5 s", "42 s", "60 min", "3.4 h"]
+    assert [duration(each) for each in (0.5, 42, 3600, 12_240)] == [
+        "0.5 s",
+        "42 s",
+        "60 min",
+        "3.4 h",
+    ]
     assert [in_bytes(each) for each in (12, 1234, 123_456)] == ["12 B", "1.2 kB", "123 kB"]
     took = {"s": 65.0, "jobs": 1999, "gpu_s": 30.0, "cache_hits": 3}
     assert took_line(took, None) == "took 65 s, 30 s of GPU time for 1,999 jobs, 3 cache hits"
-    assert took_line(took, made.as_dict()).endswith("; estimated were 36 d to 42 d, 127 d to 150 d of GPU time")
+    assert took_line(took, made.as_dict()).endswith(
+        "; estimated were 36 d to 42 d, 127 d to 150 d of GPU time"
+    )
 
 
 def test_the_time_of_a_run_adds_up_over_its_starts(tmp_path: Path) -> None:

@@ -96,4 +96,3 @@ def read(storage: Storage, image: ImageRef) -> bytes:
                 if time.monotonic() > deadline:
                     raise Problem(504, "too_slow", f"S3 sent it for longer than {TIMEOUT_S:g} s")
     return bytes(data)
-

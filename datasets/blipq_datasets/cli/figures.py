@@ -58,4 +58,8 @@ def in_bytes(size: float) -> str:
     """A size in three figures or so."""
     power = min(len(_BYTES) - 1, max(0, len(f"{size:.0f}") - 1) // 3)
     value = size / 1000**power
-    return f"{value:.0f} {_BYTES[power]}" if value >= 100 or not power else f"{value:.1f} {_BYTES[power]}"
+    return (
+        f"{value:.0f} {_BYTES[power]}"
+        if value >= 100 or not power
+        else f"{value:.1f} {_BYTES[power]}"
+    )

@@ -26,9 +26,9 @@ NEEDED = ("PIL", "jinja2")
 
 def report(
     journal: bulk.JournalArgument,
-    output: Annotated[
-        Path, typer.Option(metavar="FILE", help="The page.", dir_okay=False)
-    ] = Path("report.html"),
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The page.", dir_okay=False)] = Path(
+        "report.html"
+    ),
     rows: Annotated[int, typer.Option(min=1, max=2000, help="Rows that it shows.")] = 200,
     as_json: JsonOption = False,
 ) -> None:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from blipq.contract import ImageRef, Status
 from blipq_datasets.dataset import Dataset
@@ -11,6 +11,7 @@ from blipq_datasets.journal import DatasetJournal, Outcome
 from blipq_datasets.output.answers import texts_of
 from blipq_datasets.sources.rows import Cursor, Row
 
+ItemT = TypeVar("ItemT")
 #: Shards that rows are taken from, evenly spread, and rows at the beginning of each that count.
 MOST_SHARDS, MOST_ROWS = 24, 1000
 _ASKED = ("prompt", "questions", "choices", "texts", "text")
@@ -46,7 +47,7 @@ def rows_of(dataset: Dataset, journal: DatasetJournal, most: int) -> Iterator[Sh
             yield from _read(dataset, index, lines.start, chosen)
 
 
-def _spread[ItemT](items: list[ItemT], most: int) -> list[ItemT]:
+def _spread(items: list[ItemT], most: int) -> list[ItemT]:
     if len(items) <= most:
         return items
     return [items[number * len(items) // most] for number in range(most)]

@@ -126,6 +126,7 @@ def host_of(work: str) -> str | None:
     uri = (json.loads(work)["request"].get("image") or {}).get("uri", "")
     return None if uri.startswith("s3://") else urlsplit(uri).hostname
 
+
 def next_time(text: str) -> datetime:
     """When it is ``HH:MM`` next, on this machine's clock. Raises InvalidRequest."""
     try:
@@ -136,4 +137,3 @@ def next_time(text: str) -> datetime:
     today = datetime.combine(now, at)
     # As a naive time until here: a day on which clocks change has 23 or 25 hours.
     return (today if today > now else today + timedelta(days=1)).astimezone(UTC)
-

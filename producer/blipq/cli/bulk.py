@@ -99,9 +99,7 @@ def submit(
             with closing(kept):
                 check_outputs(found, kept, client)
                 most = window or client.settings.window
-                drive(
-                    *(client, kept, found.entries, share_of(found), most, manners, as_json)
-                )
+                drive(*(client, kept, found.entries, share_of(found), most, manners, as_json))
                 end(kept, as_json)
 
 
@@ -152,9 +150,7 @@ def drive(
             noting.note(driver)
             also(driver)
 
-        driver = Driver(
-            client, journal, entries, window=window, manners=manners, report=tell
-        )
+        driver = Driver(client, journal, entries, window=window, manners=manners, report=tell)
         try:
             driver.run()
             noting.note(driver, state=summary_of(journal, own=True)["state"])

@@ -74,9 +74,10 @@ def write_page(result: SearchResult, title: str, path: Path, storage: Storage) -
 
 
 def fetched(storage: Storage, image: ImageRef) -> bytes:
-    """An object of S3, or a part. Raises BlipqError where it cannot be read, is too large or takes too long.
+    """An object of S3, or a part.
 
-    A hit whose image lies elsewhere is shown without it.
+    Raises BlipqError where it cannot be read, is too large or takes too long. A hit whose image
+    lies elsewhere is shown without it.
     """
     if not image.in_s3:
         raise InvalidRequest(f"{image.uri} is not in S3")

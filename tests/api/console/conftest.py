@@ -25,7 +25,18 @@ KEYS = {
     "shop": ("--bucket", "photos/shop"),
     "other": ("--bucket", "*"),
 }
-PAGES = ("", "jobs", "runs", "queues", "workers", "dead", "webhooks", "webhooks?dead=false", "log", "try")
+PAGES = (
+    "",
+    "jobs",
+    "runs",
+    "queues",
+    "workers",
+    "dead",
+    "webhooks",
+    "webhooks?dead=false",
+    "log",
+    "try",
+)
 #: Runs wherever a text becomes markup, leaves an attribute, or becomes script.
 HOSTILE = "</script><img src=x onerror=hit()>\"'><svg onload=hit()>{{7*7}}${hit()}\u202e"
 

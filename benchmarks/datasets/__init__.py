@@ -1,0 +1,1 @@
+"""Datasets: how fast the command is by itself, and whether kills lose or double a row."""
