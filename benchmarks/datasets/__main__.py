@@ -68,7 +68,8 @@ def _kills(found: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"{found['rows']:,} rows; the command killed {killed['command']} times, workers "
         f"{killed['worker']} times, Redis once: {found['s']:,.0f} s, at most "
-        f"{found['most_open']:,} open jobs (window {found['window']:,}), {found['mib']} MiB in the command."
+        f"{found['most_open']:,} open jobs (window {found['window']:,}), "
+        f"{found['mib']} MiB in the command."
     )
     yield ""
     yield ", ".join(f"{what} {count}" for what, count in wrong.items()) + "."

@@ -124,8 +124,8 @@ def create(
 ) -> None:
     """A new journal, with the answers of other journals; whole or not at all."""
     fresh = path.with_name(f".{path.name}.{id}")
-    facts = {"id": id, "manifest": dataset.name, "version": dataset.version, "tenant": tenant}
-    facts |= {"recipe": recipe.model_dump(mode="json"), **more}
+    facts: dict[str, Any] = {"id": id, "manifest": dataset.name, "version": dataset.version}
+    facts |= {"tenant": tenant, "recipe": recipe.model_dump(mode="json"), **more}
     with closing(DatasetJournal.create(fresh, dataset=True, **facts)) as journal:
         for each in answers:
             journal.take_over(each)

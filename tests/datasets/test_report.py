@@ -86,7 +86,7 @@ def test_a_sheet_is_filtered_in_a_browser_and_fits_a_phone(sheet: Path) -> None:
                 assert cards.count() == 50
                 page.get_by_text("invalid_request").first.click()
                 assert cards.count() == 4
-                page.get_by_label("answered", exact=False).first.check(force=True)
+                page.locator("label", has_text="answered").click()
                 assert cards.count() == 46
                 assert page.evaluate("document.documentElement.scrollWidth") <= width
                 assert page.evaluate("typeof hit") == "undefined"

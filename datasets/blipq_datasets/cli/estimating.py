@@ -4,6 +4,7 @@ import json
 import shlex
 
 from blipq.bulk.journal import driving
+from blipq.bulk.manners import HOST_RATE
 from blipq.cli import bulk
 from blipq.cli.terminal.output import JsonOption, connected, errors, out
 from blipq.program import blipq
@@ -26,7 +27,7 @@ def estimate(
     id_column: flags.IdColumnOption = None,
     prompt_column: flags.PromptColumnOption = None,
     journal: flags.JournalOption = None,
-    host_rate: bulk.HostRateOption = bulk.HOST_RATE,
+    host_rate: bulk.HostRateOption = HOST_RATE,
     model: flags.ModelOption = None,
     priority: flags.PriorityOption = None,
     expires_in: flags.ExpiresOption = None,

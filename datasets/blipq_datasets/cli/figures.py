@@ -32,14 +32,14 @@ def lines_of(found: Estimate, source: str) -> Iterator[str]:
     yield f"  GPU time       {duration(found.gpu_s[0])} ({interval(found.gpu_s)})"
     workers = f"{found.workers} live worker" + ("" if found.workers == 1 else "s")
     yield f"  on this fleet  {duration(found.run_s[0])} ({interval(found.run_s)}), {workers}"
-    failed = f", {found.failed:,} of them without an answer" if found.failed else ""
-    yield f"  sample         {found.sample:,} rows{failed}; the run takes its answers over"
+    failed = f", {found.failed:,} without an answer" if found.failed else ""
+    yield f"  sample         {found.sample:,} rows{failed}; its answers are kept"
 
 
 def _without(found: Estimate) -> str:
-    parts = [(found.repeated, "are repeated"), (found.refused, "are refused")]
-    told = [f"{count:,} rows {what}" for count, what in parts if count]
-    return f", as {' and '.join(told)}" if told else ""
+    parts = [(found.repeated, "repeated"), (found.refused, "refused")]
+    told = [f"{count:,} {what}" for count, what in parts if count]
+    return f" (rows without: {', '.join(told)})" if told else ""
 
 
 def took_line(took: Mapping[str, Any], estimate: Mapping[str, Any] | None) -> str:

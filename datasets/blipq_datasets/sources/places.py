@@ -25,6 +25,8 @@ class Place(Protocol):
     size: int
     version: str
 
+    def __hash__(self) -> int: ...
+
     def read(self, offset: int, size: int) -> bytes:
         """Bytes from ``offset`` on, fewer at the end. Raises InvalidRequest once it has changed."""
 
