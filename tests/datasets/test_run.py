@@ -724,3 +724,10 @@ def test_who_updates_a_run_that_is_not_over_is_told_to_cancel_it_first(
     ran = run("submit", "set.parquet", "--update")
     assert ran.exit_code == 2, ran.output
     assert "bulk cancel set.parquet.bulk" in " ".join(ran.stderr.split())
+
+
+def test_lance_is_refused_by_name(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "cars.csv").write_text("url\ns3://photos/1.jpg\n")
+    ran = run("submit", "cars.csv", "--to", "lance", "--output", "answers")
+    assert (ran.exit_code, "lance is not written: write parquet" in ran.output) == (2, True)
+    assert not (tmp_path / "cars.csv.bulk").exists()
