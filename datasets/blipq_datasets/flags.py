@@ -73,7 +73,7 @@ JournalOption = Annotated[
     str | None, typer.Option(help="What became of each row; by default SOURCE.bulk here.")
 ]
 SampleOption = Annotated[
-    int, typer.Option(min=10, max=10_000, help="Rows that are asked, at random.")
+    int, typer.Option(min=10, max=10_000, help="Rows of the sample, at random.")
 ]
 ModelOption = Annotated[
     str | None, typer.Option(help="Served model of rows or lines that name none.")

@@ -38,8 +38,8 @@ def lines_of(found: Estimate, source: str) -> Iterator[str]:
 
 def _without(found: Estimate) -> str:
     parts = [(found.repeated, "repeated"), (found.refused, "refused")]
-    told = [f"{count:,} {what}" for count, what in parts if count]
-    return f" (rows without: {', '.join(told)})" if told else ""
+    shown = [f"{count:,} {what}" for count, what in parts if count]
+    return f" (rows without: {', '.join(shown)})" if shown else ""
 
 
 def took_line(took: Mapping[str, Any], estimate: Mapping[str, Any] | None) -> str:

@@ -14,14 +14,14 @@ from blipq_datasets.sources.rows import Cursor, Row
 ItemT = TypeVar("ItemT")
 #: Shards that rows are taken from, evenly spread, and rows at the beginning of each that count.
 MOST_SHARDS, MOST_ROWS = 24, 1000
-_ASKED = ("prompt", "questions", "choices", "texts", "text")
+_FIELDS = ("prompt", "questions", "choices", "texts", "text")
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
     """A row and what became of it. data: its picture, where that passes through here.
 
-    image: its picture in S3 or on the web. asked: what its request says beside the picture.
+    image: its picture in S3 or on the web. request: what it says beside the picture.
     """
 
     key: str
@@ -31,7 +31,7 @@ class Shown:
     texts: list[str]
     confidence: float | None
     repeated: bool
-    asked: list[tuple[str, str]]
+    request: list[tuple[str, str]]
     data: bytes | None
     image: ImageRef | None
 
@@ -87,13 +87,13 @@ def _shown(dataset: Dataset, index: int, row: Row, outcome: Outcome) -> Shown:
         texts=texts,
         confidence=confidence,
         repeated=outcome.is_duplicate,
-        asked=[*_asked(request)],
+        request=[*_fields_of(request)],
         data=row.data,
         image=row.image,
     )
 
 
-def _asked(request: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name in _ASKED:
+def _fields_of(request: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in _FIELDS:
         if value := request.get(name):
             yield name, value if isinstance(value, str) else "; ".join(map(str, value))

@@ -53,7 +53,7 @@ class Bar:
     def __init__(self, share: Callable[[Driver], float | None], *, shown: bool) -> None:
         self._share = share
         self._lines = shown and not errors.is_terminal
-        self._began = self._told_at = time.monotonic()
+        self._began = self._printed_at = time.monotonic()
         self._first: int | None = None
         self._progress = _WithLines(
             BarColumn(BAR_WIDTH),
@@ -85,9 +85,9 @@ class Bar:
         text = f"{ended:,} ended, {driver.in_flight:,} in flight"
         text += f", {failed:,} failed" if failed else ""
         self._first = ended if self._first is None else self._first
-        if self._lines and time.monotonic() - self._told_at >= LINE_EVERY_S:
-            self._told_at = time.monotonic()
-            rate = (ended - self._first) / (self._told_at - self._began)
+        if self._lines and time.monotonic() - self._printed_at >= LINE_EVERY_S:
+            self._printed_at = time.monotonic()
+            rate = (ended - self._first) / (self._printed_at - self._began)
             more = [f"{text}, {rate:,.1f}/s", *_waits(driver)]
             errors.print("; ".join(more), style="dim", markup=False)
         self._progress.below = (*map(answer_line, driver.newest), *_waits(driver))
