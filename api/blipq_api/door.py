@@ -21,9 +21,10 @@ from blipq.contract.base import Output
 from blipq.errors import QueueUnavailable
 from blipq.index import unindex_of
 from blipq.ledger.acting import acting
-from blipq.ledger.connection import connect
+from blipq.ledger.cells.operator import operator_for
 from blipq.ledger.operator import OperatorLedger
 from blipq.s3.presigned import Presigner
+from blipq.webhooks.cells import outbox_of
 from blipq.webhooks.outbox import Outbox
 from blipq_api.access.keys import LOCAL, Caller, Keyring, Scope
 from blipq_api.access.rates import SignIns, WrongKeys
@@ -54,17 +55,17 @@ class Door:
         self.settings = settings
         self.keyring = None if settings.api_keys is None else Keyring(settings.api_keys)
         self.client = AsyncClient(settings)
-        self.sessions = None if self.keyring is None else Sessions(settings, self.keyring)
-        self.selections = Selections(settings)
+        home = settings.home
+        self.sessions = None if self.keyring is None else Sessions(home, self.keyring)
+        self.selections = Selections(home)
         self.sign_ins = SignIns()
         #: In Authorization headers, apart from those of the sign-in page.
         self.wrong_keys = WrongKeys()
         #: Of a door without keys, which knows one user.
         self.local = Session(LOCAL, secrets.token_urlsafe(32))
         self.draining = asyncio.Event()
-        redis = connect(settings)
-        self._operator = OperatorLedger(redis, settings)
-        self._outbox = Outbox(redis, settings)
+        self._operator = operator_for(settings)
+        self._outbox = outbox_of(self._operator)
         self._operator_turns = Turns(OPERATOR_THREADS)
         self._upload_turns = Turns(UPLOAD_THREADS)
         self._large_bodies = Turns(LARGE_BODIES)

@@ -9,10 +9,17 @@ import base64
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 from urllib.parse import quote, urlsplit
 
-from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -25,6 +32,7 @@ from blipq.contract import Name, Seconds, checked_bucket
 from blipq.errors import InvalidRequest
 from blipq.program import blipq
 from blipq.redaction import place_of
+from blipq.redis.cells import Cells, named_urls, versioned_lists
 from blipq.redis.url import RedisUrl, take_apart, tls_of
 from blipq.ssrf.policy import Policy
 
@@ -32,6 +40,7 @@ from blipq.ssrf.policy import Policy
 CONNECTION_FIELDS = (
     "redis_url",
     "broker_url",
+    "cells",
     "s3_endpoint_url",
     "s3_access_key_id",
     "s3_secret_access_key",
@@ -125,6 +134,14 @@ def _checked_broker_url(url: str | None) -> str | None:
     return url
 
 
+def _checked_cells(urls: dict[str, str]) -> dict[str, str]:
+    for url in urls.values():
+        RedisUrl.of(url)
+    if len(set(urls.values())) < len(urls):
+        raise ValueError("two cells have the same URL")
+    return urls
+
+
 def _checked_place(place: str) -> str:
     if place.startswith("s3://"):
         checked_bucket(place.removeprefix("s3://").partition("/")[0])
@@ -175,6 +192,37 @@ class Settings(BaseSettings):
         default=None,
         repr=False,
         description="Celery broker; by default the same Redis. RabbitMQ and SQS work too.",
+    )
+    cells: Annotated[
+        dict[str, str], NoDecode, BeforeValidator(named_urls), AfterValidator(_checked_cells)
+    ] = Field(
+        default={},
+        repr=False,
+        description=(
+            "Several Redis servers by name, in place of `BLIPQ_REDIS_URL`: `a=redis://... "
+            "b=redis://...`. See [Cells](cells.md)."
+        ),
+    )
+    cell_brokers: Annotated[dict[str, str], NoDecode, BeforeValidator(named_urls)] = Field(
+        default={},
+        repr=False,
+        description="Celery broker of each cell; by default its Redis.",
+    )
+    cell_lists: Annotated[
+        tuple[tuple[int, tuple[str, ...]], ...], NoDecode, BeforeValidator(versioned_lists)
+    ] = Field(
+        default=(),
+        description=(
+            "Which cells take new jobs, by version: `1=a,b 2=a,b,c`. The last list is in force; "
+            "earlier ones stay for one retention after a change. By default all cells."
+        ),
+    )
+    cell: str | None = Field(
+        default=None,
+        description=(
+            "The one of `BLIPQ_CELLS` that this process serves: each worker and sender, and "
+            "commands for one cell. Clients leave it unset."
+        ),
     )
     s3_endpoint_url: Annotated[str | None, AfterValidator(checked_endpoint_url)] = Field(
         default=None,
@@ -333,6 +381,54 @@ class Settings(BaseSettings):
         """Arguments, then the environment, then the local stack."""
         return init_settings, env_settings, _LocalStack(settings_cls)
 
+    @model_validator(mode="after")
+    def _check_cells(self) -> Self:
+        if not self.cells:
+            if self.cell is not None or self.cell_lists or self.cell_brokers:
+                raise ValueError("BLIPQ_CELL and BLIPQ_CELL_* need BLIPQ_CELLS")
+            return self
+        Cells.of(self.cells, self.cell_lists)
+        if self.cell_brokers and set(self.cell_brokers) != set(self.cells):
+            raise ValueError("BLIPQ_CELL_BROKERS names a broker of each cell, or of none")
+        for url in self.cell_brokers.values():
+            tls_of(url)
+        if self.cell is not None and self.cell not in self.cells:
+            raise ValueError(f"BLIPQ_CELL is none of BLIPQ_CELLS: {', '.join(self.cells)}")
+        given = {"redis_url": self.redis_url, "broker_url": self.broker_url}
+        for name, value in given.items():
+            if name in self.model_fields_set and value != self._of_cell.get(name):
+                raise ValueError(f"BLIPQ_CELLS is in place of BLIPQ_{name.upper()}: unset one")
+        for name, value in self._of_cell.items():  # frozen for others
+            object.__setattr__(self, name, value)
+        return self
+
+    @property
+    def _of_cell(self) -> dict[str, str | None]:
+        """What the settings of a process that serves one cell have in place of all of them."""
+        if self.cell is None:
+            return {}
+        return {
+            "redis_url": self.cells[self.cell],
+            "broker_url": self.cell_brokers.get(self.cell),
+        }
+
+    @property
+    def is_fleet(self) -> bool:
+        """Whether these settings are of several cells, and not of one of them."""
+        return bool(self.cells) and self.cell is None
+
+    def in_cell(self, name: str) -> Self:
+        """The same settings for one cell."""
+        named = self.model_copy(update={"cell": name})
+        return named.model_copy(update=named._of_cell)
+
+    @property
+    def home(self) -> Self:
+        """The settings of the cell that keeps what is of no job: sessions of the console."""
+        if not self.is_fleet:
+            return self
+        return self.in_cell(Cells.of(self.cells, self.cell_lists).current[0])
+
     @property
     def webhook_policy(self) -> Policy:
         """Which URLs webhooks may go to."""
@@ -358,17 +454,17 @@ class Settings(BaseSettings):
     def endpoints(self) -> str:
         """One line that says which services are used, without credentials."""
         s3 = self.s3_endpoint
-        redis_place = place_of(self.redis_url).removeprefix("redis://")
-        return f"redis {redis_place}, s3 {place_of(s3) if s3 else 'AWS'} ({self.endpoint_source})"
+        urls = self.cells if self.is_fleet else {"": self.redis_url}
+        places = {name: place_of(url).removeprefix("redis://") for name, url in urls.items()}
+        redis = " ".join(f"{name}={place}" if name else place for name, place in places.items())
+        return f"redis {redis}, s3 {place_of(s3) if s3 else 'AWS'} ({self.endpoint_source})"
 
     @property
     def secrets(self) -> list[str]:
         """Every password and key in these settings, as it is and as URLs write it."""
-        urls = [
-            take_apart(each)
-            for each in (self.redis_url, *(self.broker_url or "").split(";"))
-            if each
-        ]
+        brokers = (self.broker_url or "", *self.cell_brokers.values())
+        named = (self.redis_url, *self.cells.values(), *";".join(brokers).split(";"))
+        urls = [take_apart(each) for each in named if each]
         found = [parts.password for parts in urls]
         found += [parts.query.get("sentinel_password") for parts in urls]
         hidden = [self.s3_secret_access_key, *self.webhook_secrets]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blipq.errors import InvalidRequest
+from blipq.ledger.connection import check_one_cell
 from blipq.settings import Settings
 from blipq.submission import checked
 from blipq.telemetry import tracing
@@ -137,12 +138,13 @@ def _loaded() -> "Worker | SplitWorker":
 def _settings(process: str = "") -> tuple[Settings, WorkerSettings]:
     """The settings, with logging set up by them. process: named in each line.
 
-    Raises InvalidRequest.
+    Raises InvalidRequest, also where several cells are named and not the one to serve.
     """
     _set_up_logging(process)
     # Root is common in containers, and only JSON is accepted.
     warnings.filterwarnings("ignore", message="You're running the worker with superuser")
     settings = checked(Settings)
+    check_one_cell(settings)
     return settings, checked(WorkerSettings).beside(settings)
 
 

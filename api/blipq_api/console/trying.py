@@ -11,7 +11,6 @@ from starlette.responses import Response
 from blipq.contract import Kind
 from blipq.errors import InvalidRequest
 from blipq.s3.storage import MAX_UPLOAD_BYTES
-from blipq.submission import new_id
 from blipq_api.console.access import MOST_FIELDS, MOST_FORM_BYTES, call, check_token, to
 from blipq_api.console.pages import rendered
 from blipq_api.door import caller_of, door_of, media_type, read_body
@@ -69,7 +68,8 @@ async def submit(request: Request) -> Response:
                 fields["image"] = uploaded.uri
             asked, options = job_request_of(body_of(fields))
             inbox = door.settings.inbox_bucket
-            job: Any = await door.client.submit(caller.submission(asked, options, new_id(), inbox))
+            id = await door.client.ledger.make_id(options)
+            job: Any = await door.client.submit(caller.submission(asked, options, id, inbox))
         except InvalidRequest as error:
             return await _form(request, fields, str(error), 422)
         except Problem as error:

@@ -12,7 +12,7 @@ from blipq.bulk.manifest import LONGEST_LINE, S3Object
 from blipq.contract import ImageRef
 from blipq.errors import BlipqError, InvalidRequest, SubmitStopped
 from blipq.ledger.codec import check_urls
-from blipq.submission import Submission, checked, new_id
+from blipq.submission import Submission, checked
 from blipq_api.access.keys import Caller
 from blipq_api.door import Door, caller_of, door_of, json_of, media_type, read_body, read_json
 from blipq_api.problems import Problem, problem_of
@@ -86,7 +86,9 @@ class _Batch:
 
     async def record(self, lines: Sequence[tuple[int, bytes]]) -> None:
         """Records what these lines ask for."""
-        items = [(number, *_checked(self._door, self._caller, line)) for number, line in lines]
+        items = [
+            (number, *await _checked(self._door, self._caller, line)) for number, line in lines
+        ]
         submissions = [item for _, _, item in items if isinstance(item, Submission)]
         if self._traceparent is not None:
             submissions = [replace(each, traceparent=self._traceparent) for each in submissions]
@@ -116,7 +118,7 @@ class _Batch:
         return answers
 
 
-def _checked(door: Door, caller: Caller, line: bytes) -> tuple[str | None, _Item]:
+async def _checked(door: Door, caller: Caller, line: bytes) -> tuple[str | None, _Item]:
     """A line as a single submit checks it, and its ``custom_id``."""
     custom_id = None
     try:
@@ -128,7 +130,8 @@ def _checked(door: Door, caller: Caller, line: bytes) -> tuple[str | None, _Item
         job_request, options = job_request_of(body)
         inbox = door.settings.inbox_bucket
         check_urls(job_request, options, door.settings)
-        return custom_id, caller.submission(job_request, options, new_id(), inbox)
+        id = await door.client.ledger.make_id(options)
+        return custom_id, caller.submission(job_request, options, id, inbox)
     except (BlipqError, Problem) as error:
         return custom_id, problem_of(error)
 

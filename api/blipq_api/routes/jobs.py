@@ -18,7 +18,7 @@ from blipq.contract import Request as JobRequest
 from blipq.errors import InvalidRequest, ResultTimeout
 from blipq.ledger.views.listing import Place, Wanted
 from blipq.redaction import redacted
-from blipq.submission import explain, new_id
+from blipq.submission import explain
 from blipq_api.access.keys import Caller, Scope
 from blipq_api.door import (
     Door,
@@ -74,7 +74,7 @@ def _explained(error: ValidationError) -> str:
 
 async def submit(request: Request) -> Response:
     """Records a job, and with ``Prefer: wait`` waits for it."""
-    return await _submit(request, new_id())
+    return await _submit(request, None)
 
 
 async def put(request: Request) -> Response:
@@ -86,12 +86,13 @@ async def put(request: Request) -> Response:
     return await _submit(request, id)
 
 
-async def _submit(request: Request, id: str) -> Response:
+async def _submit(request: Request, id: str | None) -> Response:
     door, caller = door_of(request), caller_of(request)
     wait = wait_of(request)
     job_request, options = job_request_of(
         await read_json(request), request.headers.get("idempotency-key")
     )
+    id = id or await door.client.ledger.make_id(options)
     submission = caller.submission(job_request, options, id, door.settings.inbox_bucket)
     submission = replace(submission, traceparent=request.headers.get("traceparent"))
     job: Any = await door.client.submit(submission)

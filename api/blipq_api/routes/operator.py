@@ -7,8 +7,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from blipq.errors import InvalidRequest
+from blipq.ledger.cells.operator import actions_of
 from blipq.ledger.operator import OperatorLedger, QueueState
-from blipq.ledger.views.actions import ActionLog, is_action_id
+from blipq.ledger.views.actions import is_action_id
 from blipq.redaction import redacted
 from blipq.rights import ANY
 from blipq_api.door import caller_of, door_of, shown
@@ -75,9 +76,7 @@ async def actions(request: Request) -> Response:
         raise InvalidRequest(f"{min(query)[:100]}: no such filter")
     if cursor is not None and not is_action_id(cursor):
         raise InvalidRequest("cursor: it is none that a list gave")
-    found = await door_of(request).operate(
-        lambda operator: ActionLog.beside(operator).latest(limit, cursor)
-    )
+    found = await door_of(request).operate(lambda operator: actions_of(operator, limit, cursor))
     page: dict[str, Any] = {"actions": [action.as_dict() for action in found]}
     if len(found) == limit:
         page["next_cursor"] = found[-1].id

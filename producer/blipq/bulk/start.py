@@ -12,7 +12,7 @@ from blipq.bulk.manifest import JsonLines, LocalFile, Manifest, Prefix, S3Object
 from blipq.client.sync_client import Client
 from blipq.contract import Options
 from blipq.errors import InvalidRequest
-from blipq.ledger.operator import OperatorLedger
+from blipq.ledger.cells.operator import operator_of
 from blipq.s3.outputs import live_workers, why_all_refuse
 from blipq.s3.storage import Storage
 from blipq.submission import checked
@@ -100,7 +100,7 @@ def check_outputs(manifest: Manifest, journal: Journal, client: Client) -> None:
 
     A single one is an error of its line alone.
     """
-    workers = live_workers(OperatorLedger.beside(client.ledger))
+    workers = live_workers(operator_of(client.ledger))
     refusals = []
     entries = manifest.entries(journal.fact("lines"), journal.fact("position"))
     for entry in itertools.islice(entries, LOOKED_AT):

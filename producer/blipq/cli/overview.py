@@ -23,9 +23,9 @@ from blipq.cli.terminal.output import (
 )
 from blipq.contract import Status
 from blipq.errors import InvalidRequest
+from blipq.ledger.cells.operator import actions_of, operator_of
 from blipq.ledger.codec import limits_text
-from blipq.ledger.operator import OperatorLedger, QueueState
-from blipq.ledger.views.actions import ActionLog
+from blipq.ledger.operator import QueueState
 
 app = Group("The queues that jobs wait in.")
 
@@ -48,7 +48,7 @@ def list_(
         blipq list --status running --model default --json
     """
     with connected(as_json) as client:
-        operator = OperatorLedger.beside(client.ledger)
+        operator = operator_of(client.ledger)
         print_jobs(operator.jobs(status=status, model=model, limit=limit), as_json)
 
 
@@ -92,7 +92,7 @@ def log(
         blipq log --limit 1000 --json
     """
     with connected(as_json) as client:
-        found = ActionLog.beside(client.ledger).latest(limit)
+        found = actions_of(client.ledger, limit)
     if as_json:
         print(json.dumps({"actions": [action.as_dict() for action in found]}))
         return
@@ -129,7 +129,7 @@ def stats(
         _tenants(as_json)
         return
     with connected(as_json) as client:
-        operator = OperatorLedger.beside(client.ledger)
+        operator = operator_of(client.ledger)
         queues = operator.queues()
         totals = {
             "open": operator.open_jobs(),
@@ -159,7 +159,7 @@ def _table(queues: list[QueueState]) -> Table:
 
 def _tenants(as_json: bool) -> None:
     with connected(as_json) as client:
-        found = OperatorLedger.beside(client.ledger).tenants()
+        found = operator_of(client.ledger).tenants()
     if as_json:
         print(json.dumps({"tenants": [each.as_dict() for each in found]}))
         return
@@ -243,7 +243,7 @@ def purge(
         blipq queue purge blipq.default.low --yes --json
     """
     with connected(as_json) as client:
-        operator = OperatorLedger.beside(client.ledger)
+        operator = operator_of(client.ledger)
         known = {state.queue: state.waiting for state in operator.queues()}
         if queue not in known:
             there = ", ".join(sorted(known)) or "none"

@@ -216,7 +216,7 @@ class AsyncClient(ClientBase):
         tenant: str | None = None,
     ) -> AsyncJob[ResultT]:
         """Submits a request of any kind, like ``Client.submit``."""
-        submission = self._submission(request, options, id, tenant)
+        submission = await self._made(request, options or Options(), id, tenant)
         submission, span = traced(submission)
         with span:
             recorded = await self.ledger.submit(submission, notify=self._id)
@@ -235,9 +235,9 @@ class AsyncClient(ClientBase):
     ) -> list[AsyncJob[ResultT]]:
         """Submits many requests, a chunk per round trip, like ``Client.submit_many``."""
         prepare = partial(self.ledger.prepare, notify=self._id)
-        submitting = Submitting(prepare, self._job, options, timeout, self._tenant(tenant))
+        submitting = Submitting(prepare, self._job, timeout)
         async for request in _each(requests):
-            if submitting.add(request):
+            if submitting.add(await self._made(request, options or Options(), None, tenant)):
                 await self._flush(submitting)
         await self._flush(submitting)
         return submitting.jobs
@@ -373,6 +373,15 @@ class AsyncClient(ClientBase):
             return await self.ledger.poll(ids, notify=self._id)
         except QueueUnavailable as error:
             return error
+
+    async def _made(
+        self, request: Asks[Any] | Submission, options: Options, id: str | None, tenant: str | None
+    ) -> Submission:
+        """A submission with an id and a tenant, where it brings none."""
+        self._check_cell(request, options, id)
+        if isinstance(request, Submission):
+            return request
+        return self._submission(request, options, id or await self.ledger.make_id(options), tenant)
 
     def _job(self, id: str, options: Options | None = None) -> AsyncJob[Any]:
         """A handle; ``options`` are those of a job that was recorded just now."""

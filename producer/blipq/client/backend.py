@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from blipq.ledger.async_producer import AsyncProducerLedger
+from blipq.ledger.cells.async_producer import AsyncCellsLedger
+from blipq.ledger.cells.producer import CellsLedger
 from blipq.ledger.connection import connect, connect_async
 from blipq.ledger.keys import ended_channel
 from blipq.ledger.producer import ProducerLedger
@@ -14,6 +16,7 @@ from blipq.s3.storage import Storage
 from blipq.settings import Settings
 from blipq.transport.async_notifications import AsyncNotifier
 from blipq.transport.broker import Broker
+from blipq.transport.cells import AsyncCellsNotifier, CellsBroker, CellsNotifier
 from blipq.transport.notifications import Notifier
 
 T = TypeVar("T")
@@ -60,6 +63,8 @@ class Backend:
 
     def services(self, settings: Settings, client: str) -> Services:
         """The services of a client. Connects to nothing yet."""
+        if settings.is_fleet:
+            return _of_cells(settings, client)
         return Services(
             ProducerLedger(connect(settings), settings),
             Broker(settings),
@@ -69,12 +74,44 @@ class Backend:
 
     def async_services(self, settings: Settings, client: str) -> AsyncServices:
         """The services of an asynchronous client. Connects to nothing yet."""
+        if settings.is_fleet:
+            return _async_of_cells(settings, client)
         return AsyncServices(
             AsyncProducerLedger(connect_async(settings), settings),
             Broker(settings),
             Storage(settings),
             AsyncNotifier(lambda: connect_async(settings, reconnects=False), ended_channel(client)),
         )
+
+
+def _of_cells(settings: Settings, client: str) -> Services:
+    """The services of a client of several cells."""
+    ledger, channel = CellsLedger(settings), ended_channel(client)
+
+    def notifier(cell: str) -> Notifier:
+        return Notifier(lambda: connect(settings.in_cell(cell)), channel)
+
+    return Services(
+        ledger,
+        CellsBroker(settings),
+        Storage(settings),
+        CellsNotifier(ledger.fleet.cells, notifier),
+    )
+
+
+def _async_of_cells(settings: Settings, client: str) -> AsyncServices:
+    ledger, channel = AsyncCellsLedger(settings), ended_channel(client)
+
+    def notifier(cell: str) -> AsyncNotifier:
+        own = settings.in_cell(cell)
+        return AsyncNotifier(lambda: connect_async(own, reconnects=False), channel)
+
+    return AsyncServices(
+        ledger,
+        CellsBroker(settings),
+        Storage(settings),
+        AsyncCellsNotifier(ledger.fleet.cells, notifier),
+    )
 
 
 class PerProcess(Generic[T]):

@@ -17,9 +17,10 @@ from blipq.contract import (
     Request,
     ResultT,
 )
+from blipq.errors import InvalidRequest
 from blipq.ledger.codec import check_tenant
 from blipq.settings import Settings
-from blipq.submission import ImageSource, Submission, checked, new_id, uploadable
+from blipq.submission import ImageSource, Submission, checked, uploadable
 
 
 class Fields(OptionFields, total=False):
@@ -45,17 +46,21 @@ class ClientBase:
         return self.settings.tenant if given is None else given
 
     def _submission(
-        self,
-        request: Asks[Any] | Submission,
-        options: Options | None,
-        id: str | None,
-        tenant: str | None,
+        self, request: Asks[Any], options: Options, id: str, tenant: str | None
     ) -> Submission:
-        """A submission with the usual options, an id and a tenant, where none are given."""
-        if isinstance(request, Submission):
-            return request
-        made, own = cast(Request, request), self._tenant(tenant)
-        return Submission(made, options or Options(), id or new_id(), own)
+        """A request as a job of the tenant that is given, or of the usual one."""
+        return Submission(cast(Request, request), options, id, self._tenant(tenant))
+
+    def _check_cell(
+        self, request: Asks[Any] | Submission, options: Options, id: str | None
+    ) -> None:
+        """Raises InvalidRequest where one cell is set, and another one may have the job."""
+        is_own = isinstance(request, Submission) or id is not None
+        if self.settings.cell is not None and (is_own or options.idempotency_key is not None):
+            raise InvalidRequest(
+                "BLIPQ_CELL: a job with an id of its own or an idempotency key is recorded in the "
+                "cell that it belongs to: unset it"
+            )
 
     def _waiting(self, ids: Iterable[str], timeout: float | None, expires: float | None) -> Waiting:
         """A wait for jobs of which the last expires at ``expires``, if that is known."""

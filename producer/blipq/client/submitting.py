@@ -11,7 +11,7 @@ from typing import Any
 
 from blipq.backoff import Backoff
 from blipq.contract import Options
-from blipq.errors import BlipqError, InvalidRequest, QueueUnavailable, SubmitStopped
+from blipq.errors import BlipqError, InvalidRequest, SubmitStopped
 from blipq.ledger.codec import Message, Prepared, Recorded, message_of
 from blipq.submission import Submission
 from blipq.telemetry import names, tracing
@@ -48,9 +48,7 @@ class Submitting:
         self,
         prepare: Callable[[Submission], Prepared],
         handle: Callable[[str, Options | None], Any],
-        options: Options | None,
         timeout: float,
-        tenant: str | None = None,
     ) -> None:
         self.jobs: list[Any] = []
         #: Taken from the caller, and not known to be recorded.
@@ -58,9 +56,7 @@ class Submitting:
         self._spans: deque[Trace] = deque()  # of those that wait, in their order
         self._prepare = prepare
         self._handle = handle
-        self._options = options or Options()
         self._timeout = timeout
-        self._tenant = tenant
         self._invalid: tuple[Submission, InvalidRequest] | None = None
         self._start_chunk()
 
@@ -71,16 +67,14 @@ class Submitting:
         self._ending: float | None = None
         self._tries = 0
 
-    def add(self, request: Any) -> bool:
-        """Takes a request or a submission; whether the chunk is to be sent now."""
-        if not isinstance(request, Submission):
-            request = Submission(request, self._options, tenant=self._tenant)
-        request, span = traced(request)
+    def add(self, submission: Submission) -> bool:
+        """Takes a submission; whether the chunk is to be sent now."""
+        submission, span = traced(submission)
         try:
-            prepared = self._prepare(request)
+            prepared = self._prepare(submission)
         except InvalidRequest as error:
             span.end(error)
-            self._invalid = request, error
+            self._invalid = submission, error
             return True
         self.waiting.append(prepared)
         self._spans.append(span)
@@ -93,7 +87,8 @@ class Submitting:
         for answer in answers:
             if isinstance(answer, BlipqError):
                 self._refusal = answer
-                self._unsure = self._unsure or isinstance(answer, QueueUnavailable)
+                # It may be recorded without an answer, or behind a refusal of another cell.
+                self._unsure = True
                 break
             messages += self._recorded(answer)
         if not self.waiting:

@@ -240,7 +240,7 @@ class Client(ClientBase):
         its own. Raises IdempotencyConflict, UnknownModel, QueueFull, TenantLimited or
         QueueUnavailable.
         """
-        submission = self._submission(request, options, id, tenant)
+        submission = self._made(request, options or Options(), id, tenant)
         submission, span = traced(submission)
         with span:
             recorded = self.ledger.submit(submission, notify=self._id)
@@ -267,9 +267,9 @@ class Client(ClientBase):
         recorded and what is not.
         """
         prepare = partial(self.ledger.prepare, notify=self._id)
-        submitting = Submitting(prepare, self._job, options, timeout, self._tenant(tenant))
+        submitting = Submitting(prepare, self._job, timeout)
         for request in requests:
-            if submitting.add(request):
+            if submitting.add(self._made(request, options or Options(), None, tenant)):
                 self._flush(submitting)
         self._flush(submitting)
         return submitting.jobs
@@ -442,6 +442,15 @@ class Client(ClientBase):
             return self.ledger.poll(ids, notify=self._id)
         except QueueUnavailable as error:
             return error
+
+    def _made(
+        self, request: Asks[Any] | Submission, options: Options, id: str | None, tenant: str | None
+    ) -> Submission:
+        """A submission with an id and a tenant, where it brings none."""
+        self._check_cell(request, options, id)
+        if isinstance(request, Submission):
+            return request
+        return self._submission(request, options, id or self.ledger.make_id(options), tenant)
 
     def _job(self, id: str, options: Options | None = None) -> Job[Any]:
         """A handle; ``options`` are those of a job that was recorded just now."""

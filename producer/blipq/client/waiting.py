@@ -94,9 +94,10 @@ class Waiting:
             self.notify(ids)
             self._poll_at = max(self._poll_at, time.monotonic() + POLLS.first_s)
             return []
-        self._down = None
+        # The others go on while a cell is away; who waits for its jobs alone hears why in the end.
+        self._down = next(iter(found.away.values()), None)
         last_deadline = time.monotonic() + found.left
-        if len(ids) < len(self.open):  # the others may have later ones
+        if found.away or len(ids) < len(self.open):  # the others may have later ones
             last_deadline = max(last_deadline, self._last_deadline)
         self._last_deadline = last_deadline
         if self._hearing:  # where no worker lives, a poll is what ends a job that is past it
@@ -105,7 +106,8 @@ class Waiting:
         if found.unknown:
             raise not_found(min(found.unknown))
         for id in ids:
-            self._unseen.pop(id, None)
+            if id not in found.away:
+                self._unseen.pop(id, None)
             if id in self.open:  # to the end: it is the one polled last
                 del self.open[id]
                 self.open[id] = None

@@ -17,14 +17,16 @@ from blipq.errors import (
     IdempotencyConflict,
     InvalidRequest,
     QueueFull,
+    QueueUnavailable,
     TenantLimited,
     UnknownModel,
 )
 from blipq.ledger.keys import ended_channel, model_of, queue_name
 from blipq.ledger.work import eta_of, shape_of
+from blipq.redis.cells import id_in
 from blipq.settings import Settings
 from blipq.ssrf.policy import Forbidden
-from blipq.submission import Submission, shortened
+from blipq.submission import Submission, new_id, shortened
 from blipq.telemetry.trace import parsed
 
 
@@ -42,11 +44,21 @@ class Message:
     queue: str
     #: Whether a live worker served the job's model when it was recorded.
     served: bool = field(default=True, compare=False)
+    #: The cell that recorded it; None without cells, and where it is not known.
+    cell: str | None = field(default=None, compare=False)
 
     @property
     def model(self) -> str:
         """The model that the queue is of."""
         return model_of(self.queue)
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Where a job is to be recorded instead: a cell, as the list of a version says."""
+
+    version: int
+    cell: str
 
 
 #: Limits of this tenant are of all that have no limits of their own.
@@ -55,6 +67,9 @@ LEAST_RATE, MOST_RATE = 0.001, 1_000_000
 
 #: A job was recorded, and its message is to be published; or it was known, under this id.
 Recorded = Message | str
+
+#: What became of a job in a cell.
+Placed = Recorded | BlipqError | Moved
 
 #: What became of a request to cancel a job. ``ended``: it had ended before.
 Cancelled = Literal["cancelled", "ended", "unknown"]
@@ -84,7 +99,8 @@ class Polled:
 
     ``elsewhere`` holds jobs that notify on another client's channel, with that channel.
     ``left`` is how many seconds the open ones have until the last of their deadlines. Those in
-    ``later`` have ended, too, and did not fit into the reply.
+    ``later`` have ended, too, and did not fit into the reply. Those in ``away`` are in cells that
+    do not answer, for the reason named there.
     """
 
     ended: dict[str, JobInfo]
@@ -92,6 +108,7 @@ class Polled:
     elsewhere: dict[str, str]
     left: float = 0.0
     later: frozenset[str] = frozenset()
+    away: Mapping[str, QueueUnavailable] = field(default_factory=dict)
 
     def about(self, ids: Iterable[str]) -> "Polled":
         """The part that is about these jobs."""
@@ -102,6 +119,7 @@ class Polled:
             {id: self.elsewhere[id] for id in ids if id in self.elsewhere},
             self.left,
             self.later.intersection(ids),
+            {id: self.away[id] for id in ids if id in self.away},
         )
 
 
@@ -179,11 +197,19 @@ def retention_ms(settings: Settings) -> int:
     return ms(max(settings.result_ttl, settings.failed_ttl))
 
 
-def submit_arguments(jobs: Iterable[Prepared], settings: Settings) -> Iterator[str | int]:
-    """The submit script's arguments."""
+def submit_arguments(
+    jobs: Iterable[Prepared], settings: Settings, version: int | None = None, onward: str = ""
+) -> Iterator[str | int]:
+    """The submit script's arguments.
+
+    version: of the list of cells, where the jobs' place follows it. onward: the cell that those go
+    on to which are unknown here.
+    """
     yield retention_ms(settings)
     yield settings.max_open_jobs
     yield declared_models(settings)
+    yield "" if version is None else version
+    yield onward
     for job in jobs:
         pairs = flat(job.fields)
         key = scoped_key(job.submission) or ""
@@ -203,8 +229,22 @@ def declared_models(settings: Settings) -> str:
 
 def submitted(jobs: Sequence[Prepared], answer: Sequence[str]) -> list[Recorded | BlipqError]:
     """The submit script's reply, job by job."""
+    return cast("list[Recorded | BlipqError]", placed(jobs, answer))
+
+
+def placed(jobs: Sequence[Prepared], answer: Sequence[str]) -> list[Placed]:
+    """The same where the script was given a version."""
     outcomes = zip(jobs, answer[::2], answer[1::2], strict=False)  # a refusal ends it early
-    return [recorded(job.submission, cast(Outcome, each), id) for job, each, id in outcomes]
+    return [
+        moved(id) if each == "moved" else recorded(job.submission, cast(Outcome, each), id)
+        for job, each, id in outcomes
+    ]
+
+
+def moved(text: str) -> Moved:
+    """What ``moved_to`` of the scripts says."""
+    version, _, cell = text.partition(" ")
+    return Moved(int(version), cell)
 
 
 def recorded(submission: Submission, outcome: Outcome, id: str) -> Recorded | BlipqError:
@@ -254,6 +294,11 @@ def unknown_model(model: str, served: str) -> UnknownModel:
 
 def _workers(live: int) -> str:
     return f"{live} live worker{'s' if live > 1 else ''}" if live else "no live worker now"
+
+
+def made_id(settings: Settings) -> str:
+    """An id for a new job, which says the cell where the settings are of one."""
+    return new_id() if settings.cell is None else id_in(new_id(), settings.cell)
 
 
 def message_of(submission: Submission) -> Message:

@@ -57,6 +57,18 @@ def connection_options(timeout_s: float) -> dict[str, Any]:
     }
 
 
+def check_one_cell(settings: Settings) -> None:
+    """Raises InvalidRequest where the settings are of several cells."""
+    if settings.is_fleet:
+        names = ", ".join(settings.cells)
+        raise InvalidRequest(f"this serves one cell: set BLIPQ_CELL to one of {names}")
+
+
+def _url_of(settings: Settings) -> RedisUrl:
+    check_one_cell(settings)
+    return RedisUrl.of(settings.redis_url)
+
+
 def connect(settings: Settings, *, timeout_s: float | None = None) -> "redis.Redis":
     """A Redis client that answers or raises within its timeout."""
     options = connection_options(timeout_s or settings.timeout_s) | {
@@ -64,7 +76,7 @@ def connect(settings: Settings, *, timeout_s: float | None = None) -> "redis.Red
         # A dropped connection is opened again once; a timeout is final, or it would double.
         "retry": Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
     }
-    url = RedisUrl.of(settings.redis_url)
+    url = _url_of(settings)
     pool = master_pool(url, **options) if url.has_sentinels else url.pool(**options)
     return redis.Redis.from_pool(pool)
 
@@ -80,7 +92,7 @@ def connect_async(settings: Settings, *, reconnects: bool = True) -> "redis.asyn
         "timeout": settings.timeout_s,
         "retry": AsyncRetry(NoBackoff(), 1, supported_errors=dropped),
     }
-    url = RedisUrl.of(settings.redis_url)
+    url = _url_of(settings)
     if url.has_sentinels:
         return redis.asyncio.Redis.from_pool(async_master_pool(url, **options))
     return redis.asyncio.Redis.from_pool(url.async_pool(**options))

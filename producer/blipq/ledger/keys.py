@@ -82,6 +82,14 @@ def tenant(name: str) -> str:
     return f"blipq:tenant:{name}"
 
 
+def moved(digest: str) -> str:
+    """String: version and name of the cell that has a job in place of this one.
+
+    For the SHA-1 digest of its key or id: see ``moved_to`` of the scripts.
+    """
+    return f"blipq:moved:{digest}"
+
+
 def rate(tenant: str) -> str:
     """String: until when the jobs that a tenant submitted last use its rate up, in ms."""
     return f"blipq:rate:{tenant}"
@@ -259,7 +267,7 @@ _CONSTANTS = {
 _FUNCTIONS: tuple[Callable[[str], str], ...] = (
     *(job, idempotency, queued, again, claimed, taken, passed, paused, listed),
     *(worker, serving, spare, withdrawn, outbox, event, stopped),
-    *(work, working, cost, used, tenant, rate),
+    *(work, working, cost, used, tenant, rate, moved),
 )
 #: ``model_of``. A pattern, as a model's name may have dots.
 _MODEL_OF = r"local function model_of(queue) return string.match(queue, '^blipq%.(.+)%.%a+$') end"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from blipq.contract import JobInfo
+from blipq.contract import JobInfo, Options
 from blipq.errors import BlipqError
 from blipq.ledger.changes import Changed, Chunk
 from blipq.ledger.codec import Cancelled, Polled, Prepared, Recorded
@@ -19,6 +19,9 @@ class Producer(Protocol):
 
     def prepare(self, submission: Submission, *, notify: str) -> Prepared:
         """Makes a job ready to be recorded. Raises InvalidRequest for a forbidden URL."""
+
+    def make_id(self, options: Options) -> str:
+        """An id for a new job. With cells it says one that can be reached, if any can."""
 
     def submit(self, submission: Submission, *, notify: str) -> Recorded:
         """Records a job once: the message to publish, or the id of the job that exists already.
@@ -91,6 +94,9 @@ class AsyncProducer(Protocol):
 
     def prepare(self, submission: Submission, *, notify: str) -> Prepared:
         """As ``Producer.prepare``: it needs no Redis."""
+
+    async def make_id(self, options: Options) -> str:
+        """As ``Producer.make_id``."""
 
     async def submit(self, submission: Submission, *, notify: str) -> Recorded:
         """As ``Producer.submit``."""

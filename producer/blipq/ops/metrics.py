@@ -5,7 +5,7 @@ whole fleet. Workers (``blipq_worker.process.metrics``) and senders show only wh
 do.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, cast
 
 import redis
@@ -169,3 +169,26 @@ class LedgerCollector(Collector):
         for outcome, count in sorted(counts.items()):
             attempts.add_metric([outcome], int(count))
         yield attempts
+
+
+class CellsCollector(Collector):
+    """What the ledgers of several cells hold: each metric with the label ``cell``."""
+
+    def __init__(self, collectors: Mapping[str, LedgerCollector]) -> None:
+        self._collectors = collectors
+
+    def describe(self) -> "Iterable[Metric]":
+        """Nothing: registering must not ask Redis."""
+        return []
+
+    def collect(self) -> "Iterable[Metric]":
+        """Each cell's metrics; of one that is away only ``blipq_ledger_up 0``."""
+        found: dict[str, Metric] = {}
+        for cell, collector in self._collectors.items():
+            for family in collector.collect():
+                samples = [
+                    each._replace(labels={"cell": cell, **each.labels}) for each in family.samples
+                ]
+                known = found.setdefault(family.name, family)
+                known.samples = samples if known is family else known.samples + samples
+        return found.values()

@@ -1,6 +1,6 @@
 """How much work is ahead of a fleet, model by model: what metrics show, and what scales on it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -39,14 +39,14 @@ def outlooks(client: "redis.Redis") -> dict[str, Outlook]:
     return {model: _outlook(part[:4], part[4:]) for model, part in zip(models, parts, strict=True)}
 
 
-def work_page(client: "redis.Redis", model: str) -> dict[str, float]:
-    """Predicted GPU-seconds of a model's jobs, for an autoscaler.
+def work_page(clients: Iterable["redis.Redis"], model: str) -> dict[str, float]:
+    """Predicted GPU-seconds of a model's jobs in all cells, for an autoscaler.
 
     0 where nobody has used a model yet: at an error the autoscaler would fall back on a number of
     workers that have nothing to do. Raises redis.RedisError.
     """
-    found = outlooks(client).get(model)
-    work = found.work if found else Work(0, 0)
+    found = [each.work for client in clients if (each := outlooks(client).get(model))]
+    work = Work(sum(each.waiting_s for each in found), sum(each.running_s for each in found))
     return {"waiting_s": work.waiting_s, "running_s": work.running_s, "total_s": work.total_s}
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from blipq.contract import EmbedRequest, JobFilter, JobInfo, Kind, Priority, Status
+from blipq.contract import EmbedRequest, JobFilter, JobInfo, Kind, Options, Priority, Status
 from blipq.errors import BlipqError
 from blipq.ledger import codec
 from blipq.ledger.changes import Change, Changed, Chunk, check_queue
@@ -302,6 +302,10 @@ class InMemoryLedger:
         """Makes a job ready to be recorded."""
         return codec.prepare(submission, self._settings, notify=notify)
 
+    def make_id(self, options: Options) -> str:
+        """An id for a new job."""
+        return codec.made_id(self._settings)
+
     def submit(self, submission: Submission, *, notify: str) -> Recorded:
         """Records a job once."""
         (answer,) = self.submit_all([self.prepare(submission, notify=notify)])
@@ -384,6 +388,10 @@ class InMemoryAsyncLedger:
     def prepare(self, submission: Submission, *, notify: str) -> Prepared:
         """Makes a job ready to be recorded."""
         return self._ledger.prepare(submission, notify=notify)
+
+    async def make_id(self, options: Options) -> str:
+        """An id for a new job."""
+        return self._ledger.make_id(options)
 
     async def submit(self, submission: Submission, *, notify: str) -> Recorded:
         """Records a job once."""

@@ -77,9 +77,11 @@ class AsyncNotifier:
         return len(self._subscribers)
 
     @asynccontextmanager
-    async def watch(self, ids: Iterable[str]) -> AsyncIterator[AsyncInbox]:
+    async def watch(
+        self, ids: Iterable[str], inbox: AsyncInbox | None = None
+    ) -> AsyncIterator[AsyncInbox]:
         """An inbox that gets the id of each of the jobs that ends."""
-        ids, inbox = list(ids), AsyncInbox()
+        ids, inbox = list(ids), inbox or AsyncInbox()
         self._subscribers.add(ids, inbox)
         self._start()
         try:

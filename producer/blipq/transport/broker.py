@@ -20,6 +20,7 @@ from urllib.parse import unquote_plus
 
 from blipq.contract import CONTRACT
 from blipq.ledger.codec import Message
+from blipq.ledger.connection import check_one_cell
 from blipq.ledger.keys import task_name
 from blipq.redaction import redacted
 from blipq.redis.sentinel import sentinel_options
@@ -102,6 +103,7 @@ class BrokerAddress:
 
 def broker_address(settings: Settings) -> BrokerAddress:
     """The settings' broker. Verified as the ledger's Redis is, where it speaks TLS."""
+    check_one_cell(settings)
     url = settings.effective_broker_url
     scheme = url.partition("://")[0].lower()
     if scheme in SCHEMES:

@@ -178,9 +178,9 @@ class Notifier:
         return len(self._subscribers)
 
     @contextmanager
-    def watch(self, ids: Iterable[str]) -> Iterator[Inbox]:
+    def watch(self, ids: Iterable[str], inbox: Inbox | None = None) -> Iterator[Inbox]:
         """An inbox that gets the id of each of the jobs that ends."""
-        ids, inbox = list(ids), Inbox()
+        ids, inbox = list(ids), inbox or Inbox()
         with self._lock:
             self._subscribers.add(ids, inbox)
         try:

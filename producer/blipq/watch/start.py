@@ -4,7 +4,7 @@ from pathlib import Path
 
 from blipq.client.sync_client import Client
 from blipq.errors import InvalidRequest, QueueUnavailable, UnknownModel
-from blipq.ledger.operator import OperatorLedger
+from blipq.ledger.cells.operator import home_of, operator_of
 from blipq.ledger.protocols import Producer
 from blipq.s3.outputs import live_workers, why_all_refuse
 from blipq.settings import Settings
@@ -43,7 +43,7 @@ def cursor_of(rules: Rules, client: Client, *, dry_run: bool) -> Cursor:
     if isinstance(state, Path):
         cursor = FileCursor(state)
     else:
-        cursor = RedisCursor(rules.name, OperatorLedger.beside(client.ledger))
+        cursor = RedisCursor(rules.name, home_of(client.ledger, rules.name))
     return Unsaved(cursor) if dry_run else cursor
 
 
@@ -72,7 +72,7 @@ def check_models(rules: Rules, ledger: Producer) -> None:
 
 def check_outputs(rules: Rules, client: Client) -> None:
     """Raises InvalidRequest if every live worker of a rule's model would refuse its ``output``."""
-    workers = live_workers(OperatorLedger.beside(client.ledger))
+    workers = live_workers(operator_of(client.ledger))
     for rule in rules.rules:
         _, options = rule.job(rule.sample, watch="sample")
         if options.output is None:

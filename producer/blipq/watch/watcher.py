@@ -21,7 +21,7 @@ from blipq.errors import (
     QueueFull,
     QueueUnavailable,
 )
-from blipq.ledger.operator import OperatorLedger
+from blipq.ledger.cells.operator import operator_of
 from blipq.s3.refusals import OF_THE_ASKER, S3Refused
 from blipq.submission import Submission
 from blipq.watch.objects import Objects, Upload
@@ -82,7 +82,7 @@ class Watcher:
 
     def __post_init__(self) -> None:
         self.objects = Objects(self.client.storage)
-        self._operator = OperatorLedger.beside(self.client.ledger)
+        self._operator = operator_of(self.client.ledger)
         self._refused: dict[Found, None] = {}
         self._pool = ThreadPoolExecutor(HEAD_REQUESTS, thread_name_prefix="blipq-watch")
 

@@ -158,7 +158,7 @@ def test_the_exporter_says_what_work_is_ahead(apart: Settings, scrape: Scrape) -
 def test_an_autoscaler_reads_the_work_of_a_model_as_json(apart: Settings) -> None:
     with Client(apart) as client, connect(apart) as raw:
         client.caption(IMAGE)
-        pages = {"work": partial(work_page, raw)}
+        pages = {"work": partial(work_page, [raw])}
         with served(CollectorRegistry(), 0, "127.0.0.1", pages) as port:
 
             def work(model: str) -> object:
@@ -171,7 +171,7 @@ def test_an_autoscaler_reads_the_work_of_a_model_as_json(apart: Settings) -> Non
 
 
 def test_an_autoscaler_is_not_told_of_no_work_while_redis_is_away() -> None:
-    pages = {"work": partial(work_page, redis.Redis(port=1))}
+    pages = {"work": partial(work_page, [redis.Redis(port=1)])}
     with served(CollectorRegistry(), 0, "127.0.0.1", pages) as port:
         with (
             pytest.raises(HTTPError) as error,

@@ -13,7 +13,7 @@ from blipq.cli.terminal.output import (
     out,
     print_jobs,
 )
-from blipq.ledger.operator import OperatorLedger
+from blipq.ledger.cells.operator import operator_of
 
 app = Group("Jobs that are out of attempts.")
 
@@ -29,7 +29,7 @@ def list_(
         blipq dead-letters list --limit 20
     """
     with connected(as_json) as client:
-        operator = OperatorLedger.beside(client.ledger)
+        operator = operator_of(client.ledger)
         print_jobs(operator.dead_letters(limit), as_json)
 
 
@@ -54,7 +54,7 @@ def retry(
         blipq dead-letters retry job_0197f2a0-5c7e-7d3b-9a51-3c1d6e0f4a2b
     """
     with connected() as client:
-        operator = OperatorLedger.beside(client.ledger)
+        operator = operator_of(client.ledger)
 
         def again(id: str) -> bool:
             message = operator.retry_dead_letter(id)
@@ -76,7 +76,7 @@ def drop(
         blipq dead-letters drop job_0197f2a0-5c7e-7d3b-9a51-3c1d6e0f4a2b
     """
     with connected() as client:
-        operator = OperatorLedger.beside(client.ledger)
+        operator = operator_of(client.ledger)
 
         def drop_one(id: str) -> bool:
             dropped = operator.drop_dead_letter(id)

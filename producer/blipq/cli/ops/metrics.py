@@ -40,7 +40,7 @@ def metrics(
 
     from blipq.ledger.connection import connect
     from blipq.ops.deletion_costs import PAUSE_S, DeletionCosts, Pods
-    from blipq.ops.metrics import LedgerCollector
+    from blipq.ops.metrics import CellsCollector, LedgerCollector
     from blipq.ops.outlook import work_page
 
     stop = threading.Event()
@@ -50,12 +50,16 @@ def metrics(
             signal.signal(number, lambda *_: stop.set())
         registry = CollectorRegistry()
         with ExitStack() as stack:
-            client = stack.enter_context(connect(settings))
-            pages = {"work": partial(work_page, client)}
+            cells = {name: settings.in_cell(name) for name in settings.cells}
+            each = cells if settings.is_fleet else {"": settings}
+            clients = {name: stack.enter_context(connect(own)) for name, own in each.items()}
+            collectors = {name: LedgerCollector(client) for name, client in clients.items()}
+            pages = {"work": partial(work_page, clients.values())}
             bound = stack.enter_context(served(registry, port, host, pages))
             pods = Pods(deletion_costs) if deletion_costs else None
-            registry.register(LedgerCollector(client))
+            registry.register(CellsCollector(collectors) if settings.is_fleet else collectors[""])
             errors.print(f"metrics of {settings.endpoints} on port {bound}", markup=False)
             while not stop.wait(PAUSE_S):
-                if pods is not None:
-                    DeletionCosts(client, pods).tick()
+                for client in clients.values():
+                    if pods is not None:
+                        DeletionCosts(client, pods).tick()

@@ -200,6 +200,6 @@ def _secrets(settings: Settings) -> list[str]:
 
 
 def _outbox(client: Client) -> "Outbox":
-    from blipq.webhooks.outbox import Outbox
+    from blipq.webhooks.cells import outbox_of
 
-    return Outbox.beside(client.ledger)
+    return outbox_of(client.ledger)

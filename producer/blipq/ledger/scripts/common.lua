@@ -127,6 +127,20 @@ local function use_rate(tenant, rate)
   redis.call('SET', rate_key(tenant), string.format('%.3f', till), 'PX', math.ceil(till - now) + 1)
 end
 
+-- Which cell has, or will have, a job that this one does not know: the version of the list of cells and
+-- its name, or nil where this cell is to record it. name: of the job's key or id. onward: the cell that
+-- it goes on to, or ''. What is left here sends clients with an older list on, which would record the
+-- job here: whoever comes first, one cell alone has it.
+local function moved_to(name, version, onward, ttl)
+  local key = moved_key(redis.sha1hex(name))
+  local moved = redis.call('GET', key)
+  if moved and tonumber(string.match(moved, '^%d+')) >= tonumber(version) then return moved end
+  if onward == '' then return nil end
+  moved = version .. ' ' .. onward
+  redis.call('SET', key, moved, 'PX', ttl)
+  return moved
+end
+
 -- Out of its queue. Only a job that was published again is in the second set.
 local function unqueue(id, job)
   redis.call('ZREM', queued_key(job.queue), id)

@@ -10,6 +10,7 @@ import redis
 import redis.asyncio
 
 from blipq.ledger.acting import note_of
+from blipq.ledger.connection import check_one_cell
 from blipq.ledger.keys import lua_header
 from blipq.ledger.scripts.combining import Combined
 from blipq.settings import Settings
@@ -90,7 +91,13 @@ class ScriptRunner:
 
     @classmethod
     def beside(cls, ledger: object) -> Self:
-        """A client of this class on the connections of another. Raises TypeError for a fake."""
+        """A client of this class on the connections of another. Raises TypeError for a fake.
+
+        Raises InvalidRequest where the other is of several cells.
+        """
+        settings = getattr(ledger, "settings", None)
+        if settings is not None:
+            check_one_cell(settings)
         if not isinstance(ledger, ScriptRunner):
             raise TypeError(f"{type(ledger).__name__} has no Redis")
         return cls(ledger.redis, ledger.settings)

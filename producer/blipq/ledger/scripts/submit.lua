@@ -1,12 +1,15 @@
 -- Records jobs, each once, in order, and stops at the first that is refused.
--- ARGV: retention ms, max open jobs, declared models between spaces, then of each job: id, digest,
+-- ARGV: retention ms, max open jobs, declared models between spaces, the version of the list of cells
+-- or '', the cell that jobs go on to or '' (see moved_to), then of each job: id, digest,
 -- idempotency key or '', expires_in ms, how many arguments its fields take, and its field/value
 -- pairs: the second is its kind, the third its model, the fourth its queue and the fifth its shape.
 -- Returns of each job that it came to: 'created' | 'waits' | 'exists' | 'conflict' | 'full' |
--- 'unknown' | 'limited', then an id; behind 'unknown' it is what workers serve, and behind 'limited'
--- which limit of the tenant was met (see limit_met). 'waits' is created, too, but no worker lives that
--- serves the model. The last four are refusals.
+-- 'unknown' | 'limited' | 'moved', then an id; behind 'unknown' it is what workers serve, behind
+-- 'limited' which limit of the tenant was met (see limit_met), and behind 'moved' what moved_to says.
+-- 'waits' is created, too, but no worker lives that serves the model. 'conflict', 'full', 'unknown' and
+-- 'limited' are refusals.
 local retention, max_open, declared = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
+local version, onward = ARGV[4], ARGV[5]
 local live, used = {}, {}
 
 local function known(existing, digest)
@@ -33,6 +36,12 @@ local function record(id, digest, given_key, expires_in, first, last)
   end
   local answer = known(id, digest)
   if answer then return answer, id end
+  if version ~= '' then
+    --RARELY moved_to
+    local moved = moved_to(given_key ~= '' and 'k:' .. given_key or 'i:' .. id, version, onward,
+      expires_in + retention)
+    if moved then return 'moved', moved end
+  end
   local model, queue = ARGV[first + 5], ARGV[first + 7]
   if not is_known(model, declared) then
     --RARELY served_models
@@ -77,7 +86,7 @@ end
 
 local refusals = {conflict = true, full = true, unknown = true, limited = true}
 local answers = {}
-local i = 4
+local i = 6
 while i <= #ARGV do
   local last = i + 4 + tonumber(ARGV[i + 4])
   local outcome, id = record(ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3]), i + 5, last)

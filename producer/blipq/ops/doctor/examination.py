@@ -22,11 +22,11 @@ def examine(
     bucket if it is missing.
     """
     yield Finding("ok", "endpoints", f"{settings.endpoints}, from {socket.gethostname()}")
-    yield from _each(settings, "tls", check_tls)
-    seen = yield from _each(settings, "redis", check_redis)
-    redis_answers = not _is_bad(seen, "redis")
-    if settings.broker_url is not None:
-        yield from _each(settings, "broker", check_broker)
+    cells = [settings.in_cell(name) for name in settings.cells] if settings.is_fleet else [settings]
+    answering = []
+    for cell in cells:
+        if (yield from _redis_answers(cell)):
+            answering.append(cell)
 
     def s3(settings: Settings) -> Findings:
         return check_s3(settings, create_bucket=create_bucket)
@@ -34,17 +34,26 @@ def examine(
     seen = yield from _each(settings, "s3", s3)
     uploads = not _is_bad(seen, "s3", "s3 credentials", "s3 write", "s3 conditional write")
     served = False
-    if redis_answers:
-        seen = yield from _each(settings, "workers", check_workers)
-        served = all(each.state == "ok" for each in seen if each.check == "workers")
-        yield from _each(settings, "queues", check_queues)
-        yield from _each(settings, "webhooks", check_webhooks)
+    for cell in answering:
+        seen = yield from _each(cell, "workers", check_workers)
+        served = served or all(each.state == "ok" for each in seen if each.check == "workers")
+        yield from _each(cell, "queues", check_queues)
+        yield from _each(cell, "webhooks", check_webhooks)
     yield from _each(settings, "this machine", lambda _: check_machine(torch))
-    if canary and redis_answers and uploads and served:
+    if canary and answering and uploads and served:
         yield from _each(settings, "canary", check_canary)
     elif canary:
         message = "not run: it needs Redis, S3 and a live worker of the model 'default'"
         yield Finding("warn", "canary", message)
+
+
+def _redis_answers(cell: Settings) -> Generator[Finding, None, bool]:
+    """What is about one Redis and its broker; returns whether it answers."""
+    yield from _each(cell, "tls", check_tls)
+    seen = yield from _each(cell, "redis", check_redis)
+    if cell.broker_url is not None:
+        yield from _each(cell, "broker", check_broker)
+    return not _is_bad(seen, "redis")
 
 
 def _is_bad(seen: list[Finding], *checks: str) -> bool:
@@ -70,4 +79,7 @@ def _each(
 def _without_secrets(settings: Settings, finding: Finding) -> Finding:
     secrets = settings.secrets
     advice = finding.advice and redacted(finding.advice, secrets)
-    return Finding(finding.state, finding.check, redacted(finding.message, secrets), advice)
+    message = redacted(finding.message, secrets)
+    if settings.cell is not None:
+        message = f"cell {settings.cell}: {message}"
+    return Finding(finding.state, finding.check, message, advice)

@@ -1,0 +1,236 @@
+"""In which cell a new job is recorded: once, whatever lists of cells its clients have. Pure."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from blipq.contract import Options
+from blipq.errors import BlipqError, QueueFull, QueueUnavailable, UnknownModel
+from blipq.ledger import codec
+from blipq.ledger.cells.calls import Calls, call
+from blipq.ledger.cells.health import Health
+from blipq.ledger.codec import Message, Moved, Placed, Prepared, Recorded
+from blipq.redis.cells import Cells, cell_of, id_in, ranked
+from blipq.submission import new_id
+
+#: Moves of one job in a submit. Each goes to a newer list or to a lower rank, so it is never met.
+MOST_MOVES = 32
+
+Answer = Recorded | BlipqError
+
+
+@dataclass(slots=True)
+class _Way:
+    """A job on its way to the cell that records it: the cells left to consult, the last records."""
+
+    index: int
+    job: Prepared
+    path: list[str]
+    version: int
+    moves: int = 0
+
+    @property
+    def step(self) -> tuple[str, str, int]:
+        """The cell to consult now, the one behind it or "", and the version of the list."""
+        return self.path[0], self.path[1] if len(self.path) > 1 else "", self.version
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """What became of jobs, by their places in a chunk."""
+
+    jobs: Sequence[Prepared]
+    answers: dict[int, Answer] = field(default_factory=dict)
+
+    def settled(self) -> list[Answer]:
+        """The answers up to the first refusal, as of one ledger.
+
+        Behind it jobs of other cells may be recorded: submitted again they are known.
+        """
+        found: list[Answer] = []
+        for index in range(len(self.jobs)):
+            if index not in self.answers:
+                break
+            found.append(self.answers[index])
+            if isinstance(found[-1], BlipqError):
+                break
+        return found
+
+    def take(self, cell: str, indexes: Sequence[int], answers: Sequence[Placed]) -> None:
+        """What a cell answered, which ends at its first refusal."""
+        for index, answer in zip(indexes, answers, strict=False):
+            if isinstance(answer, Message):
+                self.answers[index] = replace(answer, cell=cell)
+            elif not isinstance(answer, Moved):
+                self.answers[index] = answer
+
+
+class Placing:
+    """Places jobs among cells."""
+
+    def __init__(self, cells: Cells, health: Health) -> None:
+        self._cells = cells
+        self._health = health
+
+    # -- new ids --
+
+    def make_id(self, options: Options) -> Calls[str]:
+        """An id that says its cell.
+
+        Without a key the cell is one that can be reached and knows the model: nothing was sent yet,
+        so another one can be taken. With a key the submit decides, and may give another id.
+        """
+        id = new_id()
+        ranks = ranked(id, self._cells.current)
+        if options.idempotency_key is not None:
+            return id_in(id, ranks[0])
+        away: list[str] = []
+        for cell in ranks:
+            try:
+                if self._health.away(cell) is None:
+                    yield from self._check(cell, options.model)
+                    yield from self._reach(cell)
+                    return id_in(id, cell)
+            except UnknownModel:
+                continue
+            except QueueUnavailable:
+                pass
+            away.append(cell)
+        return id_in(id, [*away, *ranks][0])  # whose answer to the submit says what is wrong
+
+    def _reach(self, cell: str) -> Calls[None]:
+        if not self._health.is_fresh(cell):
+            with_an_answer = self._health.has_failed(cell)
+            yield call(cell, "reach", with_an_answer)
+
+    # -- models --
+
+    def _check(self, cell: str, model: str) -> Calls[None]:
+        """Raises UnknownModel if a job for the model would be refused by a cell."""
+        if self._health.knows(cell, model):
+            return
+        try:
+            yield call(cell, "check_models", [model])
+        except UnknownModel:
+            self._health.learn(cell, model, False)
+            raise
+        self._health.learn(cell, model, True)
+
+    def check_model(self, model: str) -> Calls[None]:
+        """Raises UnknownModel if no cell that takes jobs knows the model."""
+        why: BlipqError | None = None
+        for cell in self._cells.current:
+            try:
+                yield from self._check(cell, model)
+            except UnknownModel as error:
+                why = why or error
+            except QueueUnavailable as error:
+                why = error
+            else:
+                return
+        assert why is not None, "a list has a cell"
+        raise why
+
+    def _learn(self, model: str) -> Calls[None]:
+        """Learns which cells know a model, as far as that is not known lately.
+
+        One that does not answer counts as one that does: a job of it must not go elsewhere.
+        """
+        for cell in self._cells.names:
+            if self._health.knows(cell, model) is None and self._health.away(cell) is None:
+                try:
+                    yield from self._check(cell, model)
+                except (UnknownModel, QueueUnavailable):
+                    continue
+
+    # -- submits --
+
+    def submit_all(self, jobs: Sequence[Prepared]) -> Calls[list[Answer]]:
+        """Records jobs as ``Producer.submit_all`` does."""
+        chunk = _Chunk(jobs)
+        said: dict[str, list[int]] = {}
+        ways: list[_Way] = []
+        for index, job in enumerate(jobs):
+            cell = cell_of(job.submission.id)
+            if cell is None or job.submission.options.idempotency_key is not None:
+                try:
+                    ways.append((yield from self._way(index, job)))
+                except (UnknownModel, QueueUnavailable) as error:
+                    chunk.answers[index] = error
+            else:
+                said.setdefault(cell, []).append(index)
+        for cell, indexes in said.items():
+            yield from self._record(chunk, cell, indexes)
+        while ways:
+            ways = yield from self._go_on(chunk, ways)
+        return chunk.settled()
+
+    def _record(self, chunk: _Chunk, cell: str, indexes: list[int]) -> Calls[None]:
+        """Jobs whose ids say their cell."""
+        jobs = [chunk.jobs[index] for index in indexes]
+        try:
+            self.check_named(cell, jobs[0].submission.id)
+            chunk.take(cell, indexes, (yield call(cell, "submit_all", jobs)))
+        except (QueueUnavailable, QueueFull) as error:
+            chunk.answers[indexes[0]] = error
+
+    def check_named(self, cell: str, id: str) -> None:
+        """Raises QueueUnavailable for a cell that these settings do not name."""
+        if cell not in self._cells.names:
+            raise QueueUnavailable(
+                f"job {id} is in the cell {cell!r}, which BLIPQ_CELLS does not name", id
+            )
+
+    def _way(self, index: int, job: Prepared) -> Calls[_Way]:
+        model = job.submission.options.model
+        yield from self._learn(model)
+        if all(self._health.knows(cell, model) is False for cell in self._cells.current):
+            yield from self.check_model(model)  # what no cell knows must leave nothing in them
+        text = codec.scoped_key(job.submission) or job.submission.id
+        path = self._cells.path(text, lambda cell: self._health.knows(cell, model) is not False)
+        return _Way(index, job, path, self._cells.version)
+
+    def _go_on(self, chunk: _Chunk, ways: list[_Way]) -> Calls[list[_Way]]:
+        """Consults the next cell of each job; the ways that go on."""
+        groups: dict[tuple[str, str, int], list[_Way]] = {}
+        for way in ways:
+            groups.setdefault(way.step, []).append(way)
+        left: list[_Way] = []
+        for (cell, onward, version), group in groups.items():
+            jobs = [_named(way.job, cell) for way in group]
+            try:
+                answers: list[Placed] = yield call(cell, "place", jobs, version, onward)
+            except (QueueUnavailable, QueueFull) as error:
+                chunk.answers[group[0].index] = error
+                continue
+            chunk.take(cell, [way.index for way in group], answers)
+            left += self._moved(chunk, group, answers)
+        return left
+
+    def _moved(
+        self, chunk: _Chunk, group: Sequence[_Way], answers: Sequence[Placed]
+    ) -> Iterator[_Way]:
+        for way, answer in zip(group, answers, strict=False):
+            if isinstance(answer, UnknownModel) and way.moves < MOST_MOVES:
+                self._health.learn(way.path[0], way.job.submission.options.model, False)
+            if not isinstance(answer, Moved):
+                continue
+            id = way.job.submission.id
+            try:
+                self.check_named(answer.cell, id)
+                if way.moves >= MOST_MOVES:
+                    raise QueueUnavailable(f"job {id}: cells send it on to each other", id)
+            except QueueUnavailable as error:
+                chunk.answers[way.index] = error
+                continue
+            is_next = way.path[1:2] == [answer.cell] and answer.version == way.version
+            way.path = way.path[1:] if is_next else [answer.cell]
+            way.version, way.moves = answer.version, way.moves + 1
+            yield way
+
+
+def _named(job: Prepared, cell: str) -> Prepared:
+    """A job with a key, whose id says the cell that records it. One's own id stays as it is."""
+    submission = job.submission
+    if cell_of(submission.id) in (None, cell):
+        return job
+    return replace(job, submission=replace(submission, id=id_in(submission.id, cell)))
