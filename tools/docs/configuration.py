@@ -33,7 +33,7 @@ commas.
 
 Where Redis and S3 are is found in this order:
 
-1. `BLIPQ_*` variables. One of `BLIPQ_REDIS_URL`, `BLIPQ_BROKER_URL`, `BLIPQ_S3_ENDPOINT_URL`,
+1. `BLIPQ_*` variables. One of `BLIPQ_REDIS_URL`, `BLIPQ_BROKER_URL`, `BLIPQ_CELLS`, `BLIPQ_S3_ENDPOINT_URL`,
    `BLIPQ_S3_ACCESS_KEY_ID` or `BLIPQ_S3_SECRET_ACCESS_KEY` switches the next step off.
 2. A local stack that `blipq up` runs on this machine.
 3. The defaults below, which for S3 are AWS's own variables, files and roles.
@@ -97,7 +97,7 @@ def _default(name: str, field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if value is PydanticUndefined:
         return "required"
-    if value is None or value == () or isinstance(value, SecretStr):
+    if value is None or value in ((), {}) or isinstance(value, SecretStr):
         return ""
     if isinstance(value, bool):
         return f"`{int(value)}`"

@@ -292,7 +292,7 @@ def test_an_event_loop_has_the_same_cells(fleet: Fleet) -> None:
             job = await client.submit(REQUEST, keyed(key))
             assert cell_of(job.id) == "b"
             assert await client.submit(REQUEST, keyed(key)) == job
-            fleet.kill("b")
+            await asyncio.to_thread(fleet.kill, "b")
             later = [await client.submit(REQUEST) for _ in range(10)]
             assert {cell_of(each.id) for each in later} == {"a", "c"}
             live = [each for each in jobs + later if cell_of(each.id) != "b"]
