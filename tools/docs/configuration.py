@@ -33,8 +33,9 @@ commas.
 
 Where Redis and S3 are is found in this order:
 
-1. `BLIPQ_*` variables. One of `BLIPQ_REDIS_URL`, `BLIPQ_BROKER_URL`, `BLIPQ_CELLS`, `BLIPQ_S3_ENDPOINT_URL`,
-   `BLIPQ_S3_ACCESS_KEY_ID` or `BLIPQ_S3_SECRET_ACCESS_KEY` switches the next step off.
+1. `BLIPQ_*` variables. One of `BLIPQ_REDIS_URL`, `BLIPQ_BROKER_URL`, `BLIPQ_CELLS`,
+   `BLIPQ_S3_ENDPOINT_URL`, `BLIPQ_S3_ACCESS_KEY_ID` or `BLIPQ_S3_SECRET_ACCESS_KEY` switches the
+   next step off.
 2. A local stack that `blipq up` runs on this machine.
 3. The defaults below, which for S3 are AWS's own variables, files and roles.
 """
