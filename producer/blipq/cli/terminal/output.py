@@ -103,7 +103,8 @@ def _hint_at_a_stack(settings: Settings) -> Iterator[None]:
     try:
         yield
     except QueueUnavailable as error:
-        unnamed = settings.redis_url == Settings.model_fields["redis_url"].default
+        default = Settings.model_fields["redis_url"].default
+        unnamed = settings.redis_url == default and not settings.cells
         if not unnamed or not str(error).startswith("Redis does not answer"):
             raise
         hint = f"start a local stack with {blipq('up')}, or set BLIPQ_REDIS_URL"

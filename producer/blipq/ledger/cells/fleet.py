@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from blipq.contract import JobInfo, Options
 from blipq.errors import QueueUnavailable, UnknownModel
+from blipq.ledger import codec
 from blipq.ledger.cells.calls import Calls, call
 from blipq.ledger.cells.health import Health
 from blipq.ledger.cells.placing import Answer, Placing
@@ -111,7 +112,7 @@ class Fleet:
     def _polled(self, cell: str, ids: list[str], notify: str) -> Calls[Polled | QueueUnavailable]:
         """What one cell says; at once why not while it is away, so that it holds up no other."""
         if (why := self.health.away(cell)) is not None:
-            return why
+            return QueueUnavailable(str(why), codec.only(ids))
         try:
             return cast(Polled, (yield call(cell, "poll", ids, notify=notify)))
         except QueueUnavailable as error:
