@@ -7,6 +7,8 @@ import pytest
 
 from blipq import Client, Settings
 from blipq.ledger.async_producer import AsyncProducerLedger
+from blipq.ledger.cells.async_producer import AsyncCellsLedger
+from blipq.ledger.cells.producer import CellsLedger
 from blipq.ledger.operator import OperatorLedger
 from blipq.ledger.producer import ProducerLedger
 from blipq.ledger.protocols import AsyncProducer, Producer
@@ -27,7 +29,15 @@ def calls(ledger: type) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "ledger",
-    [AsyncProducer, ProducerLedger, AsyncProducerLedger, InMemoryLedger, InMemoryAsyncLedger],
+    [
+        AsyncProducer,
+        ProducerLedger,
+        AsyncProducerLedger,
+        CellsLedger,
+        AsyncCellsLedger,
+        InMemoryLedger,
+        InMemoryAsyncLedger,
+    ],
 )
 def test_every_producers_ledger_has_the_same_calls(ledger: type) -> None:
     assert calls(ledger) == calls(Producer)

@@ -7,7 +7,7 @@ from blipq.contract import JobInfo, Options
 from blipq.errors import BlipqError
 from blipq.ledger import changes, codec
 from blipq.ledger.changes import Changed, Chunk
-from blipq.ledger.codec import Cancelled, Placed, Polled, Prepared, Recorded
+from blipq.ledger.codec import Cancelled, Polled, Prepared, Recorded
 from blipq.ledger.connection import redis_errors
 from blipq.ledger.erasure import Erased, erased, named, named_arguments
 from blipq.ledger.scripts.runner import AsyncScriptRunner
@@ -37,21 +37,6 @@ class AsyncProducerLedger(AsyncScriptRunner):
         with redis_errors(codec.only(job.submission.id for job in jobs)):
             answer = await self._run("submit", *codec.submit_arguments(jobs, self.settings))
         return codec.submitted(jobs, answer)
-
-    async def place(self, jobs: Sequence[Prepared], version: int, onward: str) -> list[Placed]:
-        """As ``ProducerLedger.place``."""
-        with redis_errors(codec.only(job.submission.id for job in jobs)):
-            arguments = codec.submit_arguments(jobs, self.settings, version, onward)
-            return codec.placed(jobs, await self._run("submit", *arguments))
-
-    async def reach(self, with_an_answer: bool) -> None:
-        """As ``ProducerLedger.reach``."""
-        with redis_errors():
-            if with_an_answer:
-                await self.redis.ping()
-                return
-            async with self.redis.client():
-                pass
 
     async def check_models(self, models: Iterable[str]) -> None:
         """Raises UnknownModel if a job for one of these models would be refused."""

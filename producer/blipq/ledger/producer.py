@@ -7,7 +7,7 @@ from blipq.contract import JobInfo, Options
 from blipq.errors import BlipqError
 from blipq.ledger import changes, codec
 from blipq.ledger.changes import Changed, Chunk
-from blipq.ledger.codec import Cancelled, Placed, Polled, Prepared, Recorded
+from blipq.ledger.codec import Cancelled, Polled, Prepared, Recorded
 from blipq.ledger.connection import redis_errors
 from blipq.ledger.erasure import Erased, erased, named, named_arguments
 from blipq.ledger.scripts.runner import ScriptRunner
@@ -37,28 +37,6 @@ class ProducerLedger(ScriptRunner):
         with redis_errors(codec.only(job.submission.id for job in jobs)):
             answer = self._run("submit", *codec.submit_arguments(jobs, self.settings))
         return codec.submitted(jobs, answer)
-
-    def place(self, jobs: Sequence[Prepared], version: int, onward: str) -> list[Placed]:
-        """Records jobs like ``submit_all``, but those whose place is another cell.
-
-        version: of the caller's list of cells. onward: the cell that the others go on to, too,
-        where this one does not know them; "" records them here.
-        """
-        with redis_errors(codec.only(job.submission.id for job in jobs)):
-            arguments = codec.submit_arguments(jobs, self.settings, version, onward)
-            return codec.placed(jobs, self._run("submit", *arguments))
-
-    def reach(self, with_an_answer: bool) -> None:
-        """Raises QueueUnavailable where Redis cannot be reached. Nothing is sent to find that out.
-
-        with_an_answer: it must answer, too.
-        """
-        with redis_errors():
-            if with_an_answer:
-                self.redis.ping()
-                return
-            # A connection of the pool: open still, or opened now.
-            self.redis.client().close()  # type: ignore[no-untyped-call]
 
     def check_models(self, models: Iterable[str]) -> None:
         """Raises UnknownModel if a job for one of these models would be refused."""

@@ -10,13 +10,32 @@ from blipq.ledger.async_producer import AsyncProducerLedger
 from blipq.ledger.cells.calls import Calls, Round
 from blipq.ledger.cells.fleet import Fleet
 from blipq.ledger.changes import Changed, Chunk
-from blipq.ledger.codec import Cancelled, Polled, Prepared, Recorded
-from blipq.ledger.connection import connect_async
+from blipq.ledger.codec import Cancelled, Placed, Polled, Prepared, Recorded
+from blipq.ledger.connection import connect_async, redis_errors
 from blipq.ledger.erasure import Erased
 from blipq.settings import Settings
 from blipq.submission import Submission
 
 T = TypeVar("T")
+
+
+class AsyncCellLedger(AsyncProducerLedger):
+    """The ledger of one cell of several."""
+
+    async def place(self, jobs: Sequence[Prepared], version: int, onward: str) -> list[Placed]:
+        """As ``CellLedger.place``."""
+        with redis_errors(codec.only(job.submission.id for job in jobs)):
+            arguments = codec.submit_arguments(jobs, self.settings, version, onward)
+            return codec.placed(jobs, await self._run("submit", *arguments))
+
+    async def reach(self, with_an_answer: bool) -> None:
+        """As ``CellLedger.reach``."""
+        with redis_errors():
+            if with_an_answer:
+                await self.redis.ping()
+                return
+            async with self.redis.client():
+                pass
 
 
 class AsyncCellsLedger:
@@ -27,7 +46,7 @@ class AsyncCellsLedger:
         self.fleet = Fleet(settings)
         each = {name: settings.in_cell(name) for name in self.fleet.cells.names}
         self.ledgers = {
-            name: AsyncProducerLedger(connect_async(own), own) for name, own in each.items()
+            name: AsyncCellLedger(connect_async(own), own) for name, own in each.items()
         }
 
     async def _make(self, calls: Calls[T]) -> T:

@@ -1,6 +1,6 @@
 """A producer's ledger over several cells."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from blipq.contract import JobInfo, Options
@@ -9,8 +9,8 @@ from blipq.ledger import codec
 from blipq.ledger.cells.calls import Calls, Round
 from blipq.ledger.cells.fleet import Fleet
 from blipq.ledger.changes import Changed, Chunk
-from blipq.ledger.codec import Cancelled, Polled, Prepared, Recorded
-from blipq.ledger.connection import connect
+from blipq.ledger.codec import Cancelled, Placed, Polled, Prepared, Recorded
+from blipq.ledger.connection import connect, redis_errors
 from blipq.ledger.erasure import Erased
 from blipq.ledger.producer import ProducerLedger
 from blipq.settings import Settings
@@ -19,19 +19,40 @@ from blipq.submission import Submission
 T = TypeVar("T")
 
 
+class CellLedger(ProducerLedger):
+    """The ledger of one cell of several."""
+
+    def place(self, jobs: Sequence[Prepared], version: int, onward: str) -> list[Placed]:
+        """Records jobs like ``submit_all``, but those whose place is another cell.
+
+        version: of the caller's list of cells. onward: the cell that the others go on to, too,
+        where this one does not know them; "" records them here.
+        """
+        with redis_errors(codec.only(job.submission.id for job in jobs)):
+            arguments = codec.submit_arguments(jobs, self.settings, version, onward)
+            return codec.placed(jobs, self._run("submit", *arguments))
+
+    def reach(self, with_an_answer: bool) -> None:
+        """Raises QueueUnavailable where Redis cannot be reached. Nothing is sent to find that out.
+
+        with_an_answer: it must answer, too.
+        """
+        with redis_errors():
+            if with_an_answer:
+                self.redis.ping()
+                return
+            # A connection of the pool: open still, or opened now.
+            self.redis.client().close()  # type: ignore[no-untyped-call]
+
+
 class CellsLedger:
     """What ``Producer`` promises, on several cells: see ``Fleet``."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        ledger_of: Callable[[Settings], ProducerLedger] = lambda each: ProducerLedger(
-            connect(each), each
-        ),
-    ) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.fleet = Fleet(settings)
-        self.ledgers = {name: ledger_of(settings.in_cell(name)) for name in self.fleet.cells.names}
+        each = {name: settings.in_cell(name) for name in self.fleet.cells.names}
+        self.ledgers = {name: CellLedger(connect(own), own) for name, own in each.items()}
 
     def _make(self, calls: Calls[T]) -> T:
         round = Round(calls, self.fleet.health)
