@@ -27,7 +27,7 @@ from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.redis.cells import Cells, cell_of, ranked
 from blipq.submission import Submission, new_id
 from conftest import wait_until
-from fleets import Fleet
+from guarantees.cells.fleet import Fleet
 
 RESULT = '{"kind": "caption", "captions": [{"text": "a cat"}]}'
 REQUEST = CaptionRequest(image="s3://bucket/key")

@@ -18,7 +18,7 @@ from blipq.local.supervisor import Service
 from blipq.redis.cells import cell_of
 from blipq.submission import Submission
 from conftest import wait_until
-from fleets import Fleet
+from guarantees.cells.fleet import Fleet
 from guarantees.rig import png
 from guarantees.stand_ins import faulty_worker
 from guarantees.stand_ins.forked import Forked

@@ -1,0 +1,1 @@
+"""Cells: servers for tests, and what must hold while one dies, drains or joins."""
