@@ -3,9 +3,9 @@
 import re
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from blipq.contract import Name, Seconds
@@ -26,6 +26,27 @@ def _pairs(value: Any) -> Any:
     parts = (part.replace("\\,", ",").strip() for part in re.split(r"(?<!\\),", value))
     pairs = (part.partition("=") for part in parts if part)
     return {name.strip(): (served.strip() or name.strip()) for name, _, served in pairs}
+
+
+class Over(NamedTuple):
+    """A LoRA adapter. base: the name of the served model that it is over."""
+
+    base: str
+    folder: str
+
+
+def _over(value: Any) -> Any:
+    """``a=base:folder`` pairs as a mapping."""
+    pairs = _pairs(value)
+    if not isinstance(value, str):
+        return pairs
+    found = {}
+    for name, what in pairs.items():
+        base, _, folder = what.partition(":")
+        if not base or not folder:
+            raise ValueError(f"{name}={what}: write an adapter as name=base:folder")
+        found[name] = (base.strip(), folder.strip())
+    return found
 
 
 def _names(value: Any) -> Any:
@@ -72,6 +93,15 @@ class WorkerSettings(BaseSettings):
             "Served models: `name=what` pairs. What is a known model (`blipq models list`), or "
             "`generation[+retrieval]` as hub ids, folders, or `s3://bucket/prefix`; `\\,` and "
             "`\\+` stand for a comma and a plus in a name."
+        ),
+    )
+    adapters: Annotated[dict[Name, Over], NoDecode, BeforeValidator(_over)] = Field(
+        default={},
+        max_length=32,
+        description=(
+            "LoRA adapters that are served as models of their own, over one copy of their base: "
+            "`name=base:folder` pairs. Base is a name of BLIPQ_MODELS, the folder one that PEFT "
+            "saved."
         ),
     )
     quantization: Quantization = Field(
@@ -267,6 +297,16 @@ class WorkerSettings(BaseSettings):
             "Send Celery's events, for Flower's lists of tasks; a sixth of what a job costs Redis."
         ),
     )
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> "WorkerSettings":
+        for name, (base, _) in self.adapters.items():
+            if base not in self.models:
+                known = ", ".join(self.models)
+                raise ValueError(f"adapter {name!r}: BLIPQ_MODELS has no {base!r}, but {known}")
+            if name in self.models:
+                raise ValueError(f"{name!r} is a name of BLIPQ_MODELS and of BLIPQ_ADAPTERS")
+        return self
 
     @property
     def growing_slots(self) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from blipq_worker.blip2.heads.matching import MatchItem, RerankItem
     from blipq_worker.blip2.heads.scoring import RankItem
     from blipq_worker.blip2.loading.checkpoints import CheckpointError
-    from blipq_worker.blip2.model import Blip2, Item
+    from blipq_worker.blip2.model import Adapted, Blip2, Item
     from blipq_worker.blip2.vision.cache import FeatureCache
     from blipq_worker.blip2.vision.preprocessing import Pixels
 
@@ -31,12 +31,13 @@ _MODULES = {
     **dict.fromkeys(("MatchItem", "RerankItem"), "heads.matching"),
     "RankItem": "heads.scoring",
     "CheckpointError": "loading.checkpoints",
-    **dict.fromkeys(("Blip2", "Item"), "model"),
+    **dict.fromkeys(("Adapted", "Blip2", "Item"), "model"),
     "FeatureCache": "vision.cache",
     "Pixels": "vision.preprocessing",
 }
 
 __all__ = [
+    "Adapted",
     "Arrays",
     "Blip2",
     "CheckpointError",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from msgspec.structs import replace
@@ -15,6 +15,7 @@ from PIL import Image
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
+from blipq_worker.blip2.adapters.attaching import attach
 from blipq_worker.blip2.decoding.static import Way
 from blipq_worker.blip2.generation.generator import Generator
 from blipq_worker.blip2.generation.items import GeneratedText, GenerateItem
@@ -32,6 +33,7 @@ from blipq_worker.blip2.loading.weights import Setup, load_tokenizer, load_weigh
 from blipq_worker.blip2.vision.cache import FeatureCache
 from blipq_worker.blip2.vision.features import OnEncode, Side, Vision, equal_towers, split_tower
 from blipq_worker.blip2.vision.preprocessing import Pixels, Preprocessor
+from blipq_worker.catalog.adapters import Adapter, AdapterError, Flaw
 from blipq_worker.catalog.resize import resized
 from blipq_worker.catalog.s3.places import is_in_s3
 from blipq_worker.inference.requests import Feature, ModelInfo, Reading
@@ -39,15 +41,18 @@ from blipq_worker.startup import START
 
 log = logging.getLogger(__name__)
 
+_Some = TypeVar("_Some", bound="Item")
 Item = GenerateItem | RankItem | MatchItem | ExplainItem | RerankItem | EmbedItem
 
 
 class Blip2:
     """A resident model.
 
-    One thread calls ``generate``, ``rank``, ``match``, ``explain``, ``rerank`` and ``embed``;
+    adapter: see ``Adapted``. One thread calls ``generate``, ``rank``, ``match``, ``explain``, ``rerank`` and ``embed``;
     the rest is thread-safe.
     """
+
+    adapter = 0
 
     def __init__(
         self,
@@ -82,13 +87,17 @@ class Blip2:
         static: bool = True,
         cache: FeatureCache | None = None,
         draft: bool = False,
+        adapters: Sequence[Adapter] = (),
     ) -> "Blip2":
         """Loads the checkpoints (folders, hub ids, places in S3) onto ``device``; see ``loading``.
 
         slots, static: see ``Generator``. cache: keeps what is known of images between
-        jobs. draft: see ``Recipe``. Raises CheckpointError, ValueError for a type or an attention
-        that the device is no good at, and for checkpoints in S3 ModelError and S3ModelAway.
+        jobs. draft: see ``Recipe``. adapters: over the generation checkpoint, for ``adapted``.
+        Raises CheckpointError, ValueError for a type or an attention that the device is no good
+        at, AdapterError, and for checkpoints in S3 ModelError and S3ModelAway.
         """
+        if adapters and compiled:
+            raise AdapterError(Flaw.UNSUPPORTED, "BLIPQ_COMPILE compiles no layers with adapters")
         setup = Setup(
             device=torch.device(device),
             dtype=dtype,
@@ -98,11 +107,12 @@ class Blip2:
         )
         cache = FeatureCache(0) if cache is None else cache
         written = _Part.load(generation, "generation", setup, draft)
+        written.adapt(adapters)
         generator = Generator(
             written.checkpoint,
             written.model,
             written.tokenizer,
-            written.vision(cache),
+            written.vision(cache, adapters),
             slots=slots,
             static=static,
         )
@@ -200,7 +210,7 @@ class Blip2:
     def _name(self, feature: Feature) -> str | None:
         """The feature's name in the cache; None for what the served model does not have."""
         if feature == "generation":
-            return self.generator.vision.name
+            return self.generator.vision.name_of(self.adapter)
         if self.matcher is None:
             return None
         vision = self.matcher.vision
@@ -276,6 +286,10 @@ class Blip2:
         """
         return self._embedder().embed(items)
 
+    def adapted(self, number: int, info: ModelInfo) -> "Adapted":
+        """The model with one of its adapters, numbered from 1, under an ``info`` of its own."""
+        return Adapted(self, number, info)
+
     def _matcher(self) -> Matcher:
         if self.matcher is None:
             raise self._no_retrieval()
@@ -289,6 +303,42 @@ class Blip2:
     def _no_retrieval(self) -> PermanentError:
         message = f"the served model {self.info.checkpoint!r} has no retrieval checkpoint"
         return PermanentError(ErrorCode.MODEL_UNAVAILABLE, message)
+
+
+class Adapted(Blip2):
+    """A resident model with a LoRA adapter: all but the adapter is the other's.
+
+    adapter: its number; see ``adapters.layers.Rows``. Items of both, and of others over the same
+    resident, can run together there, where they say their adapter themselves.
+    """
+
+    def __init__(self, resident: Blip2, number: int, info: ModelInfo) -> None:
+        super().__init__(
+            info,
+            resident.generator,
+            resident.matcher,
+            resident.embedder,
+            resident.explainer,
+            resident._cache,
+        )
+        self.resident, self.adapter = resident, number
+        self.ranker = resident.ranker
+
+    def generate(
+        self, items: Sequence[GenerateItem], wanted: Callable[[int], bool] = lambda index: True
+    ) -> list[list[list[GeneratedText]]]:
+        """Texts with the adapter."""
+        return super().generate([self.of(item) for item in items], wanted)
+
+    def rank(self, items: Sequence[RankItem]) -> list[list[list[float]]]:
+        """Log-likelihoods with the adapter."""
+        return super().rank([self.of(item) for item in items])
+
+    def of(self, item: _Some) -> _Some:
+        """The item as the resident takes it for this adapter; others than texts are the same."""
+        if isinstance(item, GenerateItem | RankItem):
+            return dataclasses.replace(item, adapter=self.adapter)
+        return item
 
 
 def _info(
@@ -365,6 +415,12 @@ class _Part:
             queries=f"queries/{version}",
         )
 
+    def adapt(self, adapters: Sequence[Adapter]) -> None:
+        """Puts adapters beside its layers. Raises AdapterError."""
+        for adapter in adapters:
+            adapter.require_base(self.checkpoint.name)
+        attach(self.model, adapters)
+
     def share_tower(self, other: "_Part") -> bool:
         """Takes the other's vision tower where it is the same, and lets its own go."""
         alike = self.preprocessor.recipe.version == other.preprocessor.recipe.version
@@ -381,7 +437,8 @@ class _Part:
         longest = self.checkpoint.config.qformer_config.max_position_embeddings
         return Reading(str(self.checkpoint.folder), longest)
 
-    def vision(self, cache: FeatureCache) -> Vision:
+    def vision(self, cache: FeatureCache, adapters: Sequence[Adapter] = ()) -> Vision:
+        numbered = enumerate(adapters, start=1)
         return Vision(
             self.model,
             side=self.side,
@@ -389,4 +446,9 @@ class _Part:
             queries=self.queries,
             table=self.preprocessor.table,
             cache=cache,
+            adapted={
+                number: f"{self.queries}/{adapter.digest()}"
+                for number, adapter in numbered
+                if adapter.changes_queries
+            },
         )

@@ -170,9 +170,9 @@ def weight_files(folder: Path, there: Container[str] | None = None) -> dict[Path
         there = {each.name for each in folder.iterdir() if each.exists()}
     if ADAPTER in there:
         raise ModelError(
-            f"its folder holds a LoRA adapter ({ADAPTER}), which is not served as such: merge it "
-            "into its base model with peft's merge_and_unload, save that with save_pretrained, and "
-            "keep the adapter elsewhere"
+            f"its folder holds a LoRA adapter ({ADAPTER}): serve it over its base by "
+            "BLIPQ_ADAPTERS=name=base:folder, or merge it into its base model with peft's "
+            "merge_and_unload, save that with save_pretrained, and keep the adapter elsewhere"
         )
     if WHOLE in there:
         return {folder / WHOLE: None}

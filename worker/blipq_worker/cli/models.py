@@ -12,6 +12,7 @@ import typer
 from blipq.cli.terminal.group import Group
 from blipq.cli.terminal.output import JsonOption, out
 from blipq.submission import checked
+from blipq_worker.catalog.adapters import Described, described
 from blipq_worker.catalog.models import KNOWN_MODELS
 from blipq_worker.catalog.s3.places import is_in_s3
 from blipq_worker.catalog.weights import (
@@ -39,7 +40,9 @@ _SUMS = ("weights", "shared", "kv_batch", "kv_slots", "activations", "host_cache
 
 @app.command("list")
 def list_(as_json: JsonOption = False) -> None:
-    """List the known models, and those of BLIPQ_MODELS, and whether their weights are there.
+    """List the known models, those of BLIPQ_MODELS, and whether their weights are there.
+
+    Adapters of BLIPQ_ADAPTERS are listed, too, with what keeps them from being served.
 
     Examples:
         blipq models list
@@ -50,6 +53,7 @@ def list_(as_json: JsonOption = False) -> None:
     }
     with refused():
         others = _others()
+        adapters = list(described(checked(WorkerSettings).adapters))
     if as_json:
         rows = [
             {"model": name, "about": KNOWN_MODELS[name].about, "checkpoints": _described(found)}
@@ -59,7 +63,8 @@ def list_(as_json: JsonOption = False) -> None:
             {"model": name, "checkpoints": _described(found)} for name, found in others.items()
         ]
         place = {"cache": str(hub_cache()), "free": free_bytes()}
-        print(json.dumps({"models": rows, "served": served, **place}))
+        over = [asdict(each) for each in adapters]
+        print(json.dumps({"models": rows, "served": served, "adapters": over, **place}))
         return
     for name, found in known.items():
         print(f"{name:16} {KNOWN_MODELS[name].about}")
@@ -69,6 +74,8 @@ def list_(as_json: JsonOption = False) -> None:
         out.print(f"{name:16} as BLIPQ_MODELS has it", markup=False)
         for each in found:
             out.print(f"{'':16} {_weights_line(each)}", markup=False)
+    for adapter in adapters:
+        out.print(f"{adapter.name:16} {_adapter_line(adapter)}", markup=False)
     print(f"{'demo':16} coloured shapes on a plain background; comes with blipq")
     print(f"\n{gigabytes(free_bytes())} free in {hub_cache()}")
     print("A worker fetches what it serves; by hand: hf download ID --exclude '*.bin'")
@@ -93,6 +100,9 @@ def memory(
         bool, typer.Option("--quantize-vision", help="Quantize the vision tower, too.")
     ] = False,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="A LoRA adapter's folder; may be repeated.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Count the memory that a model takes on a GPU or a CPU, without loading it.
@@ -125,6 +135,7 @@ def memory(
                 dtype=known_dtype,
                 load=load,
                 device=device,
+                adapters=adapter or (),
             )
 
         cards = gpus() if device == "cuda" else []
@@ -203,10 +214,12 @@ def weights() -> None:
         blipq models weights
     """
     with refused():
-        found = weights_of_served(checked(WorkerSettings).models)
+        options = checked(WorkerSettings)
+        found = weights_of_served(options.models)
         missing = [each for each in found if not each.present]
         described = {
             "weights": _described(found),
+            "adapters": [asdict(each) for each in described(options.adapters)],
             "cache": str(hub_cache()),
             "free": free_bytes(),
             "advice": how_to_get(missing) if missing else None,
@@ -228,6 +241,15 @@ def _weights_line(each: Weights) -> str:
     else:
         where = "here" if each.present else "not here"
     return f"{each.checkpoint:36} {size:>8}  {where}"
+
+
+def _adapter_line(each: Described) -> str:
+    if each.problem is not None:
+        return f"over {each.base}: {each.problem}"
+    assert each.parameters is not None
+    assert each.bytes is not None
+    size = f"rank {each.rank}, {each.parameters / 1e6:.1f} M, {gigabytes(each.bytes)}"
+    return f"over {each.base}: {each.folder}, {size}"
 
 
 def _described(found: Sequence[Weights]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from blipq.telemetry.trace import NOTHING, Trace, is_sampled
 from blipq_worker.batching.batcher import Batcher
 from blipq_worker.batching.entries import Ticket
 from blipq_worker.batching.interface import BatcherClosed, Idle, Judge
-from blipq_worker.blip2 import Blip2, GenerateItem, Pixels
+from blipq_worker.blip2 import Adapted, Blip2, GenerateItem, Pixels
 from blipq_worker.blip2 import Item as ModelItem
 from blipq_worker.blip2.loading.compiling import since_compiling
 from blipq_worker.engine.faults import is_out_of_memory
@@ -106,6 +106,8 @@ class Engine:
         on_start: Callable[[Sequence[Handle]], None] = lambda handles: None,
     ) -> None:
         self._models = dict(models)
+        #: Who runs the items of a model: the one that its adapter is over, or itself.
+        self._residents = _residents(self._models)
         self._times = VisionTimes()
         #: What is known of images whose items share them, as long as there are such items: all of
         #: a job are encoded once, whatever the cache holds.
@@ -118,6 +120,7 @@ class Engine:
             sessions={
                 _Key(name, GENERATE, None): partial(Writing, model, self._times)
                 for name, model in self._models.items()
+                if self._residents[name] == name
             },
             judge=judge,
             idle=idle,
@@ -152,8 +155,11 @@ class Engine:
         """Takes an item. Raises ItemFailed (image_unknown), and EngineGone once it is closed."""
         verb = verb_of(item)
         pixels = None if item.image is None else self._pixels(model, item.image, verb.feature(item))
-        task = Task(as_model_item(item, pixels), item.image, verb.cost(item), trace)
-        key = _Key(model, verb, verb.setting(item))
+        served, made = self._models[model], as_model_item(item, pixels)
+        if isinstance(served, Adapted):
+            made = served.of(made)
+        task = Task(made, item.image, verb.cost(item), trace)
+        key = _Key(self._residents[model], verb, verb.setting(item))
         try:
             future = self.batcher.submit(
                 task,
@@ -161,7 +167,7 @@ class Engine:
                 priority=_URGENCY[priority],
                 deadline=deadline,
                 alone=alone,
-                same=_same(verb, item),
+                same=_same(verb, item, made),
             )
         except BatcherClosed as error:
             raise EngineGone("the engine is closed") from error
@@ -248,13 +254,23 @@ def _writing(task: Task) -> Trace:
     return tracing.continued(name, task.trace, links=[task.trace]) if task.trace else NOTHING
 
 
-def _same(verb: Verb, item: Item) -> Hashable | None:
+def _residents(models: Mapping[str, Blip2]) -> dict[str, str]:
+    """The name of the resident model behind each name."""
+    names = {id(model): name for name, model in models.items()}
+    return {
+        name: names[id(model.resident)] if isinstance(model, Adapted) else name
+        for name, model in models.items()
+    }
+
+
+def _same(verb: Verb, item: Item, made: ModelItem) -> Hashable | None:
     """What items share that must come to the same; None for one that is like no other."""
     image = item.image
     if not verb.repeats(item) or (image is not None and image.digest is None):
         return None
     rest = tuple(getattr(item, name) for name in item.__struct_fields__ if name != "image")
-    return None if image is None else image.digest, rest
+    adapter = getattr(made, "adapter", 0)
+    return None if image is None else image.digest, rest, adapter
 
 
 def failure_of(error: BaseException) -> Failure:

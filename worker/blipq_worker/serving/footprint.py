@@ -6,11 +6,12 @@ activations are an estimate. Torch is imported where it is needed, and transform
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blipq_worker.catalog.adapters import read_adapter
 from blipq_worker.catalog.models import KNOWN_MODELS, ModelError, served_model
 from blipq_worker.catalog.s3.objects import Objects
 from blipq_worker.catalog.s3.places import is_in_s3, place_of
@@ -147,11 +148,12 @@ def memory_of(
     dtype: Dtype = "auto",
     load: Load | None = None,
     device: str = "cuda",
+    adapters: Sequence[str] = (),
 ) -> Memory:
     """What serving ``what`` takes (a known model, or ``generation[+retrieval]``).
 
     quantization: ``auto`` counts the weights in full, as a worker keeps them where they fit.
-    Raises ModelError where its configuration is not to be had, and S3ModelAway.
+    adapters: folders of LoRA adapters over it. Raises AdapterError for these, ModelError where its configuration is not to be had, and S3ModelAway.
     """
     import torch
 
@@ -169,6 +171,7 @@ def memory_of(
         retrieval = config_of(served.retrieval, retrieval=True)
         matching = choose_precision(dtype, on, "retrieval")
         parts += parts_of(retrieval, matching, quantizing, retrieval=True)
+    parts += [_adapter_part(folder, precision) for folder in adapters]
     kv_token = _kv_token(config, precision)
     tokens = config.num_query_tokens + load.prompt_tokens + load.new_tokens
     return Memory(
@@ -271,6 +274,17 @@ def parts_of(
             continue
         yield Part(name, label, size.rest, size.rest * kept.itemsize)
         yield Part(name, quantizing.method, size.linear, _quantized_bytes(size, quantizing.method))
+
+
+def _adapter_part(folder: str, precision: "Precision") -> Part:
+    """An adapter's weights: of the language model in its type, of the Q-Former in fp32."""
+    adapter = read_adapter(folder)
+    size = 0
+    for layer, target in adapter.targets.items():
+        kept = _kept("q-former" if layer.startswith("qformer.") else "language model", precision)
+        size += target.rank * (target.inputs + target.outputs) * kept.itemsize
+    label = str(precision.language).removeprefix("torch.")
+    return Part(f"adapter {adapter.folder.name}", label, adapter.parameters, size)
 
 
 def _kept(part: str, precision: "Precision") -> Any:

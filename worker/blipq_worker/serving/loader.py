@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from blipq_worker.catalog.adapters import Adapter, AdapterError, read_adapter
 from blipq_worker.catalog.models import ModelError, served_model
 from blipq_worker.catalog.s3.errors import S3ModelAway, S3ModelError
 from blipq_worker.catalog.weights import how_to_get, weights_of_served
@@ -74,10 +75,12 @@ def _load_all(
     stay_near(device)
     quantization, why = kept_on(device, options)
     log.info("weights: %s", why)
+    adapters = _read_adapters(options)
     loaded = {}
     for name, what in options.models.items():
         with _explained(name, options):
-            model = _load(name, what, options, cache, device, quantization)
+            over = list(adapters[name].values())
+            model = _load(name, what, options, cache, device, quantization, over)
             if options.compile:
                 with START.part("warm-up"):
                     canary.warm(model)
@@ -87,7 +90,45 @@ def _load_all(
         loaded[name] = model
     with START.part("slots and graphs"):
         _open_slots(loaded, options, opening)
+    for name, over in adapters.items():
+        loaded |= _adapted(name, loaded[name], over, options)
     return loaded
+
+
+def _read_adapters(options: WorkerSettings) -> dict[str, dict[str, Adapter]]:
+    """What adapters hold, by their base and name. Raises AdapterError."""
+    found: dict[str, dict[str, Adapter]] = {name: {} for name in options.models}
+    for name, (base, folder) in options.adapters.items():
+        try:
+            found[base][name] = read_adapter(folder)
+        except AdapterError as error:
+            raise AdapterError(error.code, f"adapter {name!r}: {error.text}") from error
+    return found
+
+
+def _adapted(
+    base: str, resident: "Blip2", adapters: Mapping[str, Adapter], options: WorkerSettings
+) -> "dict[str, Blip2]":
+    """Models for the adapters of a resident one. Raises ModelError where one answers nonsense."""
+    from blipq_worker.serving import canary
+
+    found: dict[str, Blip2] = {}
+    for number, (name, adapter) in enumerate(adapters.items(), start=1):
+        info = replace(
+            resident.info,
+            checkpoint=":".join(options.adapters[name]),
+            revision=f"{resident.info.revision}+{adapter.digest()}",
+            load_seconds=0.0,
+        )
+        found[name] = resident.adapted(number, info)
+        log.info(
+            "adapter %s over %s: %s, rank %d, %.1f M parameters",
+            *(name, base, adapter.folder, adapter.rank, adapter.parameters / 1e6),
+        )
+        if options.canary:
+            with _explained(name, options):
+                canary.check(found[name])
+    return found
 
 
 def _goldens(options: WorkerSettings) -> "dict[str, Golden | None]":
@@ -136,6 +177,7 @@ def _load(
     cache: "FeatureCache",
     device: str,
     quantization: Kept,
+    adapters: Sequence[Adapter] = (),
 ) -> "Blip2":
     from blipq_worker.blip2 import Blip2
     from blipq_worker.blip2.loading.precision import cpu_has_bfloat16
@@ -159,6 +201,7 @@ def _load(
         static=False,  # not before the weights of all models are there
         cache=cache,
         draft=options.jpeg_draft,
+        adapters=adapters,
     )
     took = time.monotonic() - began
     # Receipts and indexes name a model as the settings do, not by its folder here.
@@ -197,8 +240,8 @@ def checker(
 def _explained(name: str, options: WorkerSettings) -> Iterator[None]:
     """Whatever keeps a model from being served becomes a ModelError that says what to do.
 
-    A device that is lost becomes DeviceLost; S3ModelAway stays what it is, and S3ModelError keeps
-    its code at its beginning.
+    A device that is lost becomes DeviceLost; S3ModelAway stays what it is, and S3ModelError and
+    AdapterError keep their codes at the beginning.
     """
     import torch
 
@@ -212,6 +255,8 @@ def _explained(name: str, options: WorkerSettings) -> Iterator[None]:
         raise
     except S3ModelError as error:
         raise S3ModelError(error.code, f"model {name!r}: {error.text}") from error
+    except AdapterError as error:
+        raise AdapterError(error.code, f"model {name!r}: {error.text}") from error
     except CanaryError as error:
         advice = "it is damaged or does not suit these settings (BLIPQ_CANARY=0 serves it)"
         raise ModelError(f"model {name!r} failed its check: {error}; {advice}") from error
@@ -222,7 +267,8 @@ def _explained(name: str, options: WorkerSettings) -> Iterator[None]:
         raise ModelError(f"model {name!r}: {error}") from error
     except (torch.OutOfMemoryError, MemoryError) as error:
         reason = (str(error) or "out of memory").splitlines()[0]
-        advice = f"`blipq models memory {options.models[name]}` counts what it takes"
+        what = options.models.get(name, name)
+        advice = f"`blipq models memory {what}` counts what it takes"
         raise ModelError(f"model {name!r} does not fit: {reason}; {advice}") from error
     except Exception as error:  # of libraries that read files, and of a configuration that lies
         log.debug("model %r", name, exc_info=error)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from blipq_worker.catalog.adapters import read_adapter
 from blipq_worker.catalog.models import ModelError, served_model
 from blipq_worker.catalog.s3.places import is_in_s3
 from blipq_worker.serving.footprint import GIB, Load, Memory, memory_of
@@ -17,6 +18,8 @@ Kept = Literal["none", "int8", "nf4"]
 
 #: The files of a container's limit, and of what it has used.
 _LIMIT = ("max", "current")
+#: Bytes of a number of an adapter, at most.
+_FULL = 4
 _CARDS_GIB = (6, 8, 12, 16, 24, 32, 40, 48, 80, 141)
 
 
@@ -102,6 +105,8 @@ def kept_on(device: str, options: WorkerSettings) -> tuple[Kept, str]:
         return "none", "not quantized, as on any CPU"
     try:
         needed = sum(_in_full(options, what, device) for what in options.models.values())
+        for _, folder in options.adapters.values():
+            needed += _FULL * read_adapter(folder).parameters
     except ModelError:  # loading fails, too, and says what to do
         return "nf4", "nf4: how much they take in full is not known"
     free = available_bytes(device) or 0

@@ -58,6 +58,15 @@ def _weights() -> Findings:
         message = f"missing: {names}" + (", and the disk is too full" if full else "")
         bad = full or any(each.get("problem") for each in missing)
         yield Finding("bad" if bad else "warn", "weights", message, found["advice"])
+    for each in found.get("adapters", []):
+        name = f"{each['name']} over {each['base']}"
+        if each["problem"] is None:
+            size = _size(each["bytes"])
+            message = f"{name}: {each['folder']}, rank {each['rank']}, {size}"
+            yield Finding("ok", "adapter", message)
+        else:
+            advice = "correct BLIPQ_ADAPTERS or the folder: docs/adapters.md"
+            yield Finding("bad", "adapter", f"{name}: {each['problem']}", advice)
 
 
 def _gpus() -> Findings | None:

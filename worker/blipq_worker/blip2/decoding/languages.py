@@ -7,12 +7,14 @@ a sequence alone is a row, and a group of beams as many rows as it has beams (``
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import EncoderDecoderCache
 
+from blipq_worker.blip2.adapters.layers import rows_of
 from blipq_worker.blip2.decoding.groups import BeamStep
 from blipq_worker.blip2.decoding.kv_cache import Slots, round_up
 from blipq_worker.blip2.decoding.opt_step import OptStep
@@ -42,6 +44,7 @@ class Language(ABC):
     def __init__(self, model: Any, layers: int, kinds: int) -> None:
         """kinds: of attention with slots of their own."""
         self._model = model
+        self._adapters = rows_of(model)
         self.alone: Pool = tuple(Slots(layers) for _ in range(kinds))
         self.groups: Pool = tuple(Slots(layers) for _ in range(kinds))
         self._attend = next_token_attention(model.config._attn_implementation)
@@ -70,7 +73,8 @@ class Language(ABC):
         ids = [row.ids + [0] * (longest - len(row.ids)) for row in rows]
         prompts = torch.tensor(ids, dtype=torch.long, device=queries.device)
         lengths = torch.tensor([row.prompt_length for row in rows], device=queries.device)
-        return self.read(queries, prompts, lengths)
+        with self._adapters.listed([row.adapter for row in rows], queries.device):
+            return self.read(queries, prompts, lengths)
 
     def read(
         self, queries: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor
@@ -100,7 +104,19 @@ class Language(ABC):
         parts = [] if beams is None else [self._of_beams(beams)]
         if alone:
             parts.insert(0, self._of_sequences(alone, where))
-        return self._step(parts)
+        with self._adapted(alone, beams):
+            return self._step(parts)
+
+    def _adapted(
+        self, alone: Sequence[Row], beams: BeamStep | None
+    ) -> AbstractContextManager[None]:
+        """A pass over the rows of a step, with their adapters."""
+        if not self._adapters.loaded:
+            return nullcontext()
+        numbers = [row.adapter for row in alone]
+        for group in [] if beams is None else beams.groups:
+            numbers += [group.row.adapter] * group.beams
+        return self._adapters.listed(numbers, self._model.get_input_embeddings().weight.device)
 
     @abstractmethod
     def _step(self, parts: Sequence["Part"]) -> torch.Tensor:
@@ -187,7 +203,8 @@ class Opt(Language):
     def step(self, alone: Sequence[Row], where: Where, beams: BeamStep | None) -> torch.Tensor:
         if self._suits or not alone:
             return super().step(alone, where, beams)
-        scores = self._by_the_model(alone, where)
+        with self._adapted(alone, None):
+            scores = self._by_the_model(alone, where)
         return scores if beams is None else torch.cat([scores, super().step([], where, beams)])
 
     def _by_the_model(self, rows: Sequence[Row], where: Where) -> torch.Tensor:

@@ -39,7 +39,8 @@ class RowParams(Protocol):
 class Row:
     """An image's projected queries, (32, hidden), a prompt, and the tokens written so far.
 
-    ``seed`` is that of its draws (``row_seed``); nothing else decides them. ``joined``: it has had
+    ``seed`` is that of its draws (``row_seed``); nothing else decides them. ``adapter``: see
+    ``adapters.layers.Rows``. ``joined``: it has had
     a slot; its first token may come later. With beams ``tokens`` stays empty: once it has ended,
     ``texts`` has the best of them, and ``scores`` their sums of log-probabilities, divided as the
     length penalty says.
@@ -54,6 +55,7 @@ class Row:
     joined: bool = False
     texts: list[list[int]] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
+    adapter: int = 0
 
     def write(self, token: int, ends: Collection[int]) -> None:
         """Appends a token; an end token, or the last one allowed, ends the row."""

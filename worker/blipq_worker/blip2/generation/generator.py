@@ -215,12 +215,13 @@ class Generator:
         return answers
 
     @torch.inference_mode()
-    def project(self, images: Sequence[Pixels]) -> torch.Tensor:
+    def project(self, images: Sequence[Pixels], adapters: Sequence[int] = ()) -> torch.Tensor:
         """Images as the language model reads them: (B, 32, its hidden size).
 
         At most one pass of the vision tower over each, whatever number of prompts follows.
+        adapters: of each image; see ``adapters.layers.Rows``.
         """
-        queries = self.vision.queries(images)
+        queries = self.vision.queries(images, adapters)
         projection = self.model.language_projection
         embedding = self.model.language_model.get_input_embeddings().weight
         projected: torch.Tensor = projection(queries.to(projection.weight.dtype))

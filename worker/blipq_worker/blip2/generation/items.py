@@ -8,11 +8,15 @@ from blipq_worker.inference.requests import GenerationParams
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GenerateItem:
-    """One image and the prompts to go on from; an empty prompt is allowed."""
+    """One image and the prompts to go on from; an empty prompt is allowed.
+
+    adapter: see ``adapters.layers.Rows``.
+    """
 
     pixels: Pixels
     prompts: tuple[str, ...]
     params: GenerationParams
+    adapter: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ class Writer(Protocol):
     def checked_ids(self, prompt: str, params: GenerationParams) -> list[int]:
         """A prompt's token ids. Raises PermanentError ``invalid_request`` if they are too many."""
 
-    def project(self, images: Sequence[Pixels]) -> torch.Tensor:
+    def project(self, images: Sequence[Pixels], adapters: Sequence[int] = ()) -> torch.Tensor:
         """Images as the language model reads them: (B, 32, its hidden size)."""
 
     def text(self, row: Sequence[int]) -> GeneratedText:
@@ -123,7 +123,9 @@ class WritingSession:
         seeds = [row_seed(seed, index) for index in range(alternatives)]
         prompts = [self._generator.checked_ids(prompt, params) for prompt in item.prompts]
         unseen = self._generator.model.query_tokens[0]
-        return [Row(unseen, ids, params, seed) for ids in prompts for seed in seeds]
+        return [
+            Row(unseen, ids, params, seed, adapter=item.adapter) for ids in prompts for seed in seeds
+        ]
 
     def leave(self, ticket: Ticket) -> None:
         """Lets an item go, finished or not."""
@@ -167,7 +169,8 @@ class WritingSession:
         """One pass of the vision tower over the images of the rows that come next."""
         new = [each for each in among if not each.seen and not coming.isdisjoint(each.rows)]
         if new:
-            images = self._generator.project([each.item.pixels for each in new])
+            pixels = [each.item.pixels for each in new]
+            images = self._generator.project(pixels, [each.item.adapter for each in new])
             for each, queries in zip(new, images, strict=True):
                 each.see(queries)
 

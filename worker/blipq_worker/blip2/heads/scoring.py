@@ -6,6 +6,7 @@ method; here it is the same sum, up to the line feed that ends a text in OPT's t
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
+from blipq_worker.blip2.adapters.layers import rows_of
 from blipq_worker.blip2.generation.generator import Generator
 from blipq_worker.blip2.text.padding import padded
 from blipq_worker.blip2.vision.preprocessing import Pixels
@@ -25,11 +27,15 @@ _IGNORED = -100
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RankItem:
-    """One image, the prompts that ask about it, and the answers that each may have."""
+    """One image, the prompts that ask about it, and the answers that each may have.
+
+    adapter: see ``adapters.layers.Rows``.
+    """
 
     pixels: Pixels
     prompts: tuple[str, ...]
     choices: tuple[str, ...]
+    adapter: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,7 @@ class _Prompt:
     item: int
     ids: list[int]
     choices: list[list[int]]
+    adapter: int
 
 
 class Ranker:
@@ -47,6 +54,7 @@ class Ranker:
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
         self._language_model = generator.model.language_model
+        self._adapters = rows_of(generator.model)
         self._score = self._score_opt if generator.family == "opt" else self._score_t5
         #: Called after each chunk of pairs: a long batch is not a hung one.
         self.on_step: Callable[[], None] = lambda: None
@@ -66,7 +74,8 @@ class Ranker:
 
         One pass of the vision tower per image. Neighbours do not change a number beyond rounding.
         """
-        queries = self._generator.project([item.pixels for item in items])
+        pixels = [item.pixels for item in items]
+        queries = self._generator.project(pixels, [item.adapter for item in items])
         prompts = [
             prompt for index, item in enumerate(items) for prompt in self._prompts(index, item)
         ]
@@ -80,7 +89,10 @@ class Ranker:
 
     def _prompts(self, index: int, item: RankItem) -> list[_Prompt]:
         choices = [self._generator.answer_ids(choice) for choice in item.choices]
-        return [_Prompt(index, self._generator.ids(text), choices) for text in item.prompts]
+        return [
+            _Prompt(index, self._generator.ids(text), choices, item.adapter)
+            for text in item.prompts
+        ]
 
     def _chunk(
         self, queries: torch.Tensor, pairs: Sequence[tuple[_Prompt, list[int]]]
@@ -93,32 +105,52 @@ class Ranker:
         numbers = {id(prompt): number for number, prompt in enumerate(prompts)}
         owners = torch.tensor([numbers[id(prompt)] for prompt, _ in pairs], device=mask.device)
         answers, answer_mask = padded([answer for _, answer in pairs], 0, mask.device)
-        logits = self._score(embeds, mask, owners, answers, answer_mask)
+        adapters = [prompt.adapter for prompt in prompts]
+        of_pairs = [prompt.adapter for prompt, _ in pairs]
+        device = mask.device
+        logits = self._score(
+            self._adapters.listed(adapters, device),
+            self._adapters.listed(of_pairs, device),
+            embeds,
+            mask,
+            owners,
+            answers,
+            answer_mask,
+        )
         chances = logits.float().log_softmax(dim=-1).gather(-1, answers[..., None])[..., 0]
         return (chances * answer_mask).sum(dim=-1).tolist()
 
     def _score_opt(
         self,
+        reading: AbstractContextManager[None],
+        answering: AbstractContextManager[None],
         embeds: torch.Tensor,
         mask: torch.Tensor,
         owners: torch.Tensor,
         answers: torch.Tensor,
         answer_mask: torch.Tensor,
     ) -> torch.Tensor:
-        """Logits of each answer's tokens, (pairs, longest answer, vocabulary)."""
-        read = self._language_model(
-            inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1
-        )
+        """Logits of each answer's tokens, (pairs, longest answer, vocabulary).
+
+        reading, answering: the passes with adapters, of prompts and of pairs.
+        """
+        with reading:
+            read = self._language_model(
+                inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1
+            )
         read.cache.batch_select_indices(owners)
-        followed = self._language_model(
-            input_ids=answers[:, :-1],
-            attention_mask=torch.cat([mask[owners], answer_mask[:, :-1]], dim=1),
-            cache=read.cache,
-        )
+        with answering:
+            followed = self._language_model(
+                input_ids=answers[:, :-1],
+                attention_mask=torch.cat([mask[owners], answer_mask[:, :-1]], dim=1),
+                cache=read.cache,
+            )
         return torch.cat([read.logits[owners], followed.logits], dim=1)
 
     def _score_t5(
         self,
+        reading: AbstractContextManager[None],
+        answering: AbstractContextManager[None],
         embeds: torch.Tensor,
         mask: torch.Tensor,
         owners: torch.Tensor,
@@ -126,11 +158,13 @@ class Ranker:
         answer_mask: torch.Tensor,
     ) -> torch.Tensor:
         """Logits of each answer's tokens, (pairs, longest answer, vocabulary)."""
-        read = self._language_model.encoder(inputs_embeds=embeds, attention_mask=mask)
-        logits: torch.Tensor = self._language_model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=read.last_hidden_state[owners]),
-            attention_mask=mask[owners],
-            decoder_attention_mask=answer_mask,
-            labels=answers.masked_fill(answer_mask == 0, _IGNORED),
-        ).logits
+        with reading:
+            read = self._language_model.encoder(inputs_embeds=embeds, attention_mask=mask)
+        with answering:
+            logits: torch.Tensor = self._language_model(
+                encoder_outputs=BaseModelOutput(last_hidden_state=read.last_hidden_state[owners]),
+                attention_mask=mask[owners],
+                decoder_attention_mask=answer_mask,
+                labels=answers.masked_fill(answer_mask == 0, _IGNORED),
+            ).logits
         return logits

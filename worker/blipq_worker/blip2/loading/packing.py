@@ -18,6 +18,7 @@ class PackedLinear(torch.nn.Module):
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
+        self.out_features = linear.out_features
         packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
         self.weight: torch.Tensor
         self.bias: torch.Tensor | None

@@ -8,12 +8,14 @@ checkpoints.
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
+from blipq_worker.blip2.adapters.layers import rows_of
 from blipq_worker.blip2.cuda.batches import CapturedPass
 from blipq_worker.blip2.cuda.capture import Run
 from blipq_worker.blip2.vision.cache import FeatureCache
@@ -64,7 +66,8 @@ class Vision:
 
     model: after ``split_tower``. side: which pixels it takes. tower, queries: names of the outputs
     of tower and Q-Former in the cache; each stands for preprocessing, weights and precision, so
-    checkpoints that share a tower share its name. table: see ``Preprocessor``.
+    checkpoints that share a tower share its name. table: see ``Preprocessor``. adapted: the names of
+    the queries that adapters of the Q-Former make, by their numbers.
     """
 
     def __init__(
@@ -76,10 +79,13 @@ class Vision:
         queries: str,
         table: torch.Tensor,
         cache: FeatureCache,
+        adapted: Mapping[int, str] | None = None,
     ) -> None:
         self.model = model
         self.tower = tower
         self.name = queries
+        self._adapted = dict(adapted or {})
+        self._adapters = rows_of(model)
         self._side = side
         self._cache = cache
         self._table = table.to(model.query_tokens.device)
@@ -99,10 +105,30 @@ class Vision:
         with self._timed(self.tower, images):
             return self._patches(images)
 
-    def queries(self, images: Sequence[Pixels]) -> torch.Tensor:
-        """The Q-Former's 32 queries after they have read each image: (B, 32, 768), fp32."""
-        with self._timed(self.name, images):
-            return self._each(self.name, images, self._read)
+    def name_of(self, adapter: int) -> str:
+        """The name in the cache of the queries that an adapter reads: its own, or everyone's."""
+        return self._adapted.get(adapter, self.name)
+
+    def queries(self, images: Sequence[Pixels], adapters: Sequence[int] = ()) -> torch.Tensor:
+        """The Q-Former's 32 queries after they have read each image: (B, 32, 768), fp32.
+
+        adapters: of each image; all but those of the Q-Former read the same.
+        """
+        readers = [each if each in self._adapted else 0 for each in adapters] or [0] * len(images)
+        if len(set(readers)) == 1:
+            return self._queries(images, readers[0])
+        found: list[Any] = [None] * len(images)
+        for reader in set(readers):
+            at = [index for index, each in enumerate(readers) if each == reader]
+            read = self._queries([images[index] for index in at], reader)
+            for index, queries in zip(at, read, strict=True):
+                found[index] = queries
+        return torch.stack(found)
+
+    def _queries(self, images: Sequence[Pixels], adapter: int) -> torch.Tensor:
+        name = self.name_of(adapter)
+        with self._timed(name, images):
+            return self._each(name, images, partial(self._read, adapter=adapter))
 
     def _patches(self, images: Sequence[Pixels]) -> torch.Tensor:
         patches: torch.Tensor = self.model.last_layernorm(
@@ -120,8 +146,13 @@ class Vision:
             self.on_step()
         return torch.cat(seen) if len(seen) > 1 else seen[0]
 
-    def _read(self, images: Sequence[Pixels]) -> torch.Tensor:
-        read = self._query_pass(self._patches(images))
+    def _read(self, images: Sequence[Pixels], adapter: int) -> torch.Tensor:
+        patches = self._patches(images)
+        if adapter:  # no graph was captured with it
+            with self._adapters.listed([adapter] * len(images), patches.device):
+                read = self._query(patches)
+        else:
+            read = self._query_pass(patches)
         self.on_step()
         return read
 
@@ -159,7 +190,7 @@ class Vision:
         if missing:
             found.update(zip(missing, compute(list(missing.values())), strict=True))
         for image in images:
-            if name == self.name or image.whole:  # else the next job needs less than all of it
+            if name != self.tower or image.whole:  # else the next job needs less than all of it
                 self._keep(name, image, found[_identity(image)])
         return self._stacked([found[_identity(image)] for image in images])
 

@@ -17,7 +17,13 @@ from blipq_worker.blip2.decoding.kv_cache import round_up
 from blipq_worker.blip2.decoding.sequences import Row
 from blipq_worker.blip2.decoding.static.groups import SlotGroups
 from blipq_worker.blip2.decoding.static.sampler import Variant
-from blipq_worker.blip2.decoding.static.state import PARAMS, Place, SlotState, packed_params
+from blipq_worker.blip2.decoding.static.state import (
+    ADAPTER,
+    PARAMS,
+    Place,
+    SlotState,
+    packed_params,
+)
 from blipq_worker.blip2.decoding.static.step import StaticStep
 
 log = logging.getLogger(__name__)
@@ -88,7 +94,8 @@ class Admission:
             part.contiguous() for part in torch.split(table, widths, dim=1)
         )
         lengths = lengths[:, 0]
-        scores, filled, positions = step.language.prefill(queries, ids, lengths)
+        with step.language.rows.of(params[:, ADAPTER]):
+            scores, filled, positions = step.language.prefill(queries, ids, lengths)
         fresh = step.state.fresh(params, positions, step.sampler.start)
         begun = step.sampler.begun(fresh) if variant.beams else None
         chosen = step.sampler.write(scores, fresh, variant, begun)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from blipq_worker.blip2.adapters.layers import LowRank, parts_of
+
 Pass = Callable[[torch.Tensor], torch.Tensor]
 
 #: Columns in which 8-bit layers keep 16 bits, at most: those with the largest outliers.
@@ -14,10 +16,21 @@ _OUTLIERS = 32
 
 def pass_of(linear: Any) -> Pass:
     """From (n, in) to (n, out)."""
+    own, low = parts_of(linear)
+    if low is not None:
+        return _adapted(pass_of(own), low)
     if is_eight_bits(linear) and linear.state.threshold > 0:
         return EightBits(linear)
     run: Pass = linear.forward
     return run
+
+
+def _adapted(run: Pass, low: LowRank) -> Pass:
+    def adapted(states: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = low.forward(run(states), states)
+        return found
+
+    return adapted
 
 
 def norm_of(norm: Any) -> Pass:
@@ -86,8 +99,12 @@ def fused(linears: Sequence[Any]) -> Pass:
     """From (n, in) to the outputs of all layers side by side, (n, their sum).
 
     Plain layers become views of one weight, so that nothing is held twice, and one product;
-    quantized and packed ones stay what they are.
+    quantized and packed ones stay what they are. Adapters beside them are one product, too.
     """
+    own, low = zip(*(parts_of(linear) for linear in linears), strict=True)
+    if any(each is not None for each in low):
+        widths = [linear.out_features for linear in own]
+        return _adapted(fused(own), LowRank.joined(low, widths))
     if all(type(linear) is torch.nn.Linear for linear in linears):
         return _Product(linears)
     passes = [pass_of(linear) for linear in linears]

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from blipq_worker.blip2.adapters.layers import rows_of
 from blipq_worker.blip2.decoding.languages import Opt
 from blipq_worker.blip2.decoding.opt_step import OptStep
 from blipq_worker.blip2.decoding.sequences import Row
@@ -20,6 +21,7 @@ class StaticOpt:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self.rows = rows_of(model)
         self._growing = Opt(model)
         self._decoder = model.model.decoder
         self._layers = [_Layer(layer) for layer in self._decoder.layers]

@@ -19,7 +19,8 @@ LONGEST_NGRAM = 32
 # Columns of ``SlotState.params``. Of numbers with a fraction it holds the bits, as float64.
 _LIMIT, _LEAST, _SEED, _DRAWS, _TOP_K, _NGRAM, _BEAMS = range(7)
 _TEMPERATURE, _TOP_P, _REPETITION, _LENGTH = range(7, 11)
-PARAMS = 11
+ADAPTER = 11
+PARAMS = 12
 
 
 class Place(NamedTuple):
@@ -35,9 +36,8 @@ def packed_params(row: Row) -> list[int]:
     whole = [params.max_new_tokens, params.min_new_tokens, row.seed, int(params.do_sample)]
     whole += [params.top_k, params.no_repeat_ngram_size, params.num_beams]
     fractions = params.temperature, params.top_p, params.repetition_penalty, params.length_penalty
-    return whole + [
-        int.from_bytes(struct.pack("<d", value), "little", signed=True) for value in fractions
-    ]
+    bits = [int.from_bytes(struct.pack("<d", value), "little", signed=True) for value in fractions]
+    return [*whole, *bits, row.adapter]
 
 
 @dataclass(slots=True)
@@ -215,6 +215,11 @@ class SlotState:
     def beams(self) -> torch.Tensor:
         """Beams of the search that the slot takes part in, (n,); 1: of none."""
         return self.params[:, _BEAMS]
+
+    @property
+    def adapter(self) -> torch.Tensor:
+        """LoRA adapters, (n,), as ``adapters.layers.Rows`` has them."""
+        return self.params[:, ADAPTER]
 
     @property
     def temperature(self) -> torch.Tensor:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from blipq_worker.blip2.adapters.layers import Rows
 from blipq_worker.blip2.decoding.sequences import Row
 from blipq_worker.blip2.decoding.static.attention.methods import Attention
 from blipq_worker.blip2.decoding.static.groups import SlotGroups
@@ -22,7 +23,7 @@ class StaticLanguage(Protocol):
 
     start: what penalties count as written before a first token. heads, size: of self-attention.
     longest: the most columns that make sense. columns: of a slot in self-attention. prompt_columns:
-    what a prompt may take of a slot, its queries included.
+    what a prompt may take of a slot, its queries included. rows: of its adapters.
     """
 
     start: tuple[int, ...]
@@ -33,6 +34,7 @@ class StaticLanguage(Protocol):
     longest: int
     columns: int
     prompt_columns: int
+    rows: Rows
 
     def suits(self, row: Row) -> bool:
         """Whether a slot holds a sequence at its longest."""
@@ -110,7 +112,8 @@ class StaticStep:
         if shape.variant.beams:
             groups = self.groups.first(shape.slots, shape.variant.beams)
             ancestry = groups.ancestry
-        scores = self.language.step(state, self.attention, shape.window, ancestry)
+        with self.language.rows.of(state.adapter):
+            scores = self.language.step(state, self.attention, shape.window, ancestry)
         chosen = self.sampler.write(scores, state, shape.variant, groups)
         self.chosen[: shape.slots].copy_(chosen)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from blipq_worker.blip2.adapters.layers import rows_of
 from blipq_worker.blip2.decoding.languages import T5
 from blipq_worker.blip2.decoding.sequences import Row
 from blipq_worker.blip2.decoding.static.attention.caches import KeysAndValues
@@ -23,6 +24,7 @@ class StaticT5:
 
     def __init__(self, model: Any) -> None:
         self._model, self._decoder = model, model.decoder
+        self.rows = rows_of(model)
         self._growing = T5(model)
         self.start = self._growing.start
         self._layers = [_Layer(block) for block in self._decoder.block]
