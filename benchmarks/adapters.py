@@ -33,14 +33,13 @@ RECIPE = ("q_proj", "k_proj")
 TARGETS = {"recipe": RECIPE, "all": (*RECIPE, "v_proj", "out_proj", "fc1", "fc2")}
 
 
-def written(
-    folder: Path, checkpoint: str, targets: Sequence[str], rank: int, seed: int
-) -> Adapter:
+def written(folder: Path, checkpoint: str, targets: Sequence[str], rank: int, seed: int) -> Adapter:
     """An adapter of random numbers, as PEFT stores it."""
     dice = torch.Generator().manual_seed(seed)
     tensors = {}
     with safe_open(Path(checkpoint) / "model.safetensors", framework="pt") as stored:
-        for name in stored.keys():
+        names = stored.keys()
+        for name in names:
             layer, _, kind = name.rpartition(".")
             known = kind == "weight" and layer.rpartition(".")[2] in targets
             if not known or not layer.startswith("language_model."):
@@ -105,9 +104,7 @@ def compare(
         written(folder / str(number), checkpoint, targets, options.rank, number)
         for number in range(options.adapters)
     ]
-    adapted = Blip2.load(
-        checkpoint, dtype=options.dtype, device=options.device, adapters=adapters
-    )
+    adapted = Blip2.load(checkpoint, dtype=options.dtype, device=options.device, adapters=adapters)
     found: dict[str, Any] = {
         "model_mb": loaded_bytes(layers) / 1e6,
         "with_adapters_mb": loaded_bytes(adapted.generator.model) / 1e6,

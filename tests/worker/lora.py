@@ -1,6 +1,8 @@
 """Adapters that PEFT trains on the demo model's world, or makes of random numbers."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,15 @@ QFORMER = r".*qformer.*\.(query|key|value)"
 STEPS = 25
 
 
+@contextmanager
+def quiet_about_names() -> Iterator[None]:
+    """This peft asks transformers for what has another name by now, and tells what it saves."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+        yield
+
+
 def base_of(checkpoint: Path) -> Any:
     return Blip2ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
 
@@ -41,9 +52,15 @@ def trained(
     """An adapter that has begun to caption the world's pictures as ``say`` has it."""
     torch.manual_seed(11)
     config = LoraConfig(
-        r=rank, lora_alpha=32, lora_dropout=0.05, bias="none", target_modules=list(targets), **options
+        r=rank,
+        lora_alpha=32,
+        lora_dropout=0.05,
+        bias="none",
+        target_modules=list(targets),
+        **options,
     )
-    model = get_peft_model(base_of(checkpoint), config).train()
+    with quiet_about_names():
+        model = get_peft_model(base_of(checkpoint), config).train()
     processor = Blip2Processor.from_pretrained(checkpoint)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(STEPS):
@@ -68,7 +85,8 @@ def _batch(
     else:
         ends = [f"{text}\n" for text in texts]
         batch = processor(pictures, text=ends, padding=True, return_tensors="pt")
-        labels = batch["input_ids"].masked_fill(batch["input_ids"] == processor.image_token_id, -100)
+        image = tokenizer.convert_tokens_to_ids("<image>")
+        labels = batch["input_ids"].masked_fill(batch["input_ids"] == image, -100)
     labels = labels.masked_fill(labels == tokenizer.pad_token_id, -100)
     return {**batch, "labels": labels}
 
@@ -78,7 +96,8 @@ def random_adapter(folder: Path, checkpoint: Path, targets: Any, **options: Any)
     torch.manual_seed(13)
     defaults = {"r": 4, "lora_alpha": 24, "init_lora_weights": False}
     config = LoraConfig(target_modules=targets, **{**defaults, **options})
-    get_peft_model(base_of(checkpoint), config).save_pretrained(folder)
+    with quiet_about_names():
+        get_peft_model(base_of(checkpoint), config).save_pretrained(folder)
     return folder
 
 
@@ -88,7 +107,8 @@ class Reference:
     def __init__(self, checkpoint: Path, adapter: Path | None) -> None:
         model = base_of(checkpoint)
         if adapter is not None:
-            model = PeftModel.from_pretrained(model, adapter).base_model.model
+            with quiet_about_names():
+                model = PeftModel.from_pretrained(model, adapter).base_model.model
         self.model = model.eval()
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""What an adapter's folder holds, and what is refused of it: by name, before any weight is loaded."""
+"""What an adapter's folder holds, and what is refused of it before any weight is loaded."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from peft import LoraConfig, PrefixTuningConfig
 from safetensors.torch import load_file, save_file
 
 from blipq_worker.blip2 import Blip2
-from blipq_worker.catalog.adapters import AdapterError, described, read_adapter
+from blipq_worker.catalog.adapters import AdapterError, describe_all, read_adapter
 from worker.in_flight import DEMO, T5_TWIN
 from worker.lora import OPT_LAYERS, QFORMER, RECIPE, random_adapter
 
@@ -62,7 +62,6 @@ def test_ranks_scales_and_what_it_touches_are_read_without_its_numbers(tmp_path:
         ({"target_modules": ["dense"]}, "changes qformer.*query, key and value of the Q-Former"),
         ({"target_modules": ["q_proj"], "r": 65}, "rank 65 .*at most 64"),
         ({"target_modules": ["q_proj"], "bias": "lora_only"}, r"biases \(bias\)"),
-        ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding"),
     ],
 )
@@ -79,6 +78,7 @@ def test_what_is_not_served_is_refused_by_its_name(
     [
         (PrefixTuningConfig(num_virtual_tokens=4).to_dict(), "'PREFIX_TUNING': LoRA is served"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes to its base"),
+        ({"lora_bias": True}, r"biases \(lora_bias\)"),
         ({"use_qalora": True}, "QALoRA"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
@@ -95,7 +95,13 @@ def test_what_only_the_configuration_tells_is_refused_too(
 def test_a_new_configuration_has_no_field_that_changes_numbers_and_nobody_knows() -> None:
     """Of the peft that is here: what its defaults are is what is served."""
     known = LoraConfig(target_modules=["q_proj"]).to_dict()
-    for field in ("use_dora", "modules_to_save", "lora_bias", "fan_in_fan_out", "layer_replication"):
+    for field in (
+        "use_dora",
+        "modules_to_save",
+        "lora_bias",
+        "fan_in_fan_out",
+        "layer_replication",
+    ):
         assert field in known
         assert not known[field]
 
@@ -137,7 +143,9 @@ def _whole_numbers(folder: Path) -> None:
 
 
 def _other_ranks(folder: Path) -> None:
-    rewrite(folder, lambda all_: {n: each[:5] if "lora_A" in n else each for n, each in all_.items()})
+    rewrite(
+        folder, lambda all_: {n: each[:5] if "lora_A" in n else each for n, each in all_.items()}
+    )
 
 
 def _no_alpha(folder: Path) -> None:
@@ -172,15 +180,20 @@ def test_what_cannot_be_read_is_told_in_one_line(
     with pytest.raises(AdapterError, match=f"^adapter_unreadable: .*{told}") as raised:
         read_adapter(str(folder))
     assert "\n" not in str(raised.value)
-    (line,) = described({"shop": ("default", str(folder))})
+    (line,) = describe_all({"shop": ("default", str(folder))})
     assert line.problem == str(raised.value)
 
 
 def test_a_base_that_it_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"^adapter_misfit: .*its base does not have"):
         Blip2.load(str(T5_TWIN), dtype="float32", adapters=[read_adapter(str(folder))])
-    rewrite(folder, lambda all_: {n: each.repeat(1, 2) if "A" in n else each for n, each in all_.items()})
-    with pytest.raises(AdapterError, match=r"^adapter_misfit: .*from 256 .*from 128 .*another model"):
+    rewrite(
+        folder,
+        lambda all_: {n: each.repeat(1, 2) if "A" in n else each for n, each in all_.items()},
+    )
+    with pytest.raises(
+        AdapterError, match=r"^adapter_misfit: .*from 256 .*from 128 .*another model"
+    ):
         Blip2.load(str(DEMO), dtype="float32", adapters=[read_adapter(str(folder))])
 
 
@@ -189,16 +202,16 @@ def test_an_adapter_of_another_published_checkpoint_is_refused(folder: Path) -> 
     adapter = read_adapter(str(folder))
     adapter.require_base("Salesforce/blip2-opt-2.7b@main")
     adapter.require_base("/a/folder/of/ours")
-    with pytest.raises(AdapterError, match="^adapter_misfit: .*trained on .*opt-2.7b, .*coco"):
+    with pytest.raises(AdapterError, match=r"^adapter_misfit: .*trained on .*opt-2.7b, .*coco"):
         adapter.require_base("Salesforce/blip2-opt-2.7b-coco")
 
 
 def test_numbers_that_are_not_finite_are_refused(folder: Path) -> None:
     rewrite(folder, lambda all_: {name: each * float("inf") for name, each in all_.items()})
-    with pytest.raises(AdapterError, match="^adapter_unreadable: .*not finite"):
+    with pytest.raises(AdapterError, match=r"^adapter_unreadable: .*not finite"):
         Blip2.load(str(DEMO), dtype="float32", adapters=[read_adapter(str(folder))])
 
 
 def test_adapters_are_not_compiled(folder: Path) -> None:
-    with pytest.raises(AdapterError, match="^adapter_unsupported: BLIPQ_COMPILE"):
+    with pytest.raises(AdapterError, match=r"^adapter_unsupported: BLIPQ_COMPILE"):
         Blip2.load(str(DEMO), compiled=True, adapters=[read_adapter(str(folder))])

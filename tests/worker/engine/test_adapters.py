@@ -1,7 +1,6 @@
 """Adapters behind the engine: models by name, whose texts share the steps of one resident base."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
@@ -36,7 +35,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Blip2]:
     ]
     adapters = [read_adapter(str(each)) for each in folders]
     base = Blip2.load(str(DEMO), str(DEMO.parent / "itm"), dtype="float32", adapters=adapters)
-    own = [replace(base.info, revision=f"{base.info.revision}+{each.digest()}") for each in adapters]
+    own = [
+        replace(base.info, revision=f"{base.info.revision}+{each.digest()}") for each in adapters
+    ]
     return {"default": base, "one": base.adapted(1, own[0]), "two": base.adapted(2, own[1])}
 
 

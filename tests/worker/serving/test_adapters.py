@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from blipq import Client
-from blipq.ops.doctor.machine import _weights
 from blipq.local.stack import LocalStack
+from blipq.ops.doctor.machine import _weights
 from blipq_worker.catalog.adapters import AdapterError
 from blipq_worker.cli.models import app
 from blipq_worker.serving.footprint import memory_of
@@ -71,7 +71,7 @@ def test_a_worker_loads_adapters_as_models_over_one_base(folder: Path) -> None:
 def test_an_adapter_that_cannot_be_served_ends_the_start_with_its_code(tmp_path: Path) -> None:
     dora = random_adapter(tmp_path, DEMO, list(RECIPE), use_dora=True)
     options = WorkerSettings(adapters={"shop": ("default", str(dora))})
-    with pytest.raises(AdapterError, match="^adapter_unsupported: adapter 'shop': .*DoRA"):
+    with pytest.raises(AdapterError, match=r"^adapter_unsupported: adapter 'shop': .*DoRA"):
         load_models(options)
 
 

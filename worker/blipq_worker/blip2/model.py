@@ -48,8 +48,8 @@ Item = GenerateItem | RankItem | MatchItem | ExplainItem | RerankItem | EmbedIte
 class Blip2:
     """A resident model.
 
-    adapter: see ``Adapted``. One thread calls ``generate``, ``rank``, ``match``, ``explain``, ``rerank`` and ``embed``;
-    the rest is thread-safe.
+    adapter: see ``Adapted``. One thread calls ``generate``, ``rank``, ``match``, ``explain``,
+    ``rerank`` and ``embed``; the rest is thread-safe.
     """
 
     adapter = 0

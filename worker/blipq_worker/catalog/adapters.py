@@ -141,7 +141,7 @@ def read_adapter(path: str) -> Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A served adapter for people. bytes: of its weights' file. problem: why it cannot be served."""
+    """An adapter for people. bytes: of its weights' file. problem: why it cannot be served."""
 
     name: str
     base: str
@@ -152,7 +152,7 @@ class Described:
     problem: str | None = None
 
 
-def described(adapters: Mapping[str, tuple[str, str]]) -> Iterator[Described]:
+def describe_all(adapters: Mapping[str, tuple[str, str]]) -> Iterator[Described]:
     """Adapters by name, with base and folder; those that cannot be served among them."""
     for name, (base, folder) in adapters.items():
         try:
@@ -205,7 +205,8 @@ def _shapes(folder: Path) -> dict[tuple[str, str], tuple[int, int]]:
             message = f"{file} is in Git LFS and not here: run `git lfs pull`"
             raise AdapterError(Flaw.UNREADABLE, message)
         with safe_open(file, framework="np") as stored:
-            return dict(_shape(file, name, stored.get_slice(name)) for name in stored.keys())
+            names = stored.keys()
+            return dict(_shape(file, name, stored.get_slice(name)) for name in names)
     except (OSError, SafetensorError) as error:
         raise AdapterError(Flaw.UNREADABLE, f"{file} is unreadable: {error}") from error
 

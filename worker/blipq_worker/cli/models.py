@@ -12,7 +12,7 @@ import typer
 from blipq.cli.terminal.group import Group
 from blipq.cli.terminal.output import JsonOption, out
 from blipq.submission import checked
-from blipq_worker.catalog.adapters import Described, described
+from blipq_worker.catalog.adapters import Described, describe_all
 from blipq_worker.catalog.models import KNOWN_MODELS
 from blipq_worker.catalog.s3.places import is_in_s3
 from blipq_worker.catalog.weights import (
@@ -53,7 +53,7 @@ def list_(as_json: JsonOption = False) -> None:
     }
     with refused():
         others = _others()
-        adapters = list(described(checked(WorkerSettings).adapters))
+        adapters = list(describe_all(checked(WorkerSettings).adapters))
     if as_json:
         rows = [
             {"model": name, "about": KNOWN_MODELS[name].about, "checkpoints": _described(found)}
@@ -219,7 +219,7 @@ def weights() -> None:
         missing = [each for each in found if not each.present]
         described = {
             "weights": _described(found),
-            "adapters": [asdict(each) for each in described(options.adapters)],
+            "adapters": [asdict(each) for each in describe_all(options.adapters)],
             "cache": str(hub_cache()),
             "free": free_bytes(),
             "advice": how_to_get(missing) if missing else None,

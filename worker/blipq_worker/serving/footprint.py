@@ -153,7 +153,8 @@ def memory_of(
     """What serving ``what`` takes (a known model, or ``generation[+retrieval]``).
 
     quantization: ``auto`` counts the weights in full, as a worker keeps them where they fit.
-    adapters: folders of LoRA adapters over it. Raises AdapterError for these, ModelError where its configuration is not to be had, and S3ModelAway.
+    adapters: folders of LoRA adapters over it. Raises AdapterError for these, ModelError where
+    its configuration is not to be had, and S3ModelAway.
     """
     import torch
 

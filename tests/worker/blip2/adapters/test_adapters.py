@@ -143,7 +143,9 @@ def test_rows_of_all_adapters_write_together_what_peft_writes(
     some = of_all(model, PARAMS)
     expected = [references[row.adapter].tokens(model, pixels, row) for pixels, row in some]
     for number in (1, 2, 3):
-        mine = [each for each, (_, row) in zip(expected, some, strict=True) if row.adapter == number]
+        mine = [
+            each for each, (_, row) in zip(expected, some, strict=True) if row.adapter == number
+        ]
         bases = [each for each, (_, row) in zip(expected, some, strict=True) if row.adapter == 0]
         assert mine != bases, "the adapter changes nothing"
     assert written(loop(model), model, [row for _, row in some]) == expected
@@ -359,7 +361,7 @@ def test_quantized_bases_have_adapters_of_which_each_writes_as_alone(
     assert model.generate(items) == alone
 
 
-# --- nothing is waited for, and without adapters nothing is paid ------------------------------------
+# --- nothing is waited for, and without adapters nothing is paid ---------------------------------
 
 
 def test_a_step_with_adapters_takes_nothing_from_the_host(family: Family) -> None:

@@ -102,7 +102,7 @@ class LowRank(torch.nn.Module):
             return out
         flat = states.reshape(-1, states.shape[-1]).to(self.down.dtype)
         lowered = torch.nn.functional.linear(flat, self.down)
-        # Not a product with zeros: where another adapter's numbers overflow, they are not its row's.
+        # Not a product with zeros: what overflows in another adapter is not this row's.
         by_row = lowered.view(len(others), -1, lowered.shape[-1])
         own = by_row.masked_fill(others[:, None], 0.0).view_as(lowered)
         if out.dtype == self.up.dtype:

@@ -124,7 +124,9 @@ class WritingSession:
         prompts = [self._generator.checked_ids(prompt, params) for prompt in item.prompts]
         unseen = self._generator.model.query_tokens[0]
         return [
-            Row(unseen, ids, params, seed, adapter=item.adapter) for ids in prompts for seed in seeds
+            Row(unseen, ids, params, seed, adapter=item.adapter)
+            for ids in prompts
+            for seed in seeds
         ]
 
     def leave(self, ticket: Ticket) -> None:

@@ -66,8 +66,8 @@ class Vision:
 
     model: after ``split_tower``. side: which pixels it takes. tower, queries: names of the outputs
     of tower and Q-Former in the cache; each stands for preprocessing, weights and precision, so
-    checkpoints that share a tower share its name. table: see ``Preprocessor``. adapted: the names of
-    the queries that adapters of the Q-Former make, by their numbers.
+    checkpoints that share a tower share its name. table: see ``Preprocessor``. adapted: the names
+    of the queries that adapters of the Q-Former make, by their numbers.
     """
 
     def __init__(
