@@ -29,7 +29,7 @@ STEPS = 25
 
 @contextmanager
 def quiet_about_names() -> Iterator[None]:
-    """This peft asks transformers for what has another name by now, and tells what it saves."""
+    """This peft reads an old name of a property, and warns of what it saves."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")

@@ -53,7 +53,7 @@ def test_ranks_scales_and_what_it_touches_are_read_without_its_numbers(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reason"),
     [
         ({"target_modules": list(RECIPE), "use_dora": True}, r"DoRA \(use_dora\)"),
         ({"target_modules": list(RECIPE), "modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -66,15 +66,15 @@ def test_ranks_scales_and_what_it_touches_are_read_without_its_numbers(tmp_path:
     ],
 )
 def test_what_is_not_served_is_refused_by_its_name(
-    tmp_path: Path, options: dict[str, Any], told: str
+    tmp_path: Path, options: dict[str, Any], reason: str
 ) -> None:
     folder = random_adapter(tmp_path, DEMO, options.pop("target_modules"), **options)
-    with pytest.raises(AdapterError, match=f"^adapter_unsupported: .*{told}"):
+    with pytest.raises(AdapterError, match=f"^adapter_unsupported: .*{reason}"):
         read_adapter(str(folder))
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "reason"),
     [
         (PrefixTuningConfig(num_virtual_tokens=4).to_dict(), "'PREFIX_TUNING': LoRA is served"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes to its base"),
@@ -84,11 +84,11 @@ def test_what_is_not_served_is_refused_by_its_name(
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
     ],
 )
-def test_what_only_the_configuration_tells_is_refused_too(
-    folder: Path, fields: dict[str, Any], told: str
+def test_what_only_the_configuration_shows_is_refused_too(
+    folder: Path, fields: dict[str, Any], reason: str
 ) -> None:
     change(folder, **json.loads(json.dumps(fields, default=str)))
-    with pytest.raises(AdapterError, match=f"^adapter_unsupported: .*{told}"):
+    with pytest.raises(AdapterError, match=f"^adapter_unsupported: .*{reason}"):
         read_adapter(str(folder))
 
 
@@ -157,7 +157,7 @@ def _bad_pattern(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "reason"),
     [
         (_without_config, "has no adapter_config.json"),
         (_broken_config, "adapter_config.json is unreadable"),
@@ -173,11 +173,11 @@ def _bad_pattern(folder: Path) -> None:
         (_bad_pattern, "no usable lora_alpha"),
     ],
 )
-def test_what_cannot_be_read_is_told_in_one_line(
-    folder: Path, damage: Callable[[Path], None], told: str
+def test_what_cannot_be_read_is_explained_in_one_line(
+    folder: Path, damage: Callable[[Path], None], reason: str
 ) -> None:
     damage(folder)
-    with pytest.raises(AdapterError, match=f"^adapter_unreadable: .*{told}") as raised:
+    with pytest.raises(AdapterError, match=f"^adapter_unreadable: .*{reason}") as raised:
         read_adapter(str(folder))
     assert "\n" not in str(raised.value)
     (line,) = describe_all({"shop": ("default", str(folder))})

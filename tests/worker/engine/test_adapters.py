@@ -55,7 +55,7 @@ def image(models: dict[str, Blip2], digest: str | None = None) -> ImagePixels:
     return ImagePixels(digest, pixels=pixels_of(picture, models["default"].info.recipes))
 
 
-def said(answer: Answer) -> str:
+def texts_of(answer: Answer) -> str:
     assert isinstance(answer.value, Generated)
     return answer.value.texts[0][0].text
 
@@ -63,21 +63,21 @@ def said(answer: Answer) -> str:
 def test_texts_of_a_base_and_its_adapters_are_written_in_the_same_steps(
     models: dict[str, Blip2], inference: LocalInference
 ) -> None:
-    asked = Generate(image(models), ("a photo of",), GREEDY)
-    alone = [inference.submit(name, asked, "normal").result(timeout=60) for name in NAMES]
-    futures = [inference.submit(name, asked, "normal") for name in NAMES for _ in range(2)]
+    wanted = Generate(image(models), ("a photo of",), GREEDY)
+    alone = [inference.submit(name, wanted, "normal").result(timeout=60) for name in NAMES]
+    futures = [inference.submit(name, wanted, "normal") for name in NAMES for _ in range(2)]
     together = [future.result(timeout=60) for future in futures]
-    assert [said(each) for each in together[::2]] == [said(each) for each in alone]
-    assert len({said(each) for each in alone}) == 3
+    assert [texts_of(each) for each in together[::2]] == [texts_of(each) for each in alone]
+    assert len({texts_of(each) for each in alone}) == 3
     assert max(each.batch_size for each in together) == 6
 
 
 def test_equal_items_of_different_adapters_are_not_taken_for_one(
     models: dict[str, Blip2], inference: LocalInference
 ) -> None:
-    asked = Generate(image(models, "a" * 64), ("a photo of",), GREEDY)
-    futures = [inference.submit(name, asked, "normal") for name in NAMES]
-    assert len({said(future.result(timeout=60)) for future in futures}) == 3
+    wanted = Generate(image(models, "a" * 64), ("a photo of",), GREEDY)
+    futures = [inference.submit(name, wanted, "normal") for name in NAMES]
+    assert len({texts_of(future.result(timeout=60)) for future in futures}) == 3
 
 
 def test_choices_and_matches_of_an_adapter_run_on_the_resident(
@@ -85,8 +85,8 @@ def test_choices_and_matches_of_an_adapter_run_on_the_resident(
 ) -> None:
     ranked = Rank(image(models), ("a photo of",), ("a red circle", "a blue square"))
     matched = Match(image(models), ("a red circle",), "itm")
-    asked = [(name, item) for name in NAMES for item in (ranked, matched)]
-    found = [inference.submit(*each, "normal") for each in asked]
+    wanted = [(name, item) for name in NAMES for item in (ranked, matched)]
+    found = [inference.submit(*each, "normal") for each in wanted]
     values = [future.result(timeout=60).value for future in found]
     assert len({str(value) for value in values[::2]}) == 3
     assert len({str(value) for value in values[1::2]}) == 1

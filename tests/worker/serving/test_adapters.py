@@ -39,7 +39,7 @@ def test_settings_name_a_base_and_a_folder(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "reason"),
     [
         ("shop=/folder", "BLIPQ_MODELS has no|name=base:folder"),
         ("shop", "name=base:folder"),
@@ -50,10 +50,10 @@ def test_settings_name_a_base_and_a_folder(monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_settings_that_name_no_adapter_are_refused(
-    monkeypatch: pytest.MonkeyPatch, value: str, told: str
+    monkeypatch: pytest.MonkeyPatch, value: str, reason: str
 ) -> None:
     monkeypatch.setenv("BLIPQ_ADAPTERS", value)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=reason):
         WorkerSettings()
 
 

@@ -124,14 +124,14 @@ def of_all(model: Blip2, params: Sequence[GenerationParams]) -> list[tuple[Any, 
     return found
 
 
-def said(model: Blip2, rows: Sequence[Row]) -> list[list[list[int]]]:
+def texts_of(model: Blip2, rows: Sequence[Row]) -> list[list[list[int]]]:
     return [[up_to_its_end(model, each) for each in row.alternatives] for row in rows]
 
 
 def written(loop: Loop, model: Blip2, rows: Sequence[Row], **options: Any) -> list[list[list[int]]]:
     fresh = [anew(row) for row in rows]
     write(loop, fresh, **options)
-    return said(model, fresh)
+    return texts_of(model, fresh)
 
 
 @pytest.mark.parametrize("loop", LOOPS)
