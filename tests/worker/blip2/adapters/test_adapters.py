@@ -301,7 +301,6 @@ def test_each_row_gets_its_own_adapter_beside_a_layer_of_any_precision(kind: str
 
 
 @pytest.mark.parametrize("kind", ["plain", "packed", "nf4", "int8"])
-@torch.inference_mode()
 def test_layers_that_read_the_same_are_fused_with_their_adapters(kind: str) -> None:
     torch.manual_seed(3)
     rows = Rows(loaded=True)
@@ -312,7 +311,7 @@ def test_layers_that_read_the_same_are_fused_with_their_adapters(kind: str) -> N
         AdaptedLinear(layers[2], _low(rows, 64, 128, [2, 2], torch.float32)),
     ]
     states, numbers = torch.randn(3, 64), torch.tensor([0, 1, 2])
-    with rows.of(numbers):
+    with torch.inference_mode(), rows.of(numbers):
         expected = torch.cat([pass_of(layer)(states) for layer in adapted], dim=-1)
         found = fused(adapted)(states)
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
