@@ -206,6 +206,16 @@ def test_a_draining_worker_serves_no_model(client: Client, ledger: WorkerLedger)
     assert client.caption(IMAGE).info().live_workers == 0
 
 
+def test_a_worker_is_registered_before_it_takes_messages(ledger: WorkerLedger) -> None:
+    """Who read its line "ready" once found no worker in the registry, for up to two seconds."""
+    beating = heartbeat(ledger, Held())
+    beating.start()
+    try:
+        assert ledger.redis.exists("blipq:worker:w1")
+    finally:
+        beating.stop()
+
+
 def test_a_heart_beats_until_it_is_stopped(ledger: WorkerLedger) -> None:
     beating = heartbeat(ledger, Held(), lease_s=0.05)
     beating.start()

@@ -218,6 +218,15 @@ def test_a_worker_with_fronts_is_one_worker(split: Callable[..., Split]) -> None
     assert page.count("# TYPE process_resident_memory_bytes") == 1
 
 
+def test_who_reads_that_a_worker_is_ready_finds_it_in_the_registry(
+    split: Callable[..., Split],
+) -> None:
+    worker = split(1)
+    worker.main.start()
+    worker.wait_until(lambda: " is ready: " in worker.main.last_words(100), "its line")
+    assert worker.entry()["models"] == ["default", "two"]
+
+
 def test_the_engine_gets_no_key_and_no_address(split: Callable[..., Split]) -> None:
     worker = split(1, BLIPQ_MODELS="default=demo").start()
     environment = json.loads((worker.folder / "engine.environment").read_text())

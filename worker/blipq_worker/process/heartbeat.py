@@ -144,6 +144,14 @@ class Heartbeat(LeaseBeat):
             ledger, worker, outputs=outputs, grace_s=grace_s, ttl_s=live_s(self._interval_s)
         )
 
+    def start(self) -> None:
+        """Registers the worker before it takes messages: who reads its line "ready" finds it there.
+
+        Where Redis is away, a later beat registers it.
+        """
+        self.turn()
+        super().start()
+
     def _beat(self) -> None:
         active = self._renew()
         state = State(self._threads, active, self._taking(), self._draining(), self._decode_bound())

@@ -25,7 +25,8 @@ class Registry(Periodic):
     ) -> None:
         super().__init__("blipq-registry", beat_s(options.lease_s))
         self._whole = whole
-        self._problem: str | None = None
+        self._is_hurried = False
+        self._problem: str | None = "the worker is not registered yet"
         self._registration = Registration(
             ledger,
             worker,
@@ -36,8 +37,14 @@ class Registry(Periodic):
 
     @property
     def problem(self) -> str | None:
-        """Why the last beat did not reach the ledger, or None."""
+        """Why the last beat did not reach the ledger; None once one has."""
         return self._problem
+
+    def look(self) -> None:
+        """Has the worker registered as soon as its engine has served."""
+        if self._whole.engine.models and not self._is_hurried:
+            self._is_hurried = True
+            self.hurry()
 
     def tick(self) -> None:
         """One beat. Raises what the ledger raises."""

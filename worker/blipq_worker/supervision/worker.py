@@ -118,6 +118,7 @@ class SplitWorker:
             code = self._engine.look()
             if code is not None:
                 return code
+            self._registry.look()
             self._refuse_if_told()
             for front in self._fronts:
                 front.look(revive=not self._whole.draining)
@@ -142,11 +143,13 @@ class SplitWorker:
             self._tell_fronts()
 
     def _tell_when_ready(self) -> None:
-        if not self._ready and self._whole.state().taking:
-            self._ready = True
-            models = ", ".join(self._engine.models)
-            log.info("%s is ready: %s, %d fronts", self.name, models, len(self._fronts))
-            log.info("ready after %s", START)
+        """Once, when the registry has the worker: who reads the line finds it there."""
+        if self._ready or self._registry.problem is not None or not self._whole.state().taking:
+            return
+        self._ready = True
+        models = ", ".join(self._engine.models)
+        log.info("%s is ready: %s, %d fronts", self.name, models, len(self._fronts))
+        log.info("ready after %s", START)
 
     # -- the end --
 
