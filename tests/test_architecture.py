@@ -25,6 +25,8 @@ LATE = ("celery", "kombu", "boto3", "botocore")
 
 #: Modules in one folder, its ``__init__`` among them.
 MOST_MODULES = 15
+#: Lines of one function, its signature and docstring among them.
+LONGEST_FUNCTION = 72
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -123,6 +125,11 @@ print(*sys.modules)
 def test_a_folder_can_be_taken_in_at_a_glance(root: Path) -> None:
     counts = Counter(path.parent.relative_to(root) for path in root.rglob("*.py"))
     assert {str(folder): count for folder, count in counts.items() if count > MOST_MODULES} == {}
+
+
+def test_a_function_can_be_read_at_a_glance() -> None:
+    lines, name = counts.longest_function(counts.PACKAGES.values())
+    assert lines <= LONGEST_FUNCTION, name
 
 
 def test_the_counts_of_the_code_are_printed_and_find_no_circle(

@@ -16,6 +16,37 @@ _WARPS = 1
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _own(new, keys, values, apart, inside, scale):  # type: ignore[no-untyped-def]
+    """A slot's new key and value, stored at its end: (scaled query, its score, value), all fp32.
+
+    new: the query's numbers; key and value are ``apart`` and twice as far behind it. keys, values:
+    where they go. inside: which of the padded numbers there are.
+    """
+    query = tl.load(new, mask=inside, other=0.0).to(tl.float32)
+    key = tl.load(new + apart, mask=inside, other=0.0)
+    value = tl.load(new + 2 * apart, mask=inside, other=0.0)
+    # Scaled in fp32 and rounded, as the model rounds it.
+    query = (query * scale).to(key.dtype).to(tl.float32)
+    tl.store(keys, key, mask=inside)
+    tl.store(values, value, mask=inside)
+    return query, tl.sum(query * key.to(tl.float32), 0), value.to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _places(rows, at, seen, slot, apart, shared: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where columns ``at`` of a slot are read, in columns from its first one.
+
+    rows: with ``shared``, in which slot each column is; slots are ``apart`` columns from each
+    other. Only what is ``seen`` is looked up.
+    """
+    places = at
+    if shared:
+        row = tl.load(rows + at, mask=seen, other=0).to(tl.int64)
+        places = (row - slot) * apart + at
+    return places
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
     queries,
     cache,
@@ -51,18 +82,11 @@ def _attend(  # type: ignore[no-untyped-def]
     values = keys + values_at
     if own:
         new = queries + (slot * 3 * heads + head) * size + dims
-        query = tl.load(new, mask=inside, other=0.0).to(tl.float32)
-        key = tl.load(new + heads * size, mask=inside, other=0.0)
-        value = tl.load(new + 2 * heads * size, mask=inside, other=0.0)
-        # Scaled in fp32 and rounded, as the model rounds it.
-        query = (query * scale).to(key.dtype).to(tl.float32)
-        tl.store(keys + length * size + dims, key, mask=inside)
-        tl.store(values + length * size + dims, value, mask=inside)
-        top = tl.sum(query * key.to(tl.float32), 0)
+        end = length * size + dims
+        query, top, mixed = _own(new, keys + end, values + end, heads * size, inside, scale)
         if biased:
             top += tl.load(bias + head * distances).to(tl.float32)
         total = tl.exp(top - top)
-        mixed = value.to(tl.float32)
     else:
         query = tl.load(queries + (slot * heads + head) * size + dims, mask=inside, other=0.0)
         query = query.to(tl.float32)
@@ -74,11 +98,7 @@ def _attend(  # type: ignore[no-untyped-def]
         at = start + steps
         seen = at < length
         both = seen[:, None] & inside[None, :]
-        if shared:
-            row = tl.load(rows + slot * row_columns + at, mask=seen, other=0).to(tl.int64)
-            places = (row - slot) * (heads * columns) + at
-        else:
-            places = at
+        places = _places(rows + slot * row_columns, at, seen, slot, heads * columns, shared)
         offsets = places[:, None] * size + dims[None, :]
         some = tl.load(keys + offsets, mask=both, other=0.0).to(tl.float32)
         scores = tl.sum(some * query[None, :], 1)
