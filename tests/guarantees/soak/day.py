@@ -40,7 +40,7 @@ from blipq_worker.demo.world.scenes import Scene, scene
 from conftest import wait_until
 from guarantees.fronts import parts
 from guarantees.rig import Rig
-from guarantees.soak.growth import Watch
+from guarantees.soak.growth import Growth, Watch
 from receivers import SECRET, Got, Receiver
 
 PICTURES, FRONTS = 120, 2
@@ -55,7 +55,8 @@ PAGES = (
     "jobs?status=succeeded",
     "queues",
     "workers",
-    "dead-letters",
+    "dead",
+    "webhooks",
     "webhooks",
     "log",
 )
@@ -341,11 +342,7 @@ class Day:
         unended = [each for each in callers.ended if not each.endswith(RIGHT)]
         grown = watch.found()
         for each in grown:
-            print(
-                f"{each.role:32} {each.minutes:4.0f} min {each.mib:6.0f} MiB "
-                f"{each.mib_an_hour:+7.1f} an hour, {each.files} files {each.more_files:+}"
-                f"{'' if each.is_flat else '  GROWS'}"
-            )
+            print(_line(each))
         print(f"faults {dict(self.faults)}, repeated {dict(callers.repeated)}")
         print(f"ended {dict(sorted(callers.ended.items()))}")
         print(f"wrong {dict(callers.wrong)}, open {left}, keys without a time to live {forever}")
@@ -354,6 +351,16 @@ class Day:
         judged = [each for each in grown if not each.role.startswith(("s3", "redis"))]
         flat = all(each.is_flat for each in judged)
         return flat and not (callers.wrong or unended or missing or left or forever)
+
+
+def _line(grown: Growth) -> str:
+    """A process, its MiB after each quarter of its life, and its files."""
+    quarters = "/".join(f"{mib:.0f}" for mib in grown.mib)
+    return (
+        f"{grown.role:24} {grown.minutes:3.0f} min, {quarters} MiB "
+        f"({grown.mib_an_hour:+.1f} an hour), {grown.files} files ({grown.more_files:+})"
+        f"{'' if grown.is_flat else '  GROWS'}"
+    )
 
 
 def _png(shown: Scene) -> bytes:

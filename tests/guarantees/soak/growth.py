@@ -33,11 +33,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Growth:
-    """How a process grew. ``mib_an_hour`` is the slope of the line through its samples."""
+    """How a process grew. ``mib_an_hour`` is the slope of the line through its later samples.
+
+    mib: what it had after each quarter of its life.
+    """
 
     role: str
     minutes: float
-    mib: float
+    mib: tuple[float, ...]
     mib_an_hour: float
     files: int
     more_files: int
@@ -45,7 +48,7 @@ class Growth:
     @property
     def is_flat(self) -> bool:
         """Whether it stayed within the bounds."""
-        most = max(MOST_MIB, MOST_SHARE * self.mib)
+        most = max(MOST_MIB, MOST_SHARE * self.mib[-1])
         return self.mib_an_hour <= most and self.more_files <= MOST_FILES
 
 
@@ -59,7 +62,8 @@ def growth_of(role: str, samples: Sequence[Sample]) -> Growth | None:
     line = statistics.linear_regression([each.at_s for each in warm], [each.mib for each in warm])
     part = max(1, len(warm) // 4)
     first, last = (max(each.files for each in some) for some in (warm[:part], warm[-part:]))
-    return Growth(role, lived_s / 60, warm[-1].mib, line.slope * 3600, last, last - first)
+    quarters = tuple(samples[len(samples) * n // 4 - 1].mib for n in (1, 2, 3, 4))
+    return Growth(role, lived_s / 60, quarters, line.slope * 3600, last, last - first)
 
 
 class Watch:
