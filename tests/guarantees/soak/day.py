@@ -57,7 +57,6 @@ PAGES = (
     "workers",
     "dead",
     "webhooks",
-    "webhooks",
     "log",
 )
 JOB_TIMEOUT_S, SETTLE_S = 180.0, 120.0
