@@ -24,6 +24,10 @@ from blipq.submission import checked
 ImageArgument = Annotated[
     str, typer.Argument(help="s3://bucket/key, https://..., or a local file to upload.")
 ]
+ConfidenceOption = Annotated[
+    float | None,
+    typer.Option(help="Mark texts as uncertain whose tokens are less likely, from 0 to 1."),
+]
 GenerationOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Generation parameter, e.g. num_beams=1."),
@@ -51,6 +55,7 @@ def caption(
     ],
     prompt: Annotated[str | None, typer.Option(help="Text the caption goes on from.")] = None,
     best_of: Annotated[int | None, typer.Option(help="Rank this many captions.")] = None,
+    min_confidence: ConfidenceOption = None,
     generation: GenerationOption = None,
     **options: Unpack[OptionFields],
 ) -> Job[Any] | Several:
@@ -64,12 +69,20 @@ def caption(
         blipq caption *.jpg --json
         ls *.jpg | blipq caption -
         blipq caption s3://photos/1.jpg --best-of 3 --set num_beams=1
+        blipq caption *.jpg --min-confidence 0.6
         blipq caption s3://photos/1.jpg --no-wait --output s3://blipq-outputs/1.json
     """
     parameters = _generation(generation)
 
     def submit(image: str) -> Job[Any]:
-        return client.caption(image, prompt, best_of=best_of, generation=parameters, **options)
+        return client.caption(
+            image,
+            prompt,
+            best_of=best_of,
+            generation=parameters,
+            min_confidence=min_confidence,
+            **options,
+        )
 
     if len(images) == 1 and images != ["-"]:
         return submit(images[0])
@@ -88,6 +101,7 @@ def vqa(
         list[str] | None,
         typer.Option("--choice", help="An answer to choose from; give two or more."),
     ] = None,
+    min_confidence: ConfidenceOption = None,
     generation: GenerationOption = None,
     **options: Unpack[OptionFields],
 ) -> Job[Any]:
@@ -101,7 +115,14 @@ def vqa(
     if choices is not None and len(choices) == 1:
         raise InvalidRequest("--choice: give two or more")
     parameters = _generation(generation)
-    return client.vqa(image, questions, choices=choices, generation=parameters, **options)
+    return client.vqa(
+        image,
+        questions,
+        choices=choices,
+        generation=parameters,
+        min_confidence=min_confidence,
+        **options,
+    )
 
 
 @verb
@@ -162,6 +183,7 @@ def describe(
     ] = None,
     caption: Annotated[bool, typer.Option(help="Ask for a caption.")] = True,
     embed: Annotated[bool, typer.Option("--embed", help="Ask for the image's features.")] = False,
+    min_confidence: ConfidenceOption = None,
     generation: GenerationOption = None,
     **options: Unpack[OptionFields],
 ) -> Job[Any]:
@@ -178,6 +200,7 @@ def describe(
         texts=texts or (),
         embed=embed,
         generation=_generation(generation),
+        min_confidence=min_confidence,
         **options,
     )
 

@@ -126,10 +126,12 @@ class AsyncClient(ClientBase):
         *,
         generation: Generation | Mapping[str, Any] | None = None,
         best_of: int | None = None,
+        min_confidence: float | None = None,
         **options: Unpack[Fields],
     ) -> AsyncJob[CaptionResult]:
         """Asks for a caption, like ``Client.caption``."""
         fields = {"prompt": prompt, "generation": generation, "best_of": best_of}
+        fields |= {"min_confidence": min_confidence}
         return await self._ask(CaptionRequest, image, fields, options)
 
     async def vqa(
@@ -140,11 +142,13 @@ class AsyncClient(ClientBase):
         history: Sequence[Turn | tuple[str, str]] | None = None,
         choices: Sequence[str] | None = None,
         generation: Generation | Mapping[str, Any] | None = None,
+        min_confidence: float | None = None,
         **options: Unpack[Fields],
     ) -> AsyncJob[VQAResult]:
         """Asks one or many questions about an image, like ``Client.vqa``."""
         fields = {"questions": questions, "history": turns(history), "choices": choices}
-        return await self._ask(VQARequest, image, fields | {"generation": generation}, options)
+        fields |= {"generation": generation, "min_confidence": min_confidence}
+        return await self._ask(VQARequest, image, fields, options)
 
     async def match(
         self,
@@ -184,11 +188,13 @@ class AsyncClient(ClientBase):
         texts: str | Sequence[str] = (),
         embed: bool = False,
         generation: Generation | Mapping[str, Any] | None = None,
+        min_confidence: float | None = None,
         **options: Unpack[Fields],
     ) -> AsyncJob[DescribeResult]:
         """Asks for several things about an image, like ``Client.describe``."""
         fields = {"caption": caption, "questions": questions, "texts": texts, "embed": embed}
-        return await self._ask(DescribeRequest, image, fields | {"generation": generation}, options)
+        fields |= {"generation": generation, "min_confidence": min_confidence}
+        return await self._ask(DescribeRequest, image, fields, options)
 
     async def search(
         self,

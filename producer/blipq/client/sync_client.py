@@ -121,13 +121,16 @@ class Client(ClientBase):
         *,
         generation: Generation | Mapping[str, Any] | None = None,
         best_of: int | None = None,
+        min_confidence: float | None = None,
         **options: Unpack[Fields],
     ) -> Job[CaptionResult]:
         """Asks for a caption, optionally one that goes on from ``prompt``.
 
-        ``best_of`` n: n captions ranked by image-text matching.
+        ``best_of`` n: n captions ranked by image-text matching. ``min_confidence``: captions whose
+        ``mean_token_probability`` is lower are marked as ``uncertain``.
         """
         fields = {"prompt": prompt, "generation": generation, "best_of": best_of}
+        fields |= {"min_confidence": min_confidence}
         return self._ask(CaptionRequest, image, fields, options)
 
     def vqa(
@@ -138,6 +141,7 @@ class Client(ClientBase):
         history: Sequence[Turn | tuple[str, str]] | None = None,
         choices: Sequence[str] | None = None,
         generation: Generation | Mapping[str, Any] | None = None,
+        min_confidence: float | None = None,
         **options: Unpack[Fields],
     ) -> Job[VQAResult]:
         """Asks one or many questions about an image.
@@ -146,7 +150,8 @@ class Client(ClientBase):
         answers allowed: they come back ranked, with probabilities.
         """
         fields = {"questions": questions, "history": turns(history), "choices": choices}
-        return self._ask(VQARequest, image, fields | {"generation": generation}, options)
+        fields |= {"generation": generation, "min_confidence": min_confidence}
+        return self._ask(VQARequest, image, fields, options)
 
     def match(
         self,
@@ -192,6 +197,7 @@ class Client(ClientBase):
         texts: str | Sequence[str] = (),
         embed: bool = False,
         generation: Generation | Mapping[str, Any] | None = None,
+        min_confidence: float | None = None,
         **options: Unpack[Fields],
     ) -> Job[DescribeResult]:
         """Asks for several things about an image, which is looked at once.
@@ -199,7 +205,8 @@ class Client(ClientBase):
         ``texts`` are scored by probability; ``embed`` adds the image's features.
         """
         fields = {"caption": caption, "questions": questions, "texts": texts, "embed": embed}
-        return self._ask(DescribeRequest, image, fields | {"generation": generation}, options)
+        fields |= {"generation": generation, "min_confidence": min_confidence}
+        return self._ask(DescribeRequest, image, fields, options)
 
     def search(
         self,

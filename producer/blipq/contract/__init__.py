@@ -7,7 +7,7 @@ older client can read a newer worker's answer. Changes are additive only. JSON a
 from blipq.contract.base import CONTRACT, Kind, Metadata, Name
 from blipq.contract.errors import ErrorCode, JobError
 from blipq.contract.filters import JobFilter
-from blipq.contract.generation import Generation
+from blipq.contract.generation import Generation, OnLoop
 from blipq.contract.images import Image, ImageRef, S3Uri, checked_bucket, split_s3_uri
 from blipq.contract.jobs import TERMINAL_STATUSES, JobInfo, Receipt, Status
 from blipq.contract.options import (
@@ -43,6 +43,7 @@ from blipq.contract.results import (
     DescribeResult,
     EmbedDtype,
     EmbedResult,
+    FinishReason,
     Head,
     Hit,
     MatchResult,
@@ -51,7 +52,9 @@ from blipq.contract.results import (
     SearchResult,
     Skipped,
     TextScore,
+    TokenLogprob,
     VQAResult,
+    Written,
     result_adapter,
 )
 from blipq.contract.versions import contract_of
@@ -75,6 +78,7 @@ __all__ = [
     "EmbedResult",
     "ErrorCode",
     "Filter",
+    "FinishReason",
     "Generation",
     "Head",
     "Hit",
@@ -90,6 +94,7 @@ __all__ = [
     "MatchResult",
     "Metadata",
     "Name",
+    "OnLoop",
     "OptionFields",
     "Options",
     "Priority",
@@ -104,10 +109,12 @@ __all__ = [
     "Skipped",
     "Status",
     "TextScore",
+    "TokenLogprob",
     "Turn",
     "VQARequest",
     "VQAResult",
     "Webhook",
+    "Written",
     "checked_bucket",
     "contract_of",
     "request_adapter",

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 #: meets a newer number leaves the job in its queue, so workers are deployed before producers.
 #: 2: buckets with capitals or underscores, metadata of indexes of up to 1,024 characters.
 #: 3: images that are a part of an object (``offset``, ``length``), maps of matches (``explain``).
-CONTRACT = 3
+#: 4: ``min_confidence``, and ``on_loop`` and ``logprobs`` of texts.
+CONTRACT = 4
 
 
 class Input(BaseModel):

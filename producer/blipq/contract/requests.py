@@ -5,7 +5,7 @@ from typing import Annotated, Any, Generic, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, model_validator
 
 from blipq.contract.base import Input, Kind, Metadata, MetadataName, MetadataValue, Name
-from blipq.contract.generation import Generation
+from blipq.contract.generation import Confidence, Generation
 from blipq.contract.images import Image
 from blipq.contract.results import (
     CaptionResult,
@@ -50,10 +50,20 @@ def _one_or_many(value: Any) -> Any:
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 
 
+#: Questions of one job whose answers may have ``logprobs``: a token takes 60 bytes of the result.
+_MOST_LOGPROBS = 16
+
+
+def _check_logprobs(generation: Generation | None, questions: tuple[str, ...]) -> None:
+    if generation is not None and generation.logprobs and len(questions) > _MOST_LOGPROBS:
+        raise ValueError(f"logprobs are for at most {_MOST_LOGPROBS} questions")
+
+
 class CaptionRequest(Input, Asks[CaptionResult]):
     """Describe the image in words, optionally going on from ``prompt``.
 
-    ``best_of`` n draws n captions and returns them ranked by image-text matching.
+    ``best_of`` n draws n captions and returns them ranked by image-text matching. A caption whose
+    ``mean_token_probability`` is below ``min_confidence`` is marked as ``uncertain``.
     """
 
     kind: Literal[Kind.CAPTION] = Kind.CAPTION
@@ -61,6 +71,7 @@ class CaptionRequest(Input, Asks[CaptionResult]):
     prompt: str | None = Field(default=None, max_length=4096)
     generation: Generation | None = None
     best_of: int | None = Field(default=None, ge=1, le=16)
+    min_confidence: Confidence | None = None
 
 
 class Turn(Input):
@@ -74,7 +85,9 @@ class VQARequest(Input, Asks[VQAResult]):
     """Answer questions about the image; ``history`` holds earlier turns, oldest first.
 
     With ``choices`` nothing is generated: each question's answer is the one that the model finds
-    most likely, and all are ranked.
+    most likely, and all are ranked. ``min_confidence`` is what the answer's
+    ``mean_token_probability`` must reach, or the probability of the first choice, so that it is not
+    marked as ``uncertain``.
     """
 
     kind: Literal[Kind.VQA] = Kind.VQA
@@ -83,6 +96,12 @@ class VQARequest(Input, Asks[VQAResult]):
     history: tuple[Turn, ...] = Field(default=(), max_length=32)
     choices: Annotated[tuple[Text, ...], Field(min_length=2, max_length=256)] | None = None
     generation: Generation | None = None
+    min_confidence: Confidence | None = None
+
+    @model_validator(mode="after")
+    def _logprobs_are_few(self) -> "VQARequest":
+        _check_logprobs(self.generation, self.questions)
+        return self
 
     @model_validator(mode="after")
     def _choices_differ(self) -> "VQARequest":
@@ -167,7 +186,7 @@ class DescribeRequest(Input, Asks[DescribeResult]):
     """Several things about one image from one vision pass.
 
     ``texts`` are scored by ``itm``; ``embed`` gives the image's features. ``generation`` is for the
-    caption and the answers.
+    caption and the answers, and so is ``min_confidence``.
     """
 
     kind: Literal[Kind.DESCRIBE] = Kind.DESCRIBE
@@ -181,6 +200,12 @@ class DescribeRequest(Input, Asks[DescribeResult]):
     )
     embed: bool = False
     generation: Generation | None = None
+    min_confidence: Confidence | None = None
+
+    @model_validator(mode="after")
+    def _logprobs_are_few(self) -> "DescribeRequest":
+        _check_logprobs(self.generation, self.questions)
+        return self
 
     @model_validator(mode="after")
     def _something(self) -> "DescribeRequest":

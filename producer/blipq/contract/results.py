@@ -14,7 +14,38 @@ Head = Literal["itm", "itc"]
 EmbedDtype = Literal["float16", "float32"]
 
 
-class Caption(Output):
+FinishReason = Literal["stop", "length", "loop"]
+
+
+class TokenLogprob(Output):
+    """A token of a text, and the natural logarithm of its probability."""
+
+    id: int
+    token: str
+    logprob: float
+
+
+class Written(Output):
+    """How sure a model was of a text that it wrote.
+
+    ``log_likelihood`` is the sum of the natural logarithms of its tokens' probabilities, its end
+    token included; ``mean_token_probability`` the arithmetic mean of these probabilities. Both are
+    of the model's own distribution: before temperature, penalties and bans. ``tokens`` is their
+    number.
+    ``finish_reason``: ``stop``, the model ended the text; ``length``, it is as long as allowed;
+    ``loop``, it repeated itself and was ended there. ``logprobs`` has each token, if requested.
+    ``uncertain`` is true below the job's ``min_confidence``.
+    """
+
+    log_likelihood: float | None = None
+    mean_token_probability: float | None = None
+    tokens: int | None = None
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    uncertain: bool | None = None
+
+
+class Caption(Written):
     """One caption; ``score`` is its image-text matching probability if requested."""
 
     text: str
@@ -45,8 +76,11 @@ class Choice(Output):
     log_likelihood: float | None = None
 
 
-class Answer(Output):
-    """The answer to one question; ``choices`` ranks the offered answers, best first."""
+class Answer(Written):
+    """The answer to one question; ``choices`` ranks the offered answers, best first.
+
+    With ``choices`` nothing is written: ``uncertain`` is about the probability of the first one.
+    """
 
     question: str
     text: str

@@ -5,7 +5,15 @@ from collections.abc import Iterator
 
 from blipq.contract.images import split_s3_uri
 from blipq.contract.options import Options
-from blipq.contract.requests import EmbedRequest, MatchRequest, Request, SearchRequest
+from blipq.contract.requests import (
+    CaptionRequest,
+    DescribeRequest,
+    EmbedRequest,
+    MatchRequest,
+    Request,
+    SearchRequest,
+    VQARequest,
+)
 
 #: Names of buckets and lengths of metadata that contract 1 has.
 _BUCKET_1 = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -17,6 +25,8 @@ def contract_of(request: Request, options: Options) -> int:
 
     Most jobs need contract 1: in a fleet that is being upgraded, every worker takes them.
     """
+    if _is_of_confidence(request):
+        return 4
     if request.image is not None and request.image.is_part:
         return 3
     if isinstance(request, MatchRequest) and request.explain:
@@ -24,6 +34,15 @@ def contract_of(request: Request, options: Options) -> int:
     buckets = all(_BUCKET_1.fullmatch(bucket) for bucket in _buckets(request, options))
     metadata = all(len(value) <= _LONGEST_METADATA_1 for value in _metadata(request))
     return 1 if buckets and metadata else 2
+
+
+def _is_of_confidence(request: Request) -> bool:
+    """Whether it sets what is known since texts say how sure they are."""
+    if not isinstance(request, CaptionRequest | VQARequest | DescribeRequest):
+        return False
+    generation = request.generation
+    chosen = generation is not None and (generation.on_loop or generation.logprobs is not None)
+    return bool(chosen) or request.min_confidence is not None
 
 
 def _buckets(request: Request, options: Options) -> Iterator[str]:

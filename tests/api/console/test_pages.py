@@ -386,3 +386,16 @@ def test_formats_that_may_run_scripts_are_no_pictures() -> None:
     assert type_of(b"\x00\x00\x00\x1cftypavif") == "image/avif"
     for data in (b"<svg", b"%PDF-1.7", b"RIFF\x00\x00\x00\x00WAVE", b"\x89PNG"):
         assert type_of(data) is None
+
+
+def test_a_jobs_page_says_how_sure_its_texts_are(
+    operator: httpx2.Client, client: Client, ledger: WorkerLedger
+) -> None:
+    job = client.caption("s3://photos/cat.jpg")
+    sure = {"text": "a cat", "mean_token_probability": 0.913, "tokens": 3, "finish_reason": "stop"}
+    loop = {"text": "a dog", "mean_token_probability": 0.4, "uncertain": True}
+    loop |= {"finish_reason": "loop"}
+    succeed(ledger, job.id, {"kind": "caption", "captions": [sure, loop]})
+    shown = " ".join(page(operator, f"job?id={job.id}").text.split())
+    assert re.search(r"a cat <span [^>]*>sure 91", shown)
+    assert re.search(r"a dog <span [^>]*>unsure 40[^<]*, a loop was cut off<", shown)

@@ -52,6 +52,13 @@ CHOSEN = {
         }
     ],
 }
+DOUBTED = {
+    "kind": "caption",
+    "captions": [
+        {"text": "a cat", "mean_token_probability": 0.412, "uncertain": True},
+        {"text": "a dog", "mean_token_probability": 0.9, "finish_reason": "stop"},
+    ],
+}
 EMBED = {
     "kind": "embed",
     "arrays": {"image_embeds": {"shape": [32, 768], "dtype": "float16", "data": ""}},
@@ -108,6 +115,7 @@ def failed(client: Client, ledger: WorkerLedger) -> str:
         (VQA, "why?  a\nhow?  b\n"),
         (MATCH, "0.988  a cat\n"),
         (CHOSEN, "0.750  a\n0.250  b\n"),
+        (DOUBTED, "a cat  (uncertain: 0.41)\na dog\n"),
         ({"kind": "describe", "caption": CAPTION, "match": MATCH}, "a [red] cat\n0.988  a cat\n"),
         (EMBED, "image_embeds  float16 (32, 768)\n"),
     ],
@@ -226,6 +234,10 @@ def test_every_option_of_a_job_can_be_given(run: Run, client: Client) -> None:
     options += ["--idempotency-key", "k", "--output", "s3://results/1.json"]
     options += ["--webhook", "https://example.org/hook", "--metadata", "a=1", "--metadata", "b=2=3"]
     ran = run("caption", IMAGE, "--no-wait", "--set", "num_beams=2", "--best-of", "3", *options)
+    doubting = run("vqa", IMAGE, "why?", "--no-wait", "--min-confidence", "0.5")
+    asked = client.ledger.redis.hgetall(f"blipq:job:{doubting.stdout.strip()}")
+    assert json.loads(asked["request"])["min_confidence"] == 0.5
+    assert asked["contract"] == "4"
     job = client.ledger.redis.hgetall(f"blipq:job:{ran.stdout.strip()}")
     assert job["webhook_url"] == "https://example.org/hook"
     assert json.loads(job["metadata"]) == {"a": "1", "b": "2=3"}

@@ -34,6 +34,16 @@ PART = {"uri": "s3://photos/a.tar", "etag": "x", "offset": 512, "length": 9}
         ({"kind": "caption", "image": PART}, {}, 3),
         ({"kind": "search", "index": "shop", "image": PART}, {}, 3),
         ({"kind": "match", "image": "s3://photos/a", "texts": "a", "explain": True}, {}, 3),
+        ({"kind": "caption", "image": "s3://photos/a", "generation": {"num_beams": 2}}, {}, 1),
+        ({"kind": "caption", "image": "s3://photos/a", "min_confidence": 0.0}, {}, 4),
+        ({"kind": "caption", "image": PART, "generation": {"on_loop": "end"}}, {}, 4),
+        ({"kind": "describe", "image": "s3://photos/a", "generation": {"logprobs": False}}, {}, 4),
+        (
+            {"kind": "vqa", "image": "s3://photos/a", "questions": "q"}
+            | {"choices": ["a", "b"], "min_confidence": 0.5},
+            {},
+            4,
+        ),
     ],
 )
 def test_a_job_needs_the_lowest_contract_whose_workers_take_it(

@@ -65,10 +65,14 @@ def answered(case: Case, result: Result | None, *, seconds: float = 1.0) -> Answ
     )
 
 
+#: How sure a model was of each text.
+SURE: dict[str, Any] = {"mean_token_probability": 0.876, "finish_reason": "stop"}
+
+
 def answer_to(case: Case, text: str | None = None) -> Result:
     """The right answer, or the one given."""
     if case.kind is Kind.CAPTION:
-        return CaptionResult(captions=(Caption(text=text or case.expected),))
+        return CaptionResult(captions=(Caption(text=text or case.expected, **SURE),))
     if case.kind is Kind.VQA:
         return VQAResult(answers=(Answer(question=case.text, text=text or case.expected),))
     score = 0.9 if (text or case.expected) == "match" else 0.1
@@ -407,3 +411,9 @@ def test_demo_shows_its_options() -> None:
     shown = blipq("demo", "--help").stdout
     for option in ("--images", "--seed", "--quantization", "--report", "--json", "--model"):
         assert option in shown
+
+
+def test_the_report_says_how_sure_each_text_was() -> None:
+    run = run_of()
+    shown = render_report(run).count("<small>0.88</small>")
+    assert shown == sum(answer.case.kind is not Kind.MATCH for answer in run.answers)

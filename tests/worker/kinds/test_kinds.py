@@ -410,3 +410,79 @@ def test_every_kind_has_a_spec_in_the_module_of_its_name() -> None:
     for kind, spec in SPECS.items():
         assert spec.kind is kind
         assert type(spec).__module__ == f"blipq_worker.kinds.{kind}"
+
+
+# --- how sure a text is ---------------------------------------------------------------------------
+
+
+class Sure(Model):
+    """Writes these texts to every prompt."""
+
+    def __init__(self, *texts: GeneratedText) -> None:
+        super().__init__()
+        self.texts = texts
+
+    def generate(self, item: Generate) -> Generated:
+        self.asked.append(item)
+        return Generated((self.texts,) * len(item.prompts))
+
+
+CERTAIN = GeneratedText("a cat 1", 3, -0.1, 0.9, "stop", logprobs=((5, " cat", -0.1),))
+DOUBTFUL = GeneratedText("a dog 2", 30, -20.0, 0.4, "length")
+LOOP = GeneratedText("a dog", 2, -1.0, 0.6, "loop")
+
+
+def test_every_kind_of_text_says_how_sure_it_is() -> None:
+    """Captions, ranked ones too, answers, and both in a description."""
+    fields = {"image": IMAGE, "min_confidence": 0.5}
+    model = Sure(CERTAIN, DOUBTFUL)
+    captions = caption(model, min_confidence=0.5).captions
+    ranked = caption(model, min_confidence=0.5, best_of=2).captions
+    asked = answer(VQARequest.model_validate(fields | {"questions": "why?"}), PIXELS, model)
+    both = answer(DescribeRequest.model_validate(fields | {"questions": "why?"}), PIXELS, model)
+    assert [each.uncertain for each in captions] == [None, True]
+    assert [each.uncertain for each in ranked] == [True, None], "the dog matches better"
+    for text in (captions[0], ranked[1], asked.answers[0], both.caption.captions[0]):
+        assert (text.log_likelihood, text.mean_token_probability) == (-0.1, 0.9)
+        assert (text.tokens, text.finish_reason, text.uncertain) == (3, "stop", None)
+        assert [(each.id, each.token) for each in text.logprobs] == [(5, " cat")]
+    assert both.vqa.answers[0] == asked.answers[0]
+    assert not model.notes
+
+
+def test_without_a_bound_nothing_is_uncertain_and_without_a_number_all_is() -> None:
+    assert caption(Sure(DOUBTFUL)).captions[0].uncertain is None
+    unknown = Sure(GeneratedText("a cat", 2))
+    assert caption(unknown, min_confidence=0.0).captions[0].uncertain is True
+
+
+def test_a_chosen_answer_is_as_sure_as_its_probability(model: Model) -> None:
+    asked = {"image": IMAGE, "questions": "why?", "choices": ["no", "yes"]}
+    for least, uncertain in ((0.7, None), (0.8, True)):
+        request = VQARequest.model_validate(asked | {"min_confidence": least})
+        assert answer(request, PIXELS, model).answers[0].uncertain is uncertain
+
+
+def test_loops_and_empty_texts_have_a_note() -> None:
+    again = GeneratedText("a cat", 2, -1.0, 0.6, "stop", rewritten=True)
+    for text, told in (
+        (LOOP, "repeated itself and was ended"),
+        (again, "written once more"),
+        (GeneratedText(" ", 1, -1.0, 0.6, "stop"), "a text is empty"),
+    ):
+        for ask in (caption, _ask_why):
+            model = Sure(text)
+            ask(model)
+            (note,) = model.notes
+            assert told in note
+
+
+def _ask_why(model: Model) -> Any:
+    return answer(VQARequest(image=IMAGE, questions="why?"), PIXELS, model)
+
+
+def test_loops_are_ended_unless_the_job_says_otherwise(model: Model) -> None:
+    caption(model)
+    caption(model, generation={"on_loop": "rewrite", "logprobs": True})
+    assert [item.params.on_loop for item in model.asked] == ["end", "rewrite"]
+    assert [item.params.logprobs for item in model.asked] == [False, True]

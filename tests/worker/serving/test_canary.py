@@ -94,6 +94,40 @@ def test_a_damaged_model_is_refused(damage: Callable[[Any], None], told: str) ->
         canary.check(model, read_goldens()["demo"])
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda head: head.normal_(std=1e-4), "it guesses: its own words have a chance of 0"),
+        (lambda head: head.copy_(shuffled(head)), "it should say"),
+    ],
+)
+def test_a_model_of_ones_own_that_writes_nonsense_is_told_what_to_check(
+    change: Callable[[torch.Tensor], Any], told: str, tmp_path: Path
+) -> None:
+    """Its golden is recorded before its weights are spoilt, as by a wrong base."""
+    for each in demo.OPT.iterdir():
+        (tmp_path / each.name).write_bytes(each.read_bytes())
+    known = tmp_path / "goldens.json"
+    golden = canary.golden_of(Blip2.load(str(tmp_path), dtype="float32"))
+    goldens.write_golden(known, str(tmp_path), golden)
+    weights = load_file(tmp_path / "model.safetensors")
+    (name,) = [name for name in weights if name.endswith("embed_tokens.weight")]
+    change(weights[name])
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    settings = WorkerSettings(
+        models={"default": str(tmp_path)}, goldens=known, dtype="float32", device="cpu"
+    )
+    with pytest.raises(ModelError, match=f"{told}.*For a model of your own check") as raised:
+        load_models(settings)
+    assert "(LoRA) was merged" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_text_without_a_word_is_nonsense() -> None:
+    with pytest.raises(CanaryError, match="it writes no word"):
+        canary._require_sense(WELL.model_copy(update={"captions": (". , ; -", "a blue square")}))
+
+
 def test_a_damaged_matching_head_is_refused() -> None:
     model = load()
     assert model.matcher is not None

@@ -481,3 +481,40 @@ def test_the_command_counts_for_a_cpu_too() -> None:
     told = run("memory", "demo", "--device", "cpu", "--quantize-vision", "--quantization", "int8")
     assert "demo, int8+vision, on cpu" in told.stdout
     assert "fits: " in told.stdout
+
+
+@pytest.mark.parametrize("device", ["cuda:0,cuda:1", "balanced"])
+@pytest.mark.parametrize(
+    ("gib", "told"),
+    [
+        (None, r"opt-6.7b in full 2\d.\d GiB, opt-6.7b with BLIPQ_QUANTIZATION=int8"),
+        (16, r"16.0 GiB hold: opt-6.7b with BLIPQ_QUANTIZATION=nf4 1\d.\d GiB, opt-2.7b in full"),
+        (2, r"2.0 GiB hold none: the least is opt-2.7b with BLIPQ_QUANTIZATION=nf4, \d.\d GiB"),
+    ],
+)
+def test_a_model_over_two_gpus_is_answered_with_what_fits_on_one(
+    device: str, gib: int | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards = [] if gib is None else [Gpu("large", 80 * GIB), Gpu("small", gib * GIB)]
+    monkeypatch.setattr(memory, "gpus", lambda: cards)
+    options = WorkerSettings(models={"default": "opt-6.7b"}, device=device)
+    with pytest.raises(ModelError, match=f"never split over several GPUs. {told}") as raised:
+        memory.require_one_device(options)
+    assert "--processes" in str(raised.value)
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1"])
+def test_one_device_is_enough(device: str) -> None:
+    memory.require_one_device(WorkerSettings(device=device))
+
+
+def test_a_device_that_nobody_knows_is_named() -> None:
+    with pytest.raises(ModelError, match="BLIPQ_DEVICE=mps is none of auto, cpu, cuda and cuda:N"):
+        memory.require_one_device(WorkerSettings(device="mps"))
+
+
+def test_what_is_smaller_takes_less() -> None:
+    """Of a folder of one's own, too, whose size is known; nothing larger is offered."""
+    options = WorkerSettings(device="cpu")
+    assert "opt-2.7b" not in memory.instead(options, "demo", None, "cpu")
+    assert memory.instead(options, "nowhere/at-all", None).startswith("opt-2.7b in full 1")

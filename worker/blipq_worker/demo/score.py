@@ -84,6 +84,14 @@ class Answered:
         return result.scores[0].score if isinstance(result, MatchResult) else None
 
     @property
+    def confidence(self) -> float | None:
+        """The mean probability of the tokens of a text that was written."""
+        match self.info.result:
+            case CaptionResult(captions=(written, *_)) | VQAResult(answers=(written, *_)):
+                return written.mean_token_probability
+        return None
+
+    @property
     def mark(self) -> Mark:
         """Whether it is right, letter for letter."""
         if self.info.result is None:

@@ -1,7 +1,7 @@
 """What each type of item is to the engine: the one table that distinguishes them."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,7 @@ class Verb:
 def _generated(texts: Sequence[Sequence[GeneratedText]]) -> Generated:
     return Generated(
         tuple(
-            tuple(requests.GeneratedText(each.text, each.tokens) for each in alternatives)
+            tuple(requests.GeneratedText(*astuple(each)) for each in alternatives)
             for alternatives in texts
         )
     )

@@ -71,12 +71,19 @@ class ImagePixels:
         return sum(view.nbytes for view in self.pixels)
 
 
+OnLoop = Literal["keep", "end", "rewrite"]
+
+
 class Plain(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Encoded as an array of exactly its fields."""
 
 
 class GenerationParams(Plain, frozen=True):
-    """How texts are chosen, under Hugging Face's names; lengths count new tokens; top_k 0: off."""
+    """How texts are chosen, under Hugging Face's names; lengths count new tokens; top_k 0: off.
+
+    on_loop: whether a text that repeats itself goes on, ends there, or is written once more.
+    logprobs: whether the answer says how likely each token was.
+    """
 
     max_new_tokens: Annotated[int, Meta(ge=1, le=512)] = 30
     min_new_tokens: Annotated[int, Meta(ge=0, le=512)] = 1
@@ -90,6 +97,8 @@ class GenerationParams(Plain, frozen=True):
     length_penalty: Annotated[float, Meta(ge=-10, le=10)] = 1.0
     num_return_sequences: Annotated[int, Meta(ge=1, le=16)] = 1
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    on_loop: OnLoop = "keep"
+    logprobs: bool = False
 
 
 Prompts = Annotated[tuple[Text, ...], Meta(min_length=1, max_length=64)]
@@ -154,11 +163,26 @@ Item = Generate | Rank | Match | Explain | Rerank | Embed
 # --- answers --------------------------------------------------------------------------------------
 
 
+FinishReason = Literal["stop", "length", "loop"]
+
+
 class GeneratedText(Plain, frozen=True):
-    """A text and how many tokens were generated for it, its end token included."""
+    """A text and how many tokens it has, its end token included; and how sure of it the model was.
+
+    log_likelihood: the sum of the natural logarithms of its tokens' probabilities.
+    mean_token_probability: the arithmetic mean of these. Both are of the model's own distribution,
+    before temperature, penalties and bans; None where a probability is 0. finish_reason: ``stop``,
+    an end token; ``length``, its longest; ``loop``, it repeated itself, which is cut off.
+    rewritten: the first try was a loop. logprobs: each token's id, text and logarithm, if wanted.
+    """
 
     text: str
     tokens: int
+    log_likelihood: float | None = None
+    mean_token_probability: float | None = None
+    finish_reason: FinishReason | None = None
+    rewritten: bool = False
+    logprobs: tuple[tuple[int, str, float], ...] | None = None
 
 
 class Generated(Plain, frozen=True, tag="generated"):

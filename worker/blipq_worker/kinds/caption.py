@@ -1,5 +1,6 @@
 """Captions; with ``best_of`` the best of several, ranked by how well they match the image."""
 
+from functools import partial
 from typing import Any
 
 from blipq.contract import Caption, CaptionRequest, CaptionResult, Generation, Kind
@@ -12,7 +13,7 @@ from blipq_worker.inference.requests import (
     Match,
     Matched,
 )
-from blipq_worker.kinds.generation import params_of
+from blipq_worker.kinds.generation import confidence, params_of, remark
 from blipq_worker.kinds.spec import Ask, Part, SinglePart
 
 
@@ -34,7 +35,8 @@ class CaptionSpec(SinglePart[CaptionRequest]):
         assert image is not None
         params = params_of("caption", ask.info, request.generation, **_best_of(request))
         prompt = caption_prompt(request.prompt, ask.info.default_prompt)
-        return Part("generate", Generate(image, (prompt,), params), _captions)
+        made = partial(_captions, request, ask)
+        return Part("generate", Generate(image, (prompt,), params), made)
 
     def answer(self, request: CaptionRequest, image: ImagePixels | None, ask: Ask) -> CaptionResult:
         """Writes captions, and ranks them where ``best_of`` is set."""
@@ -44,13 +46,19 @@ class CaptionSpec(SinglePart[CaptionRequest]):
             return written
         texts = tuple(caption.text for caption in written.captions)
         scores = ask.one(Part("match", Match(image, texts, "itm"), _scores))
-        ranked = sorted(zip(texts, scores, strict=True), key=lambda pair: -pair[1])
-        captions = tuple(Caption(text=text, score=score) for text, score in ranked)
-        return CaptionResult(captions=captions)
+        ranked = sorted(zip(written.captions, scores, strict=True), key=lambda pair: -pair[1])
+        return CaptionResult(
+            captions=tuple(each.model_copy(update={"score": score}) for each, score in ranked)
+        )
 
 
-def _captions(generated: Generated) -> CaptionResult:
-    return CaptionResult(captions=tuple(Caption(text=each.text) for each in generated.texts[0]))
+def _captions(request: CaptionRequest, ask: Ask, generated: Generated) -> CaptionResult:
+    texts = generated.texts[0]
+    remark(texts, ask.note)
+    least = request.min_confidence
+    return CaptionResult(
+        captions=tuple(Caption(text=each.text, **confidence(each, least)) for each in texts)
+    )
 
 
 def _scores(matched: Matched) -> tuple[float, ...]:

@@ -38,11 +38,20 @@ class DescribeSpec(KindSpec[DescribeRequest]):
 def _requests(request: DescribeRequest) -> dict[str, tuple[SinglePart[Any], Any]]:
     """The requested parts, by their fields in the result, as their kinds' requests."""
     image, generation = request.image, request.generation
+    least = request.min_confidence
     found: dict[str, tuple[SinglePart[Any], Any]] = {}
     if request.caption:
-        found["caption"] = caption.SPEC, CaptionRequest(image=image, generation=generation)
+        found["caption"] = (
+            caption.SPEC,
+            CaptionRequest(image=image, generation=generation, min_confidence=least),
+        )
     if request.questions:
-        vqa_request = VQARequest(image=image, questions=request.questions, generation=generation)
+        vqa_request = VQARequest(
+            image=image,
+            questions=request.questions,
+            generation=generation,
+            min_confidence=least,
+        )
         found["vqa"] = vqa.SPEC, vqa_request
     if request.texts:
         found["match"] = match.SPEC, MatchRequest(image=image, texts=request.texts)

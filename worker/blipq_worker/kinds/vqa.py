@@ -15,7 +15,7 @@ from blipq_worker.inference.requests import (
     Rank,
     Ranked,
 )
-from blipq_worker.kinds.generation import params_of
+from blipq_worker.kinds.generation import confidence, is_uncertain, params_of, remark
 from blipq_worker.kinds.spec import Ask, Part, SinglePart
 
 Turns = tuple[tuple[str, str], ...]
@@ -56,7 +56,7 @@ class VqaSpec(SinglePart[VQARequest]):
             ask.note(f"{dropped} of {len(turns)} earlier turns were left out: there was no room")
         if any(map(has_a_prompt, request.questions)):
             ask.note(PROMPT_NOTE)
-        made = partial(_answers if choices is None else _choices, request)
+        made = partial(_answers, request, ask) if choices is None else partial(_choices, request)
         return Part("generate", item(*map(vqa_prompt, request.questions, kept)), made)
 
 
@@ -69,10 +69,12 @@ def _newest(turns: Turns, fits: Callable[[Turns], bool]) -> Turns:
     return turns[first:]
 
 
-def _answers(request: VQARequest, generated: Generated) -> VQAResult:
+def _answers(request: VQARequest, ask: Ask, generated: Generated) -> VQAResult:
+    remark((texts[0] for texts in generated.texts), ask.note)
+    least = request.min_confidence
     return VQAResult(
         answers=tuple(
-            Answer(question=question, text=texts[0].text)
+            Answer(question=question, text=texts[0].text, **confidence(texts[0], least))
             for question, texts in zip(request.questions, generated.texts, strict=True)
         )
     )
@@ -82,13 +84,15 @@ def _choices(request: VQARequest, ranked: Ranked) -> VQAResult:
     choices = request.choices or ()
     return VQAResult(
         answers=tuple(
-            _ranked(question, choices, likelihoods)
+            _ranked(question, choices, likelihoods, request.min_confidence)
             for question, likelihoods in zip(request.questions, ranked.likelihoods, strict=True)
         )
     )
 
 
-def _ranked(question: str, texts: Sequence[str], likelihoods: Sequence[float]) -> Answer:
+def _ranked(
+    question: str, texts: Sequence[str], likelihoods: Sequence[float], least: float | None
+) -> Answer:
     """The choices, most likely first, with probabilities that add up to 1."""
     greatest = max(likelihoods)
     weights = [math.exp(likelihood - greatest) for likelihood in likelihoods]
@@ -97,7 +101,9 @@ def _ranked(question: str, texts: Sequence[str], likelihoods: Sequence[float]) -
         for text, weight, likelihood in zip(texts, weights, likelihoods, strict=True)
     ]
     choices.sort(key=lambda choice: -choice.probability)
-    return Answer(question=question, text=choices[0].text, choices=tuple(choices))
+    first = choices[0]
+    uncertain = is_uncertain(first.probability, least)
+    return Answer(question=question, text=first.text, choices=tuple(choices), uncertain=uncertain)
 
 
 SPEC = VqaSpec()

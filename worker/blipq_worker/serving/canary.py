@@ -9,12 +9,13 @@ not repeat, and depend on the picture.
 import logging
 import math
 import re
+from collections.abc import Sequence
 
 import torch
 from PIL import Image, ImageDraw
 
 from blipq.errors import BlipqError
-from blipq_worker.blip2 import Blip2, GenerateItem, MatchItem, RankItem
+from blipq_worker.blip2 import Blip2, GeneratedText, GenerateItem, MatchItem, RankItem
 from blipq_worker.catalog.params import resolve
 from blipq_worker.catalog.prompts import vqa_prompt
 from blipq_worker.inference.requests import ModelInfo
@@ -28,6 +29,8 @@ TOKENS = 12
 
 #: Log-likelihoods that differ by less are the same: rounding may differ between rows of a batch.
 _SAME = 0.05
+#: A model that was trained gives the word that it chooses more than this: half, as a rule.
+_LEAST_CHANCE = 0.02
 #: Four times the same word, or nothing but four times the same few characters.
 _REPEATS = re.compile(r"(?:.*\s)?(\S+)(?:\s+\1){3,}(?:\s.*)?|(.{1,20}?)(?:\s*\2){3,}", re.DOTALL)
 
@@ -63,6 +66,7 @@ def observe(model: Blip2) -> Observation:
     written = model.generate(
         [GenerateItem(*both, params) for both in zip(pixels, prompts, strict=True)]
     )
+    _require_choice([texts[0] for texts, _ in written])
     matches = None
     if model.info.has_retrieval:
         items = [MatchItem(each, TEXTS, "itm") for each in pixels]
@@ -96,6 +100,14 @@ def golden_of(model: Blip2) -> Golden:
     )
 
 
+def _require_choice(captions: Sequence[GeneratedText]) -> None:
+    """Raises CanaryError where no word of any caption is much likelier than all others."""
+    chances = [text.mean_token_probability or 0.0 for text in captions]
+    if max(chances) < _LEAST_CHANCE:
+        texts = ", ".join(repr(text.text) for text in captions)
+        raise CanaryError(f"it guesses: its own words have a chance of {max(chances):.2%}: {texts}")
+
+
 def _require_sense(observation: Observation) -> None:
     numbers = [value for row in observation.likelihoods for value in row]
     if not all(map(math.isfinite, numbers)):
@@ -107,6 +119,8 @@ def _require_sense(observation: Observation) -> None:
             raise CanaryError("it writes nothing about a picture")
         if _REPEATS.fullmatch(text.strip()):
             raise CanaryError(f"it repeats itself: {text!r}")
+        if not any(map(str.isalnum, text)):
+            raise CanaryError(f"it writes no word: {text!r}")
     for row in observation.matches or ():
         if not all(0.0 <= probability <= 1.0 for probability in row):
             raise CanaryError(f"its matching probabilities are {observation.matches}")

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from blipq_worker.catalog.adapters import Adapter, AdapterError, read_adapter
-from blipq_worker.catalog.models import ModelError, served_model
+from blipq_worker.catalog.models import VARIANTS, ModelError, served_model
 from blipq_worker.catalog.s3.errors import S3ModelAway, S3ModelError
 from blipq_worker.catalog.weights import how_to_get, weights_of_served
 from blipq_worker.engine.faults import DeviceLost, is_device_fault
 from blipq_worker.process.malloc import give_large_blocks_back
 from blipq_worker.serving.device import stay_near, usable_device
-from blipq_worker.serving.memory import Kept, kept_on, shortage
+from blipq_worker.serving.memory import Kept, instead, kept_on, require_one_device, shortage
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.startup import START
 
@@ -27,6 +27,14 @@ if TYPE_CHECKING:
     from blipq_worker.serving.goldens import Golden
 
 log = logging.getLogger(__name__)
+
+#: What is wrong, in most cases, with a model of one's own that loads and writes nonsense.
+FINE_TUNE_CHECKS = (
+    "For a model of your own check that an adapter (LoRA) was merged into the weights that were "
+    "saved, that its base is the checkpoint it was trained on, that tokenizer and embeddings have "
+    "the same size, that it does not overflow in 16 bits (BLIPQ_DTYPE=float32), and that epsilon "
+    "and image size in config.json are those of its training (a warning above names others)"
+)
 
 
 def load_models(
@@ -71,6 +79,7 @@ def _load_all(
     give_large_blocks_back()  # what is quantized was read in full before
     goldens = _goldens(options) if options.canary else {}
     cache = FeatureCache(options.feature_cache_bytes)
+    require_one_device(options)
     device = usable_device(options.device)
     stay_near(device)
     quantization, why = kept_on(device, options)
@@ -236,6 +245,14 @@ def checker(
     return check
 
 
+def _is_published(what: str | None) -> bool:
+    """Whether its weights are those of BLIP-2's authors, or the demo's. None: an adapter's."""
+    if what is None or what == "demo":
+        return what is not None
+    generation = served_model("default", what).generation
+    return generation.partition("@")[0] in VARIANTS
+
+
 @contextmanager
 def _explained(name: str, options: WorkerSettings) -> Iterator[None]:
     """Whatever keeps a model from being served becomes a ModelError that says what to do.
@@ -259,6 +276,8 @@ def _explained(name: str, options: WorkerSettings) -> Iterator[None]:
         raise AdapterError(error.code, f"model {name!r}: {error.text}") from error
     except CanaryError as error:
         advice = "it is damaged or does not suit these settings (BLIPQ_CANARY=0 serves it)"
+        if not _is_published(options.models.get(name)):
+            advice += f". {FINE_TUNE_CHECKS}"
         raise ModelError(f"model {name!r} failed its check: {error}; {advice}") from error
     except CheckpointMissing as error:
         missing = [each for each in weights_of_served(options.models) if not each.present]
@@ -268,7 +287,8 @@ def _explained(name: str, options: WorkerSettings) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         reason = (str(error) or "out of memory").splitlines()[0]
         what = options.models.get(name, name)
-        advice = f"`blipq models memory {what}` counts what it takes"
+        smaller = instead(options, what, None, "cpu" if options.device == "cpu" else "cuda")
+        advice = f"`blipq models memory {what}` counts what it takes; {smaller}"
         raise ModelError(f"model {name!r} does not fit: {reason}; {advice}") from error
     except Exception as error:  # of libraries that read files, and of a configuration that lies
         log.debug("model %r", name, exc_info=error)

@@ -1,20 +1,27 @@
 """What is free of a device's memory, and whether a model fits."""
 
+import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from blipq_worker.catalog.adapters import read_adapter
-from blipq_worker.catalog.models import ModelError, served_model
+from blipq_worker.catalog.models import KNOWN_MODELS, PARAMETERS, ModelError, served_model
+from blipq_worker.catalog.s3.errors import S3ModelAway
 from blipq_worker.catalog.s3.places import is_in_s3
 from blipq_worker.serving.footprint import GIB, Load, Memory, memory_of
 from blipq_worker.settings import WorkerSettings
 
 #: How weights are kept: in full, or quantized.
 Kept = Literal["none", "int8", "nf4"]
+KEPT: tuple[Kept, ...] = ("none", "int8", "nf4")
+
+_ONE_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+#: What other libraries call a model that is spread over GPUs.
+_SPLIT = ("balanced", "balanced_low_0", "sequential", "device_map")
 
 #: The files of a container's limit, and of what it has used.
 _LIMIT = ("max", "current")
@@ -89,7 +96,8 @@ def shortage(options: WorkerSettings, what: str, device: str, quantization: Any)
         return None
     return (
         f"{what} takes about {needed.total / GIB:.1f} GiB at its busiest, and {free / GIB:.1f} GiB "
-        f"are free on {device}: `blipq models memory {what}` counts what it is made of"
+        f"are free on {device}: `blipq models memory {what}` counts what it is made of; "
+        f"{instead(options, what, free, device)}"
     )
 
 
@@ -182,3 +190,69 @@ def verdict_on_the_cpu(memory: Memory) -> str:
         return "how much memory is free here is unknown"
     fits = "fits" if memory.total <= free else "does not fit"
     return f"{fits}: {memory.total / GIB:.1f} GiB of {free / GIB:.1f} GiB that are free here"
+
+
+def require_one_device(options: WorkerSettings) -> None:
+    """Raises ModelError for what is no single device; it names what fits on one, with numbers."""
+    device = options.device
+    if _ONE_DEVICE.fullmatch(device):
+        return
+    if "," not in device and device not in _SPLIT:
+        raise ModelError(f"BLIPQ_DEVICE={device} is none of auto, cpu, cuda and cuda:N")
+    cards = gpus()
+    room = min((card.total for card in cards), default=None)
+    fitting = "; ".join(instead(options, what, room) for what in options.models.values())
+    raise ModelError(
+        f"BLIPQ_DEVICE={device}: a model is never split over several GPUs. {fitting}. Several GPUs "
+        "serve a worker each: `blipq worker --processes`"
+    )
+
+
+def instead(options: WorkerSettings, what: str, room: int | None, device: str = "cuda") -> str:
+    """What takes less of a device than ``what`` in full, with numbers, in a sentence.
+
+    room: bytes that there are, of which what does not fit is left out; None where unknown.
+    """
+    counts = list(_counts(options, what, device))
+    fitting = [each for each in counts if room is None or each[1] <= room]
+    if not fitting:
+        assert room is not None
+        name, least = min(counts, key=lambda each: each[1])
+        return f"{room / GIB:.1f} GiB hold none: the least is {name}, {least / GIB:.1f} GiB"
+    listed = ", ".join(f"{name} {total / GIB:.1f} GiB" for name, total in fitting)
+    return listed if room is None else f"{room / GIB:.1f} GiB hold: {listed}"
+
+
+def _counts(options: WorkerSettings, what: str, device: str) -> Iterator[tuple[str, int]]:
+    """What ``what`` and smaller models take in full and quantized: the largest of each first."""
+    most = None
+    for name in (what, *_smaller(what)):
+        for kept in KEPT:
+            with suppress(ModelError, S3ModelAway):
+                counted = memory_of(
+                    name,
+                    quantization=kept,
+                    quantize_vision=options.quantize_vision,
+                    dtype=options.dtype,
+                    load=load_of(options),
+                    device=device,
+                )
+                most = most or counted.total
+                if counted.total <= most:
+                    setting = "in full" if kept == "none" else f"with BLIPQ_QUANTIZATION={kept}"
+                    yield f"{name} {setting}", counted.total
+
+
+def _smaller(what: str) -> list[str]:
+    """Known models of the same family with fewer weights; of another model the smallest."""
+    if what not in KNOWN_MODELS:
+        return ["opt-2.7b"]
+    own = PARAMETERS[KNOWN_MODELS[what].generation]
+    family, is_coco = what.partition("-")[0], what.endswith("-coco")
+    known = {name: PARAMETERS[each.generation] for name, each in KNOWN_MODELS.items()}
+    alike = [
+        name
+        for name, count in known.items()
+        if count < own and name.startswith(family) and name.endswith("-coco") == is_coco
+    ]
+    return sorted(alike, key=known.__getitem__, reverse=True)

@@ -28,6 +28,7 @@ from blipq.contract import (
     SearchResult,
     Status,
     VQAResult,
+    Written,
 )
 from blipq.errors import (
     BlipqError,
@@ -292,14 +293,23 @@ def _in_short(hit: Hit) -> str:
 
 def _captions(result: CaptionResult) -> Iterator[str]:
     for found in result.captions:
-        yield found.text if found.score is None else f"{found.score:.3f}  {found.text}"
+        line = found.text if found.score is None else f"{found.score:.3f}  {found.text}"
+        yield f"{line}{_doubt(found)}"
+
+
+def _doubt(text: Written) -> str:
+    """What is added to a text that is less sure than its job wants it to be."""
+    if not text.uncertain:
+        return ""
+    mean = text.mean_token_probability
+    return "  (uncertain)" if mean is None else f"  (uncertain: {mean:.2f})"
 
 
 def _lines_of_answers(result: VQAResult) -> Iterator[str]:
     for answer in result.answers:
         question = f"{answer.question}  " if len(result.answers) > 1 else ""
         if answer.choices is None:
-            yield f"{question}{answer.text}"
+            yield f"{question}{answer.text}{_doubt(answer)}"
         for choice in answer.choices or ():
             yield f"{question}{choice.probability:.3f}  {choice.text}"
 

@@ -180,6 +180,10 @@ def test_seeds_and_alternatives_give_other_texts(opt: Blip2) -> None:
     assert row_seed(1, 2) != row_seed(2, 1) != row_seed(12)
 
 
+def chosen(scores: torch.Tensor, some: list[Row]) -> list[int]:
+    return [token for token, _ in choose(scores, some, ends=[], start=[])]
+
+
 def warped(scores: torch.Tensor, params: GenerationParams) -> torch.Tensor:
     """Probabilities by transformers' own warpers."""
     processors = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
@@ -204,7 +208,7 @@ def test_draws_follow_transformers_probabilities(top_k: int, top_p: float, vocab
     seeds = [Row(nothing, [], params, row_seed(seed)) for seed in range(number)]
     steps = [Row(nothing, [], params, 1, [0] * step) for step in range(number)]
     for some in (seeds, steps):
-        drawn = torch.tensor(choose(scores.expand(number, -1), some, ends=[], start=[]))
+        drawn = torch.tensor(chosen(scores.expand(number, -1), some))
         found = drawn.bincount(minlength=vocabulary) / number
         assert not found[expected == 0].any(), "a token was drawn that is cut off"
         likely = expected * number > 5
@@ -217,9 +221,9 @@ def test_a_nucleus_wider_than_the_window_is_drawn_from_as_a_whole() -> None:
     scores = torch.randn(2000, generator=torch.Generator().manual_seed(1)) * 0.01
     flat = [Row(torch.empty((0, 1)), [], replace(SAMPLED, top_k=0), seed) for seed in range(500)]
     peaked = [Row(torch.empty((0, 1)), [], replace(SAMPLED, top_k=5), seed) for seed in range(500)]
-    both = choose(scores.expand(1000, -1), [*flat, *peaked], ends=[], start=[])
-    assert both[:500] == choose(scores.expand(500, -1), flat, ends=[], start=[])
-    assert both[500:] == choose(scores.expand(500, -1), peaked, ends=[], start=[])
+    both = chosen(scores.expand(1000, -1), [*flat, *peaked])
+    assert both[:500] == chosen(scores.expand(500, -1), flat)
+    assert both[500:] == chosen(scores.expand(500, -1), peaked)
     assert len(set(both[:500])) > 300
     assert len(set(both[500:])) == 5
 

@@ -12,10 +12,12 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import Blip2Config
 
 from blipq_worker.blip2 import Blip2, CheckpointError, GenerateItem
 from blipq_worker.blip2.loading import checkpoints as module
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
+from blipq_worker.blip2.loading.oddities import oddities
 from blipq_worker.catalog.params import resolve
 from blipq_worker.catalog.weights import INDEX, WHOLE
 
@@ -337,3 +339,39 @@ def test_each_checkpoint_is_used_for_its_own_kind(checkpoints: dict[str, Path]) 
         Blip2.load(str(checkpoints["itm"]))
     with pytest.raises(CheckpointError, match="is not a retrieval checkpoint"):
         Blip2.load(str(checkpoints["opt"]), str(checkpoints["t5"]), dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "change", "told"),
+    [
+        ("opt", "vision_config", {"layer_norm_eps": 1e-5}, "vision_config.layer_norm_eps is 1e-05"),
+        ("opt", "qformer_config", {"layer_norm_eps": 1e-6}, "where LAVIS computes with 1e-12"),
+        ("t5", "text_config", {"layer_norm_epsilon": 1e-5}, "text_config.layer_norm_epsilon is"),
+        ("opt", "vision_config", {"hidden_size": 1408, "image_size": 336}, "image_size is 336"),
+    ],
+)
+def test_what_is_not_as_lavis_has_it_is_named(
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    name: str,
+    part: str,
+    change: dict[str, Any],
+    told: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = Path(shutil.copytree(checkpoints[name], tmp_path / "copy"))
+    open_checkpoint(str(folder))
+    assert not caplog.records
+    config = json.loads((folder / "config.json").read_text())
+    changed_config(folder, **{part: config[part] | change})
+    open_checkpoint(str(folder))
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert told in message
+    assert str(folder) in message
+
+
+@pytest.mark.parametrize("side", [224, 364])
+def test_what_is_as_lavis_has_it_is_not_named(side: int) -> None:
+    config = Blip2Config()
+    config.vision_config.image_size = side
+    assert list(oddities(config)) == []

@@ -8,7 +8,7 @@ CPUs and steps in static slots. Prompts have beams of their own number k; K is t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -28,9 +28,10 @@ class Beams:
     beams, limit, count: (n,), how many there are, the most new tokens of a text, and how many of
     them are written. penalty: (n,), float64, of the length. scores, texts: (n, K) and (n, K, T),
     the sums of log-probabilities of what is being written, best first, and its tokens, T5's start
-    token included. best, found, lengths, ended: (n, K), the same of the best texts with the
-    penalty, (n, K, T), their tokens; (n, K), new tokens; (n, K), False for what merely holds a
-    place.
+    token included. logs: (n, K, T), the model's own log-probabilities of these, before penalties
+    (see ``sequences.Said``); 0 where nothing is written. best, found, found_logs, lengths, ended:
+    (n, K), the same of the best texts with the penalty, (n, K, T), their tokens and (n, K, T) their
+    logarithms; (n, K), new tokens; (n, K), False for what merely holds a place.
     """
 
     beams: torch.Tensor
@@ -39,8 +40,10 @@ class Beams:
     penalty: torch.Tensor
     scores: torch.Tensor
     texts: torch.Tensor
+    logs: torch.Tensor
     best: torch.Tensor
     found: torch.Tensor
+    found_logs: torch.Tensor
     lengths: torch.Tensor
     ended: torch.Tensor
 
@@ -87,8 +90,10 @@ class Beams:
             penalty=penalty,
             scores=scores,
             texts=texts,
+            logs=torch.zeros_like(texts, dtype=torch.float32),
             best=torch.full_like(scores, NONE),
             found=texts.clone(),
+            found_logs=torch.zeros_like(texts, dtype=torch.float32),
             lengths=torch.zeros((count, most), dtype=torch.long, device=device),
             ended=torch.zeros((count, most), dtype=torch.bool, device=device),
         )
@@ -128,11 +133,18 @@ class Beams:
 
     def best_texts(
         self, index: int, number: int, skipped: int
-    ) -> tuple[list[list[int]], list[float]]:
-        """The best texts of a prompt, without their first ``skipped`` tokens, and their scores."""
-        tokens, lengths = self.found[index, :number].tolist(), self.lengths[index].tolist()
-        texts = [each[skipped : skipped + n] for each, n in zip(tokens, lengths, strict=False)]
-        return texts, self.best[index, :number].tolist()
+    ) -> tuple[list[list[int]], list[float], list[list[float]]]:
+        """The best texts of a prompt, without their first ``skipped`` tokens.
+
+        Beside them their scores, and the logarithms of their tokens.
+        """
+        lengths = self.lengths[index, :number].tolist()
+
+        def of_texts(tensor: torch.Tensor) -> list[list[Any]]:
+            rows = tensor[index, :number].tolist()
+            return [row[skipped : skipped + n] for row, n in zip(rows, lengths, strict=True)]
+
+        return of_texts(self.found), self.best[index, :number].tolist(), of_texts(self.found_logs)
 
 
 def stacked(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
@@ -172,10 +184,12 @@ def choose_beams(
     skipped: int,
     stopping: Stopping,
     noise: torch.Tensor | None = None,
+    own: torch.Tensor | None = None,
 ) -> Chosen:
     """One more token for all beams, and what became of their texts.
 
-    logs: log-probabilities after penalties, (rows, vocabulary). lanes: which row each beam goes on
+    logs: log-probabilities after penalties, (rows, vocabulary). own: the same before penalties;
+    None: there are none. lanes: which row each beam goes on
     from, (n, K); any for what is no beam. ends: end tokens. skipped: tokens before the new ones.
     noise: see ``_candidates``.
     """
@@ -192,6 +206,8 @@ def choose_beams(
     texts = state.texts.gather(1, _wide(parent, state.texts))
     at = (written + skipped - 1)[:, None, None].expand(-1, kept, 1)
     texts = texts.scatter(2, at, token[..., None])
+    said = (logs if own is None else own)[lanes.gather(1, parent), token]
+    texts_logs = state.logs.gather(1, _wide(parent, state.logs)).scatter(2, at, said[..., None])
 
     # Of the candidates only the best k may be among the texts.
     joins = ends_here & (ranks < state.beams[:, None])
@@ -202,6 +218,7 @@ def choose_beams(
         held = held.masked_fill(~state.ended, 2 * NONE)
     best, among = _first(torch.cat([held, final], 1), most, stable=noise is not None)
     found = torch.cat([state.found, texts], 1).gather(1, _wide(among, state.found))
+    found_logs = torch.cat([state.found_logs, texts_logs], 1).gather(1, _wide(among, state.found))
     lengths = torch.cat([state.lengths, written[:, None].expand(-1, kept)], 1).gather(1, among)
     ended = torch.cat([state.ended, joins], 1).gather(1, among)
 
@@ -215,8 +232,10 @@ def choose_beams(
         penalty=state.penalty,
         scores=running,
         texts=texts.gather(1, _wide(pick, texts)),
+        logs=texts_logs.gather(1, _wide(pick, texts)),
         best=best,
         found=found,
+        found_logs=found_logs,
         lengths=lengths,
         ended=ended,
     )

@@ -97,6 +97,7 @@ class Groups:
         self, ends: Sequence[int], start: Sequence[int], stopping: Stopping, device: torch.device
     ) -> None:
         self._ends = torch.tensor(list(ends), dtype=torch.long, device=device)
+        self._known_ends = frozenset(ends)
         self._start, self._stopping, self._device = tuple(start), stopping, device
         self.running: list[Group] = []
         self._beams: Beams | None = None
@@ -213,7 +214,8 @@ class Groups:
             group.written += 1
             if not goes_on:
                 number = group.row.params.num_return_sequences
-                group.row.settle(*self._beams.best_texts(place, number, len(self._start)))
+                found = self._beams.best_texts(place, number, len(self._start))
+                group.row.settle(*found, self._known_ends)
 
     def _choose(
         self, groups: Sequence[Group], beams: Beams, scores: torch.Tensor, lanes: torch.Tensor
@@ -221,7 +223,8 @@ class Groups:
         """Penalties and the shortest length come after the softmax, which greedy search has not."""
         if not bool(scores.amax(dim=-1).isfinite().all()):
             raise ScoresError("the model's scores are not numbers")
-        logs = torch.log_softmax(scores.float(), dim=-1)
+        own = torch.log_softmax(scores.float(), dim=-1)
+        logs = own.clone()
         for index, group in enumerate(groups):
             rows = _rows(group, lanes[index])
             if is_penalized(group.row):
@@ -238,6 +241,7 @@ class Groups:
             skipped=len(self._start),
             stopping=self._stopping,
             noise=self._noise(groups, logs, lanes),
+            own=own,
         )
 
     def _noise(

@@ -84,7 +84,7 @@ class DecodeLoop:
         alone, groups = _by_kind(rows)
         language, number = self._language, len(alone)
         scores, filled = language.prefill([*alone, *groups])
-        tokens: list[int] = []
+        tokens: list[tuple[int, float]] = []
         begun = None
         if alone:
             tokens = choose(scores[:number], alone, ends=self._ends, start=language.start)
@@ -113,7 +113,7 @@ class DecodeLoop:
             return []
         step = self._groups.ready(places) if places else None
         scores = self._language.step(alone, where, step)
-        tokens: list[int] = []
+        tokens: list[tuple[int, float]] = []
         if alone:
             some = scores[: len(alone)]
             tokens = choose(some, alone, ends=self._ends, start=self._language.start)
@@ -140,9 +140,9 @@ class DecodeLoop:
         if gone.intersection(self._groups.rows):
             self._groups.keep(_without(gone, self._groups.rows, self._language.groups))
 
-    def _write(self, rows: Sequence[Row], tokens: Sequence[int]) -> None:
-        for row, token in zip(rows, tokens, strict=True):
-            row.write(token, self._ends)
+    def _write(self, rows: Sequence[Row], tokens: Sequence[tuple[int, float]]) -> None:
+        for row, (token, log) in zip(rows, tokens, strict=True):
+            row.write(token, log, self._ends)
 
 
 def _by_kind(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:

@@ -27,12 +27,13 @@ class ScoresError(RuntimeError):
 
 def choose(
     logits: torch.Tensor, rows: Sequence[Row], *, ends: Sequence[int], start: Sequence[int]
-) -> list[int]:
-    """The next token of each row from its logits, (rows, vocabulary).
+) -> list[tuple[int, float]]:
+    """The next token of each row from its logits, (rows, vocabulary), and its log-probability.
 
-    ends: end tokens. start: tokens that penalties count as written before all others. Raises
-    ScoresError if the scores of a row are not finite.
+    That is the model's own (see ``sequences.Said``). ends: end tokens. start: tokens that penalties
+    count as written before all others. Raises ScoresError if the scores of a row are not finite.
     """
+    own = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     scores = logits.to(torch.float32, copy=True)
     healthy = scores.amax(dim=-1).isfinite()
     for index, row in enumerate(rows):
@@ -46,10 +47,12 @@ def choose(
     drawn = [index for index, row in enumerate(rows) if row.params.do_sample]
     if drawn:
         tokens[drawn] = _draw(scores[drawn], [rows[index] for index in drawn])
-    chosen: list[int] = torch.where(healthy, tokens, -1).tolist()  # the step's only wait
-    if -1 in chosen:
+    logs = own.gather(-1, tokens[:, None])[:, 0]
+    # Token ids are exact in float64: the step's only wait is for both.
+    found = torch.stack([torch.where(healthy, tokens, -1).double(), logs.double()]).tolist()
+    if -1.0 in found[0]:
         raise ScoresError("the model's scores are not numbers")
-    return chosen
+    return [(int(token), log) for token, log in zip(*found, strict=True)]
 
 
 def is_penalized(row: Row) -> bool:

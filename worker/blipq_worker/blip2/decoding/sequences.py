@@ -1,11 +1,14 @@
 """A sequence: an image, a prompt and the tokens written so far, or the beams that go on from it."""
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+
+from blipq_worker.blip2.text import repetition
+from blipq_worker.inference.requests import OnLoop
 
 
 class RowParams(Protocol):
@@ -33,6 +36,21 @@ class RowParams(Protocol):
     def length_penalty(self) -> float: ...
     @property
     def num_return_sequences(self) -> int: ...
+    @property
+    def on_loop(self) -> OnLoop: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A text: its tokens, up to the end token if it has one, and the log-probability of each.
+
+    In natural logarithms, of the model's own distribution: before temperature, penalties and bans.
+    looped: it went on in a loop, which is cut off.
+    """
+
+    tokens: list[int]
+    logs: list[float]
+    looped: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +61,9 @@ class Row:
     ``adapters.layers.Rows``. ``joined``: it has had
     a slot; its first token may come later. With beams ``tokens`` stays empty: once it has ended,
     ``texts`` has the best of them, and ``scores`` their sums of log-probabilities, divided as the
-    length penalty says.
+    length penalty says. ``logs``, ``text_logs``: see ``Said``, for every token of these. ``kept``:
+    how many tokens are left of each text that went on in a loop, by its index. ``rewritten``: the
+    row takes the place of one that was a loop.
     """
 
     queries: torch.Tensor
@@ -56,20 +76,55 @@ class Row:
     texts: list[list[int]] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     adapter: int = 0
+    logs: list[float] = field(default_factory=list)
+    text_logs: list[list[float]] = field(default_factory=list)
+    kept: dict[int, int] = field(default_factory=dict)
+    rewritten: bool = False
 
-    def write(self, token: int, ends: Collection[int]) -> None:
-        """Appends a token; an end token, or the last one allowed, ends the row."""
+    def write(self, token: int, log: float, ends: Collection[int]) -> None:
+        """Appends a token; an end token, the last one allowed, or a loop ends the row."""
         self.tokens.append(token)
-        self.ended = token in ends or len(self.tokens) >= self.params.max_new_tokens
+        self.logs.append(log)
+        length = len(self.tokens)
+        self.ended = token in ends or length >= self.params.max_new_tokens
+        if self.ended or repetition.is_due(length):
+            self._cut(0, self.tokens, ends)
+            self.ended = self.ended or bool(self.kept)
 
-    def settle(self, texts: list[list[int]], scores: list[float]) -> None:
+    def settle(
+        self,
+        texts: list[list[int]],
+        scores: list[float],
+        logs: list[list[float]],
+        ends: Collection[int],
+    ) -> None:
         """Ends the search of its beams with these texts, best first."""
-        self.texts, self.scores, self.ended = texts, scores, True
+        self.texts, self.scores, self.text_logs, self.ended = texts, scores, logs, True
+        for index, text in enumerate(texts):
+            self._cut(index, text, ends)
+
+    def _cut(self, index: int, text: Sequence[int], ends: Collection[int]) -> None:
+        """Notes what is left of a text in a loop, unless its shortest length asks for more."""
+        if self.params.on_loop == "keep":
+            return
+        spoken = text[:-1] if text and text[-1] in ends else text
+        left = repetition.kept(spoken, self.params.min_new_tokens)
+        if left is not None:
+            self.kept[index] = left
 
     @property
     def alternatives(self) -> list[list[int]]:
         """What it came to, best first."""
         return self.texts if self.has_beams else [self.tokens]
+
+    @property
+    def said(self) -> list[Said]:
+        """The same with the logarithms of their probabilities, and without loops."""
+        logs = self.text_logs if self.has_beams else [self.logs]
+        return [
+            Said(text[: self.kept.get(index)], each[: self.kept.get(index)], index in self.kept)
+            for index, (text, each) in enumerate(zip(self.alternatives, logs, strict=True))
+        ]
 
     @property
     def has_beams(self) -> bool:

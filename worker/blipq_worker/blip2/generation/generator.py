@@ -8,13 +8,15 @@ lengths and penalties count new tokens only. Paper: Li et al., BLIP-2, arXiv 230
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from blipq_worker.blip2.decoding import DecodeLoop
+from blipq_worker.blip2.decoding import DecodeLoop, Said
 from blipq_worker.blip2.decoding.static import (
     StaticLoop,
     Way,
@@ -31,7 +33,7 @@ from blipq_worker.blip2.text.padding import padded
 from blipq_worker.blip2.vision.features import Vision
 from blipq_worker.blip2.vision.preprocessing import Pixels
 from blipq_worker.catalog.params import invalid
-from blipq_worker.inference.requests import GenerationParams
+from blipq_worker.inference.requests import FinishReason, GenerationParams
 
 log = logging.getLogger(__name__)
 
@@ -249,6 +251,28 @@ class Generator:
         if self.family == "opt":
             text = text.strip()
         return GeneratedText(text, len(row) if end is None else end + 1)
+
+    def answer(self, said: Said, params: GenerationParams, *, rewritten: bool) -> GeneratedText:
+        """What was written, and how sure of it the model was."""
+        text = self.text(said.tokens)
+        ids, logs = said.tokens[: text.tokens], said.logs[: text.tokens]
+        likelihood = math.fsum(logs)
+        finite = bool(logs) and math.isfinite(likelihood)
+        ended: FinishReason = "stop" if ids and ids[-1] in self._eos else "length"
+        return replace(
+            text,
+            log_likelihood=likelihood if finite else None,
+            mean_token_probability=math.fsum(map(math.exp, logs)) / len(logs) if finite else None,
+            finish_reason="loop" if said.looped else ended,
+            rewritten=rewritten,
+            logprobs=self._logprobs(ids, logs) if params.logprobs and finite else None,
+        )
+
+    def _logprobs(
+        self, ids: Sequence[int], logs: Sequence[float]
+    ) -> tuple[tuple[int, str, float], ...]:
+        texts = [self._tokenizer.decode([token]) for token in ids]
+        return tuple(zip(ids, texts, logs, strict=True))
 
 
 def _end_tokens(language_model: Any, text_config: Any, tokenizer: Any) -> list[int]:

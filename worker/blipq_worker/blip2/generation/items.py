@@ -1,9 +1,9 @@
 """What is to be written about an image, and what was."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from blipq_worker.blip2.vision.preprocessing import Pixels
-from blipq_worker.inference.requests import GenerationParams
+from blipq_worker.inference.requests import FinishReason, GenerationParams
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,7 +21,16 @@ class GenerateItem:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedText:
-    """A text and how many tokens were generated for it, its end token included."""
+    """A text and how many tokens it has, its end token included; and how sure of it the model was.
+
+    See ``inference.requests.GeneratedText``. The last bits of its numbers depend on who ran beside
+    it, what it says does not: these are not compared.
+    """
 
     text: str
     tokens: int
+    log_likelihood: float | None = field(default=None, compare=False)
+    mean_token_probability: float | None = field(default=None, compare=False)
+    finish_reason: FinishReason | None = None
+    rewritten: bool = False
+    logprobs: tuple[tuple[int, str, float], ...] | None = field(default=None, compare=False)

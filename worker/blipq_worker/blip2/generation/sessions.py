@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from msgspec.structs import replace
 
-from blipq_worker.blip2.decoding import Row, row_seed
+from blipq_worker.blip2.decoding import Row, Said, row_seed
 from blipq_worker.blip2.generation.halving import by_halves
 from blipq_worker.blip2.generation.items import GeneratedText, GenerateItem
 from blipq_worker.blip2.generation.routing import Loop
@@ -27,6 +28,9 @@ def most_joining(slots: int) -> int:
     """Most rows that join at one step on a GPU."""
     return max(JOINING, min(MOST_JOINING, slots // 2))
 
+
+#: What a text that is written again after a loop never repeats, in tokens.
+REWRITING_NGRAM = 3
 
 Ticket = tuple[int, int]
 Texts = list[list[GeneratedText]]
@@ -63,6 +67,10 @@ class _Writing:
         self.seen = True
 
 
+def _is_to_be_rewritten(row: Row) -> bool:
+    return row.ended and bool(row.kept) and row.params.on_loop == "rewrite"
+
+
 class Writer(Protocol):
     """What a session needs of a ``Generator``."""
 
@@ -74,8 +82,8 @@ class Writer(Protocol):
     def project(self, images: Sequence[Pixels], adapters: Sequence[int] = ()) -> torch.Tensor:
         """Images as the language model reads them: (B, 32, its hidden size)."""
 
-    def text(self, row: Sequence[int]) -> GeneratedText:
-        """What new tokens say, up to the first end token."""
+    def answer(self, said: Said, params: GenerationParams, *, rewritten: bool) -> GeneratedText:
+        """What was written, and how sure of it the model was."""
 
 
 class WritingSession:
@@ -156,7 +164,23 @@ class WritingSession:
         rows = [row for each in among for row in each.rows if row.joined]
         by_halves(self._loop.step, [row for row in rows if not row.ended])
         self._loop.leave([row for row in rows if row.ended])
+        self._write_again(tickets)
         return [(ticket, self._texts(ticket)) for ticket in tickets if self._is_done(ticket)]
+
+    def _write_again(self, tickets: Sequence[Ticket]) -> None:
+        """Puts a row that repeats nothing in the place of each loop, where that is wanted."""
+        for ticket in tickets:
+            each = self._items[ticket]
+            looped = [index for index, row in enumerate(each.rows) if _is_to_be_rewritten(row)]
+            if not looped:
+                continue
+            params = replace(each.item.params, on_loop="end", no_repeat_ngram_size=REWRITING_NGRAM)
+            for index in looped:
+                old = each.rows[index]
+                new = Row(old.queries, old.ids, params, old.seed, adapter=old.adapter, rewritten=True)
+                each.rows[index] = new
+            self._new[ticket] = each
+            self._count_new()
 
     def _count_new(self) -> None:
         self._new = {ticket: each for ticket, each in self._new.items() if each.waiting}
@@ -197,6 +221,11 @@ class WritingSession:
 
     def _texts(self, ticket: Ticket) -> Texts:
         each = self._items.pop(ticket)
-        texts = [self._generator.text(one) for row in each.rows for one in row.alternatives]
-        number = each.item.params.num_return_sequences
+        params = each.item.params
+        texts = [
+            self._generator.answer(one, params, rewritten=row.rewritten)
+            for row in each.rows
+            for one in row.said
+        ]
+        number = params.num_return_sequences
         return [texts[start : start + number] for start in range(0, len(texts), number)]

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import Blip2Config
 
 from blipq.errors import BlipqError
+from blipq_worker.blip2.loading.oddities import oddities
 from blipq_worker.catalog.models import (
     COCO_PROMPT,
     COCO_SIDE,
@@ -143,6 +144,8 @@ def _checkpoint(
 ) -> Checkpoint:
     config = _read_config(name, folder)
     family, image_size = _family(name, config), _side(config.vision_config.image_size)
+    for oddity in oddities(config):
+        log.warning("checkpoint %r: %s", name, oddity)
     return Checkpoint(
         name=name,
         folder=folder,

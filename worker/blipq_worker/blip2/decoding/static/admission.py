@@ -47,7 +47,7 @@ class Admission:
     def __call__(
         self, rows: Sequence[Row], places: Sequence[Place], variant: Variant
     ) -> torch.Tensor:
-        """Puts rows into these places; their first tokens, (rows,), as ``Sampler.write`` does.
+        """Puts rows into these places; their first tokens, (rows, 2), as ``Sampler.write`` does.
 
         All or none of them have beams. What it raises leaves running sequences as they were.
         """
@@ -216,7 +216,7 @@ class AdmissionGraphs:
 
         That each run puts the same into the same slots is what makes it possible under way.
         """
-        chosen = torch.empty_like(table[:, 0])
+        chosen = torch.empty((len(table), 2), dtype=torch.float64, device=table.device)
 
         def admit() -> None:
             chosen.copy_(self._admission.run(table, queries, shape.variant))
@@ -226,7 +226,7 @@ class AdmissionGraphs:
         for run in (admit, replay):
             chosen.fill_(_NOTHING)
             run()
-            found.append(torch.cat([chosen, self._admission.step.state.tokens]))
+            found.append(torch.cat([chosen[:, 0].long(), self._admission.step.state.tokens]))
         if not torch.equal(*found):
             raise CaptureError("its graph chooses other tokens")
         return _Recorded(table, queries, chosen, replay)

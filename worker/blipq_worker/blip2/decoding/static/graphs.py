@@ -85,7 +85,7 @@ class Graphs:
             restore()
             step.chosen.fill_(_NOTHING)
             run()
-            return torch.cat([step.chosen[: shape.slots], step.state.tokens])
+            return torch.cat([step.chosen[: shape.slots, 0].long(), step.state.tokens])
 
         def take() -> None:
             step(shape)

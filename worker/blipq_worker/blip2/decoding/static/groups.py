@@ -5,7 +5,6 @@ in which slot the keys and values are that its beam sees there. When a beam goes
 one, it takes over the other's row of this table; keys and values are never moved.
 """
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -135,6 +134,7 @@ class SlotGroups:
         self,
         logs: torch.Tensor,
         noise: torch.Tensor | None,
+        own: torch.Tensor,
         healthy: torch.Tensor,
         live: torch.Tensor,
         positions: torch.Tensor,
@@ -145,8 +145,8 @@ class SlotGroups:
     ) -> Found:
         """One more token for the beams of all groups that are live. Changes nothing.
 
-        logs, noise, ends, skipped, stopping: see ``choose_beams``, with slots for rows. healthy,
-        live, positions: of the slots, (n,).
+        logs, noise, own, ends, skipped, stopping: see ``choose_beams``, with slots for rows.
+        healthy, live, positions: of the slots, (n,).
         """
         groups, most = self.members.shape
         # Who is held may have slots beyond these, or have none of its own any more.
@@ -156,7 +156,14 @@ class SlotGroups:
         is_beam = torch.arange(most, device=lanes.device) < self.beams.beams[:, None]
         sound = (healthy[lanes] | ~is_beam).all(1)
         chosen = choose_beams(
-            logs, lanes, self.beams, ends=ends, skipped=skipped, stopping=stopping, noise=noise
+            logs,
+            lanes,
+            self.beams,
+            ends=ends,
+            skipped=skipped,
+            stopping=stopping,
+            noise=noise,
+            own=own,
         )
         going = chosen.going & sound & runs
         group, rank = self._places()
@@ -223,21 +230,30 @@ class SlotGroups:
         self.number.index_fill_(0, at, 0)
 
     def results(self, numbers: torch.Tensor, most: int) -> torch.Tensor:
-        """The best texts of groups, (m, most, columns + 2): tokens, their number, and the score.
+        """The best texts of groups, (m, most, 2 x columns + 2), float64.
 
-        Of the score the bits, as float64.
+        Of each the tokens, their logarithms, their number, and the score.
         """
         beams = self.beams.take(numbers - 1)
-        scores = beams.best[:, :most].double().view(torch.long)
-        lengths = beams.lengths[:, :most]
-        return torch.cat([beams.found[:, :most], lengths[..., None], scores[..., None]], dim=-1)
+        parts = beams.found, beams.found_logs, beams.lengths[..., None], beams.best[..., None]
+        return torch.cat([part[:, :most].double() for part in parts], dim=-1)
 
 
-def texts_of(result: Sequence[Sequence[int]], skipped: int) -> tuple[list[list[int]], list[float]]:
-    """The texts of a group in what ``results`` has found, and their scores.
+class Results(NamedTuple):
+    """The texts of a group, their scores, and the logarithms of their tokens."""
 
-    Without their first ``skipped`` tokens.
-    """
-    texts = [list(row[skipped : skipped + row[-2]]) for row in result]
-    scores = [struct.unpack("<d", struct.pack("<q", row[-1]))[0] for row in result]
-    return texts, scores
+    texts: list[list[int]]
+    scores: list[float]
+    logs: list[list[float]]
+
+
+def texts_of(result: Sequence[Sequence[float]], skipped: int) -> Results:
+    """What ``results`` has found of a group, without the first ``skipped`` tokens of each text."""
+    found = Results([], [], [])
+    for row in result:
+        columns, length = (len(row) - 2) // 2, int(row[-2])
+        tokens = row[skipped : skipped + length]
+        found.texts.append([int(token) for token in tokens])
+        found.scores.append(row[-1])
+        found.logs.append(list(row[columns + skipped : columns + skipped + length]))
+    return found

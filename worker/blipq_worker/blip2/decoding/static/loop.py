@@ -154,7 +154,7 @@ class StaticLoop:
         admitted: list[tuple[list[Row], _Reading, torch.Tensor]] = []
         try:
             for part in filter(None, parts):
-                reading = _Reading(self.device, len(part))
+                reading = _Reading(self.device, len(part), 2)
                 at = [places[row] for row in part]
                 admitted.append((part, reading, self._admit(part, at, self._variant(part))))
         except BaseException:
@@ -230,7 +230,7 @@ class StaticLoop:
         bucket = self._bucket(max(seat.bucket for seat in seats))
         window = self._window(max(seat.position for seat in seats) + 1)
         shape = Shape(bucket, window, Variant.all_of(seat.variant for seat in seats))
-        reading = _Reading(self.device, bucket)
+        reading = _Reading(self.device, bucket, 2)
         going = set(seats)
         held = [
             slot
@@ -290,33 +290,35 @@ class StaticLoop:
         if last is not None:
             self._unread.append(last)
 
-    def _write(self, seat: _Seat, token: int) -> None:
+    def _write(self, seat: _Seat, chosen: Sequence[float]) -> None:
         # Who has left, ended or failed meanwhile took an idle step.
         if self._seats.get(seat.row) is not seat or seat.row.ended or seat.failed or seat.over:
             return
+        token, log = int(chosen[0]), chosen[1]
         if token < 0:
             seat.failed = True
         elif seat.row.has_beams:
             seat.over = token == 0
         else:
-            seat.row.write(token, self._ends)
+            seat.row.write(token, log, self._ends)
 
-    def _settle(self, seat: _Seat, result: Sequence[Sequence[int]]) -> None:
+    def _settle(self, seat: _Seat, result: Sequence[Sequence[float]]) -> None:
         """Ends a search with what it has found, unless it has left."""
         if self._seats.get(seat.row) is seat:
             number = seat.row.params.num_return_sequences
-            seat.row.settle(*texts_of(result[:number], len(self._step.sampler.start)))
+            found = texts_of(result[:number], len(self._step.sampler.start))
+            seat.row.settle(*found, self._ends)
 
 
 class _Reading:
-    """What a step has come to, on its way to the host: whole numbers.
+    """What a step has come to, on its way to the host: whole numbers and logarithms, as float64.
 
     It has its memory before the step is launched: a step that was taken cannot be taken again.
     """
 
     def __init__(self, device: torch.device, *shape: int) -> None:
         on_gpu = device.type == "cuda"
-        self._host = torch.empty(shape, dtype=torch.long, pin_memory=on_gpu)
+        self._host = torch.empty(shape, dtype=torch.float64, pin_memory=on_gpu)
         self._event: torch.cuda.Event | None = None
         if on_gpu:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -117,13 +117,15 @@ class Sampler:
         variant: Variant,
         groups: SlotGroups | None = None,
     ) -> torch.Tensor:
-        """Chooses and writes the next tokens, (n,); -1 where scores are not finite numbers.
+        """Chooses and writes the next tokens. Returns them and their logarithms, (n, 2), float64.
 
-        scores: (n, vocabulary); it is changed. What an idle slot chooses means nothing. groups: of
-        beams in these slots; for theirs it returns ``Found.outcome``. None: there is none.
+        -1 where scores are not finite numbers. scores: (n, vocabulary); it is changed. What an idle
+        slot chooses means nothing. groups: of beams in these slots; for theirs it returns
+        ``Found.outcome``, and no logarithm. None: there is none.
         """
         healthy = scores.amax(dim=-1).isfinite()
-        scores = self._by_rules(scores, state, variant, groups)
+        own = torch.log_softmax(scores, dim=-1, dtype=torch.float32)
+        scores = self._by_rules(scores, own, state, variant, groups)
         tokens, likeliest = scores.argmax(dim=-1), None
         if variant.window:
             likeliest = self._likeliest(scores, state, variant.window)
@@ -131,21 +133,25 @@ class Sampler:
         ended = (tokens[:, None] == self.ends).any(-1) | (state.written + 1 >= state.limit)
         chosen, going = torch.where(healthy, tokens, -1), healthy & ~ended
         remember = len(self.start) if variant.penalties else None
+        logs = own.gather(-1, tokens[:, None])[:, 0]
         if groups is None:
+            said = torch.stack([chosen.double(), logs.double()], dim=1)
             state.advance(tokens, going, remember=remember)
-            return chosen
-        found, among = self._search(scores, likeliest, healthy, state, groups), groups.among
+            return said
+        found, among = self._search(scores, likeliest, own, healthy, state, groups), groups.among
         tokens = torch.where(among, found.tokens, tokens)
         chosen = torch.where(among, found.outcome, chosen)
+        said = torch.stack([chosen.double(), logs.double()], dim=1)
         # Both or none: only the first of these takes memory, and before it writes anything.
         state.advance(tokens, torch.where(among, found.going, going), remember=remember)
         groups.take(found.groups)
-        return chosen
+        return said
 
     def _search(
         self,
         logs: torch.Tensor,
         likeliest: _Likeliest | None,
+        own: torch.Tensor,
         healthy: torch.Tensor,
         state: SlotState,
         groups: SlotGroups,
@@ -156,6 +162,7 @@ class Sampler:
         return groups.search(
             logs,
             noise,
+            own,
             healthy,
             state.live,
             state.positions,
@@ -167,16 +174,16 @@ class Sampler:
     def _by_rules(
         self,
         scores: torch.Tensor,
+        own: torch.Tensor,
         state: SlotState,
         variant: Variant,
         groups: SlotGroups | None,
     ) -> torch.Tensor:
-        """Scores after penalties and the shortest length; of beams their logarithms."""
+        """Scores after penalties and the shortest length; of beams their logarithms, ``own``."""
         if variant != Variant():
             scores = scores.float()
         if groups is not None:
-            logs = torch.log_softmax(scores, dim=-1)
-            scores = torch.where(groups.among[:, None], logs, scores)
+            scores = torch.where(groups.among[:, None], own, scores)
         if variant.penalties:
             scores = self._penalized(scores, state, groups)
         if len(self.ends):

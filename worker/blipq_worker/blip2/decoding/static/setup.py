@@ -35,6 +35,7 @@ from blipq_worker.blip2.decoding.static.step import (
     on_device,
 )
 from blipq_worker.blip2.decoding.static.t5 import StaticT5
+from blipq_worker.inference.requests import OnLoop
 
 log = logging.getLogger(__name__)
 
@@ -335,3 +336,4 @@ class _Greedy:
     num_beams: int = 1
     length_penalty: float = 1.0
     num_return_sequences: int = 1
+    on_loop: OnLoop = "keep"

@@ -94,7 +94,8 @@ class Shape(NamedTuple):
 class StaticStep:
     """Takes a step eagerly. Nothing comes from the host, and nothing is waited for.
 
-    chosen: what the last step chose, (slots,). groups: of the beams in the slots.
+    chosen: what the last step chose, as ``Sampler.write`` returns it, (slots, 2). groups: of the
+    beams in the slots.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class StaticStep:
         self.attention = attention
         slots, columns = state.history.shape
         self.groups = SlotGroups.empty(slots, columns, state.tokens.device)
-        self.chosen = torch.zeros_like(state.tokens)
+        self.chosen = torch.zeros((slots, 2), dtype=torch.float64, device=state.tokens.device)
 
     def __call__(self, shape: Shape) -> None:
         """One more token for every live sequence in the first slots."""
