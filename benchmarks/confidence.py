@@ -91,9 +91,9 @@ def _answers(
     params = resolve("vqa", model.info, {"on_loop": "end"})
     items, truths = [], []
     for each in some:
-        prompts = tuple(vqa_prompt(asked.question, ()) for asked in each.questions)
+        prompts = tuple(vqa_prompt(one.question, ()) for one in each.questions)
         items.append(GenerateItem(model.preprocess(render(each.scene)), prompts, params))
-        truths.append([asked.answer for asked in each.questions])
+        truths.append([one.answer for one in each.questions])
     return "answer", items, truths
 
 
@@ -142,8 +142,8 @@ def _endless(model: Blip2, shown: Sequence[Demonstration], on_loop: OnLoop) -> l
         some = shown[start : start + _AT_ONCE]
         queries = writer.project([model.preprocess(render(each.scene)) for each in some])
         for each, seen in zip(some, queries, strict=True):
-            asked = (asked.question for asked in each.questions[:1])
-            prompts = (model.info.default_prompt, *(vqa_prompt(text, ()) for text in asked))
+            questions = (one.question for one in each.questions[:1])
+            prompts = (model.info.default_prompt, *(vqa_prompt(text, ()) for text in questions))
             rows += [Row(seen, writer.ids(prompt), params) for prompt in prompts]
     run(DecodeLoop(writer.model.language_model, ends=(), slots=_AT_ONCE), rows)
     return rows

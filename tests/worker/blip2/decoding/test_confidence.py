@@ -103,11 +103,11 @@ def teacher_forced(
 def require_own(model: Any, rows: Sequence[Row]) -> None:
     """Every text of these rows has the numbers of its teacher-forced pass."""
     for row in rows:
-        assert row.said, row.params
-        for said in row.said:
-            expected = teacher_forced(model, row.queries, row.ids, said.tokens)
-            assert said.logs == pytest.approx(expected, abs=1e-4), row.params
-            assert math.fsum(said.logs) == pytest.approx(math.fsum(expected), abs=1e-4)
+        assert row.outputs, row.params
+        for text in row.outputs:
+            expected = teacher_forced(model, row.queries, row.ids, text.tokens)
+            assert text.logs == pytest.approx(expected, abs=1e-4), row.params
+            assert math.fsum(text.logs) == pytest.approx(math.fsum(expected), abs=1e-4)
 
 
 @pytest.mark.parametrize("family", ["opt", "t5"])
@@ -116,7 +116,7 @@ def test_growing_slots_say_how_likely_each_token_was(family: str) -> None:
     model, rows = small(family), some_rows(40, seed=1)
     write(DecodeLoop(model, ends=ENDS, slots=9), rows)
     require_own(model, rows)
-    assert sum(len(row.said) for row in rows if row.has_beams) > 25
+    assert sum(len(row.outputs) for row in rows if row.has_beams) > 25
     assert sum(row.tokens[-1] in ENDS for row in rows if not row.has_beams) > 1
 
 
@@ -129,7 +129,7 @@ def test_static_slots_say_how_likely_each_token_was(family: str, way: Way) -> No
     assert loop is not None
     write(loop, rows)
     require_own(model, rows)
-    assert sum(len(row.said) for row in rows if row.has_beams) > 25
+    assert sum(len(row.outputs) for row in rows if row.has_beams) > 25
 
 
 @pytest.mark.parametrize("name", ["demo", "twin"])
@@ -253,17 +253,17 @@ def test_loops_end_early_and_alike_in_all_slots(family: str) -> None:
     assert len(looped) > len(alone) / 2, "hardly any is a loop"
     for row, whole in zip(alone, free, strict=True):
         assert row.tokens == whole.tokens[: len(row.tokens)]
-        (said,) = row.said
-        assert said.looped == bool(row.kept)
-        assert 0 < len(said.tokens) <= len(row.tokens)
-        assert len(said.tokens) == len(said.logs)
+        (text,) = row.outputs
+        assert text.looped == bool(row.kept)
+        assert 0 < len(text.tokens) <= len(row.tokens)
+        assert len(text.tokens) == len(text.logs)
     assert max(len(row.tokens) for row in looped) < 90
     for way in WAYS:
         static = static_loop(model, ends=(), slots=3, budget=0, among=[way])
         assert static is not None
         rows = looping_rows("end")
         write(static, rows)
-        assert [row.said[0].tokens for row in rows] == [row.said[0].tokens for row in alone]
+        assert [row.outputs[0].tokens for row in rows] == [row.outputs[0].tokens for row in alone]
 
 
 @pytest.mark.parametrize("family", ["opt", "t5"])
@@ -271,16 +271,16 @@ def test_a_loop_that_beams_agree_on_is_cut_from_their_texts(family: str) -> None
     model = looping(family)
     rows = looping_rows("end", num_beams=3, max_new_tokens=40, num_return_sequences=3)
     write(DecodeLoop(model, ends=(), slots=4), rows)
-    looped = [said for row in rows for said in row.said if said.looped]
+    looped = [text for row in rows for text in row.outputs if text.looped]
     assert len(looped) > 3
-    for said in looped:
-        assert 0 < len(said.tokens) == len(said.logs) < 40
+    for text in looped:
+        assert 0 < len(text.tokens) == len(text.logs) < 40
     static = static_loop(model, ends=(), slots=12, budget=0, among=WAYS[:1])
     assert static is not None
     again = looping_rows("end", num_beams=3, max_new_tokens=40, num_return_sequences=3)
     write(static, again)
-    assert [said.tokens for row in again for said in row.said] == [
-        said.tokens for row in rows for said in row.said
+    assert [text.tokens for row in again for text in row.outputs] == [
+        text.tokens for row in rows for text in row.outputs
     ]
 
 
@@ -297,12 +297,12 @@ def test_a_loop_is_written_again_without_repetitions_where_that_is_wanted(
         num_beams=beams, max_new_tokens=60, min_new_tokens=0, logprobs=True, length_penalty=0.0
     )
 
-    def said(on_loop: Any) -> list[GeneratedText]:
+    def texts(on_loop: Any) -> list[GeneratedText]:
         chosen = replace(params, on_loop=on_loop)
         items = [GenerateItem(image, ("", "a photo of"), chosen) for image in images]
         return [text for prompts in model.generate(items) for (text,) in prompts]
 
-    free, ended, again = said("keep"), said("end"), said("rewrite")
+    free, ended, again = texts("keep"), texts("end"), texts("rewrite")
     looped = [text.finish_reason == "loop" for text in ended]
     assert any(looped), "nothing loops"
     assert [text.rewritten for text in again] == looped

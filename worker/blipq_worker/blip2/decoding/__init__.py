@@ -8,6 +8,6 @@ keys and values), ``sampling`` (from logits to tokens), ``groups`` (what runs of
 """
 
 from blipq_worker.blip2.decoding.loop import DecodeLoop
-from blipq_worker.blip2.decoding.sequences import Row, Said, row_seed
+from blipq_worker.blip2.decoding.sequences import Row, RowText, row_seed
 
-__all__ = ["DecodeLoop", "Row", "Said", "row_seed"]
+__all__ = ["DecodeLoop", "Row", "RowText", "row_seed"]

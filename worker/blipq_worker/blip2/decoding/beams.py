@@ -29,7 +29,7 @@ class Beams:
     them are written. penalty: (n,), float64, of the length. scores, texts: (n, K) and (n, K, T),
     the sums of log-probabilities of what is being written, best first, and its tokens, T5's start
     token included. logs: (n, K, T), the model's own log-probabilities of these, before penalties
-    (see ``sequences.Said``); 0 where nothing is written. best, found, found_logs, lengths, ended:
+    (see ``RowText``); 0 where nothing is written. best, found, found_logs, lengths, ended:
     (n, K), the same of the best texts with the penalty, (n, K, T), their tokens and (n, K, T) their
     logarithms; (n, K), new tokens; (n, K), False for what merely holds a place.
     """
@@ -206,8 +206,10 @@ def choose_beams(
     texts = state.texts.gather(1, _wide(parent, state.texts))
     at = (written + skipped - 1)[:, None, None].expand(-1, kept, 1)
     texts = texts.scatter(2, at, token[..., None])
-    said = (logs if own is None else own)[lanes.gather(1, parent), token]
-    texts_logs = state.logs.gather(1, _wide(parent, state.logs)).scatter(2, at, said[..., None])
+    likelihood = (logs if own is None else own)[lanes.gather(1, parent), token]
+    texts_logs = state.logs.gather(1, _wide(parent, state.logs)).scatter(
+        2, at, likelihood[..., None]
+    )
 
     # Of the candidates only the best k may be among the texts.
     joins = ends_here & (ranks < state.beams[:, None])

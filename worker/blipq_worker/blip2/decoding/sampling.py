@@ -30,8 +30,8 @@ def choose(
 ) -> list[tuple[int, float]]:
     """The next token of each row from its logits, (rows, vocabulary), and its log-probability.
 
-    That is the model's own (see ``sequences.Said``). ends: end tokens. start: tokens that penalties
-    count as written before all others. Raises ScoresError if the scores of a row are not finite.
+    That is the model's own (see ``RowText``). ends: end tokens. start: tokens that penalties count
+    as written before all others. Raises ScoresError if the scores of a row are not finite.
     """
     own = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     scores = logits.to(torch.float32, copy=True)

@@ -41,7 +41,7 @@ class RowParams(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class RowText:
     """A text: its tokens, up to the end token if it has one, and the log-probability of each.
 
     In natural logarithms, of the model's own distribution: before temperature, penalties and bans.
@@ -61,9 +61,9 @@ class Row:
     ``adapters.layers.Rows``. ``joined``: it has had
     a slot; its first token may come later. With beams ``tokens`` stays empty: once it has ended,
     ``texts`` has the best of them, and ``scores`` their sums of log-probabilities, divided as the
-    length penalty says. ``logs``, ``text_logs``: see ``Said``, for every token of these. ``kept``:
-    how many tokens are left of each text that went on in a loop, by its index. ``rewritten``: the
-    row takes the place of one that was a loop.
+    length penalty says. ``logs``, ``text_logs``: see ``RowText``, of every token of these.
+    ``kept``: how many tokens are left of each text that went on in a loop, by its index.
+    ``rewritten``: the row takes the place of one that was a loop.
     """
 
     queries: torch.Tensor
@@ -118,11 +118,11 @@ class Row:
         return self.texts if self.has_beams else [self.tokens]
 
     @property
-    def said(self) -> list[Said]:
+    def outputs(self) -> list[RowText]:
         """The same with the logarithms of their probabilities, and without loops."""
         logs = self.text_logs if self.has_beams else [self.logs]
         return [
-            Said(text[: self.kept.get(index)], each[: self.kept.get(index)], index in self.kept)
+            RowText(text[: self.kept.get(index)], each[: self.kept.get(index)], index in self.kept)
             for index, (text, each) in enumerate(zip(self.alternatives, logs, strict=True))
         ]
 

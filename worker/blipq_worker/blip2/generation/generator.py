@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from blipq_worker.blip2.decoding import DecodeLoop, Said
+from blipq_worker.blip2.decoding import DecodeLoop, RowText
 from blipq_worker.blip2.decoding.static import (
     StaticLoop,
     Way,
@@ -252,10 +252,12 @@ class Generator:
             text = text.strip()
         return GeneratedText(text, len(row) if end is None else end + 1)
 
-    def answer(self, said: Said, params: GenerationParams, *, rewritten: bool) -> GeneratedText:
+    def answer(
+        self, written: RowText, params: GenerationParams, *, rewritten: bool
+    ) -> GeneratedText:
         """What was written, and how sure of it the model was."""
-        text = self.text(said.tokens)
-        ids, logs = said.tokens[: text.tokens], said.logs[: text.tokens]
+        text = self.text(written.tokens)
+        ids, logs = written.tokens[: text.tokens], written.logs[: text.tokens]
         likelihood = math.fsum(logs)
         finite = bool(logs) and math.isfinite(likelihood)
         ended: FinishReason = "stop" if ids and ids[-1] in self._eos else "length"
@@ -263,7 +265,7 @@ class Generator:
             text,
             log_likelihood=likelihood if finite else None,
             mean_token_probability=math.fsum(map(math.exp, logs)) / len(logs) if finite else None,
-            finish_reason="loop" if said.looped else ended,
+            finish_reason="loop" if written.looped else ended,
             rewritten=rewritten,
             logprobs=self._logprobs(ids, logs) if params.logprobs and finite else None,
         )

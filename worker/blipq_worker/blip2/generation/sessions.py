@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from msgspec.structs import replace
 
-from blipq_worker.blip2.decoding import Row, Said, row_seed
+from blipq_worker.blip2.decoding import Row, RowText, row_seed
 from blipq_worker.blip2.generation.halving import by_halves
 from blipq_worker.blip2.generation.items import GeneratedText, GenerateItem
 from blipq_worker.blip2.generation.routing import Loop
@@ -82,7 +82,9 @@ class Writer(Protocol):
     def project(self, images: Sequence[Pixels], adapters: Sequence[int] = ()) -> torch.Tensor:
         """Images as the language model reads them: (B, 32, its hidden size)."""
 
-    def answer(self, said: Said, params: GenerationParams, *, rewritten: bool) -> GeneratedText:
+    def answer(
+        self, written: RowText, params: GenerationParams, *, rewritten: bool
+    ) -> GeneratedText:
         """What was written, and how sure of it the model was."""
 
 
@@ -225,7 +227,7 @@ class WritingSession:
         texts = [
             self._generator.answer(one, params, rewritten=row.rewritten)
             for row in each.rows
-            for one in row.said
+            for one in row.outputs
         ]
         number = params.num_return_sequences
         return [texts[start : start + number] for start in range(0, len(texts), number)]

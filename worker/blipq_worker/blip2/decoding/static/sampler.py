@@ -135,17 +135,17 @@ class Sampler:
         remember = len(self.start) if variant.penalties else None
         logs = own.gather(-1, tokens[:, None])[:, 0]
         if groups is None:
-            said = torch.stack([chosen.double(), logs.double()], dim=1)
+            result = torch.stack([chosen.double(), logs.double()], dim=1)
             state.advance(tokens, going, remember=remember)
-            return said
+            return result
         found, among = self._search(scores, likeliest, own, healthy, state, groups), groups.among
         tokens = torch.where(among, found.tokens, tokens)
         chosen = torch.where(among, found.outcome, chosen)
-        said = torch.stack([chosen.double(), logs.double()], dim=1)
+        result = torch.stack([chosen.double(), logs.double()], dim=1)
         # Both or none: only the first of these takes memory, and before it writes anything.
         state.advance(tokens, torch.where(among, found.going, going), remember=remember)
         groups.take(found.groups)
-        return said
+        return result
 
     def _search(
         self,
