@@ -130,8 +130,8 @@ class AsyncClient(ClientBase):
         **options: Unpack[Fields],
     ) -> AsyncJob[CaptionResult]:
         """Asks for a caption, like ``Client.caption``."""
-        fields = {"prompt": prompt, "generation": generation, "best_of": best_of}
-        fields |= {"min_confidence": min_confidence}
+        fields: dict[str, Any] = {"prompt": prompt, "generation": generation, "best_of": best_of}
+        fields["min_confidence"] = min_confidence
         return await self._ask(CaptionRequest, image, fields, options)
 
     async def vqa(
@@ -146,8 +146,8 @@ class AsyncClient(ClientBase):
         **options: Unpack[Fields],
     ) -> AsyncJob[VQAResult]:
         """Asks one or many questions about an image, like ``Client.vqa``."""
-        fields = {"questions": questions, "history": turns(history), "choices": choices}
-        fields |= {"generation": generation, "min_confidence": min_confidence}
+        fields: dict[str, Any] = {"questions": questions, "history": turns(history)}
+        fields |= {"choices": choices, "generation": generation, "min_confidence": min_confidence}
         return await self._ask(VQARequest, image, fields, options)
 
     async def match(
@@ -192,7 +192,12 @@ class AsyncClient(ClientBase):
         **options: Unpack[Fields],
     ) -> AsyncJob[DescribeResult]:
         """Asks for several things about an image, like ``Client.describe``."""
-        fields = {"caption": caption, "questions": questions, "texts": texts, "embed": embed}
+        fields: dict[str, Any] = {
+            "caption": caption,
+            "questions": questions,
+            "texts": texts,
+            "embed": embed,
+        }
         fields |= {"generation": generation, "min_confidence": min_confidence}
         return await self._ask(DescribeRequest, image, fields, options)
 

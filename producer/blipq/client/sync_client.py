@@ -129,8 +129,8 @@ class Client(ClientBase):
         ``best_of`` n: n captions ranked by image-text matching. ``min_confidence``: captions whose
         ``mean_token_probability`` is lower are marked as ``uncertain``.
         """
-        fields = {"prompt": prompt, "generation": generation, "best_of": best_of}
-        fields |= {"min_confidence": min_confidence}
+        fields: dict[str, Any] = {"prompt": prompt, "generation": generation, "best_of": best_of}
+        fields["min_confidence"] = min_confidence
         return self._ask(CaptionRequest, image, fields, options)
 
     def vqa(
@@ -149,8 +149,8 @@ class Client(ClientBase):
         ``history`` holds earlier (question, answer) turns, oldest first. ``choices`` are the only
         answers allowed: they come back ranked, with probabilities.
         """
-        fields = {"questions": questions, "history": turns(history), "choices": choices}
-        fields |= {"generation": generation, "min_confidence": min_confidence}
+        fields: dict[str, Any] = {"questions": questions, "history": turns(history)}
+        fields |= {"choices": choices, "generation": generation, "min_confidence": min_confidence}
         return self._ask(VQARequest, image, fields, options)
 
     def match(
@@ -204,7 +204,12 @@ class Client(ClientBase):
 
         ``texts`` are scored by probability; ``embed`` adds the image's features.
         """
-        fields = {"caption": caption, "questions": questions, "texts": texts, "embed": embed}
+        fields: dict[str, Any] = {
+            "caption": caption,
+            "questions": questions,
+            "texts": texts,
+            "embed": embed,
+        }
         fields |= {"generation": generation, "min_confidence": min_confidence}
         return self._ask(DescribeRequest, image, fields, options)
 

@@ -33,16 +33,12 @@ def confidence(text: GeneratedText, least: float | None) -> dict[str, Any]:
     least: the request's ``min_confidence``.
     """
     mean = text.mean_token_probability
-    logprobs = text.logprobs and tuple(
-        TokenLogprob(id=token, token=word, logprob=round(log, 6))
-        for token, word, log in text.logprobs
-    )
     return {
         "log_likelihood": _rounded(text.log_likelihood),
         "mean_token_probability": _rounded(mean),
         "tokens": text.tokens,
         "finish_reason": text.finish_reason,
-        "logprobs": logprobs,
+        "logprobs": None if text.logprobs is None else _listed(text.logprobs),
         "uncertain": is_uncertain(mean, least),
     }
 
@@ -63,6 +59,12 @@ def remark(texts: Iterable[GeneratedText], note: Callable[[str], None]) -> None:
             note(LOOP_NOTE)
         if not text.text.strip():
             note(EMPTY_NOTE)
+
+
+def _listed(logprobs: Iterable[tuple[int, str, float]]) -> tuple[TokenLogprob, ...]:
+    return tuple(
+        TokenLogprob(id=token, token=text, logprob=round(log, 6)) for token, text, log in logprobs
+    )
 
 
 def _rounded(number: float | None) -> float | None:
