@@ -245,12 +245,15 @@ def checker(
     return check
 
 
-def _is_published(what: str | None) -> bool:
-    """Whether its weights are those of BLIP-2's authors, or the demo's. None: an adapter's."""
-    if what is None or what == "demo":
-        return what is not None
-    generation = served_model("default", what).generation
-    return generation.partition("@")[0] in VARIANTS
+def _checks(what: str | None) -> str:
+    """What to check of a model of one's own; "" for those of BLIP-2's authors and the demo's.
+
+    None: an adapter.
+    """
+    if what == "demo":
+        return ""
+    generation = "" if what is None else served_model("default", what).generation
+    return "" if generation.partition("@")[0] in VARIANTS else f". {FINE_TUNE_CHECKS}"
 
 
 @contextmanager
@@ -276,8 +279,7 @@ def _explained(name: str, options: WorkerSettings) -> Iterator[None]:
         raise AdapterError(error.code, f"model {name!r}: {error.text}") from error
     except CanaryError as error:
         advice = "it is damaged or does not suit these settings (BLIPQ_CANARY=0 serves it)"
-        if not _is_published(options.models.get(name)):
-            advice += f". {FINE_TUNE_CHECKS}"
+        advice += _checks(options.models.get(name))
         raise ModelError(f"model {name!r} failed its check: {error}; {advice}") from error
     except CheckpointMissing as error:
         missing = [each for each in weights_of_served(options.models) if not each.present]

@@ -58,10 +58,10 @@ class Row:
     """An image's projected queries, (32, hidden), a prompt, and the tokens written so far.
 
     ``seed`` is that of its draws (``row_seed``); nothing else decides them. ``adapter``: see
-    ``adapters.layers.Rows``. ``joined``: it has had
-    a slot; its first token may come later. With beams ``tokens`` stays empty: once it has ended,
-    ``texts`` has the best of them, and ``scores`` their sums of log-probabilities, divided as the
-    length penalty says. ``logs``, ``text_logs``: see ``RowText``, of every token of these.
+    ``adapters.layers.Rows``. ``joined``: it has had a slot; its first token may come later. With
+    beams ``tokens`` stays empty: once it has ended, ``texts`` has the best of them, and ``scores``
+    their sums of log-probabilities, divided as the length penalty says. ``logs``, ``text_logs``:
+    see ``RowText``, of every token of these.
     ``kept``: how many tokens are left of each text that went on in a loop, by its index.
     ``rewritten``: the row takes the place of one that was a loop.
     """

@@ -179,7 +179,9 @@ class WritingSession:
             params = replace(each.item.params, on_loop="end", no_repeat_ngram_size=REWRITING_NGRAM)
             for index in looped:
                 old = each.rows[index]
-                new = Row(old.queries, old.ids, params, old.seed, adapter=old.adapter, rewritten=True)
+                new = Row(
+                    old.queries, old.ids, params, old.seed, adapter=old.adapter, rewritten=True
+                )
                 each.rows[index] = new
             self._new[ticket] = each
             self._count_new()
