@@ -6,14 +6,15 @@ driver that starts again knows both what is open and where to read on.
 
 import fcntl
 import json
+import os
 import secrets
 import sqlite3
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import IO, Any, ClassVar, Self
 
 from blipq.bulk.manifest import Entry
 from blipq.contract import JobError, JobInfo, Status
@@ -47,22 +48,61 @@ class OpenLine:
 
 @contextmanager
 def driving(path: Path) -> Iterator[None]:
-    """For the one process that works on this journal. Raises InvalidRequest beside another."""
+    """For the one process that works on this journal; leaves nothing beside it.
+
+    Raises InvalidRequest beside another process, and where no file can be made.
+    """
+    lock = _lock_of(path)
     try:
-        with path.with_name(f"{path.name}-lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
+        file = _locked(lock)
     except BlockingIOError:
         raise InvalidRequest(f"another process is at {path} already") from None
+    except OSError as error:
+        raise InvalidRequest(
+            f"no journal can be written at {path}: {error.strerror}; give another --journal"
+        ) from None
+    with file:
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # while it is held: the next process makes a new one
 
 
 def is_driven(path: Path) -> bool:
     """Whether a process works on this journal now."""
     try:
-        with driving(path):
-            return False
-    except InvalidRequest:
+        with _lock_of(path).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}-lock")
+
+
+def _locked(lock: Path) -> IO[bytes]:
+    """The file, locked. Raises OSError; of these, BlockingIOError where another has locked it."""
+    while True:
+        file = lock.open("wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(lock, file):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # whose holder removed it between the two calls
+
+
+def _is_at(path: Path, file: IO[bytes]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 class Journal:
@@ -84,16 +124,24 @@ class Journal:
 
     @classmethod
     def create(cls, path: Path, **facts: Any) -> Self:
-        """A new file, whole or not at all."""
+        """A new file, whole or not at all. Raises BlipqError where it cannot be written."""
         scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        with closing(sqlite3.connect(scratch)) as db, db:
+        try:
+            cls._write(scratch, facts)
+            scratch.rename(path)
+        except (sqlite3.Error, OSError) as error:  # a full disk, say
+            scratch.unlink(missing_ok=True)
+            raise BlipqError(f"{path}: {error}") from error
+        return cls(path)
+
+    @classmethod
+    def _write(cls, path: Path, facts: Mapping[str, Any]) -> None:
+        with closing(sqlite3.connect(path)) as db, db:
             db.executescript(cls.schema)
             pairs = {"position": "", "lines": 0, **facts}.items()
             db.executemany(
                 "INSERT INTO bulk VALUES (?, ?)", [(key, json.dumps(value)) for key, value in pairs]
             )
-        scratch.rename(path)
-        return cls(path)
 
     @classmethod
     def open(cls, path: Path) -> Self:

@@ -1,5 +1,6 @@
 """A bulk from the first line to the results; the test plays the worker."""
 
+import fcntl
 import io
 import json
 import os
@@ -12,7 +13,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -308,6 +309,43 @@ def test_two_processes_do_not_work_on_one_bulk(bulk: Bulk) -> None:
     assert not is_driven(bulk.path)
 
 
+def test_a_journal_that_was_worked_on_has_no_other_file_beside_it(bulk: Bulk) -> None:
+    bulk.write(line("a"))
+    before = set(bulk.path.parent.iterdir())
+    assert not is_driven(bulk.path)
+    with pytest.raises(KeyError), driving(bulk.path):
+        raise KeyError
+    assert set(bulk.path.parent.iterdir()) == before
+
+
+def test_a_lock_that_its_holder_removes_meanwhile_is_made_anew(
+    bulk: Bulk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The holder ended between opening the file and locking it: nobody else would see that lock."""
+    lock, flock = Path(f"{bulk.path}-lock"), fcntl.flock
+    removed: list[Path] = []
+
+    def after_the_holder_ended(file: IO[bytes], how: int) -> None:
+        if not removed:
+            removed.append(lock)
+            lock.unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_holder_ended)
+    with driving(bulk.path):
+        assert removed
+        assert is_driven(bulk.path)
+
+
+def test_a_lock_that_a_killed_process_left_holds_up_nobody(bulk: Bulk) -> None:
+    lock = Path(f"{bulk.path}-lock")
+    lock.touch()
+    assert not is_driven(bulk.path)
+    with driving(bulk.path):
+        assert is_driven(bulk.path)
+    assert not lock.exists()
+
+
 @pytest.mark.parametrize(
     ("name", "path"),
     [
@@ -337,6 +375,28 @@ def run(apart: Settings, bulk: Bulk, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("BLIPQ_S3_SECRET_ACCESS_KEY", secret)
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: CliRunner().invoke(app, ["bulk", *arguments])
+
+
+@pytest.mark.parametrize("written", [None, "custom_id,kind,image\n1,caption,s3://b/a.png\n"])
+def test_a_refused_manifest_leaves_nothing_behind(
+    run: Run, tmp_path: Path, written: str | None
+) -> None:
+    """It once left an empty ``.bulk-lock`` beside what was mistyped."""
+    if written is not None:
+        (tmp_path / "table").write_text(written)
+    before = sorted(tmp_path.iterdir())
+    refused = run("submit", "table" if written else "nosuch.jsonl")
+    assert refused.exit_code == 2, refused.output
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_journal_in_no_folder_is_refused_with_what_to_do(run: Run, bulk: Bulk) -> None:
+    bulk.write(line("a"))
+    refused = run("submit", "manifest.jsonl", "--journal", "nowhere/m.bulk")
+    assert refused.exit_code == 2, refused.output
+    told = " ".join(refused.stderr.split())
+    assert "no journal can be written at nowhere/m.bulk: No such file or directory" in told
+    assert "give another --journal" in told
 
 
 def test_a_bulk_is_submitted_looked_at_and_written_out(
