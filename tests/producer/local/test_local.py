@@ -264,6 +264,12 @@ def test_up_on_a_taken_port_fails_with_one_line(tmp_path: Path, cache: dict[str,
     assert "Traceback" not in failed.stderr
 
 
+def test_up_in_a_folder_that_cannot_be_made_fails_with_one_line(cache: dict[str, str]) -> None:
+    failed = blipq("up", "--no-worker", "--folder", "/dev/null/stack", **cache)
+    assert failed.returncode == 1
+    assert failed.stderr == "blipq: cannot use /dev/null/stack: Not a directory\n"
+
+
 # --- the supervisor -------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import typer
 
-from blipq.cli.terminal.output import errors, exit_code
+from blipq.cli.terminal.output import errors, exit_code, named_files
 from blipq.errors import BlipqError, InvalidRequest
 from blipq.local.worker import NO_WORKER
 from blipq_worker.catalog.models import ModelError
@@ -18,7 +18,8 @@ from blipq_worker.catalog.models import ModelError
 def refused(as_json: bool = False) -> Iterator[None]:
     """Any error is one line on stderr (or JSON) and the exit code 2, or 7 where nothing answers."""
     try:
-        yield
+        with named_files():
+            yield
     except BlipqError as error:
         if as_json:
             print(json.dumps({"error": type(error).__name__, "message": str(error)}))

@@ -116,7 +116,8 @@ def _hint_at_a_stack(settings: Settings) -> Iterator[None]:
 def reported(as_json: bool = False) -> Iterator[None]:
     """Turns an error into one line on stderr (or JSON) and a stable exit code."""
     try:
-        yield
+        with named_files():
+            yield
     except BlipqError as error:
         if as_json:
             described = {"error": type(error).__name__, "message": str(error)}
@@ -129,6 +130,17 @@ def reported(as_json: bool = False) -> Iterator[None]:
             message = str(error).removeprefix(f"{ErrorCode.INVALID_REQUEST}: ")
             errors.print(f"blipq: {message}", style="red", markup=False)
         raise typer.Exit(exit_code(error)) from None
+
+
+@contextmanager
+def named_files() -> Iterator[None]:
+    """Turns the error of a file or folder that cannot be used into a BlipqError that names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:  # a pipe that nobody reads, say
+            raise
+        raise BlipqError(f"cannot use {error.filename}: {error.strerror}") from error
 
 
 def act_on_each(ids: Sequence[str], act: Callable[[str], bool], unknown: str) -> None:
