@@ -68,7 +68,10 @@ def _formats(names: tuple[str, ...]) -> tuple[str, ...]:
     for name, given in zip(formats, names, strict=True):
         if name not in Image.OPEN:
             known = ", ".join(sorted(Image.OPEN))
-            raise ValueError(f"{given!r} is no format that Pillow reads: {known}")
+            raise ValueError(
+                f"{given!r} is no format that Pillow reads; give some of these, with commas "
+                f"between them: {known}"
+            )
     return formats
 
 

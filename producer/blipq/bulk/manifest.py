@@ -198,14 +198,21 @@ def _read(line: bytes) -> Any:
             f"not UTF-8: byte {error.start + 1} is {line[error.start]:#x}"
         ) from None
     except json.JSONDecodeError as error:
-        raise InvalidRequest(
-            f"not one JSON object: {error.msg} at character {error.pos + 1}"
-        ) from None
+        raise InvalidRequest(f"not one JSON object: {_why(line.strip(), error)}") from None
     try:
         json.dumps(fields, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise InvalidRequest(HALF_A_PAIR) from None
     return fields
+
+
+def _why(line: bytes, error: json.JSONDecodeError) -> str:
+    """What is wrong, by what people write into manifests, and else by the parser."""
+    if line.startswith((b"#", b"//")):
+        return "a comment, which JSON does not have: leave it out"
+    if error.msg == "Extra data" and line.endswith(b","):
+        return "a comma behind it: leave it out"
+    return f"{error.msg} at character {error.pos + 1}"
 
 
 def _custom_id(value: Any) -> str:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import redis
 import redis.asyncio
@@ -12,6 +13,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from blipq.errors import InvalidRequest, QueueFull, QueueUnavailable
+from blipq.program import blipq
 from blipq.redis.sentinel import async_master_pool, master_pool
 from blipq.redis.url import RedisUrl
 from blipq.settings import Settings
@@ -23,6 +25,9 @@ MAX_ASYNC_CONNECTIONS = 32
 #: ``hash-max-listpack-value`` in bytes, as Redis should have it. A record whose fields are all so
 #: short takes half the memory of one with a longer field.
 COMPACT_FIELD = 1024
+
+#: As redis-py names it where nothing listens there.
+_DEFAULT_PLACE = urlsplit(Settings.model_fields["redis_url"].default).netloc
 
 #: An error reply begins with a code. These mean that the command is wrong, and any other that the
 #: server cannot serve it now: READONLY, NOREPLICAS, MISCONF, BUSY, UNBLOCKED, TRYAGAIN and so on.
@@ -105,6 +110,14 @@ def _hint(error: Exception) -> str:
     return " (`ACL LOG` on the server names what was denied)" if denied else ""
 
 
+def _with_way(error: Exception) -> str:
+    """Whoever named no Redis may have meant to start one."""
+    if _DEFAULT_PLACE not in str(error):
+        return str(error)
+    way = f"start a local stack with {blipq('up')}, or set BLIPQ_REDIS_URL"
+    return f"{str(error).rstrip('.')}; {way}"
+
+
 @contextmanager
 def redis_errors(job_id: str | None = None) -> Iterator[None]:
     """Raises Redis' exceptions as blipq's, but for replies that a command of ours is wrong."""
@@ -115,7 +128,7 @@ def redis_errors(job_id: str | None = None) -> Iterator[None]:
     except redis.AuthenticationError as error:  # a ConnectionError, but it did answer
         raise QueueUnavailable(f"Redis refuses the user or password: {error}", job_id) from error
     except (redis.ConnectionError, redis.TimeoutError) as error:
-        raise QueueUnavailable(f"Redis does not answer: {error}", job_id) from error
+        raise QueueUnavailable(f"Redis does not answer: {_with_way(error)}", job_id) from error
     except redis.exceptions.ResponseError as error:
         if "DB index" in str(error):
             raise InvalidRequest(f"BLIPQ_REDIS_URL: {error}") from None

@@ -50,6 +50,9 @@ def test_a_mark_of_utf8_before_a_line_is_no_part_of_it(tmp_path: Path) -> None:
     ("text", "told"),
     [
         ("hello", "not one JSON object: Expecting value at character 1"),
+        ("# a comment", "not one JSON object: a comment, which JSON does not have: leave it out"),
+        ("// a comment", "a comment, which JSON does not have"),
+        (line() + ",", "not one JSON object: a comma behind it: leave it out"),
         ("[]", "a line is an object"),
         (b"\xff\xfe", "not UTF-8: byte 1 is 0xff"),
         (line(custom_id=None), "custom_id: a text"),

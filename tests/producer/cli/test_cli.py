@@ -20,7 +20,7 @@ import typer
 from pydantic import ValidationError
 from typer.testing import CliRunner, Result
 
-from blipq import Client, Settings
+from blipq import Client, QueueUnavailable, Settings
 from blipq.cli import app
 from blipq.cli.commands import COMMANDS as TOLD
 from blipq.cli.commands import loaded
@@ -445,6 +445,14 @@ def test_whoever_named_no_redis_is_told_how_to_start_one(
             assert ran.exit_code == 7
             assert (hint in ran.stderr) is told
             assert (hint in run("list", "--json").stdout) is told
+
+
+def test_python_says_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(redis_url=Settings.model_fields["redis_url"].default)
+    monkeypatch.setattr("redis.connection.Connection._connect", _refused)
+    hint = "start a local stack with blipq up, or set BLIPQ_REDIS_URL"
+    with Client(settings) as client, pytest.raises(QueueUnavailable, match=hint):
+        client.job("job_1").info()
 
 
 def _refused(_: Any) -> None:

@@ -94,22 +94,8 @@ def connected(as_json: bool = False) -> Iterator[Client]:
         else:
             errors.print(f"using {settings.endpoints}", style="dim", markup=False)
         user = acting(this_user(), "cli")
-        with _hint_at_a_stack(settings), Client(settings) as client, user:
+        with Client(settings) as client, user:
             yield client
-
-
-@contextmanager
-def _hint_at_a_stack(settings: Settings) -> Iterator[None]:
-    """Whoever named no Redis may have meant to start one."""
-    try:
-        yield
-    except QueueUnavailable as error:
-        default = Settings.model_fields["redis_url"].default
-        unnamed = settings.redis_url == default and not settings.cells
-        if not unnamed or not str(error).startswith("Redis does not answer"):
-            raise
-        hint = f"start a local stack with {blipq('up')}, or set BLIPQ_REDIS_URL"
-        raise QueueUnavailable(f"{error}; {hint}", error.job_id) from error
 
 
 @contextmanager
