@@ -49,6 +49,10 @@ NO_REDIS = (
     "Redis refuses: it lacks a command that blipq needs, such as HELLO with AUTH: redis_url must "
     "name a Redis 6.2 or later that knows all commands by their own names, not a proxy"
 )
+NOT_REDIS = (
+    "Redis does not answer: what answers in its place is no Redis, perhaps HTTP: check the host "
+    "and the port of BLIPQ_REDIS_URL"
+)
 
 
 def connection_options(timeout_s: float) -> dict[str, Any]:
@@ -127,6 +131,8 @@ def redis_errors(job_id: str | None = None) -> Iterator[None]:
         raise QueueFull("Redis has no memory left (maxmemory)") from error
     except redis.AuthenticationError as error:  # a ConnectionError, but it did answer
         raise QueueUnavailable(f"Redis refuses the user or password: {error}", job_id) from error
+    except redis.exceptions.InvalidResponse:  # which repeats what came
+        raise QueueUnavailable(NOT_REDIS, job_id) from None
     except (redis.ConnectionError, redis.TimeoutError) as error:
         raise QueueUnavailable(f"Redis does not answer: {_with_way(error)}", job_id) from error
     except redis.exceptions.ResponseError as error:

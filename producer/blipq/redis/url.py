@@ -50,7 +50,7 @@ def take_apart(url: str) -> Parts:
     if re.search(r"[\s\x00-\x1f\x7f]", url):
         raise ValueError("there is white space in it, perhaps at its end")
     if "://" not in url:
-        raise ValueError(f"it begins with a scheme, such as amqp://; and {ESCAPES}, ';' is %3B")
+        raise ValueError(f"it begins with a scheme, such as redis://; {ESCAPES}, ';' is %3B")
     match = _URL.fullmatch(url)
     # Nothing behind the authority may hold an @: else the password was cut off by a raw character.
     if match is None or (match["authority"] and "@" in match["path"] + (match["query"] or "")):

@@ -1,12 +1,14 @@
 """URLs of Redis: whatever the settings take, the ledger and Celery both understand."""
 
 import asyncio
-from collections.abc import Iterator
+import socketserver
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from blipq import AsyncClient, Client, InvalidRequest, Settings
+from blipq import AsyncClient, Client, InvalidRequest, QueueUnavailable, Settings
 from blipq.ledger.connection import connect
 from blipq.local.stack import redis_command
 from blipq.local.supervisor import Service
@@ -30,6 +32,42 @@ def socket_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     wait_until(path.exists, "the socket")
     yield path
     service.stop()
+
+
+class NoRedis(socketserver.BaseRequestHandler):
+    """A server of HTTP, as it answers what is none."""
+
+    def handle(self) -> None:
+        self.request.recv(1024)
+        self.request.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+
+
+def ask(settings: Settings) -> None:
+    with Client(settings) as client:
+        client.caption(IMAGE)
+
+
+def ask_async(settings: Settings) -> None:
+    async def submit() -> None:
+        async with AsyncClient(settings) as client:
+            await client.caption(IMAGE)
+
+    asyncio.run(submit())
+
+
+@pytest.mark.parametrize("submit", [ask, ask_async])
+def test_another_server_at_the_port_of_redis_is_named_as_such(
+    submit: Callable[[Settings], None],
+) -> None:
+    """It once was a traceback of redis-py's parser."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), NoRedis) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        settings = Settings(redis_url=f"redis://127.0.0.1:{server.server_address[1]}/0")
+        try:
+            with pytest.raises(QueueUnavailable, match="no Redis, perhaps HTTP"):
+                submit(settings)
+        finally:
+            server.shutdown()
 
 
 def test_a_job_goes_through_a_unix_socket(socket_file: Path) -> None:
