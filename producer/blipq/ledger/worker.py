@@ -194,14 +194,17 @@ class WorkerLedger(ProducerLedger):
         with redis_errors(claim.id):
             return bool(self._run("requeue", claim.id, claim.token, ms(delay_s), "retry", error))
 
-    def hand_back(self, claim: Claim, delay_s: float = 0.0, *, suspect: bool = False) -> bool:
+    def hand_back(
+        self, claim: Claim, delay_s: float = 0.0, error: str = "", *, suspect: bool = False
+    ) -> bool:
         """Puts a job back, uncounted. The caller publishes it, or the reconciler when it is due.
 
-        suspect: it may have broken its worker's device, and runs alone from now on.
+        error (JSON): its ``last_error`` while it is open. suspect: it may have broken its worker's
+        device, and runs alone from now on.
         """
         delay, why = ms(delay_s) if delay_s else 0, "suspect" if suspect else "hand-back"
         with redis_errors(claim.id):
-            return bool(self._run("requeue", claim.id, claim.token, delay, why))
+            return bool(self._run("requeue", claim.id, claim.token, delay, why, error))
 
     def settle(self, id: str, token: str, loss: Loss) -> bool:
         """Puts back a job whose process died; whether it waits again, for the caller to publish.

@@ -834,6 +834,20 @@ def test_a_job_whose_bucket_alone_refuses_its_worker_is_put_off_uncounted(
     assert due == job.id
 
 
+@pytest.mark.usefixtures("refused")
+@pytest.mark.parametrize("of_worker", ["the token has expired", None])
+def test_who_waits_for_a_job_that_s3_refuses_reads_why(
+    parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch, of_worker: str | None
+) -> None:
+    """It was queued without a word, in the worker's log alone."""
+    monkeypatch.setattr(Storage, "refused_access", lambda self: of_worker)
+    info = parts.run(parts.client.caption(picture))
+    assert info.status == "queued"
+    assert info.last_error is not None
+    assert info.last_error.code == "image_unavailable"
+    assert "the provided token has expired" in info.last_error.message
+
+
 @pytest.mark.parametrize("code", ["AllAccessDisabled", "InvalidPayer", "AccountProblem"])
 def test_a_job_whose_bucket_is_of_a_closed_account_fails(
     parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch, code: str

@@ -83,9 +83,12 @@ class Outcomes:
             case TransientError():
                 self._retry(claim, error, watch)
 
-    def hand_back(self, claim: Claim) -> None:
-        """Gives a job back, uncounted, through an outage of Redis if need be."""
-        if self._taken_back(claim, time.monotonic() + claim.expires_in):
+    def hand_back(self, claim: Claim, reason: str = "") -> None:
+        """Gives a job back, uncounted, through an outage of Redis if need be.
+
+        reason: why, as the JSON of an error, for who waits for the job.
+        """
+        if self._taken_back(claim, time.monotonic() + claim.expires_in, reason):
             self._broker.publish(_message(claim))
 
     def hand_back_all(self) -> int:
@@ -133,14 +136,15 @@ class Outcomes:
 
     def _refused_access(self, claim: Claim, error: AccessRefused, watch: Stopwatch) -> None:
         """S3 refuses this worker, so the job is another's, or this one's later: uncounted."""
+        reason = job_error(error.code, str(error), retryable=True)
         if self._access.is_refused(str(error)):
-            self.hand_back(claim)
+            self.hand_back(claim, reason)
             time.sleep(REFUSED_PAUSE_S)  # so that workers in order find it first
         elif error.lasting is not None:
             self._fail(claim, PermanentError(error.lasting, str(error)), watch)
         else:  # it is about this job's bucket alone: no thread waits for that
             log.warning("%s: %s: again in %g s", claim.id, error, PUT_OFF_S)
-            put_off = partial(self._ledger.hand_back, claim, PUT_OFF_S)
+            put_off = partial(self._ledger.hand_back, claim, PUT_OFF_S, reason)
             self._finish(put_off, claim, watch, "handed_back")
 
     def _lost_engine(self, claim: Claim, error: EngineLost) -> None:
@@ -188,13 +192,14 @@ class Outcomes:
             self._broker.publish_all(given)
         return count
 
-    def _taken_back(self, claim: Claim, until: float) -> bool | None:
+    def _taken_back(self, claim: Claim, until: float, reason: str = "") -> bool | None:
         """Whether a job went back uncounted; None if Redis did not say so ``until`` (monotonic).
 
         Only its answer lets go of the claim. A lease that ran out while this process lives would
         count as a crash.
         """
-        give = partial(self._ledger.hand_back, claim, suspect=self._held.is_suspect(claim))
+        is_suspect = self._held.is_suspect(claim)
+        give = partial(self._ledger.hand_back, claim, error=reason, suspect=is_suspect)
         taken = written(give, claim.id, until)
         if taken is None:
             return None

@@ -1,4 +1,4 @@
--- Gives a running job back. ARGV: id, token, delay ms, why, the error of a retry as JSON or '', and
+-- Gives a running job back. ARGV: id, token, delay ms, why, the last error as JSON or '', and
 -- for a crash the most crashes and the dead letter ttl ms. Why:
 --   'retry'      counted as a retry
 --   'hand-back'  not counted
