@@ -394,9 +394,9 @@ def test_a_journal_in_no_folder_is_refused_with_what_to_do(run: Run, bulk: Bulk)
     bulk.write(line("a"))
     refused = run("submit", "manifest.jsonl", "--journal", "nowhere/m.bulk")
     assert refused.exit_code == 2, refused.output
-    told = " ".join(refused.stderr.split())
-    assert "no journal can be written at nowhere/m.bulk: No such file or directory" in told
-    assert "give another --journal" in told
+    message = " ".join(refused.stderr.split())
+    assert "no journal can be written at nowhere/m.bulk: No such file or directory" in message
+    assert "give another --journal" in message
 
 
 def test_a_bulk_is_submitted_looked_at_and_written_out(
