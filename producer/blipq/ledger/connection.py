@@ -36,6 +36,8 @@ MISTAKES = {"ERR", "WRONGTYPE", "NOSCRIPT", "NOPROTO", "EXECABORT"}
 _CODE = re.compile(r"(?:^|: -)([A-Z]{3,})\b")
 #: The server lacks a command, or cannot read a login. It may repeat the arguments: a password.
 _UNKNOWN = re.compile(r"unknown command|\b(?:hello|auth)\b", re.I)
+#: A script met a key of another node.
+_OF_CLUSTER = re.compile(r"non local key|in a cluster", re.I)
 #: redis-py has classes for some codes, and takes them off the text.
 REFUSALS = (
     redis.exceptions.ReadOnlyError,
@@ -48,6 +50,10 @@ REFUSALS = (
 NO_REDIS = (
     "Redis refuses: it lacks a command that blipq needs, such as HELLO with AUTH: redis_url must "
     "name a Redis 6.2 or later that knows all commands by their own names, not a proxy"
+)
+A_CLUSTER = (
+    "Redis refuses: it is a Redis Cluster, which blipq does not work with: BLIPQ_REDIS_URL must "
+    "name a single Redis, or sentinels"
 )
 NOT_REDIS = (
     "Redis does not answer: what answers in its place is no Redis, perhaps HTTP: check the host "
@@ -122,6 +128,13 @@ def _with_way(error: Exception) -> str:
     return f"{str(error).rstrip('.')}; {way}"
 
 
+def _wrong_server(error: Exception) -> str | None:
+    """Why blipq cannot work with this server at all; None for a mistake of ours."""
+    if _OF_CLUSTER.search(str(error)):
+        return A_CLUSTER
+    return NO_REDIS if _UNKNOWN.search(str(error)) else None
+
+
 @contextmanager
 def redis_errors(job_id: str | None = None) -> Iterator[None]:
     """Raises Redis' exceptions as blipq's, but for replies that a command of ours is wrong."""
@@ -143,6 +156,6 @@ def redis_errors(job_id: str | None = None) -> Iterator[None]:
             raise QueueFull("Redis has no memory left (maxmemory)") from error
         if isinstance(error, REFUSALS) or (code and code[1] not in MISTAKES):
             raise QueueUnavailable(f"Redis refuses: {error}{_hint(error)}", job_id) from error
-        if _UNKNOWN.search(str(error)):
-            raise QueueUnavailable(NO_REDIS, job_id) from None
+        if (why := _wrong_server(error)) is not None:
+            raise QueueUnavailable(why, job_id) from None
         raise

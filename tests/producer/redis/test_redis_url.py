@@ -4,13 +4,15 @@ import asyncio
 import socketserver
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import redis
 
 from blipq import AsyncClient, Client, InvalidRequest, QueueUnavailable, Settings
 from blipq.ledger.connection import connect
-from blipq.local.stack import redis_command
+from blipq.local.stack import free_port, redis_command
 from blipq.local.supervisor import Service
 from blipq.redis.url import RedisUrl
 from blipq.submission import checked
@@ -68,6 +70,33 @@ def test_another_server_at_the_port_of_redis_is_named_as_such(
                 submit(settings)
         finally:
             server.shutdown()
+
+
+def test_a_cluster_is_refused_as_what_it_is(tmp_path: Path) -> None:
+    """It once was a traceback of redis-py."""
+    port = free_port()
+    options = {"--port": port, "--dir": tmp_path, "--save": "", "--cluster-enabled": "yes"}
+    command = [redis_command(), *(str(part) for pair in options.items() for part in pair)]
+    service = Service("redis", command, log=tmp_path / "redis.log")
+    service.start()
+    settings = Settings(redis_url=f"redis://127.0.0.1:{port}/0")
+    try:
+        with connect(settings) as raw:
+            wait_until(lambda: gives_slots(raw), "all slots", timeout=60)
+        with pytest.raises(QueueUnavailable, match="it is a Redis Cluster, which"):
+            ask(settings)
+    finally:
+        service.stop()
+
+
+def gives_slots(raw: redis.Redis) -> bool:
+    """Whether the node serves all of the cluster's slots; it is given those that are nobody's."""
+    with suppress(redis.RedisError):
+        info = raw.execute_command("CLUSTER", "INFO")
+        if "cluster_slots_assigned:0" in str(info):
+            raw.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        return "cluster_state:ok" in str(info)
+    return False
 
 
 def test_a_job_goes_through_a_unix_socket(socket_file: Path) -> None:
