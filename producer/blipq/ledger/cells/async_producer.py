@@ -1,7 +1,7 @@
 """A producer's ledger over several cells, for an event loop."""
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from blipq.contract import JobInfo, Options
 from blipq.errors import BlipqError
@@ -34,8 +34,13 @@ class AsyncCellLedger(AsyncProducerLedger):
             if with_an_answer:
                 await self.redis.ping()
                 return
-            async with self.redis.client():
-                pass
+            async with self.redis.client() as one:  # it has a connection of the pool
+                connection: Any = one.connection
+                # redis-py would notice a closed one at the next command, which may be sent then.
+                reader = connection._reader
+                if reader is None or reader.at_eof() or reader.exception() is not None:
+                    await connection.disconnect()
+                    await connection.connect()
 
 
 class AsyncCellsLedger:
