@@ -14,7 +14,7 @@ from typing import Any
 from blipq.client.sync_client import Client
 from blipq.contract import Status
 from blipq.errors import InvalidRequest
-from blipq.ledger.operator import OperatorLedger
+from blipq.ledger.cells.operator import operator_of
 from blipq.s3.refusals import S3Refused
 from blipq_datasets.dataset import Dataset
 from blipq_datasets.journal import DatasetJournal
@@ -98,7 +98,7 @@ def estimate(
 
 def _workers(client: Client, model: str) -> int:
     """How many live workers serve a model. Raises InvalidRequest for none."""
-    reports = OperatorLedger.beside(client.ledger).workers().values()
+    reports = operator_of(client.ledger).workers().values()
     live = sum(model in report.get("models", ()) for report in reports)
     if not live:
         raise InvalidRequest(f"no live worker serves {model!r}: an estimate runs a sample")
