@@ -59,7 +59,8 @@ def _rates(found: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"{found['rows']:,} rows of Parquet with a stand-in whose jobs end at once: "
         f"**{found['journal_per_s']:,.0f} rows a second** into the journal, "
-        f"{found['parquet_per_s']:,.0f} on to answered shards, in at most {found['mib']:.0f} MiB."
+        f"{found['parquet_per_s']:,.0f} on to answered shards; for a second of CPU time "
+        f"{found['journal_per_cpu_s']:,.0f} and {found['parquet_per_cpu_s']:,.0f}."
     )
 
 

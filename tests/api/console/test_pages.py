@@ -1,7 +1,9 @@
 """What pages show: without scripts, as any HTTP client gets them."""
 
 import re
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from urllib.parse import urljoin, urlsplit
 
 import httpx2
@@ -10,6 +12,7 @@ import pytest
 from api.conftest import Start
 from api.console.conftest import HOSTILE, PAGES, Keyed, Markup, page, succeed
 from blipq import Client, ImageRef, Settings
+from blipq.ledger.views.runs import Run, Runs
 from blipq.ledger.worker import WorkerLedger
 from blipq.s3.storage import Storage
 from blipq_api.access.keys import LOCAL
@@ -279,6 +282,26 @@ def test_a_picture_needs_the_right_to_read_it(keyed: Keyed, storage: Storage) ->
     with keyed.signed_in("reader") as http:  # of the same tenant, with no bucket
         assert http.get(f"/console/job?id={id}").status_code == 200
         assert http.get(f"/console/picture?id={id}").status_code == 403
+
+
+def test_bulks_are_listed_to_who_may_see_them(
+    keyed: Keyed, operator: httpx2.Client, client: Client
+) -> None:
+    runs = Runs.beside(client.ledger)
+    counts = {"succeeded": 5, "failed": 1}
+    for tenant in ("shop", "zoo"):
+        noted = Run(f"bulk_{tenant}", f"{tenant} {HOSTILE}", "running", tenant, time.time(), counts)
+        runs.note(replace(noted, share=0.5, per_s=2.5, left_s=60.0, in_flight=7))
+    runs.note(Run("bulk_old", "old.csv", "paused", None, time.time() - 3600))
+    text = operator.get("/console/runs").text
+    assert "<svg onload" not in text
+    assert re.search(r"shop &lt;.*zoo|zoo &lt;.*shop", text, re.DOTALL)
+    assert "1 without an answer" in text
+    assert "in 1 min<" in text
+    assert re.search(r"old\.csv.*stopped", text, re.DOTALL)
+    with keyed.signed_in("reader") as http:
+        text = http.get("/console/runs").text
+    assert ("shop" in text, "zoo" in text, "old.csv" in text) == (True, False, False)
 
 
 def test_what_cannot_be_submitted_is_said_in_the_form_that_keeps_what_was_written(
