@@ -9,8 +9,8 @@ from starlette.responses import Response
 
 from blipq.contract import JobInfo, Kind, Status
 from blipq.errors import InvalidRequest
+from blipq.ledger.cells.operator import runs_of
 from blipq.ledger.operator import OperatorLedger
-from blipq.ledger.views.runs import Runs
 from blipq_api.console.access import call, read_form, to
 from blipq_api.console.bulk import offered
 from blipq_api.console.filters import filters_of, query_of
@@ -98,7 +98,7 @@ async def find_job(request: Request) -> Response:
 async def runs(request: Request) -> Response:
     """Bulks that are worked on, or were lately."""
     caller = caller_of(request)
-    found = await door_of(request).operate(lambda ledger: Runs.beside(ledger).newest())
+    found = await door_of(request).operate(runs_of)
     return rendered(request, "runs.html", runs=[each for each in found if caller.sees(each.tenant)])
 
 

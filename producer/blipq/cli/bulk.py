@@ -23,6 +23,7 @@ from blipq.cli.terminal.output import JsonOption, connected, errors, out, report
 from blipq.client.sync_client import Client
 from blipq.contract import Priority, Status
 from blipq.errors import InvalidRequest, QueueFull, QueueUnavailable
+from blipq.ledger.cells.operator import home_of
 from blipq.ledger.views.runs import NOTED_EVERY_S, Run, Runs
 from blipq.program import blipq
 from blipq.redaction import redacted
@@ -188,7 +189,7 @@ class Noting:
     def __init__(
         self, client: Client, journal: Journal, share: Callable[[Driver], float | None]
     ) -> None:
-        self._runs = Runs.beside(client.ledger)
+        self._client = client
         self._journal = journal
         self._share = share
         self._at: float | None = None
@@ -218,7 +219,7 @@ class Noting:
         )
         self._at, self._ended = now, ended
         with suppress(QueueUnavailable, QueueFull):  # nobody but people needs it
-            self._runs.note(run)
+            Runs.beside(home_of(self._client.ledger, run.id)).note(run)
 
 
 class Reasons:

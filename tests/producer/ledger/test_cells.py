@@ -20,9 +20,10 @@ from blipq import (
     Status,
     UnknownModel,
 )
-from blipq.ledger.cells.operator import actions_of, operator_of
+from blipq.ledger.cells.operator import actions_of, beside_each, home_of, operator_of, runs_of
 from blipq.ledger.connection import connect
 from blipq.ledger.views.listing import Place, Wanted
+from blipq.ledger.views.runs import Run, Runs
 from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.redis.cells import Cells, cell_of, ranked
 from blipq.submission import Submission, new_id
@@ -308,3 +309,15 @@ def test_a_list_gives_the_same_cells_to_every_process() -> None:
     """What is hashed must never change: jobs of an earlier release are found by it."""
     cells = Cells.of({"a": "redis://a", "b": "redis://b", "c": "redis://c"})
     assert [ranked(f"order-{n}", cells.current)[0] for n in range(8)] == list("accacacb")
+
+
+def test_a_run_of_a_bulk_is_listed_once_whichever_cells_have_noted_it(client: Client) -> None:
+    ids = [f"bulk_{number}" for number in range(9)]
+    for runs in (beside_each(Runs, client.ledger) or {}).values():
+        runs.note(Run(ids[0], "old.jsonl", "running", None, at=-1.0))
+    for number, id in enumerate(ids):
+        run = Run(id, "m.jsonl", "running", None, at=float(number))
+        Runs.beside(home_of(client.ledger, id)).note(run)
+    found = runs_of(client.ledger)
+    assert [run.id for run in found] == ids[::-1]
+    assert {run.name for run in found} == {"m.jsonl"}

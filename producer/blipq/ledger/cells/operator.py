@@ -16,6 +16,8 @@ from blipq.ledger.operator import CHUNK, OperatorLedger, QueueState
 from blipq.ledger.scripts.runner import ScriptRunner
 from blipq.ledger.views.actions import Action, ActionLog
 from blipq.ledger.views.listing import Listing, Page, Place, Wanted
+from blipq.ledger.views.runs import MOST as MOST_RUNS
+from blipq.ledger.views.runs import Run, Runs
 from blipq.ledger.views.tenants import TenantState
 from blipq.redis.cells import Cells, ranked
 from blipq.settings import Settings
@@ -55,6 +57,19 @@ def actions_of(ledger: object, limit: int, before: str | None = None) -> list[Ac
         return ActionLog.beside(ledger).latest(limit, before)
     found = itertools.chain(*(log.latest(limit, before) for log in logs.values()))
     return sorted(found, key=lambda action: [*map(int, action.id.split("-"))], reverse=True)[:limit]
+
+
+def runs_of(ledger: object) -> list[Run]:
+    """The runs of bulks that any cell has, those that were noted last first."""
+    each = beside_each(Runs, ledger)
+    if each is None:
+        return Runs.beside(ledger).newest()
+    found = itertools.chain(*(runs.newest() for runs in each.values()))
+    # A cell that was drained has old notes of a run that is noted elsewhere now.
+    newest: dict[str, Run] = {}
+    for run in sorted(found, key=lambda run: -run.at):
+        newest.setdefault(run.id, run)
+    return [*newest.values()][:MOST_RUNS]
 
 
 def home_of(ledger: object, name: str) -> OperatorLedger:
