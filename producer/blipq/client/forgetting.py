@@ -79,13 +79,12 @@ class Forgetting:
         self._clear_entries(jobs)
 
     def _clear_output(self, job: Erased) -> None:
-        if job.output is None:
-            return
-        # A job that did not succeed may have named a place that was refused: it is not its own.
-        if job.status is Status.SUCCEEDED:
-            self._delete(job.output)
-        else:
-            self.report.left.append(f"{job.output}: job {job.id} may have written it")
+        for uri in filter(None, (job.output, job.heat_map)):
+            # A job that did not succeed may have named a place that was refused: it is not its own.
+            if job.status is Status.SUCCEEDED:
+                self._delete(uri)
+            else:
+                self.report.left.append(f"{uri}: job {job.id} may have written it")
 
     def _clear_entries(self, jobs: Sequence[Erased]) -> None:
         entries: dict[str, list[str]] = {}

@@ -18,6 +18,7 @@ from blipq.contract.options import (
     Priority,
     Seconds,
     Webhook,
+    heat_map_place,
 )
 from blipq.contract.requests import (
     Asks,
@@ -117,6 +118,7 @@ __all__ = [
     "Written",
     "checked_bucket",
     "contract_of",
+    "heat_map_place",
     "request_adapter",
     "result_adapter",
     "split_s3_uri",

@@ -95,3 +95,8 @@ class Options(Input):
     output: S3Uri | None = None
     keep: Annotated[Seconds, Field(gt=0, le=LONGEST_DEADLINE_S)] | None = None
     metadata: Metadata = Field(default_factory=dict)
+
+
+def heat_map_place(output: str) -> str:
+    """Where the heat maps of a job with this ``output`` are drawn: 1.heat.png beside 1.json."""
+    return f"{output.removesuffix('.json')}.heat.png"

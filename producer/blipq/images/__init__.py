@@ -1,1 +1,1 @@
-"""Images: checked and decoded under limits. Needs Pillow."""
+"""Images: checked and decoded under limits, and heat maps of them. All but ``heat`` need Pillow."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from blipq.contract import Status
+from blipq.contract import Kind, Status, heat_map_place
 
 #: Jobs that one script erases, and open ones that one goes through.
 CHUNK, PAGE = 50, 500
@@ -16,7 +16,7 @@ class Erased:
     """A job as it was: what it named that lies elsewhere, and how many events it had.
 
     ``entry``: name and id of the image that it put into a search index. ``is_part``: its image is a
-    part of an object, which may hold others.
+    part of an object, which may hold others. heat_map: what lies beside its output.
     """
 
     id: str
@@ -28,6 +28,7 @@ class Erased:
     events: int
     tenant: str | None = None
     is_part: bool = False
+    heat_map: str | None = None
 
 
 def erased(answer: Iterable[Sequence[Any]]) -> list[Erased]:
@@ -55,7 +56,13 @@ def _erased(
         events,
         tenant or None,
         image.get("offset") is not None,
+        _heat_map(fields, output),
     )
+
+
+def _heat_map(request: dict[str, Any], output: str) -> str | None:
+    is_drawn = output and request.get("kind") == Kind.MATCH and request.get("explain")
+    return heat_map_place(output) if is_drawn else None
 
 
 def named_arguments(cursor: str, uris: Iterable[str]) -> Iterator[str | int]:

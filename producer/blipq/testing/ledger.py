@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from blipq.contract import EmbedRequest, JobFilter, JobInfo, Kind, Options, Priority, Status
+from blipq.contract import (
+    EmbedRequest,
+    JobFilter,
+    JobInfo,
+    Kind,
+    MatchRequest,
+    Options,
+    Priority,
+    Status,
+    heat_map_place,
+)
 from blipq.errors import BlipqError
 from blipq.ledger import codec
 from blipq.ledger.changes import Change, Changed, Chunk, check_queue
@@ -45,7 +55,11 @@ class _Record:
         entry = None if index is None else (index.name, index.id or uri or "")
         info = self.info
         is_part = asked.image is not None and asked.image.is_part
-        return Erased(info.id, info.status, uri, output, None, entry, 0, info.tenant, is_part)
+        is_explained = isinstance(asked, MatchRequest) and asked.explain
+        heat_map = heat_map_place(output) if output and is_explained else None
+        return Erased(
+            info.id, info.status, uri, output, None, entry, 0, info.tenant, is_part, heat_map
+        )
 
     def meets(self, where: JobFilter) -> bool:
         """Whether it meets every condition."""

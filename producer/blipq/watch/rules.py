@@ -21,7 +21,15 @@ from pydantic import (
     model_validator,
 )
 
-from blipq.contract import Name, Options, Request, Seconds, checked_bucket, request_adapter
+from blipq.contract import (
+    Name,
+    Options,
+    Request,
+    Seconds,
+    checked_bucket,
+    heat_map_place,
+    request_adapter,
+)
 from blipq.errors import InvalidRequest
 from blipq.submission import checked, explain
 from blipq.watch.objects import Upload
@@ -190,9 +198,11 @@ class Rules(_Table):
         )
 
     def is_sidecar(self, bucket: str, key: str) -> bool:
-        """Whether a rule writes its results to places of this form."""
+        """Whether a rule writes its results, or heat maps beside them, to places of this form."""
         uri = f"s3://{bucket}/{key}"
-        return any(_pattern(rule.output).fullmatch(uri) for rule in self.rules if rule.output)
+        outputs = [rule.output for rule in self.rules if rule.output]
+        places = (*outputs, *map(heat_map_place, outputs))
+        return any(_pattern(place).fullmatch(uri) for place in places)
 
 
 def load(path: Path) -> Rules:

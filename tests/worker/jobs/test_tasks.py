@@ -37,9 +37,17 @@ from blipq.images.decoding import ImageLimits
 from blipq.index.store import Indexes
 from blipq.ledger.connection import connect
 from blipq.ledger.worker import MAX_CRASHES, MAX_RETRIES, Claim, WorkerLedger
-from blipq.s3.refusals import Refusal, S3Unavailable
+from blipq.s3.refusals import Refusal, S3Refused, S3Unavailable
 from blipq.s3.storage import Storage
-from blipq_worker.blip2 import EmbedItem, GeneratedText, GenerateItem, MatchItem, Pixels, RerankItem
+from blipq_worker.blip2 import (
+    EmbedItem,
+    ExplainItem,
+    GeneratedText,
+    GenerateItem,
+    MatchItem,
+    Pixels,
+    RerankItem,
+)
 from blipq_worker.claims import Held
 from blipq_worker.engine.backend import Engine
 from blipq_worker.images.fetch import Fetcher
@@ -116,6 +124,16 @@ class Model:
     def match(self, items: list[MatchItem]) -> list[list[float]]:
         self.before()
         return [[1 / len(text) for text in item.texts] for item in items]
+
+    def explain(self, items: list[ExplainItem]) -> list[Any]:
+        """Everywhere alike."""
+        return [
+            {
+                str(number): np.ones((1 + len(text.split()), 4, 4), dtype=np.float32)
+                for number, text in enumerate(item.texts)
+            }
+            for item in items
+        ]
 
     def embed(self, items: list[EmbedItem]) -> list[Any]:
         self.before()
@@ -653,6 +671,65 @@ def test_an_output_is_there_before_the_job_ends(
 
     monkeypatch.setattr(parts.client.storage, "put_over", watched)
     assert (parts.run(job).status, statuses) == ("succeeded", ["running"])
+
+
+HEAT_MAPS = "s3://blipq-outputs/results/maps"
+
+
+@pytest.mark.parametrize(
+    ("texts", "size"), [(["a cat"], (512, 341)), (["a", "b", "c", "d", "e"], (1023, 454))]
+)
+@pytest.mark.parametrize("known", [False, True])
+def test_heat_maps_are_drawn_beside_the_output_in_the_shape_of_the_picture(
+    parts: Parts, picture: bytes, texts: list[str], size: tuple[int, int], known: bool
+) -> None:
+    if known:  # then no job has pixels made otherwise
+        parts.model.known[hashlib.sha256(picture).hexdigest()] = (30, 20)
+    job = parts.client.match(picture, texts, explain=True, output=f"{HEAT_MAPS}.json")
+    info = parts.run(job)
+    assert info.status == "succeeded", info.error
+    with Image.open(io.BytesIO(parts.client.storage.read(f"{HEAT_MAPS}.heat.png"))) as sheet:
+        assert (sheet.format, sheet.size) == ("PNG", size)
+    assert parts.client.forget([job.id]).objects[-2:] == [
+        f"{HEAT_MAPS}.json",
+        f"{HEAT_MAPS}.heat.png",
+    ]
+    with pytest.raises(S3Refused):
+        parts.client.storage.read(f"{HEAT_MAPS}.heat.png")
+
+
+def test_whoever_finds_an_output_finds_its_heat_maps(
+    parts: Parts, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    put = parts.client.storage.put_over
+
+    def watched(uri: str, *args: Any, **kwargs: Any) -> bool:
+        written.append(uri)
+        return put(uri, *args, **kwargs)
+
+    monkeypatch.setattr(parts.client.storage, "put_over", watched)
+    parts.run(parts.client.match(picture, "a cat", explain=True, output=f"{HEAT_MAPS}.json"))
+    assert written == [f"{HEAT_MAPS}.heat.png", f"{HEAT_MAPS}.json"]
+    parts.run(parts.client.match(picture, "a cat", output=f"{HEAT_MAPS}.json"))
+    parts.run(parts.client.match(picture, "a cat", explain=True))
+    assert written[2:] == [f"{HEAT_MAPS}.json"], "nothing is drawn that nobody wants"
+
+
+def test_heat_maps_are_drawn_over_no_picture_and_under_no_name_that_s3_refuses(
+    parts: Parts, picture: bytes
+) -> None:
+    image = "s3://blipq-outputs/results/mine.heat.png"
+    parts.client.storage.put(image, picture, content_type="image/png")
+    over = parts.client.match(image, "a", explain=True, output=image.replace("heat.png", "json"))
+    long = f"s3://blipq-outputs/{'x' * 1020}"
+    for job, why in (
+        (over, f"{image} is the image that the job is about"),
+        (parts.client.match(picture, "a", explain=True, output=long), "at most 1,024 bytes"),
+    ):
+        error = parts.fail(job).error
+        assert (error.code, why in error.message) == ("invalid_request", True), error
+    assert parts.client.storage.read(image) == picture
 
 
 def test_a_second_message_of_a_job_does_nothing(parts: Parts, picture: bytes) -> None:

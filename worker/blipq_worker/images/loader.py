@@ -158,6 +158,10 @@ class Pictures:
         self._sizes.drop(digests)
         return digests
 
+    def size_of(self, image: ImagePixels) -> tuple[int, int] | None:
+        """Width and height of a loaded image before it was resized, as far as they are known."""
+        return self._sizes.get(image.digest or "")
+
     def _is_known(self, model: str, digest: str, needed: Collection[Feature]) -> bool:
         return all(self._inference.knows(model, [digest], needed))
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from pydantic import ValidationError
 
-from blipq.contract import ErrorCode, ImageRef, Request, request_adapter
+from blipq.contract import ErrorCode, ImageRef, MatchResult, Request, Result, request_adapter
 from blipq.errors import PermanentError, TransientError, WorkError
 from blipq.ledger.worker import Claim
 from blipq.rights import Named, Rights
@@ -20,6 +20,7 @@ from blipq_worker.images.loader import Pictures
 from blipq_worker.inference.interface import Inference, ItemFailed
 from blipq_worker.inference.requests import Feature, ImagePixels
 from blipq_worker.jobs.asker import engine_errors
+from blipq_worker.jobs.heat_maps import heat_map_sheet, is_explained
 from blipq_worker.jobs.index_asker import IndexAccess, IndexAsker
 from blipq_worker.jobs.outputs import Outputs
 from blipq_worker.kinds.registry import spec_of
@@ -82,20 +83,35 @@ class Execution:
         ref = spec.image_of(request)
         needed = spec.needs(request)
         asker = self._asker(claim, ref, needed, watch, lost)
-        self._outputs.check(claim, ref)
+        drawn = bool(claim.output) and is_explained(request)
+        self._outputs.check(claim, ref, drawn=drawn)
         image = None
         if ref is not None:
             marked = partial(self._held.decoding, claim)
-            image = self._pictures.load(ref, claim.model, needed, watch, lost, marked=marked)
+            # What is drawn on are the pixels, also of an image that the model knows.
+            image = self._pictures.load(
+                ref, claim.model, needed, watch, lost, spare=not drawn, marked=marked
+            )
         if lost.is_set():
             raise Lost
-        result = spec.answer(request, image, asker).model_dump_json(exclude_none=True)
+        answer = spec.answer(request, image, asker)
         for note in asker.notes:
             watch.note(note)
         if asker.shared:
             watch.say(shared=True)
+        if drawn:
+            self._draw(claim, answer, image)
+        result = answer.model_dump_json(exclude_none=True)
         self._outputs.write(claim, result)
         return Made(result, self._outputs.place(claim, result))
+
+    def _draw(self, claim: Claim, answer: Result, image: ImagePixels | None) -> None:
+        assert isinstance(answer, MatchResult)
+        assert image is not None
+        maps = [scored.map for scored in answer.scores if scored.map is not None]
+        side = self._inference.model(claim.model).recipes[-1].side
+        png = heat_map_sheet(maps, image.pixels[-1], side, self._pictures.size_of(image))
+        self._outputs.write_heat_map(claim, png)
 
     def _asker(
         self,

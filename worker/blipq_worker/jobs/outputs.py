@@ -10,7 +10,7 @@ import logging
 import time
 from typing import Any
 
-from blipq.contract import ErrorCode, ImageRef, split_s3_uri
+from blipq.contract import ErrorCode, ImageRef, heat_map_place, split_s3_uri
 from blipq.errors import PermanentError, QueueFull, QueueUnavailable, TransientError
 from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.s3.outputs import lies_in, why_refused
@@ -55,15 +55,25 @@ class Outputs:
         self._result_bytes = options.result_bytes
         self._lease_s = options.lease_s
 
-    def check(self, claim: Claim, image: ImageRef | None) -> None:
-        """Raises PermanentError (invalid_request) if the job's output may not be written."""
+    def check(self, claim: Claim, image: ImageRef | None, *, drawn: bool = False) -> None:
+        """Raises PermanentError (invalid_request) if the job's output may not be written.
+
+        drawn: its heat maps are written beside it.
+        """
         if not claim.output:
             return
-        why = why_refused(claim.output, self._allowed, self._storage.settings, image)
-        if why is None and self._results and lies_in(claim.output, self._results):
-            why = f"{claim.output} is among the results of other jobs (BLIPQ_RESULTS)"
-        if why is not None:
-            raise PermanentError(ErrorCode.INVALID_REQUEST, f"output: {why}")
+        for uri in (claim.output, *([heat_map_place(claim.output)] if drawn else [])):
+            if (why := self._why_refused(uri, image)) is not None:
+                raise PermanentError(ErrorCode.INVALID_REQUEST, f"output: {why}")
+
+    def _why_refused(self, uri: str, image: ImageRef | None) -> str | None:
+        try:
+            why = why_refused(uri, self._allowed, self._storage.settings, image)
+        except ValueError as error:  # of the longer name beside an output: that was checked before
+            return f"{uri}: {error}"
+        if why is None and self._results and lies_in(uri, self._results):
+            why = f"{uri} is among the results of other jobs (BLIPQ_RESULTS)"
+        return why
 
     def write(self, claim: Claim, result: str) -> None:
         """Writes the result of a job that has an output.
@@ -71,7 +81,14 @@ class Outputs:
         Raises Lost when the claim is gone, and WorkError.
         """
         if claim.output:
-            self._write(claim, claim.output, result)
+            self._write(claim, claim.output, result.encode(), "application/json")
+
+    def write_heat_map(self, claim: Claim, png: bytes) -> None:
+        """Writes what lies beside the output. Before that: who sees the output finds both.
+
+        Raises as ``write``.
+        """
+        self._write(claim, heat_map_place(claim.output), png, "image/png")
 
     def place(self, claim: Claim, result: str) -> str | None:
         """Where a result is that is too large for the ledger, None for any other.
@@ -85,19 +102,17 @@ class Outputs:
         # An id may have any printable characters.
         name = hashlib.sha256(claim.id.encode()).hexdigest()
         uri = f"{self._results.rstrip('/')}/{name}.json"
-        self._write(claim, uri, result)
+        self._write(claim, uri, result.encode(), "application/json")
         return uri
 
-    def _write(self, claim: Claim, uri: str, result: str) -> None:
+    def _write(self, claim: Claim, uri: str, data: bytes, content_type: str) -> None:
         for _ in range(TRIES):
             with work_errors("output"):
                 # Before the claim is checked: what a later owner writes is then another thing.
                 there = self._there(uri)
             self._confirm(claim)
             with work_errors("output"):
-                if self._storage.put_over(
-                    uri, result.encode(), there, content_type="application/json"
-                ):
+                if self._storage.put_over(uri, data, there, content_type=content_type):
                     return
         raise TransientError(ErrorCode.INTERNAL, f"output: others keep writing {uri}")
 
