@@ -26,6 +26,7 @@ _PANELS: dict[str, list[tuple[str, str, str]]] = {
         ("caption", "jobs:caption", "Describe an image, or several."),
         ("vqa", "jobs:vqa", "Ask questions about an image."),
         ("match", "jobs:match", "Score texts against an image."),
+        ("explain", "explain:explain", "Show where in an image a text was found."),
         ("embed", "jobs:embed", "Get the features of an image, of a text, or of both together."),
         ("describe", "jobs:describe", "Ask for several things about an image at once."),
         ("search", "search:search", "Find images in an index by a text, or by an image."),

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.segment import Segment
 from rich.text import Text
 
+from blipq.cli.terminal.maps import grids
 from blipq.client.job import Job
 from blipq.client.sync_client import Client
 from blipq.contract import (
@@ -255,7 +256,9 @@ def lines_of(result: Result) -> Iterator[str]:
         case VQAResult():
             yield from _lines_of_answers(result)
         case MatchResult():
-            yield from (f"{scored.score:.3f}  {scored.text}" for scored in result.scores)
+            for scored in result.scores:
+                yield f"{scored.score:.3f}  {scored.text}"
+                yield from grids(scored)
         case EmbedResult():
             yield from _features(result)
         case SearchResult():
