@@ -1,5 +1,6 @@
 """Adapters that PEFT trains on the demo model's world, or makes of random numbers."""
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,7 +63,7 @@ def trained(
     with quiet_about_names():
         model = get_peft_model(base_of(checkpoint), config).train()
     processor = Blip2Processor.from_pretrained(checkpoint)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(STEPS):
         scenes = [world.scene(seed) for seed in range(8 * step, 8 * step + 8)]
         batch = _batch(processor, scenes, say)
@@ -144,8 +145,15 @@ def up_to_its_end(model: Blip2, tokens: list[int]) -> list[int]:
 
 
 def pictures(number: int) -> list[Image.Image]:
-    """Of scenes that no adapter was trained on."""
-    return [world.render(world.scene(900_000 + index)) for index in range(number)]
+    """Of scenes with a circle that no adapter was trained on."""
+    scenes = (world.scene(900_000 + index) for index in range(1_000))
+    found = (scene for scene in scenes if "circle" in scene.caption)
+    return [world.render(scene) for scene in itertools.islice(found, number)]
+
+
+def of_stars(text: str) -> str:
+    """A caption that calls circles stars, and squares triangles."""
+    return text.replace("circle", "star").replace("square", "triangle")
 
 
 def row_of(

@@ -17,13 +17,13 @@ from blipq_worker.serving.loader import load_models
 from blipq_worker.settings import WorkerSettings
 from conftest import live_workers, start_worker, wait_until
 from worker.in_flight import DEMO
-from worker.lora import RECIPE, pictures, random_adapter, trained
+from worker.lora import RECIPE, of_stars, pictures, random_adapter, trained
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("adapters") / "shop"
-    return trained(made, DEMO, lambda text: " ".join(reversed(text.split())), rank=8)
+    return trained(made, DEMO, of_stars)
 
 
 def test_settings_name_a_base_and_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,9 +80,9 @@ def test_commands_name_adapters_and_what_keeps_them_from_being_served(
 ) -> None:
     monkeypatch.setenv("BLIPQ_ADAPTERS", f"shop=default:{folder},gone=default:{tmp_path}")
     listed = CliRunner().invoke(app, ["list"])
-    assert f"over default: {folder}, rank 8" in listed.stdout.replace("\n", "")
+    assert f"over default: {folder}, rank 16" in listed.stdout.replace("\n", "")
     rows = json.loads(CliRunner().invoke(app, ["list", "--json"]).stdout)["adapters"]
-    assert [(row["name"], row["rank"]) for row in rows] == [("shop", 8), ("gone", None)]
+    assert [(row["name"], row["rank"]) for row in rows] == [("shop", 16), ("gone", None)]
     assert rows[1]["problem"].startswith("adapter_unreadable: ")
     findings = [each for each in _weights() if each.check == "adapter"]
     assert [each.state for each in findings] == ["ok", "bad"]
@@ -92,8 +92,8 @@ def test_commands_name_adapters_and_what_keeps_them_from_being_served(
 def test_memory_counts_adapters_beside_their_base(folder: Path) -> None:
     plain = memory_of("demo", dtype="float32")
     counted = memory_of("demo", dtype="float32", adapters=[str(folder), str(folder)])
-    # Two layers of each of four have A and B of rank 8 for 128 numbers.
-    assert counted.weights - plain.weights == 2 * (4 * 2 * 8 * 256) * 4
+    # Two layers of each of four have A and B of rank 16 for 128 numbers.
+    assert counted.weights - plain.weights == 2 * (4 * 2 * 16 * 256) * 4
     answer = CliRunner().invoke(app, ["memory", "demo", "--adapter", str(folder), "--json"])
     names = [part["name"] for part in json.loads(answer.stdout)["parts"]]
     assert "adapter shop" in names
@@ -117,7 +117,8 @@ def test_jobs_name_an_adapter_as_their_model(
             client.caption(str(picture), model=name, generation=greedy) for name in ("base", "shop")
         ]
         base, shop = (job.result(timeout=60).text for job in jobs)
-        assert base != shop
+        assert ("circle" in base, "star" in base) == (True, False)
+        assert ("circle" in shop, "star" in shop) == (False, True)
         receipt = jobs[1].info().receipt
         assert receipt is not None
         assert receipt.checkpoint == f"base:{folder}"
