@@ -99,8 +99,8 @@ def _load_all(
         loaded[name] = model
     with START.part("slots and graphs"):
         _open_slots(loaded, options, opening)
-    for name, over in adapters.items():
-        loaded |= _adapted(name, loaded[name], over, options)
+    for name, named in adapters.items():
+        loaded |= _adapted(name, loaded[name], named, options)
     return loaded
 
 

@@ -25,10 +25,10 @@ def attach(model: Any, adapters: Sequence[Adapter]) -> None:
             parts.setdefault(layer, []).append((number, down, up))
     for layer, each in parts.items():
         owners = [number for number, down, _ in each for _ in range(len(down))]
-        matrices = (torch.cat([part[side] for part in each]) for side in (1, 2))
+        downs, ups = [down for _, down, _ in each], [up for *_, up in each]
         parent, _, name = layer.rpartition(".")
         base = model.get_submodule(layer)
-        low = LowRank(*matrices, owners, rows)
+        low = LowRank(torch.cat(downs), torch.cat(ups), owners, rows)
         setattr(model.get_submodule(parent), name, AdaptedLinear(base, low))
     model.adapter_rows = model.language_model.adapter_rows = rows
 
