@@ -25,7 +25,7 @@ def attach(model: Any, adapters: Sequence[Adapter]) -> None:
             parts.setdefault(layer, []).append((number, down, up))
     for layer, each in parts.items():
         owners = [number for number, down, _ in each for _ in range(len(down))]
-        downs, ups = [down for _, down, _ in each], [up for *_, up in each]
+        downs, ups = [down for _, down, _ in each], [up for _, _, up in each]
         parent, _, name = layer.rpartition(".")
         base = model.get_submodule(layer)
         low = LowRank(torch.cat(downs), torch.cat(ups), owners, rows)
