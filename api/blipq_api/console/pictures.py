@@ -1,4 +1,4 @@
-"""Pictures of jobs, through the door: with the reader's rights, and as nothing but pictures."""
+"""Pictures of jobs, and heat maps to lay over them: with the reader's rights, as nothing else."""
 
 import time
 from collections.abc import Mapping
@@ -9,7 +9,8 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from blipq.contract import Image, ImageRef, JobInfo, SearchResult
+from blipq.contract import Image, ImageRef, JobInfo, MatchResult, SearchResult
+from blipq.images.heat import heat_of, png
 from blipq.s3.refusals import s3_errors
 from blipq.s3.storage import Storage, arguments_of
 from blipq_api.console.access import id_of
@@ -60,13 +61,40 @@ async def picture(request: Request) -> Response:
     return Response(data, 200, HEADERS, kind)
 
 
+async def heat_map(request: Request) -> Response:
+    """Where a match that was explained looked: for its n-th text, and of that the n-th word.
+
+    Word 0 is the whole text. Raises Problem where there is no such map.
+    """
+    info = await jobs.known(door_of(request), caller_of(request), id_of(request))
+    scores = info.result.scores if isinstance(info.result, MatchResult) else ()
+    text = _place(request.query_params.get("text"))
+    word = _place(request.query_params.get("word"))
+    map_ = scores[text].map if text is not None and text < len(scores) else None
+    try:
+        if map_ is None or word is None:
+            raise ValueError
+        data = png(heat_of(map_, word))
+    except ValueError:
+        raise Problem(404, "not_found", "there is no such heat map") from None
+    return Response(data, 200, HEADERS, "image/png")
+
+
+def _place(number: str | None) -> int | None:
+    """A place in a list, from 0 on, as an address has it."""
+    is_number = number is not None and number.isascii() and number.isdecimal() and len(number) < 6
+    return int(number) if number is not None and is_number else None
+
+
 def _image(info: JobInfo, asked: Mapping[str, Any] | None, hit: str | None) -> ImageRef:
     """What the request names, which may be a part of an object; or the picture of a hit."""
     uri: Any = info.image
     if hit is not None:
         hits = info.result.hits if isinstance(info.result, SearchResult) else ()
-        place = int(hit) if hit.isascii() and hit.isdecimal() and len(hit) < 6 else len(hits)
-        uri = (hits[place].uri or hits[place].id) if place < len(hits) else None
+        place = _place(hit)
+        uri = None
+        if place is not None and place < len(hits):
+            uri = hits[place].uri or hits[place].id
     elif asked is not None:
         uri = asked.get("image")
     try:

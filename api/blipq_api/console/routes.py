@@ -33,6 +33,7 @@ PAGES = (
     Page("POST", "/console/job", job.act, "read"),
     Page("GET", "/console/stages", job.stages_of, "read"),
     Page("GET", "/console/picture", pictures.picture, "read"),
+    Page("GET", "/console/heat", pictures.heat_map, "read"),
     Page("GET", "/console/try", trying.form, "submit"),
     Page("POST", "/console/try", trying.submit, "submit"),
     Page("GET", "/console/runs", lists.runs, "read"),

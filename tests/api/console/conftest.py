@@ -1,7 +1,9 @@
 """Doors with a console, jobs of all kinds with hostile texts, and pages taken apart."""
 
+import base64
 import json
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -103,6 +105,14 @@ def succeed(ledger: WorkerLedger, id: str, result: dict[str, Any]) -> None:
     assert ledger.succeed(claimed(ledger, id), json.dumps(result), json.dumps(receipt))
 
 
+def explained(text: str, *words: str) -> dict[str, Any]:
+    """A score with maps of 2 x 3: of the text, which grow to the right, and of its words."""
+    maps = [each for _ in range(1 + len(words)) for each in (0, 0.5, 1, 0, 0.5, 1)]
+    data = base64.b64encode(struct.pack(f"<{len(maps)}e", *maps)).decode()
+    map_ = {"shape": [1 + len(words), 2, 3], "dtype": "float16", "data": data}
+    return {"text": text, "score": 0.4, "map": map_, "words": words}
+
+
 @pytest.fixture
 def hostile(client: Client, ledger: WorkerLedger) -> list[str]:
     """Jobs in all states, whose every text is hostile; their ids."""
@@ -128,7 +138,7 @@ def hostile(client: Client, ledger: WorkerLedger) -> list[str]:
                 }
             ],
         },
-        match.id: {"kind": "match", "head": "itm", "scores": [{"text": HOSTILE, "score": 0.4}]},
+        match.id: {"kind": "match", "head": "itm", "scores": [explained(HOSTILE, HOSTILE)]},
         embed.id: {"kind": "embed", "arrays": {}, "indexed": HOSTILE},
         search.id: {
             "kind": "search",

@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 from api.conftest import DoorProcess, running, service_of
 from api.console.browsers import chromium
-from api.console.conftest import PAGES, Keyed, claimed, succeed
+from api.console.conftest import PAGES, Keyed, claimed, explained, succeed
 from blipq import Client, Settings
 from blipq.contract import ErrorCode, JobError
 from blipq.ledger.worker import WorkerLedger
@@ -148,6 +148,35 @@ def test_the_demo_model_answers_about_a_picture_that_was_dropped(
     assert "what color is the circle?" in page.locator(".snippet pre").nth(0).inner_text()
     reader.check()
     context.close()
+
+
+def test_a_heat_map_covers_its_picture_exactly(
+    reader: Reader, client: Client, ledger: WorkerLedger
+) -> None:
+    image = client.storage.upload(SCENE)
+    both = client.match(image, "a red circle", explain=True)
+    alone = client.match("https://example.org/circle.png", "a red circle", explain=True)
+    for job in (both, alone):
+        scores = [explained("a red circle", "a", "red", "circle")]
+        succeed(ledger, job.id, {"kind": "match", "head": "itm", "scores": scores})
+    page = reader.open(f"job?id={both.id}")
+    page.wait_for_function("[...document.images].every((each) => each.naturalWidth > 0)")
+    boxes = page.evaluate(
+        "[...document.querySelectorAll('.heat')].map((heat) => [...heat.querySelectorAll('img')]"
+        ".map((each) => { const box = each.getBoundingClientRect();"
+        " return [box.x, box.y, box.width, box.height].map(Math.round); }))"
+    )
+    assert len(boxes) == 4
+    for under, over in boxes:
+        assert under == over
+        assert min(under[2:]) > 80
+    page = reader.open(f"job?id={alone.id}")
+    page.wait_for_function("[...document.images].every((each) => each.naturalWidth > 0)")
+    sizes = page.evaluate(
+        "[...document.querySelectorAll('.heat')]"
+        ".map((each) => [each.offsetWidth, each.offsetHeight])"
+    )
+    assert all(width == height > 80 for width, height in sizes)
 
 
 def test_a_queue_is_paused_while_a_job_runs_and_that_job_ends(

@@ -1,5 +1,6 @@
 """What pages show: without scripts, as any HTTP client gets them."""
 
+import io
 import re
 import time
 from collections.abc import Iterator
@@ -8,11 +9,13 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx2
 import pytest
+from PIL import Image
 
 from api.conftest import Start
-from api.console.conftest import HOSTILE, PAGES, Keyed, Markup, page, succeed
+from api.console.conftest import HOSTILE, PAGES, Keyed, Markup, explained, page, succeed
 from blipq import Client, ImageRef, Settings
 from blipq.ledger.views.runs import Run, Runs
+from blipq.images.heat import PALETTE
 from blipq.ledger.worker import WorkerLedger
 from blipq.s3.storage import Storage
 from blipq_api.access.keys import LOCAL
@@ -302,6 +305,40 @@ def test_bulks_are_listed_to_who_may_see_them(
     with keyed.signed_in("reader") as http:
         text = http.get("/console/runs").text
     assert ("shop" in text, "zoo" in text, "old.csv" in text) == (True, False, False)
+def test_a_heat_map_is_laid_over_the_picture_of_its_job(
+    operator: httpx2.Client, client: Client, ledger: WorkerLedger
+) -> None:
+    job = client.match("s3://photos/cat.jpg", ["a dog", "a red cat"], explain=True)
+    scores = [{"text": "a dog", "score": 0.1}, explained("a red cat", "a", "red", "cat")]
+    succeed(ledger, job.id, {"kind": "match", "head": "itm", "scores": scores})
+    shown = page(operator, f"job?id={job.id}")
+    maps = [link for link in shown.values("src") if link.startswith("heat?")]
+    assert [link.partition("&")[2] for link in maps] == [f"text=1&word={n}" for n in range(4)]
+    for link in maps:
+        answer = operator.get(f"/console/{link}")
+        assert answer.headers["content-type"] == "image/png"
+        assert "sandbox" in answer.headers["content-security-policy"]
+        with Image.open(io.BytesIO(answer.content)) as drawn:
+            assert drawn.size == (3, 2)
+            row = [drawn.convert("RGBA").getpixel((column, 0)) for column in range(3)]
+        assert row == [(*PALETTE[3 * level : 3 * level + 3], 166) for level in (0, 128, 255)]
+    for query in ("text=0&word=0", "text=2&word=0", "text=1&word=4", "text=1", "word=0", "text=-1"):
+        assert operator.get(f"/console/heat?id={job.id}&{query}").status_code == 404, query
+
+
+def test_a_heat_map_is_shown_to_whom_the_job_is(
+    keyed: Keyed, client: Client, ledger: WorkerLedger
+) -> None:
+    job = client.match("s3://photos/cat.jpg", "a cat", explain=True)
+    scores = [explained("a cat")]
+    succeed(ledger, job.id, {"kind": "match", "head": "itm", "scores": scores})
+    address = f"/console/heat?id={job.id}&text=0&word=0"
+    with keyed.signed_in("operator") as http:
+        assert http.get(address).status_code == 200
+    with keyed.signed_in("other") as http:
+        assert http.get(address).status_code == 404
+    with keyed.door.http() as http:
+        assert http.get(address).status_code in (303, 401)
 
 
 def test_what_cannot_be_submitted_is_said_in_the_form_that_keeps_what_was_written(
