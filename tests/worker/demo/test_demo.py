@@ -1,9 +1,13 @@
 """The demo: its scores, its report, and that it leaves nothing behind."""
 
+import base64
+import dataclasses
+import io
 import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from blipq import cli
 from blipq.contract import (
     Answer,
+    Array,
     Caption,
     CaptionResult,
     ErrorCode,
@@ -36,7 +42,7 @@ from blipq_worker.cli import demo as demo_command
 from blipq_worker.demo.plots import round_up, stage_plot, throughput_plot
 from blipq_worker.demo.report import milliseconds, percent, render_report
 from blipq_worker.demo.run import choose
-from blipq_worker.demo.score import Answered, Case, Run, Tally, cases_of
+from blipq_worker.demo.score import Answered, Case, Explained, Run, Tally, cases_of
 from blipq_worker.demo.signals import SIGNALS, Interrupted, Signals
 from conftest import blipq, wait_until
 
@@ -222,6 +228,32 @@ def test_wrong_answers_are_marked_in_words() -> None:
     assert classes.count("wrong") == 3
     assert classes.count("flawed") == 1
     assert "only-wrong" in page.attributes("id")
+
+
+def explained(text: str, *words: str) -> Explained:
+    """A text of the first picture, with maps that grow to the right."""
+    maps = [share for _ in range(1 + len(words)) for _ in range(8) for share in range(8)]
+    data = base64.b64encode(struct.pack(f"<{len(maps)}e", *(each / 7 for each in maps))).decode()
+    map_ = Array(shape=(1 + len(words), 8, 8), dtype="float16", data=data)
+    return Explained(0, TextScore(text=text, score=0.9, map=map_, words=words))
+
+
+def test_the_report_shows_where_the_model_looked_for_a_text_and_for_each_of_its_words() -> None:
+    run = dataclasses.replace(run_of(), explained=explained("a red cat", "a", "red", "cat"))
+    html = render_report(run)
+    assert "Where the model looked" in html
+    drawn = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)" alt="Heat map of ([^"]+)"', html)
+    assert [name for _, name in drawn] == ["a red cat", "a", "red", "cat"]
+    with Image.open(io.BytesIO(base64.b64decode(drawn[0][0]))) as picture:
+        cold, hot = picture.getpixel((1, 1)), picture.getpixel((picture.width - 2, 1))
+    assert cold[2] > cold[0], "blue"
+    assert hot[0] > hot[2], "yellow"
+
+
+def test_a_report_without_heat_maps_says_nothing_of_them() -> None:
+    for missing in (None, Explained(0, TextScore(text="a cat", score=0.9))):
+        html = render_report(dataclasses.replace(run_of(), explained=missing))
+        assert "Where the model looked" not in html
 
 
 def test_a_report_without_mistakes_offers_no_filter() -> None:

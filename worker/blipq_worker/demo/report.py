@@ -11,6 +11,8 @@ from statistics import median
 from PIL import Image
 
 import blipq
+from blipq.images.heat import heat_of
+from blipq.images.overlay import overlay
 from blipq.local.stack import API_PORT
 from blipq.pages import environment
 from blipq_worker.demo.plots import stage_plot, throughput_plot
@@ -35,6 +37,14 @@ class Card:
     def flawed(self) -> bool:
         """Whether something is not right."""
         return self.tally.right < self.tally.jobs
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Where the model looked for a text or a word."""
+
+    text: str
+    picture: str
 
 
 def write_report(run: Run, path: Path) -> None:
@@ -62,6 +72,7 @@ def render_report(run: Run) -> str:
         stages=stage_plot(run.answers),
         batch_size=batch_size(run),
         cards=cards(run),
+        heat_maps=heat_maps(run),
         door=f"http://127.0.0.1:{API_PORT}",
     )
 
@@ -75,6 +86,16 @@ def cards(run: Run) -> list[Card]:
         Card(place + 1, data_uri(render(shown.scene)), alt_text(shown), answers[place])
         for place, shown in enumerate(run.shown)
     ]
+
+
+def heat_maps(run: Run) -> list[HeatMap]:
+    """Where the model looked for a text and for each of its words; none where it did not say."""
+    if run.explained is None or (maps := run.explained.scored.map) is None:
+        return []
+    picture = render(run.shown[run.explained.picture].scene)
+    names = (run.explained.scored.text, *(run.explained.scored.words or ()))
+    drawn = (overlay(picture, heat_of(maps, place), picture.size) for place in range(len(names)))
+    return [HeatMap(name, data_uri(each)) for name, each in zip(names, drawn, strict=True)]
 
 
 def data_uri(picture: Image.Image) -> str:

@@ -11,10 +11,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from blipq.client.job import Job
 from blipq.client.sync_client import Client
-from blipq.contract import ImageRef, JobInfo
+from blipq.contract import ImageRef, JobInfo, MatchResult
 from blipq.errors import BlipqError, ResultTimeout
 from blipq.ledger.operator import OperatorLedger
 from blipq.local.stack import LocalStack, worker_service
@@ -24,7 +25,7 @@ from blipq_worker.demo.machine import describe_machine
 from blipq_worker.demo.options import Options
 from blipq_worker.demo.output import errors, progress, tell, tell_error, tell_result
 from blipq_worker.demo.report import write_report
-from blipq_worker.demo.score import Answer, Answered, Case, Run, cases_of
+from blipq_worker.demo.score import Answer, Answered, Case, Explained, Run, cases_of
 from blipq_worker.demo.signals import Signals
 from blipq_worker.demo.world import DEMO_SEEDS, Demonstration, demonstration, render
 
@@ -85,6 +86,7 @@ def demonstrate(options: Options, signals: Signals) -> Run:
         images = upload(shown, parts)
         wait_for_worker(parts)
         answers = list(ask_all(shown, images, parts))
+        explained = explain(shown, images, parts)
         tell("stopping the worker and the servers")
     return Run(
         seed=options.seed,
@@ -92,6 +94,7 @@ def demonstrate(options: Options, signals: Signals) -> Run:
         answers=answers,
         machine=describe_machine(),
         command=options.command,
+        explained=explained,
     )
 
 
@@ -186,7 +189,17 @@ def submit(case: Case, image: ImageRef, parts: Parts) -> Job[Answer]:
     return case.submit(parts.client, image)
 
 
-def ended(job: Job[Answer], parts: Parts) -> JobInfo:
+def explain(
+    shown: Sequence[Demonstration], images: Sequence[ImageRef], parts: Parts
+) -> Explained | None:
+    """Where the model looks for what a picture shows; None where it cannot say."""
+    picture = max(range(len(shown)), key=lambda place: len(shown[place].scene.shapes))
+    text = shown[picture].matching_text
+    result = ended(parts.client.match(images[picture], text, explain=True), parts).result
+    return Explained(picture, result.best) if isinstance(result, MatchResult) else None
+
+
+def ended(job: Job[Any], parts: Parts) -> JobInfo:
     """The job when it has ended. Raises DemoError when the worker dies or hangs."""
     deadline = time.monotonic() + STALLED_S
     while True:

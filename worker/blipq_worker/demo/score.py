@@ -15,6 +15,7 @@ from blipq.contract import (
     Kind,
     MatchResult,
     Receipt,
+    TextScore,
     VQAResult,
 )
 from blipq_worker.demo.world import Demonstration
@@ -195,14 +196,26 @@ def percentile(values: Sequence[float], percent: int) -> float | None:
 
 
 @dataclass(frozen=True)
+class Explained:
+    """A text about the picture with this number, with where the model looked for it."""
+
+    picture: int
+    scored: TextScore
+
+
+@dataclass(frozen=True)
 class Run:
-    """A demo that has ended: its pictures, and everything that came back."""
+    """A demo that has ended: its pictures, and everything that came back.
+
+    explained: beside the answers, which are counted.
+    """
 
     seed: int
     shown: Sequence[Demonstration]
     answers: Sequence[Answered]
     machine: str
     command: str
+    explained: Explained | None = None
 
     @cached_property
     def tally(self) -> Tally:
