@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
 
+from blipq_worker.blip2.heads.heatmaps import read_plain
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
 from blipq_worker.blip2.loading.precision import choose_precision
 from blipq_worker.blip2.loading.quantizing import Quantizing
@@ -200,6 +202,19 @@ def test_the_cache_of_features_counts_where_it_is() -> None:
 def test_a_larger_picture_takes_more_to_look_at() -> None:
     small, large = (memory_of(name).vision for name in ("opt-2.7b", "opt-2.7b-coco"))
     assert large / small == pytest.approx(677 / 257)
+
+
+def test_what_heat_maps_take_is_told_beside_the_total(checkpoints: dict[str, Path]) -> None:
+    what = f"{checkpoints['opt']}+{checkpoints['itm']}"
+    own = read_plain(open_checkpoint(str(checkpoints["itm"])), torch.device("cpu"))
+    for device in ("cpu", "cuda"):
+        counted = memory_of(what, device=device)
+        assert counted.heat_maps == sum(weight.nbytes for weight in own.parameters())
+    assert memory_of(str(checkpoints["opt"])).heat_maps == 0
+    assert memory_of("opt-2.7b").heat_maps / GIB == pytest.approx(0.7, abs=0.05)
+    told = run("memory", "opt-2.7b").stdout
+    assert re.search(r"heat maps +beside the total, once one is drawn +0\.69 GiB", told)
+    assert max(map(len, told.splitlines())) <= 80
 
 
 def test_the_tower_that_may_be_shared_is_told() -> None:

@@ -35,7 +35,16 @@ app = Group("Models that can be served.")
 
 Device = Literal["cuda", "cpu"]
 
-_SUMS = ("weights", "shared", "kv_batch", "kv_slots", "activations", "host_cache", "total")
+_SUMS = (
+    "weights",
+    "shared",
+    "kv_batch",
+    "kv_slots",
+    "activations",
+    "host_cache",
+    "total",
+    "heat_maps",
+)
 
 
 @app.command("list")
@@ -280,3 +289,6 @@ def _memory_lines(memory: "Memory") -> Iterator[str]:
     if load.feature_cache:
         where = "host memory" if memory.device == "cuda" else "in the total"
         yield f"  {'feature cache':14} {where:39}  {load.feature_cache / GIB:7.2f} GiB"
+    if memory.heat_maps:
+        when = "beside the total, once one is drawn"
+        yield f"  {'heat maps':14} {when:39}  {memory.heat_maps / GIB:7.2f} GiB"

@@ -47,6 +47,10 @@ _LANGUAGE: dict[str, dict[str, Any]] = {
 }
 
 
+#: What heat maps have of their own, in fp32 as these are kept in any case.
+_HEAT_MAPS = ("retrieval q-former", "retrieval heads")
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Weights of one precision in one part of a checkpoint."""
@@ -123,6 +127,11 @@ class Memory:
     def activations(self) -> int:
         """Of the larger of the passes: they run one after the other."""
         return max(self.vision, self.language)
+
+    @property
+    def heat_maps(self) -> int:
+        """Beside the total: what is kept a second time once a match was explained."""
+        return sum(part.bytes for part in self.parts if part.name in _HEAT_MAPS)
 
     @property
     def host_cache(self) -> int:
