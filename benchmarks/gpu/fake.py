@@ -123,6 +123,10 @@ class Session:
         self._left[ticket], self._items[ticket] = item.params.max_new_tokens, item
         self._new.append(item.pixels)
 
+    def has_begun(self, ticket: Ticket) -> bool:
+        """Whether it has a token."""
+        return self._left[ticket] < self._items[ticket].params.max_new_tokens
+
     def leave(self, ticket: Ticket) -> None:
         """Frees a slot."""
         self._left.pop(ticket, None)

@@ -92,6 +92,12 @@ WORKERS = [
         "s",
     ),
     Panel(
+        "Until the first token, p95",
+        {"{{model}}": _quantile(0.95, "blipq_worker_first_token_seconds", "model")},
+        "s",
+        "From a job's submission, its wait included.",
+    ),
+    Panel(
         "GPU use by jobs",
         {"{{instance}}": "sum by (instance) (rate(blipq_worker_gpu_seconds_total[5m]))"},
         "percentunit",

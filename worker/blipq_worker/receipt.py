@@ -39,6 +39,12 @@ class Stopwatch:
         """Adds to a field that counts from 0."""
         self._fields[name] = cast("float", self._fields.get(name, 0)) + amount
 
+    def say_first_token(self, ago_ms: float) -> None:
+        """Says when the job's first token was written: so many milliseconds ago, or before that."""
+        if "first_token_ms" not in self._fields:
+            queued = cast("float", self._fields.get("queue_ms", 0.0))
+            self.say(first_token_ms=max(0.0, queued + self.run_ms - ago_ms))
+
     def say(self, **facts: float | int | str) -> None:
         """Sets fields of the receipt."""
         self._fields.update(facts)

@@ -34,6 +34,7 @@ class Receipt(Output):
     ``decode_wait_ms`` is the wait until other images were decoded: where it is long and ``wait_ms``
     short, the host lacks cores, not the model time.
     ``gpu_ms`` is the job's share of the passes that it ran in, with other jobs beside it.
+    ``first_token_ms`` is from the job's submission to the first token of its first text.
     ``shared``: the request was coalesced with an equal one that ran at the same time, so this job
     has no passes of its own. ``note`` is a remark on the answer for people.
     """
@@ -50,6 +51,7 @@ class Receipt(Output):
     index_ms: float | None = None
     rerank_ms: float | None = None
     gpu_ms: float | None = None
+    first_token_ms: float | None = None
     tokens: int | None = None
     batch_size: int | None = None
     cache_hit: bool | None = None

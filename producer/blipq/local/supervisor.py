@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -128,6 +129,19 @@ class Service:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
 
+def reap(own: Collection[int | None]) -> None:
+    """Waits for children that have ended, but for our ``own``, whose codes others want to know."""
+    with suppress(ChildProcessError):  # there is no child
+        while (ended := _next_ended()) is not None and ended not in own:
+            os.waitpid(ended, os.WNOHANG)
+
+
+def _next_ended() -> int | None:
+    """A child that has ended, and stays to be waited for."""
+    found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    return None if found is None else found.si_pid
+
+
 def supervise(
     services: Sequence[Service],
     stop: threading.Event,
@@ -135,16 +149,20 @@ def supervise(
     tell: Callable[[str], None] = print,
     give_up_on: Sequence[int] = (),
     one_by_one: bool = False,
+    reaps: bool = False,
 ) -> int:
     """Starts again what ends until ``stop`` is set; returns 0.
 
     A code in ``give_up_on`` (say, a model that cannot be loaded) is returned at once: starting
     again would not help. one_by_one: such a service is left alone, and the code is returned when
-    no other is left.
+    no other is left. reaps: this is the first process of a container, and starts nothing beside
+    the services: it waits for what others leave to it, too.
     """
     reported: set[str] = set()
     left = list(services)
     while not stop.wait(0.2):
+        if reaps:
+            reap({service.pid for service in services})
         for service in list(left):
             code = service.exit_code
             if code is None:

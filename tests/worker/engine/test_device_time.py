@@ -58,3 +58,29 @@ def test_an_items_share_goes_by_its_rows(opt: "Blip2", pictures: list[Image.Imag
     one, three = (future.result(timeout=60).device_ms for future in futures)
     engine.batcher.close(timeout=10)
     assert three == pytest.approx(3 * one, rel=0.01)
+
+
+def test_the_first_token_is_there_before_the_text(
+    opt: "Blip2", pictures: list[Image.Image]
+) -> None:
+    engine = Engine({"default": opt}, max_batch_size=8, batch_wait_timeout_s=0.05, max_waiting=64)
+    image = ImagePixels(pixels=pixels_of(pictures[0], opt.info.recipes))
+    inference = LocalInference(engine)
+
+    def written(tokens: int, beams: int) -> GenerationParams:
+        return GenerationParams(num_beams=beams, max_new_tokens=tokens, min_new_tokens=tokens)
+
+    items: list[Item] = [
+        Generate(image, ("", "a"), written(12, 1)),
+        Generate(image, ("",), written(12, 3)),
+        Generate(image, ("",), written(1, 1)),
+        Match(image, ("a cat",), "itm"),
+    ]
+    futures = [inference.submit("default", item, "normal") for item in items]
+    engine.batcher.start()
+    long, beams, short, match = (future.result(timeout=60) for future in futures)
+    engine.batcher.close(timeout=10)
+    for answer in (long, beams):
+        assert 0 < answer.first_token_ms < answer.pass_ms
+    assert short.first_token_ms == short.pass_ms
+    assert match.first_token_ms == 0

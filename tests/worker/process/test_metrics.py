@@ -32,7 +32,7 @@ def told(page: bytes) -> dict[str, float]:
 def test_jobs_are_counted_with_what_their_receipts_say() -> None:
     metrics = WorkerMetrics()
     took = {"queue_ms": 500.0, "fetch_ms": 20.0, "generate_ms": 300.0, "gpu_ms": 75.0}
-    took |= {"batch_size": 4, "tokens": 9, "worker": "w1"}
+    took |= {"batch_size": 4, "tokens": 9, "first_token_ms": 750.0, "worker": "w1"}
     metrics.done(Kind.CAPTION, "succeeded", took, model="m", run_ms=700)
     metrics.done(Kind.VQA, "failed", {"fetch_ms": 5.0}, "image_not_found", model="m")
     metrics.done(Kind.CAPTION, "succeeded", {**took, "cache_hit": True}, model="m", run_ms=300)
@@ -45,6 +45,8 @@ def test_jobs_are_counted_with_what_their_receipts_say() -> None:
     assert page["blipq_worker_gpu_seconds_total caption m"] == 0.15
     assert page["blipq_worker_batch_size_sum m"] == 8
     assert page["blipq_worker_job_tokens_sum caption m"] == 18
+    assert page["blipq_worker_first_token_seconds_sum caption m"] == 1.5
+    assert "blipq_worker_stage_seconds_sum caption first_token" not in page, "no stage of its own"
     assert page["blipq_worker_feature_cache_total hit m"] == 1
     assert page["process_resident_memory_bytes"] > 0
 
@@ -83,7 +85,7 @@ def test_a_disk_that_is_full_later_has_a_place_for_all_that_is_counted(tmp_path:
         "from blipq_worker.process.metrics import WorkerMetrics, count_in;"
         "count_in(Path(sys.argv[1]), 'front-1'); metrics = WorkerMetrics();"
         "from blipq_worker.process.metrics import STAGES; all = dict.fromkeys(STAGES.values(), 1);"
-        "all |= {'batch_size': 1, 'tokens': 1, 'gpu_ms': 1};"
+        "all |= {'batch_size': 1, 'tokens': 1, 'gpu_ms': 1, 'first_token_ms': 1};"
         "[metrics.done(kind, 'failed', all, f'code{n}',"
         " model=model, run_ms=1) for kind in Kind for n in range(20) for model in 'ab']"
     )

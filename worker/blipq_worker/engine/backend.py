@@ -298,7 +298,8 @@ def _settle(done: Callable[[Outcome], None], future: "Future[Answer]") -> None:
 class _Joined:
     """A task in a session: since when, and the most tasks that ran together with it.
 
-    before: what the session's clock (``Writing``) showed. span: of its stay.
+    before: what the session's clock (``Writing``) showed. span: of its stay. begun: when it had its
+    first token, to a step.
     """
 
     task: Task
@@ -306,6 +307,7 @@ class _Joined:
     before: float
     span: Trace
     neighbours: int = 0
+    begun: float | None = None
 
 
 class Writing:
@@ -317,6 +319,8 @@ class Writing:
         self._session = model.session()
         self._times = times
         self._tasks: dict[Ticket, _Joined] = {}
+        #: Those of them that have no token yet.
+        self._silent: set[Ticket] = set()
         #: The rows of all these, and a clock of what one of them has cost so far: each step adds
         #: its milliseconds divided by the rows, so that nothing is counted task by task.
         self._rows = 0
@@ -329,6 +333,7 @@ class Writing:
         self._session.join(ticket, task.item)
         span = _writing(task)
         self._tasks[ticket] = _Joined(task, time.monotonic(), self._row_ms, span)
+        self._silent.add(ticket)
         self._rows += task.cost
         self._most = 0
 
@@ -336,6 +341,7 @@ class Writing:
         """Lets a task go."""
         self._session.leave(ticket)
         joined = self._tasks.pop(ticket)
+        self._silent.discard(ticket)
         joined.span.end()
         self._rows -= joined.task.cost
 
@@ -348,13 +354,20 @@ class Writing:
                 joined.neighbours = max(joined.neighbours, len(tickets))
         started = time.monotonic()
         done = self._session.step(tickets)
-        self._row_ms += (time.monotonic() - started) * 1000 / self._rows
-        return [(ticket, self._answer(ticket, texts)) for ticket, texts in done]
+        now = time.monotonic()
+        self._row_ms += (now - started) * 1000 / self._rows
+        answers = [(ticket, self._answer(ticket, texts, now)) for ticket, texts in done]
+        for ticket in [each for each in self._silent if self._session.has_begun(each)]:
+            self._tasks[ticket].begun = now
+            self._silent.remove(ticket)
+        return answers
 
-    def _answer(self, ticket: Ticket, texts: Any) -> Answer:
+    def _answer(self, ticket: Ticket, texts: Any, now: float) -> Answer:
         joined = self._tasks.pop(ticket)
+        self._silent.discard(ticket)
         self._rows -= joined.task.cost
-        took = (time.monotonic() - joined.since) * 1000
+        took = (now - joined.since) * 1000
+        begun = now if joined.begun is None else joined.begun
         joined.span.say({names.BATCH_SIZE: joined.neighbours})
         joined.span.end()
         return Answer(
@@ -364,4 +377,5 @@ class Writing:
             batch_size=joined.neighbours,
             device_ms=(self._row_ms - joined.before) * joined.task.cost,
             span=joined.span.context,
+            first_token_ms=(begun - joined.since) * 1000,
         )

@@ -233,7 +233,8 @@ class Answer(Plain, frozen=True, tag="answer"):
     where all was known. batch_size: the most items that ran together with it, itself included.
     shared: an equal item that was in flight was computed, and this one waited for its answer.
     device_ms: its share of the passes and steps that it took part in, by its rows: over all items
-    these come to the time that the device was at work. span: of its pass, or "".
+    these come to the time that the device was at work. span: of its pass, or "". first_token_ms:
+    from its start to the first token of a text, to a step; 0 where none is written.
     """
 
     value: Value
@@ -243,6 +244,7 @@ class Answer(Plain, frozen=True, tag="answer"):
     shared: bool = False
     device_ms: float = 0.0
     span: TraceParent = ""
+    first_token_ms: float = 0.0
 
 
 class Failure(Plain, frozen=True, tag="failure"):

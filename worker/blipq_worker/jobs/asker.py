@@ -235,11 +235,13 @@ class Asker:
         return self._noted(self._waited(again, deadline, "the model"))
 
     def _noted(self, answer: Answer) -> Answer:
-        """Notes whose pass it was; on any thread."""
+        """Notes whose pass it was, as soon as it has ended; on any thread."""
         if answer.shared:
             self._was_spared = True
-        else:
-            self._had_passes = True
+            return answer
+        self._had_passes = True
+        if answer.first_token_ms:
+            self._watch.say_first_token(answer.pass_ms - answer.first_token_ms)
         return answer
 
     def _waited(self, future: "Future[AnswerT]", deadline: float, who: str) -> AnswerT:

@@ -125,7 +125,14 @@ def run_supervised(services: Sequence[Service], *, drain_s: float) -> int:
     for service in services:
         service.start()
     try:
-        return supervise(services, stop, tell=_tell, give_up_on=(EXIT_MODEL,), one_by_one=True)
+        return supervise(
+            services,
+            stop,
+            tell=_tell,
+            give_up_on=(EXIT_MODEL,),
+            one_by_one=True,
+            reaps=os.getpid() == 1,
+        )
     finally:
         for service in services:
             service.signal(signal.SIGTERM)

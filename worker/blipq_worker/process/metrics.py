@@ -25,7 +25,7 @@ from blipq_worker.process.nvml import GpuCollector
 STAGES = {
     name.removesuffix("_ms"): name
     for name in Receipt.model_fields
-    if name.endswith("_ms") and name != "gpu_ms"  # that is a share of stages
+    if name.endswith("_ms") and name not in ("gpu_ms", "first_token_ms")  # of several stages
 }
 
 DECODE_BOUND = "Whether the model waits for images to be decoded."
@@ -100,6 +100,13 @@ class WorkerMetrics:
         self._seconds = Histogram(
             "blipq_worker_job_seconds",
             "From a job's submission to its end here, retries included.",
+            ["model", "kind"],
+            buckets=SECONDS,
+            registry=self._registry,
+        )
+        self._first_token = Histogram(
+            "blipq_worker_first_token_seconds",
+            "From a job's submission to the first token of its first text.",
             ["model", "kind"],
             buckets=SECONDS,
             registry=self._registry,
@@ -184,6 +191,9 @@ class WorkerMetrics:
             self._cache.labels(model, "hit" if took["cache_hit"] else "miss").inc()
         if "tokens" in took:
             self._tokens.labels(model, kind).observe(took["tokens"])
+        if "first_token_ms" in took:
+            seconds = took["first_token_ms"] / 1000
+            self._first_token.labels(model, kind).observe(seconds, leads_to)
         if "gpu_ms" in took:
             self._gpu.labels(model, kind).inc(took["gpu_ms"] / 1000)
         if run_ms is not None and outcome in ("succeeded", "failed"):

@@ -139,6 +139,10 @@ class WritingSession:
             for seed in seeds
         ]
 
+    def has_begun(self, ticket: Ticket) -> bool:
+        """Whether a text of an item has been begun: its first token is there, or comes next."""
+        return any(row.joined for row in self._items[ticket].rows)
+
     def leave(self, ticket: Ticket) -> None:
         """Lets an item go, finished or not."""
         # First what may raise: rows of an item that is forgotten would keep their slots.
