@@ -194,6 +194,17 @@ def test_keys_of_models_go_to_the_worker_alone(compose: dict[str, Any]) -> None:
         assert given == (dict.fromkeys(keys) if name == "worker" else {})
 
 
+def test_no_init_keeps_the_keys_of_models_in_an_environment_that_fronts_can_read(
+    compose: dict[str, Any],
+) -> None:
+    worker = compose["services"]["worker"]
+    assert "BLIPQ_MODEL_S3_SECRET_ACCESS_KEY" in worker["environment"]
+    assert "init" not in worker
+    assert worker["command"][0] == "blipq", "no shell is the first process"
+    assert "entrypoint" not in worker
+    assert "ENTRYPOINT" not in (ROOT / "Dockerfile").read_text()
+
+
 def test_every_setting_exists_and_is_valid(
     compose: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -326,6 +326,41 @@ def test_services_may_be_given_up_one_by_one() -> None:
         go_on.stop()
 
 
+#: Adopts what its children leave, as the first process of a container does.
+FIRST = """
+import ctypes, subprocess, sys, threading
+from blipq.local.supervisor import Service, supervise
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+service = Service("child", [sys.executable, "-c", "import time; time.sleep(60)"])
+service.start()
+subprocess.run(["sh", "-c", "sleep 1 & echo $!"], check=True)
+supervise([service], threading.Event(), reaps=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a container's first process is Linux's")
+def test_what_others_leave_to_the_first_process_of_a_container_is_no_zombie() -> None:
+    first = subprocess.Popen([sys.executable, "-c", FIRST], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout is not None
+        orphan = int(first.stdout.readline())
+        wait_until(lambda: not Path(f"/proc/{orphan}").exists(), "the orphan's end", timeout=60)
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate(timeout=30)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a container's first process is Linux's")
+def test_how_a_service_of_such_a_process_ended_is_known_all_the_same(
+    supervised: Callable[[str], Service],
+) -> None:
+    service = supervised("raise SystemExit(78)")
+    service.start()
+    done = supervise([service], threading.Event(), tell=str, give_up_on=(78,), reaps=True)
+    assert done == 78
+
+
 def test_a_service_that_ignores_sigterm_is_killed(supervised: Callable[[str], Service]) -> None:
     code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True)"
     service = supervised(f"{code}; time.sleep(60)")
