@@ -1,16 +1,22 @@
 """Submit a job, get its result: what to ask about an image."""
 
+import io
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 from benchmarks.heatmaps import cases, gain
+from PIL import Image, ImageChops
 from pytest_httpserver import HTTPServer
 
 from blipq import Client, JobFailed, Settings
+from blipq.images.heat import heat_of
+from blipq.images.overlay import overlay
+from blipq.local.stack import LocalStack
 from blipq.local.supervisor import Service
 from blipq_worker.demo import world
+from conftest import blipq
 from fundamentals.pictures import png
 
 pytestmark = pytest.mark.usefixtures("worker")
@@ -117,6 +123,56 @@ def test_a_match_can_say_where_it_looked(client: Client) -> None:
     assert (maps.shape, maps.max()) == ((4, 8, 8), 1.0)
     assert case.shape is not None
     assert gain(maps[0].astype(float), case.scene, case.shape) >= 2
+
+
+def test_a_receipt_says_when_the_first_token_was_there(client: Client) -> None:
+    """Since the job was submitted, as the client's patience counts."""
+    picture = png(next(each for each in cases(20)).scene)
+    info = client.caption(picture).wait(60)
+    assert (receipt := info.receipt) is not None
+    assert receipt.first_token_ms is not None
+    took = (info.completed_at - info.created_at).total_seconds() * 1000
+    assert receipt.queue_ms < receipt.first_token_ms <= took + 1
+    matched = client.match(picture, "a cat").wait(60)
+    assert matched.receipt.first_token_ms is None, "it writes nothing"
+
+
+def test_where_it_looked_is_drawn_beside_the_output(client: Client) -> None:
+    """A part of the PNG for each text: the picture in grey, under the colours of its map."""
+    case = next(each for each in cases(20) if each.text == "a red circle")
+    output = "s3://blipq-outputs/where.json"
+    job = client.match(png(case.scene), [case.text, "a dog"], explain=True, output=output)
+    found = job.result(timeout=60).scores
+    data = client.storage.read("s3://blipq-outputs/where.heat.png")
+    with Image.open(io.BytesIO(data)) as drawn:
+        assert (drawn.format, drawn.size) == ("PNG", (1024, 512))
+        parts = [drawn.crop((left, 0, left + 512, 512)) for left in (0, 512)]
+    for part, scored in zip(parts, found, strict=True):
+        assert scored.map is not None
+        wanted = overlay(world.render(case.scene), heat_of(scored.map), part.size)
+        apart = np.asarray(ImageChops.difference(part, wanted), dtype=float)
+        assert apart.mean() < 4, "the model sees a smaller picture"
+
+
+def test_the_command_line_draws_it_on_the_picture(
+    client: Client, stack: LocalStack, tmp_path: Path
+) -> None:
+    case = next(each for each in cases(20) if each.text == "a red circle")
+    local, drawn = tmp_path / "scene.png", tmp_path / "where.png"
+    local.write_bytes(png(case.scene))
+    for image in (str(local), client.storage.upload(local).uri):
+        ran = blipq("explain", image, case.text, "--png", str(drawn), stack=stack)
+        assert ran.returncode == 0, ran.stderr
+        first, *grids = ran.stdout.splitlines()
+        score, text = first.split("  ")
+        assert (float(score) > 0.5, text) == (True, case.text)
+        assert grids[1].split() == ["the", "whole", "text", "a", "red", "circle"]
+        assert len(grids) == 2 + 8
+        assert max(map(len, grids)) <= 80
+        assert "█" in "".join(grids)
+        with Image.open(drawn) as picture:
+            assert (picture.format, max(picture.size)) == ("PNG", 1024)
+        drawn.unlink()
 
 
 def test_a_local_file_is_uploaded_first(client: Client, picture: bytes, tmp_path: Path) -> None:
