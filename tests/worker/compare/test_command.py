@@ -142,6 +142,42 @@ def test_what_keeps_a_golden_from_being_compared_is_named_with_the_way_out(
     assert not file.exists()
 
 
+@pytest.mark.parametrize(
+    ("environment", "code", "why"),
+    [
+        ({"BLIPQ_REDIS_URL": "redis://127.0.0.1:1/0"}, 7, "Redis"),
+        ({}, 2, "there is no job to replay"),
+        ({"BLIPQ_MODELS": "default=demo,other=demo"}, 2, "serves several models"),
+    ],
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_pipelines_tell_a_comparison_that_could_not_be_made_from_one_that_found_a_change(
+    stack: LocalStack,
+    tmp_path: Path,
+    environment: dict[str, str],
+    code: int,
+    why: str,
+    as_json: bool,
+) -> None:
+    page = tmp_path / "page.html"
+    empty = stack.settings().redis_url.removesuffix("/0") + "/6"
+    given = {"BLIPQ_REDIS_URL": empty, "BLIPQ_MODELS": "default=demo", **environment}
+    command = ["models", "compare", "demo", "--report", str(page), *(["--json"] * as_json)]
+    ran = blipq(*command, stack=stack, **given)
+    assert ran.returncode == code, ran.stderr
+    assert why in (json.loads(ran.stdout)["message"] if as_json else ran.stderr)
+    assert not page.exists()
+
+
+def test_lines_that_are_no_requests_are_not_compared(tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text('{"kind": "caption"}\n')
+    options = ["--manifest", str(manifest), "--report", str(tmp_path / "page.html")]
+    ran = blipq("models", "compare", "demo", *options, BLIPQ_MODELS="default=demo")
+    assert ran.returncode == 2, ran.stderr
+    assert "line 1" in ran.stderr
+
+
 @pytest.mark.parametrize("name", ["", "absent/page.html", "."])
 def test_a_page_that_cannot_be_written_is_refused_before_a_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
