@@ -68,7 +68,7 @@ def test_the_times_of_a_traced_job_lead_to_its_trace_where_prometheus_keeps_them
     fleet.rig.all_succeed([job])
     wait_until(lambda: bool(collector.named("submit")), "the span of the submit", timeout=60)
     (submit,) = collector.named("submit")
-    told = scraped(fleet.worker_port)
-    assert {name: told.get(name) for name in NAMES} == {name: {submit.trace} for name in NAMES}
+    found = scraped(fleet.worker_port)
+    assert {name: found.get(name) for name in NAMES} == {name: {submit.trace} for name in NAMES}
     for name in NAMES:
         wait_until(lambda name=name: kept(fleet, name) == {submit.trace}, name, timeout=60)

@@ -212,9 +212,9 @@ def test_what_heat_maps_take_is_told_beside_the_total(checkpoints: dict[str, Pat
         assert counted.heat_maps == sum(weight.nbytes for weight in own.parameters())
     assert memory_of(str(checkpoints["opt"])).heat_maps == 0
     assert memory_of("opt-2.7b").heat_maps / GIB == pytest.approx(0.7, abs=0.05)
-    told = run("memory", "opt-2.7b").stdout
-    assert re.search(r"heat maps +beside the total, once one is drawn +0\.69 GiB", told)
-    assert max(map(len, told.splitlines())) <= 80
+    lines = run("memory", "opt-2.7b").stdout
+    assert re.search(r"heat maps +beside the total, once one is drawn +0\.69 GiB", lines)
+    assert max(map(len, lines.splitlines())) <= 80
 
 
 def test_the_tower_that_may_be_shared_is_told() -> None:
