@@ -61,6 +61,10 @@ class SleepingModel:
     def check(self, item: Any) -> None:
         """Anything will do."""
 
+    def is_long(self, item: Any) -> bool:
+        """None is."""
+        return False
+
     def generate(
         self, items: Sequence[GenerateItem], wanted: Callable[[int], bool]
     ) -> list[list[list[GeneratedText]]]:

@@ -191,6 +191,10 @@ class Model:
     def check(self, item: Any) -> None:
         """Anything will do."""
 
+    def is_long(self, item: Any) -> bool:
+        """None is."""
+        return False
+
     def session(self) -> Session:
         """Where sequences take their steps."""
         return Session(self._device, self._slots, self._on_step, self._on_encode)

@@ -42,6 +42,10 @@ class FaultyModel:
     def check(self, item: Any) -> None:
         """Anything will do."""
 
+    def is_long(self, item: Any) -> bool:
+        """None is."""
+        return False
+
     def write_readings(self, folder: Path, name: str) -> None:
         """There is nothing that a front would need."""
 

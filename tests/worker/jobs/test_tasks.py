@@ -112,6 +112,10 @@ class Model:
         if "too long" in str(getattr(item, "prompts", getattr(item, "text", None))):
             raise PermanentError(ErrorCode.INVALID_REQUEST, "the text is too long")
 
+    def is_long(self, item: Any) -> bool:
+        """None is."""
+        return False
+
     def generate(self, items: list[GenerateItem], wanted: Any) -> list[list[list[GeneratedText]]]:
         self.before()
         self.encoded([item.pixels for item in items if item.pixels.digest not in self.known], 1.0)

@@ -242,9 +242,17 @@ class Blip2:
         """Static slots for texts in flight; 0 where there are none."""
         return self.generator.static_slots
 
+    def is_long(self, item: GenerateItem) -> bool:
+        """Whether an item belongs in ``long_session``. See ``Generator.is_long``. Thread-safe."""
+        return self.generator.is_long(item.prompts, item.params)
+
     def session(self) -> WritingSession:
-        """Where items without beams join and leave. See ``Generator.session``."""
+        """Where items join and leave. See ``Generator.session``."""
         return self.generator.session()
+
+    def long_session(self) -> WritingSession:
+        """The same of long items. See ``Generator.long_session``."""
+        return self.generator.long_session()
 
     def generate(
         self, items: Sequence[GenerateItem], wanted: Callable[[int], bool] = lambda index: True

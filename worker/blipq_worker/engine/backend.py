@@ -40,6 +40,10 @@ from blipq_worker.inference.requests import (
 #: Characters of a traceback that a failure carries, from its end.
 MOST_TRACE = 32_768
 
+#: The setting of texts that need slots that grow. They have a session of their own: what they wait
+#: for is not what others wait for, so neither keeps the others from joining.
+_LONG = "long"
+
 _URGENCY: Mapping[Priority, int] = {"high": 0, "normal": 1, "low": 2}
 
 _FORGOTTEN = "the image came without pixels, and is not known any more"
@@ -118,9 +122,10 @@ class Engine:
             batch_wait_timeout_s=batch_wait_timeout_s,
             max_waiting=max_waiting,
             sessions={
-                _Key(name, GENERATE, None): partial(Writing, model, self._times)
+                _Key(name, GENERATE, setting): partial(Writing, model, self._times, setting)
                 for name, model in self._models.items()
                 if self._residents[name] == name
+                for setting in (None, _LONG)
             },
             judge=judge,
             idle=idle,
@@ -159,7 +164,8 @@ class Engine:
         if isinstance(served, Adapted):
             made = served.of(made)
         task = Task(made, item.image, verb.cost(item), trace)
-        key = _Key(self._residents[model], verb, verb.setting(item))
+        resident = self._residents[model]
+        key = _Key(resident, verb, self._setting(resident, task, verb, item))
         try:
             future = self.batcher.submit(
                 task,
@@ -173,6 +179,12 @@ class Engine:
             raise EngineGone("the engine is closed") from error
         future.add_done_callback(partial(_settle, done))
         return future
+
+    def _setting(self, model: str, task: Task, verb: Verb, item: Item) -> Hashable:
+        """What an item shares with those that it runs with, beside model and verb."""
+        if isinstance(task.item, GenerateItem) and self._models[model].is_long(task.item):
+            return _LONG
+        return verb.setting(item)
 
     def cancel(self, handle: Handle) -> None:
         """Nobody waits for the item any more. Nothing happens where it is done."""
@@ -311,12 +323,15 @@ class _Joined:
 
 
 class Writing:
-    """A session of a model (a ``batching.interface.Session``), with what its answers took."""
+    """A session of a model (a ``batching.interface.Session``), with what its answers took.
 
-    def __init__(self, model: Blip2, times: VisionTimes) -> None:
+    setting: of its items.
+    """
+
+    def __init__(self, model: Blip2, times: VisionTimes, setting: Hashable = None) -> None:
         #: Tasks of the fullest step so far that all of these were in.
         self._most = 0
-        self._session = model.session()
+        self._session = model.long_session() if setting is _LONG else model.session()
         self._times = times
         self._tasks: dict[Ticket, _Joined] = {}
         #: Those of them that have no token yet.

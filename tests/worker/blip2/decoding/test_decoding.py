@@ -296,3 +296,18 @@ def test_long_rows_run_with_fewer_beside_them(opt: Blip2) -> None:
     assert not loop.fits(long, [short, short])
     assert loop.fits(short, [short] * 3)
     assert not loop.fits(short, [short] * 4)
+
+
+def test_room_is_counted_in_the_memory_that_rows_will_take(either: Blip2) -> None:
+    """Long searches counted as one slot each: more were let in than could run together."""
+    loop = loop_of(either, 8)
+    short = Row(torch.zeros(32, 64), [2], GREEDY)
+    search = Row(torch.zeros(32, 64), [2], replace(GREEDY, num_beams=5, max_new_tokens=100))
+    widest = replace(GREEDY, num_beams=16, max_new_tokens=500)
+    assert [loop.size(row) for row in (short, search)] == [1, 3]
+    assert loop.size(Row(torch.zeros(32, 64), [2], widest)) == 8, "it may run alone"
+    assert (loop.free, loop.room) == (8, 8)
+    loop.join([short, search])
+    assert (loop.free, loop.room) == (6, 5)
+    loop.leave([search])
+    assert (loop.free, loop.room) == (7, 7)

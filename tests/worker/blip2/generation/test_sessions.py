@@ -409,6 +409,55 @@ def test_searches_too_long_for_static_slots_take_no_room_of_short_ones(
     assert done == [(0, 3)]
 
 
+def test_long_searches_wait_for_their_own_memory_and_short_texts_for_none_of_it(
+    t5: Blip2, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each that waited held a static slot, until no short text got one; and all seemed to run."""
+    monkeypatch.setattr(generator, "_LONG_SLOTS", 8)
+    open_static_slots(t5, 4)
+    begun: list[Any] = []
+    engine = Asking(
+        Engine(
+            {"default": t5},
+            max_batch_size=4,
+            batch_wait_timeout_s=0,
+            max_waiting=64,
+            on_start=begun.extend,
+        )
+    )
+    # Each takes memory for five slots: of two the second is the next.
+    wide = item(t5, pictures[0], "", num_beams=5, max_new_tokens=200, min_new_tokens=200)
+    waiting = [engine.send(replace(wide, prompts=("a" * number,))) for number in range(6)]
+    short = [engine.send(item(t5, picture, "", max_new_tokens=2)) for picture in pictures]
+    engine.engine.batcher.start()
+    try:
+        for future in short:
+            future.result(timeout=60)
+        assert len(begun) == len(short) + 2
+        assert not any(future.done() for future in waiting)
+    finally:
+        for future in waiting:
+            future.cancel()
+        engine.engine.batcher.close(timeout=30)
+
+
+def test_a_prompt_is_short_or_long_by_its_tokens(t5: Blip2, opt: Blip2) -> None:
+    for model in (t5, opt):
+        open_static_slots(model, 4)
+        is_long = model.generator.is_long
+        params = resolve("caption", model.info, {"num_beams": 4, "max_new_tokens": 20})
+        assert not is_long((), params)
+        assert not is_long(("a red circle", ""), params)
+        assert not is_long(("a " * 20,), params), "its characters could be as many tokens"
+        assert is_long(("a red circle", "a " * 210), params)
+        assert is_long(
+            ("",), resolve("caption", model.info, {"num_beams": 1, "max_new_tokens": 400})
+        )
+        assert is_long(("",), resolve("caption", model.info, {"num_beams": 5}))
+        model.generator._static = None
+        assert not is_long(("a " * 210,), params), "all slots grow"
+
+
 def test_where_most_slots_are_taken_rows_join_in_groups(
     opt: Blip2, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:

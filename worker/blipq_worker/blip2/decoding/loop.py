@@ -1,5 +1,6 @@
 """Who runs: rows join by a prefill, take steps together, and leave at any time."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,14 @@ class DecodeLoop:
         return self._slots - len(self._alone) - len(self._groups.running)
 
     @property
+    def room(self) -> int:
+        """Slots for which there is memory: beside long rows fewer than are free."""
+        if not self.free:  # as mostly under load, at each step
+            return 0
+        taken = math.ceil(self._columns(self.running) / COLUMNS_PER_SLOT)
+        return max(0, min(self.free, self._slots - taken))
+
+    @property
     def bytes(self) -> int:
         """What keys and values take now."""
         return sum(slots.bytes for slots in self._language.slots)
@@ -57,20 +66,23 @@ class DecodeLoop:
         rows = [*self.running, *beside, row]
         if len(rows) == 1:
             return True
-        alone, groups = _by_kind(rows)
-        columns = sum(
-            len(kind) * max(self._language.columns(each) for each in kind)
-            for kind in (alone, groups)
-            if kind
-        )
+        _, groups = _by_kind(rows)
         beams = sum(each.params.num_beams for each in groups)
         if row.has_beams and len(groups) > 1 and beams > self._slots * BEAMS_PER_SLOT:
             return False
-        return len(rows) <= self._slots and columns <= self._slots * COLUMNS_PER_SLOT
+        return len(rows) <= self._slots and self._columns(rows) <= self._slots * COLUMNS_PER_SLOT
+
+    def _columns(self, rows: Sequence[Row]) -> int:
+        """Columns of these at their longest. Those of a kind are all as wide as their widest."""
+        kinds = [[self._language.columns(row) for row in kind] for kind in _by_kind(rows) if kind]
+        return sum(len(columns) * max(columns) for columns in kinds)
 
     def size(self, row: Row) -> int:
-        """Slots that a row takes: one, whatever its beams."""
-        return 1
+        """What a row takes of ``room`` at its longest: one, or more where it is longer than most.
+
+        Each of its beams has columns of its own. One that takes more than there is runs alone.
+        """
+        return min(self._slots, math.ceil(self._language.columns(row) / COLUMNS_PER_SLOT))
 
     def queue(self, row: Row) -> str:
         """What else waits where it does: where one row does not fit, others of its queue wait."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from blipq_worker.blip2.decoding import DecodeLoop, RowText
+from blipq_worker.blip2.decoding import DecodeLoop, Row, RowText
 from blipq_worker.blip2.decoding.static import (
     StaticLoop,
     Way,
@@ -43,6 +43,10 @@ _T5_POSITIONS = 2048
 #: Slots of the loop beside the static ones, for long texts: its memory grows with them, and is
 #: bounded by that of so many ordinary texts.
 _LONG_SLOTS = 32
+
+#: The most tokens that a character can become, but for a few that a tokenizer takes apart, and the
+#: marks around a prompt.
+_MOST_TOKENS, _MARKS = 4, 3
 
 
 class Generator:
@@ -131,12 +135,29 @@ class Generator:
             )
         return ids
 
+    def is_long(self, prompts: Sequence[str], params: GenerationParams) -> bool:
+        """Whether one of these texts needs slots that grow, beside static ones. Thread-safe."""
+        static = self._static
+        if static is None:
+            return False
+        unseen = self.model.query_tokens[0]
+        return not all(
+            # Most are short by any count: it takes no tokenizer to see that.
+            static.suits(Row(unseen, [0] * (_MOST_TOKENS * len(prompt) + _MARKS), params))
+            or static.suits(Row(unseen, self.ids(prompt), params))
+            for prompt in prompts
+        )
+
     def session(self) -> WritingSession:
         """Where items are written, each by its own parameters."""
         if self._opens_static:
             budget = free_memory(self.model.query_tokens.device)
             self.open_slots(ways(graphs=True), slots=self._slots, budget=budget)
         return WritingSession(self, self._loop())
+
+    def long_session(self) -> WritingSession:
+        """Where items are written that need slots that grow. Theirs are counted by themselves."""
+        return WritingSession(self, self._growing(min(self._slots, _LONG_SLOTS)))
 
     @property
     def static_slots(self) -> int:
@@ -152,9 +173,12 @@ class Generator:
         # A session that finds another one in the static slots, as the canary of a model in doubt
         # may, runs beside them: while it runs, nobody takes steps that would free them.
         static = None if self._static is None or self._static.running else self._static
-        slots = self._slots if static is None else min(self._slots, _LONG_SLOTS)
-        growing = DecodeLoop(self.model.language_model, ends=self._eos, slots=slots)
-        return growing if static is None else RoutedLoop(static, growing)
+        if static is None:
+            return self._growing(self._slots)
+        return RoutedLoop(static, self._growing(min(self._slots, _LONG_SLOTS)))
+
+    def _growing(self, slots: int) -> DecodeLoop:
+        return DecodeLoop(self.model.language_model, ends=self._eos, slots=slots)
 
     def open_slots(self, among: Sequence[Way], *, slots: int | None, budget: int) -> None:
         """Has texts written in static slots, if one of these ways works.

@@ -23,6 +23,10 @@ class Loop(Protocol):
         """Slots without a sequence."""
 
     @property
+    def room(self) -> int:
+        """Slots for which there is memory, by ``size``."""
+
+    @property
     def bytes(self) -> int:
         """What keys and values take now."""
 
@@ -30,7 +34,7 @@ class Loop(Protocol):
         """Whether a row may join, together with those ``beside``."""
 
     def size(self, row: Row) -> int:
-        """How many slots of ``free`` a row takes."""
+        """How much of ``room`` a row takes."""
 
     def queue(self, row: Row) -> str:
         """Where it waits: rows of one queue join in their order, and pass those of another."""
@@ -67,6 +71,11 @@ class RoutedLoop:
         return self._static.free
 
     @property
+    def room(self) -> int:
+        """The same."""
+        return self.free
+
+    @property
     def bytes(self) -> int:
         """What keys and values take now."""
         return self._static.bytes + self._long.bytes
@@ -79,11 +88,8 @@ class RoutedLoop:
         return self._long.fits(row, long)
 
     def size(self, row: Row) -> int:
-        """How many static slots a row takes. A long one takes none, and counts as one.
-
-        So there is a bound to those that have come in and wait for slots that grow.
-        """
-        return self._static.size(row) if self._static.suits(row) else 1
+        """How many static slots a row takes; a long one takes none."""
+        return self._static.size(row) if self._static.suits(row) else 0
 
     def queue(self, row: Row) -> str:
         """Where it waits."""

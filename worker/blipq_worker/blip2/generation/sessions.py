@@ -112,10 +112,10 @@ class WritingSession:
     def has_room(self, ticket: Ticket) -> bool:
         """Whether a slot is free that no more urgent row waits for."""
         # All that wait for a slot ask before each step, most of them behind all that are here.
-        free, behind_all = self._loop.free, self._latest is None or ticket > self._latest
-        if not free or behind_all:
-            return free > self._waiting
-        return free > sum(each.slots for key, each in self._new.items() if key < ticket)
+        room, behind_all = self._loop.room, self._latest is None or ticket > self._latest
+        if not room or behind_all:
+            return room > self._waiting
+        return room > sum(each.slots for key, each in self._new.items() if key < ticket)
 
     def join(self, ticket: Ticket, item: GenerateItem) -> None:
         """Takes an item in. Raises PermanentError ``invalid_request`` for a prompt too long."""

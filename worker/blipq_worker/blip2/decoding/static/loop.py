@@ -116,6 +116,11 @@ class StaticLoop:
         return len(self._free)
 
     @property
+    def room(self) -> int:
+        """The same: each has its memory."""
+        return self.free
+
+    @property
     def bytes(self) -> int:
         """What the slots take: the same at all times."""
         return self._step.language.bytes + self._step.bytes
