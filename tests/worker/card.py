@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
 #: What PyTorch has one kernel of its own for on a GPU, and takes apart elsewhere.
@@ -49,22 +49,28 @@ class Card(TorchDispatchMode):
     """While it is entered, all tensors are its own.
 
     launches: kernels by operation. waits: where the host stops for it, by name. sent: copies of the
-    host's numbers to it; it waits for those whose memory nobody thought of pinning. allocations:
-    tensors that it made.
-    dead: what all that is asked of it raises, once it has happened.
+    host's numbers to it; it waits for those whose memory nobody thought of pinning. fetched: copies
+    to the host. Memory for which Python gave ``pin_memory`` is the host's: reading there is no wait
+    by itself. behind: for each such reading, the kernels that were launched since the copy that it
+    needs: the host waits for none of these. allocations: tensors that it made. dead: what all that
+    is asked of it raises, once it has happened.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.launches: Counter[str] = Counter()
         self.waits: list[str] = []
-        self.sent = 0
+        self.sent = self.fetched = 0
+        self.behind: list[int] = []
         self.allocations = 0
         self.dead: Exception | None = None
         self._fails: Callable[[], Exception | None] = lambda: None
         self._dies: Callable[[], Exception | None] = lambda: None
         self._python = _Python(self)
         self._entered = 0
+        # The host's memory, and how many kernels were launched before it was last copied to. The
+        # tensors stay: others would get their places.
+        self._host: dict[int, tuple[torch.Tensor, int]] = {}
 
     @property
     def launched(self) -> int:
@@ -78,6 +84,13 @@ class Card(TorchDispatchMode):
     def die(self, after: int) -> None:
         """Has a launch break the context, the first one after so many."""
         self._dies = _at(after, illegal_access)
+
+    def replay(self, run: Callable[[], None]) -> None:
+        """Runs what was recorded, as a graph: one launch, whatever is in it."""
+        self.reached()
+        self._launch("graph")
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            run()
 
     def __enter__(self) -> "Card":
         if not self._entered:
@@ -109,9 +122,29 @@ class Card(TorchDispatchMode):
         fresh = [each for each in _tensors(made) if _memory(each) not in given]
         if fresh:
             self.allocated()
-        if name not in _NO_KERNEL and (fresh or func._schema.is_mutable):
+        if name == "copy_" and self.is_host(args[0]):
+            self._fetch(*args, **kwargs)
+        elif name not in _NO_KERNEL and (fresh or func._schema.is_mutable):
             self._launch(name)
         return made
+
+    def is_host(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is in the host's memory."""
+        return _memory(tensor) in self._host
+
+    def give_host(self, tensor: torch.Tensor) -> None:
+        """Counts a tensor as in the host's memory."""
+        self._host[_memory(tensor)] = tensor, self.launched
+
+    def read(self, tensor: torch.Tensor) -> None:
+        """The host reads what was copied there."""
+        self.behind.append(self.launched - self._host[_memory(tensor)][1])
+
+    def _fetch(self, to: torch.Tensor, what: torch.Tensor, non_blocking: bool = False) -> None:
+        self.fetched += 1
+        self.give_host(to)
+        if not non_blocking:
+            self.waits.append("copy_")
 
     def reached(self) -> None:
         """Raises if it is dead."""
@@ -142,9 +175,14 @@ class _Python(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _READS:
             self._card.reached()
-            self._card.waits.append(name)
+            if self._card.is_host(args[0]):
+                self._card.read(args[0])
+            else:
+                self._card.waits.append(name)
         made = func(*args, **(kwargs or {}))
-        if name in _SENDS:
+        if name == "empty" and "pin_memory" in (kwargs or {}):
+            self._card.give_host(made)
+        if name in _SENDS and made.numel():
             self._card.sent += 1
             self._card.allocated()
             if "pin_memory" not in (kwargs or {}):

@@ -35,6 +35,11 @@ META = torch.device("meta")
 # --- the counter ----------------------------------------------------------------------------------
 
 
+def of_host(numbers: torch.Tensor) -> torch.Tensor:
+    """Memory into which a card copies while the host goes on."""
+    return torch.empty(numbers.shape, pin_memory=False)
+
+
 @pytest.mark.parametrize(
     ("run", "launches", "waits"),
     [
@@ -56,6 +61,9 @@ META = torch.device("meta")
         (lambda x: x[x > 0], 2, 1),
         (lambda x: x.nonzero(), 1, 1),
         (lambda x: x + torch.tensor([1.0, 2.0, 3.0, 4.0]), 1, 1),
+        (lambda x: torch.tensor([]), 0, 0),
+        (lambda x: of_host(x).copy_(x, non_blocking=True).tolist(), 0, 0),
+        (lambda x: of_host(x).copy_(x).tolist(), 0, 1),
     ],
 )
 def test_what_is_launched_and_waited_for_is_known(run: Any, launches: int, waits: int) -> None:
@@ -302,6 +310,107 @@ def loop_of(model: Any, kind: str) -> Any:
     loop = static_loop(model, ends=(2, 7), slots=SLOTS, budget=0, among=[EAGER])
     assert isinstance(loop, StaticLoop)
     return loop
+
+
+# --- a whole loop in static slots -----------------------------------------------------------------
+
+
+class Watched:
+    """Makes the calls of a loop on a card, and sees that none waits.
+
+    most: kernels of the call that launched most, by its name.
+    """
+
+    def __init__(self, loop: Any, card: Card) -> None:
+        self._loop, self._card = loop, card
+        self._run, self._in_step = loop._run, 0
+        loop._run = self._step
+        self.most: dict[str, int] = {"join": 0, "step": 0, "leave": 0}
+
+    def __call__(self, name: str, rows: Sequence[Row]) -> None:
+        card = self._card
+        launched, fetched, read = card.launched, card.fetched, len(card.behind)
+        sent, ending = card.sent, sum(row.has_beams and not row.ended for row in rows)
+        self._in_step = 0
+        with card:
+            getattr(self._loop, name)(rows)
+        took = card.launched - launched
+        self.most[name] = max(self.most[name], took)
+        assert card.waits == [], (name, card.waits)
+        # One table of each kind that joins; in a step, which searches have ended; who leaves.
+        most_sent = {"join": 2, "step": min(1, ending), "leave": 1}[name]
+        assert card.sent - sent <= most_sent, name
+        # Tokens, and texts of searches that have ended.
+        assert card.fetched - fetched <= 2, name
+        # What the host waits for was launched before the step, which the device goes on with.
+        assert all(behind >= self._in_step for behind in card.behind[read:]), name
+
+    def _step(self, shape: Shape) -> None:
+        launched = self._card.launched
+        self._run(shape)
+        self._in_step = self._card.launched - launched
+
+
+def by_threes(loop: Any, some: Sequence[Row], call: Callable[[str, list[Row]], object]) -> None:
+    """Runs rows to their ends, three joining at a time; ``call`` makes the loop's calls by name."""
+    todo = list(some)
+    while todo or loop.running:
+        coming, todo = todo[:3], todo[3:]
+        if coming:
+            call("join", coming)
+        call("step", [row for row in loop.running if not row.ended])
+        call("leave", [row for row in loop.running if row.ended])
+
+
+def run_watched(loop: Any, some: Sequence[Row], card: Card) -> Watched:
+    watched = Watched(loop, card)
+    by_threes(loop, some, watched)
+    return watched
+
+
+def lengths(*numbers: int) -> list[GenerationParams]:
+    return [replace(GREEDY, max_new_tokens=each, min_new_tokens=2) for each in numbers]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "most"),
+    [
+        (partial(lengths, 9, 3, 5, 7, 4), 475),
+        (lambda: [BEAMS, replace(BEAMS, num_beams=5, num_return_sequences=2)], 640),
+        (of_all_kinds, 880),
+    ],
+    ids=["greedy", "beams", "all kinds"],
+)
+@pytest.mark.parametrize("make", [deep_opt, deep_t5])
+def test_a_whole_loop_waits_for_nothing_that_it_has_just_launched(
+    make: Any, kinds: Callable[[], list[GenerationParams]], most: int
+) -> None:
+    """From the first sequence that joins to the last that leaves: what the host does between
+    passes counts, too. The layers are as many as those of a published model.
+    """
+    model = make()
+    some = some_rows(model, kinds())
+    expected = anew(some)
+    to_their_ends(loop_of(model, "growing"), expected, lambda run: run())
+    watched = run_watched(loop_of(model, "static"), some, Card())
+    assert said(some) == said(expected)
+    assert 100 < watched.most["step"] <= most
+    assert 0 < watched.most["leave"] <= 10
+
+
+@pytest.mark.parametrize("make", [deep_opt, deep_t5])
+def test_a_whole_loop_in_graphs_launches_one_a_step(make: Any) -> None:
+    """And beside it what brings the texts of searches that have ended to the host."""
+    model, card = make(layers=2), Card()
+    some = some_rows(model, of_all_kinds())
+    way = Way(MaskedAttention, lambda: lambda run: partial(card.replay, run))
+    loop = static_loop(model, ends=(2, 7), slots=SLOTS, budget=0, among=[way])
+    first = anew(some)
+    # Rare graphs are captured when they are first needed.
+    by_threes(loop, first, lambda name, rows: getattr(loop, name)(rows))
+    watched = run_watched(loop, some, card)
+    assert said(some) == said(first)
+    assert 0 < watched.most["step"] <= 25
 
 
 # --- what fails for good --------------------------------------------------------------------------
