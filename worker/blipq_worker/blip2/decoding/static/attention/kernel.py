@@ -15,7 +15,7 @@ _BLOCK = 32
 _WARPS = 1
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _own(new, keys, values, apart, inside, scale):  # type: ignore[no-untyped-def]
     """A slot's new key and value, stored at its end: (scaled query, its score, value), all fp32.
 
