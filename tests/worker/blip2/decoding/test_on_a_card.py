@@ -375,9 +375,9 @@ def lengths(*numbers: int) -> list[GenerationParams]:
 @pytest.mark.parametrize(
     ("kinds", "most"),
     [
-        (partial(lengths, 9, 3, 5, 7, 4), 475),
-        (lambda: [BEAMS, replace(BEAMS, num_beams=5, num_return_sequences=2)], 640),
-        (of_all_kinds, 880),
+        (partial(lengths, 9, 3, 5, 7, 4), 160),
+        (lambda: [BEAMS, replace(BEAMS, num_beams=5, num_return_sequences=2)], 280),
+        (of_all_kinds, 530),
     ],
     ids=["greedy", "beams", "all kinds"],
 )
@@ -386,16 +386,12 @@ def test_a_whole_loop_waits_for_nothing_that_it_has_just_launched(
     make: Any, kinds: Callable[[], list[GenerationParams]], most: int
 ) -> None:
     """From the first sequence that joins to the last that leaves: what the host does between
-    passes counts, too. The layers are as many as those of a published model.
+    passes counts, too.
     """
-    model = make()
-    some = some_rows(model, kinds())
-    expected = anew(some)
-    to_their_ends(loop_of(model, "growing"), expected, lambda run: run())
-    watched = run_watched(loop_of(model, "static"), some, Card())
-    assert said(some) == said(expected)
+    model = make(layers=6)
+    watched = run_watched(loop_of(model, "static"), some_rows(model, kinds()), Card())
     assert 100 < watched.most["step"] <= most
-    assert 0 < watched.most["leave"] <= 10
+    assert 0 < watched.most["leave"] <= 5
 
 
 @pytest.mark.parametrize("make", [deep_opt, deep_t5])
@@ -410,7 +406,7 @@ def test_a_whole_loop_in_graphs_launches_one_a_step(make: Any) -> None:
     by_threes(loop, first, lambda name, rows: getattr(loop, name)(rows))
     watched = run_watched(loop, some, card)
     assert said(some) == said(first)
-    assert 0 < watched.most["step"] <= 25
+    assert 0 < watched.most["step"] <= 15
 
 
 # --- what fails for good --------------------------------------------------------------------------
