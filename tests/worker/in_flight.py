@@ -7,7 +7,7 @@ import torch
 from benchmarks.by_generate import hugging_face, quiet_about_penalties
 from msgspec.structs import replace
 
-from blipq_worker.blip2 import Blip2, Pixels
+from blipq_worker.blip2 import Blip2, GenerateItem, Pixels
 from blipq_worker.blip2.decoding import Row, row_seed
 from blipq_worker.blip2.generation.routing import Loop
 from blipq_worker.inference.requests import GenerationParams
@@ -34,10 +34,14 @@ def rows(model: Blip2, params: list[GenerationParams]) -> list[Row]:
     side = model.info.image_size
     torch.manual_seed(1)
     noise = torch.randint(256, (3, side, side, 3), dtype=torch.uint8)
-    queries = generator.project([Pixels(pixels) for pixels in noise])
-    return [
-        Row(queries[index % 3], generator.checked_ids(prompt, each), each, row_seed(index))
+    images = [Pixels(pixels) for pixels in noise]
+    items = [
+        GenerateItem(images[index % 3], (prompt,), each)
         for index, (prompt, each) in enumerate(zip(prompts(len(params)), params, strict=True))
+    ]
+    return [
+        Row(look, generator.checked_ids(item.prompts[0], item.params), item.params, row_seed(index))
+        for index, (item, (look,)) in enumerate(zip(items, generator.seen(items), strict=True))
     ]
 
 

@@ -54,9 +54,9 @@ def counted(readers: Readers, info: ModelInfo, item: Item) -> Failure | None:
     return None
 
 
-@pytest.fixture(params=["opt", "t5", "demo", "twin"])
+@pytest.fixture(params=["opt", "t5", "demo", "twin", "instructed_t5", "instructed_llama"])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Blip2]:
-    """Both families, with random and with trained weights, and their tokenizers in files."""
+    """All families, with random and with trained weights, and their tokenizers in files."""
     from worker.in_flight import DEMO, T5_TWIN
 
     folders = {"demo": DEMO, "twin": T5_TWIN}

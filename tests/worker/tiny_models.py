@@ -1,4 +1,4 @@
-"""Tiny BLIP-2 checkpoints with random weights, saved with their processors; language models alone.
+"""Tiny checkpoints with random weights, saved with their processors; language models alone.
 
 The weights are large enough that different pictures and prompts give different outputs.
 """
@@ -15,6 +15,13 @@ from transformers import (
     Blip2Processor,
     Blip2QFormerConfig,
     Blip2VisionConfig,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
+    InstructBlipQFormerConfig,
+    InstructBlipVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
@@ -95,7 +102,11 @@ def save_t5(folder: Path, *, untied: bool = False, **changes: Any) -> Path:
     untied: with an output layer of its own, as Flan's.
     """
     tokenizer = _t5_tokenizer()
-    text = T5Config(
+    return _save_generation(folder, _t5_config(tokenizer, untied), tokenizer, **changes)
+
+
+def _t5_config(tokenizer: Any, untied: bool = False) -> T5Config:
+    return T5Config(
         vocab_size=len(tokenizer) + 8,
         d_model=WIDTH,
         d_kv=16,
@@ -110,7 +121,87 @@ def save_t5(folder: Path, *, untied: bool = False, **changes: Any) -> Path:
         initializer_factor=1.0,
         tie_word_embeddings=not untied,
     )
-    return _save_generation(folder, text, tokenizer, **changes)
+
+
+def plain_llama(words: int, *, positions: int, spread: float, sharing: int = 1) -> LlamaForCausalLM:
+    """A language model alone, in training mode; ``sharing``: heads that share keys."""
+    config = LlamaConfig(
+        vocab_size=words,
+        hidden_size=PLAIN_WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4 // sharing,
+        max_position_embeddings=positions,
+        initializer_range=spread,
+    )
+    return LlamaForCausalLM(config)
+
+
+def save_instructed_t5(folder: Path, **changes: Any) -> Path:
+    """InstructBLIP with a T5."""
+    tokenizer = _t5_tokenizer()
+    return _save_instructed(folder, _t5_config(tokenizer), tokenizer, **changes)
+
+
+def save_instructed_llama(folder: Path, *, sharing: int = 1, **changes: Any) -> Path:
+    """InstructBLIP with a Llama, whose configuration says of tokens what the published ones say.
+
+    These end, and pad, with other tokens than their tokenizers, which begin with </s> (2), too.
+    """
+    tokenizer = _llama_tokenizer()
+    text = LlamaConfig(
+        vocab_size=len(tokenizer) + 8,
+        hidden_size=WIDTH,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4 // sharing,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=-1,
+        initializer_range=0.4,
+    )
+    return _save_instructed(folder, text, tokenizer, **changes)
+
+
+def _save_instructed(
+    folder: Path, text: Any, tokenizer: Any, *, side: int = SIDE, seed: int = 5
+) -> Path:
+    torch.manual_seed(seed)
+    images = BlipImageProcessorPil(size={"height": side, "width": side})
+    reader = _bert_tokenizer()
+    processor = InstructBlipProcessor(images, tokenizer, reader, num_query_tokens=QUERIES)
+    config = InstructBlipConfig(
+        vision_config=InstructBlipVisionConfig(
+            hidden_size=WIDTH,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=side,
+            patch_size=14,
+            initializer_range=0.3,
+        ),
+        qformer_config=InstructBlipQFormerConfig(
+            vocab_size=len(reader),
+            hidden_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=128,
+            max_position_embeddings=64,
+            encoder_hidden_size=WIDTH,
+            initializer_range=0.3,
+        ),
+        text_config=text,
+        num_query_tokens=QUERIES,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    model = InstructBlipForConditionalGeneration(config)
+    _stir(model)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 def save_itm(folder: Path, *, side: int = SIDE) -> Path:
@@ -235,6 +326,27 @@ def _t5_tokenizer() -> PreTrainedTokenizerFast:
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def _llama_tokenizer() -> PreTrainedTokenizerFast:
+    pieces = [*("▁" + word for word in _WORDS), "▁", *"abcdefghijklmnopqrstuvwxyzQSAW:?,.!<>/"]
+    # So unlikely that a text never comes to them.
+    vocabulary = [("<unk>", 0.0), ("<s>", -1e4), ("</s>", -1e4)]
+    vocabulary += [(piece, -float(index + 1)) for index, piece in enumerate(pieces)]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="</s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="[PAD]",
+        additional_special_tokens=["<s>"],
     )
 
 

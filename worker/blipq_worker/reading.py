@@ -66,8 +66,10 @@ class Readers:
     def _longest_answer(self, model: ModelInfo, choices: Iterable[str]) -> int:
         if model.family == "t5":
             return max(self._count(model.reading, choice) for choice in choices)
-        # As OPT says it: behind a space, and with the token that ends it.
-        spoken = (f" {choice.strip()}" for choice in choices)
+        # As the model says it: behind a space, which Llama's tokenizer puts there by itself, and
+        # with the token that ends it.
+        space = " " if model.family == "opt" else ""
+        spoken = (f"{space}{choice.strip()}" for choice in choices)
         return 1 + max(self._count(model.reading, text, marks=False) for text in spoken)
 
     def _check_embed(self, model: ModelInfo, item: Embed) -> None:

@@ -207,7 +207,8 @@ class WorkerSettings(BaseSettings):
         ge=0,
         description=(
             "Host memory for what the model made of images, in bytes: an image that is used again "
-            "is not downloaded, decoded or encoded. 0.1 MB an image, 0.7 to 2 MB with matches."
+            "is not downloaded, decoded or encoded. 0.1 MB an image, 0.7 to 2 MB with matches and "
+            "for InstructBLIP."
         ),
     )
     max_image_bytes: int = Field(

@@ -20,8 +20,8 @@ def twin() -> Iterator[Blip2]:
     return Blip2.load(str(T5_TWIN), dtype="float32")
 
 
-@pytest.fixture(params=["opt", "t5", "demo", "twin"])
+@pytest.fixture(params=["opt", "t5", "demo", "twin", "instructed_t5", "instructed_llama"])
 def any_model(request: pytest.FixtureRequest) -> Blip2:
-    """Both families, with random and with trained weights."""
+    """All families, with random and with trained weights."""
     model: Blip2 = request.getfixturevalue(request.param)
     return model

@@ -24,7 +24,11 @@ def test_the_demo_model_comes_with_the_worker() -> None:
     assert served.retrieval == str(demo_folder() / "itm")
 
 
-@pytest.mark.parametrize("name", KNOWN_MODELS)
+BLIP2 = [name for name in KNOWN_MODELS if not name.startswith("instructblip-")]
+INSTRUCTBLIP = [name for name in KNOWN_MODELS if name.startswith("instructblip-")]
+
+
+@pytest.mark.parametrize("name", BLIP2)
 def test_a_known_model_brings_its_retrieval_checkpoint_along(name: str) -> None:
     served = served_model("default", name)
     assert served.generation == f"Salesforce/blip2-{name}"
@@ -32,7 +36,7 @@ def test_a_known_model_brings_its_retrieval_checkpoint_along(name: str) -> None:
     assert served.retrieval.endswith("-coco") == name.endswith("-coco")
 
 
-@pytest.mark.parametrize("name", KNOWN_MODELS)
+@pytest.mark.parametrize("name", BLIP2)
 def test_a_known_models_checkpoints_see_the_same_pixels(name: str) -> None:
     known = KNOWN_MODELS[name]
     written, matched = VARIANTS[known.generation], VARIANTS[str(known.retrieval)]
@@ -40,6 +44,20 @@ def test_a_known_models_checkpoints_see_the_same_pixels(name: str) -> None:
     assert written.family == ("t5" if "t5" in name else "opt")
     assert (written.image_size, written.coco) == (matched.image_size, matched.coco)
     assert written.default_prompt == ("a photo of" if name.endswith("-coco") else "")
+
+
+@pytest.mark.parametrize("name", INSTRUCTBLIP)
+def test_a_known_instructblip_is_served_alone(name: str) -> None:
+    served = served_model("default", name)
+    assert (served.generation, served.retrieval) == (f"Salesforce/{name}", None)
+    variant = VARIANTS[served.generation]
+    assert variant.instructed
+    assert variant.family == ("t5" if "t5" in name else "llama")
+    assert (variant.image_size, variant.default_prompt) == (224, "A short image description:")
+
+
+def test_all_four_instructblips_are_known() -> None:
+    assert len(INSTRUCTBLIP) == 4
 
 
 def test_a_checkpoint_of_ones_own_is_one_or_two_folders() -> None:

@@ -48,7 +48,7 @@ def answer(request: Any, image: ImagePixels | None, model: "Model") -> Any:
 class Model:
     """Numbers its texts; scores a text by its last digit."""
 
-    info = SimpleNamespace(family="opt", default_prompt="a photo of")
+    info = SimpleNamespace(family="opt", instructed=False, default_prompt="a photo of")
 
     def __init__(self) -> None:
         self.asked: list[Any] = []

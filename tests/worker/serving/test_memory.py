@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
+from transformers import (
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    InstructBlipForConditionalGeneration,
+)
 
 from blipq_worker.blip2.heads.heatmaps import read_plain
 from blipq_worker.blip2.loading.checkpoints import open_checkpoint
@@ -40,6 +44,8 @@ from blipq_worker.settings import WorkerSettings
 from conftest import ROOT
 
 PAGE = ROOT / "docs" / "blip2.md"
+INSTRUCTED_PAGE = ROOT / "docs" / "instructblip.md"
+VICUNA = "Salesforce/instructblip-vicuna-7b"
 LAYERS = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}
 
 
@@ -53,39 +59,46 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.fixture
+def tiny(checkpoints: dict[str, Path], instructed_checkpoints: dict[str, Path]) -> dict[str, Path]:
+    """Folders of BLIP-2s and InstructBLIPs."""
+    instructed = {f"instructed_{name}": each for name, each in instructed_checkpoints.items()}
+    return {**checkpoints, **instructed}
+
+
 def loaded(folder: Path, quantizing: Quantizing = Quantizing()) -> Any:  # noqa: B008
     setup = Setup(torch.device("cpu"), "bfloat16", quantizing)
     return load_weights(open_checkpoint(str(folder)), setup)
 
 
-@pytest.mark.parametrize("name", ["opt", "t5", "itm"])
-def test_weights_are_counted_as_they_are_loaded(checkpoints: dict[str, Path], name: str) -> None:
+@pytest.mark.parametrize("name", ["opt", "t5", "itm", "instructed_t5", "instructed_llama"])
+def test_weights_are_counted_as_they_are_loaded(tiny: dict[str, Path], name: str) -> None:
     retrieval = name == "itm"
     counted = parts_of(
-        config_of(str(checkpoints[name]), retrieval=retrieval),
+        config_of(str(tiny[name]), retrieval=retrieval),
         choose_precision("bfloat16", torch.device("cpu"), "opt"),
         Quantizing(),
         retrieval=retrieval,
     )
     assert sum(part.bytes for part in counted) == sum(
-        weight.nbytes for weight in loaded(checkpoints[name]).parameters()
+        weight.nbytes for weight in loaded(tiny[name]).parameters()
     )
 
 
 @pytest.mark.parametrize("vision", [False, True])
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-@pytest.mark.parametrize("name", ["opt", "t5"])
+@pytest.mark.parametrize("name", ["opt", "t5", "instructed_t5", "instructed_llama"])
 def test_the_same_layers_are_counted_as_quantized_that_are(
-    checkpoints: dict[str, Path], name: str, quantization: Any, vision: bool
+    tiny: dict[str, Path], name: str, quantization: Any, vision: bool
 ) -> None:
     quantizing = Quantizing(quantization, vision)
-    opened = loaded(checkpoints[name], quantizing)
+    opened = loaded(tiny[name], quantizing)
     quantized = {
         place
         for place, module in opened.named_modules()
         if type(module).__name__ == LAYERS[quantization]
     }
-    config = config_of(str(checkpoints[name]))
+    config = config_of(str(tiny[name]))
     blank = blank_model(config, retrieval=False)
     weights = [blank.get_submodule(place).weight for place in quantized]
     parts = ("language model", *(["vision tower"] if vision else []))
@@ -110,7 +123,9 @@ PARTS = {
 
 def blank_model(config: Any, *, retrieval: bool) -> Any:
     """The model of a configuration as transformers has it, without numbers."""
-    kind = Blip2ForImageTextRetrieval if retrieval else Blip2ForConditionalGeneration
+    kind: Any = Blip2ForImageTextRetrieval if retrieval else Blip2ForConditionalGeneration
+    if config.model_type == "instructblip":
+        kind = InstructBlipForConditionalGeneration
     with torch.device("meta"):
         return kind(config)
 
@@ -122,6 +137,8 @@ def blank_model(config: Any, *, retrieval: bool) -> Any:
         ("demo/opt", {"word_embed_proj_dim": 8, "enable_bias": False}),
         ("demo/opt", {"do_layer_norm_before": False, "tie_word_embeddings": False}),
         ("tests/models/t5", {"num_decoder_layers": 1, "is_gated_act": False, "d_kv": 3}),
+        (VICUNA, {"num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True}),
+        (VICUNA, {"attention_bias": True, "mlp_bias": True}),
     ],
 )
 def test_weights_are_counted_as_transformers_makes_them(
@@ -168,7 +185,7 @@ def test_the_published_sizes_are_what_the_configurations_give(checkpoint: str) -
 def test_every_known_model_has_its_sizes() -> None:
     for known in KNOWN_MODELS.values():
         assert known.generation in PARAMETERS
-        assert known.retrieval in PARAMETERS
+        assert known.retrieval in (*PARAMETERS, None)
 
 
 def test_the_cache_grows_with_rows_and_tokens() -> None:
@@ -190,6 +207,13 @@ def test_texts_in_flight_have_slots_of_their_own() -> None:
     on_cpu = memory_of("Salesforce/blip2-opt-2.7b", load=load, device="cpu")
     none = memory_of("Salesforce/blip2-opt-2.7b", load=Load(slots=0), device="cpu")
     assert on_cpu.total - none.total == pytest.approx(1.1 * on_cpu.kv_slots, abs=2)
+
+
+def test_texts_of_an_instructblip_have_longer_slots_on_a_gpu() -> None:
+    load = Load(slots=10, slot_tokens=100)
+    counted = memory_of(VICUNA, load=load)
+    assert counted.kv_slots == 10 * 200 * 524_288  # 2 x 32 layers x 4,096 x fp16
+    assert memory_of(VICUNA, load=load, device="cpu").load == load
 
 
 def test_the_cache_of_features_counts_where_it_is() -> None:
@@ -229,17 +253,22 @@ def test_the_tower_that_may_be_shared_is_told() -> None:
         ("opt-6.7b", (14.6, 8.6, 5.7)),
         ("flan-t5-xl", (7.5, 5.5, 4.5)),
         ("flan-t5-xxl", (23.0, 14.7, 10.7)),
+        ("instructblip-flan-t5-xl", (0.0, 0.0, 0.0)),
+        ("instructblip-flan-t5-xxl", (0.0, 0.0, 0.0)),
+        ("instructblip-vicuna-7b", (0.0, 0.0, 0.0)),
+        ("instructblip-vicuna-13b", (0.0, 0.0, 0.0)),
     ],
 )
 def test_the_published_models_take_what_the_documentation_says(
     name: str, gib: tuple[float, ...]
 ) -> None:
+    page = INSTRUCTED_PAGE if name.startswith("instructblip-") else PAGE
     found = tuple(
-        round(memory_of(f"Salesforce/blip2-{name}", quantization=each).weights / GIB, 1)  # type: ignore[arg-type]
+        round(memory_of(KNOWN_MODELS[name].generation, quantization=each).weights / GIB, 1)  # type: ignore[arg-type]
         for each in ("none", "int8", "nf4")
     )
     assert found == gib
-    row = next(line for line in PAGE.read_text().splitlines() if line.startswith(f"| `{name}` |"))
+    row = next(line for line in page.read_text().splitlines() if line.startswith(f"| `{name}` |"))
     assert all(f"{size} GiB" in row for size in gib)
 
 

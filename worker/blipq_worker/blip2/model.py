@@ -29,9 +29,16 @@ from blipq_worker.blip2.loading.checkpoints import Checkpoint, open_checkpoint
 from blipq_worker.blip2.loading.packing import pack
 from blipq_worker.blip2.loading.precision import Dtype
 from blipq_worker.blip2.loading.quantizing import Quantization, Quantizing
-from blipq_worker.blip2.loading.weights import Setup, load_tokenizer, load_weights
+from blipq_worker.blip2.loading.weights import (
+    Setup,
+    load_instruction_tokenizer,
+    load_tokenizer,
+    load_weights,
+)
+from blipq_worker.blip2.text.instructions import Instructions
 from blipq_worker.blip2.vision.cache import FeatureCache
 from blipq_worker.blip2.vision.features import OnEncode, Side, Vision, equal_towers, split_tower
+from blipq_worker.blip2.vision.instructed import InstructedVision
 from blipq_worker.blip2.vision.preprocessing import Pixels, Preprocessor
 from blipq_worker.catalog.adapters import Adapter, AdapterError, Flaw
 from blipq_worker.catalog.resize import resized
@@ -115,6 +122,7 @@ class Blip2:
             written.vision(cache, adapters),
             slots=slots,
             static=static,
+            instructions=written.instructions,
         )
         matched = None
         if retrieval is not None:
@@ -210,7 +218,7 @@ class Blip2:
     def _name(self, feature: Feature) -> str | None:
         """The feature's name in the cache; None for what the served model does not have."""
         if feature == "generation":
-            return self.generator.vision.name_of(self.adapter)
+            return self.generator.vision.needed(self.adapter)
         if self.matcher is None:
             return None
         vision = self.matcher.vision
@@ -375,6 +383,7 @@ def _info(
         shares_vision=shares_vision,
         slots=slots,
         gpu=_gpu(setup.device),
+        instructed=written.checkpoint.instructed,
     )
 
 
@@ -388,7 +397,10 @@ def _gpu(device: torch.device) -> str:
 
 @dataclass(slots=True)
 class _Part:
-    """One loaded checkpoint of a served model. tower, queries: see ``Vision``."""
+    """One loaded checkpoint of a served model.
+
+    tower, queries: see ``Vision``. instructions: see ``Generator``.
+    """
 
     side: Side
     checkpoint: Checkpoint
@@ -397,6 +409,7 @@ class _Part:
     preprocessor: Preprocessor
     tower: str
     queries: str
+    instructions: Instructions | None = None
 
     @classmethod
     def load(cls, name: str, side: Side, setup: Setup, draft: bool) -> "_Part":
@@ -408,6 +421,10 @@ class _Part:
             split_tower(model)
             preprocessor = Preprocessor(checkpoint, draft=draft)
             tokenizer = load_tokenizer(checkpoint)
+            instructions = None
+            if checkpoint.instructed:
+                reader = load_instruction_tokenizer(checkpoint)
+                instructions = Instructions(checkpoint, reader)
         precision = f"{setup.precision(checkpoint.family)}/{setup.quantizing}/{setup.attention}"
         # Beside the weights, what a configuration makes of them: folders with equal weights may
         # differ in the epsilon of their LayerNorms.
@@ -421,10 +438,14 @@ class _Part:
             preprocessor=preprocessor,
             tower=f"tower/{version}",
             queries=f"queries/{version}",
+            instructions=instructions,
         )
 
     def adapt(self, adapters: Sequence[Adapter]) -> None:
         """Puts adapters beside its layers. Raises AdapterError."""
+        if adapters and self.checkpoint.instructed:
+            text = f"{adapters[0].folder}: adapters of InstructBLIP are not served"
+            raise AdapterError(Flaw.UNSUPPORTED, text)
         for adapter in adapters:
             adapter.require_base(self.checkpoint.name)
         attach(self.model, adapters)
@@ -447,7 +468,8 @@ class _Part:
 
     def vision(self, cache: FeatureCache, adapters: Sequence[Adapter] = ()) -> Vision:
         numbered = enumerate(adapters, start=1)
-        return Vision(
+        kind = InstructedVision if self.checkpoint.instructed else Vision
+        return kind(
             self.model,
             side=self.side,
             tower=self.tower,

@@ -33,14 +33,17 @@ def resolve(
     for name in ("temperature", "top_p", "repetition_penalty", "length_penalty"):
         if name in given:
             given[name] = float(given[name])  # transformers refuses whole numbers here
-    params = replace(_defaults(kind, info.family), **given)
+    params = replace(_defaults(kind, info), **given)
     _check_combination(params)
     return _without_idle_parameters(params)
 
 
-def _defaults(kind: Literal["caption", "vqa"], family: Family) -> GenerationParams:
+def _defaults(kind: Literal["caption", "vqa"], info: HasFamily) -> GenerationParams:
+    family = info.family
     # LAVIS's min_length 1 counts T5's start token, so that it forces no new token there.
     params = GenerationParams(min_new_tokens=0 if family == "t5" else 1)
+    if info.instructed:
+        params = replace(params, max_new_tokens=256, repetition_penalty=1.5)
     if kind == "vqa":
         params = replace(params, max_new_tokens=10, length_penalty=-1.0 if family == "t5" else 0.0)
     return params

@@ -76,16 +76,16 @@ def list_(as_json: JsonOption = False) -> None:
         print(json.dumps({"models": rows, "served": served, "adapters": over, **place}))
         return
     for name, found in known.items():
-        print(f"{name:16} {KNOWN_MODELS[name].about}")
+        print(f"{name:23} {KNOWN_MODELS[name].about}")
         for each in found:
-            out.print(f"{'':16} {_weights_line(each)}", markup=False)
+            out.print(f"{'':6} {_weights_line(each)}", markup=False)
     for name, found in others.items():
-        out.print(f"{name:16} as BLIPQ_MODELS has it", markup=False)
+        out.print(f"{name:23} as BLIPQ_MODELS has it", markup=False)
         for each in found:
-            out.print(f"{'':16} {_weights_line(each)}", markup=False)
+            out.print(f"{'':6} {_weights_line(each)}", markup=False)
     for adapter in adapters:
-        out.print(f"{adapter.name:16} {_adapter_line(adapter)}", markup=False)
-    print(f"{'demo':16} coloured shapes on a plain background; comes with blipq")
+        out.print(f"{adapter.name:23} {_adapter_line(adapter)}", markup=False)
+    print(f"{'demo':23} coloured shapes on a plain background; comes with blipq")
     print(f"\n{gigabytes(free_bytes())} free in {hub_cache()}")
     print("A worker fetches what it serves; by hand: hf download ID --exclude '*.bin'")
 

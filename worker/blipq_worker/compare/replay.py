@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
-import torch
 
 from blipq.cli.terminal.output import lines_of
 from blipq.contract import ErrorCode, ImageRef
@@ -187,11 +186,11 @@ def _pixels(model: Blip2, image: ImagePixels | None) -> Pixels | None:
 def _probe(model: Blip2, pixels: Pixels | None, found: _Found, texts: Sequence[str]) -> None:
     """Holds a picture against all parts of the model."""
     assert pixels is not None
-    with torch.inference_mode():
-        found.add(READ, model.generator.project([pixels]).float().cpu())
     prompt = model.info.default_prompt
-    choices = (*TEXTS, *_scored(model, prompt, texts))
-    found.add(LIKELIHOODS, model.rank([RankItem(pixels, (prompt,), choices)]))
+    asked = RankItem(pixels, (prompt,), (*TEXTS, *_scored(model, prompt, texts)))
+    ((look,),) = model.generator.seen([asked])
+    found.add(READ, look[None].float().cpu())
+    found.add(LIKELIHOODS, model.rank([asked]))
     if not model.info.has_retrieval:
         return
     for item in (

@@ -12,6 +12,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 
 from blipq_worker.blip2.loading.checkpoints import describe_checkpoint
+from blipq_worker.blip2.loading.configs import is_instructed
 from blipq_worker.conversion.base import base_of, family_of
 from blipq_worker.conversion.contents import ConversionError, read
 from blipq_worker.conversion.description import fitted, write_description
@@ -61,6 +62,8 @@ def _convert(file: Path, folder: Path, base: str | None, work: Path) -> Conversi
                 f"{file} is a model of the kind {family}, and its base {name} one of the kind "
                 f"{description.family}"
             )
+        if is_instructed(description.config):
+            raise ConversionError(f"the base {name} is InstructBLIP, and {file} is BLIP-2")
         config = fitted(description, shapes, contents)
         room = room_of(family, config)
         found = renamed(shapes, room.shapes)

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 Priority = Literal["high", "normal", "low"]
-Family = Literal["opt", "t5", "retrieval"]
+#: The language model of a generation checkpoint, or what has none.
+Family = Literal["opt", "t5", "llama", "retrieval"]
 #: What is known of an image: the queries of the generation or of the retrieval checkpoint, or the
 #: vision tower's output.
 Feature = Literal["generation", "retrieval", "patches"]
@@ -291,7 +292,7 @@ class Reading(Plain, frozen=True):
     """How a checkpoint reads texts, so that fronts can count tokens.
 
     tokenizer: a file of the library tokenizers, or a folder with one. positions: the most tokens of
-    a text; on OPT the new ones are among them.
+    a text; on all but T5 the new ones are among them.
     """
 
     tokenizer: str
@@ -308,6 +309,7 @@ class ModelInfo(Plain, frozen=True):
     checkpoint; the retrieval checkpoint's are None without one. slots: texts that are written at
     once. decoding: how, in a few words for people. load_seconds: what loading its weights took.
     gpu: the UUID of its GPU, as NVML knows it; "" for a CPU.
+    instructed: the Q-Former reads the prompt beside the image, as InstructBLIP's does.
     """
 
     checkpoint: str
@@ -328,6 +330,7 @@ class ModelInfo(Plain, frozen=True):
     decoding: Annotated[str, Meta(max_length=128)] = "growing slots"
     load_seconds: Seconds = 0.0
     gpu: Annotated[str, Meta(max_length=128)] = ""
+    instructed: bool = False
 
     @property
     def image_size(self) -> int:
@@ -367,7 +370,7 @@ class ModelInfo(Plain, frozen=True):
 
     def room(self, new_tokens: int) -> int:
         """The most tokens that a prompt may have, where ``new_tokens`` must follow it."""
-        taken = new_tokens if self.family == "opt" else 0
+        taken = 0 if self.family == "t5" else new_tokens
         return max(0, self.reading.positions - taken)
 
 

@@ -52,14 +52,14 @@ def check(model: Blip2, golden: Golden | None = None) -> Observation:
 def observe(model: Blip2) -> Observation:
     """What the model makes of the pictures. Raises CanaryError where it cannot distinguish them."""
     pixels = [model.preprocess(picture) for picture in _pictures()]
-    with torch.inference_mode():
-        queries = model.generator.project(pixels)
+    prompt = model.info.default_prompt
+    asked = [RankItem(each, (prompt,), TEXTS) for each in pixels]
+    queries = torch.stack([looks[0] for looks in model.generator.seen(asked)])
     if not bool(torch.isfinite(queries).all()):
         raise CanaryError("its features of a picture are not finite numbers")
     if torch.equal(queries[0], queries[1]):
         raise CanaryError("two different pictures look the same to it")
-    prompt = model.info.default_prompt
-    ranked = model.rank([RankItem(each, (prompt,), TEXTS) for each in pixels])
+    ranked = model.rank(asked)
     likelihoods = tuple(_rounded(item[0]) for item in ranked)
     params = resolve("caption", model.info, {"num_beams": 1, "max_new_tokens": TOKENS})
     prompts = [(prompt, vqa_prompt(question)) for question in QUESTIONS]

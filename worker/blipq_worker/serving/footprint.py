@@ -7,12 +7,12 @@ activations are an estimate. Torch is imported where it is needed, and transform
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blipq_worker.catalog.adapters import read_adapter
-from blipq_worker.catalog.models import KNOWN_MODELS, ModelError, served_model
+from blipq_worker.catalog.models import KNOWN_MODELS, VARIANTS, ModelError, served_model
 from blipq_worker.catalog.s3.objects import Objects
 from blipq_worker.catalog.s3.places import is_in_s3, place_of
 from blipq_worker.catalog.weights import expanded, hub_cache
@@ -35,15 +35,23 @@ _FRAGMENTATION = 1.1
 _OPT = {"model_type": "opt", "vocab_size": 50304, "num_hidden_layers": 32}
 _T5 = {"model_type": "t5", "vocab_size": 32128, "num_layers": 24, "d_kv": 64}
 _T5 |= {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+_LLAMA = {"model_type": "llama", "vocab_size": 32001}
 _OPT_27 = {"hidden_size": 2560, "word_embed_proj_dim": 2560, "ffn_dim": 10240}
 _OPT_67 = {"hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384}
+_WIDE_7 = {"hidden_size": 4096, "intermediate_size": 11008}
+_WIDE_13 = {"hidden_size": 5120, "intermediate_size": 13824}
 
-#: The language models of the published checkpoints; all else is transformers' default for BLIP-2.
+#: The words of Q-Formers that read texts.
+_WORDS = 30523
+#: The language models of the published checkpoints; all else is transformers' default for BLIP-2
+#: and InstructBLIP.
 _LANGUAGE: dict[str, dict[str, Any]] = {
     "opt-2.7b": {**_OPT, **_OPT_27, "num_attention_heads": 32},
     "opt-6.7b": {**_OPT, **_OPT_67, "num_attention_heads": 32},
     "flan-t5-xl": {**_T5, "d_model": 2048, "d_ff": 5120, "num_heads": 32},
     "flan-t5-xxl": {**_T5, "d_model": 4096, "d_ff": 10240, "num_heads": 64},
+    "vicuna-7b": {**_LLAMA, **_WIDE_7, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "vicuna-13b": {**_LLAMA, **_WIDE_13, "num_hidden_layers": 40, "num_attention_heads": 40},
 }
 
 
@@ -176,6 +184,8 @@ def memory_of(
     served = served_model("default", what)
     config = config_of(served.generation)
     precision = choose_precision(dtype, on, config.text_config.model_type)
+    if config.model_type == "instructblip" and on.type == "cuda":
+        load = replace(load, slot_tokens=2 * load.slot_tokens)  # its static slots are as long
     parts = list(parts_of(config, precision, quantizing))
     if served.retrieval is not None:
         retrieval = config_of(served.retrieval, retrieval=True)
@@ -221,18 +231,11 @@ def config_of(checkpoint: str, *, retrieval: bool = False) -> Any:
     """
     if is_in_s3(checkpoint):
         return _config_in_s3(checkpoint)
-    from transformers import Blip2Config
-
     if expanded(checkpoint).is_dir():
         return _stored_config(expanded(checkpoint))
-    name = checkpoint.partition("@")[0].rpartition("/")[2].removeprefix("blip2-")
-    side = {"image_size": 364 if name.endswith("-coco") else 224}
-    if checkpoint.startswith("Salesforce/") and name.removesuffix("-coco") in _LANGUAGE:
-        text = _LANGUAGE[name.removesuffix("-coco")]
-        return Blip2Config(vision_config=side, text_config=text)
-    if retrieval and checkpoint.startswith("Salesforce/blip2-itm-vit-g"):
-        text_input = {"use_qformer_text_input": True, "vocab_size": 30523}
-        return Blip2Config(vision_config=side, qformer_config=text_input)
+    published = _published_config(checkpoint.partition("@")[0], retrieval)
+    if published is not None:
+        return published
     repository = checkpoint.partition("@")[0].replace("/", "--")
     for snapshot in hub_cache().glob(f"models--{repository}/snapshots/*"):
         return _stored_config(snapshot)
@@ -241,6 +244,26 @@ def config_of(checkpoint: str, *, retrieval: bool = False) -> Any:
         f"({', '.join((*KNOWN_MODELS, 'demo'))}) or a folder, or run "
         f"`hf download {checkpoint} config.json`"
     )
+
+
+def _published_config(hub_id: str, retrieval: bool) -> Any:
+    """That of a published checkpoint; None for any other."""
+    from transformers import Blip2Config, InstructBlipConfig
+
+    kind, _, language = hub_id.removeprefix("Salesforce/").partition("-")
+    side = {"image_size": 364 if language.endswith("-coco") else 224}
+    text = _LANGUAGE.get(language.removesuffix("-coco"))
+    words: dict[str, Any] = {"vocab_size": _WORDS}
+    if hub_id not in VARIANTS:
+        return None
+    if kind == "instructblip":
+        return InstructBlipConfig(vision_config=side, qformer_config=words, text_config=text)
+    if text is not None:
+        return Blip2Config(vision_config=side, text_config=text)
+    if retrieval:
+        words["use_qformer_text_input"] = True
+        return Blip2Config(vision_config=side, qformer_config=words)
+    return None
 
 
 def _config_in_s3(checkpoint: str) -> Any:
@@ -252,21 +275,23 @@ def _config_in_s3(checkpoint: str) -> Any:
 
 
 def _stored_config(folder: Path) -> Any:
-    from transformers import Blip2Config
+    from blipq_worker.blip2.loading.configs import LANGUAGES, is_served, read_config
 
     file = folder / "config.json"
     if not file.is_file():  # of which transformers would make a model of its own
         raise ModelError(f"{folder} has no config.json: name a folder that save_pretrained wrote")
     try:
-        config = Blip2Config.from_pretrained(folder)
+        config = read_config(folder)
     except Exception as error:  # transformers raises many kinds on a malformed configuration
         reason = " ".join(str(error).split())
         raise ModelError(f"{file} is unusable: {reason}") from error
-    if config.model_type != "blip-2":
-        raise ModelError(f"{file} is of {config.model_type!r}, not of BLIP-2")
-    if config.text_config.model_type not in ("opt", "t5"):
+    if not is_served(config):
+        raise ModelError(f"{file} is of {config.model_type!r}, not of BLIP-2 or InstructBLIP")
+    if config.text_config.model_type not in LANGUAGES:
         language = config.text_config.model_type
-        raise ModelError(f"{file} has the language model {language!r}: OPT and T5 are served")
+        raise ModelError(
+            f"{file} has the language model {language!r}: OPT, T5 and Llama are served"
+        )
     return config
 
 
@@ -322,6 +347,8 @@ def _kv_token(config: Any, precision: "Precision") -> int:
     text = config.text_config
     if text.model_type == "t5":
         layers, width = text.num_decoder_layers, text.num_heads * text.d_kv
+    elif text.model_type == "llama":  # of all heads: see ``LlamaStep``
+        layers, width = text.num_hidden_layers, text.num_attention_heads * text.head_dim
     else:
         layers, width = text.num_hidden_layers, text.hidden_size
     return int(2 * layers * width * precision.language.itemsize)
@@ -341,9 +368,8 @@ def _vision(config: Any, precision: "Precision", load: Load) -> int:
 def _language(config: Any, precision: "Precision", quantizing: "Quantizing", load: Load) -> int:
     """One layer's states of all prompts, the logits, and a layer that is dequantized."""
     text = config.text_config
-    hidden, inner = (
-        (text.d_model, text.d_ff) if text.model_type == "t5" else (text.hidden_size, text.ffn_dim)
-    )
+    inners = {"opt": "ffn_dim", "t5": "d_ff", "llama": "intermediate_size"}
+    hidden, inner = text.hidden_size, getattr(text, inners[text.model_type])
     prompt = config.num_query_tokens + load.prompt_tokens
     reading = load.rows * prompt * (3 * hidden + 2 * inner) * precision.language.itemsize
     logits = load.rows * text.vocab_size * 4 * 4  # fp32, and the copies that beam search makes

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from blipq.s3.refusals import Refusal, code_of, refusal_of, s3_errors, status_of
 from blipq.s3.storage import Storage
 from blipq.submission import explain
-from blipq_worker.catalog.models import ModelError
+from blipq_worker.catalog.models import QFORMER_TOKENIZER, ModelError
 from blipq_worker.catalog.s3.keys import model_storage
 from blipq_worker.catalog.s3.manifest import DRAFT, MANIFEST, Manifest, StoredFile, stored_file
 from blipq_worker.catalog.s3.places import Place, place_of
@@ -67,12 +67,18 @@ def files_of(folder: Path) -> dict[str, Path]:
         raise ModelError(f"{folder}: {error}") from error
     for file in weights:
         _require_whole(file)
-    small = sorted(
+    small = _small_files(folder)
+    if (folder / QFORMER_TOKENIZER).is_dir():
+        small += _small_files(folder / QFORMER_TOKENIZER)
+    return {each.relative_to(folder).as_posix(): each for each in (*small, *weights)}
+
+
+def _small_files(folder: Path) -> list[Path]:
+    return sorted(
         each
         for each in folder.iterdir()
         if each.is_file() and each.name.endswith(_SMALL) and each.name not in (MANIFEST, DRAFT)
     )
-    return {each.name: each for each in (*small, *weights)}
 
 
 def _require_whole(file: Path) -> None:

@@ -35,7 +35,8 @@ class Size:
 def sizes_of(config: Any, *, retrieval: bool = False) -> Iterator[Size]:
     """The parts of a generation checkpoint, or of one for retrieval."""
     hidden = config.qformer_config.hidden_size
-    yield Size("q-former", _qformer(config, text=retrieval))
+    instructed = config.model_type == "instructblip"
+    yield Size("q-former", _qformer(config, text=retrieval or instructed))
     yield _vision(config.vision_config)
     if retrieval:
         # Two outputs say whether text and image match; two projections compare them.
@@ -43,7 +44,7 @@ def sizes_of(config: Any, *, retrieval: bool = False) -> Iterator[Size]:
         return
     text = config.text_config
     yield Size("projection", text.hidden_size * (hidden + 1))
-    yield _t5(text) if text.model_type == "t5" else _opt(text)
+    yield {"t5": _t5, "llama": _llama}.get(text.model_type, _opt)(text)
 
 
 def _side(size: int | list[int] | tuple[int, ...]) -> int:
@@ -70,7 +71,8 @@ def _qformer(config: Any, *, text: bool) -> int:
     crossing = len(range(0, layers, qformer.cross_attention_frequency))
     attention = 2 * wide * (wide + 1) + 2 * wide  # query, output, and its norm
     forward = inner * (wide + 1) + wide * (inner + 1) + 2 * wide
-    forwards = 2 if qformer.use_qformer_text_input else 1  # one for queries, one for texts
+    # One for queries, one for texts; InstructBLIP, which always reads texts, has no such option.
+    forwards = 2 if getattr(qformer, "use_qformer_text_input", True) else 1
     count: int = config.num_query_tokens * wide + 2 * wide
     count += layers * (attention + 2 * wide * (wide + 1) + forwards * forward)
     count += crossing * (attention + 2 * wide * (seen + 1))
@@ -107,3 +109,17 @@ def _t5(config: Any) -> Size:
     gate = [(inner, wide)] * gates
     matrices = (attention + gate) * encoder + (attention * 2 + gate) * decoder
     return Size.of("language model", rest, matrices)
+
+
+def _llama(config: Any) -> Size:
+    wide, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    heads = config.num_attention_heads * config.head_dim
+    shared = config.num_key_value_heads * config.head_dim
+    embeddings = config.vocab_size * wide * (1 if config.tie_word_embeddings else 2)
+    biases = (heads + 2 * shared + wide if config.attention_bias else 0) + (
+        2 * inner + wide if config.mlp_bias else 0
+    )
+    rest = embeddings + wide + layers * (2 * wide + biases)
+    attention = [(heads, wide), (shared, wide), (shared, wide), (wide, heads)]
+    forward = [(inner, wide), (inner, wide), (wide, inner)]
+    return Size.of("language model", rest, [*attention, *forward] * layers)

@@ -20,7 +20,7 @@ from blipq_worker.blip2.decoding import DecodeLoop, Row
 from blipq_worker.blip2.decoding.sampling import ScoresError
 from blipq_worker.inference.requests import GenerationParams
 from worker.in_flight import every_penalty, rows
-from worker.tiny_models import PLAIN_WIDTH, plain_opt, plain_t5
+from worker.tiny_models import PLAIN_WIDTH, plain_llama, plain_opt, plain_t5
 
 VOCABULARY = 300
 #: Seen as equal, by the larger score.
@@ -32,6 +32,10 @@ def small_opt() -> Any:
     return plain_opt(VOCABULARY, positions=700, spread=0.25)
 
 
+def small_llama() -> Any:
+    return plain_llama(VOCABULARY, positions=700, spread=0.25, sharing=2)
+
+
 def small_t5() -> Any:
     return plain_t5(VOCABULARY, spread=1.0)
 
@@ -40,7 +44,7 @@ def model_of(make: Any, ends: Sequence[int], stopping: Any = None, seed: int = 3
     """Random weights under which texts end now and then."""
     torch.manual_seed(seed)
     model = make().eval().requires_grad_(False)
-    head = torch.randn(VOCABULARY, PLAIN_WIDTH) * (0.4 if make is small_opt else 0.6)
+    head = torch.randn(VOCABULARY, PLAIN_WIDTH) * (0.6 if make is small_t5 else 0.4)
     head[list(ends)] *= 1.6
     model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
     model.generation_config.early_stopping = stopping
@@ -134,7 +138,7 @@ def require_same(row: Row, expected: tuple[list[list[int]], list[float]]) -> Non
 
 
 @pytest.mark.parametrize("stopping", [None, True, "never"])
-@pytest.mark.parametrize("make", [small_opt, small_t5])
+@pytest.mark.parametrize("make", [small_opt, small_llama, small_t5])
 def test_beams_of_all_parameters_write_what_generate_writes(make: Any, stopping: Any) -> None:
     """Together and beside greedy texts, as they come; with one end token, with three and none."""
     cut_short = 0

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from msgspec.structs import replace
-from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from blipq_worker.blip2 import Blip2
 from blipq_worker.blip2.cuda.capture import Run
@@ -16,6 +22,7 @@ from blipq_worker.blip2.decoding import DecodeLoop, Row
 from blipq_worker.blip2.decoding.static import StaticLoop, Way, static_loop
 from blipq_worker.blip2.decoding.static.attention import kernel as kernel_module
 from blipq_worker.blip2.decoding.static.attention.methods import KernelAttention, MaskedAttention
+from blipq_worker.blip2.decoding.static.llama import StaticLlama
 from blipq_worker.blip2.decoding.static.opt import StaticOpt
 from blipq_worker.blip2.decoding.static.sampler import Sampler, Variant
 from blipq_worker.blip2.decoding.static.state import SlotState
@@ -171,24 +178,31 @@ class _Launches:
 
 def published(name: str, dtype: torch.dtype) -> Any:
     """A published language model's layers in full size, as shapes alone."""
-    config = config_of(f"Salesforce/blip2-{name}").text_config
-    kind = OPTForCausalLM if config.model_type == "opt" else T5ForConditionalGeneration
+    config = config_of(f"Salesforce/{name}").text_config
+    kinds = {"opt": OPTForCausalLM, "llama": LlamaForCausalLM, "t5": T5ForConditionalGeneration}
+    kind: Any = kinds[config.model_type]
     if kind is T5ForConditionalGeneration:
         config.decoder_start_token_id = 0
     with META:
         return kind(config).to(dtype).eval()
 
 
-@pytest.fixture(scope="module", params=["opt-2.7b", "flan-t5-xl"])
+#: A published model, what runs it, and the most kernels of a greedy step.
+PUBLISHED = [
+    ("blip2-opt-2.7b", StaticOpt, torch.float16, 470),
+    ("instructblip-vicuna-7b", StaticLlama, torch.float16, 700),
+    ("blip2-flan-t5-xl", StaticT5, torch.bfloat16, 700),
+]
+
+
+@pytest.fixture(scope="module", params=PUBLISHED, ids=lambda each: each[0])
 def language(request: pytest.FixtureRequest) -> Any:
+    name, kind, dtype, most = request.param
     with META:
-        if request.param == "opt-2.7b":
-            made: Any = StaticOpt(published(request.param, torch.float16))
-        else:
-            made = StaticT5(published(request.param, torch.bfloat16))
+        made: Any = kind(published(name, dtype))
     with torch.inference_mode():
         made.reserve(32, 256, META)
-    made.most = 470 if request.param == "opt-2.7b" else 700
+    made.most = most
     return made
 
 

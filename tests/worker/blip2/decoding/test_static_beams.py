@@ -27,6 +27,7 @@ from worker.blip2.decoding.test_beams import (
     model_of,
     require_same,
     run,
+    small_llama,
     small_opt,
     small_t5,
     some_rows,
@@ -61,7 +62,7 @@ def launched(loop: StaticLoop) -> list[Shape]:
 
 
 @pytest.mark.parametrize("stopping", [None, True, "never"])
-@pytest.mark.parametrize("make", [small_opt, small_t5])
+@pytest.mark.parametrize("make", [small_opt, small_llama, small_t5])
 def test_beams_of_all_parameters_write_what_generate_writes(make: Any, stopping: Any) -> None:
     """Together and beside greedy texts, as they come, in slots that others were in before."""
     cut_short = 0

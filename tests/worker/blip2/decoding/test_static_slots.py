@@ -28,6 +28,7 @@ from blipq_worker.blip2.decoding.static.admission import Admission, AdmissionGra
 from blipq_worker.blip2.decoding.static.attention.methods import KernelAttention, MaskedAttention
 from blipq_worker.blip2.decoding.static.graphs import Graphs
 from blipq_worker.blip2.decoding.static.linears import EightBits, fused
+from blipq_worker.blip2.decoding.static.llama import StaticLlama
 from blipq_worker.blip2.decoding.static.opt import StaticOpt
 from blipq_worker.blip2.decoding.static.sampler import Sampler, Variant
 from blipq_worker.blip2.decoding.static.state import PARAMS, SlotState
@@ -81,12 +82,20 @@ def plain_opt() -> Any:
 
 
 @pytest.fixture(scope="module")
+def plain_llama() -> Any:
+    """Whose heads share keys in pairs."""
+    torch.manual_seed(3)
+    model = tiny_models.plain_llama(1500, positions=2048, spread=0.3, sharing=2)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
 def plain_t5() -> Any:
     torch.manual_seed(3)
     return tiny_models.plain_t5(1500, spread=2.0).eval().requires_grad_(False)
 
 
-@pytest.fixture(params=["plain_opt", "plain_t5"])
+@pytest.fixture(params=["plain_opt", "plain_llama", "plain_t5"])
 def plain(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(request.param)
 
@@ -301,6 +310,7 @@ def test_a_step_takes_nothing_from_the_host_and_gives_it_nothing(plain: Any) -> 
     ("language", "model"),
     [
         (StaticOpt, partial(tiny_models.plain_opt, 1500, positions=2048, spread=0.3)),
+        (StaticLlama, partial(tiny_models.plain_llama, 1500, positions=2048, spread=0.3)),
         (StaticT5, partial(tiny_models.plain_t5, 1500, spread=2.0)),
     ],
 )

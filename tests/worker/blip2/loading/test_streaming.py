@@ -261,3 +261,20 @@ def test_a_model_that_is_damaged_is_named_behind_its_code(
     options = WorkerSettings(models={"mine": place}, dtype="float32", canary=False)
     with pytest.raises(S3ModelError, match=r"^checkpoint_damaged: model 'mine': .*are not those"):
         load_models(options)
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_an_instructblip_from_s3_brings_the_tokenizer_of_its_qformer(
+    bucket: Bucket,
+    instructed_checkpoints: dict[str, Path],
+    pictures: list[Image.Image],
+    temporary: Path,
+    name: str,
+) -> None:
+    place, folder = bucket.place(), instructed_checkpoints[name]
+    push(folder, place)
+    assert "qformer_tokenizer/tokenizer.json" in bucket.keys(place)
+    model, own = (Blip2.load(each, dtype="float32") for each in (place, str(folder)))
+    assert said(model, pictures) == said(own, pictures)
+    assert model.info.revision == own.info.revision
+    assert not list(temporary.iterdir())

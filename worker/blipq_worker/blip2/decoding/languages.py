@@ -1,6 +1,6 @@
-"""The forward passes of OPT and T5 for sequences of all lengths, and for beams beside them.
+"""The forward passes of OPT, Llama and T5 for sequences of all lengths, and for beams beside them.
 
-Both begin with a prefill, which fills caches of its own and gives the scores of each prompt's first
+All begin with a prefill, which fills caches of its own and gives the scores of each prompt's first
 token; when all has gone well, the caches are put into slots. Then come steps of one token per row:
 a sequence alone is a row, and a group of beams as many rows as it has beams (``views``).
 """
@@ -8,7 +8,7 @@ a sequence alone is a row, and a group of beams as many rows as it has beams (``
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import DynamicCache
@@ -17,6 +17,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from blipq_worker.blip2.adapters.layers import rows_of
 from blipq_worker.blip2.decoding.groups import BeamStep
 from blipq_worker.blip2.decoding.kv_cache import Slots, round_up
+from blipq_worker.blip2.decoding.llama_step import LlamaStep
 from blipq_worker.blip2.decoding.opt_step import OptStep
 from blipq_worker.blip2.decoding.sequences import Row
 from blipq_worker.blip2.decoding.t5_step import T5Step
@@ -168,13 +169,25 @@ class Part(NamedTuple):
     view: View
 
 
-class Opt(Language):
-    """Queries and prompt are the beginning of the text; positions count from it."""
+class CausalStep(Protocol):
+    """A step of one token per row by a model's own weights; see ``OptStep``."""
 
-    def __init__(self, model: Any) -> None:
+    def __call__(
+        self, tokens: torch.Tensor, positions: torch.Tensor, views: Sequence[View]
+    ) -> torch.Tensor:
+        """Scores of what follows, (rows, vocabulary)."""
+
+
+class Causal(Language):
+    """Queries and prompt are the beginning of the text; positions count from it.
+
+    decoder: what reads embeddings; of it the scores are the model's ``lm_head``.
+    """
+
+    def __init__(self, model: Any, decoder: Any, own: CausalStep) -> None:
         super().__init__(model, model.config.num_hidden_layers, 1)
-        self._own = OptStep(model)
-        self._suits = OptStep.suits(model)
+        self._decoder = decoder
+        self._own = own
 
     def first(self, row: Row) -> int:
         return row.prompt_length
@@ -185,8 +198,7 @@ class Opt(Language):
     def _read(self, embeds: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Gaps are at the end, where nobody looks: attention is causal, so it needs no mask."""
         cache = DynamicCache(config=self._model.config)
-        decoder = self._model.model.decoder
-        hidden = decoder(inputs_embeds=embeds, cache=cache, use_cache=True).last_hidden_state
+        hidden = self._decoder(inputs_embeds=embeds, cache=cache, use_cache=True).last_hidden_state
         last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
         return self._model.lm_head(last), cache
 
@@ -199,6 +211,30 @@ class Opt(Language):
     def _step(self, parts: Sequence[Part]) -> torch.Tensor:
         tokens, positions = (torch.cat(each) for each in list(zip(*parts, strict=True))[:2])
         return self._own(tokens, positions, [part.view for part in parts])
+
+
+class Llama(Causal):
+    """Llama, Vicuna among them: positions are rotations of queries and keys."""
+
+    def __init__(self, model: Any) -> None:
+        own = LlamaStep(model)
+        super().__init__(model, model.model, own)
+        self._for_each_head = own.for_each_head
+
+    def _read(self, embeds: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        scores, cache = super()._read(embeds, lengths)
+        for layer in cache.layers:
+            layer.keys = self._for_each_head(layer.keys)
+            layer.values = self._for_each_head(layer.values)
+        return scores, cache
+
+
+class Opt(Causal):
+    """OPT, by transformers' decoder where that is compiled."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, model.model.decoder, OptStep(model))
+        self._suits = OptStep.suits(model)
 
     def step(self, alone: Sequence[Row], where: Where, beams: BeamStep | None) -> torch.Tensor:
         if self._suits or not alone:
@@ -215,7 +251,7 @@ class Opt(Language):
         slots.look(where, positions, max(at) + 1)
         seen = torch.arange(max(at) + 1, device=device) <= positions[:, None]
         tokens = torch.tensor([row.tokens[-1] for row in rows], device=device)
-        hidden = self._model.model.decoder(
+        hidden = self._decoder(
             input_ids=tokens[:, None],
             attention_mask=self._mask(seen),
             position_ids=positions[:, None],
@@ -286,3 +322,10 @@ class T5(Language):
         seen = torch.arange(width, device=device) < lengths[:, None]
         attend = self._attend if pool is self.alone else self._attend_beams
         return Places(pool[1].buffers, where, bias_of(seen, pool[1].dtype), attend)
+
+
+def language_of(model: Any) -> Language:
+    """How a language model of transformers runs here."""
+    if model.config.is_encoder_decoder:
+        return T5(model)
+    return Llama(model) if model.config.model_type == "llama" else Opt(model)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from blipq_worker.blip2.decoding.groups import Groups
-from blipq_worker.blip2.decoding.languages import T5, Language, Opt, Pool
+from blipq_worker.blip2.decoding.languages import Language, Pool, language_of
 from blipq_worker.blip2.decoding.sampling import choose
 from blipq_worker.blip2.decoding.sequences import Row
 from blipq_worker.blip2.decoding.views import Where
@@ -19,14 +19,14 @@ BEAMS_PER_SLOT = 5
 
 
 class DecodeLoop:
-    """Runs up to ``slots`` rows of a language model, OPT or T5. Of one thread.
+    """Runs up to ``slots`` rows of a language model: OPT, Llama or T5. Of one thread.
 
     A row with beams has one slot, too, and takes as many rows of a step as it has beams. ends: end
     tokens. What raises leaves all rows as they were, and can be tried again with fewer.
     """
 
     def __init__(self, model: Any, *, ends: Sequence[int], slots: int = 32) -> None:
-        language: Language = T5(model) if model.config.is_encoder_decoder else Opt(model)
+        language: Language = language_of(model)
         self._language, self._ends = language, tuple(ends)
         self._slots = slots
         #: The rows without beams in their slots, in order.

@@ -18,6 +18,8 @@ import torch
 
 from blipq_worker.blip2.decoding import DecodeLoop, Row, RowText
 from blipq_worker.blip2.decoding.static import (
+    COLUMNS,
+    LONG_COLUMNS,
     StaticLoop,
     Way,
     free_memory,
@@ -25,15 +27,17 @@ from blipq_worker.blip2.decoding.static import (
     static_loop,
     ways,
 )
-from blipq_worker.blip2.generation.items import GeneratedText, GenerateItem
+from blipq_worker.blip2.generation.items import Asking, GeneratedText, GenerateItem
 from blipq_worker.blip2.generation.routing import Loop, RoutedLoop
 from blipq_worker.blip2.generation.sessions import WritingSession, most_joining
 from blipq_worker.blip2.loading.checkpoints import Checkpoint, CheckpointError
+from blipq_worker.blip2.text.instructions import Instructions
 from blipq_worker.blip2.text.padding import padded
 from blipq_worker.blip2.vision.features import Vision
+from blipq_worker.blip2.vision.instructed import InstructedVision
 from blipq_worker.blip2.vision.preprocessing import Pixels
 from blipq_worker.catalog.params import invalid
-from blipq_worker.inference.requests import FinishReason, GenerationParams
+from blipq_worker.inference.requests import Family, FinishReason, GenerationParams
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +57,7 @@ class Generator:
     """Runs a generation checkpoint. Not thread-safe, except for ``check``.
 
     slots: most texts in flight. static: on a GPU the first session opens static slots; else
-    ``open_slots`` alone.
+    ``open_slots`` alone. instructions: of an InstructBLIP, whose ``vision`` is an InstructedVision.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Generator:
         *,
         slots: int = 32,
         static: bool = True,
+        instructions: Instructions | None = None,
     ) -> None:
         if checkpoint.family == "retrieval":
             raise CheckpointError(f"{checkpoint.name!r} is a retrieval checkpoint: it cannot write")
@@ -72,29 +77,36 @@ class Generator:
         self.vision = vision
         self.family = checkpoint.family
         self._tokenizer = tokenizer
+        self._instructions = instructions
         self._slots = slots
         self._static: StaticLoop | None = None
         self._opens_static = static and model.query_tokens.device.type == "cuda"
         self._num_query_tokens = checkpoint.num_query_tokens
         text = checkpoint.config.text_config
-        self._pad = text.pad_token_id
-        self._eos = _end_tokens(model.language_model, text, tokenizer)
-        self._positions = text.max_position_embeddings if self.family == "opt" else _T5_POSITIONS
+        # Of what is padded nothing is read; some configurations name a token that is not there.
+        self._pad = text.pad_token_id if text.pad_token_id in range(text.vocab_size) else 0
+        self._eos = _end_tokens(model.language_model, text, tokenizer, self.family)
+        self._positions = _T5_POSITIONS if self.family == "t5" else text.max_position_embeddings
         #: Called after every decode step: a long batch is not a hung one.
         self.on_step: Callable[[], None] = lambda: None
         self._require_marks(checkpoint)
 
     def _require_marks(self, checkpoint: Checkpoint) -> None:
-        # Without its first token OPT writes noise, without its last one so does T5. Both are the
-        # tokenizer's business, and it has lost them before between versions.
-        text = checkpoint.config.text_config
-        mark = text.bos_token_id if self.family == "opt" else text.eos_token_id
-        at = 0 if self.family == "opt" else -1
+        # Without its first token OPT writes noise, and so does Llama, without its last one T5. They
+        # are the tokenizer's business, and it has lost them before between versions.
+        mark, at = self._mark(checkpoint.config.text_config)
         if self.ids("") != [mark] or self.ids("a photo of")[at] != mark:
             raise CheckpointError(
                 f"the tokenizer of {checkpoint.name!r} does not put token {mark} "
-                f"{'before' if self.family == 'opt' else 'after'} every text"
+                f"{'before' if at == 0 else 'after'} every text"
             )
+
+    def _mark(self, text: Any) -> tuple[Any, int]:
+        """The token that every prompt has, and where."""
+        if self.family == "t5":
+            return text.eos_token_id, -1
+        # InstructBLIP's Llamas were trained behind </s>, which their configurations do not say.
+        return (text.bos_token_id if self.family == "opt" else self._tokenizer.bos_token_id), 0
 
     def ids(self, prompt: str) -> list[int]:
         """A prompt's token ids, with the mark that the language model wants. Thread-safe."""
@@ -109,14 +121,16 @@ class Generator:
         """The token ids with which the model would say ``text`` and end. Thread-safe."""
         if self.family == "t5":
             return self.ids(text)
-        # After "answer:" OPT goes on with a space, which is part of its next token.
-        spoken = self._tokenizer(f" {text.strip()}", add_special_tokens=False, verbose=False)
+        # After "answer:" they go on with a space, which is part of the next token; Llama's
+        # tokenizer puts it there by itself.
+        answer = f" {text.strip()}" if self.family == "opt" else text.strip()
+        spoken = self._tokenizer(answer, add_special_tokens=False, verbose=False)
         return [*spoken["input_ids"], self._eos[0]]
 
     def room(self, new_tokens: int) -> int:
         """The most tokens a prompt may have, where ``new_tokens`` must follow it."""
         room = self._positions - self._num_query_tokens
-        if self.family == "opt":
+        if self.family != "t5":
             room -= new_tokens
         return max(room, 0)
 
@@ -190,7 +204,12 @@ class Generator:
         self._static, self._opens_static = None, False
         try:
             self._static = static_loop(
-                self.model.language_model, ends=self._eos, slots=slots, budget=budget, among=among
+                self.model.language_model,
+                ends=self._eos,
+                slots=slots,
+                budget=budget,
+                among=among,
+                columns=COLUMNS if self._instructions is None else LONG_COLUMNS,
             )
             self._capture_looks(among)
         except Exception:
@@ -241,13 +260,39 @@ class Generator:
         return answers
 
     @torch.inference_mode()
-    def project(self, images: Sequence[Pixels], adapters: Sequence[int] = ()) -> torch.Tensor:
-        """Images as the language model reads them: (B, 32, its hidden size).
+    def seen(self, items: Sequence[Asking]) -> list[list[torch.Tensor]]:
+        """For each item, for each of its prompts, the image as the language model reads it.
 
-        At most one pass of the vision tower over each, whatever number of prompts follows.
+        (32, its hidden size) each. At most one pass of the vision tower over each image, whatever
+        number of prompts follows.
+        """
+        if self._instructions is None:
+            pixels = [item.pixels for item in items]
+            images = self.project(pixels, [item.adapter for item in items])
+            return [[image] * len(item.prompts) for image, item in zip(images, items, strict=True)]
+        found = iter(self._instructed(items, self._instructions))
+        return [[next(found) for _ in item.prompts] for item in items]
+
+    def _instructed(
+        self, items: Sequence[Asking], instructions: Instructions
+    ) -> Sequence[torch.Tensor]:
+        """What ``seen`` has, of all items one after the other."""
+        assert isinstance(self.vision, InstructedVision)
+        images = [item.pixels for item in items for _ in item.prompts]
+        if not images:
+            return []
+        ids = [instructions.ids(prompt) for item in items for prompt in item.prompts]
+        return self._projected(self.vision.instructed(images, ids)).unbind()
+
+    @torch.inference_mode()
+    def project(self, images: Sequence[Pixels], adapters: Sequence[int] = ()) -> torch.Tensor:
+        """Images as BLIP-2's language model reads them, whatever the prompt: (B, 32, hidden).
+
         adapters: of each image; see ``adapters.layers.Rows``.
         """
-        queries = self.vision.queries(images, adapters)
+        return self._projected(self.vision.queries(images, adapters))
+
+    def _projected(self, queries: torch.Tensor) -> torch.Tensor:
         projection = self.model.language_projection
         embedding = self.model.language_model.get_input_embeddings().weight
         projected: torch.Tensor = projection(queries.to(projection.weight.dtype))
@@ -258,11 +303,12 @@ class Generator:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What texts go on from: embeddings of queries and prompts, and their mask.
 
-        OPT's last prompt token must be the last of its row, as its next token follows there; the
-        gap before the prompt costs nothing, since positions count the mask. T5 measures distances,
-        which a gap between queries and prompt would stretch, so its gap is at the end.
+        The last prompt token of OPT and Llama must be the last of its row, as the next token
+        follows there; the gap before the prompt costs nothing, since positions count the mask. T5
+        measures distances, which a gap between queries and prompt would stretch, so its gap is at
+        the end.
         """
-        ids, mask = padded(rows, self._pad, queries.device, left=self.family == "opt")
+        ids, mask = padded(rows, self._pad, queries.device, left=self.family != "t5")
         embedded = self.model.language_model.get_input_embeddings()(ids)
         seen = mask.new_ones(queries.shape[:2])
         return torch.cat([queries, embedded], dim=1), torch.cat([seen, mask], dim=1)
@@ -272,7 +318,7 @@ class Generator:
         end = next((at for at, token in enumerate(row) if token in self._eos), None)
         kept = row if end is None else row[:end]
         text: str = self._tokenizer.decode(kept, skip_special_tokens=True)
-        if self.family == "opt":
+        if self.family != "t5":
             text = text.strip()
         return GeneratedText(text, len(row) if end is None else end + 1)
 
@@ -301,10 +347,13 @@ class Generator:
         return tuple(zip(ids, texts, logs, strict=True))
 
 
-def _end_tokens(language_model: Any, text_config: Any, tokenizer: Any) -> list[int]:
+def _end_tokens(language_model: Any, text_config: Any, tokenizer: Any, family: Family) -> list[int]:
     configured = language_model.generation_config.eos_token_id
     if configured is None:
         configured = text_config.eos_token_id
     if configured is None:  # the end that LAVIS trains OPT to write
         configured = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
-    return [configured] if isinstance(configured, int) else list(configured)
+    ends = [configured] if isinstance(configured, int) else list(configured)
+    if family == "llama":  # InstructBLIP's were trained to end as the tokenizer has it
+        ends = [tokenizer.eos_token_id, *(end for end in ends if end != tokenizer.eos_token_id)]
+    return ends

@@ -1,9 +1,21 @@
 """What is to be written about an image, and what was."""
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from blipq_worker.blip2.vision.preprocessing import Pixels
 from blipq_worker.inference.requests import FinishReason, GenerationParams
+
+
+class Asking(Protocol):
+    """An item that goes on from an image and prompts."""
+
+    @property
+    def pixels(self) -> Pixels: ...
+    @property
+    def prompts(self) -> tuple[str, ...]: ...
+    @property
+    def adapter(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)

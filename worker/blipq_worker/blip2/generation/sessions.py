@@ -10,9 +10,8 @@ from msgspec.structs import replace
 
 from blipq_worker.blip2.decoding import Row, RowText, row_seed
 from blipq_worker.blip2.generation.halving import by_halves
-from blipq_worker.blip2.generation.items import GeneratedText, GenerateItem
+from blipq_worker.blip2.generation.items import Asking, GeneratedText, GenerateItem
 from blipq_worker.blip2.generation.routing import Loop
-from blipq_worker.blip2.vision.preprocessing import Pixels
 from blipq_worker.inference.requests import GenerationParams
 
 #: Most rows that join at one step, while the others wait: each costs its image's pass. Where more
@@ -60,10 +59,11 @@ class _Writing:
         pairs = zip(self.rows, self.sizes, strict=True)
         return sum(size for row, size in pairs if not row.joined)
 
-    def see(self, queries: torch.Tensor) -> None:
-        """Gives the rows the image. Queries: (32, hidden)."""
-        for row in self.rows:
-            row.queries = queries
+    def see(self, looks: Sequence[torch.Tensor]) -> None:
+        """Gives the rows the image. looks: the queries for each prompt, (32, hidden)."""
+        alternatives = len(self.rows) // max(1, len(looks))
+        for place, row in enumerate(self.rows):
+            row.queries = looks[place // alternatives]
         self.seen = True
 
 
@@ -79,8 +79,8 @@ class Writer(Protocol):
     def checked_ids(self, prompt: str, params: GenerationParams) -> list[int]:
         """A prompt's token ids. Raises PermanentError ``invalid_request`` if they are too many."""
 
-    def project(self, images: Sequence[Pixels], adapters: Sequence[int] = ()) -> torch.Tensor:
-        """Images as the language model reads them: (B, 32, its hidden size)."""
+    def seen(self, items: Sequence[Asking]) -> list[list[torch.Tensor]]:
+        """The image as the language model reads it, (32, its hidden size), per item and prompt."""
 
     def answer(
         self, written: RowText, params: GenerationParams, *, rewritten: bool
@@ -203,10 +203,9 @@ class WritingSession:
         """One pass of the vision tower over the images of the rows that come next."""
         new = [each for each in among if not each.seen and not coming.isdisjoint(each.rows)]
         if new:
-            pixels = [each.item.pixels for each in new]
-            images = self._generator.project(pixels, [each.item.adapter for each in new])
-            for each, queries in zip(new, images, strict=True):
-                each.see(queries)
+            looks = self._generator.seen([each.item for each in new])
+            for each, some in zip(new, looks, strict=True):
+                each.see(some)
 
     def _next_rows(self, among: Sequence[_Writing]) -> list[Row]:
         """The rows that join now, in the order of their tickets within each queue."""

@@ -1,8 +1,9 @@
 """How likely the language model finds each of the offered answers.
 
-As LAVIS's ``predict_class`` has it for T5 (lavis/models/blip2_models/blip2_t5_instruct.py): the sum
-of the log-probabilities of an answer's tokens, its end token included. For OPT LAVIS has no such
-method; here it is the same sum, up to the line feed that ends a text in OPT's training.
+As LAVIS's ``predict_class`` has it for T5 and Llama (blip2_t5_instruct.py and
+blip2_vicuna_instruct.py in lavis/models/blip2_models): the sum of the log-probabilities of an
+answer's tokens, its end token included. For OPT LAVIS has no such method; here it is the same sum,
+up to the line feed that ends a text in OPT's training.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from blipq_worker.blip2.generation.generator import Generator
 from blipq_worker.blip2.text.padding import padded
 from blipq_worker.blip2.vision.preprocessing import Pixels
 
-# For OPT each pair of a prompt and a choice holds its own copy of the prompt's keys and values
+# But for T5 each pair of a prompt and a choice holds its own copy of the prompt's keys and values
 # (about 15 MB for OPT-2.7b and a short question).
 _PAIRS_AT_ONCE = 32
 _IGNORED = -100
@@ -40,9 +41,12 @@ class RankItem:
 
 @dataclass(frozen=True, slots=True)
 class _Prompt:
-    """One prompt of an item, and the item's choices, as token ids."""
+    """One prompt of an item, and the item's choices, as token ids.
 
-    item: int
+    queries: the image as the language model reads it, (32, hidden).
+    """
+
+    queries: torch.Tensor
     ids: list[int]
     choices: list[list[int]]
     adapter: int
@@ -55,7 +59,7 @@ class Ranker:
         self._generator = generator
         self._language_model = generator.model.language_model
         self._adapters = rows_of(generator.model)
-        self._score = self._score_opt if generator.family == "opt" else self._score_t5
+        self._score = self._score_t5 if generator.family == "t5" else self._score_causal
         #: Called after each chunk of pairs: a long batch is not a hung one.
         self.on_step: Callable[[], None] = lambda: None
 
@@ -74,33 +78,32 @@ class Ranker:
 
         One pass of the vision tower per image. Neighbours do not change a number beyond rounding.
         """
-        pixels = [item.pixels for item in items]
-        queries = self._generator.project(pixels, [item.adapter for item in items])
+        looks = self._generator.seen(items)
         prompts = [
-            prompt for index, item in enumerate(items) for prompt in self._prompts(index, item)
+            prompt
+            for item, seen in zip(items, looks, strict=True)
+            for prompt in self._prompts(item, seen)
         ]
         pairs = [(prompt, choice) for prompt in prompts for choice in prompt.choices]
         scores: list[float] = []
         for start in range(0, len(pairs), _PAIRS_AT_ONCE):
-            scores += self._chunk(queries, pairs[start : start + _PAIRS_AT_ONCE])
+            scores += self._chunk(pairs[start : start + _PAIRS_AT_ONCE])
             self.on_step()
         found = iter(scores)
         return [[[next(found) for _ in item.choices] for _ in item.prompts] for item in items]
 
-    def _prompts(self, index: int, item: RankItem) -> list[_Prompt]:
+    def _prompts(self, item: RankItem, looks: Sequence[torch.Tensor]) -> list[_Prompt]:
         choices = [self._generator.answer_ids(choice) for choice in item.choices]
         return [
-            _Prompt(index, self._generator.ids(text), choices, item.adapter)
-            for text in item.prompts
+            _Prompt(queries, self._generator.ids(text), choices, item.adapter)
+            for queries, text in zip(looks, item.prompts, strict=True)
         ]
 
-    def _chunk(
-        self, queries: torch.Tensor, pairs: Sequence[tuple[_Prompt, list[int]]]
-    ) -> list[float]:
+    def _chunk(self, pairs: Sequence[tuple[_Prompt, list[int]]]) -> list[float]:
         """Log-likelihoods, one per pair. Each prompt is read once."""
         prompts = list({id(prompt): prompt for prompt, _ in pairs}.values())
         embeds, mask = self._generator.prefix(
-            queries[[prompt.item for prompt in prompts]], [prompt.ids for prompt in prompts]
+            torch.stack([prompt.queries for prompt in prompts]), [prompt.ids for prompt in prompts]
         )
         numbers = {id(prompt): number for number, prompt in enumerate(prompts)}
         owners = torch.tensor([numbers[id(prompt)] for prompt, _ in pairs], device=mask.device)
@@ -120,7 +123,7 @@ class Ranker:
         chances = logits.float().log_softmax(dim=-1).gather(-1, answers[..., None])[..., 0]
         return (chances * answer_mask).sum(dim=-1).tolist()
 
-    def _score_opt(
+    def _score_causal(
         self,
         reading: AbstractContextManager[None],
         answering: AbstractContextManager[None],
@@ -134,15 +137,22 @@ class Ranker:
 
         reading, answering: the passes with adapters, of prompts and of pairs.
         """
+        # Positions count what is seen: of itself OPT does so, and Llama would count the gaps, too.
+        seen = torch.cat([mask[owners], answer_mask[:, :-1]], dim=1)
         with reading:
             read = self._language_model(
-                inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=_positions(mask),
+                use_cache=True,
+                logits_to_keep=1,
             )
         read.cache.batch_select_indices(owners)
         with answering:
             followed = self._language_model(
                 input_ids=answers[:, :-1],
-                attention_mask=torch.cat([mask[owners], answer_mask[:, :-1]], dim=1),
+                attention_mask=seen,
+                position_ids=_positions(seen)[:, mask.shape[1] :],
                 cache=read.cache,
             )
         return torch.cat([read.logits[owners], followed.logits], dim=1)
@@ -168,3 +178,8 @@ class Ranker:
                 labels=answers.masked_fill(answer_mask == 0, _IGNORED),
             ).logits
         return logits
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """Where each token of rows is among those that are seen, (rows, tokens)."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)

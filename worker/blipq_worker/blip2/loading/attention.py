@@ -29,28 +29,28 @@ def choose_attention(
 ) -> dict[str, str]:
     """The implementation for each part, by the name of its configuration ("": the whole).
 
-    auto is sdpa, but ``matrices`` for a vision tower and OPT in bf16 on a CPU. flash_attention_2 is
-    for the vision tower and OPT, too: the Q-Former is fp32, which it cannot do, and T5's distances
-    are biases, which neither can add. Both stay with sdpa. Raises ValueError where it cannot run.
+    auto is sdpa, but ``matrices`` for a vision tower, OPT and Llama in bf16 on a CPU. For these is
+    flash_attention_2, too: the Q-Former is fp32, which it cannot do, and T5's distances are biases,
+    which neither can add. Both stay with sdpa. Raises ValueError where it cannot run.
     """
     if attention == "auto":
         by_matrices = device.type == "cpu" and precision.vision == torch.bfloat16
-        return _for_vision_and_opt(_MATRICES, family) if by_matrices else _everywhere("sdpa")
+        return _for_vision_and_causal(_MATRICES, family) if by_matrices else _everywhere("sdpa")
     if attention != "flash_attention_2":
         return _everywhere(attention)
     if device.type != "cuda" or torch.float32 in (precision.vision, precision.language):
         raise ValueError("flash_attention_2 needs a GPU and 16 bits: choose sdpa or another dtype")
     if importlib.util.find_spec("flash_attn") is None:
         raise ValueError("flash_attention_2 needs `pip install flash-attn`, or choose sdpa")
-    return _for_vision_and_opt(attention, family)
+    return _for_vision_and_causal(attention, family)
 
 
 def _everywhere(attention: str) -> dict[str, str]:
     return dict.fromkeys(("", "vision_config", "qformer_config", "text_config"), attention)
 
 
-def _for_vision_and_opt(attention: str, family: Family) -> dict[str, str]:
-    language = attention if family == "opt" else "sdpa"
+def _for_vision_and_causal(attention: str, family: Family) -> dict[str, str]:
+    language = attention if family in ("opt", "llama") else "sdpa"
     return {**_everywhere("sdpa"), "vision_config": attention, "text_config": language}
 
 
@@ -65,13 +65,16 @@ def matrices(
 ) -> tuple[torch.Tensor, None]:
     """Attention as two products of matrices, each a call of the CPU's library.
 
-    query: (B, heads, L, width); key, value: (B, heads, K, width); attention_mask: added to the
-    scores, (B, 1, L, K). Returns (B, L, heads, width). In bf16 this is faster than PyTorch's fused
-    kernel, for images and still more for the next token of many rows: there it is a matrix by a
-    vector, and the keys are read where they are.
+    query: (B, heads, L, width); key, value: (B, heads, K, width), or fewer heads, each of which
+    serves several of the query; attention_mask: added to the scores, (B, 1, L, K). Returns (B, L,
+    heads, width). In bf16 this is faster than PyTorch's fused kernel, for images and still more for
+    the next token of many rows: there it is a matrix by a vector, and the keys are read where they
+    are.
     """
     if scaling != 1.0:
         query = query * scaling
+    if (sharing := query.shape[1] // key.shape[1]) > 1:
+        key, value = (each.repeat_interleave(sharing, dim=1) for each in (key, value))
     if query.shape[2] == 1:
         scores = (key @ query.transpose(2, 3)).transpose(2, 3)
     else:

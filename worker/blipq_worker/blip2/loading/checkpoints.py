@@ -10,13 +10,14 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import Blip2Config
 
 from blipq.errors import BlipqError
+from blipq_worker.blip2.loading.configs import is_instructed, is_served, read_config
 from blipq_worker.blip2.loading.oddities import oddities
 from blipq_worker.catalog.models import (
     COCO_PROMPT,
     COCO_SIDE,
+    INSTRUCTION,
     VARIANTS,
     ModelError,
     one_line,
@@ -44,6 +45,9 @@ _JSON = (
 _DESCRIPTION = ["*.json", "*.txt", "*.model"]
 _NEEDED = [*_DESCRIPTION, "*.safetensors"]
 
+#: Rotary positions that do not depend on the length of a text.
+_ROTATIONS = ("default", "linear", "llama3", "yarn")
+
 
 class CheckpointError(BlipqError):
     """A checkpoint is missing, incomplete or of the wrong kind; one line says what to do."""
@@ -66,9 +70,9 @@ class Checkpoint:
 
     name: as it was requested. revision: the hub's commit, or the SHA-256 of the weights (of a
     single file: that file's own; of several: of their digests in the order of their names).
-    default_prompt: what LAVIS puts before a caption. weights: the files that hold them, and which
-    tensors of each (None: all of them). pushed: what reads those in S3; ``close`` removes the
-    private folder.
+    default_prompt: what LAVIS puts before a caption. instructed: see ``ModelInfo``. weights: the
+    files that hold them, and which tensors of each (None: all of them). pushed: what reads those in
+    S3; ``close`` removes the private folder.
     """
 
     name: str
@@ -79,6 +83,7 @@ class Checkpoint:
     image_size: int
     num_query_tokens: int
     default_prompt: str
+    instructed: bool
     weights: dict[Path, set[str] | None]
     pushed: Pushed | None = None
 
@@ -154,7 +159,8 @@ def _checkpoint(
         family=family,
         image_size=image_size,
         num_query_tokens=config.num_query_tokens,
-        default_prompt=_default_prompt(name, image_size),
+        default_prompt=_default_prompt(name, image_size, is_instructed(config)),
+        instructed=is_instructed(config),
         weights=weights,
         pushed=pushed,
     )
@@ -186,11 +192,12 @@ def _read_config(name: str, folder: Path) -> Any:
     for file in _JSON:
         _require_json(name, folder / file)
     try:
-        config = Blip2Config.from_pretrained(folder)
+        config = read_config(folder)
     except Exception as error:  # transformers raises many kinds on a malformed configuration
         raise CheckpointError(f"checkpoint {name!r}: config.json is unusable: {error}") from error
-    if config.model_type != "blip-2":
-        raise CheckpointError(f"checkpoint {name!r} is {config.model_type!r}, not BLIP-2")
+    if not is_served(config):
+        kind = config.model_type
+        raise CheckpointError(f"checkpoint {name!r} is {kind!r}, not BLIP-2 or InstructBLIP")
     return config
 
 
@@ -237,11 +244,19 @@ def _digest(files: Iterable[Path]) -> str:
 def _family(name: str, config: Any) -> Family:
     if "Blip2ForImageTextRetrieval" in (config.architectures or ()):
         return "retrieval"
-    match config.text_config.model_type:
+    text = config.text_config
+    match text.model_type:
         case "opt":
             return "opt"
         case "t5":
             return "t5"
+        case "llama" if text.rope_parameters["rope_type"] in _ROTATIONS:
+            return "llama"
+        case "llama":
+            rotation = text.rope_parameters["rope_type"]
+            raise CheckpointError(
+                f"checkpoint {name!r} has a Llama with the unsupported positions {rotation!r}"
+            )
         case other:
             raise CheckpointError(f"checkpoint {name!r} has the unsupported language model {other}")
 
@@ -250,8 +265,10 @@ def _side(image_size: int | list[int] | tuple[int, ...]) -> int:
     return image_size if isinstance(image_size, int) else image_size[0]
 
 
-def _default_prompt(name: str, image_size: int) -> str:
+def _default_prompt(name: str, image_size: int, instructed: bool) -> str:
     """A known checkpoint's; of others, name or image size say that they come from COCO's."""
+    if instructed:
+        return INSTRUCTION
     name = name.rstrip("/").partition("@")[0]
     if name in VARIANTS:
         return VARIANTS[name].default_prompt

@@ -19,6 +19,7 @@ from transformers import (
     BitsAndBytesConfig,
     Blip2ForConditionalGeneration,
     Blip2ForImageTextRetrieval,
+    InstructBlipForConditionalGeneration,
 )
 
 from blipq_worker.blip2.loading.attention import Attention, choose_attention
@@ -27,6 +28,7 @@ from blipq_worker.blip2.loading.compiling import compile_parts
 from blipq_worker.blip2.loading.precision import Dtype, Precision, choose_precision
 from blipq_worker.blip2.loading.quantizing import Quantizing
 from blipq_worker.blip2.loading.streaming import streamed_weights
+from blipq_worker.catalog.models import QFORMER_TOKENIZER
 from blipq_worker.inference.requests import Family
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,10 @@ class _ByParts:
 
 
 class _Generation(_ByParts, Blip2ForConditionalGeneration):  # type: ignore[misc]
+    pass
+
+
+class _Instructed(_ByParts, InstructBlipForConditionalGeneration):  # type: ignore[misc]
     pass
 
 
@@ -74,7 +80,8 @@ def load_weights(checkpoint: Checkpoint, setup: Setup) -> Any:
     a type or an attention that cannot run on the device, and for a checkpoint in S3 ModelError and
     S3ModelAway.
     """
-    base = _Retrieval if checkpoint.family == "retrieval" else _Generation
+    base = _Instructed if checkpoint.instructed else _Generation
+    base = _Retrieval if checkpoint.family == "retrieval" else base
     precision = setup.precision(checkpoint.family)
     model_class: Any = type(base.__name__, (base,), {"precision": precision})
     attention = choose_attention(setup.attention, checkpoint.family, precision, setup.device)
@@ -198,10 +205,19 @@ def _bitsandbytes(family: Family, precision: Precision, quantizing: Quantizing) 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer; special tokens spelled out in a caller's text are plain text."""
-    missing = f"checkpoint {checkpoint.name!r} has no usable tokenizer in {checkpoint.folder}"
-    if not any(checkpoint.folder.glob("tokenizer*")):  # transformers would make up an empty one
+    return _tokenizer(checkpoint, checkpoint.folder)
+
+
+def load_instruction_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The same of an InstructBLIP's Q-Former."""
+    return _tokenizer(checkpoint, checkpoint.folder / QFORMER_TOKENIZER)
+
+
+def _tokenizer(checkpoint: Checkpoint, folder: Path) -> Any:
+    missing = f"checkpoint {checkpoint.name!r} has no usable tokenizer in {folder}"
+    if not any(folder.glob("tokenizer*")):  # transformers would make up an empty one
         raise CheckpointError(missing)
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, split_special_tokens=True)
+        return AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
     except Exception as error:  # tokenizers raises many kinds, plain ones among them
         raise CheckpointError(f"{missing}: {error}") from error

@@ -28,6 +28,9 @@ Side = Literal["generation", "retrieval"]
 #: Takes the images that a pass of the vision tower was for, and its milliseconds.
 OnEncode = Callable[[Sequence[Pixels], float], None]
 
+#: An image in a pass: its digest, or itself.
+Identity = str | Pixels
+
 # The parts of a vision configuration that its forward pass depends on.
 _TOWER = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -100,9 +103,13 @@ class Vision:
         seen = model.vision_model.embeddings.class_embedding.dtype
         self._rounds = side == "generation" and seen != torch.float32
 
+    def needed(self, adapter: int) -> str:
+        """The feature, by its name in the cache, that a text to be written needs of its image."""
+        return self.name_of(adapter)
+
     def patches(self, images: Sequence[Pixels]) -> torch.Tensor:
         """The vision tower's output, (B, patches + 1, hidden)."""
-        with self._timed(self.tower, images):
+        with self._timed([(self.tower, image) for image in images]):
             return self._patches(images)
 
     def name_of(self, adapter: int) -> str:
@@ -127,7 +134,7 @@ class Vision:
 
     def _queries(self, images: Sequence[Pixels], adapter: int) -> torch.Tensor:
         name = self.name_of(adapter)
-        with self._timed(name, images):
+        with self._timed([(name, image) for image in images]):
             return self._each(name, images, partial(self._read, adapter=adapter))
 
     def _patches(self, images: Sequence[Pixels]) -> torch.Tensor:
@@ -161,21 +168,26 @@ class Vision:
         return hidden
 
     def _query(self, patches: torch.Tensor) -> torch.Tensor:
-        with _tf32() if self._rounds else nullcontext():
+        with tf32() if self._rounds else nullcontext():
             return query_features(self.model, patches)
 
     @torch.inference_mode()
     def capture(self, how: Callable[[Run], Run], most: int) -> None:
         """Has passes over up to ``most`` images run by graphs, where the tower allows it."""
+        patches = self._capture_tower(how, most)
+        self._query_pass.prepare(patches[0], how, most)
+        log.info("vision: %d graphs of queries", len(self._query_pass))
+
+    def _capture_tower(self, how: Callable[[Run], Run], most: int) -> torch.Tensor:
+        """The same of the tower alone; what it sees in noise, (1, patches + 1, hidden)."""
         config, started = self.model.config.vision_config, time.monotonic()
         size = 3, config.image_size, config.image_size
         dice = torch.Generator().manual_seed(4)
         pixels = torch.randn(size, generator=dice).to(self.model.query_tokens.device)
         self._tower_pass.prepare(pixels, how, most)
-        patches = self.model.last_layernorm(self._see(pixels[None]))
-        self._query_pass.prepare(patches[0], how, most)
-        graphs = len(self._tower_pass) + len(self._query_pass)
-        log.info("vision: %d graphs, %.1f s", graphs, time.monotonic() - started)
+        log.info("vision: %d graphs, %.1f s", len(self._tower_pass), time.monotonic() - started)
+        patches: torch.Tensor = self.model.last_layernorm(self._see(pixels[None]))
+        return patches
 
     def _each(
         self,
@@ -184,15 +196,19 @@ class Vision:
         compute: Callable[[Sequence[Pixels]], torch.Tensor],
     ) -> torch.Tensor:
         """A feature of each image, in order: what is known, and the rest in one pass."""
-        known = {_identity(image): self._known(name, image) for image in images}
+        known = {identity(image): self._known(name, image) for image in images}
         found = {image: feature for image, feature in known.items() if feature is not None}
-        missing = {_identity(each): each for each in images if _identity(each) not in found}
+        missing = {identity(each): each for each in images if identity(each) not in found}
         if missing:
             found.update(zip(missing, compute(list(missing.values())), strict=True))
         for image in images:
-            if name != self.tower or image.whole:  # else the next job needs less than all of it
-                self._keep(name, image, found[_identity(image)])
-        return self._stacked([found[_identity(image)] for image in images])
+            if self._keeps(name, image):
+                self._keep(name, image, found[identity(image)])
+        return self._stacked([found[identity(image)] for image in images])
+
+    def _keeps(self, name: str, image: Pixels) -> bool:
+        """Whether to remember it: of most images the next job needs less than the tower saw."""
+        return name != self.tower or image.whole
 
     def _known(self, name: str, image: Pixels) -> torch.Tensor | None:
         if name in image.features or image.digest is None:
@@ -214,9 +230,12 @@ class Vision:
         return torch.stack([row.to(device) for row in rows])
 
     @contextmanager
-    def _timed(self, name: str, images: Sequence[Pixels]) -> Iterator[None]:
-        """Reports the time of a pass for the images that were not known: all waited for it."""
-        waiting = list(dict.fromkeys(each for each in images if self._known(name, each) is None))
+    def _timed(self, features: Sequence[tuple[str, Pixels]]) -> Iterator[None]:
+        """Reports the time of a pass for the images of which these features were not known: all
+        waited for it.
+        """
+        unknown = (image for name, image in features if self._known(name, image) is None)
+        waiting = list(dict.fromkeys(unknown))
         started = time.monotonic()
         yield
         if waiting:
@@ -224,7 +243,7 @@ class Vision:
 
 
 @contextmanager
-def _tf32() -> Iterator[None]:
+def tf32() -> Iterator[None]:
     """Has GPUs multiply fp32 in TF32; CPUs do not know it."""
     products = torch.backends.cuda.matmul
     before = products.fp32_precision
@@ -245,7 +264,7 @@ def _images_per_pass(model: Any) -> int:
     return max(1, _STATES_ON_A_CPU // widest)
 
 
-def _identity(image: Pixels) -> str | Pixels:
+def identity(image: Pixels) -> Identity:
     """Equal for equal files; an image without a digest is equal to itself alone."""
     return image if image.digest is None else image.digest
 

@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from blipq_worker.catalog.models import QFORMER_TOKENIZER
+
 MANIFEST = "blipq-manifest.json"
 #: What a push is about, in place of the manifest as long as it has not ended.
 DRAFT = "blipq-push.json"
@@ -23,8 +25,8 @@ SMALL_BYTES = 64 * 2**20
 WEIGHTS = ".safetensors"
 
 _Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-#: Files are written to a folder under these names.
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
+#: Files are written to a folder under these names, a Q-Former's tokenizer to one in it.
+_NAME = re.compile(rf"(?:{QFORMER_TOKENIZER}/)?[A-Za-z0-9_][A-Za-z0-9._-]{{0,254}}")
 
 
 class StoredFile(BaseModel):

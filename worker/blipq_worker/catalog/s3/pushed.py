@@ -61,4 +61,6 @@ class Pushed:
     def _fetch_small_files(self) -> None:
         for name in self.manifest.files:
             if not name.endswith(WEIGHTS):
-                (self.folder / name).write_bytes(self._objects.small(name, self.manifest))
+                path = self.folder / name
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(self._objects.small(name, self.manifest))

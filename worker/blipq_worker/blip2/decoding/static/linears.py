@@ -34,8 +34,8 @@ def _adapted(run: Pass, low: LowRank) -> Pass:
 
 
 def norm_of(norm: Any) -> Pass:
-    """T5's norm, (n, size) to its like, in one kernel where transformers launches eight."""
-    if type(norm).__name__ != "T5LayerNorm":  # apex's is one already
+    """T5's and Llama's norm, (n, size) to its like, in one kernel for transformers' eight."""
+    if type(norm).__name__ not in ("T5LayerNorm", "LlamaRMSNorm"):  # apex's is one already
         own: Pass = norm.forward
         return own
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from blipq_worker.blip2.cuda.capture import CudaCapture, Run
-from blipq_worker.blip2.decoding.languages import T5, Language, Opt
+from blipq_worker.blip2.decoding.languages import language_of
 from blipq_worker.blip2.decoding.sequences import Row
 from blipq_worker.blip2.decoding.static.admission import Admission, AdmissionGraphs
 from blipq_worker.blip2.decoding.static.attention.methods import (
@@ -24,6 +24,7 @@ from blipq_worker.blip2.decoding.static.attention.methods import (
 from blipq_worker.blip2.decoding.static.graphs import Graphs
 from blipq_worker.blip2.decoding.static.groups import MOST_BEAMS, WIDTHS
 from blipq_worker.blip2.decoding.static.linears import is_eight_bits
+from blipq_worker.blip2.decoding.static.llama import StaticLlama
 from blipq_worker.blip2.decoding.static.loop import StaticLoop
 from blipq_worker.blip2.decoding.static.opt import StaticOpt
 from blipq_worker.blip2.decoding.static.sampler import Sampler, Variant
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 
 #: Columns of a slot: prompt and new tokens of nearly all jobs. Longer ones run in ``DecodeLoop``.
 COLUMNS = 256
+#: The same for InstructBLIP, whose texts have up to 256 new tokens by default.
+LONG_COLUMNS = 2 * COLUMNS
 #: Slots where no number is given and there is memory for them.
 SLOTS = 128
 #: The part of free memory that slots may take where no number is given: passes need theirs.
@@ -154,9 +157,8 @@ def _first_that_works(
 
 
 def _language(model: Any) -> StaticLanguage | None:
-    if StaticT5.can_run(model):
-        return StaticT5(model)
-    return StaticOpt(model) if StaticOpt.can_run(model) else None
+    kinds: tuple[Any, ...] = (StaticT5, StaticLlama, StaticOpt)
+    return next((kind(model) for kind in kinds if kind.can_run(model)), None)
 
 
 def _reserved(
@@ -283,7 +285,7 @@ def _require_same_attention(step: StaticStep) -> None:
 def _require_same_scores(model: Any, step: StaticStep) -> None:
     """A step must find the scores that growing slots find, for a few sequences."""
     rows = _random_rows(model, min(3, len(step.state.tokens)))
-    growing: Language = T5(model) if model.config.is_encoder_decoder else Opt(model)
+    growing = language_of(model)
     scores, filled = growing.prefill(rows)
     loop = StaticLoop(step)
     loop.join(rows)
