@@ -28,7 +28,7 @@ from blipq_worker.blip2 import (
     RerankItem,
 )
 from blipq_worker.blip2.decoding import DecodeLoop
-from blipq_worker.blip2.decoding.static import Way, static_loop
+from blipq_worker.blip2.decoding.static import Way, linears, static_loop
 from blipq_worker.blip2.decoding.static.attention.methods import MaskedAttention
 from blipq_worker.catalog.params import resolve
 from blipq_worker.catalog.prompts import vqa_prompt
@@ -233,9 +233,10 @@ def test_a_llama_whose_heads_share_keys_writes_what_generate_writes(
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_quantized_weights_write_what_they_write_with_generate(
-    instructed_checkpoints: dict[str, Path], quantization: Any
+    instructed_checkpoints: dict[str, Path], quantization: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row alone: int8 rounds it by the largest numbers of all."""
+    """A row alone: int8 rounds by the largest numbers of all. Random weights have many of these."""
+    monkeypatch.setattr(linears, "_OUTLIERS", 1000)
     for name in ("llama",) if quantization == "int8" else ("llama", "t5"):
         folder = instructed_checkpoints[name]
         model = Blip2.load(str(folder), quantization=quantization, dtype="float32")

@@ -17,6 +17,10 @@ class HasFamily(Protocol):
     def family(self) -> Family:
         """The language model's family."""
 
+    @property
+    def instructed(self) -> bool:
+        """Whether it is an InstructBLIP."""
+
 
 def resolve(
     kind: Literal["caption", "vqa"], info: HasFamily, overrides: Mapping[str, Any] | None = None

@@ -78,9 +78,8 @@ class StaticLlama(StaticCausal):
         if self._sharing == 1:
             return read.view(len(read), 3, self.heads, self.size)
         alike = self.heads // self._sharing
-        queries, keys, values = read.view(len(read), -1, self.size).split(
-            [self.heads, alike, alike], dim=1
-        )
+        parts = read.view(len(read), -1, self.size)
+        queries, keys, values = torch.split(parts, [self.heads, alike, alike], dim=1)
         shared = (for_each_head(part, self._sharing) for part in (keys, values))
         return torch.stack([queries, *shared], dim=1)
 
