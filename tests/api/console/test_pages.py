@@ -14,8 +14,8 @@ from PIL import Image
 from api.conftest import Start
 from api.console.conftest import HOSTILE, PAGES, Keyed, Markup, explained, page, succeed
 from blipq import Client, ImageRef, Settings
-from blipq.ledger.views.runs import Run, Runs
 from blipq.images.heat import PALETTE
+from blipq.ledger.views.runs import Run, Runs
 from blipq.ledger.worker import WorkerLedger
 from blipq.s3.storage import Storage
 from blipq_api.access.keys import LOCAL
@@ -305,6 +305,8 @@ def test_bulks_are_listed_to_who_may_see_them(
     with keyed.signed_in("reader") as http:
         text = http.get("/console/runs").text
     assert ("shop" in text, "zoo" in text, "old.csv" in text) == (True, False, False)
+
+
 def test_a_heat_map_is_laid_over_the_picture_of_its_job(
     operator: httpx2.Client, client: Client, ledger: WorkerLedger
 ) -> None:
