@@ -24,6 +24,8 @@ from guarantees.stand_ins import faulty_worker
 from guarantees.stand_ins.forked import Forked
 
 LEASE_S = 3
+#: For a server that is busy: one that was killed refuses at once.
+TIMEOUT_S = 20
 KEYED = 10_000
 CHUNK = 500
 
@@ -34,7 +36,7 @@ class Cells:
     def __init__(self, folder: Path, stack: LocalStack, names: str) -> None:
         fields = stack.settings_fields()
         self._s3 = {name: text for name, text in fields.items() if name.startswith("s3_")}
-        self.fleet = Fleet(folder / "cells", names, **self._s3)
+        self.fleet = Fleet(folder / "cells", names, timeout_s=TIMEOUT_S, **self._s3)
         self._folder = folder
         self._numbers = itertools.count()
         self.workers: dict[str, Service] = {}
@@ -115,6 +117,7 @@ def by_cell(jobs: Sequence[Job[Any]]) -> dict[str | None, list[Job[Any]]]:
     return found
 
 
+@pytest.mark.timeout(300)
 def test_a_killed_cell_keeps_its_jobs_while_others_go_on_and_new_ones_move(cells: Cells) -> None:
     for name in "ab":
         cells.start_worker(name)
@@ -143,6 +146,7 @@ def test_a_killed_cell_keeps_its_jobs_while_others_go_on_and_new_ones_move(cells
         assert known <= records["a"] | records["b"] <= known | set(load.unsure)
 
 
+@pytest.mark.timeout(300)
 def test_a_cell_drains_and_is_removed_and_no_job_is_lost(cells: Cells) -> None:
     for name in "ab":
         cells.start_worker(name)
@@ -173,11 +177,12 @@ def keyed(key: str) -> Submission:
 LISTS = ("1=a,b", "1=a,b 2=a,b,c", "1=a,b 2=a,b,c 3=a,c")
 
 
+@pytest.mark.timeout(300)
 def test_ten_thousand_keys_are_one_job_each_while_a_cell_joins_and_another_one_drains(
     tmp_path: Path,
 ) -> None:
     """Clients with the old and the new lists submit the same keys, each in an order of its own."""
-    fleet = Fleet(tmp_path, "abc")
+    fleet = Fleet(tmp_path, "abc", timeout_s=TIMEOUT_S)
     found: list[dict[str, str]] = [{} for _ in LISTS]
     failures: list[BaseException] = []
 
