@@ -390,8 +390,8 @@ def lengths(*numbers: int) -> list[GenerationParams]:
     ("kinds", "most"),
     [
         (partial(lengths, 9, 3, 5, 7, 4), 160),
-        (lambda: [BEAMS, replace(BEAMS, num_beams=5, num_return_sequences=2)], 280),
-        (of_all_kinds, 530),
+        (lambda: [BEAMS, replace(BEAMS, num_beams=5, num_return_sequences=2)], 320),
+        (of_all_kinds, 600),
     ],
     ids=["greedy", "beams", "all kinds"],
 )
