@@ -80,7 +80,7 @@ def answer_to(case: Case, text: str | None = None) -> Result:
     if case.kind is Kind.CAPTION:
         return CaptionResult(captions=(Caption(text=text or case.expected, **SURE),))
     if case.kind is Kind.VQA:
-        return VQAResult(answers=(Answer(question=case.text, text=text or case.expected),))
+        return VQAResult(answers=(Answer(question=case.text, text=text or case.expected, **SURE),))
     score = 0.9 if (text or case.expected) == "match" else 0.1
     return MatchResult(head="itm", scores=(TextScore(text=case.text, score=score),))
 

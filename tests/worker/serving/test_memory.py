@@ -532,8 +532,8 @@ def test_the_command_counts_for_a_cpu_too() -> None:
     ("gib", "told"),
     [
         (None, r"opt-6.7b in full 2\d.\d GiB, opt-6.7b with BLIPQ_QUANTIZATION=int8"),
-        (16, r"16.0 GiB hold: opt-6.7b with BLIPQ_QUANTIZATION=nf4 1\d.\d GiB, opt-2.7b in full"),
-        (2, r"2.0 GiB hold none: the least is opt-2.7b with BLIPQ_QUANTIZATION=nf4, \d.\d GiB"),
+        (16, r"16.0 GiB hold: .*opt-2.7b with BLIPQ_QUANTIZATION=nf4 1\d.\d GiB"),
+        (2, r"2.0 GiB hold none: the least is opt-2.7b with BLIPQ_QUANTIZATION=nf4, \d+.\d GiB"),
     ],
 )
 def test_a_model_over_two_gpus_is_answered_with_what_fits_on_one(
