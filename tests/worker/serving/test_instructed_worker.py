@@ -7,9 +7,8 @@ import pytest
 
 from blipq import Client, JobFailed, Settings
 from blipq.local.stack import LocalStack
-from blipq_worker.demo.world import distinct_scenes
 from conftest import start_worker, wait_for_worker
-from renders import png
+from renders import distinct_scenes, png
 
 SHORT = {"max_new_tokens": 6}
 PROMPT = "What is in the picture?"
