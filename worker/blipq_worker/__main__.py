@@ -120,8 +120,6 @@ def _loaded() -> "Worker | SplitWorker":
         from blipq_worker.supervision.worker import SplitWorker
 
         return SplitWorker(settings, options, fronts)
-    if options.front_user is not None:
-        raise InvalidRequest("BLIPQ_FRONT_USER is for workers with fronts: see BLIPQ_FRONTS")
     # torch and transformers take seconds to import: wrong settings are reported before.
     with START.part("imports"):
         from transformers.utils import logging as transformers_logging

@@ -129,7 +129,7 @@ class _Serving:
         slots = max(info.slots for info in models.values())
         self._bottleneck = Bottleneck(lambda: self._decoding.waiting, lambda: engine.beat, slots)
         self._broker_loop = BrokerLoop()
-        count_in(seat.shared, f"front-{seat.number}")
+        count_in(seat.metrics, f"front-{seat.number}")
         metrics = WorkerMetrics()
         self._jobs = jobs_of(self._base, engine, self._decoding, metrics)
         self._beat = _Beat(self)

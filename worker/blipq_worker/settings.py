@@ -175,13 +175,6 @@ class WorkerSettings(BaseSettings):
             "most."
         ),
     )
-    front_user: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None,
-        description=(
-            "User (name or number) that fronts run as, where root runs the worker: what decodes "
-            "pictures cannot read then what is the worker's own. By default the worker's user."
-        ),
-    )
     decode_threads: int = Field(default=4, ge=1, description="Images decoded at the same time.")
 
     jpeg_draft: bool = Field(

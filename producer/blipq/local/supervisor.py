@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from blipq.backoff import Backoff
 
@@ -32,20 +31,11 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-class Identity(NamedTuple):
-    """Whose process it is: a user, its group, and all of its groups."""
-
-    uid: int
-    gid: int
-    groups: tuple[int, ...]
-
-
 class Service:
     """One child process. Its output goes to ``log``, or to this process' own if None.
 
     env: what it has in its environment; this process' own is there as well if it ``inherits``.
-    restarts: pauses before it is started again, by default RESTARTS. identity: whose it is, if not
-    this process' user's; only root can give that.
+    restarts: pauses before it is started again, by default RESTARTS.
     """
 
     def __init__(
@@ -57,12 +47,10 @@ class Service:
         inherits: bool = True,
         log: Path | None = None,
         restarts: Backoff | None = None,
-        identity: Identity | None = None,
     ) -> None:
         self.name = name
         self.command = list(command)
         self.log = log
-        self.identity = identity
         self.env = {**(os.environ if inherits else {}), **(env or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
@@ -83,7 +71,6 @@ class Service:
     def start(self) -> None:
         """Starts the process in a session of its own: Ctrl-C reaches only the supervisor."""
         output = self.log.open("ab") if self.log else None
-        uid, gid, groups = self.identity or (None, None, None)
         try:
             self._process = subprocess.Popen(
                 self.command,
@@ -92,10 +79,6 @@ class Service:
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
                 start_new_session=True,
-                user=uid,
-                group=gid,
-                extra_groups=groups,
-                # After the change of user, which would take the signal away.
                 preexec_fn=partial(_die_with, os.getpid()) if sys.platform == "linux" else None,
             )
         finally:

@@ -42,7 +42,7 @@ def serving(worker: Service) -> list[int]:
         for each in processes(worker, "front"):
             command = each.cmdline()
             number = command[command.index("--number") + 1]
-            status = read_status(folder / f"fronts/front-{number}.json")
+            status = read_status(folder / f"front-{number}.json")
             if status is not None and status.pid == each.pid and status.taking:
                 found.append(each.pid)
     return found

@@ -40,7 +40,7 @@ class Rig:
 
     def __init__(self, stack: LocalStack, settings: Settings, client: Client, folder: Path) -> None:
         self.client, self.seat = client, Seat(folder, 0, 1, "w-test")
-        self.seat.shared.mkdir()
+        self.seat.metrics.mkdir()
         self.redis: redis.Redis = connect(settings)
         self._environment = stack.environment() | {
             "BLIPQ_REDIS_URL": str(settings.redis_url),

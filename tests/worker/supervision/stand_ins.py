@@ -8,12 +8,10 @@ succeed. On SIGTERM a front gives back what it holds and ends. The engine refuse
 SIGUSR1, or at once with ``STAND_IN_REFUSES``.
 """
 
-import ctypes
 import json
 import logging
 import os
 import signal
-import struct
 import sys
 import threading
 import time
@@ -24,16 +22,12 @@ from typing import Any
 from blipq.contract import Kind
 from blipq.ledger.connection import connect
 from blipq.ledger.worker import Claim, WorkerLedger, new_nonce
-from blipq.local.supervisor import Service
 from blipq.settings import Settings
 from blipq_worker.fronts.holdings import Holdings
 from blipq_worker.fronts.status import FrontStatus, write_status
 from blipq_worker.inference import EngineClient, EngineGone, EngineServer
 from blipq_worker.process.metrics import WorkerMetrics, count_in
-from blipq_worker.process.users import FrontUser, front_user
 from blipq_worker.settings import WorkerSettings
-from blipq_worker.supervision import environment
-from blipq_worker.supervision import worker as supervision
 from blipq_worker.supervision.worker import SplitWorker
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
@@ -46,29 +40,7 @@ RESULT = json.dumps({"kind": "caption", "captions": [{"text": "did it"}]})
 
 
 def run_main(fronts: int) -> int:
-    environment.Service = _AsRoot  # type: ignore[misc]
-    supervision.require_front = lambda folder, user: None
     return SplitWorker(Settings(), WorkerSettings(), fronts, COMMAND).run()
-
-
-class _AsRoot(Service):
-    """Starts fronts as its own user: theirs may not be able to read this installation."""
-
-    def __init__(self, *arguments: Any, identity: Any = None, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-
-
-def become(user: FrontUser) -> None:
-    """Keeps the right to read all files, which modules need that are imported later; no other."""
-    libc, keep_capabilities, read_all = ctypes.CDLL(None, use_errno=True), 8, 1 << 2
-    libc.prctl(keep_capabilities, 1, 0, 0, 0)
-    os.setgroups(user.identity.groups)
-    os.setgid(user.gid)
-    os.setuid(user.identity.uid)
-    version_3, itself = 0x20080522, 0
-    rights = struct.pack("6I", read_all, read_all, 0, 0, 0, 0)
-    if libc.capset(struct.pack("Ii", version_3, itself), rights) != 0:
-        raise OSError(ctypes.get_errno(), "capset")
 
 
 def run_engine(folder: Path) -> int:
@@ -79,9 +51,7 @@ def run_engine(folder: Path) -> int:
         print("the model cannot be loaded", file=sys.stderr)
         return 78
     (folder / "engine.environment").write_text(json.dumps(dict(os.environ)))
-    user = front_user(WorkerSettings().front_user)
-    uids, gid = (None, None) if user is None else (user.served, user.gid)
-    server = EngineServer(folder / "engine.sock", StandIn(), uids=uids, gid=gid)
+    server = EngineServer(folder / "engine.sock", StandIn())
     while signal.SIGUSR1 not in told:
         server.poll(0.05)
         server.progress()
@@ -96,11 +66,11 @@ class Front:
     """Takes one message at a time, and goes on while it holds others."""
 
     def __init__(self, folder: Path, number: int, worker: str) -> None:
-        count_in(folder / "fronts", f"front-{number}")
+        count_in(folder / "metrics", f"front-{number}")
         self._number, self._worker = number, worker
-        self._status_path = folder / f"fronts/front-{number}.json"
+        self._status_path = folder / f"front-{number}.json"
         self._metrics = WorkerMetrics()
-        self._holdings = Holdings(folder / f"fronts/front-{number}.held", places=8)
+        self._holdings = Holdings(folder / f"front-{number}.held", places=8)
         self._ledger = WorkerLedger(connect(Settings()), Settings())
         self._claims: list[Claim] = []
         self._kept = ExitStack()
@@ -204,9 +174,6 @@ def main() -> int:
         case ["engine", "--run", folder]:
             return run_engine(Path(folder))
         case ["front", "--run", folder, "--number", number, "--of", _, "--worker", worker]:
-            user = front_user(WorkerSettings().front_user)
-            if user is not None:
-                become(user)
             return Front(Path(folder), int(number), worker).run()
     raise SystemExit(f"what is {sys.argv[1:]}?")
 

@@ -1,6 +1,5 @@
 """Where a worker's processes meet."""
 
-import os
 import shutil
 import stat
 import tempfile
@@ -10,11 +9,7 @@ from pathlib import Path
 import pytest
 
 from blipq.errors import InvalidRequest
-from blipq.local.supervisor import Identity
-from blipq_worker.process.users import FrontUser
-from blipq_worker.supervision import environment
 from blipq_worker.supervision import folder as module
-from blipq_worker.supervision.environment import require_front
 from blipq_worker.supervision.folder import RunFolder
 
 
@@ -71,28 +66,3 @@ def test_a_path_too_long_for_a_socket_is_passed_over(
     monkeypatch.setattr(module, "_PARENTS", (str(parent / "missing"),))
     with pytest.raises(InvalidRequest, match="BLIPQ_FRONTS=0 does without"):
         RunFolder()
-
-
-def test_fronts_of_another_user_pass_through_and_write_in_their_part_alone(parent: Path) -> None:
-    folder = RunFolder(FrontUser("other", Identity(65_534, 65_534, ()), {}))
-    seen = [each.stat() for each in (folder.path, folder.fronts)]
-    assert [stat.S_IMODE(each.st_mode) for each in seen] == [0o710, 0o1770]
-    assert {(each.st_uid, each.st_gid) for each in seen} == {(os.geteuid(), 65_534)}
-    folder.remove()
-    assert not list(parent.iterdir())
-
-
-def test_a_user_who_cannot_run_a_front_is_named_at_the_start(
-    parent: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Here the folder above is closed to them; what else ends a front is in its last line."""
-    user = FrontUser("other", Identity(65_534, 65_534, ()), {})
-    folder = RunFolder(user)
-    with pytest.raises(InvalidRequest, match="BLIPQ_FRONT_USER: user other cannot run a front: "):
-        require_front(folder, user)
-    own = FrontUser("own", Identity(os.geteuid(), os.getegid(), tuple(os.getgroups())), {})
-    require_front(folder, own)
-    monkeypatch.setattr(environment, "_TRIAL", "import nothing_of_that_name")
-    with pytest.raises(InvalidRequest, match="No module named 'nothing_of_that_name'"):
-        require_front(folder, own)
-    folder.remove()

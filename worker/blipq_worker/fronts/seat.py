@@ -28,16 +28,16 @@ class Seat:
         return self.folder / "engine.sock"
 
     @property
-    def shared(self) -> Path:
-        """The folder in which fronts write: where they count, and the files below."""
-        return self.folder / "fronts"
+    def metrics(self) -> Path:
+        """The folder in which all fronts count."""
+        return self.folder / "metrics"
 
     @property
     def status(self) -> Path:
         """The file in which the front says how it is: see ``status``."""
-        return self.shared / f"front-{self.number}.json"
+        return self.folder / f"front-{self.number}.json"
 
     @property
     def holdings(self) -> Path:
         """The file in which the front notes what it holds: see ``holdings``."""
-        return self.shared / f"front-{self.number}.held"
+        return self.folder / f"front-{self.number}.held"

@@ -31,7 +31,6 @@ from blipq_worker.inference.interface import Handle
 from blipq_worker.inference.server import BEAT_S, CREDITS, EngineServer
 from blipq_worker.process.heartbeat import EXIT_HUNG
 from blipq_worker.process.privacy import HUB_TOKENS
-from blipq_worker.process.users import front_user
 from blipq_worker.serving.device import stay_near
 from blipq_worker.serving.loader import checker, load_models
 from blipq_worker.settings import WorkerSettings
@@ -93,8 +92,6 @@ def run_engine(folder: Path, options: WorkerSettings) -> int:
         forget_s3()
         for name, model in models.items():
             model.write_readings(folder, name)
-        for reading in folder.glob("*.json"):
-            reading.chmod(0o644)  # fronts read it, whose ever they are; others cannot come here
         process = EngineProcess(path, options, models, check)
     except (InvalidRequest, ModelError) as error:
         return _ended(EXIT_MODEL, error)
@@ -192,9 +189,7 @@ class EngineProcess:
             on_start=self._started,
         )
         self._batcher = engine.batcher
-        user = front_user(options.front_user)
-        uids, gid = (None, None) if user is None else (user.served, user.gid)
-        self._server = EngineServer(path, engine, uids=uids, gid=gid)
+        self._server = EngineServer(path, engine)
 
     def run(self) -> int:
         """Serves until SIGTERM, or until a model is refused; the exit code."""

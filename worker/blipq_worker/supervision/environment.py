@@ -1,21 +1,18 @@
 """What a worker's processes get in their environment, and how they are started."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
 from pydantic import AliasChoices
 
 from blipq.backoff import Backoff
-from blipq.errors import InvalidRequest
 from blipq.local.supervisor import Service
 from blipq.settings import Settings
 from blipq_worker.catalog.models import served_model
 from blipq_worker.catalog.s3.keys import PREFIX, environment_of, model_settings
 from blipq_worker.catalog.s3.places import is_in_s3
 from blipq_worker.process.privacy import is_of_models
-from blipq_worker.process.users import FrontUser
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.supervision.folder import RunFolder
 
@@ -24,10 +21,6 @@ COMMAND = (sys.executable, "-P", "-m", "blipq_worker")
 
 #: Of a front, which loads nothing that takes long: pictures may end one after another.
 _RESTARTS = Backoff(0.5, 4.0)
-
-#: Imports what a front does, and writes where fronts write.
-_TRIAL = "import sys, tempfile, blipq_worker.front; tempfile.TemporaryFile(dir=sys.argv[1])"
-_TRIAL_S = 120.0
 
 _AWS = "AWS_"
 _PREFIXES = (_AWS, "CELERY_", "REDIS_")
@@ -53,54 +46,14 @@ def engine_service(
 
 
 def front_service(
-    folder: RunFolder,
-    number: int,
-    of: int,
-    worker: str,
-    command: Sequence[str] = COMMAND,
-    user: FrontUser | None = None,
+    folder: RunFolder, number: int, of: int, worker: str, command: Sequence[str] = COMMAND
 ) -> Service:
-    """The process of a front, not started. number: from 1 on. user: if not this one's."""
+    """The process of a front, not started. number: from 1 on."""
     place = ["--number", str(number), "--of", str(of), "--worker", worker]
     arguments = [*command, "front", "--run", str(folder.path), *place]
     return Service(
-        f"front {number}",
-        arguments,
-        env=front_environment(user),
-        inherits=False,
-        restarts=_RESTARTS,
-        identity=None if user is None else user.identity,
+        f"front {number}", arguments, env=front_environment(), inherits=False, restarts=_RESTARTS
     )
-
-
-def require_front(folder: RunFolder, user: FrontUser) -> None:
-    """Raises InvalidRequest where a user can not run a front: it would end each time it starts.
-
-    An installation in the home of root is closed to all others, for example.
-    """
-    uid, gid, groups = user.identity
-    command = [*COMMAND[:2], "-c", _TRIAL, str(folder.fronts)]
-    try:
-        subprocess.run(
-            command,
-            user=uid,
-            group=gid,
-            extra_groups=groups,
-            env=front_environment(user),
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=_TRIAL_S,
-        )
-    except subprocess.CalledProcessError as error:
-        why = error.stderr.strip().rpartition("\n")[2]
-        raise InvalidRequest(_cannot(user, why or f"code {error.returncode}")) from None
-    except (OSError, subprocess.SubprocessError) as error:
-        raise InvalidRequest(_cannot(user, error)) from error
-
-
-def _cannot(user: FrontUser, why: object) -> str:
-    return f"BLIPQ_FRONT_USER: user {user.name} cannot run a front: {why}"
 
 
 def engine_environment(models: Mapping[str, str]) -> dict[str, str]:
@@ -113,13 +66,9 @@ def engine_environment(models: Mapping[str, str]) -> dict[str, str]:
     return kept | (_for_models_in_s3() if _has_one_in_s3(models) else {})
 
 
-def front_environment(user: FrontUser | None = None) -> dict[str, str]:
-    """The environment of this process without the keys of models: a front loads none.
-
-    user: whose it is, if not this one's.
-    """
-    kept = {name: value for name, value in os.environ.items() if not is_of_models(name)}
-    return kept if user is None else kept | user.environment
+def front_environment() -> dict[str, str]:
+    """The environment of this process without the keys of models: a front loads none."""
+    return {name: value for name, value in os.environ.items() if not is_of_models(name)}
 
 
 def _has_one_in_s3(models: Mapping[str, str]) -> bool:

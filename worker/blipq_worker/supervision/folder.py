@@ -11,7 +11,6 @@ from pathlib import Path
 
 from blipq.errors import InvalidRequest
 from blipq_worker.inference.address import LONGEST_PATH
-from blipq_worker.process.users import FrontUser
 
 log = logging.getLogger(__name__)
 
@@ -21,14 +20,13 @@ _PARENTS = ("/tmp", "/dev/shm")  # noqa: S108
 
 
 class RunFolder:
-    """A folder of this user alone, until ``remove``; fronts of another one may use ``fronts``.
+    """A folder of this user alone, until ``remove``.
 
     It is locked as long as this process lives, which also keeps cleaners of ``/tmp`` off. What dead
-    workers have left beside it goes when it is made. user: whose the fronts are, if not this one's.
-    Raises InvalidRequest where there is no place.
+    workers have left beside it goes when it is made. Raises InvalidRequest where there is no place.
     """
 
-    def __init__(self, user: FrontUser | None = None) -> None:
+    def __init__(self) -> None:
         parent = _parent()
         # Under its own name only once it is locked: until then another worker could take it for a
         # dead one's.
@@ -36,16 +34,8 @@ class RunFolder:
         self._lock = os.open(fresh, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.path = fresh.rename(parent / fresh.name.removeprefix("."))
-        self.fronts.mkdir(mode=0o700)
-        if user is not None:
-            self._let_in(user)
+        self.metrics.mkdir(mode=0o700)
         _sweep(parent)
-
-    def _let_in(self, user: FrontUser) -> None:
-        """Has fronts pass through it, and write in their part: no file of this process' user."""
-        for folder, mode in ((self.path, 0o710), (self.fronts, 0o1770)):
-            os.chown(folder, -1, user.gid)
-            folder.chmod(mode)
 
     @property
     def socket(self) -> Path:
@@ -58,17 +48,17 @@ class RunFolder:
         return self.path / "capturing"
 
     @property
-    def fronts(self) -> Path:
-        """What the fronts write: how they are, what they hold, and what they have counted."""
-        return self.path / "fronts"
+    def metrics(self) -> Path:
+        """What the fronts have counted."""
+        return self.path / "metrics"
 
     def status(self, front: int) -> Path:
         """How a front is (see ``fronts.status``)."""
-        return self.fronts / f"front-{front}.json"
+        return self.path / f"front-{front}.json"
 
     def held(self, front: int) -> Path:
         """What a front holds (see ``fronts.holdings``)."""
-        return self.fronts / f"front-{front}.held"
+        return self.path / f"front-{front}.held"
 
     def remove(self) -> None:
         """Removes it with all that is in it."""

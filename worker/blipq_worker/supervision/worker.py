@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Sequence
 
-from blipq.errors import InvalidRequest
 from blipq.ledger.connection import connect
 from blipq.ledger.worker import GRACE_S, WorkerLedger
 from blipq.local.worker import EXIT_MODEL
@@ -20,16 +19,10 @@ from blipq_worker.process.metrics import WorkerMetrics, count_in
 from blipq_worker.process.periodic import Periodic
 from blipq_worker.process.reconciler import Reconciler
 from blipq_worker.process.signals import ECHO_S, EndSignals
-from blipq_worker.process.users import FrontUser, front_user
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.startup import START
 from blipq_worker.supervision.engine import EngineProcess
-from blipq_worker.supervision.environment import (
-    COMMAND,
-    engine_service,
-    front_service,
-    require_front,
-)
+from blipq_worker.supervision.environment import COMMAND, engine_service, front_service
 from blipq_worker.supervision.folder import RunFolder
 from blipq_worker.supervision.front import ENDS_WORKER, FrontProcess
 from blipq_worker.supervision.metrics import Page
@@ -53,7 +46,7 @@ PASSED_ON_S = ECHO_S + 1.0
 class SplitWorker:
     """The main process of a worker with fronts. command: what starts its other processes.
 
-    Raises PortTaken, and InvalidRequest where there is no folder or no user for them.
+    Raises PortTaken, and InvalidRequest where there is no folder for them.
     """
 
     def __init__(
@@ -65,11 +58,8 @@ class SplitWorker:
     ) -> None:
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._options = options
-        user = front_user(options.front_user)
-        self._folder = RunFolder(user)
-        if user is not None:
-            self._require_front(user)
-        count_in(self._folder.fronts, "main")
+        self._folder = RunFolder()
+        count_in(self._folder.metrics, "main")
         self._ledger = WorkerLedger(connect(settings), settings)
         self._broker = Broker(settings)
         self._settler = Settler(self._ledger, self._broker, WorkerMetrics())
@@ -80,7 +70,7 @@ class SplitWorker:
         )
         self._fronts = [
             FrontProcess(
-                front_service(self._folder, number, fronts, self.name, command, user),
+                front_service(self._folder, number, fronts, self.name, command),
                 number,
                 self._folder,
                 self._settler,
@@ -119,13 +109,6 @@ class SplitWorker:
             return self._serve()
         finally:
             self._stop()
-
-    def _require_front(self, user: FrontUser) -> None:
-        try:
-            require_front(self._folder, user)
-        except InvalidRequest:
-            self._folder.remove()
-            raise
 
     # -- turns --
 
@@ -231,6 +214,6 @@ class SplitWorker:
                 "fronts": whole.fronts_problem,
                 "draining": lambda: "yes" if whole.state().draining else None,
             },
-            metrics=Page(whole, self._folder.fronts, canary=self._options.canary),
+            metrics=Page(whole, self._folder.metrics, canary=self._options.canary),
             host=self._options.health_host,
         )
