@@ -61,6 +61,9 @@ PAGES = (
 )
 JOB_TIMEOUT_S, SETTLE_S = 180.0, 120.0
 BULK_LINES = 40
+KINDS = ("caption", "vqa", "match", "embed", "describe", "search")
+#: What a day has at least one of.
+EXPECTED = ("HTTP succeeded", "bulk lines", "page 200", *(f"{kind} succeeded" for kind in KINDS))
 #: How what ended is counted where all is right; pages may find Redis away.
 RIGHT = ("succeeded", "200", "503", "lines")
 
@@ -80,6 +83,18 @@ class Callers:
         self._uris = [self._client.storage.upload(_png(each)) for each in self._scenes]
         for uri, each in zip(self._uris, self._scenes, strict=True):
             self._client.embed(uri, index={"name": "day", "id": str(each.seed)}).result(60)
+
+    def noting(self, work: Callable[[], None]) -> Callable[[], None]:
+        """The same work, of which an error is noted as wrong: a thread's own end is silent."""
+
+        def done() -> None:
+            try:
+                work()
+            except BaseException as error:
+                name = getattr(getattr(work, "func", work), "__name__", "work")
+                self.wrong[f"{name}: {type(error).__name__}: {error}"[:160]] += 1
+
+        return done
 
     # -- by Python --
 
@@ -207,6 +222,8 @@ class Callers:
         service = self._rig.command("bulk", *arguments)
         service.start()
         self._rig.wait_for_death(service, timeout=JOB_TIMEOUT_S + SETTLE_S)
+        if service.exit_code != 0:
+            raise RuntimeError(f"bulk {arguments[0]}: {service.exit_code} {service.last_words()}")
 
 
 class Hook(Receiver):
@@ -278,7 +295,7 @@ class Day:
             partial(callers.read_pages, door),
             callers.run_bulks,
         ]
-        threads = [threading.Thread(target=work) for work in works]
+        threads = [threading.Thread(target=callers.noting(work)) for work in works]
         for thread in threads:
             thread.start()
         try:
@@ -348,8 +365,10 @@ class Day:
         print(f"events {len(callers.events_expected)}, of which did not arrive: {len(missing)}")
         # What S3 keeps in memory is its own; Redis' is bounded by the times to live of its keys.
         judged = [each for each in grown if not each.role.startswith(("s3", "redis"))]
-        flat = all(each.is_flat for each in judged)
-        return flat and not (callers.wrong or unended or missing or left or forever)
+        flat = bool(judged) and all(each.is_flat for each in judged)
+        missed = [each for each in EXPECTED if not callers.ended[each]]
+        print(f"never ended {missed}, processes judged {len(judged)}")
+        return flat and not (missed or callers.wrong or unended or missing or left or forever)
 
 
 def _line(grown: Growth) -> str:

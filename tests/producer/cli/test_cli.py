@@ -52,6 +52,17 @@ CHOSEN = {
         }
     ],
 }
+UNSURE = {
+    "kind": "vqa",
+    "answers": [
+        {
+            "question": "why?",
+            "text": "a",
+            "choices": [{"text": "a", "probability": 0.4}, {"text": "b", "probability": 0.35}],
+            "uncertain": True,
+        }
+    ],
+}
 DOUBTED = {
     "kind": "caption",
     "captions": [
@@ -115,6 +126,7 @@ def failed(client: Client, ledger: WorkerLedger) -> str:
         (VQA, "why?  a\nhow?  b\n"),
         (MATCH, "0.988  a cat\n"),
         (CHOSEN, "0.750  a\n0.250  b\n"),
+        (UNSURE, "0.400  a  (uncertain)\n0.350  b\n"),
         (DOUBTED, "a cat  (uncertain: 0.41)\na dog\n"),
         ({"kind": "describe", "caption": CAPTION, "match": MATCH}, "a [red] cat\n0.988  a cat\n"),
         (EMBED, "image_embeds  float16 (32, 768)\n"),

@@ -311,8 +311,9 @@ def _lines_of_answers(result: VQAResult) -> Iterator[str]:
         question = f"{answer.question}  " if len(result.answers) > 1 else ""
         if answer.choices is None:
             yield f"{question}{answer.text}{_doubt(answer)}"
-        for choice in answer.choices or ():
-            yield f"{question}{choice.probability:.3f}  {choice.text}"
+        for place, choice in enumerate(answer.choices or ()):
+            doubt = "  (uncertain)" if answer.uncertain and place == 0 else ""
+            yield f"{question}{choice.probability:.3f}  {choice.text}{doubt}"
 
 
 def _features(result: EmbedResult) -> Iterator[str]:
