@@ -108,9 +108,9 @@ def test_the_image_is_seen_once_and_only_when_its_turn_comes(
     seen: list[int] = []
     project = opt.generator.project
 
-    def count(images: Any) -> torch.Tensor:
+    def count(images: Any, adapters: Any = ()) -> torch.Tensor:
         seen.append(len(images))
-        return project(images)
+        return project(images, adapters)
 
     monkeypatch.setattr(opt.generator, "project", count)
     session = with_slots(opt, 6)
@@ -465,9 +465,12 @@ def test_where_most_slots_are_taken_rows_join_in_groups(
     monkeypatch.setattr(sessions, "JOINING_ON_A_CPU", 4)
     seen: list[int] = []
     project = opt.generator.project
-    monkeypatch.setattr(
-        opt.generator, "project", lambda images: seen.append(len(images)) or project(images)
-    )
+
+    def count(images: Any, adapters: Any = ()) -> torch.Tensor:
+        seen.append(len(images))
+        return project(images, adapters)
+
+    monkeypatch.setattr(opt.generator, "project", count)
     items = [
         item(opt, pictures[0], "", min_new_tokens=length, max_new_tokens=length)
         for length in (6, 7, 9, 9, 2, 2)
