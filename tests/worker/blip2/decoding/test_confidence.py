@@ -183,27 +183,58 @@ LIST = [10, 11, 12, 13, 14, 11, 12, 15, 16, 11, 12, 17, 18, 11, 12, 19]
 @pytest.mark.parametrize(
     ("tokens", "kept"),
     [
-        ([7] * 8, 1),
-        ([1, 2, 3] + [7] * 8, 4),
-        ([1, 2] * 4, 2),
-        ([9, *[1, 2, 3] * 3], 4),
-        ([9, *[1, 2, 3] * 3, 1], 4),
-        ([9, 8, *[1, 2, 3, 4, 5] * 3], 7),
-        (list(range(40)) + list(range(16)) * 3, 56),
-        ([7] * 7, None),
-        ([1, 2] * 3 + [1], None),
-        ([1, 2, 3] * 2, None),
-        ([1, 2, 3, 4, 5] * 2 + [1, 2, 3, 4], None),
-        ([1, 2, 3] * 3 + [9], None),
+        ([7] * 16, 1),
+        ([1, 2, 3] + [7] * 16, 4),
+        ([1, 2] * 8, 2),
+        ([9, *[1, 2, 3] * 6], 4),
+        ([9, *[1, 2, 3] * 6, 1], 4),
+        ([9, 8, *[1, 2, 3, 4, 5] * 4], 7),
+        (list(range(40)) + list(range(16)) * 4, 56),
+        ([7] * 15, None),
+        ([1, 2] * 7 + [1], None),
+        ([1, 2, 3] * 5, None),
+        ([1, 2, 3, 4, 5] * 3 + [1, 2, 3, 4], None),
+        ([1, 2, 3] * 6 + [9], None),
         (LIST, None),
         (list(range(60)), None),
         ([], None),
     ],
 )
-def test_a_loop_is_a_phrase_said_three_times_to_the_end(
-    tokens: list[int], kept: int | None
-) -> None:
+def test_a_loop_is_a_phrase_said_four_times_to_the_end(tokens: list[int], kept: int | None) -> None:
     assert repetition.kept(tokens) == kept
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [8] * 8,  # 88888888: Llama's digits are tokens
+        [0, 20, *[3] * 8],  # 0.33333333
+        [1, *[4, 50] * 3],  # 1,000,000,000: OPT's groups are
+        [1, *[4, 50] * 6],
+    ],
+)
+def test_a_number_of_equal_digits_or_groups_is_no_loop(tokens: list[int]) -> None:
+    for length in range(len(tokens) + 1):
+        assert repetition.kept(tokens[:length]) is None
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_text_that_the_model_has_ended_is_left_as_it_is(beams: int) -> None:
+    said = [8] * 18
+    longest = len(said) + 2
+    params = replace(GREEDY, num_beams=beams, max_new_tokens=longest, on_loop="end")
+    row = Row(torch.zeros(1, 1), [1], params)
+    if beams == 1:
+        row.tokens, row.logs = list(said), [-0.5] * len(said)
+        row.write(ENDS[0], -0.5, ENDS)
+    else:
+        texts = [[*said, ENDS[0]], [*said, 9, 8]]
+        row.settle(texts, [-1.0, -2.0], [[-0.5] * len(text) for text in texts], ENDS)
+    assert row.ended
+    assert row.outputs[0].tokens == [*said, ENDS[0]]
+    assert not any(text.looped for text in row.outputs)
+    row.settle([said], [-1.0], [[-0.5] * len(said)], ENDS)
+    assert row.kept == {0: 1}, "one that nobody ended is a loop"
 
 
 def test_phrases_that_vary_are_a_loop_where_most_of_them_were_said_before() -> None:
@@ -316,6 +347,33 @@ def test_a_loop_is_written_again_without_repetitions_where_that_is_wanted(
         assert len(new) > 3
         phrases = [tuple(new[at : at + 3]) for at in range(len(new) - 2)]
         assert len(set(phrases)) == len(phrases)
+
+
+def test_of_beams_only_the_texts_that_loop_are_written_again(
+    demo: Blip2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others stay in their places, and none is there twice."""
+    images = [demo.preprocess(render(each.scene)) for each in scenes(2)]
+    params = GenerationParams(num_beams=3, num_return_sequences=3, max_new_tokens=30, logprobs=True)
+    settle = Row.settle
+
+    def loop_first(row: Row, *found: Any) -> None:
+        settle(row, *found)
+        if row.params.on_loop == "rewrite":
+            row.kept[0] = 2
+
+    monkeypatch.setattr(Row, "settle", loop_first)
+
+    def texts(on_loop: Any) -> list[list[GeneratedText]]:
+        chosen = replace(params, on_loop=on_loop)
+        items = [GenerateItem(image, ("", "a photo of"), chosen) for image in images]
+        return [texts for prompts in demo.generate(items) for texts in prompts]
+
+    free, again = texts("keep"), texts("rewrite")
+    for before, after in zip(free, again, strict=True):
+        assert [text.rewritten for text in after] == [True, False, False]
+        assert after[1:] == before[1:]
+        assert ids_of(after[0]) not in map(ids_of, after[1:])
 
 
 def ids_of(text: GeneratedText) -> list[int]:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -45,12 +45,13 @@ class RowText:
     """A text: its tokens, up to the end token if it has one, and the log-probability of each.
 
     In natural logarithms, of the model's own distribution: before temperature, penalties and bans.
-    looped: it went on in a loop, which is cut off.
+    looped: it went on in a loop, which is cut off. rewritten: it takes the place of a loop.
     """
 
     tokens: list[int]
     logs: list[float]
     looped: bool = False
+    rewritten: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -63,7 +64,7 @@ class Row:
     their sums of log-probabilities, divided as the length penalty says. ``logs``, ``text_logs``:
     see ``RowText``, of every token of these.
     ``kept``: how many tokens are left of each text that went on in a loop, by its index.
-    ``rewritten``: the row takes the place of one that was a loop.
+    ``replaced``: the row with loops whose place this one takes.
     """
 
     queries: torch.Tensor
@@ -79,7 +80,7 @@ class Row:
     logs: list[float] = field(default_factory=list)
     text_logs: list[list[float]] = field(default_factory=list)
     kept: dict[int, int] = field(default_factory=dict)
-    rewritten: bool = False
+    replaced: "Row | None" = None
 
     def write(self, token: int, log: float, ends: Collection[int]) -> None:
         """Appends a token; an end token, the last one allowed, or a loop ends the row."""
@@ -104,11 +105,13 @@ class Row:
             self._cut(index, text, ends)
 
     def _cut(self, index: int, text: Sequence[int], ends: Collection[int]) -> None:
-        """Notes what is left of a text in a loop, unless its shortest length asks for more."""
-        if self.params.on_loop == "keep":
+        """Notes what is left of a text in a loop, unless its shortest length asks for more.
+
+        One that the model has ended is none, whatever it repeats: a number has equal digits.
+        """
+        if self.params.on_loop == "keep" or (text and text[-1] in ends):
             return
-        spoken = text[:-1] if text and text[-1] in ends else text
-        left = repetition.kept(spoken, self.params.min_new_tokens)
+        left = repetition.kept(text, self.params.min_new_tokens)
         if left is not None:
             self.kept[index] = left
 
@@ -119,12 +122,22 @@ class Row:
 
     @property
     def outputs(self) -> list[RowText]:
-        """The same with the logarithms of their probabilities, and without loops."""
+        """The same with the logarithms of their probabilities, and without loops.
+
+        Of a row that replaces another one: the other's, but for its loops, each of which is the
+        best text here that is not there yet.
+        """
         logs = self.text_logs if self.has_beams else [self.logs]
-        return [
+        own = [
             RowText(text[: self.kept.get(index)], each[: self.kept.get(index)], index in self.kept)
             for index, (text, each) in enumerate(zip(self.alternatives, logs, strict=True))
         ]
+        if self.replaced is None:
+            return own
+        before = self.replaced.outputs
+        left = [text.tokens for text in before if not text.looped]
+        new = (replace(text, rewritten=True) for text in own if text.tokens not in left)
+        return [next(new, text) if text.looped else text for text in before]
 
     @property
     def has_beams(self) -> bool:

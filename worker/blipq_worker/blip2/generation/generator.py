@@ -322,9 +322,7 @@ class Generator:
             text = text.strip()
         return GeneratedText(text, len(row) if end is None else end + 1)
 
-    def answer(
-        self, written: RowText, params: GenerationParams, *, rewritten: bool
-    ) -> GeneratedText:
+    def answer(self, written: RowText, params: GenerationParams) -> GeneratedText:
         """What was written, and how sure of it the model was."""
         text = self.text(written.tokens)
         ids, logs = written.tokens[: text.tokens], written.logs[: text.tokens]
@@ -336,7 +334,7 @@ class Generator:
             log_likelihood=likelihood if finite else None,
             mean_token_probability=math.fsum(map(math.exp, logs)) / len(logs) if finite else None,
             finish_reason="loop" if written.looped else ended,
-            rewritten=rewritten,
+            rewritten=written.rewritten,
             logprobs=self._logprobs(ids, logs) if params.logprobs and finite else None,
         )
 

@@ -82,9 +82,7 @@ class Writer(Protocol):
     def seen(self, items: Sequence[Asking]) -> list[list[torch.Tensor]]:
         """The image as the language model reads it, (32, its hidden size), per item and prompt."""
 
-    def answer(
-        self, written: RowText, params: GenerationParams, *, rewritten: bool
-    ) -> GeneratedText:
+    def answer(self, written: RowText, params: GenerationParams) -> GeneratedText:
         """What was written, and how sure of it the model was."""
 
 
@@ -174,7 +172,7 @@ class WritingSession:
         return [(ticket, self._texts(ticket)) for ticket in tickets if self._is_done(ticket)]
 
     def _write_again(self, tickets: Sequence[Ticket]) -> None:
-        """Puts a row that repeats nothing in the place of each loop, where that is wanted."""
+        """Puts a row that repeats nothing in the place of one with loops, where that is wanted."""
         for ticket in tickets:
             each = self._items[ticket]
             looped = [index for index, row in enumerate(each.rows) if _is_to_be_rewritten(row)]
@@ -183,10 +181,9 @@ class WritingSession:
             params = replace(each.item.params, on_loop="end", no_repeat_ngram_size=REWRITING_NGRAM)
             for index in looped:
                 old = each.rows[index]
-                new = Row(
-                    old.queries, old.ids, params, old.seed, adapter=old.adapter, rewritten=True
+                each.rows[index] = Row(
+                    old.queries, old.ids, params, old.seed, adapter=old.adapter, replaced=old
                 )
-                each.rows[index] = new
             self._new[ticket] = each
             self._count_new()
 
@@ -229,10 +226,6 @@ class WritingSession:
     def _texts(self, ticket: Ticket) -> Texts:
         each = self._items.pop(ticket)
         params = each.item.params
-        texts = [
-            self._generator.answer(one, params, rewritten=row.rewritten)
-            for row in each.rows
-            for one in row.outputs
-        ]
+        texts = [self._generator.answer(one, params) for row in each.rows for one in row.outputs]
         number = params.num_return_sequences
         return [texts[start : start + number] for start in range(0, len(texts), number)]

@@ -2,7 +2,8 @@
 
 Two rules. Period: the last tokens are one phrase over and over. Share: of the last three-token
 phrases most were written before, where a phrase varies too much to have a period. Both are chosen
-so that lists and numbers, which repeat a little, pass.
+so that lists and numbers, which repeat a little, pass: one billion is `1` and three times `,` and
+`000`.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 #: The longest phrase whose repetition counts as a period, in tokens.
 LONGEST_PERIOD = 16
 #: A period is a loop once it was written so often, in so many tokens at least.
-TIMES, LEAST = 3, 8
+TIMES, LEAST = 4, 16
 #: Of so many last tokens, this share of all three-token phrases must have been written before.
 SHARE_OF, SHARE = 40, 0.6
 _PHRASE = 3
