@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from blipq import Client
 from blipq.local.stack import LocalStack
 from blipq.ops.doctor.machine import _weights
+from blipq_worker.blip2 import Blip2
 from blipq_worker.catalog.adapters import AdapterError
+from blipq_worker.catalog.models import ModelError
 from blipq_worker.cli.models import app
+from blipq_worker.serving import canary
 from blipq_worker.serving.footprint import memory_of
 from blipq_worker.serving.loader import load_models
 from blipq_worker.settings import WorkerSettings
@@ -66,6 +70,35 @@ def test_a_worker_loads_adapters_as_models_over_one_base(folder: Path) -> None:
     assert shop.info.checkpoint == f"default:{folder}"
     assert shop.info.revision.startswith(f"{base.info.revision}+")
     assert shop.info.retrieval_checkpoint == base.info.retrieval_checkpoint
+
+
+def test_the_check_of_an_adapter_looks_at_pictures_as_it_does(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = WorkerSettings(adapters={"shop": ("default", str(folder))}, dtype="float32")
+    shop = load_models(options)["shop"]
+    seen, asked = shop.generator.seen, []
+
+    def note(items: Any) -> Any:
+        asked.extend(item.adapter for item in items)
+        return seen(items)
+
+    monkeypatch.setattr(shop.generator, "seen", note)
+    canary.check(shop)
+    assert set(asked) == {shop.adapter} == {1}
+
+
+def test_an_adapter_that_does_not_fit_is_answered_with_its_bases_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(model: Blip2, *golden: Any) -> None:
+        if model.adapter:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(canary, "check", check)
+    options = WorkerSettings(adapters={"shop": ("default", str(folder))}, dtype="float32")
+    with pytest.raises(ModelError, match=r"'shop' does not fit: .*`blipq models memory demo`"):
+        load_models(options)
 
 
 def test_an_adapter_that_cannot_be_served_ends_the_start_with_its_code(tmp_path: Path) -> None:

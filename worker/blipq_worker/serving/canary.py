@@ -53,7 +53,7 @@ def observe(model: Blip2) -> Observation:
     """What the model makes of the pictures. Raises CanaryError where it cannot distinguish them."""
     pixels = [model.preprocess(picture) for picture in _pictures()]
     prompt = model.info.default_prompt
-    asked = [RankItem(each, (prompt,), TEXTS) for each in pixels]
+    asked = [RankItem(each, (prompt,), TEXTS, model.adapter) for each in pixels]
     queries = torch.stack([looks[0] for looks in model.generator.seen(asked)])
     if not bool(torch.isfinite(queries).all()):
         raise CanaryError("its features of a picture are not finite numbers")

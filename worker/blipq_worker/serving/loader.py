@@ -288,7 +288,9 @@ def _explained(name: str, options: WorkerSettings) -> Iterator[None]:
         raise ModelError(f"model {name!r}: {error}") from error
     except (torch.OutOfMemoryError, MemoryError) as error:
         reason = (str(error) or "out of memory").splitlines()[0]
-        what = options.models.get(name, name)
+        over = options.adapters.get(name)
+        base = name if over is None else over.base
+        what = options.models.get(base, base)
         smaller = instead(options, what, None, "cpu" if options.device == "cpu" else "cuda")
         advice = f"`blipq models memory {what}` counts what it takes; {smaller}"
         raise ModelError(f"model {name!r} does not fit: {reason}; {advice}") from error
