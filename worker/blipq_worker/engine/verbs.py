@@ -1,7 +1,7 @@
 """What each type of item is to the engine: the one table that distinguishes them."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -58,11 +58,19 @@ class Verb:
 
 
 def _generated(texts: Sequence[Sequence[GeneratedText]]) -> Generated:
-    return Generated(
-        tuple(
-            tuple(requests.GeneratedText(*astuple(each)) for each in alternatives)
-            for alternatives in texts
-        )
+    return Generated(tuple(tuple(map(_text, alternatives)) for alternatives in texts))
+
+
+def _text(text: GeneratedText) -> requests.GeneratedText:
+    # Field by field: dataclasses.astuple copies each token's logarithm, too.
+    return requests.GeneratedText(
+        text.text,
+        text.tokens,
+        text.log_likelihood,
+        text.mean_token_probability,
+        text.finish_reason,
+        text.rewritten,
+        text.logprobs,
     )
 
 

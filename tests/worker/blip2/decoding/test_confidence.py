@@ -6,11 +6,13 @@ Whatever the loop, and whatever chose the tokens: the numbers are of the model's
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 import pytest
 import torch
 from benchmarks.confidence import endless, scenes, written
+from msgspec import structs
 from msgspec.structs import replace
 
 from blipq_worker.blip2 import Blip2, GeneratedText, GenerateItem, Pixels
@@ -19,6 +21,7 @@ from blipq_worker.blip2.decoding.static import Way, static_loop
 from blipq_worker.blip2.decoding.static.attention.methods import MaskedAttention
 from blipq_worker.blip2.text import repetition
 from blipq_worker.demo.world.drawing import render
+from blipq_worker.engine import verbs
 from blipq_worker.inference.requests import GenerationParams
 from worker.in_flight import GREEDY, write
 from worker.tiny_models import PLAIN_WIDTH, plain_opt, plain_t5
@@ -173,6 +176,34 @@ def test_tokens_are_listed_only_for_who_wants_them(demo: Blip2) -> None:
     (((text,),),) = demo.generate([GenerateItem(pixels, ("",), GREEDY)])
     assert text.logprobs is None
     assert text.log_likelihood is not None
+
+
+def test_what_the_engine_hands_on_has_all_that_is_known_of_a_text() -> None:
+    logprobs = ((7, " a", -0.5), (8, " dog", -1.0))
+    text = GeneratedText("a dog", 2, -1.5, 0.5, "stop", rewritten=True, logprobs=logprobs)
+    ((found,),) = verbs.GENERATE.value([[text]]).texts  # type: ignore[union-attr]
+    assert structs.astuple(found) == astuple(text)
+
+
+def test_the_text_of_a_token_is_made_once(demo: Blip2, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = demo.generator._tokenizer
+    decode, made = tokenizer.decode, []
+
+    def count(ids: Sequence[int], **options: Any) -> str:
+        if not options:
+            made.extend(ids)
+        return str(decode(ids, **options))
+
+    monkeypatch.setattr(tokenizer, "decode", count)
+    demo.generator._token_text.cache_clear()
+    side = demo.info.image_size
+    pixels = Pixels(torch.zeros((side, side, 3), dtype=torch.uint8))
+    item = GenerateItem(pixels, ("",), replace(GREEDY, logprobs=True))
+    for _ in range(2):
+        (((text,),),) = demo.generate([item])
+    assert text.logprobs is not None
+    assert all(one == decode([token]) for token, one, _ in text.logprobs)
+    assert sorted(made) == sorted(set(ids_of(text)))
 
 
 # --- loops ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from blipq_worker.blip2.decoding.static import Way
 from blipq_worker.blip2.decoding.static.attention.methods import MaskedAttention
 from blipq_worker.blip2.generation import generator, sessions
 from blipq_worker.catalog.params import resolve
+from blipq_worker.catalog.prompts import vqa_prompt
 from blipq_worker.engine.backend import Engine
 from blipq_worker.inference.interface import ItemFailed
 from conftest import wait_until
@@ -456,6 +457,22 @@ def test_a_prompt_is_short_or_long_by_its_tokens(t5: Blip2, opt: Blip2) -> None:
         assert is_long(("",), resolve("caption", model.info, {"num_beams": 5}))
         model.generator._static = None
         assert not is_long(("a " * 210,), params), "all slots grow"
+
+
+def test_an_ordinary_question_is_short_without_a_tokenizer(
+    opt: Blip2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(prompt: str) -> list[int]:
+        raise AssertionError(f"a tokenizer for {prompt!r}")
+
+    open_static_slots(opt, 5)
+    monkeypatch.setattr(opt.generator, "ids", refuse)
+    params = resolve("vqa", opt.info)
+    prompt = vqa_prompt("what is the man holding in his hands?")
+    assert not opt.generator.is_long((prompt,), params)
+    with pytest.raises(AssertionError, match="a tokenizer"):
+        opt.generator.is_long(("é" * 150,), params)
+    opt.generator._static = None
 
 
 def test_where_most_slots_are_taken_rows_join_in_groups(

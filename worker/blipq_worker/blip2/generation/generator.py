@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,11 @@ _T5_POSITIONS = 2048
 #: bounded by that of so many ordinary texts.
 _LONG_SLOTS = 32
 
-#: The most tokens that a character can become, but for a few that a tokenizer takes apart, and the
-#: marks around a prompt.
-_MOST_TOKENS, _MARKS = 4, 3
+#: The most tokens around a prompt. Each of its own has at least a byte, but for a few characters
+#: that a tokenizer takes apart.
+_MARKS = 3
+#: Tokens whose texts are remembered.
+_TOKEN_TEXTS = 16_384
 
 
 class Generator:
@@ -77,6 +80,7 @@ class Generator:
         self.vision = vision
         self.family = checkpoint.family
         self._tokenizer = tokenizer
+        self._token_text = lru_cache(_TOKEN_TEXTS)(lambda token: str(tokenizer.decode([token])))
         self._instructions = instructions
         self._slots = slots
         self._static: StaticLoop | None = None
@@ -157,7 +161,7 @@ class Generator:
         unseen = self.model.query_tokens[0]
         return not all(
             # Most are short by any count: it takes no tokenizer to see that.
-            static.suits(Row(unseen, [0] * (_MOST_TOKENS * len(prompt) + _MARKS), params))
+            static.suits(Row(unseen, [0] * (len(prompt.encode()) + _MARKS), params))
             or static.suits(Row(unseen, self.ids(prompt), params))
             for prompt in prompts
         )
@@ -341,7 +345,7 @@ class Generator:
     def _logprobs(
         self, ids: Sequence[int], logs: Sequence[float]
     ) -> tuple[tuple[int, str, float], ...]:
-        texts = [self._tokenizer.decode([token]) for token in ids]
+        texts = map(self._token_text, ids)
         return tuple(zip(ids, texts, logs, strict=True))
 
 
