@@ -304,6 +304,20 @@ def _written(loop: Any, some: list[Any]) -> list[list[int]]:
     return [row.tokens for row in fresh]
 
 
+def test_graphs_of_the_start_are_those_that_default_jobs_need(
+    instructed: Blip2, pictures: list[Image.Image]
+) -> None:
+    model = Blip2.load(instructed.info.checkpoint, dtype="float32")
+    model.open_slots([Way(MaskedAttention, lambda: lambda run: run)], slots=8, budget=0)
+    loop: Any = model.generator._static
+    captured = set(loop._run._replays)
+    assert {shape.variant.penalties for shape in captured} == {True}
+    assert {shape.variant.penalties for shape in loop._admit._recorded} == {True}
+    for beams in (1, 5):
+        model.generate(items(model, pictures, ("a photo of",), num_beams=beams, max_new_tokens=9))
+    assert set(loop._run._replays) == captured
+
+
 def test_a_caption_of_default_length_fits_a_static_slot(
     instructed: Blip2, pictures: list[Image.Image]
 ) -> None:

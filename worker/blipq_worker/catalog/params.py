@@ -9,6 +9,9 @@ from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
 from blipq_worker.inference.requests import Family, GenerationParams
 
+#: The repetition penalty of InstructBLIP's jobs, where they name none.
+INSTRUCTED_PENALTY = 1.5
+
 
 class HasFamily(Protocol):
     """A ``ModelInfo``, as far as parameters depend on it."""
@@ -47,7 +50,7 @@ def _defaults(kind: Literal["caption", "vqa"], info: HasFamily) -> GenerationPar
     # LAVIS's min_length 1 counts T5's start token, so that it forces no new token there.
     params = GenerationParams(min_new_tokens=0 if family == "t5" else 1)
     if info.instructed:
-        params = replace(params, max_new_tokens=256, repetition_penalty=1.5)
+        params = replace(params, max_new_tokens=256, repetition_penalty=INSTRUCTED_PENALTY)
     if kind == "vqa":
         params = replace(params, max_new_tokens=10, length_penalty=-1.0 if family == "t5" else 0.0)
     return params

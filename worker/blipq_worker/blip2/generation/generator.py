@@ -37,7 +37,7 @@ from blipq_worker.blip2.text.padding import padded
 from blipq_worker.blip2.vision.features import Vision
 from blipq_worker.blip2.vision.instructed import InstructedVision
 from blipq_worker.blip2.vision.preprocessing import Pixels
-from blipq_worker.catalog.params import invalid
+from blipq_worker.catalog.params import INSTRUCTED_PENALTY, invalid
 from blipq_worker.inference.requests import Family, FinishReason, GenerationParams
 
 log = logging.getLogger(__name__)
@@ -214,6 +214,7 @@ class Generator:
                 budget=budget,
                 among=among,
                 columns=COLUMNS if self._instructions is None else LONG_COLUMNS,
+                repetition_penalty=1.0 if self._instructions is None else INSTRUCTED_PENALTY,
             )
             self._capture_looks(among)
         except Exception:

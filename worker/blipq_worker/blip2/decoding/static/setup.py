@@ -7,7 +7,7 @@ that chooses other tokens is given up, with one line in the log, for what works.
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -103,11 +103,13 @@ def static_loop(
     budget: int,
     among: Sequence[Way],
     columns: int = COLUMNS,
+    repetition_penalty: float = 1.0,
 ) -> StaticLoop | None:
     """A loop in static slots by the first way that works; None where none does.
 
     model: a language model, on its device. slots: None takes up to SLOTS, by ``budget``: bytes that
-    are free, of which other models have their share.
+    are free, of which other models have their share. repetition_penalty: that of most jobs, whose
+    graphs are captured at the start.
     """
     language = _language(model)
     if language is None:
@@ -121,7 +123,8 @@ def static_loop(
             return None
         stopping = model.generation_config.early_stopping or False
         sampler = Sampler(ends, language.start, language.vocabulary, device, stopping)
-        loop = _first_that_works(model, language, sampler, state, among)
+        usual = _Greedy(repetition_penalty=repetition_penalty)
+        loop = _first_that_works(model, language, sampler, state, among, usual)
     if loop is None:
         language.release()
     return loop
@@ -133,13 +136,14 @@ def _first_that_works(
     sampler: Sampler,
     state: SlotState,
     among: Sequence[Way],
+    usual: "_Greedy",
 ) -> StaticLoop | None:
     given_up: list[str] = []
     for way in among:
         started = time.monotonic()
         try:
             step = StaticStep(language, sampler, state, way.attention())
-            loop, graphs = _opened(model, step, way)
+            loop, graphs = _opened(model, step, way, usual)
             loop.way = str(way)
         except Exception as error:
             given_up.append(f"{way}: {type(error).__name__}: {error}".splitlines()[0])
@@ -178,7 +182,7 @@ def _reserved(
     return None
 
 
-def _opened(model: Any, step: StaticStep, way: Way) -> tuple[StaticLoop, int]:
+def _opened(model: Any, step: StaticStep, way: Way, usual: "_Greedy") -> tuple[StaticLoop, int]:
     """A loop that takes its steps so, after they were checked; and the number of its graphs."""
     if isinstance(step.attention, KernelAttention):
         _require_same_attention(step)
@@ -187,10 +191,10 @@ def _opened(model: Any, step: StaticStep, way: Way) -> tuple[StaticLoop, int]:
         if _has_eight_bits(model):
             raise _Unsuitable("8 bits are slower so than in growing slots")
         return StaticLoop(step), 0
-    _occupy(step)
+    _occupy(step, usual)
     capture = way.capture()
     graphs = Graphs(step, capture)
-    *larger, smallest = _shapes(step)
+    *larger, smallest = _shapes(step, usual)
     graphs.prepare(smallest)  # what cannot be captured at all is found out here
     graphs.attempt(_largest(step))
     for shape in larger:
@@ -201,22 +205,23 @@ def _opened(model: Any, step: StaticStep, way: Way) -> tuple[StaticLoop, int]:
     admission = AdmissionGraphs(Admission(step), capture)
     (row,) = _random_rows(model, 1, QUERIES)
     slots = len(step.state.tokens)
+    row.params = usual
     admission.prepare(row, slots // 2)
     if slots >= _BEAMS:
-        row.params = _Greedy(num_beams=_BEAMS)
+        row.params = replace(usual, num_beams=_BEAMS)
         admission.prepare(row, slots // _BEAMS)
     step.groups.clear()
     return StaticLoop(step, graphs, admission), len(graphs) + len(admission)
 
 
-def _occupy(step: StaticStep) -> None:
+def _occupy(step: StaticStep, usual: "_Greedy") -> None:
     """Live sequences of several lengths in all slots: what graphs choose is held against steps.
 
     To steps with beams the first ones are beams of a few groups.
     """
     state, dice = step.state, torch.Generator().manual_seed(3)
     count, longest = len(state.tokens), min(_WINDOWS[0], step.language.columns)
-    row = Row(torch.empty((0, 1)), [], _Greedy(max_new_tokens=longest))
+    row = Row(torch.empty((0, 1)), [], replace(usual, max_new_tokens=longest))
     state.params.copy_(torch.tensor([packed_params(row)] * count))
     state.tokens.copy_(torch.randint(step.sampler.vocabulary, (count,), generator=dice))
     state.positions.copy_(torch.randint(1, longest, (count,), generator=dice))
@@ -245,18 +250,19 @@ def _largest(step: StaticStep) -> Shape:
     return Shape(slots, columns, variant)
 
 
-def _shapes(step: StaticStep) -> Iterator[Shape]:
+def _shapes(step: StaticStep, usual: "_Greedy") -> Iterator[Shape]:
     """What is captured at the start, the largest first: greedy steps of all buckets, and those of
-    which some are beams.
+    which some are beams; all with the usual penalty, if there is one.
     """
     slots, columns = len(step.state.tokens), step.language.columns
     windows = [each for each in _WINDOWS if each < columns] if step.attention.windows else [columns]
+    alone = Variant.of([usual], step.sampler.vocabulary)
     buckets = {slots, *(1 << power for power in range((slots - 1).bit_length()))}
     for bucket in sorted(buckets, reverse=True):
         for window in windows:
             if bucket >= _BEAMS:
-                yield Shape(bucket, window, Variant(beams=_BEAMS))
-            yield Shape(bucket, window, Variant())
+                yield Shape(bucket, window, alone._replace(beams=_BEAMS))
+            yield Shape(bucket, window, alone)
 
 
 def _require_same_attention(step: StaticStep) -> None:
