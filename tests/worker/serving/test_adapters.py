@@ -16,8 +16,9 @@ from blipq_worker.catalog.adapters import AdapterError
 from blipq_worker.catalog.models import ModelError
 from blipq_worker.cli.models import app
 from blipq_worker.serving import canary
+from blipq_worker.serving.canary import CanaryError
 from blipq_worker.serving.footprint import memory_of
-from blipq_worker.serving.loader import load_models
+from blipq_worker.serving.loader import checker, load_models
 from blipq_worker.settings import WorkerSettings
 from conftest import live_workers, start_worker, wait_until
 from worker.in_flight import DEMO
@@ -86,6 +87,26 @@ def test_the_check_of_an_adapter_looks_at_pictures_as_it_does(
     monkeypatch.setattr(shop.generator, "seen", note)
     canary.check(shop)
     assert set(asked) == {shop.adapter} == {1}
+
+
+def test_a_base_in_doubt_is_checked_with_its_adapters(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = WorkerSettings(adapters={"shop": ("default", str(folder))}, dtype="float32")
+    models = load_models(options)
+    check = checker(options, models)
+    assert check is not None
+    check("default")
+    well = canary.check
+
+    def fail(model: Blip2, *golden: Any) -> Any:
+        if model.adapter:
+            raise CanaryError("it writes nothing about a picture")
+        return well(model, *golden)
+
+    monkeypatch.setattr(canary, "check", fail)
+    with pytest.raises(CanaryError, match="its adapter 'shop': it writes nothing"):
+        check("default")
 
 
 def test_an_adapter_that_does_not_fit_is_answered_with_its_bases_memory(

@@ -228,7 +228,7 @@ def _load(
 def checker(
     options: WorkerSettings, models: "Mapping[str, Blip2]"
 ) -> "Callable[[str], None] | None":
-    """What checks a served model again, by its name; None where BLIPQ_CANARY is off.
+    """What checks a served model again, by its name, and its adapters; None without BLIPQ_CANARY.
 
     It raises CanaryError, and whatever the model raises. To be made as long as the keys of models
     in S3 are there. Raises ModelError, and S3ModelAway.
@@ -241,6 +241,11 @@ def checker(
 
     def check(name: str) -> None:
         canary.check(models[name], goldens[name])
+        for adapter in (each for each, over in options.adapters.items() if over.base == name):
+            try:
+                canary.check(models[adapter])
+            except canary.CanaryError as error:
+                raise canary.CanaryError(f"its adapter {adapter!r}: {error}") from error
 
     return check
 
