@@ -4,6 +4,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
+from msgspec.structs import astuple
 
 from blipq_worker.blip2 import (
     EmbedItem,
@@ -71,4 +72,4 @@ class Asking(LocalInference):
 def texts_of(answer: Answer) -> list[list[GeneratedText]]:
     """Texts per prompt, as the model gives them."""
     texts: Any = answer.value
-    return [[GeneratedText(each.text, each.tokens) for each in row] for row in texts.texts]
+    return [[GeneratedText(*astuple(each)) for each in row] for row in texts.texts]
