@@ -11,17 +11,26 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from blipq.bulk.start import check_tenant
 from blipq.client.sync_client import Client
 from blipq.contract import Status
 from blipq.errors import InvalidRequest
 from blipq.ledger.cells.operator import operator_of
-from blipq.s3.refusals import S3Refused
+from blipq.s3.refusals import S3Refused, S3Unavailable
 from blipq_datasets.dataset import Dataset
 from blipq_datasets.journal import DatasetJournal
 from blipq_datasets.recipe import Recipe
-from blipq_datasets.start import create, dataset_of, id_of, is_estimate, listing_of
+from blipq_datasets.start import (
+    clear_sample,
+    create,
+    dataset_of,
+    id_of,
+    is_estimate,
+    listing_of,
+    remove_sample,
+    sample_path,
+)
 from blipq_datasets.survey import Survey, sample_of, survey
-from blipq_datasets.uploads import Uploads
 
 #: Standard errors to either side: 19 of 20 runs lie between.
 WIDTH = 2.0
@@ -67,13 +76,13 @@ def estimate(
 ) -> Estimate:
     """Surveys a dataset, runs a sample, and begins the journal of the run with its answers.
 
-    Raises InvalidRequest where the run has begun, or no live worker serves its model.
+    Raises InvalidRequest where the run has begun, an estimate is of another tenant, or no live
+    worker serves its model.
     """
-    if path.exists() and not is_estimate(path):
-        raise InvalidRequest(f"{path} is of a run that has begun: give another --journal")
+    _check_replaced(path, client.settings.tenant)
     workers = _workers(client, str(recipe.options.get("model", "default")))
-    scratch = path.with_name(f".{path.name}.sample")
-    _clear(scratch, path, client)
+    scratch = sample_path(path)
+    clear_sample(path, client)
     id = f"bulk_{secrets.token_hex(8)}"
     dataset = dataset_of(source, recipe, client, path, id)
     facts = {"manifest": dataset.name, "version": dataset.version, "run": id, "dataset": True}
@@ -85,15 +94,24 @@ def estimate(
         if found.size:
             drive(journal, sample_of(dataset, found.chosen), found.size)
         made = estimate_of(found, list(journal.outcomes()), workers)
-        with suppress(S3Refused):
+        with suppress(S3Refused, S3Unavailable):  # the run sweeps the same prefix at its end
             dataset.uploads.sweep()
     old = id_of(path)
     answers = [scratch, *([] if old is None else [path])]
     create(path, id, dataset, recipe, client.settings.tenant, answers, estimate=made.as_dict())
     if old is not None:
         shutil.rmtree(listing_of(path, old), ignore_errors=True)
-    _remove(scratch)
+    remove_sample(path)
     return made
+
+
+def _check_replaced(path: Path, tenant: str | None) -> None:
+    if not path.exists():
+        return
+    if not is_estimate(path):
+        raise InvalidRequest(f"{path} is of a run that has begun: give another --journal")
+    with closing(DatasetJournal.open(path)) as journal:
+        check_tenant(journal, tenant)
 
 
 def _workers(client: Client, model: str) -> int:
@@ -113,23 +131,6 @@ def _known_in(path: Path) -> Iterator[Callable[[str], bool]]:
         return
     with closing(DatasetJournal.open(path)) as journal:
         yield journal.is_known
-
-
-def _clear(scratch: Path, path: Path, client: Client) -> None:
-    """Removes what an estimate that was killed has left."""
-    if not scratch.exists():
-        return
-    with suppress(InvalidRequest), closing(SampleJournal.open(scratch)) as journal:
-        run = journal.fact("run")
-        with suppress(S3Refused):
-            Uploads(client.storage, run).sweep()
-        shutil.rmtree(listing_of(path, run), ignore_errors=True)
-    _remove(scratch)
-
-
-def _remove(scratch: Path) -> None:
-    for suffix in ("", "-wal", "-shm"):
-        scratch.with_name(scratch.name + suffix).unlink(missing_ok=True)
 
 
 def estimate_of(found: Survey, ended: Sequence[Mapping[str, Any]], workers: int) -> Estimate:

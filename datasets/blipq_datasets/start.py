@@ -51,6 +51,7 @@ def begun(
     """
     if recipe.output is not None:
         _check_apart(recipe.output, source)
+    clear_sample(path, client)
     old = id_of(path)
     renewed = old is not None and update and (_is_over(path) or is_estimate(path))
     id = f"bulk_{secrets.token_hex(8)}" if old is None or renewed else old
@@ -90,6 +91,32 @@ def _check_apart(output: str, source: str) -> None:
 def listing_of(path: Path, id: str) -> Path:
     """Where the pictures of a folder or a prefix are listed."""
     return path.with_name(f"{path.name}.{id}.listing")
+
+
+def sample_path(path: Path) -> Path:
+    """The journal of an estimate's sample, while it runs."""
+    return path.with_name(f".{path.name}.sample")
+
+
+def clear_sample(path: Path, client: Client) -> None:
+    """Removes what an estimate that was killed has left. Raises S3Unavailable."""
+    scratch = sample_path(path)
+    if not scratch.exists():
+        return
+    with suppress(InvalidRequest), closing(DatasetJournal.open(scratch)) as journal:
+        run = journal.fact("run")
+        if run != id_of(path):  # else it was killed when all but this was done
+            with suppress(S3Refused):
+                Uploads(client.storage, run).sweep()
+            shutil.rmtree(listing_of(path, run), ignore_errors=True)
+    remove_sample(path)
+
+
+def remove_sample(path: Path) -> None:
+    """Removes the journal of an estimate's sample."""
+    scratch = sample_path(path)
+    for suffix in ("", "-wal", "-shm"):
+        scratch.with_name(scratch.name + suffix).unlink(missing_ok=True)
 
 
 def id_of(path: Path) -> str | None:

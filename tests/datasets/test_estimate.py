@@ -15,6 +15,7 @@ from typer.testing import Result
 from blipq import Client
 from blipq.errors import BlipqError
 from blipq.ledger.worker import WorkerLedger
+from blipq.s3.refusals import S3Unavailable
 from blipq_datasets import survey as surveys
 from blipq_datasets.cli.figures import duration, in_bytes, lines_of, took_line
 from blipq_datasets.estimate import Estimate, estimate_of
@@ -22,6 +23,7 @@ from blipq_datasets.journal import Clock, DatasetJournal
 from blipq_datasets.recipe import recipe_from
 from blipq_datasets.start import dataset_of
 from blipq_datasets.survey import MOST_SHARDS, Survey, sample_of, survey
+from blipq_datasets.uploads import Uploads
 
 Run = Callable[..., Result]
 Answering = Callable[[], Any]
@@ -123,6 +125,81 @@ def test_after_an_estimate_other_questions_need_an_update(
     assert counts == {"succeeded": 25, "duplicate": 2, "refused": 3}
     begun = run("estimate", "cars.parquet", "--json")
     assert (begun.exit_code, "has begun" in begun.output) == (2, True)
+
+
+@pytest.mark.usefixtures("live")
+def test_an_estimate_refuses_what_submit_would_take_for_a_manifest(
+    run: Run, answering: Answering, tmp_path: Path
+) -> None:
+    asked = {"custom_id": "1", "kind": "vqa", "image": "s3://photos/1.jpg", "questions": ["what?"]}
+    for name in ("m.jsonl", "lines.manifest"):
+        (tmp_path / name).write_text(json.dumps(asked) + "\n")
+        refused = run("estimate", name, "--json")
+        assert (refused.exit_code, "manifest" in refused.output) == (2, True)
+        assert "--question" in refused.output
+        assert not (tmp_path / f"{name}.bulk").exists()
+    with answering() as worker:
+        run("submit", "m.jsonl", "--json")
+        assert [each["kind"] for each in worker.runs] == ["vqa"]
+
+
+@pytest.mark.usefixtures("live")
+def test_an_estimate_is_kept_where_s3_goes_away_before_its_pictures_are_deleted(
+    run: Run,
+    answering: Answering,
+    uploads_left: Callable[[], list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write(tmp_path / "cars.parquet", 60)
+
+    def away(_: Any) -> None:
+        raise S3Unavailable("S3 does not answer")
+
+    with answering():
+        with monkeypatch.context() as patched:
+            patched.setattr(Uploads, "sweep", away)
+            done(run("estimate", "cars.parquet", "--sample", 10, "--json"))
+        assert uploads_left()
+        done(run("submit", "cars.parquet", "--json"), 3)
+    assert uploads_left() == []
+
+
+@pytest.mark.usefixtures("live")
+def test_an_estimate_of_another_tenant_is_not_replaced(
+    run: Run, answering: Answering, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "cars.parquet", 30)
+    with answering():
+        done(run("estimate", "cars.parquet", "--sample", 10, "--json"))
+        before = (tmp_path / "cars.parquet.bulk").read_bytes()
+        monkeypatch.setenv("BLIPQ_TENANT", "acme")
+        refused = run("estimate", "cars.parquet", "--sample", 10, "--json")
+    assert (refused.exit_code, "BLIPQ_TENANT" in refused.output) == (2, True)
+    assert (tmp_path / "cars.parquet.bulk").read_bytes() == before
+
+
+@pytest.mark.usefixtures("live")
+def test_a_run_clears_what_an_estimate_that_was_killed_has_left(
+    run: Run,
+    answering: Answering,
+    uploads_left: Callable[[], list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write(tmp_path / "cars.parquet", 30)
+
+    def killed(*_: Any) -> Any:
+        raise BlipqError("killed")
+
+    with answering():
+        with monkeypatch.context() as patched:
+            patched.setattr("blipq_datasets.estimate.estimate_of", killed)
+            assert run("estimate", "cars.parquet", "--sample", 10).exit_code == 1
+        assert uploads_left()
+        done(run("submit", "cars.parquet", "--json"), 3)
+    assert uploads_left() == []
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_an_estimate_needs_a_live_worker(run: Run, tmp_path: Path) -> None:

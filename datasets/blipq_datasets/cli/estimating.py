@@ -7,6 +7,7 @@ from blipq.bulk.journal import driving
 from blipq.bulk.manners import HOST_RATE
 from blipq.cli import bulk
 from blipq.cli.terminal.output import JsonOption, connected, errors, out
+from blipq.errors import InvalidRequest
 from blipq.program import blipq
 from blipq_datasets import flags
 from blipq_datasets.cli.figures import lines_of
@@ -46,6 +47,11 @@ def estimate(
     options = {name: value for name, value in locals().items() if name != "sample"}
     given = flags.Flags(**options)
     with connected(as_json) as client:
+        if given.is_of_a_manifest:
+            raise InvalidRequest(
+                f"{source} is a manifest, a request per line, and estimates are of datasets: say "
+                "what each row is asked, by --kind, --question, --text, --prompt or --recipe"
+            )
         chosen, place, path = given.named
         manners = given.manners
         client.ledger.check_models([chosen.options.get("model", "default")])
