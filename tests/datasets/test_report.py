@@ -131,3 +131,16 @@ def test_a_report_needs_the_dataset_as_it_was(
         run("submit", "m.jsonl")
     ran = run("report", "m.jsonl")
     assert (ran.exit_code, "manifest" in ran.output) == (2, True)
+
+
+def test_a_report_is_not_written_over_its_source_or_its_journal(
+    run: Run, answering: Answering, tmp_path: Path
+) -> None:
+    (tmp_path / "a.csv").write_text("url\ns3://photos/1.jpg\n")
+    with answering():
+        run("submit", "a.csv")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for output in ("a.csv", tmp_path / "a.csv.bulk"):
+        ran = run("report", "a.csv", "--output", output)
+        assert (ran.exit_code, "give another file" in ran.output) == (2, True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

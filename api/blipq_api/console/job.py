@@ -12,6 +12,7 @@ from blipq_api import events
 from blipq_api.access.keys import Scope
 from blipq_api.console.access import about, call, id_of, read_form, to
 from blipq_api.console.pages import rendered
+from blipq_api.console.pictures import reference_of
 from blipq_api.console.snippets import Snippets
 from blipq_api.door import Handler, caller_of, door_of
 from blipq_api.problems import Problem
@@ -90,10 +91,10 @@ def _shown(asked: dict[str, Any], info: JobInfo) -> dict[str, Any]:
 
 def _part(asked: dict[str, Any]) -> tuple[int, int] | None:
     """The first and the last byte of a picture that is a part of an object."""
-    image = asked.get("image")
-    if not isinstance(image, dict) or image.get("offset") is None:
+    image = reference_of(asked.get("image"))
+    if image is None or image.offset is None or image.length is None:
         return None
-    return image["offset"], image["offset"] + image["length"] - 1
+    return image.offset, image.offset + image.length - 1
 
 
 def _moments(info: JobInfo) -> Iterator[tuple[str, Any]]:

@@ -97,15 +97,20 @@ def _image(info: JobInfo, asked: Mapping[str, Any] | None, hit: str | None) -> I
             uri = hits[place].uri or hits[place].id
     elif asked is not None:
         uri = asked.get("image")
-    try:
-        image = None if uri is None else _REFERENCE.validate_python(uri)
-    except ValidationError:
-        image = None
+    image = reference_of(uri)
     if image is None:
         raise Problem(404, "not_found", "there is no such picture")
     if not image.in_s3:
         raise Problem(404, "not_shown", "the door shows pictures in S3 alone, and fetches no URL")
     return image
+
+
+def reference_of(image: Any) -> ImageRef | None:
+    """What a request names, which any client may have written; None for what is no picture."""
+    try:
+        return _REFERENCE.validate_python(image)
+    except ValidationError:
+        return None
 
 
 def read(storage: Storage, image: ImageRef) -> bytes:

@@ -11,6 +11,7 @@ import typer
 
 from blipq.bulk.start import journal_path
 from blipq.cli import bulk
+from blipq.cli.terminal.files import is_same
 from blipq.cli.terminal.output import JsonOption, connected, out
 from blipq.client.sync_client import Client
 from blipq.errors import BlipqError, InvalidRequest
@@ -48,6 +49,8 @@ def report(
         path = journal_path(journal)
         with closing(DatasetJournal.open(path)) as kept:
             dataset = _dataset_of(kept, client)
+            if any(is_same(output, each) for each in (path, dataset.name)):
+                raise InvalidRequest(f"--output: {output} is the run's own: give another file")
             found = list(rows_of(dataset, kept, rows))
             summary = bulk.summary_of(kept)
             facts = {**summary, "source": dataset.name, "figures": [*_figures(kept, summary)]}

@@ -6,13 +6,15 @@ from typing import Annotated, Any, Unpack
 
 import typer
 
+from blipq.cli.terminal.files import is_same, write_whole
 from blipq.cli.terminal.options import Then, verb
 from blipq.cli.terminal.output import errors
 from blipq.client.job import Job
 from blipq.client.sync_client import Client
 from blipq.contract import MatchResult, OptionFields
 from blipq.errors import BlipqError, InvalidRequest
-from blipq.s3.storage import Storage
+from blipq.s3.storage import to_upload
+from blipq.submission import uploadable
 
 #: The longer side of what is drawn, in pixels.
 SIDE = 1024
@@ -43,20 +45,36 @@ def explain(
         raise BlipqError("Pillow is missing to draw: pip install 'blipq[search]'")
     if image.lower().startswith(("https://", "http://")):
         raise InvalidRequest("explain draws on a local file or an s3:// object, not on a URL")
-    _require_writable(png)
-    job = client.match(image, text, explain=True, **options)
-    return job, lambda ended: _draw(ended, image, png, client.storage)
+    return submitted(client, image, text, png, options)
 
 
-def _require_writable(png: Path) -> None:
+def submitted(
+    client: Client, image: str, text: str, png: Path, options: OptionFields
+) -> tuple[Job[Any], Then]:
+    """The job, and what draws its map. Raises InvalidRequest before there is one."""
+    source = uploadable(image, local_paths=client.settings.local_paths)
+    _require_writable(png, source)
+    # A pipe can be read once: what is uploaded is what is drawn on.
+    data = None if source is None else to_upload(source)[0]
+    job = client.match(image if data is None else data, text, explain=True, **options)
+
+    def draw(ended: Job[Any]) -> None:
+        _draw(ended, client.storage.read(image) if data is None else data, png)
+
+    return job, draw
+
+
+def _require_writable(png: Path, source: str | bytes | None) -> None:
     """Raises InvalidRequest early: the job may wait for hours."""
     if not png.name or png.is_dir():
         raise InvalidRequest(f"--png: {str(png)!r} is no name of a file")
     if not png.absolute().parent.is_dir():
         raise InvalidRequest(f"--png: there is no folder {png.absolute().parent}")
+    if isinstance(source, str) and is_same(png, source):
+        raise InvalidRequest(f"--png: {png} is the picture itself: give another file")
 
 
-def _draw(job: Job[Any], image: str, png: Path, storage: Storage) -> None:
+def _draw(job: Job[Any], data: bytes, png: Path) -> None:
     """Pillow is imported only here: few clients have it. Raises BlipqError."""
     from blipq.images.decoding import decode
     from blipq.images.heat import heat_of
@@ -64,19 +82,10 @@ def _draw(job: Job[Any], image: str, png: Path, storage: Storage) -> None:
 
     found: MatchResult = job.result(timeout=0)
     assert found.best.map is not None
-    picture = decode(_read(image, storage))
+    picture = decode(data)
     drawn = overlay(picture, heat_of(found.best.map), fitted(picture.size, SIDE))
     try:
-        png.write_bytes(as_png(drawn))
+        write_whole(png, as_png(drawn))
     except OSError as error:
         raise BlipqError(f"cannot write {png}: {error.strerror}") from error
     errors.print(f"written: {png}", markup=False)
-
-
-def _read(image: str, storage: Storage) -> bytes:
-    if image.startswith("s3://"):
-        return storage.read(image)
-    try:
-        return Path(image).read_bytes()
-    except OSError as error:
-        raise BlipqError(f"cannot read {image}: {error.strerror}") from error

@@ -102,7 +102,7 @@ class Storage:
         Raises InvalidRequest for a file that cannot be read and QueueUnavailable when S3 does not
         take it.
         """
-        data, suffix = _read(source)
+        data, suffix = to_upload(source)
         bucket = self.settings.inbox_bucket
         key = f"{folder}{hashlib.sha256(data).hexdigest()}{suffix}"
         content_type = mimetypes.types_map.get(suffix, "application/octet-stream")
@@ -300,7 +300,8 @@ def told_at(answer: Any) -> datetime:
     return parsedate_to_datetime(date) if date else datetime.now(UTC)
 
 
-def _read(source: str | Path | bytes) -> tuple[bytes, str]:
+def to_upload(source: str | Path | bytes) -> tuple[bytes, str]:
+    """What is uploaded of a file or of bytes, and the file's ending. Raises InvalidRequest."""
     if isinstance(source, bytes):
         data, name, suffix = source, "the image", ""
     else:

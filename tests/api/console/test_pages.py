@@ -1,6 +1,7 @@
 """What pages show: without scripts, as any HTTP client gets them."""
 
 import io
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -273,6 +274,27 @@ def test_a_picture_that_is_a_part_of_an_object_is_cut_out_of_it(
     # A part of other bytes is no picture of this job.
     storage.put(uri, bytes(512) + SCENE[:-1] + bytes(513), content_type="application/x-tar")
     assert operator.get(f"/console/picture?id={job.id}").status_code == 422
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        {"uri": "s3://photos/a.tar", "etag": "1", "offset": 512},
+        {"uri": "s3://photos/a.tar", "etag": "1", "offset": "here", "length": [1]},
+        {"uri": 7, "offset": 0, "length": 1},
+        {"offset": 0, "length": 1},
+        [],
+    ],
+)
+def test_a_jobs_page_is_shown_whatever_another_client_wrote_as_its_picture(
+    operator: httpx2.Client, client: Client, ledger: WorkerLedger, image: object
+) -> None:
+    job = client.caption("s3://photos/cat.png")
+    request = json.dumps({"kind": "caption", "image": image})
+    ledger.redis.hset(f"blipq:job:{job.id}", "request", request)
+    page = operator.get(f"/console/job?id={job.id}")
+    assert (page.status_code, "bytes 512 to" in page.text) == (200, False)
+    assert operator.get(f"/console/picture?id={job.id}").status_code == 404
 
 
 def test_a_picture_needs_the_right_to_read_it(keyed: Keyed, storage: Storage) -> None:

@@ -705,6 +705,14 @@ def test_a_bulk_notes_how_far_it_is_for_the_console(
     assert replace(noted, state="running", at=time.time() - 3600).shown == "stopped"
 
 
+def test_a_run_that_a_later_version_noted_is_listed(ledger: WorkerLedger) -> None:
+    runs, noted = Runs.beside(ledger), Noted("bulk_1", "m.jsonl", "running", None, at=1.0)
+    runs.note(noted)
+    text = json.loads(str(ledger.redis.get("blipq:run:bulk_1")))
+    ledger.redis.set("blipq:run:bulk_1", json.dumps(text | {"later": 1}), ex=60)
+    assert runs.newest() == [noted]
+
+
 def test_no_more_runs_are_noted_than_are_shown(ledger: WorkerLedger) -> None:
     runs = Runs.beside(ledger)
     for number in range(MOST + 5):

@@ -1,13 +1,23 @@
 """``blipq explain`` before there is an answer, and maps as text."""
 
 import base64
+import io
+import os
 import struct
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from PIL import Image
 
+from blipq import Client
+from blipq.cli.explain import submitted
+from blipq.cli.terminal.files import write_whole
 from blipq.cli.terminal.maps import grids
 from blipq.contract import Array, TextScore
+from blipq.testing import FakeBlipq
 from conftest import blipq
 
 
@@ -55,14 +65,50 @@ def test_a_text_without_maps_has_no_grid() -> None:
         ("photo.jpg", ".", "no name of a file"),
         ("photo.jpg", "absent/heat.png", "no folder"),
         ("absent.jpg", "heat.png", "cannot read absent.jpg"),
+        ("photo.jpg", "./photo.jpg", "the picture itself"),
+        ("photo.jpg", "link.png", "the picture itself"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_a_job_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image: str, png: str, why: str
 ) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"a picture")
+    (tmp_path / "link.png").symlink_to("photo.jpg")
     monkeypatch.chdir(tmp_path)
     # Nothing answers there: whatever was sent would end with 7.
     ran = blipq("explain", image, "a cat", "--png", png, BLIPQ_REDIS_URL="redis://127.0.0.1:1/0")
     assert ran.returncode == 2, ran.stderr
     assert why in ran.stderr
+    assert (tmp_path / "photo.jpg").read_bytes() == b"a picture"
+
+
+def test_a_picture_from_a_pipe_is_read_once_and_drawn_on(tmp_path: Path) -> None:
+    pipe, png, scene = tmp_path / "pipe.png", tmp_path / "heat.png", picture()
+    os.mkfifo(pipe)
+    writing = threading.Thread(target=pipe.write_bytes, args=(scene,), daemon=True)
+    writing.start()
+    fake = FakeBlipq()
+    with Client(backend=fake) as client:
+        _, draw = submitted(client, str(pipe), "a dog", png, {})
+        assert list(fake.objects.values()) == [scene]
+        found = SimpleNamespace(result=lambda timeout: SimpleNamespace(best=scored([[0.0, 1.0]])))
+        draw(cast(Any, found))
+    writing.join(timeout=60)
+    assert Image.open(png).size == (1024, 768)
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe.png", "heat.png"}
+
+
+def picture() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 48), "gray").save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_a_file_is_replaced_whole_and_a_device_is_written_to(tmp_path: Path) -> None:
+    target, link = tmp_path / "a.png", tmp_path / "link.png"
+    target.write_bytes(b"before")
+    link.symlink_to(target)
+    write_whole(link, b"after")
+    assert (link.is_symlink(), target.read_bytes()) == (True, b"after")
+    write_whole(Path("/dev/null"), b"after")
+    assert not Path("/dev/null").is_file()
