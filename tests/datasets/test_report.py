@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from typer.testing import Result
 
 from api.console.browsers import chromium
 from blipq import Client
+from blipq_datasets.report import sheet as sheets
+from blipq_datasets.report.rows import Shown
 
 Run = Callable[..., Result]
 Answering = Callable[[], Any]
@@ -144,3 +146,25 @@ def test_a_report_is_not_written_over_its_source_or_its_journal(
         ran = run("report", "a.csv", "--output", output)
         assert (ran.exit_code, "give another file" in ran.output) == (2, True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_report_holds_a_few_pictures_at_a_time(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small: list[bytes] = []
+
+    def shrunk(data: bytes) -> str:
+        small.append(data)
+        return f"small {data.decode()}"
+
+    def rows() -> Iterator[Shown]:
+        for number in range(50):
+            assert number - len(small) < 4  # those before it are drawn, but for these
+            key, data = f"row-{number}", f"{number}".encode()
+            yield Shown(key, "succeeded", None, None, [], None, False, [], data, None)
+
+    monkeypatch.setattr(sheets, "thumbnail", shrunk)
+    found = sheets.drawn(rows(), client.storage)
+    assert [(row.key, row.data, picture) for row, picture in found] == [
+        (f"row-{number}", None, f"small {number}") for number in range(50)
+    ]

@@ -51,14 +51,14 @@ def report(
             dataset = _dataset_of(kept, client)
             if any(is_same(output, each) for each in (path, dataset.name)):
                 raise InvalidRequest(f"--output: {output} is the run's own: give another file")
-            found = list(rows_of(dataset, kept, rows))
+            chosen = rows_of(dataset, kept, rows)
             summary = bulk.summary_of(kept)
             facts = {**summary, "source": dataset.name, "figures": [*_figures(kept, summary)]}
-            write_sheet(found, facts, client.storage, output)
+            shown = write_sheet(chosen, facts, client.storage, output)
     if as_json:
-        print(json.dumps({"output": str(output), "rows": len(found)}))
+        print(json.dumps({"output": str(output), "rows": shown}))
     else:
-        out.print(f"{output}: {len(found):,} rows", markup=False)
+        out.print(f"{output}: {shown:,} rows", markup=False)
 
 
 def _dataset_of(journal: DatasetJournal, client: Client) -> Dataset:

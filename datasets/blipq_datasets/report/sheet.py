@@ -3,9 +3,9 @@
 What it shows came from strangers, so every text is escaped and every picture is drawn anew.
 """
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -42,31 +42,45 @@ class Filter:
 
 
 def write_sheet(
-    rows: Sequence[Shown], facts: Mapping[str, Any], storage: Storage, path: Path
-) -> None:
-    """Writes the sheet, whole or not at all. facts: of the run. Raises InvalidRequest."""
+    rows: Iterable[Shown], facts: Mapping[str, Any], storage: Storage, path: Path
+) -> int:
+    """Writes the sheet, whole or not at all; how many rows it shows. facts: of the run.
+
+    Raises InvalidRequest.
+    """
+    found = drawn(rows, storage)
     scratch = path.with_name(f".{path.name}.new")
     try:
-        scratch.write_text(rendered(rows, facts, storage), encoding="utf-8")
+        scratch.write_text(rendered(found, facts), encoding="utf-8")
         scratch.replace(path)
     except OSError as error:
         raise InvalidRequest(f"cannot write {path}: {error.strerror}") from None
     finally:
         scratch.unlink(missing_ok=True)
+    return len(found)
 
 
-def rendered(rows: Sequence[Shown], facts: Mapping[str, Any], storage: Storage) -> str:
-    """The sheet as HTML."""
-    names = [_names(row) for row in rows]
+def drawn(rows: Iterable[Shown], storage: Storage) -> Sequence[tuple[Shown, str | None]]:
+    """Rows with small pictures in place of their own, of which a few are held at a time."""
+    made: list[tuple[Shown, Future[str | None]]] = []
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for row in rows:
+            made.append((replace(row, data=None), pool.submit(_picture, row, storage)))
+            if len(made) >= _AT_ONCE:
+                made[-_AT_ONCE][1].result()
+    return [(row, picture.result()) for row, picture in made]
+
+
+def rendered(rows: Sequence[tuple[Shown, str | None]], facts: Mapping[str, Any]) -> str:
+    """Rows that are drawn as HTML."""
+    names = [_names(row) for row, _ in rows]
     every = list(dict.fromkeys(name for each in names for name in each))
     # Those that all rows have first, then errors: of many codes the first ones alone.
     kept = every[: MOST_CODES + 3]
     filters = [Filter(name, sum(name in each for each in names)) for name in kept]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        pictures = list(pool.map(lambda row: _picture(row, storage), rows))
     cards = [
         Card(row, picture, [kept.index(name) for name in each if name in kept])
-        for row, picture, each in zip(rows, pictures, names, strict=True)
+        for (row, picture), each in zip(rows, names, strict=True)
     ]
     made = environment("blipq_datasets.report")
     made.filters.update(plain=printable, short=short)

@@ -94,7 +94,8 @@ def test_a_picture_from_a_pipe_is_read_once_and_drawn_on(tmp_path: Path) -> None
         found = SimpleNamespace(result=lambda timeout: SimpleNamespace(best=scored([[0.0, 1.0]])))
         draw(cast(Any, found))
     writing.join(timeout=60)
-    assert Image.open(png).size == (1024, 768)
+    with Image.open(png) as drawn:
+        assert drawn.size == (1024, 768)
     assert {path.name for path in tmp_path.iterdir()} == {"pipe.png", "heat.png"}
 
 
