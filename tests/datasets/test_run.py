@@ -17,6 +17,8 @@ from botocore.exceptions import ClientError
 from typer.testing import Result
 
 from blipq import Client
+from blipq.bulk.driver import Driver
+from blipq.bulk.manners import Manners
 from blipq.bulk.start import begin
 from blipq.ledger.worker import WorkerLedger
 from blipq.s3.refusals import S3Unavailable
@@ -731,3 +733,32 @@ def test_lance_is_refused_by_name(run: Run, tmp_path: Path) -> None:
     ran = run("submit", "cars.csv", "--to", "lance", "--output", "answers")
     assert (ran.exit_code, "lance is not written: write parquet" in ran.output) == (2, True)
     assert not (tmp_path / "cars.csv.bulk").exists()
+
+
+def test_rows_that_redis_lost_when_the_time_was_over_keep_their_pictures(
+    run: Run,
+    answering: Answering,
+    ledger: WorkerLedger,
+    uploads_left: Left,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pictures = [f"picture {n}".encode() for n in range(3)]
+    pq.write_table(pa.table({"image": pa.array(pictures, pa.binary())}), tmp_path / "a.parquet")
+    over, collect = [False], Driver._collect
+
+    def lost(driver: Driver) -> int:
+        ledger.redis.flushdb()
+        over[0] = True
+        return collect(driver)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Driver, "_collect", lost)
+        patched.setattr(Manners, "is_over", property(lambda manners: over[0]))
+        ran = run("submit", "a.parquet", "--json")
+        assert (ran.exit_code, json.loads(ran.stdout)["counts"]) == (5, {"open": 3})
+    assert len(uploads_left()) == 3
+    with answering():
+        ran = run("submit", "a.parquet", "--json")
+    assert (ran.exit_code, json.loads(ran.stdout)["counts"]) == (0, {"succeeded": 3})
+    assert uploads_left() == []

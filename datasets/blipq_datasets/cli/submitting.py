@@ -158,8 +158,9 @@ def _finish(run: Run, as_json: bool) -> None:
         try:
             if run.output is not None:
                 run.output.finish()
-            with suppress(S3Refused):
-                run.dataset.uploads.sweep()
+            if "open" not in run.journal.counts():  # those that are need their pictures
+                with suppress(S3Refused):
+                    run.dataset.uploads.sweep()
             _tell_of_left(run.dataset.uploads, as_json)
             return
         except QueueUnavailable as error:

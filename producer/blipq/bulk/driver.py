@@ -100,26 +100,24 @@ class Driver:
             self._submit_again()
             self._cancel_if_asked()
             self._report(self)
-            if more or self._in_flight or self._hosts:
+            if more or self._in_flight or self._hosts or self._lost:
                 time.sleep(POLLS.pause_s(idle))
         self._journal.note(exhausted=self.exhausted)
         self._report(self)
 
     def _goes_on(self, more: bool) -> bool:
-        waits = bool(self._hosts) and not self._manners.is_over
-        return bool(more or waits or self._in_flight or self._lost)
+        waits = bool(self._hosts or self._lost) and not self._manners.is_over
+        to_cancel = bool(self._lost) and self._cancelled
+        return bool(more or waits or to_cancel or self._in_flight)
 
     def _resume(self, lines: Sequence[OpenLine]) -> None:
         """Jobs that a driver before this one may have recorded: they are found again.
 
-        It may have died before it released those that it collected last.
+        It may have died before it released those that it collected last. Those that Redis does not
+        know are submitted as those that it has lost.
         """
         self._release(self._journal.fact("collected") or [])
-        for chunk in _chunks(lines):
-            if self._journal.fact("cancelled"):
-                self._in_flight |= {line.job_id: line.number for line in chunk}
-            else:
-                self._submit(chunk)
+        self._in_flight |= {line.job_id: line.number for line in lines}
         self._cancel_if_asked()
 
     # -- submitting --
@@ -128,7 +126,7 @@ class Driver:
         """Submits lines until the window is full; whether there may be more."""
         self.paused = bool(self._journal.fact("paused"))
         while not (self.exhausted or self._cancelled or self._manners.is_over):
-            room = self._window - len(self._in_flight) - len(self._hosts)
+            room = self._window - len(self._in_flight) - len(self._hosts) - len(self._lost)
             room = self._pace.room(min(CHUNK, room))
             if self.paused or room <= 0:
                 return True
@@ -191,7 +189,12 @@ class Driver:
         time.sleep(seconds)
 
     def _submit_again(self) -> None:
-        """Jobs that Redis has lost, or kept for too short a time; unless the bulk is cancelled."""
+        """Jobs that Redis has lost, or kept for too short a time, or never had.
+
+        Not while the bulk is paused or its time is over; of one that is cancelled they end.
+        """
+        if not self._cancelled and (self.paused or self._manners.is_over):
+            return
         lost, self._lost = self._lost, set()
         lines = [line for line in self._journal.open_lines() if line.job_id in lost] if lost else []
         if self._cancelled:

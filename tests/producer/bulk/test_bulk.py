@@ -675,6 +675,77 @@ def test_lines_that_wait_for_a_web_host_are_cancelled_with_the_others(
     assert Counter(each["status"] for each in bulk.outcomes()) == {"cancelled": 10}
 
 
+def test_jobs_with_web_pictures_are_collected_by_a_driver_that_begins_in_a_pause(
+    bulk: Bulk, ledger: WorkerLedger
+) -> None:
+    bulk.write(*(line(f"{n}", image=f"https://slow.example/{n}.jpg") for n in range(3)))
+    bulk.driver(manners=Manners(host_rate=None))._fill()
+    driver, deadline = bulk.driver(manners=Manners(host_rate=0.001)), time.monotonic() + 60
+    assert bulk.journal is not None
+    bulk.journal.note(paused=True)
+    seen: list[tuple[bool, int, int]] = []
+
+    def report(driver: Driver) -> None:
+        seen.append((driver.paused, driver.waiting, driver.counts.get("succeeded", 0)))
+        if seen[-1][2] == 3 or time.monotonic() > deadline:
+            assert bulk.journal is not None
+            bulk.journal.note(paused=False)
+
+    driver._report = report
+    with worker(ledger):
+        driver.run()
+    assert (True, 0, 3) in seen
+    assert {waiting for _, waiting, _ in seen} == {0}
+
+
+def test_jobs_that_redis_lost_wait_for_the_end_of_a_pause(
+    bulk: Bulk, ledger: WorkerLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bulk.write(*(line(f"{n}") for n in range(3)))
+    bulk.driver()._fill()
+    ledger.redis.flushdb()
+    driver = bulk.driver()
+    assert bulk.journal is not None
+    bulk.journal.note(paused=True, exhausted=True)
+    driver.exhausted = True
+    recorded: list[Any] = []
+    pauses: list[float] = []
+    sleep = time.sleep
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        sleep(seconds)
+
+    def report(driver: Driver) -> None:
+        recorded.append(ledger.redis.zcard("blipq:open"))
+        if len(recorded) == 6:
+            assert len(pauses) == 5
+            assert bulk.journal is not None
+            bulk.journal.note(paused=False)
+
+    monkeypatch.setattr("blipq.bulk.driver.time.sleep", pause)
+    driver._report = report
+    with worker(ledger):
+        driver.run()
+    assert recorded[:6] == [0] * 6
+    assert [each["status"] for each in bulk.outcomes()] == ["succeeded"] * 3
+
+
+def test_jobs_that_redis_lost_are_left_to_the_next_driver_when_the_time_is_over(
+    bulk: Bulk, ledger: WorkerLedger
+) -> None:
+    bulk.write(*(line(f"{n}") for n in range(3)))
+    bulk.driver()._fill()
+    ledger.redis.flushdb()
+    bulk.driver(manners=Manners(until=datetime.now(UTC))).run()
+    assert ledger.redis.zcard("blipq:open") == 0
+    with closing(Journal.open(bulk.path)) as journal:
+        assert len(journal.open_lines()) == 3
+    with worker(ledger):
+        bulk.driver().run()
+    assert [each["status"] for each in bulk.outcomes()] == ["succeeded"] * 3
+
+
 def test_a_terminal_of_80_columns_shows_the_newest_answers_below_the_bar(
     bulk: Bulk, ledger: WorkerLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
