@@ -73,11 +73,11 @@ class _Reading:
         indexes = _spread(len(shards), MOST_SHARDS)
         read_bytes = rows = 0.0
         for index in indexes:
-            count, share = self._read(index, len(indexes))
+            count, share, is_whole = self._read(index, len(indexes))
             # Of a shard that was read in part, as many rows for each byte as in that part.
             rows += count / share if share else count
             read_bytes += shards[index].size
-            self._survey.counted &= share == 1.0
+            self._survey.counted &= is_whole
         left = sum(shard.size for shard in shards) - read_bytes
         if len(indexes) < len(shards):
             self._survey.counted = False
@@ -87,16 +87,19 @@ class _Reading:
             self._survey.chosen.setdefault(index, set()).add(row)
         return self._survey
 
-    def _read(self, index: int, parts: int) -> tuple[int, float]:
-        """Reads the beginning of a shard: how many rows, and how much of the shard."""
-        shard, count, held = self._dataset.shards[index], 0, 0
+    def _read(self, index: int, parts: int) -> tuple[int, float, bool]:
+        """Reads the beginning of a shard: how many rows, how much of it, and whether that is all.
+
+        How much may be a guess: only the end of a gzip tells that it is the end.
+        """
+        shard, count, held, read = self._dataset.shards[index], 0, 0, Cursor()
         for after, row in shard.rows(Cursor()):
-            count += 1
+            if count * parts >= MOST_ROWS or held * parts >= MOST_BYTES:
+                return count, shard.share(read), False
+            count, read = count + 1, after
             self._take(index, after.rows - 1, row)
             held += len(row.data or b"")
-            if count * parts >= MOST_ROWS or held * parts >= MOST_BYTES:
-                return count, shard.share(after)
-        return count, 1.0
+        return count, 1.0, True
 
     def _take(self, index: int, number: int, row: Row) -> None:
         found = self._survey

@@ -244,6 +244,25 @@ def gzipped(data: bytes) -> bytes:
     return gzip.compress(data)
 
 
+@pytest.mark.parametrize(("parts", "counted"), [((3000, 100), False), ((1500, 100), True)])
+def test_rows_of_a_gzip_of_several_parts_are_counted_where_its_end_was_read(
+    client: Client,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    parts: tuple[int, ...],
+    counted: bool,
+) -> None:
+    monkeypatch.setattr(surveys, "MOST_ROWS", 1600)
+    texts = ["".join(f"s3://photos/{part}-{row:06}.jpg\n" for row in range(part)) for part in parts]
+    data = b"".join(map(gzipped, (b"url\n", *(text.encode() for text in texts))))
+    (tmp_path / "a.csv.gz").write_bytes(data)
+    dataset = dataset_of(
+        str(tmp_path / "a.csv.gz"), recipe_from(None, {}), client, tmp_path / "j", "1"
+    )
+    found = survey(dataset, 100, lambda mark: False)
+    assert (found.counted, found.read) == (counted, 1600)
+
+
 def test_shards_of_a_survey_are_spread_evenly() -> None:
     assert surveys._spread(5, MOST_SHARDS) == [0, 1, 2, 3, 4]
     found = surveys._spread(1000, MOST_SHARDS)
