@@ -55,9 +55,9 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Where a job is to be recorded instead: a cell, as the list of a version says."""
+    """Where a job is to be recorded instead: a cell, at a place of the job's way."""
 
-    version: int
+    place: int
     cell: str
 
 
@@ -198,17 +198,17 @@ def retention_ms(settings: Settings) -> int:
 
 
 def submit_arguments(
-    jobs: Iterable[Prepared], settings: Settings, version: int | None = None, onward: str = ""
+    jobs: Iterable[Prepared], settings: Settings, place: int | None = None, onward: str = ""
 ) -> Iterator[str | int]:
     """The submit script's arguments.
 
-    version: of the list of cells, where the jobs' place follows it. onward: the cell that those go
-    on to which are unknown here.
+    place: of the cell on the jobs' way through several. onward: place and name of the next one, to
+    which those go on that are unknown here.
     """
     yield retention_ms(settings)
     yield settings.max_open_jobs
     yield declared_models(settings)
-    yield "" if version is None else version
+    yield "" if place is None else place
     yield onward
     for job in jobs:
         pairs = flat(job.fields)
@@ -233,7 +233,7 @@ def submitted(jobs: Sequence[Prepared], answer: Sequence[str]) -> list[Recorded 
 
 
 def placed(jobs: Sequence[Prepared], answer: Sequence[str]) -> list[Placed]:
-    """The same where the script was given a version."""
+    """The same where the script was given a place."""
     outcomes = zip(jobs, answer[::2], answer[1::2], strict=False)  # a refusal ends it early
     return [
         moved(id) if each == "moved" else recorded(job.submission, cast(Outcome, each), id)
@@ -243,8 +243,8 @@ def placed(jobs: Sequence[Prepared], answer: Sequence[str]) -> list[Placed]:
 
 def moved(text: str) -> Moved:
     """What ``moved_to`` of the scripts says."""
-    version, _, cell = text.partition(" ")
-    return Moved(int(version), cell)
+    place, _, cell = text.partition(" ")
+    return Moved(int(place), cell)
 
 
 def recorded(submission: Submission, outcome: Outcome, id: str) -> Recorded | BlipqError:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 CELL_PATTERN = r"[a-z][a-z0-9]{0,15}"
+#: Places of one list on the way of a job.
+MOST_PLACES = 1024
 
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _SAYS = re.compile(rf"(?P<bare>job_{_UUID})_(?P<cell>{CELL_PATTERN})")
@@ -87,12 +89,9 @@ class Cells:
                 raise ValueError(f"list {version}: no such cell: {', '.join(sorted(unknown))}")
             if len(set(names)) < len(names):
                 raise ValueError(f"list {version} names a cell twice")
+            if len(names) > MOST_PLACES:
+                raise ValueError(f"list {version} has more than {MOST_PLACES} cells")
         return cls(tuple(urls), found or ((1, tuple(urls)),))
-
-    @property
-    def version(self) -> int:
-        """The newest list's."""
-        return self.lists[-1][0]
 
     @property
     def current(self) -> tuple[str, ...]:
@@ -107,21 +106,43 @@ class Cells:
         owners = [ranked(id, names)[0] for _, names in reversed(self.lists)]
         return list(dict.fromkeys([*owners, *self.names]))
 
-    def path(self, text: str, serves: Callable[[str], bool]) -> list[str]:
-        """The cells to consult about a key or an id, in order: the last one records the job.
+    def path(
+        self, text: str, serves: Callable[[str], bool], start: tuple[int, str] | None = None
+    ) -> list[tuple[int, str]]:
+        """The cells to consult about a key or an id, each with its place: the last one records it.
 
         Of each list, the oldest first: the cell of the highest rank that serves the model, behind
-        those of higher ranks that do not. All clients take the same way, each from its oldest list
-        on, so no two of them record a job in two cells.
+        those of higher ranks that do not. A place is a list's version and a rank, so it is the same
+        for all clients, whatever they believe is served where, and each job goes up alone.
+
+        start: where another client sent the job.
         """
-        found: list[str] = []
-        for _, names in self.lists:
-            for cell in ranked(text, names):
-                found.append(cell)
+        found = [] if start is None else [start]
+        at = -1 if start is None else start[0]
+        for version, names in self.lists:
+            for rank, cell in enumerate(ranked(text, names)):
+                place = version * MOST_PLACES + rank
+                if place > at and (not found or found[-1][1] != cell):
+                    found.append((place, cell))
                 if serves(cell):
                     break
-        # The last of each: it comes back to a cell that an earlier list had, too.
-        return list(dict.fromkeys(reversed(found)))[::-1]
+        if len(found) == 1 and start is not None and not serves(start[1]):
+            found += self._around(text, serves, start[0])
+        return found
+
+    def _around(self, text: str, serves: Callable[[str], bool], at: int) -> list[tuple[int, str]]:
+        """The way on behind the last place: through the newest list's ranks once more."""
+        version, names = self.lists[-1]
+        order, last = ranked(text, names), at % MOST_PLACES
+        found: list[tuple[int, str]] = []
+        if at // MOST_PLACES != version:  # a list that this client lacks
+            return found
+        for rank in range(last + 1, min(last + len(order), MOST_PLACES)):
+            cell = order[rank % len(order)]
+            found.append((version * MOST_PLACES + rank, cell))
+            if serves(cell):
+                return found
+        return []
 
 
 def ranked(text: str, names: Iterable[str]) -> list[str]:

@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from blipq import (
     AsyncClient,
     CaptionRequest,
     Client,
+    IdempotencyConflict,
     InvalidRequest,
     JobFilter,
     Options,
@@ -49,6 +51,18 @@ def client(fleet: Fleet) -> Iterator[Client]:
 
 def keyed(key: str, **options: Any) -> Options:
     return Options(idempotency_key=key, **options)
+
+
+def key_in(order: str) -> str:
+    """A key whose cells by rank these are."""
+    return next(f"k{n}" for n in range(1000) if ranked(f"k{n}", order) == list(order))
+
+
+def serve(fleet: Fleet, cell: str, model: str) -> None:
+    """A worker of a cell serves a model."""
+    own = fleet.settings().in_cell(cell)
+    with connect(own) as raw:
+        WorkerLedger(raw, own).register("w", (model,), "{}", ttl_s=60, spare=False)
 
 
 def key_of(cell: str, names: str = "abc") -> str:
@@ -207,6 +221,72 @@ def test_a_cell_that_drained_and_came_back_doubles_no_key(fleet: Fleet) -> None:
     for client in clients:
         client.close()
     assert sum(map(len, fleet.records().values())) == len(keys)
+
+
+def test_a_key_is_one_job_when_the_only_cell_of_its_model_drains_into_another(
+    fleet: Fleet,
+) -> None:
+    key = keyed(key_in("ab"), model="large")
+    serve(fleet, "b", "large")
+    with Client(fleet.settings("1=a,b")) as client:
+        job = client.submit(REQUEST, key)
+    assert cell_of(job.id) == "b"
+    serve(fleet, "a", "large")
+    for lists in ("1=a,b 2=a", "1=a,b"):
+        with Client(fleet.settings(lists)) as client:
+            assert client.submit(REQUEST, key) == job
+    assert sum(map(len, fleet.records().values())) == 1
+
+
+def test_a_key_is_one_job_when_a_cell_of_a_higher_rank_joins(fleet: Fleet) -> None:
+    key = keyed(key_in("cab"), model="large")
+    serve(fleet, "b", "large")
+    with Client(fleet.settings("1=a,b")) as client:
+        job = client.submit(REQUEST, key)
+    for cell in "ac":
+        serve(fleet, cell, "large")
+    with Client(fleet.settings("1=a,b 2=a,b,c")) as client:
+        assert client.submit(REQUEST, key) == job
+    assert sum(map(len, fleet.records().values())) == 1
+
+
+@pytest.mark.parametrize(
+    ("lists", "order", "first"), [("1=a 2=a,c", "ca", "a"), ("1=a,c", "ac", "")]
+)
+def test_a_key_is_recorded_after_the_cell_that_it_was_sent_to_came_back_without_its_model(
+    fleet: Fleet, lists: str, order: str, first: str
+) -> None:
+    key = keyed(key_in(order), model="large")
+    for cell in first:
+        serve(fleet, cell, "large")
+    fleet.kill("c")
+    with (
+        Client(fleet.settings(lists)) as client,
+        pytest.raises(QueueUnavailable),
+    ):
+        client.submit(REQUEST, key)  # what c serves is not known
+    fleet.start("c")
+    serve(fleet, "a", "large")
+    for _ in range(2):
+        with Client(fleet.settings(lists)) as client:
+            assert cell_of(client.submit(REQUEST, key).id) == "a"
+    assert sum(map(len, fleet.records().values())) == 1
+
+
+def test_a_note_is_kept_for_as_long_as_the_job_of_whoever_came_last(fleet: Fleet) -> None:
+    key = key_in("cab")
+    for expires in (60, 600, 60):
+        options = keyed(key, expires_in=expires)
+        with (
+            Client(fleet.settings("1=a,b 2=a,b,c")) as client,
+            suppress(IdempotencyConflict),  # the times of an equal job are its first one's
+        ):
+            client.submit(REQUEST, options)
+    (name,) = fleet.keys("blipq:moved:*")["a"]
+    with connect(fleet.settings().in_cell("a")) as raw:
+        kept_s = raw.ttl(name)
+    settings = fleet.settings()
+    assert kept_s > 60 + max(settings.result_ttl, settings.failed_ttl) + 400
 
 
 def test_a_former_cell_that_is_away_is_no_reason_for_a_second_job(fleet: Fleet) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from blipq import InvalidRequest, Settings
-from blipq.redis.cells import Cells, cell_of, id_in, named_urls, ranked
+from blipq.redis.cells import MOST_PLACES, Cells, cell_of, id_in, named_urls, ranked
 from blipq.submission import checked, new_id
 
 URLS = {name: f"redis://{name}.example:6379/0" for name in ("a", "b", "c")}
@@ -57,24 +57,47 @@ def test_a_job_is_looked_for_where_its_id_says_or_first_where_the_newest_list_ha
         assert sorted(found) == sorted(ALL)
 
 
+def on_the_way(*steps: tuple[int, int, str]) -> list[tuple[int, str]]:
+    """Steps, of each the version of a list, the rank and the cell."""
+    return [(version * MOST_PLACES + rank, cell) for version, rank, cell in steps]
+
+
 def test_a_key_goes_by_the_cell_of_each_earlier_list_to_that_of_the_newest() -> None:
     cells = Cells.of(URLS, [(1, ("a", "b")), (2, ALL)])
     for key in KEYS[:100]:
         new, old = ranked(key, ALL)[0], ranked(key, ("a", "b"))[0]
-        assert cells.path(key, every) == ([new] if new == old else [old, new])
+        expected = on_the_way((1, 0, old), (2, 0, new))
+        assert cells.path(key, every) == (expected[:1] if new == old else expected)
 
 
-def test_a_key_that_comes_back_to_a_cell_is_recorded_there_and_not_consulted_before() -> None:
+def test_a_key_that_comes_back_to_a_cell_is_recorded_there() -> None:
     cells = Cells.of(URLS, [(1, ("a", "b")), (2, ("a",)), (3, ("a", "b"))])
     key = next(key for key in KEYS if ranked(key, ("a", "b"))[0] == "b")
-    assert cells.path(key, every) == ["a", "b"]
+    assert cells.path(key, every) == on_the_way((1, 0, "b"), (2, 0, "a"), (3, 0, "b"))
 
 
 def test_a_key_goes_down_its_ranks_to_the_first_cell_that_serves_the_model() -> None:
-    cells = Cells.of(URLS)
+    cells = Cells.of(URLS, [(1, ALL)])
     for key in KEYS[:100]:
         ranks = ranked(key, ALL)
-        assert cells.path(key, lambda cell, ranks=ranks: cell == ranks[2]) == ranks  # type: ignore[misc]
+        expected = on_the_way(*((1, rank, cell) for rank, cell in enumerate(ranks)))
+        assert cells.path(key, lambda cell, ranks=ranks: cell == ranks[2]) == expected  # type: ignore[misc]
+
+
+def test_a_key_that_was_sent_to_a_cell_without_its_model_goes_on_through_the_ranks() -> None:
+    cells = Cells.of(URLS, [(1, ALL)])
+    first, second, third = ranked("order-1", ALL)
+
+    def serves(cell: str) -> bool:
+        return cell == second
+
+    sent = on_the_way((1, 2, third))
+    on = on_the_way((1, 2, third), (1, 3, first), (1, 4, second))
+    assert cells.path("order-1", serves, sent[0]) == on
+    assert cells.path("order-1", every, sent[0]) == sent
+    assert cells.path("order-1", lambda cell: False, sent[0]) == sent
+    newer = on_the_way((2, 0, third))  # of a list that this client lacks
+    assert cells.path("order-1", serves, newer[0]) == newer
 
 
 # -- settings --

@@ -22,10 +22,10 @@ T = TypeVar("T")
 class AsyncCellLedger(AsyncProducerLedger):
     """The ledger of one cell of several."""
 
-    async def place(self, jobs: Sequence[Prepared], version: int, onward: str) -> list[Placed]:
+    async def place(self, jobs: Sequence[Prepared], place: int, onward: str) -> list[Placed]:
         """As ``CellLedger.place``."""
         with redis_errors(codec.only(job.submission.id for job in jobs)):
-            arguments = codec.submit_arguments(jobs, self.settings, version, onward)
+            arguments = codec.submit_arguments(jobs, self.settings, place, onward)
             return codec.placed(jobs, await self._run("submit", *arguments))
 
     async def reach(self, with_an_answer: bool) -> None:

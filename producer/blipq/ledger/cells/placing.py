@@ -1,6 +1,6 @@
 """In which cell a new job is recorded: once, whatever lists of cells its clients have. Pure."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from blipq.contract import Options
@@ -12,9 +12,6 @@ from blipq.ledger.codec import Message, Moved, Placed, Prepared, Recorded
 from blipq.redis.cells import Cells, cell_of, id_in, ranked
 from blipq.submission import new_id
 
-#: Moves of one job in a submit. Each goes to a newer list or to a lower rank, so it is never met.
-MOST_MOVES = 32
-
 Answer = Recorded | BlipqError
 
 
@@ -24,14 +21,13 @@ class _Way:
 
     index: int
     job: Prepared
-    path: list[str]
-    version: int
-    moves: int = 0
+    path: list[tuple[int, str]]
 
     @property
     def step(self) -> tuple[str, str, int]:
-        """The cell to consult now, the one behind it or "", and the version of the list."""
-        return self.path[0], self.path[1] if len(self.path) > 1 else "", self.version
+        """The cell to consult now, the place and the name of the one behind it or "", its place."""
+        (place, cell), *behind = self.path
+        return cell, f"{behind[0][0]} {behind[0][1]}" if behind else "", place
 
 
 @dataclass(slots=True)
@@ -185,9 +181,10 @@ class Placing:
         yield from self._learn(model)
         if all(self._health.knows(cell, model) is False for cell in self._cells.current):
             yield from self.check_model(model)  # what no cell knows must leave nothing in them
-        text = codec.scoped_key(job.submission) or job.submission.id
-        path = self._cells.path(text, lambda cell: self._health.knows(cell, model) is not False)
-        return _Way(index, job, path, self._cells.version)
+        return _Way(index, job, self._cells.path(_text(job), self._serves(model)))
+
+    def _serves(self, model: str) -> Callable[[str], bool]:
+        return lambda cell: self._health.knows(cell, model) is not False
 
     def _go_on(self, chunk: _Chunk, ways: list[_Way]) -> Calls[list[_Way]]:
         """Consults the next cell of each job; the ways that go on."""
@@ -195,10 +192,10 @@ class Placing:
         for way in ways:
             groups.setdefault(way.step, []).append(way)
         left: list[_Way] = []
-        for (cell, onward, version), group in groups.items():
+        for (cell, onward, place), group in groups.items():
             jobs = [_named(way.job, cell) for way in group]
             try:
-                answers: list[Placed] = yield call(cell, "place", jobs, version, onward)
+                answers: list[Placed] = yield call(cell, "place", jobs, place, onward)
             except (QueueUnavailable, QueueFull) as error:
                 chunk.answers[group[0].index] = error
                 continue
@@ -210,22 +207,24 @@ class Placing:
         self, chunk: _Chunk, group: Sequence[_Way], answers: Sequence[Placed]
     ) -> Iterator[_Way]:
         for way, answer in zip(group, answers, strict=False):
-            if isinstance(answer, UnknownModel) and way.moves < MOST_MOVES:
-                self._health.learn(way.path[0], way.job.submission.options.model, False)
+            if isinstance(answer, UnknownModel):
+                self._health.learn(way.path[0][1], way.job.submission.options.model, False)
             if not isinstance(answer, Moved):
                 continue
-            id = way.job.submission.id
             try:
-                self.check_named(answer.cell, id)
-                if way.moves >= MOST_MOVES:
-                    raise QueueUnavailable(f"job {id}: cells send it on to each other", id)
+                self.check_named(answer.cell, way.job.submission.id)
             except QueueUnavailable as error:
                 chunk.answers[way.index] = error
                 continue
-            is_next = way.path[1:2] == [answer.cell] and answer.version == way.version
-            way.path = way.path[1:] if is_next else [answer.cell]
-            way.version, way.moves = answer.version, way.moves + 1
+            serves = self._serves(way.job.submission.options.model)
+            start = (answer.place, answer.cell)  # its place goes up: this ends
+            way.path = self._cells.path(_text(way.job), serves, start)
             yield way
+
+
+def _text(job: Prepared) -> str:
+    """What decides on the cell of a job: its key, or its id where it has none."""
+    return codec.scoped_key(job.submission) or job.submission.id
 
 
 def _named(job: Prepared, cell: str) -> Prepared:

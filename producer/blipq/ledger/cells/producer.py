@@ -22,14 +22,14 @@ T = TypeVar("T")
 class CellLedger(ProducerLedger):
     """The ledger of one cell of several."""
 
-    def place(self, jobs: Sequence[Prepared], version: int, onward: str) -> list[Placed]:
+    def place(self, jobs: Sequence[Prepared], place: int, onward: str) -> list[Placed]:
         """Records jobs like ``submit_all``, but those whose place is another cell.
 
-        version: of the caller's list of cells. onward: the cell that the others go on to, too,
-        where this one does not know them; "" records them here.
+        place: of this cell on the jobs' way. onward: place and name of the next one, where the
+        others go on to that this one does not know; "" records them here.
         """
         with redis_errors(codec.only(job.submission.id for job in jobs)):
-            arguments = codec.submit_arguments(jobs, self.settings, version, onward)
+            arguments = codec.submit_arguments(jobs, self.settings, place, onward)
             return codec.placed(jobs, self._run("submit", *arguments))
 
     def reach(self, with_an_answer: bool) -> None:

@@ -127,17 +127,18 @@ local function use_rate(tenant, rate)
   redis.call('SET', rate_key(tenant), string.format('%.3f', till), 'PX', math.ceil(till - now) + 1)
 end
 
--- Which cell has, or will have, a job that this one does not know: the version of the list of cells and
--- its name, or nil where this cell is to record it. name: of the job's key or id. onward: the cell that
--- it goes on to, or ''. What is left here sends clients with an older list on, which would record the
--- job here: whoever comes first, one cell alone has it.
-local function moved_to(name, version, onward, ttl)
+-- Which cell has, or will have, a job that this one does not know: its place on the job's way (see
+-- Cells.path) and its name, or nil where this cell is to record it. name: of the job's key or id. place:
+-- of this cell on the caller's way. onward: the next place and cell, or ''. What is left here sends on
+-- whoever comes with a lower place and would record the job here: whoever comes first, one cell alone
+-- has it. It is kept for as long as the record of whoever comes last.
+local function moved_to(name, place, onward, ttl)
   local key = moved_key(redis.sha1hex(name))
   local moved = redis.call('GET', key)
-  if moved and tonumber(string.match(moved, '^%d+')) >= tonumber(version) then return moved end
-  if onward == '' then return nil end
-  moved = version .. ' ' .. onward
-  redis.call('SET', key, moved, 'PX', ttl)
+  local is_ahead = moved and tonumber(string.match(moved, '^%d+')) > tonumber(place)
+  if not is_ahead and onward == '' then return nil end
+  moved = is_ahead and moved or onward
+  redis.call('SET', key, moved, 'PX', math.max(ttl, redis.call('PTTL', key)))
   return moved
 end
 

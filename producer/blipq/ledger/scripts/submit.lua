@@ -1,6 +1,6 @@
 -- Records jobs, each once, in order, and stops at the first that is refused.
--- ARGV: retention ms, max open jobs, declared models between spaces, the version of the list of cells
--- or '', the cell that jobs go on to or '' (see moved_to), then of each job: id, digest,
+-- ARGV: retention ms, max open jobs, declared models between spaces, the place of this cell on the
+-- jobs' way or '', the next place and cell or '' (see moved_to), then of each job: id, digest,
 -- idempotency key or '', expires_in ms, how many arguments its fields take, and its field/value
 -- pairs: the second is its kind, the third its model, the fourth its queue and the fifth its shape.
 -- Returns of each job that it came to: 'created' | 'waits' | 'exists' | 'conflict' | 'full' |
@@ -9,7 +9,7 @@
 -- 'waits' is created, too, but no worker lives that serves the model. 'conflict', 'full', 'unknown' and
 -- 'limited' are refusals.
 local retention, max_open, declared = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
-local version, onward = ARGV[4], ARGV[5]
+local place, onward = ARGV[4], ARGV[5]
 local live, used = {}, {}
 
 local function known(existing, digest)
@@ -36,9 +36,9 @@ local function record(id, digest, given_key, expires_in, first, last)
   end
   local answer = known(id, digest)
   if answer then return answer, id end
-  if version ~= '' then
+  if place ~= '' then
     --RARELY moved_to
-    local moved = moved_to(given_key ~= '' and 'k:' .. given_key or 'i:' .. id, version, onward,
+    local moved = moved_to(given_key ~= '' and 'k:' .. given_key or 'i:' .. id, place, onward,
       expires_in + retention)
     if moved then return 'moved', moved end
   end
