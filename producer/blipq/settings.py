@@ -214,7 +214,7 @@ class Settings(BaseSettings):
         default=(),
         description=(
             "Which cells take new jobs, by version: `1=a,b 2=a,b,c`. The last list is in force; "
-            "earlier ones stay for one retention after a change. By default all cells."
+            "earlier ones stay for one retention after a change. Needed with more cells than one."
         ),
     )
     cell: str | None = Field(
@@ -387,6 +387,8 @@ class Settings(BaseSettings):
             if self.cell is not None or self.cell_lists or self.cell_brokers:
                 raise ValueError("BLIPQ_CELL and BLIPQ_CELL_* need BLIPQ_CELLS")
             return self
+        if len(self.cells) > 1 and not self.cell_lists and self.cell is None:
+            raise ValueError("BLIPQ_CELL_LISTS says which cells take new jobs, such as 1=a,b")
         Cells.of(self.cells, self.cell_lists)
         if self.cell_brokers and set(self.cell_brokers) != set(self.cells):
             raise ValueError("BLIPQ_CELL_BROKERS names a broker of each cell, or of none")

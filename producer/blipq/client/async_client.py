@@ -16,7 +16,7 @@ from typing import Any, Unpack, cast
 
 from blipq.client.backend import Backend
 from blipq.client.base import ClientBase, Fields, embed_fields, folder_of, request_of
-from blipq.client.coalescing import CoalescedPolls
+from blipq.client.coalescing import PollsOfCells
 from blipq.client.forgetting import Forgetting, Forgotten, Unindex
 from blipq.client.job import AsyncJob, last_expiry
 from blipq.client.progress import Progress
@@ -79,7 +79,8 @@ class AsyncClient(ClientBase):
     ) -> None:
         super().__init__(settings, overrides)
         self._services = (backend or Backend()).async_services(self.settings, self._id)
-        self._polls = CoalescedPolls(self._poll)
+        cells = self.settings.cells if self.settings.is_fleet else ()
+        self._polls = PollsOfCells(self._poll, cells)
 
     async def __aenter__(self) -> "AsyncClient":
         return self

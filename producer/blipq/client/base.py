@@ -19,6 +19,7 @@ from blipq.contract import (
 )
 from blipq.errors import InvalidRequest
 from blipq.ledger.codec import check_tenant
+from blipq.redis.cells import is_clients
 from blipq.settings import Settings
 from blipq.submission import ImageSource, Submission, checked, uploadable
 
@@ -54,12 +55,19 @@ class ClientBase:
     def _check_cell(
         self, request: Asks[Any] | Submission, options: Options, id: str | None
     ) -> None:
-        """Raises InvalidRequest where one cell is set, and another one may have the job."""
-        is_own = isinstance(request, Submission) or id is not None
-        if self.settings.cell is not None and (is_own or options.idempotency_key is not None):
+        """Raises InvalidRequest where another cell than that of the submit may have the job."""
+        if isinstance(request, Submission):
+            options, id = request.options, request.id
+        has_key = options.idempotency_key is not None
+        if self.settings.cell is not None and (id is not None or has_key):
             raise InvalidRequest(
                 "BLIPQ_CELL: a job with an id of its own or an idempotency key is recorded in the "
                 "cell that it belongs to: unset it"
+            )
+        if self.settings.is_fleet and has_key and id is not None and not is_clients(id):
+            raise InvalidRequest(
+                "with BLIPQ_CELLS, give an id of your own or an idempotency key, not both: either "
+                "says which cell has the job"
             )
 
     def _waiting(self, ids: Iterable[str], timeout: float | None, expires: float | None) -> Waiting:

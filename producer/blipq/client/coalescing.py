@@ -2,14 +2,41 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from blipq.client.waiting import MAX_POLLED
 from blipq.errors import QueueUnavailable
 from blipq.ledger.codec import Polled
+from blipq.redis.cells import cell_of
 
 Found = Polled | QueueUnavailable
 _Request = tuple[list[str], "asyncio.Future[Found]"]
+
+
+class PollsOfCells:
+    """Coalesces polls of the same cells: one that does not answer holds up no poll of others.
+
+    Sets of cells are told apart, of those that are named alone: with one Redis there is one set.
+    """
+
+    def __init__(self, poll: Callable[[list[str]], Awaitable[Found]], cells: Iterable[str]) -> None:
+        self._poll = poll
+        self._cells = frozenset(cells)
+        self._polls: dict[frozenset[str], CoalescedPolls] = {}
+
+    async def poll(self, ids: list[str]) -> Found:
+        """Polls these jobs, in a round trip that others of the same cells may share."""
+        cells = self._cells
+        if cells:
+            cells = cells.intersection(filter(None, map(cell_of, ids)))
+        polls = self._polls.get(cells)
+        if polls is None:
+            polls = self._polls[cells] = CoalescedPolls(self._poll)
+        return await polls.poll(ids)
+
+    async def aclose(self) -> None:
+        """Waits for the polls that are under way or gathered."""
+        await asyncio.gather(*(polls.aclose() for polls in self._polls.values()))
 
 
 class CoalescedPolls:

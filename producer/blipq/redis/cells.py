@@ -28,6 +28,11 @@ def cell_of(id: str) -> str | None:
     return match and match["cell"]
 
 
+def is_clients(id: str) -> bool:
+    """Whether an id has the form of those that clients make."""
+    return cell_of(id_in(id, "a")) is not None
+
+
 def id_in(id: str, cell: str) -> str:
     """An id that a client made, as one that says its cell; another one as it is."""
     match = _SAYS.fullmatch(id)

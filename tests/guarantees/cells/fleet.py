@@ -50,8 +50,9 @@ class Fleet:
 
     def settings(self, lists: str = "", **options: Any) -> Settings:
         """Of a client whose lists of cells these are."""
-        given = {**self._options, "cells": self.cells, **options}
-        return Settings.model_validate(given | ({"cell_lists": lists} if lists else {}))
+        lists = lists or f"1={','.join(self.ports)}"
+        given = {**self._options, "cells": self.cells, "cell_lists": lists, **options}
+        return Settings.model_validate(given)
 
     def keys(self, pattern: str) -> dict[str, list[str]]:
         """The keys that each live cell has."""

@@ -164,7 +164,7 @@ def test_a_cell_drains_and_is_removed_and_no_job_is_lost(cells: Cells) -> None:
     cells.workers.pop("b").stop(timeout=30)
     cells.fleet.kill("b")
     only = {name: url for name, url in cells.settings().cells.items() if name == "a"}
-    with Client(cells.settings().model_copy(update={"cells": only})) as client:
+    with Client(cells.settings("2=a", cells=only)) as client:
         after = client.wait_all(client.submit_many(requests[:10]), timeout=60)
         assert {job.info().status for job in after} == {"succeeded"}
 

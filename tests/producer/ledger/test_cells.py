@@ -18,10 +18,12 @@ from blipq import (
     JobFilter,
     Options,
     QueueUnavailable,
-    Settings,
     Status,
     UnknownModel,
 )
+from blipq.ledger import keys
+from blipq.ledger.cells.calls import Round
+from blipq.ledger.cells.fleet import Fleet as Calls
 from blipq.ledger.cells.operator import actions_of, beside_each, home_of, operator_of, runs_of
 from blipq.ledger.connection import connect
 from blipq.ledger.views.listing import Place, Wanted
@@ -110,9 +112,26 @@ def test_an_id_of_ones_own_is_one_job_and_found_again(fleet: Fleet, client: Clie
     assert sum(map(len, fleet.records().values())) == 20
     assert {client.job(id).info().id for id in ids} == set(ids)
     assert client.cancel_all(ids) == 20
+
+
+def test_an_id_of_ones_own_and_a_key_for_one_job_are_refused(fleet: Fleet, client: Client) -> None:
+    async def scenario() -> None:
+        async with AsyncClient(fleet.settings()) as client:
+            with pytest.raises(InvalidRequest, match="not both"):
+                await client.submit(REQUEST, keyed("k"), id="order-k")
+
+    asyncio.run(scenario())
     submission = Submission(REQUEST, keyed("k"), "order-k")
-    assert client.submit(submission).id == "order-k"
-    assert client.job("order-k").info().id == "order-k"
+    for ask in (
+        lambda: client.submit(submission),
+        lambda: client.submit(REQUEST, keyed("k"), id="order-k"),
+        lambda: client.submit_many([submission]),
+    ):
+        with pytest.raises(InvalidRequest, match="not both"):
+            ask()
+    assert sum(map(len, fleet.records().values())) == 0
+    job = client.submit(REQUEST, keyed("k"), id=new_id())  # as after a QueueUnavailable
+    assert client.submit(REQUEST, keyed("k")) == job
 
 
 def test_a_job_that_no_cell_has_is_unknown(client: Client) -> None:
@@ -164,6 +183,50 @@ def test_outcomes_of_other_cells_come_while_one_is_away(fleet: Fleet, client: Cl
     for job in by_cell["b"]:
         finish(fleet, job.id, "b")
     assert {job.result(timeout=30).text for job in jobs} == {"a cat"}
+
+
+def test_an_id_of_a_cell_that_is_not_named_holds_up_no_other_job(
+    fleet: Fleet, client: Client
+) -> None:
+    job = client.submit(REQUEST, keyed(key_of("a")))
+    finish(fleet, job.id, "a")
+    unnamed = client.job(f"{new_id()}_z")
+    coming = client.as_completed([unnamed, job], timeout=30)
+    assert next(coming).id == job.id
+    with pytest.raises(QueueUnavailable, match="which BLIPQ_CELLS does not name"):
+        next(coming)
+
+
+def test_a_cell_that_did_not_answer_is_asked_last(fleet: Fleet) -> None:
+    calls = Calls(fleet.settings())
+    calls.health.failed("a", QueueUnavailable("away"))
+    asked = {
+        "check": Round(calls.check_models(()), calls.health),
+        "read": Round(calls.read(key_of("a")), calls.health),
+        "cancel": Round(calls.cancel(key_of("a")), calls.health),
+        "model": Round(calls.check_models(("large",)), calls.health),
+    }
+    first = {name: round.call.cell for name, round in asked.items() if round.call}
+    assert first.keys() == asked.keys()
+    assert "a" not in first.values()
+
+
+def test_a_queue_is_paused_in_the_cells_behind_one_that_is_away(
+    fleet: Fleet, client: Client
+) -> None:
+    queue = "blipq.default.normal"
+
+    def is_paused(cell: str) -> bool:
+        with connect(fleet.settings().in_cell(cell)) as raw:
+            return raw.get(keys.paused(queue)) == "0"
+
+    fleet.kill("a")
+    with pytest.raises(QueueUnavailable):
+        client.pause(queue)
+    assert [is_paused(cell) for cell in "bc"] == [True, True]
+    with pytest.raises(QueueUnavailable):
+        client.resume(queue)
+    assert [is_paused(cell) for cell in "bc"] == [False, False]
 
 
 def test_a_model_that_one_cell_alone_knows_has_its_jobs_there(fleet: Fleet) -> None:
@@ -314,7 +377,7 @@ def test_a_client_whose_list_lacks_a_cell_says_so(fleet: Fleet) -> None:
         client.submit(REQUEST, keyed(key))
     urls = {name: fleet.settings().cells[name] for name in "ab"}
     with (
-        Client(Settings(cells=urls)) as old,
+        Client(fleet.settings("1=a,b", cells=urls)) as old,
         pytest.raises(QueueUnavailable, match="'c', which BLIPQ_CELLS does not name"),
     ):
         old.submit(REQUEST, keyed(key))

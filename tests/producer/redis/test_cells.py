@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from blipq import InvalidRequest, Settings
-from blipq.redis.cells import MOST_PLACES, Cells, cell_of, id_in, named_urls, ranked
+from blipq.redis.cells import MOST_PLACES, Cells, cell_of, id_in, is_clients, named_urls, ranked
 from blipq.submission import checked, new_id
 
 URLS = {name: f"redis://{name}.example:6379/0" for name in ("a", "b", "c")}
@@ -116,7 +116,7 @@ def test_several_urls_are_named_with_spaces_or_commas_between() -> None:
 
 def test_settings_of_one_cell_are_those_of_its_redis_and_broker() -> None:
     cells, brokers = "a=redis://h:1/0 b=redis://h:2/0", "a=amqp://h//a b=amqp://h//b"
-    fleet = of(cells=cells, cell_brokers=brokers)
+    fleet = of(cells=cells, cell_brokers=brokers, cell_lists="1=a,b")
     one = of(cells=cells, cell_brokers=brokers, cell="b")
     assert fleet.is_fleet
     assert not one.is_fleet
@@ -138,7 +138,8 @@ def test_settings_of_one_cell_are_those_of_its_redis_and_broker() -> None:
         ({"cell": "b"}, "need BLIPQ_CELLS"),
         ({"cells": "a=redis://h:1/0", "redis_url": "redis://h:2/0"}, "in place of"),
         ({"cells": "a=redis://h:1/0", "broker_url": "amqp://h"}, "in place of"),
-        ({"cells": "a=redis://h:1/0 b=redis://h:2/0", "cell_brokers": "a=amqp://h"}, "of none"),
+        ({"cells": "a=redis://h:1/0", "cell_brokers": "b=amqp://h"}, "of none"),
+        ({"cells": "a=redis://h:1/0 b=redis://h:2/0"}, "such as 1=a,b"),
         ({"cells": "a=redis://h:1/0", "cell_lists": "1=a,b"}, "no such cell: b"),
         ({"cells": "a=redis://h:1/0", "cell_lists": "2=a 1=a"}, "versions of lists go up"),
         ({"cells": "a=redis://h:1/0", "cell_lists": "a"}, "VERSION=NAME"),
@@ -150,8 +151,20 @@ def test_cells_that_cannot_be_meant_are_refused_by_name(given: dict[str, str], t
         of(**given)
 
 
+def test_what_serves_one_cell_needs_no_lists() -> None:
+    assert of(cells="a=redis://h:1/0 b=redis://h:2/0", cell="b").cell_lists == ()
+    assert of(cells="a=redis://h:1/0").is_fleet
+
+
+@pytest.mark.parametrize("id", [new_id(), id_in(new_id(), "a")])
+def test_ids_that_clients_make_are_told_from_others(id: str) -> None:
+    assert is_clients(id)
+    assert not is_clients(f"{id}-1")
+    assert not is_clients("order-1")
+
+
 def test_passwords_of_cells_are_hidden() -> None:
-    settings = of(cells="a=redis://:hush@h:1/0 b=redis://:still@h:2/0")
+    settings = of(cells="a=redis://:hush@h:1/0 b=redis://:still@h:2/0", cell_lists="1=a,b")
     assert {"hush", "still"} <= set(settings.secrets)
     assert "hush" not in repr(settings) + settings.endpoints
     assert "a=h:1" in settings.endpoints

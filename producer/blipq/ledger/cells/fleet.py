@@ -45,7 +45,7 @@ class Fleet:
     def _any(self, method: str, *args: Any) -> Calls[Any]:
         """The answer of the first cell that takes jobs and answers."""
         why: QueueUnavailable | None = None
-        for cell in self.cells.current:
+        for cell in self.health.failed_last(self.cells.current):
             try:
                 return (yield call(cell, method, *args))
             except QueueUnavailable as error:
@@ -64,7 +64,7 @@ class Fleet:
     def _found(self, method: str, id: str, unknown: Any) -> Calls[Any]:
         """The answer of the cell that knows a job; ``unknown`` where all say that."""
         away: QueueUnavailable | None = None
-        for cell in self._likely(id):
+        for cell in self.health.failed_last(self._likely(id)):
             try:
                 answer = yield call(cell, method, id)
             except QueueUnavailable as error:
@@ -86,8 +86,14 @@ class Fleet:
     def poll(self, ids: Sequence[str], *, notify: str) -> Calls[Polled]:
         """Raises QueueUnavailable where no cell of these jobs answers."""
         found = Polled({}, set(), {})
-        left = {id: self._likely(id) for id in ids}
+        left: dict[str, list[str]] = {}
         away: dict[str, QueueUnavailable] = {}
+        for id in ids:
+            try:
+                left[id] = self._likely(id)
+            except QueueUnavailable as error:  # in a cell without a name: it holds up no other
+                away[id] = error
+        found.unknown.update(away)
         while left:
             groups: dict[str, list[str]] = {}
             for id, cells in left.items():
@@ -178,14 +184,22 @@ class Fleet:
         return (yield from self._queue("resume", queue))
 
     def _queue(self, method: str, queue: str) -> Calls[int]:
-        """In each cell that knows its model. Raises UnknownModel where none does."""
+        """In each cell that knows its model. Raises UnknownModel where none does.
+
+        Raises QueueUnavailable if one is away, after the others.
+        """
         waiting: list[int] = []
         unknown: UnknownModel | None = None
+        away: QueueUnavailable | None = None
         for cell in self.cells.names:
             try:
                 waiting.append((yield call(cell, method, queue)))
             except UnknownModel as error:
                 unknown = error
+            except QueueUnavailable as error:
+                away = error
+        if away is not None:
+            raise away
         if unknown is not None and not waiting:
             raise unknown
         return sum(waiting)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from blipq.backoff import Backoff
@@ -54,6 +55,10 @@ class Health:
     def has_failed(self, cell: str) -> bool:
         """Whether the last call of a cell had no answer."""
         return self._states[cell].why is not None
+
+    def failed_last(self, cells: Iterable[str]) -> list[str]:
+        """Cells in the same order, but those whose last call had no answer behind the others."""
+        return sorted(cells, key=self.has_failed)
 
     def away(self, cell: str) -> QueueUnavailable | None:
         """Why not to wait for a cell now; None where it is worth a try.

@@ -114,7 +114,7 @@ class Placing:
     def check_model(self, model: str) -> Calls[None]:
         """Raises UnknownModel if no cell that takes jobs knows the model."""
         why: BlipqError | None = None
-        for cell in self._cells.current:
+        for cell in self._health.failed_last(self._cells.current):
             try:
                 yield from self._check(cell, model)
             except UnknownModel as error:
