@@ -210,6 +210,7 @@ def submit_arguments(
     yield declared_models(settings)
     yield "" if place is None else place
     yield onward
+    yield ms(max(settings.result_ttl, settings.failed_ttl, settings.dead_letter_ttl))
     for job in jobs:
         pairs = flat(job.fields)
         key = scoped_key(job.submission) or ""

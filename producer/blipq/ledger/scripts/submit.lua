@@ -1,15 +1,15 @@
 -- Records jobs, each once, in order, and stops at the first that is refused.
 -- ARGV: retention ms, max open jobs, declared models between spaces, the place of this cell on the
--- jobs' way or '', the next place and cell or '' (see moved_to), then of each job: id, digest,
--- idempotency key or '', expires_in ms, how many arguments its fields take, and its field/value
--- pairs: the second is its kind, the third its model, the fourth its queue and the fifth its shape.
+-- jobs' way or '', the next place and cell or '' (see moved_to), the longest retention ms (of dead
+-- letters), then of each job: id, digest, idempotency key or '', expires_in ms, how many arguments
+-- its fields take, and its field/value pairs: the second is its kind, the third its model, the fourth its queue and the fifth its shape.
 -- Returns of each job that it came to: 'created' | 'waits' | 'exists' | 'conflict' | 'full' |
 -- 'unknown' | 'limited' | 'moved', then an id; behind 'unknown' it is what workers serve, behind
 -- 'limited' which limit of the tenant was met (see limit_met), and behind 'moved' what moved_to says.
 -- 'waits' is created, too, but no worker lives that serves the model. 'conflict', 'full', 'unknown' and
 -- 'limited' are refusals.
 local retention, max_open, declared = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
-local place, onward = ARGV[4], ARGV[5]
+local place, onward, longest = ARGV[4], ARGV[5], tonumber(ARGV[6])
 local live, used = {}, {}
 
 local function known(existing, digest)
@@ -39,7 +39,7 @@ local function record(id, digest, given_key, expires_in, first, last)
   if place ~= '' then
     --RARELY moved_to
     local moved = moved_to(given_key ~= '' and 'k:' .. given_key or 'i:' .. id, place, onward,
-      expires_in + retention)
+      expires_in + longest)
     if moved then return 'moved', moved end
   end
   local model, queue = ARGV[first + 5], ARGV[first + 7]
@@ -86,7 +86,7 @@ end
 
 local refusals = {conflict = true, full = true, unknown = true, limited = true}
 local answers = {}
-local i = 6
+local i = 7
 while i <= #ARGV do
   local last = i + 4 + tonumber(ARGV[i + 4])
   local outcome, id = record(ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3]), i + 5, last)
