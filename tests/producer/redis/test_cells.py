@@ -156,7 +156,7 @@ def test_what_serves_one_cell_needs_no_lists() -> None:
     assert of(cells="a=redis://h:1/0").is_fleet
 
 
-@pytest.mark.parametrize("id", [new_id(), id_in(new_id(), "a")])
+@pytest.mark.parametrize("id", [new_id(), id_in(new_id(), "a")], ids=["one Redis", "cells"])
 def test_ids_that_clients_make_are_told_from_others(id: str) -> None:
     assert is_clients(id)
     assert not is_clients(f"{id}-1")

@@ -38,6 +38,9 @@ class Direct:
         self.batch_sizes.append(answer.batch_size)
         return part.made(answer.value)
 
+    def note(self, text: str) -> None:
+        """Remarks are not compared here."""
+
 
 def request(number: int) -> Any:
     """Captions, questions and matches of all lengths, four generation parameters among them."""

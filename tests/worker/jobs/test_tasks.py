@@ -644,7 +644,7 @@ def test_an_output_is_the_result_as_json(parts: Parts, picture: bytes) -> None:
     info = parts.run(parts.client.caption(picture, output=uri))
     stored = parts.client.storage.client.get_object(Bucket="blipq-outputs", Key="results/1.json")
     assert json.loads(stored["Body"].read()) == info.result.model_dump(mode="json") | {
-        "captions": [{"text": "30 x 20"}]
+        "captions": [{"text": "30 x 20", "tokens": 3}]
     }
 
 

@@ -390,7 +390,10 @@ def test_a_configuration_that_is_not_here_is_refused() -> None:
         (None, "has no config.json: name a folder that save_pretrained wrote"),
         ("{", "config.json is unusable"),
         ('{"model_type": "bert"}', "is of 'bert', not of BLIP-2"),
-        ('{"model_type": "blip-2", "text_config": {"model_type": "bloom"}}', "'bloom': OPT and T5"),
+        (
+            '{"model_type": "blip-2", "text_config": {"model_type": "bloom"}}',
+            "'bloom': OPT, T5 and Llama",
+        ),
     ],
 )
 def test_no_model_is_made_of_a_folder_that_is_no_checkpoint(

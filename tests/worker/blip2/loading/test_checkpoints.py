@@ -299,7 +299,7 @@ def test_a_folder_without_its_files_names_what_is_missing(copy: Path, missing: s
 
 
 def test_another_kind_of_model_is_refused(copy: Path) -> None:
-    changed_config(copy, model_type="instructblip")
+    changed_config(copy, model_type="blip")
     with pytest.raises(CheckpointError):
         open_checkpoint(str(copy))
 
