@@ -84,11 +84,23 @@ def alone_and_together(
     return answers(opt, pictures, 1), answers(opt, pictures, 16)
 
 
+def written(found: list[Any]) -> list[Any]:
+    """The captions and answers of all jobs, in order."""
+    return [
+        text
+        for each in found
+        if each.kind != "match"
+        for text in (each.captions if each.kind == "caption" else each.answers)
+    ]
+
+
 def test_200_mixed_jobs_in_batches_are_answered_as_one_at_a_time(alone_and_together: Any) -> None:
-    (alone, _), (together, _) = alone_and_together
-    texts = [each for each in alone if each.kind != "match"]
-    assert [each for each in together if each.kind != "match"] == texts
-    assert len(set(map(str, texts))) > 10, "the model says the same to everything"
+    alone, together = (written(found) for found, _ in alone_and_together)
+    texts = [(each.text, each.tokens, each.finish_reason) for each in alone]
+    assert [(each.text, each.tokens, each.finish_reason) for each in together] == texts
+    assert len(set(texts)) > 10, "the model says the same to everything"
+    sure = [each.log_likelihood for each in alone]
+    assert [each.log_likelihood for each in together] == pytest.approx(sure, abs=1e-4)
 
 
 def test_200_mixed_jobs_in_batches_are_scored_as_one_at_a_time(alone_and_together: Any) -> None:
