@@ -20,6 +20,7 @@ from blipq import (
 from blipq.contract import CaptionRequest, JobError, Options
 from blipq.ledger.codec import Message
 from blipq.ledger.worker import Claim
+from blipq.local.supervisor import Service
 from blipq.submission import Submission, new_id
 from blipq_worker.settings import WorkerSettings
 from conftest import ledger_of, wait_until
@@ -154,6 +155,13 @@ def test_a_cancel_takes_effect_at_once_at_every_stage(rig: Rig) -> None:
     assert "'fetching'" not in log
 
 
+def hearing(rig: Rig) -> Service:
+    """A worker that hears of revokes: it is registered some time before."""
+    worker = rig.start_worker()
+    wait_until(lambda: "ready after" in worker.last_words(100), "the worker's control queue")
+    return worker
+
+
 @pytest.mark.parametrize("terminate", [False, True])
 def test_a_job_revoked_by_celery_is_cancelled_for_good(rig: Rig, terminate: bool) -> None:
     """``celery control revoke`` and Flower: once the job stayed queued, and ran after a restart."""
@@ -175,7 +183,7 @@ def test_a_job_revoked_by_celery_is_cancelled_for_good(rig: Rig, terminate: bool
 
 def test_a_whole_job_revoked_before_it_came_is_cancelled(rig: Rig) -> None:
     """Its record is made when its message comes, and its message has an id of its own."""
-    worker = rig.start_worker()
+    worker = hearing(rig)
     app = rig.client.broker.app
     app.control.revoke("task_1")
     wait_until(lambda: "task_1" in worker.last_words(100), "the revoke")
@@ -200,7 +208,7 @@ def test_a_dead_letter_that_was_revoked_runs_when_it_is_retried(rig: Rig) -> Non
     assert isinstance(claim, Claim)
     error = JobError(code=ErrorCode.ATTEMPTS_EXHAUSTED, message="died three times")
     assert ledger.fail(claim, error.model_dump_json(), "{}", dead=True)
-    worker = rig.start_worker()
+    worker = hearing(rig)
     broker.app.control.revoke(job.id)
     wait_until(lambda: f"{job.id}: revoked" in worker.last_words(100), "the revoke")
     message = rig.operator.retry_dead_letter(job.id)
