@@ -75,13 +75,13 @@ class Rig:
         worker = self.launch_worker(**options)
         if self._fronts:
             self.wait_for_fronts(worker)
-        return self._serving(worker)
+        return self._ready(self._serving(worker))
 
     def start_demo_worker(self, **options: Any) -> Service:
         """A worker with the demo model, as in production."""
         environment = self.stack.environment() | {"BLIPQ_MODELS": "default=demo"} | named(options)
         log = self.folder / f"worker-{next(self._numbers)}.log"
-        return self.serve(worker_service(environment, log))
+        return self._ready(self.serve(worker_service(environment, log)))
 
     def serve(self, worker: Service) -> Service:
         """Starts any worker process, and waits until it serves."""
@@ -97,6 +97,11 @@ class Rig:
             return len(parts.serving(worker)) == self._fronts
 
         wait_until(all_serve, "fronts that take jobs", timeout=120)
+
+    def _ready(self, worker: Service) -> Service:
+        """Waits for its queues and its ear for revokes: it is registered some time before."""
+        wait_until(lambda: "ready after" in worker.last_words(1000), "a worker that is ready", 60)
+        return worker
 
     def _serving(self, worker: Service) -> Service:
         name = f"-{worker.pid}-"
