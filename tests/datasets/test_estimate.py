@@ -50,6 +50,21 @@ def write(path: Path, rows: int) -> None:
     pq.write_table(pa.table({"image": pa.array(images, pa.binary())}), path)
 
 
+@pytest.fixture
+def kill_an_estimate(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Makes an estimate of cars.parquet that ends behind its sample of 10 rows."""
+
+    def killed(*_: Any) -> Any:
+        raise BlipqError("killed")
+
+    def kill() -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr("blipq_datasets.estimate.estimate_of", killed)
+            assert run("estimate", "cars.parquet", "--sample", 10).exit_code == 1
+
+    return kill
+
+
 @pytest.mark.usefixtures("live")
 def test_an_estimate_says_what_is_left_and_the_run_asks_that_alone(
     run: Run, answering: Answering, uploads_left: Callable[[], list[str]], tmp_path: Path
@@ -88,18 +103,13 @@ def test_an_estimate_that_was_killed_is_made_anew_and_leaves_nothing(
     run: Run,
     answering: Answering,
     uploads_left: Callable[[], list[str]],
+    kill_an_estimate: Callable[[], None],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write(tmp_path / "cars.parquet", 60)
 
-    def killed(*_: Any) -> Any:
-        raise BlipqError("killed")
-
     with answering():
-        with monkeypatch.context() as patched:
-            patched.setattr("blipq_datasets.estimate.estimate_of", killed)
-            assert run("estimate", "cars.parquet", "--sample", 10).exit_code == 1
+        kill_an_estimate()
         assert not (tmp_path / "cars.parquet.bulk").exists()
         assert uploads_left()
         found = done(run("estimate", "cars.parquet", "--sample", 10, "--json"))
@@ -184,18 +194,13 @@ def test_a_run_clears_what_an_estimate_that_was_killed_has_left(
     run: Run,
     answering: Answering,
     uploads_left: Callable[[], list[str]],
+    kill_an_estimate: Callable[[], None],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write(tmp_path / "cars.parquet", 30)
 
-    def killed(*_: Any) -> Any:
-        raise BlipqError("killed")
-
     with answering():
-        with monkeypatch.context() as patched:
-            patched.setattr("blipq_datasets.estimate.estimate_of", killed)
-            assert run("estimate", "cars.parquet", "--sample", 10).exit_code == 1
+        kill_an_estimate()
         assert uploads_left()
         done(run("submit", "cars.parquet", "--json"), 3)
     assert uploads_left() == []

@@ -174,15 +174,7 @@ def _save_instructed(
     reader = _bert_tokenizer()
     processor = InstructBlipProcessor(images, tokenizer, reader, num_query_tokens=QUERIES)
     config = InstructBlipConfig(
-        vision_config=InstructBlipVisionConfig(
-            hidden_size=WIDTH,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=side,
-            patch_size=14,
-            initializer_range=0.3,
-        ),
+        vision_config=InstructBlipVisionConfig(**_vision_fields(side)),
         qformer_config=InstructBlipQFormerConfig(
             vocab_size=len(reader),
             hidden_size=WIDTH,
@@ -197,11 +189,7 @@ def _save_instructed(
         num_query_tokens=QUERIES,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
-    model = InstructBlipForConditionalGeneration(config)
-    _stir(model)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return _saved(InstructBlipForConditionalGeneration(config), processor, folder)
 
 
 def save_itm(folder: Path, *, side: int = SIDE) -> Path:
@@ -211,7 +199,7 @@ def save_itm(folder: Path, *, side: int = SIDE) -> Path:
     processor = _processor(tokenizer, side)
     image_token = tokenizer.convert_tokens_to_ids("<image>")
     config = Blip2Config(
-        vision_config=_vision(side),
+        vision_config=Blip2VisionConfig(**_vision_fields(side)),
         # As in the published checkpoints, the image token lies just outside the embeddings.
         qformer_config=_qformer(vocab_size=image_token, use_qformer_text_input=True),
         text_config=OPTConfig(hidden_size=WIDTH, num_hidden_layers=1, vocab_size=8),
@@ -219,11 +207,7 @@ def save_itm(folder: Path, *, side: int = SIDE) -> Path:
         image_text_hidden_size=16,
         image_token_index=image_token,
     )
-    model = Blip2ForImageTextRetrieval(config)
-    _stir(model)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return _saved(Blip2ForImageTextRetrieval(config), processor, folder)
 
 
 def _save_generation(
@@ -232,29 +216,32 @@ def _save_generation(
     torch.manual_seed(seed)
     processor = _processor(tokenizer, side)
     config = Blip2Config(
-        vision_config=_vision(side),
+        vision_config=Blip2VisionConfig(**_vision_fields(side)),
         qformer_config=_qformer(),
         text_config=text,
         num_query_tokens=QUERIES,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
-    model = Blip2ForConditionalGeneration(config)
+    return _saved(Blip2ForConditionalGeneration(config), processor, folder)
+
+
+def _saved(model: Any, processor: Any, folder: Path) -> Path:
     _stir(model)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
 
-def _vision(side: int) -> Blip2VisionConfig:
-    return Blip2VisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=side,
-        patch_size=14,
-        initializer_range=0.3,
-    )
+def _vision_fields(side: int) -> dict[str, Any]:
+    return {
+        "hidden_size": WIDTH,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": side,
+        "patch_size": 14,
+        "initializer_range": 0.3,
+    }
 
 
 def _qformer(**changes: Any) -> Blip2QFormerConfig:
