@@ -247,9 +247,10 @@ class AsyncClient(ClientBase):
     ) -> list[AsyncJob[ResultT]]:
         """Submits many requests, a chunk per round trip, like ``Client.submit_many``."""
         prepare = partial(self.ledger.prepare, notify=self._id)
+        chosen = options or Options()
         submitting = Submitting(prepare, self._job, timeout)
         async for request in _each(requests):
-            if submitting.add(await self._made(request, options or Options(), None, tenant)):
+            if submitting.add(await self._made(request, chosen, None, tenant)):
                 await self._flush(submitting)
         await self._flush(submitting)
         return submitting.jobs

@@ -279,9 +279,10 @@ class Client(ClientBase):
         recorded and what is not.
         """
         prepare = partial(self.ledger.prepare, notify=self._id)
+        chosen = options or Options()
         submitting = Submitting(prepare, self._job, timeout)
         for request in requests:
-            if submitting.add(self._made(request, options or Options(), None, tenant)):
+            if submitting.add(self._made(request, chosen, None, tenant)):
                 self._flush(submitting)
         self._flush(submitting)
         return submitting.jobs

@@ -2,7 +2,8 @@
 -- ARGV: retention ms, max open jobs, declared models between spaces, the place of this cell on the
 -- jobs' way or '', the next place and cell or '' (see moved_to), the longest retention ms (of dead
 -- letters), then of each job: id, digest, idempotency key or '', expires_in ms, how many arguments
--- its fields take, and its field/value pairs: the second is its kind, the third its model, the fourth its queue and the fifth its shape.
+-- its fields take, and its field/value pairs: the second is its kind, the third its model, the fourth
+-- its queue and the fifth its shape.
 -- Returns of each job that it came to: 'created' | 'waits' | 'exists' | 'conflict' | 'full' |
 -- 'unknown' | 'limited' | 'moved', then an id; behind 'unknown' it is what workers serve, behind
 -- 'limited' which limit of the tenant was met (see limit_met), and behind 'moved' what moved_to says.
