@@ -46,11 +46,14 @@ Start = Callable[..., DoorProcess]
 
 @pytest.fixture
 def start(stack: LocalStack, apart: Settings, tmp_path: Path) -> Iterator[Start]:
-    """Starts doors; options are BLIPQ_* settings."""
+    """Starts doors; files: how many each may open at first; options are BLIPQ_* settings."""
     started: list[Service] = []
 
-    def start(*arguments: str, **options: str) -> DoorProcess:
+    def start(*arguments: str, files: int | None = None, **options: str) -> DoorProcess:
         service = service_of(stack, apart, tmp_path / f"door{len(started)}.log", arguments, options)
+        if files is not None:  # its limit alone: this process may have more open than that
+            limited = f'ulimit -Sn {files}; exec "$0" "$@"'
+            service.command = ["sh", "-c", limited, *service.command]
         started.append(service)
         return running(service)
 

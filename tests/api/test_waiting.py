@@ -106,9 +106,8 @@ def test_a_door_that_may_open_few_files_at_first_lets_itself_have_more(
     start: Start, ledger: WorkerLedger
 ) -> None:
     count = 300
-    with files(128):
-        door = start()
-    with door.http() as http:
+    door = start(files=128)
+    with files(resource.getrlimit(resource.RLIMIT_NOFILE)[1]), door.http() as http:
         id = submitted(http)
         answers: list[bytes] = []
 
