@@ -10,7 +10,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tools.docs.page import replace_section
 
+from benchmarks import results
 from benchmarks.models import mid_size
 from blipq_worker.blip2 import Blip2
 from blipq_worker.blip2.decoding import DecodeLoop, Row
@@ -27,6 +29,7 @@ from blipq_worker.catalog.adapters import Adapter, read_adapter
 from blipq_worker.inference.requests import GenerationParams
 from blipq_worker.serving.footprint import loaded_bytes
 
+PAGE = Path(__file__).parents[1] / "docs" / "adapters.md"
 STEPS, PROMPT = 40, [2, 5, 6, 7]
 PARAMS = GenerationParams(num_beams=1, max_new_tokens=STEPS + 4, min_new_tokens=STEPS + 4)
 RECIPE = ("q_proj", "k_proj")
@@ -48,7 +51,7 @@ def written(folder: Path, checkpoint: str, targets: Sequence[str], rank: int, se
             for side, shape in (("A", (rank, narrow)), ("B", (wide, rank))):
                 key = f"base_model.model.{layer}.lora_{side}.weight"
                 tensors[key] = torch.randn(shape, generator=dice) / 16
-    folder.mkdir()
+    folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -110,6 +113,7 @@ def compare(
         "with_adapters_mb": loaded_bytes(adapted.generator.model) / 1e6,
         "two_models_mb": 2 * loaded_bytes(layers) / 1e6,
     }
+    steps: dict[str, Any] = {}
     for rows in options.rows:
         pair = [loop_of(plain, rows), loop_of(adapted, rows)]
         times: list[list[float]] = [[], []]
@@ -118,28 +122,65 @@ def compare(
             times[1].append(step_ms(pair[1], rows, options.adapters))
         without, beside = map(statistics.median, times)
         ratios = [second / first for first, second in zip(*times, strict=True)]
-        found[f"{rows} rows"] = {
+        steps[str(rows)] = {
             "without_ms": without,
             "adapters_ms": beside,
             "ratio": statistics.median(ratios),
         }
-    return found
+    return {**found, "steps": steps}
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """Steps and memory for each choice of layers."""
+    checkpoint = mid_size().split("+")[0]
+    with TemporaryDirectory() as folder, torch.inference_mode():
+        return {
+            "adapters": options.adapters,
+            "rank": options.rank,
+            "dtype": options.dtype,
+            "targets": {
+                name: compare(checkpoint, targets, options, Path(folder, name))
+                for name, targets in TARGETS.items()
+                if name in options.targets
+            },
+        }
+
+
+def text(found: Mapping[str, Any]) -> Iterator[str]:
+    """The table, in Markdown."""
+    yield (
+        f"| {found['adapters']} adapters of rank {found['rank']} | a step's rows | without, ms "
+        "| with, ms | ratio | one model, MB | with them, MB | two models, MB |"
+    )
+    yield f"|{'---|' * 8}"
+    for name, each in found["targets"].items():
+        sizes = (f"{each[key]:.0f}" for key in ("model_mb", "with_adapters_mb", "two_models_mb"))
+        held = " | ".join(sizes)
+        for rows, step in each["steps"].items():
+            layers = ", ".join(f"`{layer}`" for layer in TARGETS[name])
+            yield (
+                f"| {layers} | {rows} | {step['without_ms']:.1f} | {step['adapters_ms']:.1f} "
+                f"| **{step['ratio']:.2f}** | {held} |"
+            )
 
 
 def main() -> None:
+    """Measures, keeps the figures, and writes them into docs/adapters.md."""
     parser = argparse.ArgumentParser("python -m benchmarks.adapters", description=__doc__)
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--targets", choices=TARGETS, default="recipe")
+    parser.add_argument("--targets", choices=TARGETS, nargs="+", default=[*TARGETS])
     options = parser.parse_args()
-    with TemporaryDirectory() as folder, torch.inference_mode():
-        checkpoint = mid_size().split("+")[0]
-        found = compare(checkpoint, TARGETS[options.targets], options, Path(folder))
-    print(json.dumps(found, indent=1))
+    found = results.measure(
+        "adapters", lambda: measured(options), command="python -m benchmarks.adapters"
+    )
+    lines = [*text(found), "", results.source("adapters")]
+    replace_section(PAGE, "cost", "\n".join(lines))
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

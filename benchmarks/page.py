@@ -29,19 +29,13 @@ def write() -> None:
         kept = results.load(name)
         if kept is not None:
             page = ELSEWHERE.get(name, PAGE)
-            replace_section(page, name, "\n".join([*text(kept["found"]), "", _about(kept)]))
+            replace_section(page, name, "\n".join([*text(kept["found"]), "", results.source(name)]))
     kept = results.load("fleet")
     if kept is not None:
         tenants = table(*fleet.tenants(kept["found"]))
-        replace_section(DOCS / "operating.md", "tenants", "\n".join([*tenants, "", _about(kept)]))
-
-
-def _about(kept: Found) -> str:
-    return (
-        f"`{kept['command']}` at {kept['commit']}, {kept['took_s']:.0f} s on "
-        f"{kept['machine']}, torch {kept['versions']['torch']}; load average "
-        f"{kept['load_average']:.1f} before, {kept['load_average_after']:.1f} after."
-    )
+        replace_section(
+            DOCS / "operating.md", "tenants", "\n".join([*tenants, "", results.source("fleet")])
+        )
 
 
 def table(head: list[str], lines: list[list[str]]) -> list[str]:
@@ -173,6 +167,16 @@ def _cost(found: Found) -> Iterator[str]:
     yield from table(["", "before", "now", "ratio"], cost.rows(found))
 
 
+def _against(found: Found) -> Iterator[str]:
+    yield f"\nThe engine by itself beside that of {found['commit']}, mid-size model, jobs of each"
+    yield f"kind in turns of both, {found['rounds']} rounds:\n"
+    lines = [
+        [kind, f"**{each['time']:.3f}**", f"{each['from']:.3f} to {each['to']:.3f}"]
+        for kind, each in found["kinds"].items()
+    ]
+    yield from table(["", "time now by time before", "95 % interval of the median"], lines)
+
+
 def _queued(found: Found) -> Iterator[str]:
     rates = f"{found['one_by_one_per_s']:,.0f}", f"{found['many_per_s']:,.0f}"
     grown = (f"{found['grown_mb'][name]:.0f} MB" for name in ("client", "worker"))
@@ -273,6 +277,7 @@ SECTIONS: dict[str, Callable[[Found], Iterator[str]]] = {
     "latency": _latency,
     "overhead": _overhead,
     "cost": _cost,
+    "against": _against,
     "queued": _queued,
     "scale": _scale,
     "engine": _engine,

@@ -30,7 +30,7 @@ def measure(
         "command": command or f"python -m benchmarks {section}{' --long' * long}",
         **about,
         "load_average_after": os.getloadavg()[0],
-        "commit": _commit(),
+        "commit": commit(FOLDER.parent),
         "took_s": round(took, 1),
         "found": found,
     }
@@ -46,9 +46,22 @@ def load(section: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _commit() -> str:
+def source(section: str) -> str:
+    """What the kept figures of a section were measured with, and on what, in Markdown."""
+    kept = load(section)
+    if kept is None:
+        return "These figures were not kept."
+    return (
+        f"`{kept['command']}` at {kept['commit']}, {kept['took_s']:.0f} s on "
+        f"{kept['machine']}, torch {kept['versions']['torch']}; load average "
+        f"{kept['load_average']:.1f} before, {kept['load_average_after']:.1f} after."
+    )
+
+
+def commit(folder: Path) -> str:
+    """The commit that a checkout is at."""
     command = ["git", "rev-parse", "--short", "HEAD"]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parent)
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     return ran.stdout.strip()
 
 

@@ -47,12 +47,7 @@ def _measured(rows: int, *, kills: bool) -> dict[str, Any]:
 def text(name: str, found: Mapping[str, Any]) -> Iterator[str]:
     """The section, in Markdown."""
     yield from _rates(found) if name == "rates" else _kills(found)
-    kept = results.load(f"datasets-{name}") or {}
-    yield ""
-    yield (
-        f"`{kept.get('command')}` at {kept.get('commit')} on {kept.get('machine')}; load average "
-        f"{kept.get('load_average', 0):.1f} before, {kept.get('load_average_after', 0):.1f} after."
-    )
+    yield from ("", results.source(f"datasets-{name}"))
 
 
 def _rates(found: Mapping[str, Any]) -> Iterator[str]:

@@ -33,7 +33,6 @@ def main() -> None:
 
 def text(found: Mapping[str, Any]) -> Iterator[str]:
     """The section, in Markdown."""
-    kept = results.load("door") or {}
     rate, wait, console = found["rates"], found["waiting"], found["console"]
     yield from table(
         ["jobs a second, on a core each", "Python client", "door", "ratio"],
@@ -61,10 +60,7 @@ def text(found: Mapping[str, Any]) -> Iterator[str]:
         ],
     )
     yield ""
-    yield (
-        f"`{kept.get('command')}` at {kept.get('commit')} on {kept.get('machine')}; load average "
-        f"{kept.get('load_average', 0):.1f} before, {kept.get('load_average_after', 0):.1f} after."
-    )
+    yield results.source("door")
 
 
 def _row(rate: Mapping[str, float], name: str, client: str, door: str) -> list[str]:

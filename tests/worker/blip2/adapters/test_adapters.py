@@ -295,7 +295,7 @@ def test_each_row_gets_its_own_adapter_beside_a_layer_of_any_precision(kind: str
         found, quick = layer(states), pass_of(layer)(states)
     for row, number in enumerate(numbers.tolist()):
         own = [at for at, owner in enumerate(owners) if owner == number]
-        expected = plain[row] + (states[row] @ low.down[own].T) @ low.up[own]
+        expected = plain[row] + (states[row] @ low.down.weight[own].T) @ low.up.weight.T[own]
         torch.testing.assert_close(found[row], expected, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(quick[row], expected, atol=0.1, rtol=0.1)
     assert torch.equal(layer(states), plain), "outside of a pass it is the layer alone"
@@ -318,7 +318,9 @@ def test_layers_that_read_the_same_are_fused_with_their_adapters(kind: str) -> N
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
         again = torch.cat([pass_of(layer)(states) for layer in adapted], dim=-1)
     torch.testing.assert_close(again, expected, atol=1e-3, rtol=1e-3)
-    held = {part.down.untyped_storage().data_ptr() for _, part in map(_parts, adapted) if part}
+    held = {
+        part.down.weight.untyped_storage().data_ptr() for _, part in map(_parts, adapted) if part
+    }
     assert len(held) == 1, "their numbers are held twice"
 
 
@@ -330,7 +332,7 @@ def _parts(layer: Any) -> tuple[Any, LowRank | None]:
 def test_what_overflows_in_one_adapter_is_not_its_neighbours() -> None:
     rows = Rows(loaded=True)
     low = LowRank(torch.full((2, 4), 6e4).half(), torch.ones(2, 3).half(), [1, 2], rows)
-    low.down[1] = 0.5
+    low.down.weight[1] = 0.5
     with rows.of(torch.tensor([1, 2, 0])):
         found = low(torch.zeros(3, 3).half(), torch.ones(3, 4).half())
     assert found[0].isinf().all()

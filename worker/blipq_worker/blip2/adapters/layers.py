@@ -78,19 +78,22 @@ def rows_of(model: Any) -> Rows:
 class LowRank(torch.nn.Module):
     """What all adapters of a layer add, with their scales.
 
-    down: (ranks, in). up: (ranks, out). owners: see ``Rows.layout``.
+    down: (ranks, in). up: (ranks, out). owners: see ``Rows.layout``. Both become layers, which
+    ``loading.packing`` may replace.
     """
 
     def __init__(
         self, down: torch.Tensor, up: torch.Tensor, owners: Sequence[int], rows: Rows
     ) -> None:
         super().__init__()
-        self.down: torch.Tensor
-        self.up: torch.Tensor
-        self.register_buffer("down", down)
-        self.register_buffer("up", up)
+        self.down, self.up = _linear(down), _linear(up.T)
         self.owners, self.rows = tuple(owners), rows
         self._layout = rows.layout(self.owners, down.device)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its numbers are where PyTorch's own layers have them."""
+        return type(self.down) is type(self.up) is torch.nn.Linear
 
     def forward(self, out: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """``out``, (..., out), and what each row's own adapter makes of states, (..., in).
@@ -100,15 +103,16 @@ class LowRank(torch.nn.Module):
         others = self.rows.others(self._layout)
         if others is None:
             return out
-        flat = states.reshape(-1, states.shape[-1]).to(self.down.dtype)
-        lowered = torch.nn.functional.linear(flat, self.down)
+        flat = states.reshape(-1, states.shape[-1]).to(self.down.weight.dtype)
+        lowered = self.down(flat)
         # Not a product with zeros: what overflows in another adapter is not this row's.
         by_row = lowered.view(len(others), -1, lowered.shape[-1])
         own = by_row.masked_fill(others[:, None], 0.0).view_as(lowered)
-        if out.dtype == self.up.dtype:
-            added = torch.addmm(out.reshape(-1, out.shape[-1]), own, self.up)
+        if self.is_plain and out.dtype == self.up.weight.dtype:  # one kernel for two
+            added = torch.addmm(out.reshape(-1, out.shape[-1]), own, self.up.weight.T)
             return added.view(out.shape)
-        return out + (own @ self.up).to(out.dtype).view(out.shape)
+        apart: torch.Tensor = self.up(own)
+        return out + apart.to(out.dtype).view(out.shape)
 
     @classmethod
     def joined(cls, parts: Sequence["LowRank | None"], widths: Sequence[int]) -> "LowRank":
@@ -117,19 +121,27 @@ class LowRank(torch.nn.Module):
         widths: of these outputs. The parts become views of it, so that nothing is held twice.
         """
         there = [part for part in parts if part is not None]
-        first = there[0]
-        down = torch.cat([part.down for part in there])
+        down = torch.cat([part.down.weight.data for part in there])
         up = down.new_zeros((len(down), sum(widths)))
         row = column = 0
         for part, width in zip(parts, widths, strict=True):
             if part is not None:
-                rows = slice(row, row + len(part.down))
-                up[rows, column : column + width] = part.up
-                part.down, part.up = down[rows], up[rows, column : column + width]
+                rows = slice(row, row + len(part.owners))
+                up[rows, column : column + width] = part.up.weight.T
+                part.down.weight.data = down[rows]
+                part.up.weight.data = up[rows, column : column + width].T
                 row = rows.stop
             column += width
         owners = [owner for part in there for owner in part.owners]
-        return cls(down, up, owners, first.rows)
+        return cls(down, up, owners, there[0].rows)
+
+
+def _linear(weight: torch.Tensor) -> torch.nn.Linear:
+    """A layer with this weight, (out, in), and no bias."""
+    wide, narrow = weight.shape
+    layer = torch.nn.Linear(narrow, wide, bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return layer
 
 
 class AdaptedLinear(torch.nn.Module):

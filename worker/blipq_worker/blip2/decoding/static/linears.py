@@ -99,10 +99,11 @@ def fused(linears: Sequence[Any]) -> Pass:
     """From (n, in) to the outputs of all layers side by side, (n, their sum).
 
     Plain layers become views of one weight, so that nothing is held twice, and one product;
-    quantized and packed ones stay what they are. Adapters beside them are one product, too.
+    quantized and packed ones stay what they are. Adapters beside them are one product, too, if
+    they are not packed themselves.
     """
     own, low = zip(*(parts_of(linear) for linear in linears), strict=True)
-    if any(each is not None for each in low):
+    if any(each is not None for each in low) and all(each is None or each.is_plain for each in low):
         widths = [linear.out_features for linear in own]
         return _adapted(fused(own), LowRank.joined(low, widths))
     if all(type(linear) is torch.nn.Linear for linear in linears):
