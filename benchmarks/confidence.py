@@ -8,13 +8,16 @@ its second half, at most a third differ.
 
 import argparse
 import itertools
-import time
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from tools.docs.page import replace_section
 
+from benchmarks import results
 from blipq_worker import demo
 from blipq_worker.blip2 import Blip2, GenerateItem
 from blipq_worker.blip2.decoding import DecodeLoop, Row
@@ -24,6 +27,7 @@ from blipq_worker.demo.world import TEST_SEEDS, Demonstration, demonstration
 from blipq_worker.demo.world.drawing import render
 from blipq_worker.inference.requests import FinishReason, GenerationParams, OnLoop
 
+PAGE = Path(__file__).parents[1] / "docs" / "confidence.md"
 #: Ends of the bands of confidence in the table.
 BANDS = (0.0, 0.6, 0.8, 0.9, 0.95, 0.98, 1.0)
 #: Tokens of a text without an end.
@@ -161,36 +165,77 @@ def run(loop: DecodeLoop, rows: Sequence[Row]) -> None:
         loop.leave([row for row in loop.running if row.ended])
 
 
-def main() -> None:
-    """Prints the figures of docs/confidence.md."""
-    parser = argparse.ArgumentParser("python -m benchmarks.confidence", description=__doc__)
-    parser.add_argument("--scenes", type=int, default=1_500)
-    parser.add_argument("--loops", type=int, default=200, help="scenes written about endlessly")
-    chosen = parser.parse_args()
+def measured(count: int, endless_about: int) -> dict[str, Any]:
+    """Bands of captions and answers, right texts that were cut, and loops."""
     torch.set_num_threads(2)
     model = Blip2.load(str(demo.OPT), dtype="float32")
-    started = time.monotonic()
-    texts = list(written(model, list(scenes(chosen.scenes))))
-    right = [text for text in texts if text.right]
-    cut = sum(text.finish_reason == "loop" for text in texts)
-    print(f"{len(texts):,} texts, {len(right):,} right; {cut} cut as loops", flush=True)
-    for kind in ("caption", "answer"):
-        print(f"| {kind}s: mean_token_probability | texts | its mean | right |\n|---|---|---|---|")
-        for band in bands([text for text in texts if text.kind == kind]):
-            print(
-                f"| {band.least:g} to {band.most:g} | {len(band.texts):,} "
-                f"| {band.confidence:.3f} | {100 * band.right:.1f} % |"
-            )
-    found = endless(model, list(scenes(chosen.loops)))
+    texts = list(written(model, list(scenes(count))))
+    found = endless(model, list(scenes(endless_about)))
     loops = [each for each in found if each.is_loop]
     noticed = [each for each in loops if each.kept is not None]
-    print(
-        f"{len(found):,} endless texts, {len(loops):,} loops, {len(noticed):,} noticed "
-        f"({len(noticed) / max(1, len(loops)):.1%}); "
-        f"{sum(e.kept is not None for e in found if not e.is_loop)} others cut; "
-        f"noticed after {sum(e.written for e in noticed) / max(1, len(noticed)):.0f} of {LONG} "
-        f"tokens; {time.monotonic() - started:.0f} s"
+    return {
+        "texts": len(texts),
+        "right": sum(text.right for text in texts),
+        "cut": sum(text.right and text.finish_reason == "loop" for text in texts),
+        "bands": {
+            kind: [
+                [band.least, band.most, len(band.texts), band.confidence, band.right]
+                for band in bands([text for text in texts if text.kind == kind])
+            ]
+            for kind in ("caption", "answer")
+        },
+        "endless": len(found),
+        "loops": len(loops),
+        "noticed": len(noticed),
+        "others cut": sum(each.kept is not None for each in found if not each.is_loop),
+        "noticed after": sum(each.written for each in noticed) / max(1, len(noticed)),
+    }
+
+
+def calibration(found: Mapping[str, Any]) -> Iterator[str]:
+    """The table of bands, in Markdown."""
+    heading = "captions | their mean | right | answers | their mean | right"
+    yield f"| `mean_token_probability` | {heading} |"
+    yield "|---|---|---|---|---|---|---|"
+    kinds = [
+        {(least, most): rest for least, most, *rest in found["bands"][kind]}
+        for kind in ("caption", "answer")
+    ]
+    for band in itertools.pairwise(BANDS):
+        if not any(band in kind for kind in kinds):
+            continue
+        cells = [f"{band[0]:g} to {band[1]:g}"]
+        for kind in kinds:
+            count, confidence, right = kind.get(band, (0, 0.0, 0.0))
+            cells += [f"{count:,}", f"{confidence:.3f}", f"{right:.1%}"] if count else ["0", "", ""]
+        yield f"| {' | '.join(cells)} |"
+
+
+def loops(found: Mapping[str, Any]) -> str:
+    """What the guard noticed, in a sentence or two."""
+    return (
+        f"Of {found['endless']:,} texts of {LONG} tokens that the demo model wrote without an end, "
+        f"{found['loops']:,} were loops by another rule than the guard's; it noticed "
+        f"{found['noticed']:,} of them ({found['noticed'] / max(1, found['loops']):.1%}), after "
+        f"{found['noticed after']:.0f} tokens on average. Of {found['right']:,} right captions and "
+        f"answers it cut {found['cut']}."
     )
+
+
+def main() -> None:
+    """Measures, keeps the figures, and writes them into docs/confidence.md."""
+    parser = argparse.ArgumentParser("python -m benchmarks.confidence", description=__doc__)
+    parser.add_argument("--scenes", type=int, default=2_000)
+    parser.add_argument("--loops", type=int, default=400, help="scenes written about endlessly")
+    chosen = parser.parse_args()
+    command = f"python -m benchmarks.confidence --scenes {chosen.scenes} --loops {chosen.loops}"
+    found = results.measure(
+        "confidence", lambda: measured(chosen.scenes, chosen.loops), command=command
+    )
+    table = [*calibration(found), "", results.source("confidence")]
+    replace_section(PAGE, "calibration", "\n".join(table))
+    replace_section(PAGE, "loops", "\n".join(textwrap.wrap(loops(found), 110)))
+    print("\n".join([*table, loops(found)]))
 
 
 if __name__ == "__main__":
