@@ -413,8 +413,8 @@ def test_the_time_of_a_look_is_reported_for_the_pictures_that_waited(
     other = about(model, model.preprocess(pictures[1], digest="b"), "a")
     model.generate([item, other])
     assert waited == [2]
-    model.generate([item, other])
-    assert waited == [2]
+    model.generate([item, other, about(model, item.pixels, "another prompt")])
+    assert waited == [2], "another prompt does not wait for the tower"
 
 
 def test_looks_by_graphs_are_those_without(instructed: Blip2, pictures: list[Image.Image]) -> None:

@@ -50,11 +50,10 @@ class InstructedVision(Vision):
         pairs = [
             _Pair(self._named(ids), image, ids) for image, ids in zip(images, prompts, strict=True)
         ]
-        with self._timed([(pair.name, pair.image) for pair in pairs]):
-            known = {pair.key: self._known(pair.name, pair.image) for pair in pairs}
-            found = {key: queries for key, queries in known.items() if queries is not None}
-            missing = {pair.key: pair for pair in pairs if pair.key not in found}
-            found.update(zip(missing, self._read_pairs(list(missing.values())), strict=True))
+        known = {pair.key: self._known(pair.name, pair.image) for pair in pairs}
+        found = {key: queries for key, queries in known.items() if queries is not None}
+        missing = {pair.key: pair for pair in pairs if pair.key not in found}
+        found.update(zip(missing, self._read_pairs(list(missing.values())), strict=True))
         for pair in pairs:
             self._keep(pair.name, pair.image, found[pair.key])
         return self._stacked([found[pair.key] for pair in pairs])
@@ -73,7 +72,7 @@ class InstructedVision(Vision):
             return []
         images = {identity(pair.image): pair.image for pair in pairs}
         places = {key: place for place, key in enumerate(images)}
-        patches = self._patches(list(images.values()))
+        patches = self.patches(list(images.values()))
         read: list[torch.Tensor] = []
         for start in range(0, len(pairs), _PAIRS_AT_ONCE):
             some = pairs[start : start + _PAIRS_AT_ONCE]
