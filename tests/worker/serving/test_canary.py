@@ -219,6 +219,27 @@ def test_a_recorded_golden_refuses_a_copy_that_was_damaged(tmp_path: Path) -> No
         load_models(settings)
 
 
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_an_instructblip_is_checked_with_its_instructions(
+    instructed_checkpoints: dict[str, Path], family: str
+) -> None:
+    model = Blip2.load(str(instructed_checkpoints[family]), dtype="float32")
+    golden = canary.golden_of(model)
+    assert canary.check(model, golden) == golden.said
+    with torch.inference_mode():
+        model.generator.model.qformer.embeddings.word_embeddings.weight.neg_()
+    with pytest.raises(CanaryError, match="it should say"):
+        canary.check(model, golden)
+    blind = Blip2.load(str(instructed_checkpoints[family]), dtype="float32")
+    with torch.inference_mode():
+        blind.generator.model.query_tokens.zero_()
+        for layer in blind.generator.model.qformer.encoder.layer:
+            if layer.has_cross_attention:
+                layer.crossattention.output.dense.weight.zero_()
+    with pytest.raises(CanaryError, match="two different pictures look the same"):
+        canary.check(blind)
+
+
 def test_a_model_that_does_not_fit_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> Blip2:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 ...")

@@ -21,10 +21,10 @@ def client(
     settings: Settings,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Client]:
-    """Of a worker with both models. Theirs are random weights, which no check of answers passes."""
+    """Of a worker with both models, which have passed its check."""
     models = ",".join(f"instructed-{name}={each}" for name, each in instructed_checkpoints.items())
     log = tmp_path_factory.mktemp("instructed") / "worker.log"
-    worker = start_worker(stack, log, models=models, dtype="float32", canary="0")
+    worker = start_worker(stack, log, models=models, dtype="float32")
     try:
         wait_for_worker(worker, settings, "instructed-t5")
         with Client(settings) as client:
