@@ -87,6 +87,9 @@ peers: $(VENV)/installed  ## Install what blipq is compared with, apart from it.
 	  || benchmarks/peers/.venv/bin/pip install --quiet 'torch==$(TORCH_VERSION)'
 	benchmarks/peers/.venv/bin/pip install --quiet --disable-pip-version-check \
 	  -c constraints.txt -r benchmarks/peers/requirements.txt
+	test -d benchmarks/peers/.venv-datasets || $(PYTHON) -m venv benchmarks/peers/.venv-datasets
+	benchmarks/peers/.venv-datasets/bin/pip install --quiet --disable-pip-version-check \
+	  -r benchmarks/peers/datasets.txt
 
 lint: $(VENV)/installed-dev  ## Check style and types.
 	$(BIN)/ruff check .
