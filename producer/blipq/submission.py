@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from blipq.contract import ImageRef, Options, Request, Turn
+from blipq.contract import ImageRef, Options, Request, Turn, s3_form
 from blipq.contract.wording import sentence
 from blipq.errors import InvalidRequest
 
@@ -152,6 +152,8 @@ def _check_path(image: str, *, local_paths: bool) -> None:
         raise InvalidRequest("image: must not be empty")
     if image.lower().startswith("data:"):
         raise InvalidRequest("image: a data: URL is not read: decode it, and give its bytes")
+    if (form := s3_form(image)) is not None:
+        raise InvalidRequest(f"image: {shortened(image)!r} is an ARN: write {shortened(form)}")
     if not local_paths:
         shown = shortened(image)
         raise InvalidRequest(f"image: {shown!r} is no s3:// or https:// URI (BLIPQ_LOCAL_PATHS)")

@@ -120,6 +120,7 @@ def test_indexes_are_listed_and_images_removed(
     assert ran.returncode == 2
     assert ran.stderr.startswith("blipq: there is no index 'unknown'; there are: ")
     assert "renders" in ran.stderr
+    assert "blipq index list" in ran.stderr.replace("\n", " ")
 
 
 def test_a_search_of_an_unknown_index_says_so(client: Client, worker: Service) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from blipq.bulk.sniffing import check_manifest
-from blipq.contract import Options, Request, request_adapter, split_s3_uri
+from blipq.contract import Options, Request, no_s3_uri, request_adapter, split_s3_uri
 from blipq.contract.base import HALF_A_PAIR
 from blipq.errors import InvalidRequest
 from blipq.s3.refusals import s3_errors
@@ -234,7 +234,7 @@ class Prefix:
     ) -> None:
         self._bucket, _, self._prefix = uri.removeprefix("s3://").partition("/")
         if not uri.startswith("s3://") or not self._bucket:
-            raise InvalidRequest(f"{uri!r} is not of the form s3://bucket/prefix")
+            raise InvalidRequest(no_s3_uri(uri, "s3://bucket/prefix"))
         self._objects = Objects(storage)
         self._fields = dict(template)
         self._options = {**defaults, **(self._fields.pop("options", None) or {})}

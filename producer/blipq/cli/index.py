@@ -22,8 +22,9 @@ from blipq.client.sync_client import Client
 from blipq.contract import IndexEntry, Options, Priority
 from blipq.errors import BlipqError
 from blipq.index import NEEDED
+from blipq.program import blipq
 from blipq.settings import Settings
-from blipq.submission import checked
+from blipq.submission import MOST_TOLD, checked
 
 if TYPE_CHECKING:
     from blipq.index.ingest import Tally
@@ -228,8 +229,9 @@ def _named(indexes: "Indexes", name: str) -> "list[IndexInfo]":
     from blipq.index.store import UnknownIndex
 
     if not (infos := indexes.infos(name)):
-        known = ", ".join(sorted({info.name for info in indexes.infos()})) or "none"
-        raise UnknownIndex(f"there is no index {name!r}; there are: {known}")
+        known = ", ".join(sorted({info.name for info in indexes.infos()})[:MOST_TOLD]) or "none"
+        command = blipq("index list")
+        raise UnknownIndex(f"there is no index {name!r}; there are: {known} ({command} shows all)")
     return infos
 
 

@@ -8,7 +8,15 @@ from blipq.contract.base import CONTRACT, Kind, Metadata, Name
 from blipq.contract.errors import ErrorCode, JobError
 from blipq.contract.filters import JobFilter
 from blipq.contract.generation import Generation, OnLoop
-from blipq.contract.images import Image, ImageRef, S3Uri, checked_bucket, split_s3_uri
+from blipq.contract.images import (
+    Image,
+    ImageRef,
+    S3Uri,
+    checked_bucket,
+    no_s3_uri,
+    s3_form,
+    split_s3_uri,
+)
 from blipq.contract.jobs import TERMINAL_STATUSES, JobInfo, Receipt, Status
 from blipq.contract.options import (
     LONGEST_DEADLINE_S,
@@ -119,7 +127,9 @@ __all__ = [
     "checked_bucket",
     "contract_of",
     "heat_map_place",
+    "no_s3_uri",
     "request_adapter",
     "result_adapter",
+    "s3_form",
     "split_s3_uri",
 ]

@@ -15,6 +15,19 @@ _HTTP = re.compile(r"(?P<place>https?://[^/?#]*)(?P<path>[/?][^#]*)(#.*)?", re.I
 #: 50 TB, the most that S3 takes.
 _LARGEST_OBJECT = 50 * 10**12
 _TO_ENCODE = re.compile(r"[^\x00-\x7f]+|\x20+")
+_ARN = re.compile(r"arn:[a-z-]+:s3:::(?P<place>.+)", re.DOTALL)
+
+
+def s3_form(arn: str) -> str | None:
+    """The ``s3://`` form of a bucket's or an object's ARN; None for any other text."""
+    found = _ARN.fullmatch(arn)
+    return f"s3://{found['place']}" if found else None
+
+
+def no_s3_uri(text: str, form: str) -> str:
+    """What to say of a text that is not of the form ``s3://...``; of an ARN, what to write."""
+    hint = "" if (found := s3_form(text)) is None else f": write {found}"
+    return f"{text!r} is not of the form {form}{hint}"
 
 
 def split_s3_uri(uri: str) -> tuple[str, str]:
@@ -22,7 +35,7 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
     scheme, _, rest = uri.partition("://")
     bucket, _, key = rest.partition("/")
     if scheme != "s3" or not bucket or not key:
-        raise ValueError(f"{uri!r} is not of the form s3://bucket/key")
+        raise ValueError(no_s3_uri(uri, "s3://bucket/key"))
     checked_bucket(bucket)
     try:
         size = len(key.encode())

@@ -14,7 +14,16 @@ from typing import Any
 
 from blipq.client.job import Job
 from blipq.client.sync_client import Client
-from blipq.contract import EmbedRequest, ErrorCode, ImageRef, IndexEntry, Options, Priority, Status
+from blipq.contract import (
+    EmbedRequest,
+    ErrorCode,
+    ImageRef,
+    IndexEntry,
+    Options,
+    Priority,
+    Status,
+    no_s3_uri,
+)
 from blipq.errors import InvalidRequest, JobFailed
 from blipq.index.store import Index, Indexes, Space
 from blipq.s3.refusals import s3_errors
@@ -65,7 +74,7 @@ class Prefix:
         self.uri = source
         self.bucket, _, self._prefix = source.removeprefix("s3://").partition("/")
         if not source.startswith("s3://") or not self.bucket:
-            raise InvalidRequest(f"{source!r} is not of the form s3://bucket/prefix")
+            raise InvalidRequest(no_s3_uri(source, "s3://bucket/prefix"))
         self._client = client.storage.client
 
     def __iter__(self) -> Iterator[Listed]:

@@ -158,7 +158,7 @@ class Indexes:
     def _unknown(self, name: str, space: Space) -> UnknownIndex:
         others = [f"{info.checkpoint} ({_short(info.revision)})" for info in self.infos(name)]
         if not others:
-            return UnknownIndex(f"there is no index {name!r}")
+            return UnknownIndex(f"there is no index {name!r} (`blipq index list` shows all)")
         return UnknownIndex(
             f"the index {name!r} has no vectors of {space.checkpoint} ({_short(space.revision)}), "
             f"with which this model searches, but of {', '.join(others)}: ask a model that has "

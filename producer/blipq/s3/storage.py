@@ -3,6 +3,7 @@
 import hashlib
 import mimetypes
 import re
+import shlex
 from collections.abc import Callable
 from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from blipq.contract import ImageRef, split_s3_uri
 from blipq.errors import InvalidRequest
+from blipq.program import blipq
 from blipq.s3.boto import boto_client
 from blipq.s3.refusals import (
     OF_THE_ASKER,
@@ -322,6 +324,10 @@ def _start_of(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             return file.read(MAX_UPLOAD_BYTES + 1)
+    except IsADirectoryError:
+        shown = str(path)[:LONGEST_SHOWN]
+        command = blipq(f"bulk submit {shlex.quote(shown)}")
+        raise InvalidRequest(f"{shown} is a folder: {command} takes the images in it") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         why = getattr(error, "strerror", None) or error
         raise InvalidRequest(f"cannot read {str(path)[:LONGEST_SHOWN]}: {why}") from error

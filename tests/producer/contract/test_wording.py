@@ -136,6 +136,10 @@ def test_keys_and_endpoints_lose_the_line_end_of_the_file_they_came_from() -> No
         ("", "image: must not be empty"),
         (" \n", "image: must not be empty"),
         ("data:image/png;base64," + "iVBOR" * 2000, "image: a data: URL is not read: decode it"),
+        (
+            "arn:aws:s3:::photos/2026/1.jpg",
+            "image: 'arn:aws:s3:::photos/2026/1.jpg' is an ARN: write s3://photos/2026/1.jpg",
+        ),
         (5, "image: a text, a Path, bytes or an ImageRef, not int"),
     ],
 )
@@ -144,3 +148,16 @@ def test_what_is_no_image_is_refused_before_anything_is_read(image: Any, sentenc
         uploadable(image, local_paths=True)
     assert str(raised.value).startswith(sentence)
     assert len(str(raised.value)) < 200
+
+
+@pytest.mark.parametrize("partition", ["aws", "aws-cn", "aws-us-gov"])
+def test_where_an_s3_uri_belongs_an_arn_is_answered_with_it(partition: str) -> None:
+    arn = f"arn:{partition}:s3:::photos/2026/1.jpg"
+    sentence = f"{arn!r} is not of the form s3://bucket/key: write s3://photos/2026/1.jpg"
+    assert told(CaptionRequest, image=arn) == f"image.uri: {sentence}"
+    assert told(Options, output=arn) == f"output: {sentence}"
+
+
+def test_an_arn_that_names_no_object_is_answered_with_the_form_alone() -> None:
+    arn = "arn:aws:s3:eu-west-1:123456789012:accesspoint/photos/object/1.jpg"
+    assert told(Options, output=arn) == f"output: {arn!r} is not of the form s3://bucket/key"

@@ -136,9 +136,15 @@ def test_a_file_that_is_not_there_is_told(storage: Storage, tmp_path: Path) -> N
         storage.upload(tmp_path / "gone.png")
 
 
-def test_a_folder_is_no_image(storage: Storage, tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="cannot read"):
-        storage.upload(tmp_path)
+def test_a_folder_is_no_image_and_the_error_says_what_takes_it(
+    storage: Storage, tmp_path: Path
+) -> None:
+    folder = tmp_path / "my photos"
+    folder.mkdir()
+    with pytest.raises(InvalidRequest) as told:
+        storage.upload(folder)
+    command = f"blipq bulk submit '{folder}'"
+    assert str(told.value) == f"{folder} is a folder: {command} takes the images in it"
 
 
 @pytest.mark.parametrize(

@@ -616,7 +616,8 @@ def test_images_that_have_gone_are_skipped_and_named(
 
 def test_a_search_of_no_index_is_an_invalid_request(parts: Parts) -> None:
     error = parts.fail(parts.client.search("none", "x")).error
-    assert (error.code, error.message) == ("invalid_request", "index: there is no index 'none'")
+    message = "index: there is no index 'none' (`blipq index list` shows all)"
+    assert (error.code, error.message) == ("invalid_request", message)
 
 
 def test_an_index_that_is_away_is_asked_again_later(
