@@ -574,6 +574,16 @@ def test_answers_may_not_go_below_the_source(
     assert ledger.redis.dbsize() == 0
 
 
+@pytest.mark.parametrize("name", ["photos/2026/", "photos/2026.csv", "photos/manifest.jsonl"])
+def test_an_arn_as_a_source_is_answered_with_its_s3_uri(
+    run: Run, tmp_path: Path, name: str
+) -> None:
+    ran = run("submit", f"arn:aws:s3:::{name}")
+    assert ran.exit_code == 2, ran.output
+    assert f"write s3://{name}" in " ".join(ran.stderr.split())
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("place", ["here", "s3"])
 def test_a_manifest_of_any_name_stays_one_beside_datasets(
     run: Run, answering: Answering, client: Client, bucket: str, tmp_path: Path, place: str

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from blipq.contract import no_s3_uri, s3_form
 from blipq.errors import InvalidRequest
 from blipq.s3.storage import Storage
 from blipq.watch.objects import Objects
@@ -53,6 +54,8 @@ def shards_of(source: str, wanted: Columns, storage: Storage, listing: Path) -> 
     Pictures in a folder or under a prefix are listed once, into files in the folder ``listing``,
     which are the shards then.
     """
+    if s3_form(source) is not None:
+        raise InvalidRequest(no_s3_uri(source, "s3://bucket/prefix"))
     if source.startswith("s3://"):
         shards = _in_s3(source, wanted, storage, listing)
     else:

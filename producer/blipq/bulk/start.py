@@ -10,7 +10,7 @@ from typing import Any
 from blipq.bulk.journal import Journal
 from blipq.bulk.manifest import JsonLines, LocalFile, Manifest, Prefix, S3Object, read_work
 from blipq.client.sync_client import Client
-from blipq.contract import Options
+from blipq.contract import Options, no_s3_uri, s3_form
 from blipq.errors import InvalidRequest
 from blipq.ledger.cells.operator import operator_of
 from blipq.s3.outputs import live_workers, why_all_refuse
@@ -26,6 +26,8 @@ def manifest_of(facts: Mapping[str, Any], storage: Storage) -> Manifest:
     name: str = facts["manifest"]
     if facts.get("template") is not None:
         return Prefix(name, facts["template"], facts["defaults"], storage)
+    if s3_form(name) is not None:
+        raise InvalidRequest(no_s3_uri(name, "s3://bucket/key"))
     blocks = S3Object(name, storage) if name.startswith("s3://") else LocalFile(Path(name))
     return JsonLines(blocks, facts["defaults"])
 
