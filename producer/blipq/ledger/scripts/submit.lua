@@ -2,8 +2,8 @@
 -- ARGV: retention ms, max open jobs, declared models between spaces, the place of this cell on the
 -- jobs' way or '', the next place and cell or '' (see moved_to), the longest retention ms (of dead
 -- letters), then of each job: id, digest, idempotency key or '', expires_in ms, how many arguments
--- its fields take, and its field/value pairs: the second is its kind, the third its model, the fourth
--- its queue and the fifth its shape.
+-- its fields take, and its field/value pairs: the second is its kind, the third its model and the
+-- fourth its queue.
 -- Returns of each job that it came to: 'created' | 'waits' | 'exists' | 'conflict' | 'full' |
 -- 'unknown' | 'limited' | 'moved', then an id; behind 'unknown' it is what workers serve, behind
 -- 'limited' which limit of the tenant was met (see limit_met), and behind 'moved' what moved_to says.
@@ -49,6 +49,8 @@ local function record(id, digest, given_key, expires_in, first, last)
     return 'unknown', served_models()
   end
   local open = redis.call('ZCARD', OPEN)
+  -- A Redis Cluster refuses keys of two slots, also where one node has all: see A_CLUSTER.
+  if open == 0 then redis.call('EXISTS', OPEN, QUEUES) end
   if open >= max_open then return 'full', id end
   local tenant, rate, met
   for i = first + 8, last, 2 do
@@ -77,10 +79,6 @@ local function record(id, digest, given_key, expires_in, first, last)
   end
   list_job(id, listed, 'open', expires_in + retention)
   use(queue)
-  -- What workers of an earlier version ended is counted still. Not before the first write above: one
-  -- that needs no memory would let a script of a full Redis go on.
-  if open == 0 then redis.call('DEL', work_key(model), working_key(model)) end
-  tally(work_key(model), ARGV[first + 8] == 'work' and ARGV[first + 9], 1)
   live[model] = live[model] or live_workers(model)
   return live[model] > 0 and 'created' or 'waits', id
 end
