@@ -11,9 +11,13 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
 -- Renewed once a day: to read what is left costs less than to write it, which goes to the AOF, too.
+local function keep(key)
+  if redis.call('PTTL', key) < INDEX_TTL - DAY then redis.call('PEXPIRE', key, INDEX_TTL) end
+end
+
 local function index(key, score, member)
   redis.call('ZADD', key, score, member)
-  if redis.call('PTTL', key) < INDEX_TTL - DAY then redis.call('PEXPIRE', key, INDEX_TTL) end
+  keep(key)
 end
 
 local function load(id)

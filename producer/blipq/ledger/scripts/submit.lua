@@ -23,7 +23,10 @@ end
 -- The sweep looks at a queue from now on; what a busy one says each second is enough.
 local function use(queue)
   local last = not used[queue] and tonumber(redis.call('ZSCORE', QUEUES, queue) or 0)
-  if last and last < now - 1000 then index(QUEUES, now, queue) end
+  if last and last < now - 1000 then
+    index(QUEUES, now, queue)
+    keep(OPEN)
+  end
   used[queue] = true
 end
 
@@ -69,7 +72,8 @@ local function record(id, digest, given_key, expires_in, first, last)
   if idempotency_record then
     redis.call('SET', idempotency_record, id, 'PX', expires_in + retention)
   end
-  index(OPEN, now + expires_in, id)
+  redis.call('ZADD', OPEN, now + expires_in, id)
+  if open == 0 then redis.call('PEXPIRE', OPEN, INDEX_TTL) end  -- it is new; see use
   index(queued_key(queue), now, id)
   local listed = {created_at = now, model = model, kind = ARGV[first + 3], tenant = tenant}
   if tenant then
