@@ -447,6 +447,11 @@ class Settings(BaseSettings):
         return self.broker_url or self.redis_url
 
     @property
+    def redis_is_broker(self) -> bool:
+        """Whether the ledger's Redis is the broker, too."""
+        return self.effective_broker_url == self.redis_url
+
+    @property
     def s3_endpoint(self) -> str | None:
         """The S3 endpoint, also where AWS's own variables name it; None is AWS itself."""
         named = self.s3_endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3")

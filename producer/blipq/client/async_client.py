@@ -10,7 +10,6 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import aclosing
-from functools import partial
 from types import TracebackType
 from typing import Any, Unpack, cast
 
@@ -49,10 +48,10 @@ from blipq.contract import (
     VQARequest,
     VQAResult,
 )
-from blipq.errors import QueueFull, QueueUnavailable
+from blipq.errors import BlipqError, QueueFull, QueueUnavailable
 from blipq.ledger.acting import as_one
 from blipq.ledger.changes import Change, Changing, target_of
-from blipq.ledger.codec import Message, Polled
+from blipq.ledger.codec import Message, Polled, Prepared
 from blipq.ledger.erasure import CHUNK as ERASED_AT_ONCE
 from blipq.ledger.protocols import AsyncProducer
 from blipq.s3.storage import Storage
@@ -231,7 +230,9 @@ class AsyncClient(ClientBase):
         submission = await self._made(request, options or Options(), id, tenant)
         submission, span = traced(submission)
         with span:
-            recorded = await self.ledger.submit(submission, notify=self._id)
+            (recorded,) = await self.ledger.submit_all([self._prepare(submission)])
+            if isinstance(recorded, BlipqError):
+                raise recorded
             if not isinstance(recorded, Message):
                 return self._job(recorded)
             await self._publish([recorded])
@@ -246,9 +247,8 @@ class AsyncClient(ClientBase):
         tenant: str | None = None,
     ) -> list[AsyncJob[ResultT]]:
         """Submits many requests, a chunk per round trip, like ``Client.submit_many``."""
-        prepare = partial(self.ledger.prepare, notify=self._id)
         chosen = options or Options()
-        submitting = Submitting(prepare, self._job, timeout)
+        submitting = Submitting(self._prepare, self._job, timeout)
         async for request in _each(requests):
             if submitting.add(await self._made(request, chosen, None, tenant)):
                 await self._flush(submitting)
@@ -419,6 +419,9 @@ class AsyncClient(ClientBase):
         if source is None:
             return cast("str | ImageRef | None", image)
         return await asyncio.to_thread(self.storage.upload, source, folder=folder)
+
+    def _prepare(self, submission: Submission) -> Prepared:
+        return self.broker.with_message(self.ledger.prepare(submission, notify=self._id))
 
     async def _publish(self, messages: list[Message]) -> None:
         """What is not taken in time is published by the reconciler: the jobs are recorded."""

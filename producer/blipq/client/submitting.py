@@ -114,14 +114,17 @@ class Submitting:
             raise self._stopped(self._invalid[1]) from self._invalid[1]
 
     def _recorded(self, answer: Recorded) -> list[Message]:
-        submission = self.waiting.pop(0).submission
+        prepared = self.waiting.pop(0)
+        submission = prepared.submission
         self._spans.popleft().end()
         id = answer.id if isinstance(answer, Message) else answer
         self.jobs.append(self._handle(id, submission.options if id == submission.id else None))
         if isinstance(answer, Message):
             return [answer]
+        if prepared.message or not self._unsure or id != submission.id:
+            return []
         # Recorded by a try that got no answer: nobody has published it. Twice does no harm.
-        return [message_of(submission)] if self._unsure and id == submission.id else []
+        return [message_of(submission)]
 
     def _stopped(self, cause: BlipqError) -> SubmitStopped:
         while self._spans:

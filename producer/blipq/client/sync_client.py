@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any, Unpack, cast
 
@@ -40,10 +39,10 @@ from blipq.contract import (
     VQARequest,
     VQAResult,
 )
-from blipq.errors import QueueFull, QueueUnavailable
+from blipq.errors import BlipqError, QueueFull, QueueUnavailable
 from blipq.ledger.acting import as_one
 from blipq.ledger.changes import Change, Changing, target_of
-from blipq.ledger.codec import Message, Polled
+from blipq.ledger.codec import Message, Polled, Prepared
 from blipq.ledger.erasure import CHUNK as ERASED_AT_ONCE
 from blipq.ledger.protocols import Producer
 from blipq.s3.storage import Storage
@@ -255,7 +254,9 @@ class Client(ClientBase):
         submission = self._made(request, options or Options(), id, tenant)
         submission, span = traced(submission)
         with span:
-            recorded = self.ledger.submit(submission, notify=self._id)
+            (recorded,) = self.ledger.submit_all([self._prepare(submission)])
+            if isinstance(recorded, BlipqError):
+                raise recorded
             if not isinstance(recorded, Message):
                 return self._job(recorded)
             # A message that is not taken in time is published by the reconciler: the job is
@@ -278,9 +279,8 @@ class Client(ClientBase):
         again while the queue is full or Redis is away. Raises SubmitStopped, which says what is
         recorded and what is not.
         """
-        prepare = partial(self.ledger.prepare, notify=self._id)
         chosen = options or Options()
-        submitting = Submitting(prepare, self._job, timeout)
+        submitting = Submitting(self._prepare, self._job, timeout)
         for request in requests:
             if submitting.add(self._made(request, chosen, None, tenant)):
                 self._flush(submitting)
@@ -488,6 +488,9 @@ class Client(ClientBase):
         if source is None:
             return cast("str | ImageRef | None", image)
         return self.storage.upload(source, folder=folder)
+
+    def _prepare(self, submission: Submission) -> Prepared:
+        return self.broker.with_message(self.ledger.prepare(submission, notify=self._id))
 
     def _publish(self, messages: list[Message]) -> None:
         self.broker.publish_all(messages)

@@ -46,6 +46,8 @@ class Message:
     served: bool = field(default=True, compare=False)
     #: The cell that recorded it; None without cells, and where it is not known.
     cell: str | None = field(default=None, compare=False)
+    #: Whether it was published as its job was recorded.
+    published: bool = field(default=False, compare=False)
 
     @property
     def model(self) -> str:
@@ -80,12 +82,16 @@ Outcome = Literal["created", "waits", "exists", "conflict", "full", "unknown", "
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A submission, and what the ledger stores of it: ``fields`` become those of its hash."""
+    """A submission, and what the ledger stores of it: ``fields`` become those of its hash.
+
+    ``message`` is what it publishes with it, in the list of its queue; "" where the client does.
+    """
 
     submission: Submission
     digest: str
     expires_in_ms: int
     fields: Mapping[str, str | int]
+    message: str = ""
 
     @property
     def size(self) -> int:
@@ -214,7 +220,8 @@ def submit_arguments(
     for job in jobs:
         pairs = flat(job.fields)
         key = scoped_key(job.submission) or ""
-        yield from (job.submission.id, job.digest, key, job.expires_in_ms, len(pairs), *pairs)
+        yield from (job.submission.id, job.digest, key, job.expires_in_ms)
+        yield from (job.message, len(pairs), *pairs)
 
 
 def scoped_key(submission: Submission) -> str | None:
@@ -237,7 +244,7 @@ def placed(jobs: Sequence[Prepared], answer: Sequence[str]) -> list[Placed]:
     """The same where the script was given a place."""
     outcomes = zip(jobs, answer[::2], answer[1::2], strict=False)  # a refusal ends it early
     return [
-        moved(id) if each == "moved" else recorded(job.submission, cast(Outcome, each), id)
+        moved(id) if each == "moved" else recorded(job, cast(Outcome, each), id)
         for job, each, id in outcomes
     ]
 
@@ -248,11 +255,12 @@ def moved(text: str) -> Moved:
     return Moved(int(place), cell)
 
 
-def recorded(submission: Submission, outcome: Outcome, id: str) -> Recorded | BlipqError:
+def recorded(job: Prepared, outcome: Outcome, id: str) -> Recorded | BlipqError:
     """What became of one submission.
 
     ``id``: of the job; for ``unknown`` the served models, for ``limited`` the limit that was met.
     """
+    submission = job.submission
     if outcome == "conflict":
         return IdempotencyConflict(f"job {id} was submitted with another request or options")
     if outcome == "full":
@@ -265,7 +273,8 @@ def recorded(submission: Submission, outcome: Outcome, id: str) -> Recorded | Bl
         return TenantLimited(submission.tenant or "", limit, json.loads(most), wait_s)
     if outcome == "exists":
         return id
-    return replace(message_of(submission), served=outcome == "created")
+    message = message_of(submission)
+    return replace(message, served=outcome == "created", published=bool(job.message))
 
 
 def check_arguments(models: Iterable[str], settings: Settings) -> Iterator[str]:

@@ -236,8 +236,7 @@ class WorkerLedger(ProducerLedger):
         With a ``turn`` nothing is done while it is another's.
         """
         ttl = ms(self.settings.dead_letter_ttl)
-        is_broker = self.settings.effective_broker_url == self.settings.redis_url
-        options = limit, ms(grace_s), MAX_CRASHES, ttl, int(is_broker)
+        options = limit, ms(grace_s), MAX_CRASHES, ttl, int(self.settings.redis_is_broker)
         owned = () if turn is None else (turn.owner, ms(turn.ttl_s), ms(turn.patience_s))
         with redis_errors():
             more, *found = self._run("reconcile", *options, *owned)

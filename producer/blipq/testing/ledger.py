@@ -118,7 +118,7 @@ class Jobs:
     def submit(self, job: Prepared, max_open: int) -> Recorded | BlipqError:
         """Records a job, once."""
         with self._lock:
-            return codec.recorded(job.submission, *self._submit(job, max_open))
+            return codec.recorded(job, *self._submit(job, max_open))
 
     def _submit(self, job: Prepared, max_open: int) -> tuple[codec.Outcome, str]:
         submission, key = job.submission, codec.scoped_key(job.submission)

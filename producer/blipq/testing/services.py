@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from blipq.ledger.codec import Message
+from blipq.ledger.codec import Message, Prepared
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
 from blipq.transport.async_notifications import AsyncNotifier
@@ -18,6 +18,10 @@ class InMemoryBroker(Broker):
     def __init__(self, deliver: Callable[[list[Message]], None], settings: Settings) -> None:
         super().__init__(settings)
         self._deliver = deliver
+
+    def with_message(self, job: Prepared) -> Prepared:
+        """The job alone: it is delivered when it is recorded."""
+        return job
 
     def send(self, messages: list[Message]) -> "Future[None]":
         """Delivers messages before it returns."""

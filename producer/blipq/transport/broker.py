@@ -5,21 +5,24 @@ Redis until they are acknowledged, because leases in the ledger do the recoverin
 Celery; sockets that never wait for ever.
 """
 
+import base64
+import json
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote_plus
 
 from blipq.contract import CONTRACT
-from blipq.ledger.codec import Message
+from blipq.ledger.codec import Message, Prepared, message_of
 from blipq.ledger.connection import check_one_cell
 from blipq.ledger.keys import task_name
 from blipq.redaction import redacted
@@ -145,6 +148,32 @@ def _batch_publish_error() -> tuple[type[Exception], ...]:
     return () if error is None else (error,)
 
 
+def _headers(message: Message) -> dict[str, str | int]:
+    task = {"lang": "py", "task": task_name(message.kind), "id": message.id}
+    return {**task, "contract": CONTRACT}
+
+
+def _listed(message: Message) -> str:
+    """A message as kombu puts it into a Redis list: see docs/other-languages.md."""
+    body = json.dumps([[message.id], {}, {}]).encode()
+    return json.dumps(
+        {
+            "body": base64.b64encode(body).decode(),
+            "content-encoding": "utf-8",
+            "content-type": "application/json",
+            "headers": _headers(message),
+            "properties": {
+                "correlation_id": message.id,
+                "delivery_mode": 2,
+                "delivery_info": {"exchange": "", "routing_key": message.queue},
+                "priority": 0,
+                "body_encoding": "base64",
+                "delivery_tag": str(uuid.uuid4()),
+            },
+        }
+    )
+
+
 class Broker:
     """Publishes job ids. Never blocks its caller for more than PUBLISH_TIMEOUT_S."""
 
@@ -165,6 +194,15 @@ class Broker:
         threading.Thread(target=target, args=args, name="blipq-publish", daemon=True).start()
         return outgoing
 
+    def with_message(self, job: Prepared) -> Prepared:
+        """A job that the ledger is to publish as it records it, where its Redis is the broker.
+
+        That is one round trip, and nothing can come between.
+        """
+        if not self.settings.redis_is_broker:
+            return job
+        return replace(job, message=_listed(message_of(job.submission)))
+
     def publish(self, message: Message) -> bool:
         """Publishes a recorded job; False if the broker did not take it in time.
 
@@ -175,8 +213,11 @@ class Broker:
     def publish_all(self, messages: list[Message]) -> bool:
         """Publishes many through one producer; False if the broker did not take them in time.
 
-        Never raises: whatever a transport may raise, the jobs of these messages are recorded.
+        Those that are published already are left out. Never raises: whatever a transport may
+        raise, the jobs of these messages are recorded.
         """
+        if all(message.published for message in messages):
+            return True
         try:
             _ = self.app  # importing Celery must not use up the publisher's time
             self.send(messages).result(timeout=patience_s(messages))
@@ -190,8 +231,12 @@ class Broker:
     def send(self, messages: list[Message]) -> "Future[None]":
         """Hands messages to the publishing thread; the future has the outcome."""
         sent: Future[None] = Future()
+        left = [message for message in messages if not message.published]
+        if not left:
+            sent.set_result(None)
+            return sent
         try:
-            self._outgoing.put((sent, messages))
+            self._outgoing.put((sent, left))
         except RuntimeError as error:  # no thread can be started
             sent.set_exception(error)
         return sent
@@ -245,12 +290,11 @@ class Broker:
 
     def _put(self, producer: Any, message: Message, *, declares: bool) -> None:
         """A Celery task message of protocol 2 with no more in it than workers need."""
-        task = {"lang": "py", "task": task_name(message.kind), "id": message.id}
         producer.publish(
             [[message.id], {}, {}],
             routing_key=message.queue,
             declare=[self.app.amqp.queues[message.queue]] if declares else [],
-            headers={**task, "contract": CONTRACT},
+            headers=_headers(message),
             correlation_id=message.id,
             retry=True,
             retry_policy=self.app.conf.task_publish_retry_policy,

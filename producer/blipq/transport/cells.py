@@ -6,7 +6,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
-from blipq.ledger.codec import Message
+from blipq.ledger.codec import Message, Prepared
 from blipq.redis.cells import Cells
 from blipq.settings import Settings
 from blipq.transport.async_notifications import AsyncInbox, AsyncNotifier
@@ -21,6 +21,10 @@ class CellsBroker(Broker):
         super().__init__(settings)
         self._cells = Cells.of(settings.cells, settings.cell_lists)
         self._brokers = {name: Broker(settings.in_cell(name)) for name in self._cells.names}
+
+    def with_message(self, job: Prepared) -> Prepared:
+        """The job alone: which cell records it is not known yet."""
+        return job
 
     def publish_all(self, messages: list[Message]) -> bool:
         """Publishes many, cell by cell; False if a broker did not take its own in time."""

@@ -13,6 +13,7 @@ import redis
 
 from blipq import CaptionRequest, Client, Priority, Settings
 from blipq.contract import CONTRACT, Kind
+from blipq.errors import IdempotencyConflict
 from blipq.ledger.codec import Message
 from blipq.ledger.keys import queues_of
 from blipq.transport.broker import PUBLISH_TIMEOUT_S, Broker
@@ -35,6 +36,33 @@ def test_a_message_carries_the_id_and_the_contract(
     assert len(json.dumps(message)) < 700, "no more than a worker needs"
     assert message["properties"]["delivery_info"]["routing_key"] == "blipq.default.normal"
     broker.close()
+
+
+@pytest.mark.parametrize("opened", [Client, BlockingClient])
+def test_a_job_is_published_with_its_record_as_kombu_would(
+    apart: Settings, raw_redis: "redis.Redis", opened: Callable[..., Any]
+) -> None:
+    with opened(apart) as client:
+        (job,) = client.submit_many([REQUEST])
+        broker = client.broker if opened is Client else Broker(apart)
+        assert broker.publish(Message(Kind.CAPTION, job.id, "blipq.default.normal"))
+        published = raw_redis.lrange("blipq.default.normal", 0, -1)
+        by_kombu, by_the_ledger = map(json.loads, published)
+        assert by_kombu["properties"].pop("delivery_tag")
+        assert by_the_ledger["properties"].pop("delivery_tag")
+        assert by_the_ledger == by_kombu
+        broker.close()
+
+
+def test_a_submit_that_records_no_job_publishes_none(
+    apart: Settings, raw_redis: "redis.Redis"
+) -> None:
+    with Client(apart) as client:
+        client.submit(REQUEST, id="job_1")
+        client.submit(REQUEST, id="job_1")
+        with pytest.raises(IdempotencyConflict):
+            client.submit(CaptionRequest(image="s3://uploads/dog.jpg"), id="job_1")
+    assert raw_redis.llen("blipq.default.normal") == 1
 
 
 def test_many_messages_keep_their_order(apart: Settings, raw_redis: "redis.Redis") -> None:
@@ -111,6 +139,7 @@ def test_no_exception_of_a_publisher_reaches_who_submits(
         raise error
 
     monkeypatch.setattr(Broker, "_put", put)
+    apart = apart.model_copy(update={"broker_url": "memory://"})
     with opened(apart) as client, caplog.at_level(logging.WARNING, logger="blipq"):
         for job in (client.caption("s3://uploads/cat.jpg"), *client.submit_many([REQUEST] * 2)):
             assert job.info().status == "queued"

@@ -1,9 +1,9 @@
 -- Records jobs, each once, in order, and stops at the first that is refused.
 -- ARGV: retention ms, max open jobs, declared models between spaces, the place of this cell on the
 -- jobs' way or '', the next place and cell or '' (see moved_to), the longest retention ms (of dead
--- letters), then of each job: id, digest, idempotency key or '', expires_in ms, how many arguments
--- its fields take, and its field/value pairs: the second is its kind, the third its model and the
--- fourth its queue.
+-- letters), then of each job: id, digest, idempotency key or '', expires_in ms, its message to publish in
+-- this Redis or '', how many arguments its fields take, and its field/value pairs: the second is its
+-- kind, the third its model and the fourth its queue.
 -- Returns of each job that it came to: 'created' | 'waits' | 'exists' | 'conflict' | 'full' |
 -- 'unknown' | 'limited' | 'moved', then an id; behind 'unknown' it is what workers serve, behind
 -- 'limited' which limit of the tenant was met (see limit_met), and behind 'moved' what moved_to says.
@@ -31,7 +31,7 @@ local function use(queue)
 end
 
 -- first, last: of the arguments that are its fields.
-local function record(id, digest, given_key, expires_in, first, last)
+local function record(id, digest, given_key, expires_in, message, first, last)
   local idempotency_record = given_key ~= '' and idempotency_key(given_key)
   if idempotency_record then
     local existing = redis.call('GET', idempotency_record)
@@ -83,6 +83,7 @@ local function record(id, digest, given_key, expires_in, first, last)
   end
   list_job(id, listed, 'open', expires_in + retention)
   use(queue)
+  if message ~= '' then redis.call('LPUSH', queue, message) end
   live[model] = live[model] or live_workers(model)
   return live[model] > 0 and 'created' or 'waits', id
 end
@@ -91,8 +92,9 @@ local refusals = {conflict = true, full = true, unknown = true, limited = true}
 local answers = {}
 local i = 7
 while i <= #ARGV do
-  local last = i + 4 + tonumber(ARGV[i + 4])
-  local outcome, id = record(ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3]), i + 5, last)
+  local last = i + 5 + tonumber(ARGV[i + 5])
+  local outcome, id = record(ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3]), ARGV[i + 4],
+    i + 6, last)
   answers[#answers + 1] = outcome
   answers[#answers + 1] = id
   if refusals[outcome] then break end
