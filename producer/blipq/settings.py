@@ -220,8 +220,8 @@ class Settings(BaseSettings):
     cell: str | None = Field(
         default=None,
         description=(
-            "The one of `BLIPQ_CELLS` that this process serves: each worker and sender, and "
-            "commands for one cell. Clients leave it unset."
+            "The one of `BLIPQ_CELLS` that this process serves: each worker names it. With it "
+            "senders and commands are for that cell alone; clients leave it unset."
         ),
     )
     s3_endpoint_url: Annotated[str | None, AfterValidator(checked_endpoint_url)] = Field(
@@ -423,6 +423,11 @@ class Settings(BaseSettings):
         """The same settings for one cell."""
         named = self.model_copy(update={"cell": name})
         return named.model_copy(update=named._of_cell)
+
+    @property
+    def by_cell(self) -> dict[str, Self]:
+        """The settings of each cell by its name; of one Redis, or one cell, these under ""."""
+        return {name: self.in_cell(name) for name in self.cells} if self.is_fleet else {"": self}
 
     @property
     def home(self) -> Self:

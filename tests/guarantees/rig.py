@@ -19,11 +19,12 @@ from PIL import Image
 from blipq import Client, Job, JobInfo, Status, cli
 from blipq.errors import BlipqError
 from blipq.ledger import keys
-from blipq.ledger.connection import connect, redis_errors
+from blipq.ledger.connection import redis_errors
 from blipq.ledger.operator import OperatorLedger
 from blipq.local.stack import LocalStack, worker_service
 from blipq.local.supervisor import Service
 from conftest import wait_until
+from guarantees.cells.servers import Server
 from guarantees.fronts import parts
 from guarantees.stand_ins import faulty_worker
 from guarantees.stand_ins.faulty_s3 import FaultyS3
@@ -205,8 +206,7 @@ class Rig:
         return int(self.redis(lambda raw: raw.zcard("blipq:open"))) <= open
 
     def redis(self, do: Callable[[Any], Any]) -> Any:
-        with connect(self.settings) as raw:
-            return do(raw)
+        return self.servers[0].redis(do)
 
     def outcomes(self, jobs: Sequence[Job[Any]], timeout: float = 60.0) -> list[JobInfo]:
         """Waits for all jobs to end."""
@@ -227,25 +227,25 @@ class Rig:
 
     # -- Redis --
 
+    @property
+    def servers(self) -> list[Server]:
+        """The Redis servers."""
+        return [Server(self.stack.services[0], self.settings)]
+
     def keys_without_ttl(self) -> list[str]:
         """Our keys that would live for ever."""
-        with connect(self.settings) as raw:
-            return [key for key in raw.scan_iter("blipq:*") if raw.ttl(key) == -1]
+        return [key for server in self.servers for key in server.keys_without_ttl()]
 
     def kill_redis(self) -> None:
         """kill -9 of the Redis server."""
-        self.stack.services[0].signal(signal.SIGKILL)
-        wait_until(lambda: self.stack.services[0].exit_code is not None, "Redis' death")
+        self.servers[0].kill()
 
     def start_redis(self) -> None:
         """Starts the Redis server again on its data."""
-        self.stack.services[0].start()
-        wait_until(self.redis_answers, "Redis")
+        self.servers[0].start()
 
     def redis_answers(self) -> bool:
-        with suppress(Exception):
-            return bool(self.redis(lambda raw: raw.ping()))
-        return False
+        return self.servers[0].answers()
 
     def close(self) -> None:
         for worker in self.workers:

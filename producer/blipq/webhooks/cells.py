@@ -1,4 +1,4 @@
-"""The outboxes of several cells as one, for people. Each cell has senders of its own."""
+"""The outboxes of several cells as one, for people. Senders take from each on its own."""
 
 import itertools
 from collections import Counter

@@ -60,9 +60,15 @@ class OverQuota(Exception):
 
 
 class Sender:
-    """One process that sends. ``http`` is replaceable for its resolver and its trust in TLS."""
+    """Sends what one Redis has. ``http`` is replaceable for its resolver and its trust in TLS."""
 
-    def __init__(self, settings: Settings, *, http: GuardedHttp | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        http: GuardedHttp | None = None,
+        metrics: SenderMetrics | None = None,
+    ) -> None:
         if not settings.webhook_secrets:
             raise InvalidRequest(
                 "no secret to sign with, so events wait: set BLIPQ_WEBHOOK_SECRETS to the answer "
@@ -91,8 +97,7 @@ class Sender:
         self._suspects = 0
         self._freed = asyncio.Event()
         self._registered = -ALIVE_S
-        self.metrics = SenderMetrics()
-        self.metrics.sending.set_function(self._sending.total)
+        self.metrics = metrics or SenderMetrics()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Sends until ``stop`` is set, and then finishes what it has begun."""
@@ -130,6 +135,7 @@ class Sender:
             return 0
         for event in events:
             self._sending[event.record["host"]] += 1
+            self.metrics.sending.inc()
             self._suspects += event.suspect
             tasks.create_task(self._deliver(event))
         return len(events)
@@ -195,6 +201,7 @@ class Sender:
                 await self._settled(event, Answer("refused", "blipq cannot make sense of it"), 0)
         finally:
             self._suspects -= event.suspect
+            self.metrics.sending.dec()
             self._sending[host] -= 1
             if not self._sending[host]:
                 del self._sending[host]
@@ -330,7 +337,10 @@ def _remember(hosts: dict[str, None], host: str, belongs: bool, most: int) -> No
 def run(
     settings: Settings, *, metrics_port: int | None = None, metrics_host: str = ANYWHERE
 ) -> None:
-    """Sends until SIGTERM or SIGINT. Raises InvalidRequest without a secret."""
+    """Sends until SIGTERM or SIGINT, with a sender for each cell.
+
+    Raises InvalidRequest without a secret.
+    """
     set_up_logging()
     tracing.start("blipq-webhooks")
     asyncio.run(_until_told(settings, metrics_port, metrics_host))
@@ -341,6 +351,9 @@ async def _until_told(settings: Settings, metrics_port: int | None, metrics_host
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    sender = Sender(settings)
-    with served(sender.metrics.registry, metrics_port, metrics_host):
-        await sender.run(stop)
+    metrics = SenderMetrics()
+    senders = [Sender(own, metrics=metrics) for own in settings.by_cell.values()]
+    with served(metrics.registry, metrics_port, metrics_host):
+        async with asyncio.TaskGroup() as tasks:
+            for sender in senders:
+                tasks.create_task(sender.run(stop))

@@ -1,18 +1,18 @@
 """Cells for tests: a real Redis each, with a file that survives its death."""
 
-import signal
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import redis
-
 from blipq import Settings
 from blipq.ledger.cells.health import FRESH_S
+from blipq.ledger.connection import connect
+from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.local.stack import free_port, redis_command
 from blipq.local.supervisor import Service
-from conftest import wait_until
+from guarantees.cells.servers import Server
+
+RESULT = '{"kind": "caption", "captions": [{"text": "a cat"}]}'
 
 
 class Fleet:
@@ -21,7 +21,10 @@ class Fleet:
     def __init__(self, folder: Path, names: str, **options: Any) -> None:
         self.ports = {name: free_port() for name in names}
         self._options = {"known_models": ("default", "m"), "timeout_s": 2, **options}
-        self._services = {name: self._service(folder, name) for name in names}
+        settings = self.settings()
+        self.servers = {
+            name: Server(self._service(folder, name), settings.in_cell(name)) for name in names
+        }
         for name in names:
             self.start(name)
 
@@ -33,14 +36,11 @@ class Fleet:
         return Service("redis", [redis_command(), *flat], log=folder / f"{name}.log")
 
     def start(self, name: str) -> None:
-        self._services[name].start()
-        with redis.Redis(port=self.ports[name], socket_timeout=5) as raw:
-            wait_until(lambda: _answers(raw), "Redis")
+        self.servers[name].start()
 
     def kill(self, name: str) -> None:
         """kill -9. Afterwards no client counts the cell as one that answered just now."""
-        self._services[name].signal(signal.SIGKILL)
-        wait_until(lambda: self._services[name].exit_code is not None, "Redis' death")
+        self.servers[name].kill()
         time.sleep(2 * FRESH_S)
 
     @property
@@ -56,14 +56,9 @@ class Fleet:
 
     def keys(self, pattern: str) -> dict[str, list[str]]:
         """The keys that each live cell has."""
-        found = {}
-        for name, port in self.ports.items():
-            with (
-                redis.Redis(port=port, decode_responses=True, socket_timeout=5) as raw,
-                suppress(redis.ConnectionError),
-            ):
-                found[name] = list(raw.scan_iter(pattern, count=1000))
-        return found
+        return {
+            name: server.keys(pattern) for name, server in self.servers.items() if server.answers()
+        }
 
     def records(self) -> dict[str, set[str]]:
         """The ids of the jobs that each live cell has."""
@@ -73,11 +68,16 @@ class Fleet:
         }
 
     def stop(self) -> None:
-        for service in self._services.values():
-            service.stop()
+        for server in self.servers.values():
+            server.thaw()
+            server.service.stop()
 
 
-def _answers(raw: "redis.Redis") -> bool:
-    with suppress(redis.RedisError):
-        return bool(raw.ping())
-    return False
+def finish(fleet: Fleet, id: str, cell: str) -> None:
+    """Ends a job as a worker of its cell."""
+    settings = fleet.servers[cell].settings
+    with connect(settings) as raw:
+        ledger = WorkerLedger(raw, settings)
+        claim = ledger.claim(id, "w", lease_s=30)
+        assert isinstance(claim, Claim)
+        assert ledger.succeed(claim, RESULT, "{}")

@@ -15,7 +15,7 @@ from blipq import CaptionRequest, Client, Job, Options, QueueUnavailable, Settin
 from blipq.ledger.cells.operator import operator_of
 from blipq.local.stack import LocalStack
 from blipq.local.supervisor import Service
-from blipq.redis.cells import cell_of
+from blipq.redis.cells import cell_of, ranked
 from blipq.submission import Submission
 from conftest import wait_until
 from guarantees.cells.fleet import Fleet
@@ -144,6 +144,46 @@ def test_a_killed_cell_keeps_its_jobs_while_others_go_on_and_new_ones_move(cells
         assert not records["a"] & records["b"]
         known = {job.id for job in load.jobs}
         assert known <= records["a"] | records["b"] <= known | set(load.unsure)
+
+
+@pytest.mark.timeout(300)
+def test_a_frozen_cell_holds_up_its_own_jobs_while_others_go_on_and_new_ones_move(
+    cells: Cells,
+) -> None:
+    """Its connections stay open, so whoever asks it learns nothing until the time is over."""
+    for name in "ab":
+        cells.start_worker(name)
+    settings = cells.settings(timeout_s=2)
+    key = next(f"k{n}" for n in range(100) if ranked(f"k{n}", "ab")[0] == "b")
+    with Client(settings) as client:
+        image = client.storage.upload(png()).uri
+        load = Load(settings, image)
+        try:
+            wait_until(lambda: len(by_cell(load.jobs).get("b", ())) >= 20, "jobs in both cells")
+            cells.fleet.servers["b"].freeze()
+            at = len(load.jobs)
+            wait_until(
+                lambda: len(by_cell(load.jobs[at:]).get("a", ())) >= 40, "jobs of the other", 60
+            )
+            later = by_cell(load.jobs[at:])
+            # Each thread may have had one on its way whose record was answered just before.
+            assert len(later.get("b", ())) <= 2
+            assert {job.wait(timeout=60).status for job in later["a"]} == {"succeeded"}
+            with pytest.raises(QueueUnavailable):
+                client.caption(image, idempotency_key=key)
+            with pytest.raises(QueueUnavailable):
+                by_cell(load.jobs)["b"][0].info()
+        finally:
+            load.stop()
+            cells.fleet.servers["b"].thaw()
+        assert {cell_of(id) for id in load.unsure} <= {"b"}
+        ended = client.wait_all(load.jobs, timeout=120)
+        assert {job.info().status for job in ended} == {"succeeded"}
+        again = {client.caption(image, idempotency_key=key).id for _ in range(2)}
+        assert [cell_of(id) for id in again] == ["b"]
+        records = cells.fleet.records()
+        assert not records["a"] & records["b"]
+        assert {job.id for job in load.jobs} <= records["a"] | records["b"]
 
 
 @pytest.mark.timeout(300)

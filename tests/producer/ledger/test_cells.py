@@ -28,13 +28,12 @@ from blipq.ledger.cells.operator import actions_of, beside_each, home_of, operat
 from blipq.ledger.connection import connect
 from blipq.ledger.views.listing import Place, Wanted
 from blipq.ledger.views.runs import Run, Runs
-from blipq.ledger.worker import Claim, WorkerLedger
+from blipq.ledger.worker import WorkerLedger
 from blipq.redis.cells import Cells, cell_of, ranked
 from blipq.submission import Submission, new_id
 from conftest import wait_until
-from guarantees.cells.fleet import Fleet
+from guarantees.cells.fleet import Fleet, finish
 
-RESULT = '{"kind": "caption", "captions": [{"text": "a cat"}]}'
 REQUEST = CaptionRequest(image="s3://bucket/key")
 
 
@@ -70,16 +69,6 @@ def serve(fleet: Fleet, cell: str, model: str) -> None:
 def key_of(cell: str, names: str = "abc") -> str:
     """A key that belongs to a cell."""
     return next(f"k{n}" for n in range(1000) if ranked(f"k{n}", names)[0] == cell)
-
-
-def finish(fleet: Fleet, id: str, cell: str) -> None:
-    """Ends a job as a worker of its cell."""
-    settings = fleet.settings().in_cell(cell)
-    with connect(settings) as raw:
-        ledger = WorkerLedger(raw, settings)
-        claim = ledger.claim(id, "w", lease_s=30)
-        assert isinstance(claim, Claim)
-        assert ledger.succeed(claim, RESULT, "{}")
 
 
 def test_a_job_is_in_the_cell_that_its_id_says_and_is_found_there(

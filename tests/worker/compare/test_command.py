@@ -13,10 +13,12 @@ from blipq.errors import InvalidRequest
 from blipq.local.sample import red_square
 from blipq.local.stack import LocalStack
 from blipq.local.supervisor import Service
+from blipq.redis.cells import cell_of
 from blipq_worker.cli import upgrades
 from blipq_worker.cli.refusing import refused
 from blipq_worker.compare.cases import Case
 from conftest import blipq, start_worker, wait_for_worker
+from guarantees.cells.fleet import Fleet, finish
 from worker.compare.candidates import CASES, changed, copied, guard, picture, scaled
 
 
@@ -167,6 +169,20 @@ def test_pipelines_tell_a_comparison_that_could_not_be_made_from_one_that_found_
     assert ran.returncode == code, ran.stderr
     assert why in (json.loads(ran.stdout)["message"] if as_json else ran.stderr)
     assert not page.exists()
+
+
+def test_jobs_of_all_cells_are_replayed(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, "ab")
+    try:
+        with Client(fleet.settings()) as client:
+            ids = [client.caption("s3://photos/cat.jpg").id for _ in range(20)]
+        for id in ids:
+            finish(fleet, id, str(cell_of(id)))
+        assert {cell_of(id) for id in ids} == {"a", "b"}
+        cases, skipped = upgrades._cases(fleet.settings(), None, 100, None)
+        assert (sorted(case.name for case in cases), skipped) == (sorted(ids), [])
+    finally:
+        fleet.stop()
 
 
 def test_lines_that_are_no_requests_are_not_compared(tmp_path: Path) -> None:

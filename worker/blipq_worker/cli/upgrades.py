@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated
@@ -12,8 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from blipq.cli.terminal.output import JsonOption, errors, out
 from blipq.errors import BlipqError, InvalidRequest, QueueUnavailable
-from blipq.ledger.connection import connect
-from blipq.ledger.operator import OperatorLedger
+from blipq.ledger.cells.operator import operator_for
 from blipq.settings import Settings
 from blipq.submission import checked
 from blipq_worker.cli.refusing import one_of, refused, require_torch
@@ -249,8 +248,8 @@ def _cases(
 
     if manifest is not None:
         return of_manifest(manifest, jobs), []
-    with connect(settings) as raw:
-        return recent(OperatorLedger(raw, settings), name, jobs)
+    with closing(operator_for(settings)) as ledger:
+        return recent(ledger, name, jobs)
 
 
 @contextmanager

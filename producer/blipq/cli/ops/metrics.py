@@ -50,9 +50,8 @@ def metrics(
             signal.signal(number, lambda *_: stop.set())
         registry = CollectorRegistry()
         with ExitStack() as stack:
-            cells = {name: settings.in_cell(name) for name in settings.cells}
-            each = cells if settings.is_fleet else {"": settings}
-            clients = {name: stack.enter_context(connect(own)) for name, own in each.items()}
+            each = settings.by_cell.items()
+            clients = {name: stack.enter_context(connect(own)) for name, own in each}
             collectors = {name: LedgerCollector(client) for name, client in clients.items()}
             pages = {"work": partial(work_page, clients.values())}
             bound = stack.enter_context(served(registry, port, host, pages))

@@ -46,6 +46,8 @@ def run(
 ) -> None:
     """Send webhooks until SIGTERM. Any number may run; they share the work.
 
+    With BLIPQ_CELLS it sends those of all cells, and with BLIPQ_CELL those of one.
+
     Examples:
         BLIPQ_WEBHOOK_SECRETS=whsec_... blipq webhooks run
     """

@@ -38,9 +38,8 @@ def operator_for(settings: Settings) -> OperatorLedger:
     """An operator's ledger of its own connections."""
     if not settings.is_fleet:
         return OperatorLedger(connect(settings), settings)
-    each = {name: settings.in_cell(name) for name in settings.cells}
-    found = {name: OperatorLedger(connect(own), own) for name, own in each.items()}
-    return CellsOperator(settings, found)
+    each = settings.by_cell.items()
+    return CellsOperator(settings, {name: OperatorLedger(connect(own), own) for name, own in each})
 
 
 def beside_each(kind: type[RunnerT], ledger: object) -> dict[str, RunnerT] | None:

@@ -22,9 +22,8 @@ def examine(
     bucket if it is missing.
     """
     yield Finding("ok", "endpoints", f"{settings.endpoints}, from {socket.gethostname()}")
-    cells = [settings.in_cell(name) for name in settings.cells] if settings.is_fleet else [settings]
     answering = []
-    for cell in cells:
+    for cell in settings.by_cell.values():
         if (yield from _redis_answers(cell)):
             answering.append(cell)
 

@@ -29,20 +29,21 @@ def check_tls(settings: Settings) -> Findings:
 
 
 def check_redis(settings: Settings) -> Findings:
+    option = "BLIPQ_CELLS" if settings.cells else "BLIPQ_REDIS_URL"
     with connect(settings) as client:
         before = time.time()
         try:
             client.ping()
         except redis.AuthenticationError as error:
-            advice = f"set BLIPQ_REDIS_URL with its password; `{blipq('env')}` has a local stack's"
+            advice = f"set {option} with its password; `{blipq('env')}` has a local stack's"
             yield Finding("bad", "redis", f"it refuses the user or password: {error}", advice)
             return
         except redis.ResponseError as error:
-            advice = "set BLIPQ_REDIS_URL to a database and a user that it has"
+            advice = f"set {option} to a database and a user that it has"
             yield Finding("bad", "redis", f"it refuses: {error}", advice)
             return
         except redis.RedisError as error:
-            advice = f"start Redis or `{blipq('up')}`, or set BLIPQ_REDIS_URL"
+            advice = f"start Redis or `{blipq('up')}`, or set {option}"
             yield Finding("bad", "redis", f"it does not answer: {error}", advice)
             return
         took = time.time() - before
