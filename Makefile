@@ -63,8 +63,10 @@ guarantees: $(VENV)/installed-dev  ## Break things on the real stack, and see ea
 SEED ?= 7
 JOBS ?= 10000
 FRONTS ?= 0
-chaos: $(VENV)/installed-dev  ## Load with faults at random; SEED=7 JOBS=10000 FRONTS=0.
-	$(BIN)/python tests/guarantees/soak/chaos.py --seed $(SEED) --jobs $(JOBS) --fronts $(FRONTS)
+CELLS ?= 0
+chaos: $(VENV)/installed-dev  ## Load with faults at random; SEED=7 JOBS=10000 FRONTS=0 CELLS=0.
+	$(BIN)/python tests/guarantees/soak/chaos.py --seed $(SEED) --jobs $(JOBS) --fronts $(FRONTS) \
+		--cells $(CELLS)
 
 MINUTES ?= 60
 soak: $(VENV)/installed-dev  ## A day's work with its troubles; MINUTES=60.

@@ -1,11 +1,12 @@
-"""``make chaos SEED=7 JOBS=10000 FRONTS=0``: load, faults at random, and an audit of every job.
+"""``make chaos SEED=7 JOBS=10000 FRONTS=0 CELLS=0``: load, faults at random, an audit of all jobs.
 
 Three workers are kept running by a supervisor while they are killed, frozen and drained, Redis is
 killed, frozen and filled, and S3 answers with errors, drips and cut connections. With fronts there
 are two workers, whose engines and fronts are killed and frozen, too, sockets are sent garbage, and
-some pictures crash their decoder. At the end every
-job that was ever submitted must have exactly one outcome, one that its request allows; only jobs
-that kill their workers may be dead letters; no key may live for ever. Exit code 0 only if all hold.
+some pictures crash their decoder. With cells there are two workers in each, and each fault is of
+one Redis of several. At the end every job that was ever submitted must have exactly one outcome,
+one that its request allows, and be in one cell alone; only jobs that kill their workers may be dead
+letters; no key may live for ever. Exit code 0 only if all hold.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -32,11 +34,13 @@ from blipq.contract import CaptionRequest, Options, Priority
 from blipq.local import supervisor
 from blipq.local.supervisor import Service
 from blipq.submission import new_id
+from guarantees.cells.rig import CellsRig
+from guarantees.cells.servers import Server
 from guarantees.fronts import parts
 from guarantees.rig import LEASE_S, Rig, png
 from guarantees.stand_ins.faulty_worker import CRASHING_SIZE
 
-WORKERS, WORKERS_WITH_FRONTS = 3, 2
+WORKERS, WORKERS_WITH_FRONTS, WORKERS_OF_A_CELL = 3, 2, 2
 #: Of workers with fronts: some of their processes stay frozen until this ends them.
 WATCHDOG_S = 8.0
 SETTLE_S = 240.0
@@ -97,8 +101,7 @@ class Chaos:
         options = {"max_batch_size": 16, "fetch_timeout_s": 2}
         if self.fronts:
             options["watchdog_s"] = WATCHDOG_S
-        count = WORKERS_WITH_FRONTS if self.fronts else WORKERS
-        workers = [self.rig.launch_worker(**options) for _ in range(count)]
+        workers = self._launch_workers(**options)
         calm, quiet, stop = threading.Event(), threading.Event(), threading.Event()
         supervisor.RESTARTS = Backoff(1.0, 1.0)  # a day's trouble in minutes
         keep = threading.Thread(
@@ -120,6 +123,13 @@ class Chaos:
             keep.join()
             trouble.join()
 
+    def _launch_workers(self, **options: Any) -> list[Service]:
+        if isinstance(self.rig, CellsRig):
+            cells = [*self.rig.fleet.servers] * WORKERS_OF_A_CELL
+            return [self.rig.launch_worker_in(cell, **options) for cell in cells]
+        count = WORKERS_WITH_FRONTS if self.fronts else WORKERS
+        return [self.rig.launch_worker(**options) for _ in range(count)]
+
     # -- load --
 
     def _submit_all(self) -> None:
@@ -131,20 +141,24 @@ class Chaos:
                 self._say(f"{number + 1} submitted")
 
     def _submit(self, recipe: Recipe) -> None:
-        """Submits as a careful service does: the same id again until it is taken."""
+        """Submits as a careful service does: the same id again until it is taken.
+
+        Half of the ids are its own; with cells these stay with theirs, and the others may move.
+        """
         image = self._image(recipe)
         request = CaptionRequest.model_validate({"image": image, "prompt": recipe.prompt})
         priority = self.rng.choice(tuple(Priority))
         options = Options(priority=priority, expires_in=recipe.expires_in)
-        id = new_id()
+        id = new_id() if self.rng.random() < 0.5 else None
         while True:
             try:
                 job = self.rig.client.submit(request, options, id=id)
                 break
             except (QueueUnavailable, QueueFull) as error:
                 self.refused[type(error).__name__] += 1
+                id = id or getattr(error, "job_id", None)
                 time.sleep(0.2)
-        self.submitted[id] = recipe
+        self.submitted[job.id] = recipe
         if recipe.cancel:
             with suppress(QueueUnavailable, QueueFull):
                 job.cancel()
@@ -164,7 +178,9 @@ class Chaos:
             time.sleep(1)
 
     def _open(self) -> int:
-        return int(self.rig.redis(lambda raw: raw.zcard("blipq:open")))
+        return sum(
+            int(server.redis(lambda raw: raw.zcard("blipq:open"))) for server in self.rig.servers
+        )
 
     # -- faults --
 
@@ -176,13 +192,14 @@ class Chaos:
         stop: threading.Event,
     ) -> None:
         """Faults until ``calm``; then the thread stays, as Redis ends with who started it."""
-        server = self.rig.stack.services[0]
         kinds: dict[str, Callable[[], None]] = {
             "worker killed": lambda: self.rng.choice(workers).signal(signal.SIGKILL),
             "worker drained": lambda: self.rng.choice(workers).signal(signal.SIGTERM),
             "worker frozen": lambda: self._freeze(self.rng.choice(workers), 2 * LEASE_S),
             "redis killed": self._kill_redis,
-            "redis frozen": lambda: self._freeze(server, self.rng.uniform(1, 2 * LEASE_S)),
+            "redis frozen": lambda: self._freeze(
+                self._server().service, self.rng.uniform(1, 2 * LEASE_S)
+            ),
             "redis full": self._fill_redis,
             "connections cut": self._cut_connections,
         }
@@ -246,20 +263,25 @@ class Chaos:
         time.sleep(seconds)
         service.signal(signal.SIGCONT)
 
+    def _server(self) -> Server:
+        return self.rng.choice(self.rig.servers)
+
     def _kill_redis(self) -> None:
-        self.rig.kill_redis()
+        server = self._server()
+        server.kill()
         time.sleep(self.rng.uniform(0.5, 2 * LEASE_S))
-        self.rig.start_redis()
+        server.start()
 
     def _fill_redis(self) -> None:
+        server = self._server()
         with suppress(Exception):
-            self.rig.redis(lambda raw: raw.config_set("maxmemory", 1))
+            server.redis(lambda raw: raw.config_set("maxmemory", 1))
             time.sleep(self.rng.uniform(1, LEASE_S))
-        self.rig.redis(lambda raw: raw.config_set("maxmemory", 0))
+        server.redis(lambda raw: raw.config_set("maxmemory", 0))
 
     def _cut_connections(self) -> None:
         with suppress(Exception):
-            self.rig.redis(lambda raw: raw.client_kill_filter(_type="normal", skipme=True))
+            self._server().redis(lambda raw: raw.client_kill_filter(_type="normal", skipme=True))
 
     # -- audit --
 
@@ -275,11 +297,15 @@ class Chaos:
             id for id in dead if ErrorCode.ATTEMPTS_EXHAUSTED not in self.submitted[id].right
         ]
         forever = self.rig.keys_without_ttl()
+        kept = Counter(key for server in self.rig.servers for key in server.keys("blipq:job:*"))
+        doubled = [key for key, count in kept.items() if count > 1]
+        unasked = kept.keys() - {f"blipq:job:{id}" for id in self.submitted}
         print(f"jobs {len(self.submitted)}, open {self._open()}, faults {dict(self.faults)}")
         print(f"submits repeated {dict(self.refused)}, dead letters {len(dead)}")
         print(f"wrong outcomes {dict(wrong)}, innocent dead letters {len(innocent)}")
         print(f"keys without a time to live {forever}")
-        return not (wrong or innocent or forever)
+        print(f"jobs in two cells {len(doubled)}, jobs that nobody has asked for {len(unasked)}")
+        return not (wrong or innocent or forever or doubled or unasked)
 
     def _settle(self) -> None:
         deadline = time.monotonic() + SETTLE_S
@@ -304,9 +330,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--jobs", type=int, default=10_000)
     parser.add_argument("--fronts", type=int, default=0, help="of each worker")
+    parser.add_argument("--cells", type=int, default=0, help="each with a Redis of its own")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rig = Rig(Path(folder), forked=False, fronts=arguments.fronts)
+        options = {"forked": False, "fronts": arguments.fronts}
+        cells = arguments.cells
+        rig = CellsRig(Path(folder), cells, **options) if cells else Rig(Path(folder), **options)
         try:
             rng = random.Random(arguments.seed)
             clean = Chaos(rig, arguments.jobs, rng, arguments.fronts).run()
