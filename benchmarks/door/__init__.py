@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,10 @@ START_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A stack of its own, and a door without keys on it."""
+class Door:
+    """A door without keys that runs."""
 
-    stack: LocalStack
-    settings: Settings
-    door: Service
+    service: Service
     url: str
 
     @property
@@ -42,6 +40,14 @@ class Measured:
         return httpx2.Client(base_url=self.url, timeout=120, trust_env=False)
 
 
+@dataclass(frozen=True)
+class Measured(Door):
+    """A stack of its own, and a door on it."""
+
+    stack: LocalStack
+    settings: Settings
+
+
 @contextmanager
 def running(**options: str) -> Iterator[Measured]:
     """Starts Redis, S3 and a door; options are BLIPQ_* settings of both sides."""
@@ -49,16 +55,25 @@ def running(**options: str) -> Iterator[Measured]:
         stack = LocalStack(Path(folder))
         stack.start()
         named = {f"BLIPQ_{name.upper()}": value for name, value in options.items()}
-        log = Path(folder) / "door.log"
-        command = [sys.executable, "-m", "blipq", "api", "--port", "0"]
-        door = Service("door", command, env={**stack.environment(), **named}, log=log)
-        door.start()
+        fields: dict[str, Any] = {**stack.settings_fields(), **options}
+        settings = Settings.model_validate(fields)
         try:
-            fields: dict[str, Any] = {**stack.settings_fields(), **options}
-            yield Measured(stack, Settings.model_validate(fields), door, _url(log))
+            with door_on({**stack.environment(), **named}, Path(folder) / "door.log") as door:
+                yield Measured(door.service, door.url, stack, settings)
         finally:
-            door.stop(timeout=30)
             stack.stop()
+
+
+@contextmanager
+def door_on(environment: Mapping[str, str], log: Path) -> Iterator[Door]:
+    """Starts a door, and waits until it says where it is."""
+    command = [sys.executable, "-m", "blipq", "api", "--port", "0"]
+    service = Service("door", command, env=environment, log=log)
+    service.start()
+    try:
+        yield Door(service, _url(log))
+    finally:
+        service.stop(timeout=30)
 
 
 def _url(log: Path) -> str:

@@ -116,10 +116,10 @@ def _count(measured: Measured, http: httpx2.Client) -> dict[str, float]:
 
 def _times(measured: Measured, ids: list[str]) -> dict[str, float]:
     """What the door's log of requests says of these."""
-    assert measured.door.log is not None
+    assert measured.service.log is not None
     time.sleep(0.2)  # a line is written behind its answer
     wanted, found = set(ids), []
-    for line in measured.door.log.read_text().splitlines():
+    for line in measured.service.log.read_text().splitlines():
         if line.startswith("{") and (told := json.loads(line)).get("request_id") in wanted:
             found.append(float(told["ms"]))
     if len(found) != len(ids):

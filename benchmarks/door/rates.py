@@ -11,7 +11,7 @@ from statistics import median
 import psutil
 
 from benchmarks.clients import asked, per_s
-from benchmarks.door import Measured, running
+from benchmarks.door import Door, Measured, running
 from blipq import CaptionRequest, Client
 
 ONE_BY_ONE, MANY, LINES = 2_000, 20_000, 10_000
@@ -27,14 +27,14 @@ def rates() -> dict[str, float]:
     bodies, lines = list(map(_body, few)), list(map(_body, many))  # as the client's are made ahead
     with running(**OPTIONS) as measured, pinned(measured), Client(measured.settings) as client:
         client.submit(few[0])
-        _post(measured, bodies[:20], 1)
+        post(measured, bodies[:20], 1)
         rounds = [
             {
                 "client_per_s": per_s(ONE_BY_ONE, lambda: [client.submit(each) for each in few]),
-                "door_one_connection_per_s": per_s(ONE_BY_ONE, lambda: _post(measured, bodies, 1)),
-                "door_per_s": per_s(ONE_BY_ONE, lambda: _post(measured, bodies, CONNECTIONS)),
+                "door_one_connection_per_s": per_s(ONE_BY_ONE, lambda: post(measured, bodies, 1)),
+                "door_per_s": per_s(ONE_BY_ONE, lambda: post(measured, bodies, CONNECTIONS)),
                 "client_many_per_s": per_s(MANY, lambda: client.submit_many(many)),
-                "door_batches_per_s": per_s(MANY, lambda: _batches(measured, lines)),
+                "door_batches_per_s": per_s(MANY, lambda: post_batches(measured, lines)),
             }
             for _ in range(ROUNDS)
         ]
@@ -48,7 +48,7 @@ def rates() -> dict[str, float]:
 def pinned(measured: Measured) -> Iterator[None]:
     """Gives the door one core, and this process another one."""
     cores = sorted(os.sched_getaffinity(0))
-    psutil.Process(measured.door.pid).cpu_affinity([cores[0]])
+    psutil.Process(measured.service.pid).cpu_affinity([cores[0]])
     os.sched_setaffinity(0, {cores[-1]})
     try:
         yield
@@ -56,9 +56,11 @@ def pinned(measured: Measured) -> Iterator[None]:
         os.sched_setaffinity(0, set(cores))
 
 
-def _post(measured: Measured, bodies: list[str], connections: int) -> None:
+def post(door: Door, bodies: list[str], connections: int) -> None:
+    """Posts jobs one by one on each of so many connections."""
+
     def send(part: list[str]) -> None:
-        connection = http.client.HTTPConnection(*measured.host, timeout=60)
+        connection = http.client.HTTPConnection(*door.host, timeout=60)
         for body in part:
             connection.request("POST", "/v1/jobs", body, {"Content-Type": "application/json"})
             answer = connection.getresponse()
@@ -93,8 +95,9 @@ def _all(works: list[Callable[[], None]]) -> None:
         raise failed[0]
 
 
-def _batches(measured: Measured, lines: list[str]) -> None:
-    with measured.http() as http:
+def post_batches(door: Door, lines: list[str]) -> None:
+    """Posts lines of jobs, LINES at a time."""
+    with door.http() as http:
         for at in range(0, len(lines), LINES):
             batch = lines[at : at + LINES]
             answer = http.post(

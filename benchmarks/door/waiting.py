@@ -26,8 +26,8 @@ def waiting() -> dict[str, float]:
 
 
 async def _measured(measured: Measured, ids: list[str]) -> dict[str, float]:
-    assert measured.door.pid is not None
-    process = psutil.Process(measured.door.pid)
+    assert measured.service.pid is not None
+    process = psutil.Process(measured.service.pid)
     before = process.memory_info().rss
     connections = len(process.net_connections())
     room = asyncio.Semaphore(AT_ONCE)
