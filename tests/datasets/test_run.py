@@ -134,7 +134,7 @@ def test_members_of_tars_in_s3_are_read_where_they_lie(
 def test_a_local_tar_becomes_a_tar_with_the_same_pictures(
     run: Run, answering: Answering, tar: Tar, uploads_left: Left, tmp_path: Path
 ) -> None:
-    members = {"x.jpg": b"picture x", "x.cls": b"7", "y.webp": b"picture y"}
+    members = {"a/x.jpg": b"picture x", "a/x.cls": b"7", "../y.webp": b"picture y"}
     (tmp_path / "set.tar.gz").write_bytes(gzip.compress(tar(members)))
     with answering():
         done(run("submit", "set.tar.gz", "--to", "webdataset", "--output", "answers", "--json"))
@@ -144,14 +144,33 @@ def test_a_local_tar_becomes_a_tar_with_the_same_pictures(
             for name in archive.getnames()
         }
     assert list(found) == [
-        f"{n:09}.{suffix}"
-        for n, picture in enumerate(("jpg", "webp"))
+        f"{key}.{suffix}"
+        for key, picture in (("a/x", "jpg"), ("set-000000001", "webp"))
         for suffix in (picture, "json", "txt")
     ]
-    assert found["000000000.jpg"] == b"picture x"
-    assert found["000000001.txt"] == b"picture y"
-    assert json.loads(found["000000000.json"])["cls"] == "7"
+    assert found["a/x.jpg"] == b"picture x"
+    assert found["set-000000001.txt"] == b"picture y"
+    assert json.loads(found["a/x.json"])["cls"] == "7"
     assert uploads_left() == []
+
+
+def test_rows_without_a_key_for_a_tar_have_one_that_no_other_shard_has(
+    run: Run, answering: Answering, tmp_path: Path
+) -> None:
+    (tmp_path / "set").mkdir()
+    for name, keys in (("a.1", ["k", "k", "b.c"]), ("a.2", [None, "../k", "l"])):
+        rows = [{"image": f"{name} {n}".encode(), "__key__": key} for n, key in enumerate(keys)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set" / f"{name}.parquet")
+    with answering():
+        done(run("submit", "set", "--to", "webdataset", "--output", "answers", "--json"))
+    found = {}
+    for name in ("a.1", "a.2"):
+        with tarfile.open(tmp_path / "answers" / f"{name}.tar") as archive:
+            found[name] = [each for each in archive.getnames() if each.endswith(".txt")]
+    assert found == {
+        "a.1": ["k.txt", "a_1-000000001.txt", "a_1-000000002.txt"],
+        "a.2": ["a_2-000000000.txt", "a_2-000000001.txt", "l.txt"],
+    }
 
 
 def test_csv_rows_that_are_bad_end_in_the_error_column(

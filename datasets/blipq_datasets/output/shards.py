@@ -75,7 +75,9 @@ class Output:
         outcomes = self._journal.outcomes_of(lines)
         fields = self._journal.shard(self._written)[1] if lines else {}
         with self._target.writing(name) as path:
-            writer = writer_of(self._format, path, escape_formulas=self._escape_formulas)
+            writer = writer_of(
+                self._format, path, name=shard.stem, escape_formulas=self._escape_formulas
+            )
             try:
                 pictures = self._format == "webdataset"
                 for part in shard.parts(fields, pictures=pictures, lines=len(lines)):

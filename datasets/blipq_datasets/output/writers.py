@@ -3,8 +3,9 @@
 import csv
 import io
 import json
+import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,10 @@ ENDINGS: dict[Format, str] = {
 #: What a spreadsheet takes for the beginning of a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
+#: The column with a sample's key in its tar, and keys that a tar may have again.
+KEY = "__key__"
+_KEY = re.compile(r"[\w-]{1,100}(/[\w-]{1,100}){0,3}")
+
 Pictures = Sequence[tuple[bytes, str] | None]
 
 
@@ -40,13 +45,13 @@ class Writer(Protocol):
         """The file is whole."""
 
 
-def writer_of(format: Format, path: Path, *, escape_formulas: bool) -> Writer:
-    """A writer of a new file."""
+def writer_of(format: Format, path: Path, *, name: str, escape_formulas: bool) -> Writer:
+    """A writer of a new file. name: the shard's, for keys in tars."""
     if format == "parquet":
         return ParquetWriter(path)
     if format == "jsonl":
         return JsonLinesWriter(path)
-    return CsvWriter(path, escape_formulas) if format == "csv" else TarWriter(path)
+    return CsvWriter(path, escape_formulas) if format == "csv" else TarWriter(path, name)
 
 
 class ParquetWriter:
@@ -123,17 +128,21 @@ class CsvWriter:
 
 
 class TarWriter:
-    """WebDataset: the picture, where there is one, and all columns as ``.json``."""
+    """WebDataset: the picture, where there is one, and all columns as ``.json``.
 
-    def __init__(self, path: Path) -> None:
+    A row keeps the key that it had in a tar. Others, and keys that no tar should have, become the
+    shard's name and the row's number, which no other shard has.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
         self._file: Any = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        self._shard = re.sub(r"\W", "_", name)
         self._number = 0
+        self._before = ""
 
     def write(self, rows: pa.RecordBatch, pictures: Pictures) -> None:
         for row, picture in zip(_objects(rows), pictures, strict=True):
-            # A key may have dots and slashes in it: a name is where its row stands.
-            name = f"{self._number:09}"
-            self._number += 1
+            name = self._before = self._key(row)
             if picture is not None:
                 self._add(f"{name}{picture[1] or '.jpg'}", picture[0])
             self._add(f"{name}.json", _json(row))
@@ -143,6 +152,14 @@ class TarWriter:
 
     def close(self) -> None:
         self._file.close()
+
+    def _key(self, row: Mapping[str, Any]) -> str:
+        key, number = row.get(KEY), self._number
+        self._number += 1
+        # Readers end a key at its first dot, and take neighbours with one key for one sample.
+        if isinstance(key, str) and _KEY.fullmatch(key) and key != self._before:
+            return key
+        return f"{self._shard}-{number:09}"
 
     def _add(self, name: str, data: bytes) -> None:
         member = tarfile.TarInfo(name)
