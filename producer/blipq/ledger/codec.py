@@ -77,7 +77,9 @@ Placed = Recorded | BlipqError | Moved
 Cancelled = Literal["cancelled", "ended", "unknown"]
 
 #: What became of a submission. ``waits``: created, and no live worker serves its model.
-Outcome = Literal["created", "waits", "exists", "conflict", "full", "unknown", "limited"]
+Outcome = Literal[
+    "created", "waits", "unpublished", "exists", "conflict", "full", "unknown", "limited"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +97,9 @@ class Prepared:
 
     @property
     def size(self) -> int:
-        """How many characters the fields take."""
-        return sum(len(name) + len(str(value)) for name, value in self.fields.items())
+        """How many characters the fields and the message take."""
+        fields = sum(len(name) + len(str(value)) for name, value in self.fields.items())
+        return fields + len(self.message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +277,8 @@ def recorded(job: Prepared, outcome: Outcome, id: str) -> Recorded | BlipqError:
     if outcome == "exists":
         return id
     message = message_of(submission)
-    return replace(message, served=outcome == "created", published=bool(job.message))
+    published = bool(job.message) and outcome != "unpublished"
+    return replace(message, served=outcome != "waits", published=published)
 
 
 def check_arguments(models: Iterable[str], settings: Settings) -> Iterator[str]:

@@ -110,9 +110,14 @@ def spare(model: str) -> str:
     return f"blipq:spare:{model}"
 
 
-def mix(model: str) -> str:
-    """String: of which shapes the jobs of a model are, as JSON. See ``blipq.ledger.work``."""
-    return f"blipq:mix:{model}"
+def work(model: str) -> str:
+    """Hash: shape -> how many open jobs of a model have it. See ``blipq.ledger.work``."""
+    return f"blipq:work:{model}"
+
+
+def working(model: str) -> str:
+    """Hash: shape -> how many of these a worker holds."""
+    return f"blipq:working:{model}"
 
 
 def cost(model: str) -> str:
@@ -262,12 +267,10 @@ _CONSTANTS = {
 _FUNCTIONS: tuple[Callable[[str], str], ...] = (
     *(job, idempotency, queued, again, claimed, taken, passed, paused, listed),
     *(worker, serving, spare, withdrawn, outbox, event, stopped),
-    *(mix, cost, used, tenant, rate, moved),
+    *(work, working, cost, used, tenant, rate, moved),
 )
-#: ``model_of``, by a pattern, as a model's name may have dots; and ``queues_of``.
+#: ``model_of``. A pattern, as a model's name may have dots.
 _MODEL_OF = r"local function model_of(queue) return string.match(queue, '^blipq%.(.+)%.%a+$') end"
-_QUEUES = ", ".join(f"'blipq.' .. model .. '.{priority}'" for priority in Priority)
-_QUEUES_OF = f"local function queues_of(model) return {{{_QUEUES}}} end"
 
 
 def lua_header() -> str:
@@ -277,4 +280,4 @@ def lua_header() -> str:
         f"local function {key.__name__}_key(name) return '{key('')}' .. name end"
         for key in _FUNCTIONS
     ]
-    return "\n".join([*constants, *functions, _MODEL_OF, _QUEUES_OF, ""])
+    return "\n".join([*constants, *functions, _MODEL_OF, ""])

@@ -5,8 +5,7 @@ number rounded up to a power of two, as in ``vqa.4.8.16.0``. Workers add what jo
 to the ledger, with the image's features cached (hits) and without, so it survives all of them.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -108,7 +107,7 @@ class Costs:
         cost = self.of(shape)
         return FIRST_GUESS_S if cost is None else cost.gpu_s
 
-    def sum_s(self, jobs: Mapping[str, float]) -> float:
+    def sum_s(self, jobs: Mapping[str, int]) -> float:
         """Predicted GPU-seconds of so many jobs by shape."""
         return sum(count * self.gpu_s(shape) for shape, count in jobs.items())
 
@@ -150,33 +149,39 @@ class Work:
         return self.waiting_s + self.running_s
 
 
-@dataclass(frozen=True, slots=True)
-class Mix:
-    """Of which shapes a model's jobs are: counts, in samples that stand for all that wait or run.
+def work_of(
+    costs: Costs, open_: Mapping[str, str], working: Mapping[str, str], waiting: int
+) -> Work:
+    """What the open jobs of a model will take.
 
-    Jobs that an earlier version submitted have no shape, and are in none of the counts.
+    open_, working: counts by shape (``keys.work``, ``keys.working``). waiting: how many wait in its
+    queues. That number is exact; where workers of an earlier version leave counts behind, or jobs
+    have none, the counts only say of which shapes the jobs are.
     """
-
-    waiting: Mapping[str, float]
-    running: Mapping[str, float]
-
-    @classmethod
-    def of(cls, text: str) -> Self:
-        """From what ``count_mix`` of the scripts returns."""
-        return cls(**json.loads(text))
-
-    def mean_s(self, costs: Costs) -> float:
-        """Mean GPU-seconds of a job that waits."""
-        jobs = self.waiting or self.running
-        count = sum(jobs.values())
-        if not count:
-            return FIRST_GUESS_S if (mean := costs.of("")) is None else mean.gpu_s
-        return costs.sum_s(jobs) / count
+    running = counted(working)
+    return Work(waiting * mean_s(costs, open_, working), costs.sum_s(running))
 
 
-def work_of(costs: Costs, mix: Mix, waiting: int) -> Work:
-    """What the open jobs of a model will take. waiting: how many wait in its queues."""
-    return Work(waiting * mix.mean_s(costs), costs.sum_s(mix.running))
+def mean_s(costs: Costs, open_: Mapping[str, str], working: Mapping[str, str]) -> float:
+    """Mean GPU-seconds of a job that waits."""
+    running = counted(working)
+    jobs = dict(_rest(counted(open_), running)) or running
+    count = sum(jobs.values())
+    if not count:
+        return FIRST_GUESS_S if (mean := costs.of("")) is None else mean.gpu_s
+    return costs.sum_s(jobs) / count
+
+
+def counted(hash: Mapping[str, str]) -> dict[str, int]:
+    """Counts by shape."""
+    return {shape: int(count) for shape, count in hash.items()}
+
+
+def _rest(jobs: Mapping[str, int], without: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    for shape, count in jobs.items():
+        left = count - without.get(shape, 0)
+        if left > 0:
+            yield shape, left
 
 
 def eta_of(job: Mapping[str, str], live: int, outlook: Sequence[Any]) -> float | None:
@@ -186,8 +191,9 @@ def eta_of(job: Mapping[str, str], live: int, outlook: Sequence[Any]) -> float |
     """
     if not outlook or live == 0:
         return None
-    now, ahead, text, learned = outlook
-    mix, costs = Mix.of(text), Costs(dict(zip(learned[::2], learned[1::2], strict=True)))
+    now, ahead, *hashes = outlook
+    open_, working, learned = (dict(zip(each[::2], each[1::2], strict=True)) for each in hashes)
+    costs = Costs(learned)
     cost = costs.of(job.get("work", job["kind"]))
     if cost is None:
         return None
@@ -197,5 +203,5 @@ def eta_of(job: Mapping[str, str], live: int, outlook: Sequence[Any]) -> float |
     if int(ahead) < 0:  # for a retry, at its time
         return max(now_s, float(job.get("due", now)) / 1000) + cost.run_s
     # What runs is half done, on average.
-    before = int(ahead) * mix.mean_s(costs) + costs.sum_s(mix.running) / 2
+    before = int(ahead) * mean_s(costs, open_, working) + costs.sum_s(counted(working)) / 2
     return now_s + before / live + cost.run_s

@@ -182,6 +182,18 @@ def test_a_job_that_is_being_erased_is_not_tried_again(
     assert not any("secret" in line for line in dumped(raw_redis))
 
 
+def test_an_erased_job_is_taken_once_from_the_work_that_is_open(
+    client: Client, ledger: WorkerLedger, raw_redis: "redis.Redis"
+) -> None:
+    for n in range(4):
+        submitted_alone(ledger, f"job_{n}")
+    counted = raw_redis.hgetall(keys.work("default"))
+    assert list(counted.values()) == ["4"]
+    ledger.fail(claimed(ledger, "job_0"), ERROR, "{}")
+    client.forget(["job_0", "job_1"])  # one that failed, and one that is open
+    assert raw_redis.hgetall(keys.work("default")) == dict.fromkeys(counted, "2")
+
+
 def test_jobs_of_a_tenant_are_erased_with_their_keys(
     client: Client, ledger: WorkerLedger, raw_redis: "redis.Redis"
 ) -> None:

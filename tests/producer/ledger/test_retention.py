@@ -258,3 +258,19 @@ def test_one_result_larger_than_a_reply_still_arrives(
         assert raw.exists(keys.job("job_1"))
     found = {info.id for info in client.outcomes(["job_1", "job_2"], timeout=20)}
     assert found == {"job_1", "job_2"}
+
+
+def test_a_living_worker_keeps_what_is_counted_of_open_jobs(
+    ledger: WorkerLedger, raw_redis: "redis.Redis"
+) -> None:
+    """Submits look at these times rarely, or only where they make the key."""
+    submitted(ledger)
+    assert isinstance(ledger.claim("job_1", "w1"), Claim)
+    names = (keys.OPEN, keys.work("default"), keys.working("default"))
+    for name in names:
+        assert raw_redis.pttl(name) > 40 * 86_400_000
+        raw_redis.pexpire(name, 5_000)
+    ledger.register("w1", ["default"], "{}", ttl_s=60, spare=False)
+    ledger.reconcile()
+    for name in names:
+        assert raw_redis.pttl(name) > 40 * 86_400_000

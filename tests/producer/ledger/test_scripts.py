@@ -52,8 +52,8 @@ def test_a_claim_that_meets_no_webhook_and_no_deadline_defines_neither_events_no
 
 def test_a_definition_above_a_rare_block_is_not_repeated_in_it() -> None:
     text = script_text("claim")
-    assert text.count("local function index(") == 1
-    assert text.index("local function index(") < text.index("local function end_job(")
+    assert text.count("local function tally(") == 1
+    assert text.index("local function tally(") < text.index("local function end_job(")
 
 
 def test_the_names_of_keys_are_written_out() -> None:

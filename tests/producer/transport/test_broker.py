@@ -65,6 +65,17 @@ def test_a_submit_that_records_no_job_publishes_none(
     assert raw_redis.llen("blipq.default.normal") == 1
 
 
+def test_a_list_that_refuses_messages_fails_no_submit(
+    apart: Settings, raw_redis: "redis.Redis", caplog: pytest.LogCaptureFixture
+) -> None:
+    raw_redis.set("blipq.default.normal", "no list")
+    with Client(apart) as client, caplog.at_level(logging.WARNING, logger="blipq"):
+        jobs = [client.submit(REQUEST), *client.submit_many([REQUEST] * 20)]
+        assert {job.status() for job in jobs} == {"queued"}
+    assert "the broker does not take messages" in caplog.text
+    assert raw_redis.zcard("blipq:open") == 21
+
+
 def test_many_messages_keep_their_order(apart: Settings, raw_redis: "redis.Redis") -> None:
     broker = Broker(apart)
     ids = [f"job_{number}" for number in range(20)]

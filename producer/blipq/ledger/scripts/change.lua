@@ -36,6 +36,7 @@ local function revive(id, job)
   list_job(id, job, 'open', expires_in + options.retention)
   index(OPEN, now + expires_in, id)
   if job.tenant then add_to_tenant(id, job.tenant) end
+  tally(work_key(job.model), job.work, 1)
   enqueue_and_publish(id, job)
 end
 

@@ -77,6 +77,7 @@ if job.solo then
   changed[#changed + 1] = 1
 end
 redis.call('HSET', job_key(id), unpack(changed))
+tally(working_key(job.model), job.work, 1)
 index(RUNNING, now + lease, id)
 if first and job.webhook_events then
   --RARELY post_event keep_snapshot

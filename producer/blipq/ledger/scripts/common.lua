@@ -33,6 +33,18 @@ local function ended(job)
   return status == 'succeeded' or status == 'failed' or status == 'cancelled' or status == 'expired'
 end
 
+-- Counts a job by its shape among those of its model that are open, or that a worker holds: what the
+-- prediction of work starts from. A record of an earlier version has no shape, and is not counted.
+local function tally(key, shape, by)
+  if not shape then return end
+  local count = redis.call('HINCRBY', key, shape, by)
+  if count <= 0 then
+    redis.call('HDEL', key, shape)
+  elseif count == by then
+    keep(key)  -- it may be new; workers keep it from then on
+  end
+end
+
 -- Lists for people: of the jobs of an hour, tenant, model, kind and status, by when they were
 -- submitted. A status is 'open' until a job has ended. A list ends with the last of its records, as
 -- far as their times to live show, and LISTS has the names of all.
@@ -146,7 +158,10 @@ local function forget(id, job)
   redis.call('ZREM', RUNNING, id)
   if job.tenant then redis.call('ZREM', tenant_key(job.tenant), id) end
   unlist_job(id, job, 'open')
-  if job.status ~= 'running' then
+  tally(work_key(job.model), job.work, -1)
+  if job.status == 'running' then
+    tally(working_key(job.model), job.work, -1)
+  else
     --RARELY unqueue
     redis.call('ZREM', DELAYED, id)
     unqueue(id, job)
@@ -288,6 +303,7 @@ end
 local function enqueue(id, job, published_at)
   redis.call('HSET', job_key(id), 'status', 'queued', 'published_at', published_at)
   redis.call('HDEL', job_key(id), 'due', 'again')
+  if job.status == 'running' then tally(working_key(job.model), job.work, -1) end
   redis.call('ZREM', RUNNING, id)
   redis.call('ZREM', DELAYED, id)
   redis.call('ZREM', again_key(job.queue), id)
@@ -325,30 +341,6 @@ end
 
 local function live_workers(model)
   return redis.call('ZCOUNT', serving_key(model), '(' .. now, '+inf')
-end
-
--- Counts the jobs of a model by their shapes, in a sample of a set that stands for all of it. A record
--- of an earlier version has no shape, and is not counted.
-local function count_shapes(counts, key, most, model)
-  local ids = redis.call('ZRANDMEMBER', key, most)
-  local each = redis.call('ZCARD', key) / #ids
-  for _, id in ipairs(ids) do
-    local shape, of = unpack(redis.call('HMGET', job_key(id), 'work', 'model'))
-    if shape and of == model then counts[shape] = (counts[shape] or 0) + each end
-  end
-end
-
--- Of which shapes the jobs of a model are, as JSON {waiting: {shape: count}, running: {shape: count}}:
--- what the prediction of work starts from. Counted when somebody looks, so that jobs pay nothing for it.
-local function count_mix(model)
-  local waiting, running = {}, {}
-  for _, queue in ipairs(queues_of(model)) do
-    count_shapes(waiting, queued_key(queue), 200, model)
-  end
-  count_shapes(running, RUNNING, 500, model)
-  local mix = cjson.encode({waiting = waiting, running = running})
-  redis.pcall('SET', mix_key(model), mix, 'PX', 1000)  -- a full Redis goes on without it
-  return mix
 end
 
 -- Whether jobs may name a model: one that no worker has served for as long as this key lives would

@@ -40,6 +40,8 @@ local function due(key)
   return ids
 end
 
+-- Submits do so at most once a second, and not at all while jobs are published again in each.
+keep(OPEN)
 for _, id in ipairs(due(OPEN)) do
   local job = load(id)
   if job and not ended(job) then end_job(id, job, 'expired', {}) else redis.call('ZREM', OPEN, id) end

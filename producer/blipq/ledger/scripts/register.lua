@@ -10,5 +10,7 @@ for i = 5, #ARGV do
   redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
   index(key, now + ttl, worker)
   redis.call('PEXPIRE', key, 40 * DAY)  -- jobs may name the model for so long
+  keep(work_key(ARGV[i]))
+  keep(working_key(ARGV[i]))
   if spare == '1' then redis.call('SET', spare_key(ARGV[i]), worker, 'PX', ttl) end
 end

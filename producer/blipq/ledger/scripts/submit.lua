@@ -1,14 +1,14 @@
 -- Records jobs, each once, in order, and stops at the first that is refused.
 -- ARGV: retention ms, max open jobs, declared models between spaces, the place of this cell on the
 -- jobs' way or '', the next place and cell or '' (see moved_to), the longest retention ms (of dead
--- letters), then of each job: id, digest, idempotency key or '', expires_in ms, its message to publish in
--- this Redis or '', how many arguments its fields take, and its field/value pairs: the second is its
--- kind, the third its model and the fourth its queue.
--- Returns of each job that it came to: 'created' | 'waits' | 'exists' | 'conflict' | 'full' |
--- 'unknown' | 'limited' | 'moved', then an id; behind 'unknown' it is what workers serve, behind
+-- letters), then of each job: id, digest, idempotency key or '', expires_in ms, its message to publish
+-- in this Redis or '', how many arguments its fields take, and its field/value pairs: the second is its
+-- kind, the third its model, the fourth its queue and the fifth its shape.
+-- Returns of each job that it came to: 'created' | 'waits' | 'unpublished' | 'exists' | 'conflict' |
+-- 'full' | 'unknown' | 'limited' | 'moved', then an id; behind 'unknown' it is what workers serve, behind
 -- 'limited' which limit of the tenant was met (see limit_met), and behind 'moved' what moved_to says.
--- 'waits' is created, too, but no worker lives that serves the model. 'conflict', 'full', 'unknown' and
--- 'limited' are refusals.
+-- 'waits' is created, too, but no worker lives that serves the model; 'unpublished' is, but without its
+-- message. 'conflict', 'full', 'unknown' and 'limited' are refusals.
 local retention, max_open, declared = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
 local place, onward, longest = ARGV[4], ARGV[5], tonumber(ARGV[6])
 local live, used = {}, {}
@@ -52,8 +52,6 @@ local function record(id, digest, given_key, expires_in, message, first, last)
     return 'unknown', served_models()
   end
   local open = redis.call('ZCARD', OPEN)
-  -- A Redis Cluster refuses keys of two slots, also where one node has all: see A_CLUSTER.
-  if open == 0 then redis.call('EXISTS', OPEN, QUEUES) end
   if open >= max_open then return 'full', id end
   local tenant, rate, met
   for i = first + 8, last, 2 do
@@ -83,7 +81,14 @@ local function record(id, digest, given_key, expires_in, message, first, last)
   end
   list_job(id, listed, 'open', expires_in + retention)
   use(queue)
-  if message ~= '' then redis.call('LPUSH', queue, message) end
+  -- What workers of an earlier version ended is counted still. Not before the first write above: one
+  -- that needs no memory would let a script of a full Redis go on.
+  if open == 0 then redis.call('DEL', work_key(model), working_key(model)) end
+  tally(work_key(model), ARGV[first + 8] == 'work' and ARGV[first + 9], 1)
+  -- The job is recorded: a list that may not be written to, or is none, must not fail its submit.
+  if message ~= '' and type(redis.pcall('LPUSH', queue, message)) == 'table' then
+    return 'unpublished', id
+  end
   live[model] = live[model] or live_workers(model)
   return live[model] > 0 and 'created' or 'waits', id
 end
