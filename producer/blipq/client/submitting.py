@@ -121,7 +121,7 @@ class Submitting:
         self.jobs.append(self._handle(id, submission.options if id == submission.id else None))
         if isinstance(answer, Message):
             return [answer]
-        if prepared.message or not self._unsure or id != submission.id:
+        if prepared.publishes or not self._unsure or id != submission.id:
             return []
         # Recorded by a try that got no answer: nobody has published it. Twice does no harm.
         return [message_of(submission)]

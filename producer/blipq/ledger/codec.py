@@ -22,12 +22,16 @@ from blipq.errors import (
     UnknownModel,
 )
 from blipq.ledger.keys import ended_channel, model_of, queue_name
+from blipq.ledger.messages import listed
 from blipq.ledger.work import eta_of, shape_of
 from blipq.redis.cells import id_in
 from blipq.settings import Settings
 from blipq.ssrf.policy import Forbidden
 from blipq.submission import Submission, new_id, shortened
 from blipq.telemetry.trace import parsed
+
+#: Characters of a message in a list, about.
+_MESSAGE_SIZE = 600
 
 
 def ms(seconds: float) -> int:
@@ -86,20 +90,20 @@ Outcome = Literal[
 class Prepared:
     """A submission, and what the ledger stores of it: ``fields`` become those of its hash.
 
-    ``message`` is what it publishes with it, in the list of its queue; "" where the client does.
+    ``publishes``: with the record, in the list of its queue; else the client does.
     """
 
     submission: Submission
     digest: str
     expires_in_ms: int
     fields: Mapping[str, str | int]
-    message: str = ""
+    publishes: bool = False
 
     @property
     def size(self) -> int:
-        """How many characters the fields and the message take."""
+        """About how many characters the fields and the message take."""
         fields = sum(len(name) + len(str(value)) for name, value in self.fields.items())
-        return fields + len(self.message)
+        return fields + (_MESSAGE_SIZE if self.publishes else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +228,15 @@ def submit_arguments(
         pairs = flat(job.fields)
         key = scoped_key(job.submission) or ""
         yield from (job.submission.id, job.digest, key, job.expires_in_ms)
-        yield from (job.message, len(pairs), *pairs)
+        yield from (_message(job), len(pairs), *pairs)
+
+
+def _message(job: Prepared) -> str:
+    """What a job is published by as it is recorded; "" where the client does that."""
+    if not job.publishes:
+        return ""
+    made = message_of(job.submission)
+    return listed(made.kind, made.id, made.queue)
 
 
 def scoped_key(submission: Submission) -> str | None:
@@ -277,7 +289,7 @@ def recorded(job: Prepared, outcome: Outcome, id: str) -> Recorded | BlipqError:
     if outcome == "exists":
         return id
     message = message_of(submission)
-    published = bool(job.message) and outcome != "unpublished"
+    published = job.publishes and outcome != "unpublished"
     return replace(message, served=outcome != "waits", published=published)
 
 

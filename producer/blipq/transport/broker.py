@@ -5,12 +5,9 @@ Redis until they are acknowledged, because leases in the ledger do the recoverin
 Celery; sockets that never wait for ever.
 """
 
-import base64
-import json
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -21,10 +18,9 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote_plus
 
-from blipq.contract import CONTRACT
-from blipq.ledger.codec import Message, Prepared, message_of
+from blipq.ledger.codec import Message, Prepared
 from blipq.ledger.connection import check_one_cell
-from blipq.ledger.keys import task_name
+from blipq.ledger.messages import headers_of
 from blipq.redaction import redacted
 from blipq.redis.sentinel import sentinel_options
 from blipq.redis.url import SCHEMES, TLS_OPTIONS, RedisUrl, tls_of
@@ -148,32 +144,6 @@ def _batch_publish_error() -> tuple[type[Exception], ...]:
     return () if error is None else (error,)
 
 
-def _headers(message: Message) -> dict[str, str | int]:
-    task = {"lang": "py", "task": task_name(message.kind), "id": message.id}
-    return {**task, "contract": CONTRACT}
-
-
-def _listed(message: Message) -> str:
-    """A message as kombu puts it into a Redis list: see docs/other-languages.md."""
-    body = json.dumps([[message.id], {}, {}]).encode()
-    return json.dumps(
-        {
-            "body": base64.b64encode(body).decode(),
-            "content-encoding": "utf-8",
-            "content-type": "application/json",
-            "headers": _headers(message),
-            "properties": {
-                "correlation_id": message.id,
-                "delivery_mode": 2,
-                "delivery_info": {"exchange": "", "routing_key": message.queue},
-                "priority": 0,
-                "body_encoding": "base64",
-                "delivery_tag": str(uuid.uuid4()),
-            },
-        }
-    )
-
-
 class Broker:
     """Publishes job ids. Never blocks its caller for more than PUBLISH_TIMEOUT_S."""
 
@@ -201,7 +171,7 @@ class Broker:
         """
         if not self.settings.redis_is_broker:
             return job
-        return replace(job, message=_listed(message_of(job.submission)))
+        return replace(job, publishes=True)
 
     def publish(self, message: Message) -> bool:
         """Publishes a recorded job; False if the broker did not take it in time.
@@ -294,7 +264,7 @@ class Broker:
             [[message.id], {}, {}],
             routing_key=message.queue,
             declare=[self.app.amqp.queues[message.queue]] if declares else [],
-            headers=_headers(message),
+            headers=headers_of(message.kind, message.id),
             correlation_id=message.id,
             retry=True,
             retry_policy=self.app.conf.task_publish_retry_policy,

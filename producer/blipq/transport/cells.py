@@ -4,6 +4,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from blipq.ledger.codec import Message, Prepared
@@ -23,8 +24,8 @@ class CellsBroker(Broker):
         self._brokers = {name: Broker(settings.in_cell(name)) for name in self._cells.names}
 
     def with_message(self, job: Prepared) -> Prepared:
-        """The job alone: which cell records it is not known yet."""
-        return job
+        """A job that the cell which records it is to publish, where no cell has another broker."""
+        return job if self.settings.cell_brokers else replace(job, publishes=True)
 
     def publish_all(self, messages: list[Message]) -> bool:
         """Publishes many, cell by cell; False if a broker did not take its own in time."""

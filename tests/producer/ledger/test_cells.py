@@ -1,6 +1,8 @@
 """One ledger over several cells: real servers, of which some go away."""
 
 import asyncio
+import base64
+import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -83,6 +85,30 @@ def test_a_job_is_in_the_cell_that_its_id_says_and_is_found_there(
     assert all(found.values()), "each cell has a share"
     assert jobs[0].cancel()
     assert client.count(JobFilter(status=Status.QUEUED)) == 59
+
+
+def test_a_job_is_published_in_the_cell_that_records_it(fleet: Fleet, client: Client) -> None:
+    jobs = [*client.submit_many(REQUEST for _ in range(20)), client.submit(REQUEST)]
+    jobs += [client.submit(REQUEST, keyed(f"k{n}")) for n in range(10) for _ in range(2)]
+    jobs += [client.submit(REQUEST, id=f"order-{n}") for n in range(10)]
+    published = {}
+    for cell, records in fleet.records().items():
+        with connect(fleet.settings().in_cell(cell)) as raw:
+            texts: Any = raw.lrange("blipq.default.normal", 0, -1)
+        bodies = [json.loads(base64.b64decode(json.loads(each)["body"])) for each in texts]
+        published[cell] = sorted(id for ((id,), _, _) in bodies)
+        assert published[cell] == sorted(records)
+    assert sum(map(len, published.values())) == len({job.id for job in jobs}) == 41
+
+
+def test_a_job_of_cells_with_other_brokers_is_published_there(fleet: Fleet) -> None:
+    brokers = dict.fromkeys("abc", "memory://")
+    settings = fleet.settings().model_copy(update={"cell_brokers": brokers})
+    with Client(settings) as client:
+        client.submit_many([REQUEST] * 10)
+    for name in "abc":
+        with connect(settings.in_cell(name)) as raw:
+            assert not raw.exists("blipq.default.normal")
 
 
 def test_a_key_is_one_job_for_every_client(fleet: Fleet, client: Client) -> None:
