@@ -152,8 +152,6 @@ def _settings(process: str = "") -> tuple[Settings, WorkerSettings]:
     _set_up_logging(process)
     # Root is common in containers, and only JSON is accepted.
     warnings.filterwarnings("ignore", message="You're running the worker with superuser")
-    # Nor need the group of fronts (BLIPQ_FRONT_USER) have a name.
-    warnings.filterwarnings("ignore", message="An entry for the specified gid or egid was not")
     settings = checked(Settings)
     check_one_cell(settings)
     return settings, checked(WorkerSettings).beside(settings)

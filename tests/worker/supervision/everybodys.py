@@ -13,13 +13,6 @@ CHECKOUT = Path(__file__).parents[3]
 _LEFT_OUT = shutil.ignore_patterns("site-packages", "test", "idlelib", "ensurepip", "__pycache__")
 
 
-def program_for_all(folder: Path, script: str) -> list[str]:
-    """A command by which everybody may run a script of the tests. folder: as below."""
-    program = python_for_all(folder)
-    copied = folder / "copies" / Path(script).relative_to(CHECKOUT)
-    return [program, str(copied) if copied.exists() else script]
-
-
 def python_for_all(folder: Path) -> str:
     """A program that runs Python with what is installed here. folder: where it may be copied to."""
     real = Path(sys.executable).resolve()

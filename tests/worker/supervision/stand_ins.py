@@ -40,7 +40,7 @@ from worker.inference.stand_in import StandIn
 
 QUEUE = "blipq.default.normal"
 #: Fronts of another user may need another one.
-COMMAND = json.loads(os.environ.get("STAND_IN_COMMAND", "null")) or [sys.executable, __file__]
+COMMAND = [os.environ.get("STAND_IN_PYTHON", sys.executable), __file__]
 RESULT = json.dumps({"kind": "caption", "captions": [{"text": "did it"}]})
 
 

@@ -35,7 +35,7 @@ from blipq_worker.fronts.status import read_status
 from conftest import wait_until
 from stacks import local_stack
 from worker.supervision import stand_ins
-from worker.supervision.everybodys import program_for_all
+from worker.supervision.everybodys import python_for_all
 
 IMAGE = "s3://uploads/cat.jpg"
 SUCCEEDED = (
@@ -411,20 +411,19 @@ AS_OTHER = ["setpriv", f"--reuid={OTHER}", f"--regid={GROUP}", "--clear-groups",
 
 
 @pytest.fixture(scope="module")
-def command() -> Iterator[str]:
-    """What starts a stand-in, whoever does."""
+def python() -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="bq"))
     folder.chmod(0o755)
-    yield json.dumps(program_for_all(folder, stand_ins.__file__))
+    yield python_for_all(folder)
     shutil.rmtree(folder)
 
 
 @pytest.fixture
-def other(split: Callable[..., Split], command: str) -> Callable[..., Split]:
+def other(split: Callable[..., Split], python: str) -> Callable[..., Split]:
     """Makes a worker whose fronts are another user's, not started."""
 
     def make(fronts: int, **options: str) -> Split:
-        own = {"BLIPQ_FRONT_USER": f"{OTHER}:{GROUP}", "STAND_IN_COMMAND": command, **options}
+        own = {"BLIPQ_FRONT_USER": f"{OTHER}:{GROUP}", "STAND_IN_PYTHON": python, **options}
         worker = split(fronts, **own)
         worker.temporary.chmod(0o711)  # they pass through it
         return worker
