@@ -42,11 +42,6 @@ os.environ["BLIPQ_STACK_FILE"] = os.devnull
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("root") is not None and os.geteuid() != 0:
-        pytest.skip("needs root")
-
-
 @pytest.fixture(scope="session")
 def httpserver_listen_address() -> tuple[str, int]:
     """An address, not a name that may mean another one too; one server for the whole run."""

@@ -72,19 +72,12 @@ def _front(arguments: list[str]) -> int:
     parser.add_argument("--number", type=int, required=True, help="of this front")
     parser.add_argument("--of", type=int, required=True, help="the number of fronts")
     parser.add_argument("--worker", required=True, help="name under which jobs are claimed")
-    parser.add_argument("--trial", action="store_true", help="say what a front would lack, and end")
     given = parser.parse_args(arguments)
     with START.part("imports"):
         from blipq_worker.front import Front
         from blipq_worker.fronts.seat import Seat
-        from blipq_worker.fronts.trial import shortcoming
 
     seat = Seat(given.run, given.number, given.of, given.worker)
-    if given.trial:
-        problem = shortcoming(seat)
-        if problem is not None:
-            print(problem, file=sys.stderr)
-        return 0 if problem is None else EXIT_MODEL
     try:
         settings, options = _settings(f"front-{seat.number}")
         front = Front(settings, options, seat)
@@ -127,8 +120,6 @@ def _loaded() -> "Worker | SplitWorker":
         from blipq_worker.supervision.worker import SplitWorker
 
         return SplitWorker(settings, options, fronts)
-    if options.front_user is not None:
-        raise InvalidRequest("BLIPQ_FRONT_USER is for workers with fronts: see BLIPQ_FRONTS")
     # torch and transformers take seconds to import: wrong settings are reported before.
     with START.part("imports"):
         from transformers.utils import logging as transformers_logging

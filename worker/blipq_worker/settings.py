@@ -175,14 +175,6 @@ class WorkerSettings(BaseSettings):
             "most."
         ),
     )
-    front_user: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None,
-        description=(
-            "User that fronts run as where root runs the worker: a name, `uid` or `uid:gid`. What "
-            "decodes pictures can then read and change nothing of root's. By default the worker's "
-            "own."
-        ),
-    )
     decode_threads: int = Field(default=4, ge=1, description="Images decoded at the same time.")
 
     jpeg_draft: bool = Field(

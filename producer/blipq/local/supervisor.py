@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from blipq.backoff import Backoff
 
@@ -19,28 +18,15 @@ from blipq.backoff import Backoff
 STEADY_S = 30.0
 RESTARTS = Backoff(1.0, 30.0)
 
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_PR_SET_PDEATHSIG = 1
 
 
-class Identity(NamedTuple):
-    """Whose a process is: a user, its group, and all of its groups."""
-
-    uid: int
-    gid: int
-    groups: tuple[int, ...]
-
-
-def _prepare(parent: int, *, is_confined: bool) -> None:
+def _die_with(parent: int) -> None:
     """Linux: the kernel ends the child when its parent is killed, so nothing is left behind.
 
     The parent is the thread that started it: start services from one that lives as long as they.
-    is_confined: no program that it runs has more rights than it has, as sudo would.
     """
-    libc = ctypes.CDLL(None)
-    # After a change of user, which takes the signal away.
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if is_confined and libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
-        raise OSError("PR_SET_NO_NEW_PRIVS is refused")
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it was killed before this process had set its signal
         os._exit(1)
 
@@ -49,8 +35,7 @@ class Service:
     """One child process. Its output goes to ``log``, or to this process' own if None.
 
     env: what it has in its environment; this process' own is there as well if it ``inherits``.
-    restarts: pauses before it is started again, by default RESTARTS. identity: whose it is, if not
-    this process' user's; only root can give that.
+    restarts: pauses before it is started again, by default RESTARTS.
     """
 
     def __init__(
@@ -62,12 +47,10 @@ class Service:
         inherits: bool = True,
         log: Path | None = None,
         restarts: Backoff | None = None,
-        identity: Identity | None = None,
     ) -> None:
         self.name = name
         self.command = list(command)
         self.log = log
-        self.identity = identity
         self.env = {**(os.environ if inherits else {}), **(env or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
@@ -86,14 +69,8 @@ class Service:
         return self._process.poll() if self._process else None
 
     def start(self) -> None:
-        """Starts the process in a session of its own: Ctrl-C reaches only the supervisor.
-
-        Raises OSError, and SubprocessError where it cannot be confined.
-        """
+        """Starts the process in a session of its own: Ctrl-C reaches only the supervisor."""
         output = self.log.open("ab") if self.log else None
-        uid, gid, groups = self.identity or (None, None, None)
-        prepare = partial(_prepare, os.getpid(), is_confined=self.identity is not None)
-        self._started = time.monotonic()  # a start that fails has its pause, too
         try:
             self._process = subprocess.Popen(
                 self.command,
@@ -102,14 +79,12 @@ class Service:
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
                 start_new_session=True,
-                user=uid,
-                group=gid,
-                extra_groups=groups,
-                preexec_fn=prepare if sys.platform == "linux" else None,
+                preexec_fn=partial(_die_with, os.getpid()) if sys.platform == "linux" else None,
             )
         finally:
             if output:
                 output.close()
+        self._started = time.monotonic()
         self._seen_dead = None
 
     def signal(self, number: int) -> None:

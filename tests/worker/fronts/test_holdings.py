@@ -4,17 +4,14 @@ import signal
 import subprocess
 import sys
 import textwrap
-import zlib
 from pathlib import Path
-from struct import pack
 
-import msgspec
 import pytest
 
 from blipq.contract import Kind
 from blipq.ledger.worker import Claim
 from blipq_worker.claims import Held
-from blipq_worker.fronts.holdings import MOST_PLACES, ROOM, Holding, Holdings, read_holdings
+from blipq_worker.fronts.holdings import Holding, Holdings, read_holdings
 
 QUEUE = "blipq.default.normal"
 
@@ -196,34 +193,6 @@ def test_a_torn_claim_leaves_the_message_on_record(holdings: Holdings, path: Pat
     data[data.index(b"7-abc")] ^= 0xFF
     path.write_bytes(data)
     assert read_holdings(path) == [Holding("a", Kind.CAPTION, QUEUE)]
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        pytest.param(msgspec.msgpack.encode(("a", "caption")), id="too short"),
-        pytest.param(msgspec.msgpack.encode(("a", "caption", 1)), id="other types"),
-        pytest.param(msgspec.msgpack.encode(("a", "no kind", QUEUE)), id="no kind"),
-        pytest.param(b"\x91" * 1500, id="too deep"),
-        pytest.param(b"\xc1", id="no msgpack"),
-    ],
-)
-def test_a_record_of_something_else_is_skipped(
-    holdings: Holdings, path: Path, message: bytes
-) -> None:
-    """Whole by its checksum: a front that has been taken over can compute one."""
-    for id in ("other", "whole"):
-        holdings.take(id, Kind.CAPTION, QUEUE)
-    data = bytearray(path.read_bytes())
-    part = pack("<IH", zlib.crc32(message), len(message)) + message
-    data[2064 : 2064 + len(part)] = part
-    path.write_bytes(data)
-    assert [each.id for each in read_holdings(path)] == ["whole"]
-
-
-def test_a_file_has_no_more_places_than_are_read(path: Path) -> None:
-    Holdings(path, MOST_PLACES + 1)
-    assert path.stat().st_size == ROOM
 
 
 @pytest.mark.parametrize("content", [b"", b"anything else", b"\x01" * 5000])

@@ -109,20 +109,3 @@ def test_an_engine_removes_no_other_engines_socket(folder: Path) -> None:
         other.bind(str(folder / "engine"))
         address.close()
         assert (folder / "engine").is_socket()
-
-
-@pytest.mark.root
-def test_a_group_may_pass_through_the_folder_and_connect_and_no_more(folder: Path) -> None:
-    os.chown(folder, -1, 65_534)
-    folder.chmod(0o710)
-    for gid in (None, 65_533):
-        with pytest.raises(AddressError, match="user's alone"):
-            Address(folder / "engine", gid)
-    address = Address(folder / "engine", 65_534)
-    found = (folder / "engine").stat()
-    assert (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid) == (0o660, 0, 65_534)
-    address.close()
-    for mode in (0o750, 0o730, 0o711):
-        folder.chmod(mode)
-        with pytest.raises(AddressError, match="user's alone"):
-            Address(folder / "engine", 65_534)

@@ -20,15 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from blipq.contract import Kind
-from blipq.errors import InvalidRequest
 from blipq.ledger.connection import connect
 from blipq.ledger.worker import Claim, WorkerLedger, new_nonce
 from blipq.settings import Settings
 from blipq_worker.fronts.holdings import Holdings
-from blipq_worker.fronts.seat import Seat
 from blipq_worker.fronts.status import FrontStatus, write_status
-from blipq_worker.fronts.trial import shortcoming
-from blipq_worker.fronts.user import front_user
 from blipq_worker.inference import EngineClient, EngineGone, EngineServer
 from blipq_worker.process.metrics import WorkerMetrics, count_in
 from blipq_worker.settings import WorkerSettings
@@ -39,18 +35,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from worker.inference.stand_in import StandIn
 
 QUEUE = "blipq.default.normal"
-#: Fronts of another user may need another one.
-COMMAND = [os.environ.get("STAND_IN_PYTHON", sys.executable), __file__]
+COMMAND = [sys.executable, __file__]
 RESULT = json.dumps({"kind": "caption", "captions": [{"text": "did it"}]})
 
 
 def run_main(fronts: int) -> int:
-    try:
-        worker = SplitWorker(Settings(), WorkerSettings(), fronts, COMMAND)
-    except InvalidRequest as error:
-        print(f"blipq worker: {error}", file=sys.stderr)
-        return 78
-    return worker.run()
+    return SplitWorker(Settings(), WorkerSettings(), fronts, COMMAND).run()
 
 
 def run_engine(folder: Path) -> int:
@@ -61,9 +51,7 @@ def run_engine(folder: Path) -> int:
         print("the model cannot be loaded", file=sys.stderr)
         return 78
     (folder / "engine.environment").write_text(json.dumps(dict(os.environ)))
-    user = front_user(WorkerSettings().front_user)
-    uids, gid = (None, None) if user is None else (user.served, user.gid)
-    server = EngineServer(folder / "engine.sock", StandIn(), uids=uids, gid=gid)
+    server = EngineServer(folder / "engine.sock", StandIn())
     while signal.SIGUSR1 not in told:
         server.poll(0.05)
         server.progress()
@@ -178,12 +166,6 @@ class Front:
             self._ledger.hand_back(claim)
 
 
-def run_trial(seat: Seat) -> int:
-    problem = shortcoming(seat)
-    print(problem, file=sys.stderr)
-    return 0 if problem is None else 78
-
-
 def main() -> int:
     logging.basicConfig(level="INFO", format="%(asctime)s %(process)d %(name)s: %(message)s")
     match sys.argv[1:]:
@@ -193,8 +175,6 @@ def main() -> int:
             return run_engine(Path(folder))
         case ["front", "--run", folder, "--number", number, "--of", _, "--worker", worker]:
             return Front(Path(folder), int(number), worker).run()
-        case ["front", "--run", folder, *_, "--worker", worker, "--trial"]:
-            return run_trial(Seat(Path(folder), 1, 1, worker))
     raise SystemExit(f"what is {sys.argv[1:]}?")
 
 

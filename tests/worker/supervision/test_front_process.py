@@ -3,23 +3,14 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 import pytest
 
-from blipq.backoff import Backoff
-from blipq.local.supervisor import Identity, Service
-from blipq.settings import Settings
+from blipq.local.supervisor import Service
 from blipq_worker.fronts.holdings import Holding
-from blipq_worker.fronts.user import FrontUser
-from blipq_worker.supervision.environment import (
-    engine_environment,
-    engine_service,
-    environment_of_user,
-    front_environment,
-)
+from blipq_worker.supervision.environment import engine_environment, front_environment
 from blipq_worker.supervision.folder import RunFolder
 from blipq_worker.supervision.front import FrontProcess
 from blipq_worker.supervision.settling import Settler, verdicts
@@ -95,88 +86,6 @@ def test_a_front_whose_settings_are_wrong_is_not_started_again(folder: RunFolder
     front.kill()
     folder.remove()
     assert code == 78
-
-
-def test_a_front_that_cannot_be_started_again_yet_does_not_end_its_worker(
-    folder: RunFolder, tmp_path: Path
-) -> None:
-    """A user may have as many processes as it is allowed: then exec fails."""
-    program = tmp_path / "program"
-    program.write_text("#!/bin/sh\nexit 3\n")
-    program.chmod(0o755)
-    service = Service("front 1", [str(program)], restarts=Backoff(0.0, 0.0))
-    front = FrontProcess(service, 1, folder, cast(Settler, Settled()), watchdog_s=60)
-    front.start()
-    wait_until(lambda: front.exit_code == 3, "its end")
-    os.rename(program, tmp_path / "moved")
-    for _ in range(3):
-        front.look()
-        assert front.exit_code == 3
-    os.rename(tmp_path / "moved", program)
-    front.look()
-    assert service._restarts == 4
-    front.kill()
-    folder.remove()
-
-
-@pytest.mark.parametrize("plant", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/etc")])
-def test_what_lies_where_a_fronts_files_should_ends_no_worker(
-    folder: RunFolder, plant: Callable[[Path], None]
-) -> None:
-    service = Service("front 1", ["/bin/sh", "-c", "exit 3"], restarts=Backoff(0.0, 0.0))
-    front = FrontProcess(service, 1, folder, cast(Settler, Settled()), watchdog_s=60)
-    front.start()
-    for path in (folder.status(1), folder.held(1)):
-        path.unlink()
-        plant(path)
-    wait_until(lambda: front.exit_code == 3, "its end")
-    assert front.status() is None
-    front.look()
-    front.kill()
-    folder.remove()
-
-
-def test_fronts_of_another_user_get_nothing_that_names_this_ones_home(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME"):
-        monkeypatch.setenv(name, "/root")
-    monkeypatch.setenv("HF_TOKEN", "hush-hub")
-    user = FrontUser("4000:4000", Identity(4000, 4000, (4000,)), {"HOME": "/"})
-    found = environment_of_user(user, Settings(), ())
-    assert "/root" not in found.values()
-    assert "hush-hub" not in found.values()
-    assert found["HOME"] == "/"
-    assert found["PATH"] == os.environ["PATH"]
-    local = Settings.model_validate(
-        {
-            "redis_url": "redis://127.0.0.1:7000/0",
-            "s3_endpoint_url": "http://127.0.0.1:7001",
-            "s3_access_key_id": "key",
-            "s3_secret_access_key": "secret",
-            "endpoint_source": "local stack",
-        }
-    )
-    found = environment_of_user(user, local, ("outputs", "more/prefix"))
-    assert found["BLIPQ_REDIS_URL"] == "redis://127.0.0.1:7000/0"
-    assert found["BLIPQ_S3_SECRET_ACCESS_KEY"] == "secret"
-    assert found["BLIPQ_ALLOWED_OUTPUTS"] == "outputs,more/prefix"
-    assert found["BLIPQ_STACK_FILE"] == os.devnull
-
-
-def test_an_engine_keeps_compiled_code_out_of_reach_of_fronts_of_another_user(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """torch's own default is a name in /tmp, which these could take first."""
-    monkeypatch.setenv("XDG_CACHE_HOME", "/root/cache")
-    user = FrontUser("4000:4000", Identity(4000, 4000, (4000,)), {"HOME": "/"})
-    models = {"default": "demo"}
-    assert "TORCHINDUCTOR_CACHE_DIR" not in engine_service(folder, models).env
-    env = engine_service(folder, models, user=user).env
-    assert env["TORCHINDUCTOR_CACHE_DIR"] == "/root/cache/blipq/inductor"
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/own")
-    assert engine_service(folder, models, user=user).env["TORCHINDUCTOR_CACHE_DIR"] == "/own"
-    folder.remove()
 
 
 def test_the_engine_gets_no_key_however_its_variable_is_written(

@@ -26,7 +26,6 @@ import msgspec
 
 from blipq.contract import Kind
 from blipq.ledger.worker import Claim
-from blipq_worker.fronts.files import opened, read
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +34,6 @@ Stage = Literal["taken", "claimed", "decoding", "suspect"]
 _MAGIC = b"blipq holdings 1"
 #: The file begins with the magic and fills one record: all others are aligned.
 _RECORD = 2048
-#: In a file, each a record; and the largest file.
-MOST_PLACES = 16 * 1024
-ROOM = _RECORD * (MOST_PLACES + 1)
 _FREE, _TAKEN, _CLAIMED, _DECODING, _SUSPECT = range(5)
 _STAGES: dict[int, Stage] = {
     _TAKEN: "taken",
@@ -94,17 +90,16 @@ class _Place:
 class Holdings:
     """A front's own holdings. Thread-safe; a call waits for nothing.
 
-    places: jobs that are noted at once, MOST_PLACES at most. Beyond them, and where a text is
-    longer than its part, nothing is noted: after the front's death such jobs wait for the
-    reconciler. What the file at ``path`` has is forgotten. Raises OSError.
+    places: jobs that are noted at once. Beyond them, and where a text is longer than its part,
+    nothing is noted: after the front's death such jobs wait for the reconciler. What lies at
+    ``path`` is replaced. Raises OSError.
     """
 
     def __init__(self, path: Path, places: int) -> None:
         self._lock = threading.Lock()
         self._places: dict[str, _Place] = {}
-        places = min(places, MOST_PLACES)
         self._free = list(range(_RECORD * places, 0, -_RECORD))
-        self._map = _mapped(path, _RECORD * (places + 1))
+        self._map = _created(path, _RECORD * (places + 1))
 
     def take(self, id: str, kind: Kind, queue: str) -> None:
         """Notes a message before anything is done with it."""
@@ -221,10 +216,12 @@ def read_holdings(path: Path) -> list[Holding]:
 
     Records that are not whole are left out, and so is a file that is none of holdings.
     """
-    data = read(path, ROOM)
-    if data is None or not data.startswith(_MAGIC):
-        if data is not None and any(data[: len(_MAGIC)]):  # zeros: none has been noted yet
-            log.error("%s: no file of holdings", path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    if not data.startswith(_MAGIC):
+        log.error("%s: no file of holdings", path)
         return []
     records = (data[start : start + _RECORD] for start in range(_RECORD, len(data), _RECORD))
     return [found for record in records if (found := _holding(record)) is not None]
@@ -250,28 +247,25 @@ def _holding(record: bytes) -> Holding | None:
 
 
 def _read(record: bytes, part: _Part, type: Any) -> Any:
-    """A part. Raises ValueError for one that is not whole, or something else."""
+    """A part. Raises ValueError for one that is not whole."""
     checksum, length = _HEAD.unpack_from(record, part.start)
     start = part.start + _HEAD.size
     data = record[start : start + length]
     if length > part.size - _HEAD.size or zlib.crc32(data) != checksum:
         raise ValueError("it is not whole")
-    try:
-        return msgspec.msgpack.decode(data, type=type)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise ValueError(str(error)) from error
+    return msgspec.msgpack.decode(data, type=type)
 
 
-def _mapped(path: Path, size: int) -> mmap.mmap:
-    """The file with this size, mapped and without records."""
-    file = opened(path)
+def _created(path: Path, size: int) -> mmap.mmap:
+    """A new file of this size, mapped; nobody sees it before it is whole."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    file = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        os.ftruncate(file, size)
         # A mapped page without a place on a full disk ends its writer with SIGBUS.
         os.posix_fallocate(file, 0, size)
         mapped = mmap.mmap(file, size)
+        mapped[: len(_MAGIC)] = _MAGIC
+        fresh.replace(path)
     finally:
         os.close(file)
-    mapped[:] = bytes(size)
-    mapped[: len(_MAGIC)] = _MAGIC  # last: until then it is a file of nothing
     return mapped

@@ -1,25 +1,9 @@
-"""How a front is, for the worker's main process: a small file, written over at each beat."""
+"""How a front is, for the worker's main process: a small file, replaced at each beat."""
 
 import os
-import zlib
 from pathlib import Path
-from struct import Struct
-from typing import Annotated
 
 import msgspec
-
-from blipq_worker.fronts.files import opened, read
-
-#: Of the file. It is made whole, so that a disk which is full later keeps no front from writing:
-#: one whose status grows old would be killed.
-ROOM = 32 * 1024
-#: Of each problem, in characters; there are few of them.
-_LONGEST = 500
-_HEAD = Struct("<IH")  # checksum and length
-#: A writer is in the file for some microseconds.
-_TRIES = 5
-
-_Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
 
 class FrontStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,11 +16,11 @@ class FrontStatus(msgspec.Struct, frozen=True, kw_only=True):
     that only its end would mend. decode_bound: whether the engine waits for its images.
     """
 
-    pid: _Count
-    number: _Count
+    pid: int
+    number: int
     beat: float
-    threads: _Count
-    active: _Count
+    threads: int
+    active: int
     taking: bool
     draining: bool
     problems: dict[str, str]
@@ -48,36 +32,25 @@ _decoder = msgspec.json.Decoder(FrontStatus)
 
 
 def write_status(path: Path, status: FrontStatus) -> None:
-    """Writes over the file, with the beginning of a problem that is long. Raises OSError."""
-    short = msgspec.structs.replace(
-        status, problems=_shortened(status.problems), live=_shortened(status.live)
-    )
-    data = msgspec.json.encode(short)
-    file = opened(path)
+    """Replaces the file, whole. Raises OSError.
+
+    On a disk that is full it is written over: a front whose status grows old would be killed.
+    """
+    data = msgspec.json.encode(status)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        os.pwrite(file, _HEAD.pack(zlib.crc32(data), len(data)) + data, 0)
-    finally:
-        os.close(file)
+        fresh.write_bytes(data)
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        with path.open("r+b") as file:
+            # Its block is its own, and JSON may end in spaces. Who reads half of it reads it again.
+            file.write(data.ljust(path.stat().st_size))
 
 
 def read_status(path: Path) -> FrontStatus | None:
-    """A front's state; None where there is none in the file, or something else."""
-    for _ in range(_TRIES):
-        data = read(path, ROOM)
-        if data is None or len(data) < _HEAD.size:
-            return None
-        checksum, length = _HEAD.unpack_from(data)
-        content = data[_HEAD.size : _HEAD.size + length]
-        if zlib.crc32(content) == checksum:
-            break
-    else:
-        return None
+    """A front's state; None where there is no such file, or another one."""
     try:
-        return _decoder.decode(content)
-    # Too deep a structure is a RecursionError, even in a field that nobody knows.
-    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return _decoder.decode(path.read_bytes())
+    except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
-
-
-def _shortened(problems: dict[str, str]) -> dict[str, str]:
-    return {name: problem[:_LONGEST] for name, problem in problems.items()}

@@ -40,20 +40,19 @@ class Address:
 
     The folder is made where it is missing; it must be of this user, and closed to all others. A
     lock file beside the socket says that an engine lives: what a dead one has left is replaced.
-    gid: a group that may connect, and pass through the folder if that has this group. Raises
-    AddressError.
+    Raises AddressError.
     """
 
-    def __init__(self, path: Path, gid: int | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         check_path(path)
         self._path = path
         try:
-            _check_folder(path.parent, gid)
+            _check_folder(path.parent)
             self._lock = _locked(path.with_name(path.name + ".lock"))
         except OSError as error:
             raise AddressError(f"no engine can listen at {path}: {error}") from error
         try:
-            self.socket = _bound(path, gid)
+            self.socket = _bound(path)
         except OSError as error:
             os.close(self._lock)
             raise AddressError(f"no engine can listen at {path}: {error}") from error
@@ -73,11 +72,10 @@ class Address:
         os.close(self._lock)  # last: until here nobody else may bind
 
 
-def _check_folder(folder: Path, gid: int | None) -> None:
+def _check_folder(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()
-    closed = 0o067 if found.st_gid == gid else 0o077
-    if found.st_uid != os.geteuid() or found.st_mode & closed:
+    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
         raise AddressError(
             f"the folder of an engine's socket must be its user's alone (chmod 700): {folder}"
         )
@@ -97,7 +95,7 @@ def _locked(path: Path) -> int:
     return lock
 
 
-def _bound(path: Path, gid: int | None) -> socket.socket:
+def _bound(path: Path) -> socket.socket:
     if os.path.lexists(path):
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise AddressError(f"this is no socket, and is left alone: {path}")
@@ -106,9 +104,6 @@ def _bound(path: Path, gid: int | None) -> socket.socket:
     try:
         listening.bind(os.fspath(path))
         path.chmod(0o600)
-        if gid is not None:
-            os.chown(path, -1, gid)
-            path.chmod(0o660)
         listening.listen(_BACKLOG)
         listening.setblocking(False)
     except OSError:
@@ -122,13 +117,10 @@ class Full(Exception):
 
 
 class Door:
-    """Listens at a path.
+    """Listens at a path. uids: users that are served; by default this process's."""
 
-    uids: users that are served; by default this process's. gid: see Address.
-    """
-
-    def __init__(self, path: Path, uids: Collection[int] | None, gid: int | None = None) -> None:
-        self._address = Address(path, gid)
+    def __init__(self, path: Path, uids: Collection[int] | None) -> None:
+        self._address = Address(path)
         self._uids = {os.geteuid()} if uids is None else set(uids)
         self.socket = self._address.socket
 

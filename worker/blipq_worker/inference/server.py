@@ -69,8 +69,7 @@ class EngineServer:
     """Serves a backend at ``path``. All but ``wake`` is of the one thread that polls.
 
     credits: the most unanswered items of a front. uids: users whose processes are served; by
-    default its own. gid: the group by which others of them reach the socket. Raises AddressError
-    where it cannot listen.
+    default its own. Raises AddressError where it cannot listen.
     """
 
     def __init__(
@@ -81,7 +80,6 @@ class EngineServer:
         rows: Rows | None = None,
         credits: int = CREDITS,
         uids: Collection[int] | None = None,
-        gid: int | None = None,
     ) -> None:
         self._backend, self._credits = backend, credits
         self._rows = HeapRows() if rows is None else rows
@@ -92,7 +90,7 @@ class EngineServer:
         self._clock = _Clock()
         self._step, self._beat_due = 0, 0.0
         self._thread = threading.get_ident()
-        self._door = Door(path, uids, gid)
+        self._door = Door(path, uids)
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._turns.watch(self._door.socket)
         self._turns.watch(self._bell)

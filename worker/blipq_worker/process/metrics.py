@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prometheus_client import (
+    CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
     generate_latest,
+    multiprocess,
     values,
 )
 from prometheus_client.exposition import choose_encoder
@@ -17,8 +19,6 @@ from prometheus_client.exposition import choose_encoder
 from blipq.contract import Kind, Receipt
 from blipq.exporter import SECONDS, new_registry
 from blipq.telemetry.trace import exemplar
-from blipq_worker.fronts.files import opened
-from blipq_worker.process.counted import KINDS, ROOM, file_of
 from blipq_worker.process.nvml import GpuCollector
 
 #: Stages of a job, and the fields of its receipt that say their milliseconds.
@@ -46,21 +46,29 @@ Outcome = Literal[
 ]
 
 
+#: Room of a process for its counters, and for its histograms: many times what they take.
+_ROOM = 1024 * 1024
+
+
 def count_in(folder: Path, process: str) -> None:
-    """From now on this process counts in files of the folder, for ``counted.counted_in`` to add up.
+    """From now on this process counts in files of the folder, for ``counted_in`` to add up.
 
     Before the first metric is made. process: a name without _, whose next process goes on counting
     where this one stops. Gauges that are read at a scrape have no place there. Raises OSError.
     """
-    for kind in KINDS:
-        file = opened(file_of(folder, kind, process))
-        try:
-            # prometheus_client maps it: where the disk is full by then, a new page would be SIGBUS.
-            os.posix_fallocate(file, 0, ROOM)
-        finally:
-            os.close(file)
+    for kind in ("counter", "histogram"):
+        # prometheus_client maps them: where the disk is full by then, a new page would be SIGBUS.
+        with (folder / f"{kind}_{process}.db").open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, _ROOM)
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
     values.ValueClass = values.MultiProcessValue(lambda: process)  # type: ignore[no-untyped-call]
+
+
+def counted_in(folder: Path) -> bytes:
+    """What all processes have counted in the folder, as the text that Prometheus reads."""
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry, path=str(folder))  # type: ignore[no-untyped-call]
+    return generate_latest(registry)
 
 
 class WorkerMetrics:

@@ -26,7 +26,6 @@ from blipq_worker.catalog.s3.errors import S3ModelAway
 from blipq_worker.catalog.s3.keys import forget_model_keys
 from blipq_worker.engine.backend import Engine
 from blipq_worker.engine.faults import DeviceLost, Trust
-from blipq_worker.fronts.user import front_user
 from blipq_worker.inference.address import MOST_FRONTS, AddressError, check_path
 from blipq_worker.inference.interface import Handle
 from blipq_worker.inference.server import BEAT_S, CREDITS, EngineServer
@@ -93,9 +92,6 @@ def run_engine(folder: Path, options: WorkerSettings) -> int:
         forget_s3()
         for name, model in models.items():
             model.write_readings(folder, name)
-        for kind in ("generation", "retrieval"):
-            for reading in folder.glob(f"*-{kind}.json"):
-                reading.chmod(0o644)  # for fronts of another user: nobody else passes the folder
         process = EngineProcess(path, options, models, check)
     except (InvalidRequest, ModelError) as error:
         return _ended(EXIT_MODEL, error)
@@ -193,9 +189,7 @@ class EngineProcess:
             on_start=self._started,
         )
         self._batcher = engine.batcher
-        user = front_user(options.front_user)
-        uids, gid = (None, None) if user is None else (user.served, user.gid)
-        self._server = EngineServer(path, engine, uids=uids, gid=gid)
+        self._server = EngineServer(path, engine)
 
     def run(self) -> int:
         """Serves until SIGTERM, or until a model is refused; the exit code."""

@@ -2,7 +2,6 @@
 
 import logging
 import signal
-import subprocess
 
 from blipq.local.supervisor import Service
 from blipq.local.worker import EXIT_MODEL
@@ -39,7 +38,7 @@ class FrontProcess:
     ) -> None:
         self._service = service
         self.number = number
-        self._folder = folder
+        self._status_path, self._held_path = folder.status(number), folder.held(number)
         self._settler = settler
         self._watchdog_s = watchdog_s
         self._beats = Silence()
@@ -57,12 +56,12 @@ class FrontProcess:
 
     def status(self) -> FrontStatus | None:
         """The last report of the living process; None before the first."""
-        status, pid = read_status(self._folder.status(self.number)), self.pid
+        status, pid = read_status(self._status_path), self.pid
         return status if status is not None and status.pid == pid else None
 
     def start(self) -> None:
-        """Starts the process; on the thread that lives as long as it shall. Raises OSError."""
-        self._folder.prepare(self.number)
+        """Starts the process; on the thread that lives as long as it shall."""
+        self._clean()
         self._service.start()
         self._begin()
 
@@ -73,17 +72,9 @@ class FrontProcess:
             self._watch()
             return
         self._settle(code)
-        if revive and code not in ENDS_WORKER and self._revived():
+        if revive and code not in ENDS_WORKER and self._service.revive():
             log.warning("front %d: was started again (pid %s)", self.number, self.pid)
             self._begin()
-
-    def _revived(self) -> bool:
-        try:
-            return self._service.revive()
-        except (OSError, subprocess.SubprocessError) as error:
-            # Its user may have as many processes as it is allowed.
-            log.error("front %d: not started again yet: %s", self.number, error)
-            return False
 
     def signal(self, number: int) -> None:
         """Sends a signal if the process runs."""
@@ -109,11 +100,12 @@ class FrontProcess:
         log.log(
             logging.WARNING if code else logging.INFO, "front %d: ended with %d", self.number, code
         )
-        self._settler.settle(read_holdings(self._folder.held(self.number)), code)
-        try:
-            self._folder.prepare(self.number)
-        except OSError as error:
-            log.error("front %d: what it has left stays: %s", self.number, error)
+        self._settler.settle(read_holdings(self._held_path), code)
+        self._clean()
+
+    def _clean(self) -> None:
+        self._held_path.unlink(missing_ok=True)
+        self._status_path.unlink(missing_ok=True)
 
     def _watch(self) -> None:
         problem = self._problem()

@@ -10,7 +10,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from blipq.exporter import new_registry
-from blipq_worker.process.counted import counted_in
 from blipq_worker.process.metrics import (
     CANARY_PASSED,
     DECODE_BOUND,
@@ -18,6 +17,7 @@ from blipq_worker.process.metrics import (
     DECODING_LABELS,
     LOAD_SECONDS,
     SERVING,
+    counted_in,
 )
 from blipq_worker.process.nvml import GpuCollector
 from blipq_worker.supervision.state import Whole

@@ -6,15 +6,13 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from blipq.errors import InvalidRequest
 from blipq.ledger.connection import connect
 from blipq.ledger.worker import GRACE_S, WorkerLedger
 from blipq.local.worker import EXIT_MODEL
 from blipq.settings import Settings
 from blipq.transport.broker import Broker
-from blipq_worker.fronts.user import FrontUser, front_user
 from blipq_worker.messages.strays import Strays
 from blipq_worker.process.health import HealthServer
 from blipq_worker.process.metrics import WorkerMetrics, count_in
@@ -24,14 +22,7 @@ from blipq_worker.process.signals import ECHO_S, EndSignals
 from blipq_worker.settings import WorkerSettings
 from blipq_worker.startup import START
 from blipq_worker.supervision.engine import EngineProcess
-from blipq_worker.supervision.environment import (
-    COMMAND,
-    engine_service,
-    environment_of_user,
-    front_environment,
-    front_service,
-    require_front,
-)
+from blipq_worker.supervision.environment import COMMAND, engine_service, front_service
 from blipq_worker.supervision.folder import RunFolder
 from blipq_worker.supervision.front import ENDS_WORKER, FrontProcess
 from blipq_worker.supervision.metrics import Page
@@ -55,7 +46,7 @@ PASSED_ON_S = ECHO_S + 1.0
 class SplitWorker:
     """The main process of a worker with fronts. command: what starts its other processes.
 
-    Raises PortTaken, and InvalidRequest where there is no folder or no user for them.
+    Raises PortTaken, and InvalidRequest where there is no folder for them.
     """
 
     def __init__(
@@ -67,27 +58,19 @@ class SplitWorker:
     ) -> None:
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._options = options
-        user = front_user(options.front_user)
-        environment = front_environment()
-        if user is not None:
-            environment = environment_of_user(user, settings, options.allowed_outputs)
-        self._folder = self._shared(user, command, environment) if user else RunFolder()
+        self._folder = RunFolder()
         count_in(self._folder.metrics, "main")
         self._ledger = WorkerLedger(connect(settings), settings)
         self._broker = Broker(settings)
         self._settler = Settler(self._ledger, self._broker, WorkerMetrics())
         self._engine = EngineProcess(
-            engine_service(self._folder, options.models, command, user),
+            engine_service(self._folder, options.models, command),
             self._folder,
             watchdog_s=options.watchdog_s,
         )
         self._fronts = [
             FrontProcess(
-                front_service(
-                    *(self._folder, number, fronts, self.name, command),
-                    environment=environment,
-                    user=user,
-                ),
+                front_service(self._folder, number, fronts, self.name, command),
                 number,
                 self._folder,
                 self._settler,
@@ -110,18 +93,6 @@ class SplitWorker:
         self._looked = time.monotonic()
         self._ready = False
         self._health = self._health_server() if options.health_port is not None else None
-
-    def _shared(
-        self, user: FrontUser, command: Sequence[str], environment: Mapping[str, str]
-    ) -> RunFolder:
-        """The folder to meet fronts of another user in, who can run some. Raises InvalidRequest."""
-        folder = RunFolder(user.gid)
-        try:
-            require_front(folder, self.name, command, environment, user)
-        except InvalidRequest:
-            folder.remove()
-            raise
-        return folder
 
     def run(self) -> int:
         """Works until a signal or remote control stops it; the exit code. On the main thread."""
