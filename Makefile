@@ -55,7 +55,7 @@ test-installs: $(VENV)/installed-dev  ## Install the distributions afresh, besid
 test-programs: $(VENV)/installed-dev  ## Drive the console in Chromium; run dashboards, alerts and the chart.
 	.ci/programs
 	$(BIN)/python -m tools.deploy.helm
-	$(BIN)/pytest -m programs --numprocesses 2 --reruns $(RERUNS) -rR tests/api/console tests/deploy
+	$(BIN)/pytest -m programs --numprocesses 2 --reruns $(RERUNS) -rR tests/api/console tests/deploy tests/datasets tests/worker/compare
 
 guarantees: $(VENV)/installed-dev  ## Break things on the real stack, and see each promise kept.
 	$(BIN)/pytest -m guarantee --numprocesses 2 --reruns $(RERUNS) -rR tests/guarantees

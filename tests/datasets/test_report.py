@@ -71,6 +71,7 @@ def test_a_sheet_shows_rows_and_loads_nothing(sheet: Path) -> None:
     assert "60 rows so far, done" in text
 
 
+@pytest.mark.programs
 def test_a_sheet_is_filtered_in_a_browser_and_fits_a_phone(sheet: Path) -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium())

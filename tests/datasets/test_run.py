@@ -2,8 +2,10 @@
 
 import csv
 import gzip
+import hashlib
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +31,8 @@ from blipq_datasets.sources.places import S3Place
 from blipq_datasets.sources.rows import MOST_HELD
 from blipq_datasets.uploads import Uploads
 
+#: Of the name of the shard of set.tar.
+SET = hashlib.blake2b(b"set", digest_size=4).hexdigest()
 Run = Callable[..., Result]
 Tar = Callable[..., bytes]
 Left = Callable[[], list[str]]
@@ -134,7 +138,7 @@ def test_members_of_tars_in_s3_are_read_where_they_lie(
 def test_a_local_tar_becomes_a_tar_with_the_same_pictures(
     run: Run, answering: Answering, tar: Tar, uploads_left: Left, tmp_path: Path
 ) -> None:
-    members = {"a/x.jpg": b"picture x", "a/x.cls": b"7", "../y.webp": b"picture y"}
+    members = {"./a.b/ x.jpg": b"picture x", "./a.b/ x.cls": b"7", "../y.webp": b"picture y"}
     (tmp_path / "set.tar.gz").write_bytes(gzip.compress(tar(members)))
     with answering():
         done(run("submit", "set.tar.gz", "--to", "webdataset", "--output", "answers", "--json"))
@@ -145,12 +149,12 @@ def test_a_local_tar_becomes_a_tar_with_the_same_pictures(
         }
     assert list(found) == [
         f"{key}.{suffix}"
-        for key, picture in (("a/x", "jpg"), ("set-000000001", "webp"))
+        for key, picture in (("a.b/ x", "jpg"), (f"set-{SET}-000000001", "webp"))
         for suffix in (picture, "json", "txt")
     ]
-    assert found["a/x.jpg"] == b"picture x"
-    assert found["set-000000001.txt"] == b"picture y"
-    assert json.loads(found["a/x.json"])["cls"] == "7"
+    assert found["a.b/ x.jpg"] == b"picture x"
+    assert found[f"set-{SET}-000000001.txt"] == b"picture y"
+    assert json.loads(found["a.b/ x.json"])["cls"] == "7"
     assert uploads_left() == []
 
 
@@ -158,19 +162,22 @@ def test_rows_without_a_key_for_a_tar_have_one_that_no_other_shard_has(
     run: Run, answering: Answering, tmp_path: Path
 ) -> None:
     (tmp_path / "set").mkdir()
-    for name, keys in (("a.1", ["k", "k", "b.c"]), ("a.2", [None, "../k", "l"])):
+    made = "set-01234567-000000001"
+    for name, keys in (("a.1", ["k", "k", "b.c"]), ("a-1", [None, "../k", made, "\u540d"])):
         rows = [{"image": f"{name} {n}".encode(), "__key__": key} for n, key in enumerate(keys)]
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set" / f"{name}.parquet")
     with answering():
         done(run("submit", "set", "--to", "webdataset", "--output", "answers", "--json"))
     found = {}
-    for name in ("a.1", "a.2"):
+    for name in ("a.1", "a-1"):
         with tarfile.open(tmp_path / "answers" / f"{name}.tar") as archive:
             found[name] = [each for each in archive.getnames() if each.endswith(".txt")]
-    assert found == {
-        "a.1": ["k.txt", "a_1-000000001.txt", "a_1-000000002.txt"],
-        "a.2": ["a_2-000000000.txt", "a_2-000000001.txt", "l.txt"],
-    }
+    assert found["a.1"][0] == "k.txt"
+    assert found["a-1"][3] == "\u540d.txt"
+    numbered = found["a.1"][1:] + found["a-1"][:3]
+    assert all(re.fullmatch(r"a[_-]1-[0-9a-f]{8}-00000000\d\.txt", each) for each in numbered)
+    assert len(set(numbered)) == 5
+    assert len({each.split("-")[-2] for each in numbered}) == 2, "of each shard its own"
 
 
 def test_csv_rows_that_are_bad_end_in_the_error_column(

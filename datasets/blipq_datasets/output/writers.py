@@ -1,6 +1,7 @@
 """Files of answered rows: Parquet, JSON lines, CSV and WebDataset tars."""
 
 import csv
+import hashlib
 import io
 import json
 import re
@@ -28,9 +29,12 @@ ENDINGS: dict[Format, str] = {
 #: What a spreadsheet takes for the beginning of a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
-#: The column with a sample's key in its tar, and keys that a tar may have again.
+#: The column with a sample's key in its tar.
 KEY = "__key__"
-_KEY = re.compile(r"[\w-]{1,100}(/[\w-]{1,100}){0,3}")
+#: Folders of a key, its last part among them, and bytes of each.
+_FOLDERS, _PART_BYTES = 8, 200
+#: Keys that were made here.
+_MADE = re.compile(r".*-[0-9a-f]{8}-\d{9}", re.S)
 
 Pictures = Sequence[tuple[bytes, str] | None]
 
@@ -136,7 +140,8 @@ class TarWriter:
 
     def __init__(self, path: Path, name: str) -> None:
         self._file: Any = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
-        self._shard = re.sub(r"\W", "_", name)
+        digest = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
+        self._shard = f"{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:100]}-{digest}"
         self._number = 0
         self._before = ""
 
@@ -156,15 +161,29 @@ class TarWriter:
     def _key(self, row: Mapping[str, Any]) -> str:
         key, number = row.get(KEY), self._number
         self._number += 1
-        # Readers end a key at its first dot, and take neighbours with one key for one sample.
-        if isinstance(key, str) and _KEY.fullmatch(key) and key != self._before:
-            return key
+        if isinstance(key, str):
+            key = key.removeprefix("./")
+            # Readers take neighbours with one key for one sample.
+            if _is_key(key) and key != self._before:
+                return key
         return f"{self._shard}-{number:09}"
 
     def _add(self, name: str, data: bytes) -> None:
         member = tarfile.TarInfo(name)
         member.size = len(data)
         self._file.addfile(member, io.BytesIO(data))
+
+
+def _is_key(key: str) -> bool:
+    """Whether a tar may have a key: no path out of a folder, and readers end it at no dot."""
+    parts = key.split("/")
+    return (
+        len(parts) <= _FOLDERS
+        and all(part not in ("", ".", "..") and part.isprintable() for part in parts)
+        and all(len(part.encode()) <= _PART_BYTES for part in parts)
+        and "." not in parts[-1]
+        and not _MADE.fullmatch(key)
+    )
 
 
 def _objects(rows: pa.RecordBatch) -> Iterator[dict[str, Any]]:

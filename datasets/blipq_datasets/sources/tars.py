@@ -154,4 +154,5 @@ def _columns(sample: _Sample) -> tuple[dict[str, Any], str | None]:
         found = {"json": found}
     if len(found) > MOST_FIELDS:
         return texts, f"its .json has more than {MOST_FIELDS} fields"
+    found.pop("__key__", None)  # the tar's own counts
     return {"__key__": sample.key, **texts, **found}, None

@@ -59,6 +59,20 @@ class OverQuota(Exception):
     """Events of the tenant have all its places: not sent now. Others to the host may be."""
 
 
+class Together:
+    """What the senders of a process share. Of its event loop's thread.
+
+    several: whether there is more than one, so that none may end the others. has_suspect: whether
+    one of them has, or may be given, an event at which a sender died. They all would: one at a
+    time is tried, whichever Redis it is in.
+    """
+
+    def __init__(self, *, several: bool = False) -> None:
+        self.metrics = SenderMetrics()
+        self.several = several
+        self.has_suspect = False
+
+
 class Sender:
     """Sends what one Redis has. ``http`` is replaceable for its resolver and its trust in TLS."""
 
@@ -67,7 +81,7 @@ class Sender:
         settings: Settings,
         *,
         http: GuardedHttp | None = None,
-        metrics: SenderMetrics | None = None,
+        together: Together | None = None,
     ) -> None:
         if not settings.webhook_secrets:
             raise InvalidRequest(
@@ -94,10 +108,10 @@ class Sender:
         self._crowd = Crowd()
         #: Hosts without room at their address, until when they are left alone.
         self._crowded: dict[str, float] = {}
-        self._suspects = 0
         self._freed = asyncio.Event()
         self._registered = -ALIVE_S
-        self.metrics = metrics or SenderMetrics()
+        self._together = together or Together()
+        self.metrics = self._together.metrics
 
     async def run(self, stop: asyncio.Event) -> None:
         """Sends until ``stop`` is set, and then finishes what it has begun."""
@@ -126,19 +140,30 @@ class Sender:
         """Starts to send what is due and has room; how many that were."""
         free = self._settings.webhook_concurrency - self._sending.total()
         room = self._room()  # here, because only this thread changes what it reads
+        suspects = 0 if self._together.has_suspect else 1
+        # Before the wait: another sender of this process must not be given one meanwhile.
+        self._together.has_suspect = True
+        events: list[Event] = []
         try:
-            suspects = 0 if self._suspects else 1
             events = await self._in_thread(lambda: self._taken(free, room, suspects))
         except (QueueUnavailable, QueueFull) as error:
-            log.warning("no events: %s", error)
-            await asyncio.sleep(1)
-            return 0
+            await self._pause(error)
+        except Exception as error:
+            if not self._together.several:
+                raise
+            await self._pause(error)
+        finally:
+            if suspects and not any(event.suspect for event in events):
+                self._together.has_suspect = False
         for event in events:
             self._sending[event.record["host"]] += 1
             self.metrics.sending.inc()
-            self._suspects += event.suspect
             tasks.create_task(self._deliver(event))
         return len(events)
+
+    async def _pause(self, error: Exception) -> None:
+        log.warning("no events of %s: %s", self._settings.cell or "Redis", error)
+        await asyncio.sleep(1)
 
     def _taken(self, free: int, room: dict[str, int], suspects: int) -> list[Event]:
         if time.monotonic() > self._registered + ALIVE_S / 3:
@@ -200,7 +225,8 @@ class Sender:
             with suppress(QueueUnavailable, QueueFull):
                 await self._settled(event, Answer("refused", "blipq cannot make sense of it"), 0)
         finally:
-            self._suspects -= event.suspect
+            if event.suspect:
+                self._together.has_suspect = False
             self.metrics.sending.dec()
             self._sending[host] -= 1
             if not self._sending[host]:
@@ -351,9 +377,10 @@ async def _until_told(settings: Settings, metrics_port: int | None, metrics_host
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    metrics = SenderMetrics()
-    senders = [Sender(own, metrics=metrics) for own in settings.by_cell.values()]
-    with served(metrics.registry, metrics_port, metrics_host):
+    cells = settings.by_cell.values()
+    together = Together(several=len(cells) > 1)
+    senders = [Sender(own, together=together) for own in cells]
+    with served(together.metrics.registry, metrics_port, metrics_host):
         async with asyncio.TaskGroup() as tasks:
             for sender in senders:
                 tasks.create_task(sender.run(stop))

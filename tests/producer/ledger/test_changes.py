@@ -83,6 +83,20 @@ def test_nothing_of_a_paused_queue_is_published_again(ledger: WorkerLedger) -> N
     assert ledger.reconcile(grace_s=60).messages == []  # once, and not for ever
 
 
+def test_a_list_that_is_none_holds_up_its_own_queue_alone(
+    ledger: WorkerLedger, raw_redis: "redis.Redis"
+) -> None:
+    submitted(ledger, "job_1")
+    submitted(ledger, "job_2", priority="low")
+    ledger.register("w1", ["default"], "{}", ttl_s=60, spare=True)
+    raw_redis.set(QUEUE, "no list")
+    time.sleep(0.01)  # the ledger counts in milliseconds
+    assert [each.id for each in ledger.reconcile(grace_s=0.001).messages] == ["job_2"]
+    raw_redis.delete(QUEUE)
+    time.sleep(0.01)
+    assert "job_1" in [each.id for each in ledger.reconcile(grace_s=0.001).messages]
+
+
 def test_what_is_resumed_is_published_again_as_far_as_the_broker_lacks_it(
     ledger: WorkerLedger, raw_redis: "redis.Redis"
 ) -> None:

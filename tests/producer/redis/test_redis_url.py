@@ -76,6 +76,7 @@ def test_a_cluster_is_refused_as_what_it_is(tmp_path: Path) -> None:
     """It once was a traceback of redis-py."""
     port = free_port()
     options = {"--port": port, "--dir": tmp_path, "--save": "", "--cluster-enabled": "yes"}
+    options["--cluster-port"] = free_port()  # else 10,000 above the other, which may be no port
     command = [redis_command(), *(str(part) for pair in options.items() for part in pair)]
     service = Service("redis", command, log=tmp_path / "redis.log")
     service.start()
@@ -83,8 +84,9 @@ def test_a_cluster_is_refused_as_what_it_is(tmp_path: Path) -> None:
     try:
         with connect(settings) as raw:
             wait_until(lambda: gives_slots(raw), "all slots", timeout=60)
-        with pytest.raises(QueueUnavailable, match="it is a Redis Cluster, which"):
-            ask(settings)
+            with pytest.raises(QueueUnavailable, match="it is a Redis Cluster, which"):
+                ask(settings)
+            assert raw.dbsize() == 0, "nothing of a refused job is left"
     finally:
         service.stop()
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from blipq import Client, Settings
 from blipq.ledger.worker import Claim, WorkerLedger
 from blipq.ssrf.http import GuardedHttp
 from blipq.webhooks.outbox import Outbox
-from blipq.webhooks.sender import Sender
+from blipq.webhooks.sender import Sender, Together
 from receivers import SECRET, Receiver, receiving
 
 CAPTION = {"kind": "caption", "captions": [{"text": "a red circle"}]}
@@ -51,14 +51,27 @@ def receiver() -> Iterator[Receiver]:
 
 
 @contextmanager
-def sending(settings: Settings, http: GuardedHttp | None = None) -> Iterator[Sender]:
-    """A sender on a thread; it drains at the end."""
+def sending(
+    settings: Settings,
+    http: GuardedHttp | None = None,
+    *,
+    beside: Sequence[Settings] = (),
+    together: Together | None = None,
+) -> Iterator[Sender]:
+    """A sender on a thread, and others of the same process; they drain at the end."""
     loop, stop = asyncio.new_event_loop(), asyncio.Event()
-    sender = Sender(settings, http=http)
-    thread = threading.Thread(target=loop.run_until_complete, args=(sender.run(stop),))
+    together = together or Together(several=bool(beside))
+    senders = [Sender(each, http=http, together=together) for each in (settings, *beside)]
+
+    async def run() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for sender in senders:
+                tasks.create_task(sender.run(stop))
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
     thread.start()
     try:
-        yield sender
+        yield senders[0]
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join(30)

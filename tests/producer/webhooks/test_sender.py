@@ -20,7 +20,7 @@ from blipq.submission import Submission
 from blipq.webhooks.delivery import new_secret, tenant_secret, verdict_on, webhook_id
 from blipq.webhooks.outbox import MAX_CRASHES, SUSPECT_AFTER, Event, Outbox
 from blipq.webhooks.response import Answer, _retry_after
-from blipq.webhooks.sender import Sender
+from blipq.webhooks.sender import Sender, Together
 from conftest import wait_until
 from producer.webhooks.conftest import CAPTION, End, sending
 from receivers import SECRET, Receiver, receiving
@@ -314,6 +314,37 @@ def test_one_suspect_is_sent_at_a_time(outbox: Outbox, end: End) -> None:
         wait_until(lambda: len(take(outbox, lease_s=0.01)) == 3, "the leases to run out")
     wait_until(lambda: len(take(outbox, lease_s=30)) == 1, "a suspect")
     assert outbox.take(10, lease_s=30, most_of_a_host=10, room={}, suspects=0) == []
+
+
+def test_senders_of_one_process_try_one_suspect_at_a_time(
+    hooked: Settings, outbox: Outbox, receiver: Receiver, end: End
+) -> None:
+    """They die together: an innocent one would be counted with the one that ended them."""
+    suspect = end(receiver.url)
+    for _ in range(SUSPECT_AFTER):
+        wait_until(lambda: len(take(outbox, lease_s=0.01)) == 1, "the lease to run out")
+    together = Together()
+    together.has_suspect = True  # of another sender
+    with sending(hooked, together=together):
+        other = end(receiver.url)
+        wait_until(lambda: receiver.got, "the other event")
+        assert [json.loads(got.body)["data"]["id"] for got in receiver.got] == [other]
+        together.has_suspect = False
+        settled(outbox)
+    assert json.loads(receiver.got[-1].body)["data"]["id"] == suspect
+    assert not together.has_suspect
+
+
+def test_a_sender_that_cannot_work_ends_no_other_of_its_process(
+    hooked: Settings, outbox: Outbox, receiver: Receiver, end: End, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, _, _ = hooked.redis_url.rpartition("/")
+    broken = hooked.model_copy(update={"redis_url": f"{server}/9999", "cell": "b"})
+    with sending(hooked, beside=[broken]):
+        wait_until(lambda: "no events of b" in caplog.text, "the broken one")
+        end(receiver.url)
+        settled(outbox)
+    assert len(receiver.got) == 1
 
 
 def test_a_host_gets_no_more_than_its_room(outbox: Outbox, end: End) -> None:

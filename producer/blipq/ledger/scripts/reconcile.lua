@@ -90,11 +90,14 @@ end
 
 -- No more can be lost than the broker's lists lack. They are named as kombu names them: one for the
 -- queue, and one for each priority that foreign messages may have.
+-- Of a list that is none nothing is: an error here would keep the jobs of all queues.
 local function missing(queue, waiting)
   if not is_broker then return waiting end
-  local listed = redis.call('LLEN', queue)
-  for _, priority in ipairs({3, 6, 9}) do
-    listed = listed + redis.call('LLEN', queue .. KOMBU_SEPARATOR .. priority)
+  local listed = 0
+  for _, suffix in ipairs({'', KOMBU_SEPARATOR .. 3, KOMBU_SEPARATOR .. 6, KOMBU_SEPARATOR .. 9}) do
+    local length = redis.pcall('LLEN', queue .. suffix)
+    if type(length) == 'table' then return 0 end
+    listed = listed + length
   end
   return waiting - listed
 end

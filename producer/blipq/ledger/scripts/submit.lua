@@ -52,6 +52,8 @@ local function record(id, digest, given_key, expires_in, message, first, last)
     return 'unknown', served_models()
   end
   local open = redis.call('ZCARD', OPEN)
+  -- A Redis Cluster refuses keys of two slots: before anything of a first job is written.
+  if open == 0 then redis.call('EXISTS', OPEN, QUEUES) end
   if open >= max_open then return 'full', id end
   local tenant, rate, met
   for i = first + 8, last, 2 do
