@@ -281,12 +281,8 @@ def text(found: Mapping[str, Any]) -> Iterator[str]:
     yield from table(head, rows)
     yield ""
     yield from _told(found)
-    kept = results.load("cells") or {}
     yield ""
-    yield (
-        f"`{kept.get('command')}` at {kept.get('commit')} on {kept.get('machine')}; load average "
-        f"{kept.get('load_average', 0):.1f} before, {kept.get('load_average_after', 0):.1f} after."
-    )
+    yield results.source("cells")
 
 
 def _told(found: Mapping[str, Any]) -> Iterator[str]:
