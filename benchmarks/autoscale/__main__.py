@@ -6,13 +6,16 @@ with nothing. ``--rounds`` of 75 seconds each; the four of a usual run take ten 
 """
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from tools.docs.page import replace_section
+
+from benchmarks import results
 from benchmarks.autoscale.autoscaler import Scaling
 from benchmarks.autoscale.fleet import SETTINGS, Fleet, work_s
 from benchmarks.autoscale.simulation import LONG_S, SHORT_S, TIMES, Burst, Outcome, Simulation
@@ -26,6 +29,7 @@ from blipq_worker.bench.stack import Stack, running
 if TYPE_CHECKING:
     import redis
 
+PAGE = Path(__file__).parents[2] / "docs" / "production.md"
 SPEED = 40
 #: Long jobs alone, short ones alone, and both; then a pause in which the fleet goes to nothing.
 ROUND = [Burst(0, questions=16), Burst(12, captions=48), Burst(24, captions=16, questions=12)]
@@ -36,18 +40,46 @@ MEAN_S = (SHORT * SHORT_S + LONG * LONG_S) / (SHORT + LONG)
 
 
 def main() -> int:
-    """Runs both, and prints their figures as JSON."""
+    """Runs both, keeps their figures, and writes a section of docs/production.md."""
     parser = argparse.ArgumentParser("python -m benchmarks.autoscale", description=__doc__)
     parser.add_argument("--rounds", type=int, default=4)
     rounds = parser.parse_args().rounds
+    found = results.measure(
+        "autoscale",
+        lambda: _measured(rounds),
+        command=f"python -m benchmarks.autoscale --rounds {rounds}",
+    )
+    lines = [*_text(found), "", results.source("autoscale")]
+    replace_section(PAGE, "autoscale", "\n".join(lines))
+    print("\n".join(lines))
+    return 0
+
+
+def _measured(rounds: int) -> dict[str, Any]:
     bursts = [
         Burst(number * ROUND_S + each.at, each.captions, each.questions)
         for number in range(rounds)
         for each in ROUND
     ]
-    found = {on: _figures(_outcome(on, bursts)) for on in ("work", "length")}
-    print(json.dumps(found, indent=2))
-    return 0
+    return {on: _figures(_outcome(on, bursts)) for on in ("work", "length")}
+
+
+def _text(found: Mapping[str, Any]) -> Iterator[str]:
+    work, length = found["work"], found["length"]
+    yield "| scaled on | jobs | failed | wait p50, s | wait p95, s | workers' seconds | pods stopped |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, each in (("predicted work", work), ("the queue's length", length)):
+        yield (
+            f"| {name} | {each['jobs']} | {each['not_succeeded']} | {each['wait_p50_s']:.1f} | "
+            f"{each['wait_p95_s']:.1f} | {each['worker_s']} | {each['stopped']} |"
+        )
+    yield ""
+    off = max(abs(each) for each in (*work["predictions_off"], *length["predictions_off"]))
+    busy = work["busy_stopped_beside_idle"] + length["busy_stopped_beside_idle"]
+    yield (
+        f"Busy pods that were stopped while another was idle: {busy}. Predicted work was at most "
+        f"{off:.1%} off what it took."
+    )
 
 
 def _outcome(on: str, bursts: list[Burst]) -> Outcome:
@@ -112,7 +144,7 @@ def _figures(outcome: Outcome) -> dict[str, Any]:
         "worker_s": round(outcome.worker_s),
         "stopped": outcome.stopped,
         "busy_stopped_beside_idle": len(outcome.wronged),
-        "predictions_off": [round(each, 2) for each in off],
+        "predictions_off": [round(each, 4) for each in off],
         "pods": outcome.pods,
     }
 

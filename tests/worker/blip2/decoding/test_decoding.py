@@ -1,5 +1,6 @@
 """Rows in flight write what each would write alone with transformers' ``generate``."""
 
+import math
 import random
 from copy import deepcopy
 from pathlib import Path
@@ -20,7 +21,7 @@ from blipq_worker.blip2 import Blip2
 from blipq_worker.blip2.decoding import DecodeLoop, Row, row_seed
 from blipq_worker.blip2.decoding.languages import Opt
 from blipq_worker.blip2.decoding.opt_step import OptStep
-from blipq_worker.blip2.decoding.sampling import ScoresError, choose
+from blipq_worker.blip2.decoding.sampling import PARTS, ScoresError, choose, likeliest
 from blipq_worker.inference.requests import GenerationParams
 from worker.in_flight import GREEDY, SAMPLED, alone, every_penalty, rows, write
 
@@ -226,6 +227,31 @@ def test_a_nucleus_wider_than_the_window_is_drawn_from_as_a_whole() -> None:
     assert both[500:] == chosen(scores.expand(500, -1), peaked)
     assert len(set(both[:500])) > 300
     assert len(set(both[500:])) == 5
+
+
+@pytest.mark.parametrize("vocabulary", [PARTS, 7 * PARTS, 7 * PARTS + 1, 50_272])
+def test_the_likeliest_token_is_the_first_of_the_largest_scores(vocabulary: int) -> None:
+    scores = torch.randn(64, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+    scores[:16] = scores[:16].round()  # many are equal
+    scores[16, :] = 1.0
+    scores[17, :-1] = -math.inf
+    for row in range(18, 34):
+        scores[row, [row % vocabulary, vocabulary - 1 - row % vocabulary]] = 9.0
+    expected = [row.tolist().index(max(row.tolist())) for row in scores]
+    assert likeliest(scores).tolist() == expected
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_one_score_that_is_no_number_is_an_error_wherever_it_stands(bad: float) -> None:
+    some = [Row(torch.zeros(1), torch.zeros(1), GREEDY) for _ in range(3)]
+    for at in (0, 40, 63):
+        scores = torch.randn(3, 64)
+        scores[1, at] = bad
+        with pytest.raises(ScoresError):
+            choose(scores, some, ends=[2], start=[])
+    hopeless = torch.full((1, 64), -math.inf)
+    with pytest.raises(ScoresError):
+        choose(hopeless, some[:1], ends=[2], start=[])
 
 
 # --- failing alone --------------------------------------------------------------------------------
