@@ -66,7 +66,7 @@ def _measured(rounds: int) -> dict[str, Any]:
 
 def _text(found: Mapping[str, Any]) -> Iterator[str]:
     work, length = found["work"], found["length"]
-    yield "| scaled on | jobs | failed | wait p50, s | wait p95, s | workers' seconds | pods stopped |"
+    yield "| scaled on | jobs | failed | wait p50, s | wait p95, s | worker-seconds | stopped |"
     yield "|---|---|---|---|---|---|---|"
     for name, each in (("predicted work", work), ("the queue's length", length)):
         yield (
