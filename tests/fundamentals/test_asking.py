@@ -143,7 +143,7 @@ def test_where_it_looked_is_drawn_beside_the_output(client: Client) -> None:
     output = "s3://blipq-outputs/where.json"
     job = client.match(png(case.scene), [case.text, "a dog"], explain=True, output=output)
     found = job.result(timeout=60).scores
-    data = client.storage.read("s3://blipq-outputs/where.heat.png")
+    data = client.storage.read("s3://blipq-outputs/where.json.heat.png")
     with Image.open(io.BytesIO(data)) as drawn:
         assert (drawn.format, drawn.size) == ("PNG", (1024, 512))
         parts = [drawn.crop((left, 0, left + 512, 512)) for left in (0, 512)]

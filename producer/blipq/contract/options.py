@@ -98,5 +98,5 @@ class Options(Input):
 
 
 def heat_map_place(output: str) -> str:
-    """Where the heat maps of a job with this ``output`` are drawn: 1.heat.png beside 1.json."""
-    return f"{output.removesuffix('.json')}.heat.png"
+    """Where heat maps are drawn of a job with this ``output``: 1.json.heat.png beside 1.json."""
+    return f"{output}.heat.png"

@@ -119,10 +119,13 @@ def test_the_longest_and_thinnest_pictures_keep_a_pixel() -> None:
     assert fitted((10_000, 1), 512) == (512, 1)
 
 
-def test_heat_maps_lie_beside_the_output() -> None:
-    assert heat_map_place("s3://b/a/1.json") == "s3://b/a/1.heat.png"
-    assert heat_map_place("s3://b/a/1") == "s3://b/a/1.heat.png"
-    assert split_s3_uri(heat_map_place("s3://b-1/.json")) == ("b-1", ".heat.png")
+def test_heat_maps_lie_beside_the_output_and_no_two_outputs_share_a_name_for_theirs() -> None:
+    places = [heat_map_place(f"s3://b-1/{key}") for key in ("a/1", "a/1.json", ".json")]
+    assert [split_s3_uri(place) for place in places] == [
+        ("b-1", "a/1.heat.png"),
+        ("b-1", "a/1.json.heat.png"),
+        ("b-1", ".json.heat.png"),
+    ]
 
 
 def test_the_door_draws_without_pillow() -> None:

@@ -118,7 +118,7 @@ def test_our_own_sidecars_are_known_by_their_form() -> None:
         {"name": "w", "rules": [RULE | {"options": {"output": "s3://photos/{stem}.json"}}]}
     )
     assert rules.is_sidecar("photos", "in/cat.json")
-    assert rules.is_sidecar("photos", "in/cat.heat.png"), "what is drawn is no upload"
+    assert rules.is_sidecar("photos", "in/cat.json.heat.png"), "what is drawn is no upload"
     assert not rules.may_take("photos", "in/cat.json")
     assert rules.may_take("photos", "in/cat.jpg")
     assert not rules.is_sidecar("photos", "in/catXjson")

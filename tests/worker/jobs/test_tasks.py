@@ -700,14 +700,14 @@ def test_heat_maps_are_drawn_beside_the_output_in_the_shape_of_the_picture(
     job = parts.client.match(picture, texts, explain=True, output=f"{HEAT_MAPS}.json")
     info = parts.run(job)
     assert info.status == "succeeded", info.error
-    with Image.open(io.BytesIO(parts.client.storage.read(f"{HEAT_MAPS}.heat.png"))) as sheet:
+    with Image.open(io.BytesIO(parts.client.storage.read(f"{HEAT_MAPS}.json.heat.png"))) as sheet:
         assert (sheet.format, sheet.size) == ("PNG", size)
     assert parts.client.forget([job.id]).objects[-2:] == [
         f"{HEAT_MAPS}.json",
-        f"{HEAT_MAPS}.heat.png",
+        f"{HEAT_MAPS}.json.heat.png",
     ]
     with pytest.raises(S3Refused):
-        parts.client.storage.read(f"{HEAT_MAPS}.heat.png")
+        parts.client.storage.read(f"{HEAT_MAPS}.json.heat.png")
 
 
 def test_whoever_finds_an_output_finds_its_heat_maps(
@@ -722,7 +722,7 @@ def test_whoever_finds_an_output_finds_its_heat_maps(
 
     monkeypatch.setattr(parts.client.storage, "put_over", watched)
     parts.run(parts.client.match(picture, "a cat", explain=True, output=f"{HEAT_MAPS}.json"))
-    assert written == [f"{HEAT_MAPS}.heat.png", f"{HEAT_MAPS}.json"]
+    assert written == [f"{HEAT_MAPS}.json.heat.png", f"{HEAT_MAPS}.json"]
     parts.run(parts.client.match(picture, "a cat", output=f"{HEAT_MAPS}.json"))
     parts.run(parts.client.match(picture, "a cat", explain=True))
     assert written[2:] == [f"{HEAT_MAPS}.json"], "nothing is drawn that nobody wants"
@@ -731,9 +731,9 @@ def test_whoever_finds_an_output_finds_its_heat_maps(
 def test_heat_maps_are_drawn_over_no_picture_and_under_no_name_that_s3_refuses(
     parts: Parts, picture: bytes
 ) -> None:
-    image = "s3://blipq-outputs/results/mine.heat.png"
+    image = "s3://blipq-outputs/results/mine.json.heat.png"
     parts.client.storage.put(image, picture, content_type="image/png")
-    over = parts.client.match(image, "a", explain=True, output=image.replace("heat.png", "json"))
+    over = parts.client.match(image, "a", explain=True, output=image.removesuffix(".heat.png"))
     long = f"s3://blipq-outputs/{'x' * 1020}"
     for job, why in (
         (over, f"{image} is the image that the job is about"),
