@@ -1,7 +1,8 @@
 """``python -m benchmarks.datasets``: rows a second of the command alone.
 
-``--kills``: an audit of a run whose parts are killed. ``--demo``: two datasets with the demo model,
-one of which img2dataset has made, and what the estimate of the other was worth.
+``--kills``: tars of img2dataset's in a run whose parts are killed, and an audit. ``--demo``: two
+datasets with the demo model, and what the estimate of the first was worth. Both need
+``make peers``.
 
 The figures go into docs/datasets.md.
 """
@@ -66,15 +67,32 @@ def _rates(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _kills(found: Mapping[str, Any]) -> Iterator[str]:
-    killed, wrong = found["killed"], found["wrong"]
+    killed, parts = found["killed"], {"Parquet": found["parquet"], "tars": found["tars"]}
     yield (
-        f"{found['rows']:,} rows; the command killed {killed['command']} times, workers "
-        f"{killed['worker']} times, Redis once: {found['s']:,.0f} s, at most "
-        f"{found['most_open']:,} open jobs (window {found['window']:,}), "
-        f"{found['mib']} MiB in the command."
+        f"{found['rows']:,} rows in img2dataset's tars; the command killed {killed['command']} "
+        f"times, workers {killed['worker']} times, Redis once while answers were written to "
+        f"Parquet. Then `--update` wrote them to tars. The window is {found['window']:,} jobs."
     )
     yield ""
-    yield ", ".join(f"{what} {count}" for what, count in wrong.items()) + "."
+    yield (
+        "| answers in | seconds | jobs | most open jobs | most jobs in Redis "
+        "| command's MiB after a tenth | at the end | most |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
+    for name, part in parts.items():
+        figures = (part["s"], part["jobs"], part["most_open"], part["most_records"])
+        cells = (*figures, *(part["mib"][when] for when in ("tenth", "end", "most")))
+        yield f"| {name} | {' | '.join(f'{each:,.0f}' for each in cells)} |"
+    yield ""
+    yield _read("duckdb finds in the Parquet", parts["Parquet"])
+    yield _read("webdataset finds in the tars", parts["tars"])
+    yield f"- Wrong: {', '.join(f'{what} {count:,}' for what, count in found['wrong'].items())}."
+
+
+def _read(begin: str, part: Mapping[str, Any]) -> str:
+    """What another reader finds in answers."""
+    counts = ", ".join(f"{count:,} {what}" for what, count in part["found"].items())
+    return f"- {begin}: {counts}."
 
 
 def _demo(found: Mapping[str, Any]) -> Iterator[str]:
@@ -89,10 +107,8 @@ def _demo(found: Mapping[str, Any]) -> Iterator[str]:
             f"| **{middle / took:.2f}** |"
         )
     yield ""
-    counts = ("rows", "keys", "with an answer")
-    for source, part, reader in (("Parquet", tables, "duckdb"), ("tars", tars, "webdataset")):
-        read = ", ".join(f"{n:,} {what}" for n, what in zip(part["found"], counts, strict=True))
-        yield f"- {reader} finds in the answers of the {source}: {read}."
+    yield _read("duckdb finds in the answers of the Parquet", tables)
+    yield _read("webdataset finds in the answers of the tars", tars)
     yield f"- Of {CHECKED} rows, {tables['unlike single jobs']} have another text than a job alone."
 
 
