@@ -73,7 +73,7 @@ ALERTS = [
         severity="warn",
         summary="{{ $value | humanizePercentage }} of the jobs of {{ $labels.model }} fail.",
         meaning="More than a tenth of a model's jobs have failed for ten minutes.",
-        action="The label `code` of `blipq_worker_jobs_total` says why. `image_not_found` and"
+        action="The label `code` of `blipq_worker_jobs_total` is the cause. `image_not_found` and"
         " `image_forbidden` are about the bucket or the worker's keys, `image_invalid` about what a"
         " producer sends, `internal` about the worker: see its log.",
         series={
@@ -101,10 +101,10 @@ ALERTS = [
         minutes=20,
         severity="warn",
         summary="The engine of {{ $labels.instance }} does not serve.",
-        meaning="A model has failed its canary, the check that it says what it should, after jobs"
+        meaning="A model has failed its canary, the check of its answers, after jobs"
         " of its own had failed, or its engine process does not come back. A worker whose model"
         " fails it at the start ends with code 78: that is `BlipqNoWorkers` once jobs wait.",
-        action="The worker's log, `/readyz` and `blipq_worker_canary_passed` say which. After a"
+        action="The worker's log, `/readyz` and `blipq_worker_canary_passed` show which. After a"
         " canary refusal, compare driver, precision and revision with what the goldens were"
         " recorded with; do not switch the canary off.",
         series={'blipq_worker_engine_serving{instance="w1"}': "0x40"},
