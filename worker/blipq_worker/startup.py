@@ -17,7 +17,7 @@ class Start:
         self._began = clock()
         self._took: dict[str, float] = {}
         self._ready: float | None = None
-        self._first = threading.Lock()
+        self._first = threading.Lock()  # never released: whoever takes it has the first job
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:

@@ -81,6 +81,7 @@ class Swept:
 
 #: The system's own source would cost each claim a call that lets other threads take over.
 _random = random.Random()
+# Or a parent and its child would draw the same nonces, and so share their claims.
 os.register_at_fork(after_in_child=_random.seed)
 
 

@@ -34,6 +34,7 @@ class FakeBlipq(Backend):
         self._answers: dict[Kind, list[Answer]] = {}
         self._running = True
         self._queue: list[Message] = []
+        # One job at a time. Reentrant: a function given as an answer may itself submit a job.
         self._lock = threading.RLock()
 
     # -- for the test --

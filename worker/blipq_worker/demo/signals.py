@@ -55,6 +55,6 @@ class Signals:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         waits = self._held and self.number is None
-        self.number = number
+        self.number = number  # before the exception, which may be lost (see above)
         if not waits:
             raise Interrupted(number)

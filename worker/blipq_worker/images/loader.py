@@ -38,7 +38,7 @@ class Recent(Generic[Key, Value]):
 
     def __init__(self, size: int = REMEMBERED) -> None:
         self._size = size
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # reading an entry moves it, so reads change the order, too
         self._entries: OrderedDict[Key, Value] = OrderedDict()
 
     def get(self, key: Key) -> Value | None:

@@ -27,7 +27,7 @@ class Budget:
     """At most ``total`` bytes in at most ``most`` shares, granted in the order of their requests.
 
     What is larger than the whole budget is granted when nobody else holds any: it runs alone. use:
-    what the bytes are for, and which setting bounds them, as an error says it.
+    what the bytes are for, and which setting bounds them, for errors.
     """
 
     def __init__(self, total: int, *, most: int, use: str = "of memory") -> None:
@@ -36,6 +36,7 @@ class Budget:
         self._most = most
         self._held: set[Share] = set()
         self._waiting: deque[object] = deque()
+        # Whoever leaves or is granted a share wakes all: only the first of the line may go on.
         self._changed = threading.Condition()
 
     @contextmanager

@@ -32,6 +32,7 @@ class LocalInference:
     def __init__(self, backend: CheckingBackend) -> None:
         self._backend = backend
         self._models = dict(backend.models())
+        # Under it: whether it is closed, so that no item enters behind the end of all the others.
         self._lock = threading.Lock()
         self._open: set[Future[Answer]] = set()
         self._closed = False

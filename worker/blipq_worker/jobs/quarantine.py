@@ -17,6 +17,7 @@ class Gate:
     """
 
     def __init__(self) -> None:
+        # All are woken by each change: who waits to be alone and who waits for the others.
         self._changed = threading.Condition()
         self._inside = 0
         self._solo = False
@@ -42,7 +43,7 @@ class Gate:
         with self._changed:
             self._changed.wait_for(lambda: self._closed or not self._solo)
             self._raise_if_closed()
-            self._solo = True
+            self._solo = True  # before the wait: no other job enters while those inside finish
             self._changed.wait_for(lambda: self._inside == 0)
         try:
             yield

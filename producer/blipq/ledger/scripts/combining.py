@@ -21,6 +21,7 @@ class _Call:
         self.args = args
         self.answer: Any = None
         self.leads = False
+        # Taken from the start, so that a second acquire waits for the leader's release.
         self.woken = threading.Lock()
         self.woken.acquire()
 
@@ -33,6 +34,7 @@ class Combined:
 
     def __init__(self, pipeline: Callable[[], Any]) -> None:
         self._pipeline = pipeline
+        # Whoever finds no leader under the lock becomes it: a call either leads or is seen by one.
         self._lock = threading.Lock()
         self._waiting: deque[_Call] = deque()
         self._is_led = False
@@ -59,6 +61,7 @@ class Combined:
         try:
             self._answer(calls)
         finally:
+            # The next leader is chosen before the answered calls wake: none of these waits for it.
             with self._lock:
                 following = self._waiting[0] if self._waiting else None
                 self._is_led = following is not None

@@ -21,6 +21,7 @@ class FeatureCache:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.bytes = 0
+        # The model's thread puts features; where jobs run in its process, their threads look up.
         self._lock = threading.Lock()
         self._tensors: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
         self._held: WeakValueDictionary[tuple[str, str], torch.Tensor] = WeakValueDictionary()
