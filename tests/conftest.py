@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,7 +37,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Settings of the person who runs the tests must not reach them.
 for name in [name for name in os.environ if name.startswith(("BLIPQ_", "AWS_"))]:
     del os.environ[name]
-os.environ["BLIPQ_STACK_FILE"] = os.devnull
+# A file that is not there. Never a device: `blipq up` replaces the file, and removes it at its end.
+os.environ["BLIPQ_STACK_FILE"] = f"{tempfile.gettempdir()}/blipq-no-stack-{os.getpid()}.json"
 
 # Where the run itself is a shell's background job, its programs would ignore interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
