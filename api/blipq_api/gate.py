@@ -194,7 +194,7 @@ def _is_preflight(scope: Scope, headers: Headers) -> bool:
 
 
 def _preflight(allowed: bool) -> Response:
-    """The answer to a browser that asks before it sends: it has no key yet."""
+    """The answer to a browser's preflight request, which has no key yet."""
     if not allowed:
         return Response(status_code=403)
     headers = {

@@ -104,7 +104,7 @@ def problem_of(error: BaseException) -> Problem:
     kinds = type(error).__mro__
     found = next((_OF_ERRORS[kind] for kind in kinds if kind in _OF_ERRORS), None)
     if found is None:
-        return Problem(500, "internal", "the door failed: its log says why")
+        return Problem(500, "internal", "the door failed: its log has the cause")
     status, code = found
     retry = RETRY_AFTER_S if status in (429, 503) else None
     job_id = getattr(error, "job_id", None)

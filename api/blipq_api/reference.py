@@ -44,7 +44,7 @@ _PROBLEMS = {
     "422": "A field or parameter is wrong: the detail names it.",
     "429": "The key or its tenant has used up its rate or its share, too many jobs are open, or "
     "too many wrong keys came from this address.",
-    "503": "Redis or S3 does not answer, or the door is busy: Retry-After says when.",
+    "503": "Redis or S3 does not answer, or the door is busy: Retry-After is the time to wait.",
 }
 
 

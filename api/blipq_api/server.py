@@ -196,14 +196,14 @@ def bound(host: str, port: int) -> socket.socket:
         raise InvalidRequest(f"cannot listen on {host} port {port}: {error.strerror}") from None
 
 
-def run(settings: ApiSettings, host: str, port: int, tell: Callable[[str], None]) -> None:
+def run(settings: ApiSettings, host: str, port: int, report: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT. Raises InvalidRequest for a port or a file that is wrong."""
     set_up_logging()
     tracing.start("blipq-api")
     _log_access()
     allow_files(2 * settings.api_concurrency + SPARE_FILES)
     with bound(host, port) as listening:
-        asyncio.run(_serve(settings, listening, tell))
+        asyncio.run(_serve(settings, listening, report))
 
 
 def allow_files(wanted: int) -> None:
@@ -231,7 +231,7 @@ def _log_access() -> None:
 
 
 async def _serve(
-    settings: ApiSettings, listening: socket.socket, tell: Callable[[str], None]
+    settings: ApiSettings, listening: socket.socket, report: Callable[[str], None]
 ) -> None:
     door = Door(settings)
     config = uvicorn.Config(
@@ -251,5 +251,5 @@ async def _serve(
     )
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    tell(f"the door of {settings.endpoints} is http://{shown}:{port}")
+    report(f"the door of {settings.endpoints} is http://{shown}:{port}")
     await Server(config, door).serve(sockets=[listening])

@@ -36,7 +36,7 @@ from blipq.redaction import redacted
 
 
 class BlipqError(Exception):
-    """Base of everything blipq raises. What it says has no passwords in it."""
+    """Base of everything blipq raises. Its message has no passwords in it."""
 
     retryable: bool = False
 
@@ -99,7 +99,7 @@ class TenantLimited(QueueFull):
 
 
 class SubmitStopped(BlipqError):
-    """``submit_many`` stopped at request number ``index``; ``__cause__`` says why.
+    """``submit_many`` stopped at request number ``index``; ``__cause__`` is the reason.
 
     ``jobs`` are those before it, all recorded. ``pending`` are the submissions that were taken and
     are not known to be recorded, the one that was refused among them. They keep their ids, so
@@ -137,7 +137,7 @@ class JobEnded(BlipqError):
 
 
 class JobFailed(JobEnded):
-    """The job failed; ``code`` says why and ``retryable`` whether another submit can help."""
+    """The job failed; ``code`` is the reason, ``retryable`` whether another submit can help."""
 
     def __init__(
         self, message: str, job_id: str, *, code: ErrorCode, attempts: int, retryable: bool

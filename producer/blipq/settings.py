@@ -56,13 +56,13 @@ def cache_folder() -> Path:
 
 
 def stack_file() -> Path:
-    """Where a running local stack says how to reach it."""
+    """The file in which a running local stack publishes its addresses."""
     override = os.environ.get("BLIPQ_STACK_FILE")
     return Path(override) if override else cache_folder() / "stack.json"
 
 
 def born(pid: int) -> str | None:
-    """When a process started, where the system says so: pids are used again."""
+    """When a process started, where the system reports it: pids are used again."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -388,7 +388,7 @@ class Settings(BaseSettings):
                 raise ValueError("BLIPQ_CELL and BLIPQ_CELL_* need BLIPQ_CELLS")
             return self
         if len(self.cells) > 1 and not self.cell_lists and self.cell is None:
-            raise ValueError("BLIPQ_CELL_LISTS says which cells take new jobs, such as 1=a,b")
+            raise ValueError("BLIPQ_CELL_LISTS must name the cells that take new jobs: 1=a,b")
         Cells.of(self.cells, self.cell_lists)
         if self.cell_brokers and set(self.cell_brokers) != set(self.cells):
             raise ValueError("BLIPQ_CELL_BROKERS names a broker of each cell, or of none")
@@ -464,7 +464,7 @@ class Settings(BaseSettings):
 
     @property
     def endpoints(self) -> str:
-        """One line that says which services are used, without credentials."""
+        """One line with the services that are used, without credentials."""
         s3 = self.s3_endpoint
         urls = self.cells if self.is_fleet else {"": self.redis_url}
         places = {name: place_of(url).removeprefix("redis://") for name, url in urls.items()}

@@ -20,7 +20,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 #: An error is for a person, and goes into logs and Redis: so many problems of a request are listed,
 #: and so many characters of a name and of a message.
-MOST_TOLD, LONGEST_NAME, LONGEST_MESSAGE = 10, 100, 500
+MOST_NAMED, LONGEST_NAME, LONGEST_MESSAGE = 10, 100, 500
 
 _MEMBER = "constrained-str"
 
@@ -58,9 +58,9 @@ def explain(error: ValidationError, model: Any = None, given: Collection[str] = 
     from its variable, and is named by it.
     """
     found = _own(error.errors(include_url=False, include_input=False))
-    wrong = [_told(item, model, given) for item in found[:MOST_TOLD]]
-    if len(found) > MOST_TOLD:
-        wrong.append(f"and {len(found) - MOST_TOLD:,} more")
+    wrong = [_described(item, model, given) for item in found[:MOST_NAMED]]
+    if len(found) > MOST_NAMED:
+        wrong.append(f"and {len(found) - MOST_NAMED:,} more")
     return "; ".join(wrong)
 
 
@@ -75,7 +75,7 @@ def _own(found: list[Any]) -> list[Any]:
     return [item for item in found if item["type"] != "too_short" or not follows(item)]
 
 
-def _told(item: Any, model: Any, given: Collection[str]) -> str:
+def _described(item: Any, model: Any, given: Collection[str]) -> str:
     """One of pydantic's errors. Names of fields and tags are the caller's: of any length."""
     field = _place(item["loc"], model, given)
     if item["type"] == "extra_forbidden":

@@ -1,4 +1,4 @@
-"""The alerts: what each looks at, what a rule test feeds it, and what its runbook says."""
+"""The alerts: what each looks at, what a rule test feeds it, and its runbook."""
 
 from dataclasses import dataclass, field
 
@@ -139,7 +139,7 @@ ALERTS = [
         minutes=5,
         severity="page",
         summary="{{ $value | humanize }} webhook events wait, and no sender runs.",
-        meaning="Jobs ask for webhooks, and nobody sends them.",
+        meaning="Jobs have webhooks, and no sender runs.",
         action="Start `blipq webhooks run`. Events wait for 14 days.",
         series={"blipq_webhooks_pending": "4x40", "blipq_webhook_senders": "0x40"},
     ),

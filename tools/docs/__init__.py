@@ -9,7 +9,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def write_or_check(pages: Mapping[Path, str], command: str) -> int:
-    """Writes the pages, or says which of them are stale; the exit code."""
+    """Writes the pages, or prints which of them are stale; the exit code."""
     if "--check" not in sys.argv[1:]:
         for path, text in pages.items():
             path.parent.mkdir(parents=True, exist_ok=True)

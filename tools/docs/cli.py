@@ -23,8 +23,8 @@ HEAD = """\
 
 Results go to stdout, messages to stderr. `--json` makes stdout one JSON object, and stderr silent;
 what reports jobs one after the other (`wait`, `watch`, `caption` of several images) prints one a
-line. `blipq COMMAND --help` shows what is here. Which services it talks to is said in
-[configuration.md](configuration.md).
+line. `blipq COMMAND --help` prints the same text. The services that commands connect to are set by
+the variables of [configuration.md](configuration.md).
 """
 
 

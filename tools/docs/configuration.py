@@ -49,7 +49,7 @@ TAIL = """\
 | `AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, ... | credentials where `BLIPQ_S3_*` has none |
 | `CUDA_VISIBLE_DEVICES` | GPUs that workers may use; `blipq worker --gpus` gives each one of them |
 | `HF_HOME`, `HF_HUB_CACHE` | where downloaded weights are kept |
-| `HF_HUB_OFFLINE` | `1`: never ask the hub |
+| `HF_HUB_OFFLINE` | `1`: never call the hub |
 | `OMP_NUM_THREADS` | CPU threads of a model on a CPU; `blipq worker --processes` sets it |
 | `XDG_CACHE_HOME` | where the local stack keeps its data: `$XDG_CACHE_HOME/blipq` |
 | `BLIPQ_STACK_FILE` | the file by which clients find the local stack |

@@ -99,7 +99,7 @@ def diagram() -> Iterator[str]:
 
 
 def main() -> int:
-    """Writes the sections or, with ``--check``, says which are stale."""
+    """Writes the sections or, with ``--check``, prints which are stale."""
     contributing, architecture = PAGES
     pages = {
         contributing: with_section(contributing.read_text(), "layout", "\n".join(tree())),

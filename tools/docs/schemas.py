@@ -12,7 +12,7 @@ from blipq import contract
 
 FOLDER = DOCS / "schemas"
 
-ASKED: tuple[type[BaseModel], ...] = (
+RECEIVED: tuple[type[BaseModel], ...] = (
     contract.CaptionRequest,
     contract.VQARequest,
     contract.MatchRequest,
@@ -21,7 +21,7 @@ ASKED: tuple[type[BaseModel], ...] = (
     contract.SearchRequest,
     contract.Options,
 )
-TOLD: tuple[type[BaseModel], ...] = (
+SENT: tuple[type[BaseModel], ...] = (
     contract.CaptionResult,
     contract.VQAResult,
     contract.MatchResult,
@@ -62,9 +62,9 @@ def _widen(schema: dict[str, Any], model: type[BaseModel]) -> None:
 
 def pages() -> dict[Any, str]:
     """Every schema by its path."""
-    asked = {FOLDER / file_name(model): _schema(model, "validation") for model in ASKED}
-    told = {FOLDER / file_name(model): _schema(model, "serialization") for model in TOLD}
-    return {**asked, **told}
+    received = {FOLDER / file_name(model): _schema(model, "validation") for model in RECEIVED}
+    sent = {FOLDER / file_name(model): _schema(model, "serialization") for model in SENT}
+    return {**received, **sent}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The jobs this process has claimed, and who hears when a claim is lost."""
+"""The jobs this process has claimed, and how a lost claim is signalled."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -55,7 +55,7 @@ class NoNotes:
 
 
 class Held:
-    """The jobs this process has claimed. A claim that is lost hears of it through its event."""
+    """The jobs this process has claimed. A lost claim is signalled by the claim's event."""
 
     def __init__(self, notes: Notes | None = None) -> None:
         self._notes = NoNotes() if notes is None else notes

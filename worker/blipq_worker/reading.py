@@ -31,7 +31,7 @@ class Readers:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # held while a file is read, so that each is read once
         self._tokenizers: dict[str, Tokenizer] = {}
 
     def check(self, model: ModelInfo, item: Item) -> None:
@@ -66,8 +66,8 @@ class Readers:
     def _longest_answer(self, model: ModelInfo, choices: Iterable[str]) -> int:
         if model.family == "t5":
             return max(self._count(model.reading, choice) for choice in choices)
-        # As the model says it: behind a space, which Llama's tokenizer puts there by itself, and
-        # with the token that ends it.
+        # As the model generates it: behind a space, which Llama's tokenizer adds by itself, and
+        # with the end token.
         space = " " if model.family == "opt" else ""
         spoken = (f"{space}{choice.strip()}" for choice in choices)
         return 1 + max(self._count(model.reading, text, marks=False) for text in spoken)

@@ -11,7 +11,7 @@ from blipq.telemetry.trace import NOTHING, Trace
 DEMO = "demo"
 DEMO_LARGEST_PX = 256
 DEMO_NOTE = (
-    "the demo model only knows coloured shapes on a plain background; "
+    "the demo model was trained on coloured shapes on a plain background alone; "
     "serve a real model for photos (BLIPQ_MODELS=default=opt-2.7b)"
 )
 
@@ -39,13 +39,13 @@ class Stopwatch:
         """Adds to a field that counts from 0."""
         self._fields[name] = cast("float", self._fields.get(name, 0)) + amount
 
-    def say_first_token(self, ago_ms: float) -> None:
-        """Says when the job's first token was written: so many milliseconds ago, or before that."""
+    def record_first_token(self, ago_ms: float) -> None:
+        """Records when the first token was written: so many milliseconds ago, or before that."""
         if "first_token_ms" not in self._fields:
             queued = cast("float", self._fields.get("queue_ms", 0.0))
-            self.say(first_token_ms=max(0.0, queued + self.run_ms - ago_ms))
+            self.record(first_token_ms=max(0.0, queued + self.run_ms - ago_ms))
 
-    def say(self, **facts: float | int | str) -> None:
+    def record(self, **facts: float | int | str) -> None:
         """Sets fields of the receipt."""
         self._fields.update(facts)
 
@@ -53,7 +53,7 @@ class Stopwatch:
         """Adds to what a person should know about the answer; each text once."""
         if text not in self._notes:
             self._notes.append(text)
-            self.say(note="; ".join(self._notes))
+            self.record(note="; ".join(self._notes))
 
     def note_size(self, checkpoint: str, size: tuple[int, int]) -> None:
         """Warns who sent a photo to the demo model: its own pictures are small."""

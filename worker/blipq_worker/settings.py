@@ -292,7 +292,7 @@ class WorkerSettings(BaseSettings):
     goldens: Path | None = Field(
         default=None,
         description=(
-            "File that `blipq models record-golden` wrote: what models must say at that check."
+            "File that `blipq models record-golden` wrote: the answers expected at that check."
         ),
     )
     send_events: bool = Field(

@@ -1,1 +1,1 @@
-"""Who asks the HTTP door: the keys they bring, and sessions in place of a key."""
+"""The HTTP door's callers: their keys, and sessions in place of a key."""

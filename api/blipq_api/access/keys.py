@@ -118,7 +118,7 @@ class Keyring:
         self._callers = _callers(path)
 
     def find(self, secret: str) -> Caller | None:
-        """Whose key it is. A digest is looked up: how long that takes says nothing of the key."""
+        """Whose key it is. A digest is looked up, so the time reveals nothing of the key."""
         return self.of_digest(digest(secret))
 
     def of_digest(self, digest: str) -> Caller | None:

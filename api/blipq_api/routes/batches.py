@@ -85,7 +85,7 @@ class _Batch:
         self.away: Problem | None = None
 
     async def record(self, lines: Sequence[tuple[int, bytes]]) -> None:
-        """Records what these lines ask for."""
+        """Records the jobs of these lines."""
         items = [
             (number, *await _checked(self._door, self._caller, line)) for number, line in lines
         ]

@@ -122,7 +122,7 @@ def _show(dataset: Dataset, as_json: bool) -> None:
 def _work(client: Client, run: Run, window: int, manners: Manners, as_json: bool) -> None:
     clock = Clock(run.journal)
 
-    def tell(driver: Driver) -> None:
+    def report(driver: Driver) -> None:
         clock.note()
         with suppress(QueueUnavailable):
             _tidy(run)
@@ -137,7 +137,7 @@ def _work(client: Client, run: Run, window: int, manners: Manners, as_json: bool
             return run.dataset.share(driver.position)
         return None
 
-    bulk.drive(client, run.journal, entries, share, window, manners, as_json, tell)
+    bulk.drive(client, run.journal, entries, share, window, manners, as_json, report)
     clock.note(at_once=True)
     _finish(run, as_json)
     took = {"took": run.journal.took(), "estimate": run.journal.fact("estimate")}

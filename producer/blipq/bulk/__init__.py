@@ -2,5 +2,5 @@
 
 ``manifest`` reads the requests one by one, ``journal`` keeps on disk which are open and what became
 of the others, ``driver`` submits and collects, ``results`` writes them out. The driver can be
-killed anywhere: the journal says where to go on.
+killed anywhere: it goes on where the journal ends.
 """

@@ -30,7 +30,7 @@ LONGEST_ID = 512
 class Entry:
     """A line. ``work`` is its request, as JSON that ``submission`` reads, or None with ``error``.
 
-    ``position`` says where the next one begins.
+    ``position`` is where the next one begins.
     """
 
     number: int

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from blipq.bulk.journal import OpenLine
 from blipq.errors import InvalidRequest
 
-#: Pictures a second from one web host, where nobody says more.
+#: Pictures a second from one web host, by default.
 HOST_RATE = 20.0
 
 
@@ -38,7 +38,7 @@ class Manners:
         return self.until is not None and datetime.now(UTC) >= self.until
 
 
-#: Of whoever says nothing.
+#: By default.
 POLITE = Manners()
 
 

@@ -145,13 +145,13 @@ def drive(
 
         noting = Noting(client, journal, share)
 
-        def tell(driver: Driver) -> None:
+        def report(driver: Driver) -> None:
             reasons.show(driver)
             bar.show(driver)
             noting.note(driver)
             also(driver)
 
-        driver = Driver(client, journal, entries, window=window, manners=manners, report=tell)
+        driver = Driver(client, journal, entries, window=window, manners=manners, report=report)
         try:
             driver.run()
             noting.note(driver, state=summary_of(journal, own=True)["state"])
@@ -228,17 +228,17 @@ class Reasons:
     def __init__(self, journal: Journal, *, shown: bool) -> None:
         self._journal = journal
         self._left = REASONS if shown else 0
-        self._told: set[int] = set()
+        self._shown: set[int] = set()
 
     def show(self, driver: Driver) -> None:
         """Counts the refused lines that were not shown."""
-        if not self._left or driver.counts.get(REFUSED, 0) == len(self._told):
+        if not self._left or driver.counts.get(REFUSED, 0) == len(self._shown):
             return
         for number, why in self._journal.refusals(REASONS):
-            if self._left and number not in self._told:
+            if self._left and number not in self._shown:
                 cut = f"{why[:REASON_CHARS]}..." if len(why) > REASON_CHARS else why
                 errors.print(f"line {number} is refused: {cut}", style="yellow", markup=False)
-                self._told.add(number)
+                self._shown.add(number)
                 self._left -= 1
 
 

@@ -43,7 +43,7 @@ _PANELS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "Many images": [
         ("bulk", "bulk:app", "Many requests from a manifest, some at a time."),
-        ("watch", "watch:watch", "Make jobs of uploads, as a file of rules says, until SIGTERM."),
+        ("watch", "watch:watch", "Make jobs of uploads that match a file of rules, until SIGTERM."),
         ("index", "index:app", "Images to search, by text or by image."),
     ],
     "Run it": [

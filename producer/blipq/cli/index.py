@@ -24,7 +24,7 @@ from blipq.errors import BlipqError
 from blipq.index import NEEDED
 from blipq.program import blipq
 from blipq.settings import Settings
-from blipq.submission import MOST_TOLD, checked
+from blipq.submission import MOST_NAMED, checked
 
 if TYPE_CHECKING:
     from blipq.index.ingest import Tally
@@ -229,7 +229,7 @@ def _named(indexes: "Indexes", name: str) -> "list[IndexInfo]":
     from blipq.index.store import UnknownIndex
 
     if not (infos := indexes.infos(name)):
-        known = ", ".join(sorted({info.name for info in indexes.infos()})[:MOST_TOLD]) or "none"
+        known = ", ".join(sorted({info.name for info in indexes.infos()})[:MOST_NAMED]) or "none"
         command = blipq("index list")
         raise UnknownIndex(f"there is no index {name!r}; there are: {known} ({command} shows all)")
     return infos

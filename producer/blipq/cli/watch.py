@@ -41,7 +41,7 @@ def watch(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make jobs of uploads, as a file of rules says, until SIGTERM. See docs/uploads.md.
+    """Make jobs of uploads that match a file of rules, until SIGTERM. See docs/uploads.md.
 
     Examples:
         blipq watch rules.toml --dry-run --backfill
@@ -74,7 +74,7 @@ def _run(watcher: Watcher, rules: Rules, client: Client, *, backfill: bool, once
 
 
 def _report(as_json: bool) -> Callable[[Wanted, str | None], None]:
-    def tell(wanted: Wanted, id: str | None) -> None:
+    def report(wanted: Wanted, id: str | None) -> None:
         output = wanted.submission.options.output
         if as_json:
             shown = {"upload": wanted.upload.uri, "rule": wanted.rule.name, "id": id}
@@ -83,7 +83,7 @@ def _report(as_json: bool) -> Callable[[Wanted, str | None], None]:
             line = f"{wanted.upload.uri}  {wanted.rule.name}  {id or 'would be submitted'}"
             out.print(line + (f"  {output}" if output else ""), markup=False)
 
-    return tell
+    return report
 
 
 @contextmanager

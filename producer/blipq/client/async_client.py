@@ -132,7 +132,7 @@ class AsyncClient(ClientBase):
         """Asks for a caption, like ``Client.caption``."""
         fields: dict[str, Any] = {"prompt": prompt, "generation": generation, "best_of": best_of}
         fields["min_confidence"] = min_confidence
-        return await self._ask(CaptionRequest, image, fields, options)
+        return await self._submit_request(CaptionRequest, image, fields, options)
 
     async def vqa(
         self,
@@ -148,7 +148,7 @@ class AsyncClient(ClientBase):
         """Asks one or many questions about an image, like ``Client.vqa``."""
         fields: dict[str, Any] = {"questions": questions, "history": turns(history)}
         fields |= {"choices": choices, "generation": generation, "min_confidence": min_confidence}
-        return await self._ask(VQARequest, image, fields, options)
+        return await self._submit_request(VQARequest, image, fields, options)
 
     async def match(
         self,
@@ -160,7 +160,7 @@ class AsyncClient(ClientBase):
         **options: Unpack[Fields],
     ) -> AsyncJob[MatchResult]:
         """Asks how well each text matches, like ``Client.match``."""
-        return await self._ask(
+        return await self._submit_request(
             MatchRequest, image, {"texts": texts, "head": head, "explain": explain}, options
         )
 
@@ -175,7 +175,7 @@ class AsyncClient(ClientBase):
         **options: Unpack[Fields],
     ) -> AsyncJob[EmbedResult]:
         """Asks for features of an image, a text or both, like ``Client.embed``."""
-        return await self._ask(
+        return await self._submit_request(
             EmbedRequest, image, embed_fields(image, text, mode, dtype, index), options
         )
 
@@ -199,7 +199,7 @@ class AsyncClient(ClientBase):
             "embed": embed,
         }
         fields |= {"generation": generation, "min_confidence": min_confidence}
-        return await self._ask(DescribeRequest, image, fields, options)
+        return await self._submit_request(DescribeRequest, image, fields, options)
 
     async def search(
         self,
@@ -214,7 +214,7 @@ class AsyncClient(ClientBase):
     ) -> AsyncJob[SearchResult]:
         """Asks for the images of an index that are nearest, like ``Client.search``."""
         fields = {"index": index, "text": text, "top_k": top_k, "rerank": rerank, "filter": filter}
-        return await self._ask(SearchRequest, image, fields, options)
+        return await self._submit_request(SearchRequest, image, fields, options)
 
     # -- any kind --
 
@@ -296,7 +296,7 @@ class AsyncClient(ClientBase):
         notifier = self.notifier
         async with notifier.watch(waiting.open) as inbox:
             while waiting.open:
-                if due := waiting.due(len(notifier), notifier.hearing_since(inbox)):
+                if due := waiting.due(len(notifier), notifier.subscribed_since(inbox)):
                     found = await self._polls.poll(due)
                     if isinstance(found, Polled) and found.elsewhere:
                         notifier.listen(inbox, found.elsewhere.values())
@@ -400,7 +400,7 @@ class AsyncClient(ClientBase):
         """A handle; ``options`` are those of a job that was recorded just now."""
         return AsyncJob(id, self, expires=self._expiry(options))
 
-    async def _ask(
+    async def _submit_request(
         self,
         request: type[Asks[ResultT]],
         image: ImageSource | None,
@@ -425,14 +425,14 @@ class AsyncClient(ClientBase):
 
     async def _publish(self, messages: list[Message]) -> None:
         """What is not taken in time is published by the reconciler: the jobs are recorded."""
-        self._unserved.tell(messages)
+        self._unserved.warn(messages)
         sent = asyncio.wrap_future(self.broker.send(messages))
-        sent.add_done_callback(self._told)
+        sent.add_done_callback(self._on_sent)
         await asyncio.wait([sent], timeout=patience_s(messages))
 
-    def _told(self, sent: "asyncio.Future[None]") -> None:
+    def _on_sent(self, sent: "asyncio.Future[None]") -> None:
         if not sent.cancelled() and (error := sent.exception()) is not None:
-            self.broker.tell(error)
+            self.broker.warn(error)
 
     async def _flush(self, submitting: Submitting) -> None:
         while submitting.waiting:

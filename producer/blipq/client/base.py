@@ -43,7 +43,7 @@ class ClientBase:
         return uploadable(image, local_paths=self.settings.local_paths)
 
     def _tenant(self, given: str | None) -> str | None:
-        """Whose jobs these are: as the call says, or the settings."""
+        """The tenant of a call's jobs: the one given, or that of the settings."""
         return self.settings.tenant if given is None else given
 
     def _submission(
@@ -66,8 +66,8 @@ class ClientBase:
             )
         if self.settings.is_fleet and has_key and id is not None and not is_clients(id):
             raise InvalidRequest(
-                "with BLIPQ_CELLS, give an id of your own or an idempotency key, not both: either "
-                "says which cell has the job"
+                "with BLIPQ_CELLS, give an id of your own or an idempotency key, not both: each "
+                "determines the job's cell"
             )
 
     def _waiting(self, ids: Iterable[str], timeout: float | None, expires: float | None) -> Waiting:

@@ -16,7 +16,7 @@ _Request = tuple[list[str], "asyncio.Future[Found]"]
 class PollsOfCells:
     """Coalesces polls of the same cells: one that does not answer holds up no poll of others.
 
-    Sets of cells are told apart, of those that are named alone: with one Redis there is one set.
+    Polls of different sets of the cells named are kept apart: with one Redis there is one set.
     """
 
     def __init__(self, poll: Callable[[list[str]], Awaitable[Found]], cells: Iterable[str]) -> None:

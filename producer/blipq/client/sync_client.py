@@ -130,7 +130,7 @@ class Client(ClientBase):
         """
         fields: dict[str, Any] = {"prompt": prompt, "generation": generation, "best_of": best_of}
         fields["min_confidence"] = min_confidence
-        return self._ask(CaptionRequest, image, fields, options)
+        return self._submit_request(CaptionRequest, image, fields, options)
 
     def vqa(
         self,
@@ -150,7 +150,7 @@ class Client(ClientBase):
         """
         fields: dict[str, Any] = {"questions": questions, "history": turns(history)}
         fields |= {"choices": choices, "generation": generation, "min_confidence": min_confidence}
-        return self._ask(VQARequest, image, fields, options)
+        return self._submit_request(VQARequest, image, fields, options)
 
     def match(
         self,
@@ -165,7 +165,7 @@ class Client(ClientBase):
 
         ``explain`` adds where ``itm`` looked.
         """
-        return self._ask(
+        return self._submit_request(
             MatchRequest, image, {"texts": texts, "head": head, "explain": explain}, options
         )
 
@@ -183,7 +183,7 @@ class Client(ClientBase):
 
         Without ``mode``, what is given decides. With ``index`` the image goes into a search index.
         """
-        return self._ask(
+        return self._submit_request(
             EmbedRequest, image, embed_fields(image, text, mode, dtype, index), options
         )
 
@@ -210,7 +210,7 @@ class Client(ClientBase):
             "embed": embed,
         }
         fields |= {"generation": generation, "min_confidence": min_confidence}
-        return self._ask(DescribeRequest, image, fields, options)
+        return self._submit_request(DescribeRequest, image, fields, options)
 
     def search(
         self,
@@ -229,7 +229,7 @@ class Client(ClientBase):
         names metadata that hits must have.
         """
         fields = {"index": index, "text": text, "top_k": top_k, "rerank": rerank, "filter": filter}
-        return self._ask(SearchRequest, image, fields, options)
+        return self._submit_request(SearchRequest, image, fields, options)
 
     # -- any kind --
 
@@ -276,8 +276,8 @@ class Client(ClientBase):
 
         The requests are taken as they are needed, so a generator of any length will do. A
         ``Submission`` brings options and an id of its own. For ``timeout`` seconds a chunk is tried
-        again while the queue is full or Redis is away. Raises SubmitStopped, which says what is
-        recorded and what is not.
+        again while the queue is full or Redis is away. Raises SubmitStopped, which has the jobs
+        that are recorded and the submissions that may not be.
         """
         chosen = options or Options()
         submitting = Submitting(self._prepare, self._job, timeout)
@@ -337,7 +337,7 @@ class Client(ClientBase):
         notifier = self.notifier
         with notifier.watch(waiting.open) as inbox:
             while waiting.open:
-                if due := waiting.due(len(notifier), notifier.hearing_since(inbox)):
+                if due := waiting.due(len(notifier), notifier.subscribed_since(inbox)):
                     found = self._poll(due)
                     if isinstance(found, Polled) and found.elsewhere:
                         notifier.listen(inbox, found.elsewhere.values())
@@ -469,7 +469,7 @@ class Client(ClientBase):
         """A handle; ``options`` are those of a job that was recorded just now."""
         return Job(id, self, expires=self._expiry(options))
 
-    def _ask(
+    def _submit_request(
         self,
         request: type[Asks[ResultT]],
         image: ImageSource | None,
@@ -494,7 +494,7 @@ class Client(ClientBase):
 
     def _publish(self, messages: list[Message]) -> None:
         self.broker.publish_all(messages)
-        self._unserved.tell(messages)
+        self._unserved.warn(messages)
 
     def _flush(self, submitting: Submitting) -> None:
         while submitting.waiting:

@@ -1,4 +1,4 @@
-"""Says that jobs wait for a worker: they were taken, as a fleet that is scaled to zero must do."""
+"""Warns that jobs wait for a worker: they were accepted, as for a fleet that is scaled to zero."""
 
 import logging
 import time
@@ -8,7 +8,7 @@ from blipq.ledger.codec import Message
 
 log = logging.getLogger(__name__)
 
-TELL_EVERY_S = 60.0
+WARN_EVERY_S = 60.0
 
 
 class Unserved:
@@ -17,10 +17,10 @@ class Unserved:
     def __init__(self) -> None:
         self._silent_until: dict[str, float] = {}
 
-    def tell(self, messages: Iterable[Message]) -> None:
-        """Looks at what was recorded just now."""
+    def warn(self, messages: Iterable[Message]) -> None:
+        """Checks the messages that were recorded just now."""
         for model in {message.model for message in messages if not message.served}:
             now = time.monotonic()
             if now >= self._silent_until.get(model, now):
-                self._silent_until[model] = now + TELL_EVERY_S
+                self._silent_until[model] = now + WARN_EVERY_S
                 log.warning("no live worker serves the model %r: its jobs wait for one", model)

@@ -42,7 +42,7 @@ class Waiting:
         self._unseen = dict.fromkeys(self.open)
         #: All polls of what is open are later than this.
         self._polled_since = time.monotonic()
-        self._hearing = False
+        self._subscribed = False
         self._notified: dict[str, None] = {}
         self._timeout = timeout
         self._ending = None if timeout is None else time.monotonic() + timeout
@@ -55,13 +55,13 @@ class Waiting:
         """Poll these next: they were notified of."""
         self._notified.update((id, None) for id in ids if id in self.open)
 
-    def due(self, watched: int = 0, hearing_since: float | None = None) -> list[str]:
+    def due(self, watched: int = 0, subscribed_since: float | None = None) -> list[str]:
         """The jobs to poll now. ``watched``: how many jobs the whole client waits for.
 
-        ``hearing_since``: since when (monotonic) no end is missed; None while one may be.
+        ``subscribed_since``: since when (monotonic) no end is missed; None while one may be.
         """
-        self._hearing = hearing_since is not None
-        if hearing_since is not None and hearing_since > self._polled_since:
+        self._subscribed = subscribed_since is not None
+        if subscribed_since is not None and subscribed_since > self._polled_since:
             # What ended between a poll and the subscription was notified to nobody.
             self._polled_since = time.monotonic()
             self._unseen = dict.fromkeys(self.open)
@@ -79,7 +79,7 @@ class Waiting:
         now, count = time.monotonic(), len(self.open)
         pause = POLLS.pause_s(self._polls)
         turn = max(watched, count) / MAX_POLLED  # seconds until each job of the client was polled
-        if self._hearing:
+        if self._subscribed:
             return now + HEARING_S * max(1.0, turn * min(count, MAX_POLLED) / count)
         if turn <= 1:
             return now + pause
@@ -94,13 +94,13 @@ class Waiting:
             self.notify(ids)
             self._poll_at = max(self._poll_at, time.monotonic() + POLLS.first_s)
             return []
-        # The others go on while a cell is away; who waits for its jobs alone hears why in the end.
+        # The others go on while a cell is away; its error is raised by a wait for its jobs alone.
         self._down = next(iter(found.away.values()), None)
         last_deadline = time.monotonic() + found.left
         if found.away or len(ids) < len(self.open):  # the others may have later ones
             last_deadline = max(last_deadline, self._last_deadline)
         self._last_deadline = last_deadline
-        if self._hearing:  # where no worker lives, a poll is what ends a job that is past it
+        if self._subscribed:  # where no worker lives, a poll is what ends a job that is past it
             soonest = time.monotonic() + POLLS.first_s
             self._poll_at = min(self._poll_at, max(last_deadline, soonest))
         if found.unknown:

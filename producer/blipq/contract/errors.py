@@ -23,7 +23,7 @@ class ErrorCode(StrEnum):
 
 
 class JobError(Output):
-    """Why a job failed; ``retryable`` says whether the same request may pass later."""
+    """Why a job failed; ``retryable`` is whether the same request may pass later."""
 
     code: ErrorCode
     message: str

@@ -20,7 +20,7 @@ class Generation(Input):
 
     ``on_loop``: what becomes of a text that repeats itself over and over: it ends there (the
     default), is written once more without repeating any three tokens (``rewrite``), or goes on
-    (``keep``). ``logprobs``: the result says how likely each token was, for at most 16 questions.
+    (``keep``). ``logprobs``: the result has each token's probability, for at most 16 questions.
     """
 
     max_new_tokens: int | None = Field(default=None, ge=1, le=512)

@@ -25,13 +25,13 @@ def s3_form(arn: str) -> str | None:
 
 
 def no_s3_uri(text: str, form: str) -> str:
-    """What to say of a text that is not of the form ``s3://...``; of an ARN, what to write."""
+    """The error for a text that is not of the form ``s3://...``; for an ARN, what to write."""
     hint = "" if (found := s3_form(text)) is None else f": write {found}"
     return f"{text!r} is not of the form {form}{hint}"
 
 
 def split_s3_uri(uri: str) -> tuple[str, str]:
-    """Bucket and key of ``s3://bucket/key``; ValueError says what is wrong with another text."""
+    """Bucket and key of ``s3://bucket/key``; ValueError, with the fault, for another text."""
     scheme, _, rest = uri.partition("://")
     bucket, _, key = rest.partition("/")
     if scheme != "s3" or not bucket or not key:

@@ -68,7 +68,7 @@ class JobInfo(Output):
     """A job as the ledger has it. Times are UTC; ``attempts`` counts deliveries to a worker.
 
     ``image`` is where its image is, without the query of a URL, which may hold a signature.
-    While the job is open, ``live_workers`` says how many live workers serve its model, ``note``
+    While the job is open, ``live_workers`` is the number of live workers of its model, ``note``
     what keeps it from being run, if that is known, and ``last_error`` why it is run again.
     ``eta`` is when it should end, predicted from jobs like it and from what is ahead of it; missing
     where no such job has ended yet, and while no worker lives that serves its model.

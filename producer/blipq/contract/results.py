@@ -131,8 +131,8 @@ class Array(Output):
 class TextScore(Output):
     """A text and how well it matches: a probability (itm) or a cosine (itc).
 
-    With ``explain``, ``map`` (1 + words, rows, columns) says where in the image, from 0 to 1: row 0
-    for the whole text, the others for ``words``.
+    With ``explain``, ``map`` (1 + words, rows, columns) has heat maps of the image, from 0 to 1:
+    row 0 is that of the whole text, the others are those of ``words``.
     """
 
     text: str

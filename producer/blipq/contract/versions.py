@@ -37,7 +37,7 @@ def contract_of(request: Request, options: Options) -> int:
 
 
 def _is_of_confidence(request: Request) -> bool:
-    """Whether it sets what is known since texts say how sure they are."""
+    """Whether it sets an option that came with the probabilities of texts."""
     if not isinstance(request, CaptionRequest | VQARequest | DescribeRequest):
         return False
     generation = request.generation

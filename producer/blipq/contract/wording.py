@@ -101,7 +101,7 @@ _COMPUTED: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def sentence(error: Mapping[str, Any]) -> str:
-    """What one of pydantic's errors says, without the field's name."""
+    """The text of one of pydantic's errors, without the field's name."""
     kind, ctx = error["type"], error.get("ctx", {})
     if kind == "string_pattern_mismatch" and ctx["pattern"] == NAME_PATTERN:
         return _NAME

@@ -23,8 +23,8 @@ _JPEG_MARKER_HERE = re.compile(rb"\xff++([^\x00\xd0-\xd7\xff])", re.DOTALL)
 _START, _END, _SCAN = 0xD8, 0xD9, 0xDA
 _FIRST_WITH_LENGTH = 0xC0
 _FIRST_APP, _LAST_APP, _COMMENT = 0xE0, 0xEF, 0xFE
-#: What JPEG's metadata says about pixels, and the least length to say it in: the colour space, and
-#: which side is up, in EXIF or XMP.
+#: JPEG's metadata about pixels, and the least length of each: the colour space, and which side is
+#: up, in EXIF or XMP.
 _JPEG_NEEDED = {
     0xE0: ((b"JFIF\0", 14),),
     0xEE: ((b"Adobe", 12),),
@@ -38,7 +38,7 @@ class Excessive(Exception):
 
 
 def scans_in(data: bytes) -> int:
-    """How often decoding a file walks over the whole picture, as far as its parts say: 0 if not.
+    """How often decoding a file walks over the whole picture, by its parts: 0 if not.
 
     Raises Excessive for a JPEG, a PNG or a GIF in too many parts.
     """
@@ -107,7 +107,7 @@ def _is_whole(chunk: bytes) -> bool:
 
 
 def lacks_end(data: bytes) -> bool:
-    """Whether a JPEG ends without the marker that says so. Raises Excessive."""
+    """Whether a JPEG lacks its end marker. Raises Excessive."""
     if not data.startswith(b"\xff\xd8") or data.endswith(bytes((0xFF, _END))):
         return False
     return _END not in _jpeg_markers(data)

@@ -67,7 +67,7 @@ class Tally:
 class Prefix:
     """The images under ``s3://bucket/prefix``. Raises InvalidRequest.
 
-    What its name says is no image is left out; what has no such name is tried.
+    Objects with the endings of other types are left out; all others are tried.
     """
 
     def __init__(self, client: Client, source: str) -> None:

@@ -63,7 +63,7 @@ class Space:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Entry:
-    """An image to index. ``etag`` says which bytes its vectors come from, where that is known."""
+    """An image to index. ``etag`` is that of the bytes of its vectors, where that is known."""
 
     id: str
     uri: str

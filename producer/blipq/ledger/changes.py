@@ -130,7 +130,7 @@ def arguments(chunk: Chunk, settings: Settings) -> Iterator[str | int]:
 
 
 def noted(chunk: Chunk) -> tuple[str, str] | None:
-    """What the log of actions says of a chunk: its action, and the filter or the ids.
+    """A chunk's entry in the log of actions: its action, and the filter or the ids.
 
     None where nothing is changed.
     """

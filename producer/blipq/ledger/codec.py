@@ -265,7 +265,7 @@ def placed(jobs: Sequence[Prepared], answer: Sequence[str]) -> list[Placed]:
 
 
 def moved(text: str) -> Moved:
-    """What ``moved_to`` of the scripts says."""
+    """The reply of ``moved_to`` in the scripts."""
     place, _, cell = text.partition(" ")
     return Moved(int(place), cell)
 
@@ -323,7 +323,7 @@ def _workers(live: int) -> str:
 
 
 def made_id(settings: Settings) -> str:
-    """An id for a new job, which says the cell where the settings are of one."""
+    """An id for a new job, which ends with the cell where the settings are of one."""
     return new_id() if settings.cell is None else id_in(new_id(), settings.cell)
 
 

@@ -114,7 +114,7 @@ def connect_async(settings: Settings, *, reconnects: bool = True) -> "redis.asyn
 
 
 def _hint(error: Exception) -> str:
-    """Redis does not say which key or channel its ACL denies."""
+    """Redis does not name the key or channel that its ACL denies."""
     # redis-py's own class is for the first of Redis' sentences alone, and not for scripts.
     denied = "permission" in str(error).lower() or "NOPERM" in str(error)
     return " (`ACL LOG` on the server names what was denied)" if denied else ""

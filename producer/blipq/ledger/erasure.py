@@ -1,4 +1,4 @@
-"""What the ledger says of jobs that are to be erased. Pure, for every client."""
+"""What the ledger returns of jobs that are to be erased. Pure, for every client."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence

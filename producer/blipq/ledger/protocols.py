@@ -21,7 +21,7 @@ class Producer(Protocol):
         """Makes a job ready to be recorded. Raises InvalidRequest for a forbidden URL."""
 
     def make_id(self, options: Options) -> str:
-        """An id for a new job. With cells it says one that can be reached, if any can."""
+        """An id for a new job. With cells it names one that can be reached, if any can."""
 
     def submit(self, submission: Submission, *, notify: str) -> Recorded:
         """Records a job once: the message to publish, or the id of the job that exists already.

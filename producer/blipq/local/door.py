@@ -43,7 +43,7 @@ class LocalDoor:
             keys[KEYS] = str(self._keys)
         return Service("api", command, env={**environment, **keys}, log=self._log)
 
-    def introduce(self, tell: Callable[[str], None], stop: threading.Event) -> None:
+    def introduce(self, report: Callable[[str], None], stop: threading.Event) -> None:
         """Once the door answers: its address, where its key is, and the key if it is new."""
         while not stop.wait(0.2):
             with socket.socket() as probe:
@@ -51,7 +51,7 @@ class LocalDoor:
                     break
         else:
             return
-        tell(f"HTTP at {self.url} (docs: {self.url}/docs; log: {self._log})")
+        report(f"HTTP at {self.url} (docs: {self.url}/docs; log: {self._log})")
         if KEYS not in os.environ:
             key = f"{self._key.read_text().strip()} (kept in {self._key})"
-            tell(f"its key: {key if self._is_new else f'in {self._key}'}")
+            report(f"its key: {key if self._is_new else f'in {self._key}'}")

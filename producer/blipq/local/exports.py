@@ -39,7 +39,7 @@ def exports(settings: Settings) -> dict[str, str]:
     local = LOCAL_BUCKET if settings.endpoint_source == "local stack" else None
     found[ALLOWED_OUTPUTS] = os.environ.get(ALLOWED_OUTPUTS, local)
     address = broker_address(settings)
-    if not address.tls and "master_name" not in address.options:  # else a URL does not say it all
+    if not address.tls and "master_name" not in address.options:  # else a URL is not enough
         found["CELERY_BROKER_URL"] = address.url
     return {name: value for name, value in found.items() if value}
 

@@ -50,12 +50,12 @@ _INNER_PORTS = (
 )
 
 
-#: What the servers say of a port that they cannot have; SeaweedFS looks itself before it binds.
+#: The servers' errors about a port that is taken; SeaweedFS looks itself before it binds.
 _PORT_TAKEN = ("address already in use", "port allocation failed")
 
 
 class StackError(BlipqError):
-    """The local stack cannot start; the message says what to do."""
+    """The local stack cannot start; the message has the remedy."""
 
 
 class PortTaken(StackError):

@@ -146,14 +146,14 @@ def supervise(
     services: Sequence[Service],
     stop: threading.Event,
     *,
-    tell: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
     give_up_on: Sequence[int] = (),
     one_by_one: bool = False,
     reaps: bool = False,
 ) -> int:
     """Starts again what ends until ``stop`` is set; returns 0.
 
-    A code in ``give_up_on`` (say, a model that cannot be loaded) is returned at once: starting
+    A code in ``give_up_on`` (of a model that cannot be loaded) is returned at once: starting
     again would not help. one_by_one: such a service is left alone, and the code is returned when
     no other is left. reaps: this is the first process of a container, and starts nothing beside
     the services: it waits for what others leave to it, too.
@@ -171,10 +171,10 @@ def supervise(
                 left.remove(service)
                 if not one_by_one or not left:
                     return code
-                tell(f"{service.name} ended with {code}, and is not started again")
+                report(f"{service.name} ended with {code}, and is not started again")
             elif service.revive():
-                tell(f"{service.name} was started again (pid {service.pid})")
+                report(f"{service.name} was started again (pid {service.pid})")
             elif service.name not in reported:
                 reported.add(service.name)
-                tell(f"{service.name} ended with {code}")
+                report(f"{service.name} ended with {code}")
     return 0

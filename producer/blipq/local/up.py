@@ -45,7 +45,7 @@ def run(
     """Runs the stack until SIGINT or SIGTERM; the exit code."""
     running = read_stack_file()
     if running is not None:
-        tell(f"a local stack runs already (pid {running['pid']}); stop it with: {blipq('down')}")
+        report(f"a local stack runs already (pid {running['pid']}); stop it with: {blipq('down')}")
         return 1
     stack = LocalStack(
         folder=folder or cache_folder() / "stack",
@@ -56,14 +56,14 @@ def run(
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    tell(f"starting a local stack in {stack.folder}")
+    report(f"starting a local stack in {stack.folder}")
     if door is not None:
         check_port("api", door.port)
     stack.start()
     started: list[Service] = []
     try:
         stack.announce()
-        tell(f"using {stack.settings().endpoints}")
+        report(f"using {stack.settings().endpoints}")
         if with_worker:
             started.append(worker_service(stack.environment(), None))
         if stack.settings().webhook_secrets:
@@ -72,16 +72,16 @@ def run(
             started.append(door.service(stack.environment()))
         for service in started:
             service.start()
-        tell("blipq commands and Client() on this machine use it now; Ctrl-C stops it")
-        tell(f'for redis-cli, boto3, Celery, Flower and others: eval "$({blipq("env")})"')
+        report("blipq commands and Client() on this machine use it now; Ctrl-C stops it")
+        report(f'for redis-cli, boto3, Celery, Flower and others: eval "$({blipq("env")})"')
         threading.Thread(target=_greet, args=(stack, stop), daemon=True).start()
         if door is not None:
-            threading.Thread(target=door.introduce, args=(tell, stop), daemon=True).start()
+            threading.Thread(target=door.introduce, args=(report, stop), daemon=True).start()
         else:
-            tell(NO_DOOR)
-        return supervise([*started, *stack.services], stop, tell=tell, give_up_on=(EXIT_MODEL,))
+            report(NO_DOOR)
+        return supervise([*started, *stack.services], stop, report=report, give_up_on=(EXIT_MODEL,))
     finally:
-        tell("stopping")
+        report("stopping")
         for service in started:
             service.stop(timeout=90)
         stack.withdraw()
@@ -89,7 +89,7 @@ def run(
 
 
 def _greet(stack: LocalStack, stop: threading.Event) -> None:
-    """When a worker is there, the last line says what to try: it stands below the worker's log."""
+    """Once a worker is live, prints what to try, so that it stands below the worker's log."""
     picture = stack.folder / "red-square.png"
     picture.write_bytes(red_square())
     with connect(stack.settings()) as raw:
@@ -98,7 +98,7 @@ def _greet(stack: LocalStack, stop: threading.Event) -> None:
             with suppress(BlipqError, redis.RedisError):
                 if any("default" in worker["models"] for worker in operator.workers().values()):
                     command = blipq(f"caption {_short(picture)}")
-                    tell(f"ready; try in another terminal:\n\n    {command}\n")
+                    report(f"ready; try in another terminal:\n\n    {command}\n")
                     return
 
 
@@ -110,6 +110,6 @@ def _short(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-def tell(text: str) -> None:
+def report(text: str) -> None:
     """One line for the person at the terminal."""
     print(text, file=sys.stderr, flush=True)

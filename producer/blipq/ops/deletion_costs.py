@@ -57,7 +57,7 @@ class Pods:
         """Each pod's name and its present cost. Raises OSError."""
         more = {"labelSelector": self._selector, "limit": "500"}
         while True:
-            found = self._asked("GET", f"?{urllib.parse.urlencode(more)}")
+            found = self._call("GET", f"?{urllib.parse.urlencode(more)}")
             for pod in found["items"]:
                 about = pod["metadata"]
                 yield about["name"], (about.get("annotations") or {}).get(ANNOTATION)
@@ -68,9 +68,9 @@ class Pods:
 
     def write(self, name: str, cost: str) -> None:
         """Sets a pod's cost. Raises OSError."""
-        self._asked("PATCH", f"/{name}", {"metadata": {"annotations": {ANNOTATION: cost}}})
+        self._call("PATCH", f"/{name}", {"metadata": {"annotations": {ANNOTATION: cost}}})
 
-    def _asked(self, method: str, path: str, body: Any = None) -> Any:
+    def _call(self, method: str, path: str, body: Any = None) -> Any:
         request = urllib.request.Request(  # noqa: S310
             self._url + path,
             method=method,

@@ -1,6 +1,6 @@
 """How much memory Redis will take when as many jobs are kept as their times to live allow.
 
-A sample of the records says how large one is, how long it is kept, and since when they have come:
+A sample of the records gives their size, how long they are kept, and since when they have come:
 no count is kept for that, and a sample costs Redis the same however many there are.
 """
 

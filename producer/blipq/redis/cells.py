@@ -3,7 +3,7 @@
 A job with an idempotency key, or with an id that its caller chose, belongs to the cell that
 rendezvous hashing gives for that text: a cell that joins or leaves a list moves only its own share.
 Each list has a version. While an earlier list counts beside the newest, its cell is consulted
-first (see ``Cells.path``). An id that a client made says its cell itself.
+first (see ``Cells.path``). An id that a client made ends with its cell's name.
 """
 
 import hashlib
@@ -16,15 +16,15 @@ CELL_PATTERN = r"[a-z][a-z0-9]{0,15}"
 MOST_PLACES = 1024
 
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-_SAYS = re.compile(rf"(?P<bare>job_{_UUID})_(?P<cell>{CELL_PATTERN})")
+_WITH_CELL = re.compile(rf"(?P<bare>job_{_UUID})_(?P<cell>{CELL_PATTERN})")
 _CELL = re.compile(CELL_PATTERN)
 #: Before the next NAME= : hosts of sentinels have commas between them, too.
 _BETWEEN = re.compile(r"[\s,]+(?=[^\s,=:/@?]+=)")
 
 
 def cell_of(id: str) -> str | None:
-    """The cell that an id says, if it says one."""
-    match = _SAYS.fullmatch(id)
+    """The cell with which an id ends, if it does."""
+    match = _WITH_CELL.fullmatch(id)
     return match and match["cell"]
 
 
@@ -34,11 +34,11 @@ def is_clients(id: str) -> bool:
 
 
 def id_in(id: str, cell: str) -> str:
-    """An id that a client made, as one that says its cell; another one as it is."""
-    match = _SAYS.fullmatch(id)
+    """An id that a client made, with its cell at the end; another one as it is."""
+    match = _WITH_CELL.fullmatch(id)
     bare = match["bare"] if match else id
-    said = f"{bare}_{cell}"
-    return said if _SAYS.fullmatch(said) else id
+    placed = f"{bare}_{cell}"
+    return placed if _WITH_CELL.fullmatch(placed) else id
 
 
 def named_urls(value: object) -> object:
@@ -104,10 +104,10 @@ class Cells:
         return self.lists[-1][1]
 
     def likely(self, id: str) -> list[str]:
-        """Where a job is: the cell that its id says; else all, the likeliest first."""
-        said = cell_of(id)
-        if said is not None:
-            return [said]
+        """Where a job is: the cell in its id; else all, the likeliest first."""
+        named = cell_of(id)
+        if named is not None:
+            return [named]
         owners = [ranked(id, names)[0] for _, names in reversed(self.lists)]
         return list(dict.fromkeys([*owners, *self.names]))
 

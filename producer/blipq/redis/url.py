@@ -2,7 +2,7 @@
 
 ``redis://[USER:PASSWORD@]HOST[:PORT][/DB]``, ``rediss://`` for TLS, ``unix://[:PASSWORD@]/PATH``,
 and ``sentinel://`` or, for TLS, ``sentinels://`` (see ``sentinel``). Over TLS the certificate and
-the host's name are checked unless the query says otherwise. An error never repeats a part of a URL:
+the host's name are checked unless the query turns that off. An error never repeats a part of a URL:
 it may be a part of the password.
 """
 
@@ -77,7 +77,7 @@ class Tls:
 
     @classmethod
     def of(cls, query: Mapping[str, str]) -> "Tls":
-        """What a URL's query says. Raises ValueError."""
+        """The options of a URL's query. Raises ValueError."""
         required = query.get("ssl_cert_reqs", "required").lower().removeprefix("cert_")
         if required not in ("required", "none"):
             raise ValueError("ssl_cert_reqs is 'required' or 'none'")
@@ -235,7 +235,7 @@ def _tls_of(parts: Parts) -> Tls | None:
 
 
 def _check_options(parts: Parts) -> None:
-    """What is not passed on to both redis-py and Celery would be half heard."""
+    """Refuses options that only one of redis-py and Celery would apply."""
     known = ["db", "client_name"]
     if parts.scheme in ("rediss", "sentinels"):
         known += TLS_OPTIONS

@@ -12,7 +12,7 @@ _REDIRECTS = (301, 302, 307)
 def boto_client(service: Any, **options: Any) -> Any:
     """A client of a service, with AWS's own configuration where the options name none.
 
-    Raises S3Refused where that configuration cannot be right, whatever the service says, and
+    Raises S3Refused where that configuration cannot be right, whatever the service answers, and
     botocore's exceptions where credentials are not to be had.
     """
     import boto3
@@ -43,7 +43,7 @@ def _take_for_refusal(request_dict: Any, response: Any, **_: Any) -> None:
     """Lets a redirect that names no region, as a proxy's to https, be an error like another.
 
     S3 names the bucket's region where it redirects, and botocore goes there. For a redirect without
-    one botocore asks the bucket, whose answer is redirected too, until the stack overflows.
+    one botocore sends a HEAD to the bucket, which is redirected too, until the stack overflows.
     """
     if response is None or response[0].status_code not in _REDIRECTS:
         return

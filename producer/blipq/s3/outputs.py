@@ -78,7 +78,7 @@ def live_workers(operator: OperatorLedger) -> dict[str, dict[str, Any]]:
 
 
 def allowed_by(workers: Mapping[str, Mapping[str, Any]], model: str) -> Iterator[list[str]]:
-    """What each live worker of a model says that it may write. Older workers do not say."""
+    """Where each live worker of a model reports that it may write. Older workers do not."""
     for worker in workers.values():
         if model in worker.get("models", ()) and "outputs" in worker:
             yield worker["outputs"]

@@ -2,7 +2,7 @@
 
 The status does not say it: an expired token is a 400 as a malformed key is, a skewed clock is a 403
 as a closed bucket is. What the table does not know is judged by its status. Before it sends a
-request botocore may fetch credentials elsewhere: what is refused there says nothing of an object.
+request botocore may fetch credentials elsewhere: a refusal there is not about an object.
 """
 
 import re
@@ -20,8 +20,8 @@ class Refusal(StrEnum):
 
     PASSING = "passing"  # the store is busy or down, or two requests met
     FULL = "full"  # the store or a quota has no room until somebody makes some
-    EXPIRED = "expired"  # the asker's token or clock; credential chains renew tokens by themselves
-    ACCESS = "access"  # the asker's credentials or region: the request is not at fault
+    EXPIRED = "expired"  # the caller's token or clock; credential chains renew tokens by themselves
+    ACCESS = "access"  # the caller's credentials or region: the request is not at fault
     ACCOUNT = "account"  # the account is suspended, unpaid, or was never given this service
     MISSING = "missing"
     CHANGED = "changed"  # a condition of the request does not hold
@@ -73,7 +73,7 @@ _NAMED: Mapping[Refusal, str] = {
     Refusal.MISSING: "NoSuchKey NoSuchVersion NoSuchBucket NotFound",
     Refusal.CHANGED: "PreconditionFailed",
     Refusal.FORBIDDEN: "AccessDenied InvalidObjectState",
-    # S3 says InvalidRequest where an object needs its own key (SSE-C), which blipq never sends.
+    # S3 answers InvalidRequest where an object needs its own key (SSE-C), which blipq never sends.
     Refusal.ENCRYPTION: "InvalidRequest ResourceIsEncryptedWithCustomerEncryptionKey",
 }
 CODES: Mapping[str, Refusal] = {
@@ -113,7 +113,7 @@ _TODO = {
     Refusal.ACCESS: "S3 refuses: check keys, region and endpoint (BLIPQ_S3_*, or AWS's own)",
     Refusal.ACCOUNT: "S3 refuses the account: its owner must settle that with the provider",
 }
-#: Requests of botocore's credential chain. Who is refused there is the asker, whatever S3 would
+#: Requests of botocore's credential chain. A refusal there is about the caller, whatever S3 would
 #: have answered of the object.
 _CREDENTIALS = ("AssumeRole", "GetSessionToken", "GetRoleCredentials", "CreateOAuth2Token")
 #: ``(Code)`` as botocore has it, ``<Code>`` as S3 answers, or a quoted one.
@@ -121,7 +121,7 @@ _CODE = re.compile(r"""(?<=[(>"'])[A-Z][A-Za-z.]+(?=[)<"'])""")
 
 
 class S3Refused(InvalidRequest):
-    """S3 refuses, and would again; ``refusal`` says why."""
+    """S3 refuses, and would again; ``refusal`` is the reason."""
 
     def __init__(self, message: str, refusal: Refusal) -> None:
         super().__init__(message)
@@ -129,7 +129,7 @@ class S3Refused(InvalidRequest):
 
 
 class S3Unavailable(QueueUnavailable):
-    """S3 does not answer, or refuses for now; ``refusal`` says why."""
+    """S3 does not answer, or refuses for now; ``refusal`` is the reason."""
 
     def __init__(self, message: str, refusal: Refusal = Refusal.PASSING) -> None:
         super().__init__(message)

@@ -36,7 +36,7 @@ MAX_UPLOAD_BYTES = 64 * 2**20
 #: Of what is taken for a path an error repeats so many characters: it may be a whole data: URL.
 LONGEST_SHOWN = 200
 
-#: Nothing is there: what matters is whether S3 lets us ask.
+#: Nothing is there: what matters is whether S3 accepts the request.
 ACCESS_KEY = "blipq-access"
 #: What HEAD answers where GET would say why.
 _WORDLESS = (400, 403)
@@ -218,7 +218,7 @@ class Storage:
         return found is not None
 
     def head(self, bucket: str, key: str, version_id: str | None = None) -> Any | None:
-        """What HEAD says of an object, or None if it is not there."""
+        """The reply to a HEAD of an object, or None if it is not there."""
         which: Any = {"Bucket": bucket, "Key": key}
         if version_id:
             which["VersionId"] = version_id
@@ -232,8 +232,8 @@ class Storage:
     def _found(self, head: Callable[[], Any], why: Callable[[], object]) -> Any | None:
         """The answer to a HEAD, or None if nothing is there.
 
-        A refused HEAD has no body that says why, so a request that has one asks the same. If that
-        one is taken, the refusal has passed.
+        The reply to a refused HEAD has no body with the reason, so a GET is sent for it. If that is
+        accepted, the refusal has passed.
         """
         from botocore.exceptions import ClientError
 
@@ -257,7 +257,7 @@ class Storage:
     def refused_access(self) -> str | None:
         """Why S3 does not take our credentials, or None where it does.
 
-        Whatever it says of an object that is not there, it has taken the signature. Raises
+        Whatever it answers about an object that is not there, it has taken the signature. Raises
         QueueUnavailable where it does not answer.
         """
         try:
@@ -272,10 +272,10 @@ class Storage:
 
 
 def _differs(found: Any, data: bytes) -> bool:
-    """Whether an object has other bytes, as far as HEAD says.
+    """Whether an object has other bytes, as far as HEAD shows.
 
-    The ETag is their MD5, except where an object was written in parts (it has a dash, and says
-    nothing) or KMS encrypts it (it is written once more than need be).
+    The ETag is their MD5, except where an object was written in parts (the ETag has a dash, and is
+    not compared) or KMS encrypts it (it is written once more than need be).
     """
     if found["ContentLength"] != len(data):
         return True

@@ -70,7 +70,7 @@ _NAT64 = IPv6Network("64:ff9b::/96")
 
 
 class Forbidden(ValueError):
-    """A URL that may not be connected to; the message says why."""
+    """A URL that may not be connected to; the message has the reason."""
 
 
 class Unresolved(OSError):
@@ -96,7 +96,7 @@ class Target:
 
     @property
     def authority(self) -> str:
-        """What the Host header says."""
+        """The value of the Host header."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
@@ -173,7 +173,7 @@ class Policy:
         object.__setattr__(self, "_networks", tuple(filter(None, networks.values())))
 
     def check(self, url: str) -> Target:
-        """The URL's parts; Forbidden if the text alone says that it may not be connected to."""
+        """The URL's parts; Forbidden if the text alone shows that it may not be connected to."""
         target = parse(url)
         if self._lists_host(target):
             return target

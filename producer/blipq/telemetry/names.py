@@ -37,7 +37,7 @@ Attributes = dict[str, str | int | float | bool]
 
 
 def of_message(name: str, operation: Operation, queue: str, id: str, kind: str) -> Attributes:
-    """What a span about a job's message says; its id is the job's."""
+    """The attributes of a span about a job's message, whose id is the job's."""
     return {
         SYSTEM: "blipq",
         OPERATION: name,

@@ -50,8 +50,8 @@ class Span(Trace):
         span = self._tracer.start_span(name, below, attributes=attributes, start_time=since_ns)
         return Span(self._tracer, span)
 
-    def say(self, attributes: Mapping[str, Any]) -> None:
-        """See ``Trace.say``."""
+    def set_attributes(self, attributes: Mapping[str, Any]) -> None:
+        """See ``Trace.set_attributes``."""
         self._span.set_attributes(attributes)
 
     def link(self, context: str) -> None:

@@ -39,7 +39,7 @@ class Trace:
         """Begins a span below this one; ``since_ns`` (of the epoch) where it began earlier."""
         return self
 
-    def say(self, attributes: Mapping[str, Any]) -> None:
+    def set_attributes(self, attributes: Mapping[str, Any]) -> None:
         """Adds attributes."""
 
     def link(self, context: str) -> None:

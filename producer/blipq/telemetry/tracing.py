@@ -34,7 +34,7 @@ def begun(
 ) -> Trace:
     """Begins a span below a ``traceparent``, or a trace of its own; the caller ends it.
 
-    No span is made below a parent that is not sampled, or where the sampler says no.
+    No span is made below a parent that is not sampled, or where the sampler drops it.
     """
     parent = parsed(parent)
     if parent and not is_sampled(parent):
@@ -89,18 +89,19 @@ class _Process:
 
     def __init__(self, service: str = "blipq") -> None:
         self.service = service
+        # Two tracers would be two exporting threads. Once read, spans begin without the lock.
         self._lock = threading.Lock()
         self._is_read = False
         self._own: Tracer | None = None
         self._of_application: tuple[Any, Tracer] | None = None
 
     def read(self) -> "Tracer | None":
-        """The tracer that the environment asks for."""
+        """The tracer that the environment configures."""
         if not self._is_read:
             with self._lock:
                 if not self._is_read:
                     self._own = _configured(self.service)
-                    self._is_read = True
+                    self._is_read = True  # last: others return ``_own`` as soon as they see it
         return self._own
 
     def of_application(self, api: Any) -> "Tracer | None":
@@ -140,7 +141,7 @@ def _tracer() -> "Tracer | None":
 
 
 def _configured(service: str) -> "Tracer | None":
-    """What the environment asks for; a fault in it is logged, and costs the traces alone."""
+    """The tracer of the environment; a fault in it is logged, and turns off the traces alone."""
     if not _is_wanted():
         return None
     try:

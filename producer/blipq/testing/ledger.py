@@ -48,14 +48,14 @@ class _Record:
 
     @property
     def erased(self) -> Erased:
-        """What an erasure is told of it."""
-        asked, output = self.submission.request, self.submission.options.output
-        uri = None if asked.image is None else asked.image.uri
-        index = asked.index if isinstance(asked, EmbedRequest) else None
+        """What an erasure needs of it."""
+        request, output = self.submission.request, self.submission.options.output
+        uri = None if request.image is None else request.image.uri
+        index = request.index if isinstance(request, EmbedRequest) else None
         entry = None if index is None else (index.name, index.id or uri or "")
         info = self.info
-        is_part = asked.image is not None and asked.image.is_part
-        is_explained = isinstance(asked, MatchRequest) and asked.explain
+        is_part = request.image is not None and request.image.is_part
+        is_explained = isinstance(request, MatchRequest) and request.explain
         heat_map = heat_map_place(output) if output and is_explained else None
         return Erased(
             info.id, info.status, uri, output, None, entry, 0, info.tenant, is_part, heat_map
@@ -101,6 +101,7 @@ class Jobs:
         self._paused: set[str] = set()
         self._limits: dict[str, tuple[int | None, float | None]] = {}
         self._used_until: dict[str, float] = {}  # by tenant: see ``used_until`` of the scripts
+        # Stands for Redis, which runs one script at a time. Reentrant: methods call each other.
         self._lock = threading.RLock()
 
     def submissions(self) -> list[Submission]:
@@ -155,7 +156,7 @@ class Jobs:
                 del self._limits[tenant]
 
     def _limit_met(self, tenant: str) -> str | None:
-        """Which limit of a tenant is met, as the script says it; if none is, its rate is used."""
+        """Which limit of a tenant is met, in the script's form; if none is, its rate is used."""
         none = self._limits.get(codec.ALL_OTHERS, (None, None))
         open_jobs, rate = self._limits.get(tenant, none)
         has = sum(info.tenant == tenant and not info.ended for info in self.infos())
@@ -224,14 +225,14 @@ class Jobs:
         with self._lock:
             known = [self._records[id] for id in ids if self.read(id) is not None]
             found = [each for each in known if each.info.ended or not only_ended]
-            told = [record.erased for record in found]
+            erased = [record.erased for record in found]
             for record in found:
                 if not record.info.ended:
                     self._end(record, Status.CANCELLED)
                 if erase:
                     self._ids.pop(codec.scoped_key(record.submission) or "", None)
                     del self._records[record.info.id]
-            return told
+            return erased
 
     def named(self, uris: Sequence[str]) -> set[str]:
         """Which of these images open jobs name."""

@@ -96,9 +96,9 @@ class AsyncNotifier:
         if self._subscribers.listen(channels, inbox):
             self._wake_up()
 
-    def hearing_since(self, inbox: AsyncInbox) -> float | None:
+    def subscribed_since(self, inbox: AsyncInbox) -> float | None:
         """Since when an inbox misses no end of a job (monotonic); None while it may."""
-        return self._subscribers.hearing_since(inbox)
+        return self._subscribers.subscribed_since(inbox)
 
     def put(self, id: str) -> None:
         """Wakes those who wait for a job."""

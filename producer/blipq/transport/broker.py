@@ -35,7 +35,7 @@ _Batch = tuple["Future[None]", list[Message]]
 
 #: A publish that takes longer is left to the reconciler: the job is recorded already.
 PUBLISH_TIMEOUT_S = 1.0
-TELL_EVERY_S = 60.0
+WARN_EVERY_S = 60.0
 
 REDIS_TRANSPORT = {
     "ack_emulation": False,
@@ -159,6 +159,7 @@ class Broker:
     @cached_property
     def _outgoing(self) -> "SimpleQueue[_Batch | None]":
         """What the publishing thread takes. It is a daemon: a hanging broker holds no exit up."""
+        # Of two threads that come first together each may make one: both are read to their ends.
         outgoing: SimpleQueue[_Batch | None] = SimpleQueue()
         target, args = self._publish_from, (outgoing,)
         threading.Thread(target=target, args=args, name="blipq-publish", daemon=True).start()
@@ -194,7 +195,7 @@ class Broker:
         except FutureTimeout:  # it is sent all the same; twice does no harm
             return False
         except Exception as error:
-            self.tell(error)
+            self.warn(error)
             return False
         return True
 
@@ -211,10 +212,10 @@ class Broker:
             sent.set_exception(error)
         return sent
 
-    def tell(self, error: BaseException) -> None:
+    def warn(self, error: BaseException) -> None:
         """Logs why messages were not taken, once a minute: it may be the same for each."""
         if time.monotonic() >= self._silent_until:
-            self._silent_until = time.monotonic() + TELL_EVERY_S
+            self._silent_until = time.monotonic() + WARN_EVERY_S
             why = redacted(f"{type(error).__name__}: {error}", self.settings.secrets)
             log.warning("the broker does not take messages, workers publish them later: %s", why)
 

@@ -34,13 +34,13 @@ class CellsBroker(Broker):
         return all(taken)
 
     def send(self, messages: list[Message]) -> "Future[None]":
-        """Hands messages to the brokers' threads; the future tells when all have theirs."""
+        """Hands messages to the brokers' threads; the future is done when all have theirs."""
         groups = self._groups(messages)
         sent: Future[None] = Future()
         if not groups:
             sent.set_result(None)
         left = set(groups)
-        lock = threading.Lock()
+        lock = threading.Lock()  # the brokers' threads end in any order, two of them at once
 
         def done(cell: str, error: BaseException | None) -> None:
             with lock, suppress(InvalidStateError):  # it has failed before, or nobody waits
@@ -71,7 +71,7 @@ class CellsBroker(Broker):
 
 
 def _by_cell(cells: Cells, ids: Iterable[str]) -> dict[str, list[str]]:
-    """In which cells to listen for which jobs: in all for one whose id says none."""
+    """In which cells to listen for which jobs: in all for one whose id has none."""
     found: dict[str, list[str]] = {}
     for id in ids:
         for cell in cells.likely(id):
@@ -104,8 +104,8 @@ class AsyncCellsInbox(AsyncInbox):
         self.parts: dict[str, Any] = {}
 
 
-def _hearing_since(notifiers: Mapping[str, Any], inbox: Any) -> float | None:
-    times = [notifiers[cell].hearing_since(part) for cell, part in inbox.parts.items()]
+def _subscribed_since(notifiers: Mapping[str, Any], inbox: Any) -> float | None:
+    times = [notifiers[cell].subscribed_since(part) for cell, part in inbox.parts.items()]
     return None if None in times else max(times, default=None)
 
 
@@ -116,7 +116,7 @@ class CellsNotifier(Notifier):
         self._cells = cells
         self._make = make
         self._notifiers: dict[str, Notifier] = {}
-        self._making = threading.Lock()
+        self._making = threading.Lock()  # a second notifier of a cell would stay open unseen
 
     def __len__(self) -> int:
         return sum(map(len, list(self._notifiers.values())))
@@ -144,9 +144,9 @@ class CellsNotifier(Notifier):
         for cell, part in inbox.parts.items():
             self._of(cell).listen(part, channels)
 
-    def hearing_since(self, inbox: Inbox) -> float | None:
+    def subscribed_since(self, inbox: Inbox) -> float | None:
         """Since when an inbox misses no end of a job (monotonic); None while it may."""
-        return _hearing_since(self._notifiers, inbox)
+        return _subscribed_since(self._notifiers, inbox)
 
     def put(self, id: str) -> None:
         """Wakes those who wait for a job."""
@@ -194,9 +194,9 @@ class AsyncCellsNotifier(AsyncNotifier):
         for cell, part in inbox.parts.items():
             self._of(cell).listen(part, channels)
 
-    def hearing_since(self, inbox: AsyncInbox) -> float | None:
+    def subscribed_since(self, inbox: AsyncInbox) -> float | None:
         """Since when an inbox misses no end of a job (monotonic); None while it may."""
-        return _hearing_since(self._notifiers, inbox)
+        return _subscribed_since(self._notifiers, inbox)
 
     def put(self, id: str) -> None:
         """Wakes those who wait for a job."""

@@ -58,7 +58,7 @@ class Subscribers:
         self.channels = Counter({own_channel: 1})
         self._own_channel = own_channel
         self._waiting: dict[str, list[Any]] = {}
-        self._heard_since: dict[str, float] = {}
+        self._subscribed_since: dict[str, float] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -87,34 +87,36 @@ class Subscribers:
         left = [channel for channel in inbox.channels if not self.channels[channel]]
         self.channels = +self.channels
         for channel in left:
-            self._heard_since.pop(channel, None)
+            self._subscribed_since.pop(channel, None)
         return left
 
     def confirm(self, channel: str) -> None:
-        """A channel is heard from now on."""
-        if channel in self._heard_since:  # redis-py has connected again: something may be missed
+        """A channel is subscribed from now on."""
+        if (
+            channel in self._subscribed_since
+        ):  # redis-py has connected again: something may be missed
             self._wake()
         if self.channels[channel]:
-            self._heard_since[channel] = time.monotonic()
+            self._subscribed_since[channel] = time.monotonic()
 
     def silence(self) -> None:
         """The subscription has ended."""
-        if self._heard_since:
-            self._heard_since.clear()
+        if self._subscribed_since:
+            self._subscribed_since.clear()
             self._wake()
 
     def _wake(self) -> None:
-        """Has all waiters read since when their channels are heard."""
+        """Has all waiters read since when their channels are subscribed."""
         inboxes = {id(each): each for waiting in self._waiting.values() for each in waiting}
         for inbox in inboxes.values():
             inbox.put(NO_JOB)
 
-    def hearing_since(self, inbox: Any) -> float | None:
+    def subscribed_since(self, inbox: Any) -> float | None:
         """Since when an inbox misses no end of a job (monotonic); None while it may."""
         channels = (self._own_channel, *inbox.channels)
-        if not all(channel in self._heard_since for channel in channels):
+        if not all(channel in self._subscribed_since for channel in channels):
             return None
-        return max(self._heard_since[channel] for channel in channels)
+        return max(self._subscribed_since[channel] for channel in channels)
 
     def put(self, id: str) -> None:
         """Wakes all who wait for a job."""
@@ -150,7 +152,7 @@ class Outage:
         self._failures = 0
         if self._logged:
             self._logged = False
-            log.info("notifications are heard again")
+            log.info("notifications are received again")
 
     def _is_silent(self) -> bool:
         return time.monotonic() < self._silent_until
@@ -161,11 +163,12 @@ class Notifier:
 
     The subscription is that thread's alone: while redis-py connects again, a second thread's
     ``subscribe`` would meet a connection that is half made, and read answers that are not its own.
-    Others say what they want to hear, and wake it.
+    Others note the channels that they need, and wake it.
     """
 
     def __init__(self, connect: Callable[[], "redis.Redis"], own_channel: str) -> None:
         self._connect = connect
+        # Of the subscribers and the thread: waiters come and go while it notifies others.
         self._lock = threading.Lock()
         self._subscribers = Subscribers(own_channel)
         self._closed = threading.Event()
@@ -198,10 +201,10 @@ class Notifier:
             if self._subscribers.listen(channels, inbox):
                 self._wake_up()
 
-    def hearing_since(self, inbox: Inbox) -> float | None:
+    def subscribed_since(self, inbox: Inbox) -> float | None:
         """Since when an inbox misses no end of a job (monotonic); None while it may."""
         with self._lock:
-            return self._subscribers.hearing_since(inbox)
+            return self._subscribers.subscribed_since(inbox)
 
     def put(self, id: str) -> None:
         """Wakes those who wait for a job."""
@@ -209,7 +212,7 @@ class Notifier:
             self._subscribers.put(id)
 
     def close(self) -> None:
-        self._closed.set()
+        self._closed.set()  # before it is woken, or it would go back to waiting
         with self._lock:
             self._wake_up()
         if self._thread is not None:

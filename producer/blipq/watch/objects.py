@@ -39,8 +39,8 @@ class Upload:
     def identity(self) -> str:
         """The same for every event, listing and backfill that finds this version.
 
-        Listings know no version ids, so it is made of what they and HEAD both have. The time tells
-        the same bytes apart that were put there, replaced, and put there again.
+        Listings have no version ids, so it is made of what they and HEAD both have. The time is in
+        it because the same bytes may be put there, replaced, and put there again.
         """
         parts = [self.bucket, self.key, self.etag, int(self.modified.timestamp())]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

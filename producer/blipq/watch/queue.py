@@ -64,7 +64,7 @@ class Queue:
 
     @cached_property
     def client(self) -> "SQSClient":
-        """The boto3 client. The queue's URL says where SQS is."""
+        """The boto3 client. The address of SQS is in the queue's URL."""
         from botocore.config import Config
 
         place = urlsplit(self.url)

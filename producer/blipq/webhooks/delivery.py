@@ -26,7 +26,7 @@ Verdict = Literal["delivered", "retry", "dead", "stop", "defer"]
 
 
 def webhook_id(event: str) -> str:
-    """The id that a receiver tells repetitions by: the same for an event, however often sent.
+    """The id by which a receiver recognizes repetitions: the same however often an event is sent.
 
     A digest, because the id of a job may hold characters that no header may.
     """

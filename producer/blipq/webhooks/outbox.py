@@ -41,7 +41,7 @@ class Event:
 
     @property
     def webhook_id(self) -> str:
-        """What receivers tell repetitions by."""
+        """The id by which receivers recognize repetitions."""
         return webhook_id(self.name)
 
 

@@ -244,7 +244,7 @@ class Sender:
                     headers["traceparent"] = span.context
                 url = event.record["url"]
                 answer = await post(self._http, url, headers, body, visit=visit)
-                span.say({names.OUTCOME: answer.outcome})
+                span.set_attributes({names.OUTCOME: answer.outcome})
                 return answer
 
     def _most_of_an_address(self, host: str) -> int:
@@ -369,10 +369,10 @@ def run(
     """
     set_up_logging()
     tracing.start("blipq-webhooks")
-    asyncio.run(_until_told(settings, metrics_port, metrics_host))
+    asyncio.run(_until_stopped(settings, metrics_port, metrics_host))
 
 
-async def _until_told(settings: Settings, metrics_port: int | None, metrics_host: str) -> None:
+async def _until_stopped(settings: Settings, metrics_port: int | None, metrics_host: str) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

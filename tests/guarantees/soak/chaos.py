@@ -105,7 +105,7 @@ class Chaos:
         calm, quiet, stop = threading.Event(), threading.Event(), threading.Event()
         supervisor.RESTARTS = Backoff(1.0, 1.0)  # a day's trouble in minutes
         keep = threading.Thread(
-            target=supervisor.supervise, args=(workers, stop), kwargs={"tell": self._say}
+            target=supervisor.supervise, args=(workers, stop), kwargs={"report": self._say}
         )
         trouble = threading.Thread(target=self._make_trouble, args=(workers, calm, quiet, stop))
         keep.start()

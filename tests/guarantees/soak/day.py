@@ -257,7 +257,7 @@ class Day:
             services = self._started()
             kept = [service for name, service in services.items() if name not in ("redis", "s3")]
             keep = threading.Thread(
-                target=supervisor.supervise, args=(kept, self.stop), kwargs={"tell": say}
+                target=supervisor.supervise, args=(kept, self.stop), kwargs={"report": say}
             )
             keep.start()
             closing.callback(keep.join)

@@ -78,7 +78,7 @@ options = {{ output = "s3://{BUCKET}/results/{{key}}.json" }}
         stop = threading.Event()
         try:
             services = [self.watch, *self._workers()]
-            options = {"tell": lambda text: None}
+            options = {"report": lambda text: None}
             thread = threading.Thread(
                 target=supervisor.supervise, args=(services, stop), kwargs=options
             )

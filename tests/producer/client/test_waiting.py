@@ -25,11 +25,11 @@ def ids(count: int) -> list[str]:
 
 def test_what_had_no_room_in_an_answer_is_polled_again_at_once() -> None:
     waiting = Waiting(["a", "b", "c"], timeout=60)
-    due = waiting.due(hearing_since=time.monotonic())
+    due = waiting.due(subscribed_since=time.monotonic())
     found = ended("a")
     waiting.polled(due, Polled(found.ended, set(), {}, 60.0, frozenset(["c"])))
     assert waiting.pause() == 0
-    assert waiting.due(hearing_since=time.monotonic() - 1) == ["c"]
+    assert waiting.due(subscribed_since=time.monotonic() - 1) == ["c"]
 
 
 def test_every_job_is_polled_once_without_a_pause() -> None:

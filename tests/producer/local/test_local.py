@@ -285,12 +285,12 @@ def test_a_service_that_keeps_dying_is_started_again_and_told(
     service, stop, told = supervised("raise SystemExit(3)"), threading.Event(), []
     service.start()
 
-    def tell(text: str) -> None:
+    def report(text: str) -> None:
         told.append(text)
         if "started again" in text:
             stop.set()
 
-    assert supervise([service], stop, tell=tell) == 0
+    assert supervise([service], stop, report=report) == 0
     assert "child ended with 3" in told or "child was started again" in told[0]
     service.stop()
 
@@ -300,7 +300,7 @@ def test_a_service_that_must_not_start_again_ends_the_supervision(
 ) -> None:
     service = supervised("raise SystemExit(78)")
     service.start()
-    assert supervise([service], threading.Event(), tell=str, give_up_on=(78,)) == 78
+    assert supervise([service], threading.Event(), report=str, give_up_on=(78,)) == 78
 
 
 def test_services_may_be_given_up_one_by_one() -> None:
@@ -308,18 +308,18 @@ def test_services_may_be_given_up_one_by_one() -> None:
     gone = Service("bad", [sys.executable, "-c", "raise SystemExit(78)"])
     stop, told = threading.Event(), []
 
-    def tell(text: str) -> None:
+    def report(text: str) -> None:
         told.append(text)
         stop.set()
 
     gone.start()
-    assert supervise([gone], stop, tell=tell, give_up_on=(78,), one_by_one=True) == 78
+    assert supervise([gone], stop, report=report, give_up_on=(78,), one_by_one=True) == 78
     assert not told, "nobody is left"
     go_on = Service("well", [sys.executable, "-c", "import time; time.sleep(60)"])
     go_on.start()
     try:
         services = [gone, go_on]
-        assert supervise(services, stop, tell=tell, give_up_on=(78,), one_by_one=True) == 0
+        assert supervise(services, stop, report=report, give_up_on=(78,), one_by_one=True) == 0
         assert told == ["bad ended with 78, and is not started again"]
         assert go_on.pid is not None
     finally:
@@ -357,7 +357,7 @@ def test_how_a_service_of_such_a_process_ended_is_known_all_the_same(
 ) -> None:
     service = supervised("raise SystemExit(78)")
     service.start()
-    done = supervise([service], threading.Event(), tell=str, give_up_on=(78,), reaps=True)
+    done = supervise([service], threading.Event(), report=str, give_up_on=(78,), reaps=True)
     assert done == 78
 
 

@@ -80,7 +80,7 @@ def test_a_worker_runs_the_doctors_job_end_to_end(tiny_worker: Settings, stack: 
 def test_the_canary_says_what_it_asked_and_got(settings: Settings) -> None:
     canary = found(settings, canary=True)["canary"]
     assert canary.state == "ok"
-    assert "of a red square it says 'a red square in the center'" in canary.message
+    assert "the caption of a red square is 'a red square in the center'" in canary.message
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_an_outage_is_one_warning_and_one_line_at_its_end(
     first, last = caplog.records
     assert (first.levelname, last.levelname) == ("WARNING", "INFO")
     assert str(error) in first.getMessage()
-    assert "heard again" in last.getMessage()
+    assert "received again" in last.getMessage()
 
 
 def test_outages_that_follow_each_other_are_told_once_a_minute(
@@ -170,13 +170,13 @@ def test_who_waits_knows_since_when_all_channels_are_heard(
     notifier: Notifier, raw_redis: "redis.Redis"
 ) -> None:
     with notifier.watch(["job_1"]) as inbox:
-        assert notifier.hearing_since(inbox) is None
-        wait_until(lambda: notifier.hearing_since(inbox), "the subscription")
-        first = notifier.hearing_since(inbox)
+        assert notifier.subscribed_since(inbox) is None
+        wait_until(lambda: notifier.subscribed_since(inbox), "the subscription")
+        first = notifier.subscribed_since(inbox)
         notifier.listen(inbox, [FOREIGN])
-        assert notifier.hearing_since(inbox) is None
-        wait_until(lambda: notifier.hearing_since(inbox), "the other channel")
-        assert notifier.hearing_since(inbox) > first
+        assert notifier.subscribed_since(inbox) is None
+        wait_until(lambda: notifier.subscribed_since(inbox), "the other channel")
+        assert notifier.subscribed_since(inbox) > first
 
 
 def test_a_dropped_connection_wakes_who_waits_and_counts_anew(
@@ -184,12 +184,12 @@ def test_a_dropped_connection_wakes_who_waits_and_counts_anew(
 ) -> None:
     """What ended meanwhile was told to nobody: it is polled for at once."""
     with notifier.watch(["job_1"]) as inbox:
-        wait_until(lambda: notifier.hearing_since(inbox), "the subscription")
+        wait_until(lambda: notifier.subscribed_since(inbox), "the subscription")
         before = time.monotonic()
         raw_redis.client_kill_filter(_type="pubsub")
         assert inbox.take(30) == []
         assert time.monotonic() < before + 20
-        wait_until(lambda: (notifier.hearing_since(inbox) or 0) > before, "another subscription")
+        wait_until(lambda: (notifier.subscribed_since(inbox) or 0) > before, "another subscription")
 
 
 def test_nobody_is_remembered_after_the_wait(notifier: Notifier) -> None:

@@ -222,7 +222,7 @@ def test_an_engine_that_ends_says_why(served: Served) -> None:
         score(ask(client))
         served.stop()
         wait_until(lambda: heard, "the end of the engine")
-        assert heard == ["the engine says goodbye: the engine ends"]
+        assert heard == ["the engine closed the connection: the engine ends"]
 
 
 def test_an_array_of_any_shape_is_sent_whole(served: Served) -> None:
@@ -252,7 +252,7 @@ def test_the_front_hears_why_it_was_cut_also_where_it_is_sending(served: Served)
         for each in threads:
             each.result(20)
         wait_until(lambda: heard, "the end")
-        assert heard == ["the engine says goodbye: a test"]
+        assert heard == ["the engine closed the connection: a test"]
 
 
 def test_half_a_message_ends_its_connection(

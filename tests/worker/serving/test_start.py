@@ -118,7 +118,7 @@ def _with_a_text_for_a_number(folder: Path) -> None:
     [
         (
             _another_shape,
-            "query_tokens has the shape (1, 64, 64), and config.json says (1, 32, 64)",
+            "query_tokens has the shape (1, 64, 64), and config.json has (1, 32, 64)",
         ),
         (_with_a_mark, "config.json is unreadable: Unexpected UTF-8 BOM"),
         (_with_a_lie, "model 'default'"),

@@ -55,11 +55,11 @@ class Run(Protocol[ItemIn, AnswerOut]):
     def __call__(
         self, key: Hashable, items: Sequence[ItemIn], wanted: Callable[[int], bool]
     ) -> Sequence[AnswerOut]:
-        """One answer per item, in order. ``wanted(i)`` says whether anyone waits for item ``i``."""
+        """One answer per item, in order. ``wanted(i)`` is whether anyone waits for item ``i``."""
 
 
 class Judge(Protocol):
-    """Hears how items fare, on the batcher's thread, and says whether to go on."""
+    """Receives the outcomes of items, on the batcher's thread, and decides whether to go on."""
 
     def failed(self, key: Hashable, item: Any, error: Exception) -> None:
         """Items of a key failed; ``item``: the one that failed alone, or None. May not return."""
@@ -110,6 +110,7 @@ class Sleep:
     def wait(self, timeout_s: float | None) -> None:
         """Until ``wake``."""
         self._woken.wait(timeout_s)
+        # A wake just before this is not lost: the thread looks for work after each wait.
         self._woken.clear()
 
     def wake(self) -> None:

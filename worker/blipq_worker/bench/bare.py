@@ -169,7 +169,7 @@ def main(folder: str, jobs: str, processes: str, *names: str) -> None:
             for share in shares
         ]
         errors = [error for each in found if (error := each.exception()) is not None]
-        # That the others waited in vain says less than why.
+        # A broken barrier only follows from another process' error, which is raised first.
         for error in sorted(errors, key=lambda each: isinstance(each, BrokenBarrierError)):
             raise error
         by_process = [each.result() for each in found]

@@ -25,7 +25,7 @@ RUN_TIMEOUT_S = 900.0
 
 
 class BenchError(BlipqError):
-    """The benchmark cannot go on; the message says why."""
+    """The benchmark cannot go on; the message has the reason."""
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def one_line(text: str) -> str:
 
 
 class ModelError(BlipqError):
-    """A served model cannot be loaded; the message says on one line what to do."""
+    """A served model cannot be loaded; the message is one line with the remedy."""
 
     def __init__(self, text: str) -> None:
         super().__init__(one_line(text))

@@ -19,7 +19,7 @@ NEEDED = ("torch", "transformers", "PIL")
 
 
 class Asked(StrEnum):
-    """What jobs ask in a benchmark."""
+    """The request of a benchmark's jobs."""
 
     DEFAULT = "default"
     GREEDY = "greedy-20"

@@ -109,7 +109,7 @@ def record_golden(
         typer.Option("--accept", help="Record it although it is another model, or not compared."),
     ] = False,
 ) -> None:
-    """Record what a model says at its check, for workers to be held against (BLIPQ_GOLDENS).
+    """Record a model's answers to the canary, for later checks of it (BLIPQ_GOLDENS).
 
     Do it where the model is known to be well: quantized and damaged copies are measured by it.
     Where BLIPQ_MODELS serves another model, or --against names one, both are compared first (see

@@ -56,12 +56,12 @@ def recent(
     cases: list[Case] = []
     skipped: list[Skipped] = []
     for id in islice(_ids(ledger, model), most):
-        asked = ledger.request(id)
-        if asked is None:
+        request = ledger.request(id)
+        if request is None:
             skipped.append(Skipped(id, "its record is gone"))
             continue
         try:
-            cases.append(Case(id, replayable(request_adapter.validate_python(asked))))
+            cases.append(Case(id, replayable(request_adapter.validate_python(request))))
         except ValidationError as error:  # of a version that knew other requests
             skipped.append(Skipped(id, explain(error, Request)))
     return cases, skipped

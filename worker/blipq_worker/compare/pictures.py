@@ -71,7 +71,7 @@ class Pictures:
 
 @contextmanager
 def kept_on_disk(folder: object) -> Iterator[None]:
-    """OSError as InvalidRequest, which says what to do."""
+    """OSError as InvalidRequest, whose message has the remedy."""
     try:
         yield
     except OSError as error:

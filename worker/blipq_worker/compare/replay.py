@@ -1,4 +1,4 @@
-"""What a model makes of a case: its answer, and numbers that tell more than the answer does.
+"""A model's answer to a case, and numbers that show more than the answer does.
 
 Texts change long after the numbers behind them, and most jobs touch a part of the model only. So
 every picture is also held against the whole of it: what the language model reads of it, how likely
@@ -187,10 +187,10 @@ def _probe(model: Blip2, pixels: Pixels | None, found: _Found, texts: Sequence[s
     """Holds a picture against all parts of the model."""
     assert pixels is not None
     prompt = model.info.default_prompt
-    asked = RankItem(pixels, (prompt,), (*TEXTS, *_scored(model, prompt, texts)))
-    ((look,),) = model.generator.seen([asked])
+    rank = RankItem(pixels, (prompt,), (*TEXTS, *_scored(model, prompt, texts)))
+    ((look,),) = model.generator.seen([rank])
     found.add(READ, look[None].float().cpu())
-    found.add(LIKELIHOODS, model.rank([asked]))
+    found.add(LIKELIHOODS, model.rank([rank]))
     if not model.info.has_retrieval:
         return
     for item in (

@@ -7,7 +7,7 @@ from blipq_worker.catalog.models import KNOWN_MODELS, VARIANTS, served_model
 from blipq_worker.conversion.contents import ConversionError
 from blipq_worker.inference.requests import Family
 
-#: How names of weights begin that tell the kind of a model, first those that are not converted.
+#: Prefixes of weights' names that show the kind of a model, first those that are not converted.
 _FOREIGN = {
     "llm_": "InstructBLIP's or X-InstructBLIP's, with a Llama, which is not converted",
     "visual_encoder.transformer.": "one with CLIP's ViT-L as its tower, which is not converted",

@@ -17,7 +17,7 @@ _SECONDS, _BYTES_PER_SECOND = 120.0, 10e6
 
 
 class ConversionError(BlipqError):
-    """A checkpoint cannot be converted; the message says on one line why, and what to do."""
+    """A checkpoint cannot be converted; the message is one line with the reason and the remedy."""
 
     def __init__(self, text: str) -> None:
         super().__init__(one_line(text))

@@ -1,4 +1,4 @@
-"""The files beside the weights: the base's, fitted to what the LAVIS file says."""
+"""The files beside the weights: the base's, adapted to the LAVIS file."""
 
 import copy
 import json

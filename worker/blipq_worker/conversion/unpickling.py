@@ -89,7 +89,7 @@ def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _plain(config: Any) -> dict[str, str | int | float]:
-    """What LAVIS's configuration says of the model, as far as it is texts and numbers."""
+    """The model's part of LAVIS's configuration, as far as it is texts and numbers."""
     model = config.get("model") if isinstance(config, Mapping) else None
     return {
         name: each

@@ -123,7 +123,7 @@ def check(weights: Weights, room: Room, where: str) -> None:
         shape, needed = tuple(own[wrong[0]].shape), room.shapes[wrong[0]]
         raise ConversionError(
             f"{where} do not belong together: {wrong[0]} has the shape {shape}, where the base's "
-            f"configuration says {needed} ({len(wrong)} such weights); name another base (--base)"
+            f"configuration has {needed} ({len(wrong)} such weights); name another base (--base)"
         )
 
 

@@ -29,20 +29,20 @@ def progress() -> Progress:
     )
 
 
-def tell(text: str) -> None:
+def print_line(text: str) -> None:
     """One line for the person at the terminal."""
     errors.print(text, style="dim", markup=False)
 
 
-def tell_error(error: Exception, as_json: bool) -> None:
-    """Says why there is no result."""
+def print_error(error: Exception, as_json: bool) -> None:
+    """Prints why there is no result."""
     if as_json:
         print(json.dumps({"error": type(error).__name__, "message": str(error)}))
     else:
         errors.print(f"blipq demo: {error}", style="red", markup=False)
 
 
-def tell_result(run: Run, options: Options) -> None:
+def print_result(run: Run, options: Options) -> None:
     """Prints the outcome: one line of JSON, or a table and a sentence."""
     report = options.report.absolute()
     if options.as_json:

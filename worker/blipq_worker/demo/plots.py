@@ -109,7 +109,7 @@ def throughput_plot(ended_after: Sequence[float]) -> Throughput | None:
 
 
 def stage_plot(answers: Sequence[Answered]) -> Stages:
-    """The plot of the stages that the receipts tell of."""
+    """The plot of the stages in the receipts."""
     times = {name: _stage_times(answers, name) for name in STAGES}
     longest = max((value for values in times.values() for value in values), default=1.0)
     decades = max(1, math.ceil(math.log10(max(longest, 1.0) / LEAST_MS)))

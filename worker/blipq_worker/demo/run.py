@@ -23,7 +23,7 @@ from blipq.local.supervisor import Service
 from blipq.settings import CONNECTION_FIELDS
 from blipq_worker.demo.machine import describe_machine
 from blipq_worker.demo.options import Options
-from blipq_worker.demo.output import errors, progress, tell, tell_error, tell_result
+from blipq_worker.demo.output import errors, print_error, print_line, print_result, progress
 from blipq_worker.demo.report import write_report
 from blipq_worker.demo.score import Answer, Answered, Case, Explained, Run, cases_of
 from blipq_worker.demo.signals import Signals
@@ -44,7 +44,7 @@ STALLED_S = 120.0
 
 
 class DemoError(BlipqError):
-    """The demo cannot be given; the message says why."""
+    """The demo cannot run; the message has the reason."""
 
 
 @dataclass(frozen=True)
@@ -71,23 +71,24 @@ def give(options: Options, signals: Signals) -> int:
         run = demonstrate(options, signals)
         write_report(run, options.report)
     except (BlipqError, OSError) as error:
-        tell_error(error, options.as_json)
+        print_error(error, options.as_json)
         return 1
-    tell_result(run, options)
+    print_result(run, options)
     return 0 if run.tally.passed else 1
 
 
 def demonstrate(options: Options, signals: Signals) -> Run:
-    """Starts everything, asks everything, and stops everything. Raises BlipqError."""
+    """Starts the stack, submits all jobs, and stops the stack. Raises BlipqError."""
     check_folder(options.report)
-    tell(f"{options.images} pictures, seed {options.seed}; to see them again: {options.command}")
+    chosen = f"{options.images} pictures, seed {options.seed}"
+    print_line(f"{chosen}; to see them again: {options.command}")
     with running(options, signals) as parts:
         shown = choose(options.images, options.seed)
         images = upload(shown, parts)
         wait_for_worker(parts)
         answers = list(ask_all(shown, images, parts))
         explained = explain(shown, images, parts)
-        tell("stopping the worker and the servers")
+        print_line("stopping the worker and the servers")
     return Run(
         seed=options.seed,
         shown=shown,
@@ -108,7 +109,7 @@ def running(options: Options, signals: Signals) -> Iterator[Parts]:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="blipq-demo-")))
             local, worker = start(options, folder, stack)
             stack.callback(signals.ignore)
-        tell(f"Redis and S3 run in {folder}, on ports {local.redis_port} and {local.s3_port}")
+        print_line(f"Redis and S3 run in {folder}, on ports {local.redis_port} and {local.s3_port}")
         with Client(local.settings()) as client:
             yield Parts(client, worker, folder, signals)
 
@@ -153,7 +154,7 @@ def upload(shown: Sequence[Demonstration], parts: Parts) -> list[ImageRef]:
         path = pictures / f"{number}.png"
         render(about.scene).save(path)
         images.append(parts.client.storage.upload(path))
-    tell(f"{len(images)} pictures drawn and uploaded")
+    print_line(f"{len(images)} pictures drawn and uploaded")
     return images
 
 
@@ -167,7 +168,7 @@ def wait_for_worker(parts: Parts) -> None:
             if time.monotonic() > deadline:
                 raise DemoError(f"the worker is not ready after {START_TIMEOUT_S:g} s")
             time.sleep(0.05)
-    tell("the worker is ready")
+    print_line("the worker is ready")
 
 
 def ask_all(
@@ -192,7 +193,7 @@ def submit(case: Case, image: ImageRef, parts: Parts) -> Job[Answer]:
 def explain(
     shown: Sequence[Demonstration], images: Sequence[ImageRef], parts: Parts
 ) -> Explained | None:
-    """Where the model looks for what a picture shows; None where it cannot say."""
+    """Where the model looks for what a picture shows; None where it has no heat map."""
     picture = max(range(len(shown)), key=lambda place: len(shown[place].scene.shapes))
     text = shown[picture].matching_text
     result = ended(parts.client.match(images[picture], text, explain=True), parts).result

@@ -223,7 +223,7 @@ class Run:
 
     @cached_property
     def receipt(self) -> Receipt:
-        """A receipt that says which model ran, and how."""
+        """A receipt with the model that ran, and its precision."""
         receipts = (answer.info.receipt for answer in self.answers)
         return next((receipt for receipt in receipts if receipt and receipt.dtype), Receipt())
 

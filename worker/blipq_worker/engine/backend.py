@@ -286,7 +286,7 @@ def _same(verb: Verb, item: Item, made: ModelItem) -> Hashable | None:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """Why an item failed, as its front hears it."""
+    """Why an item failed, as its front receives it."""
     if isinstance(error, WorkError):
         kind: Any = "transient" if error.retryable else "permanent"
         return Failure(kind, error.code, str(error))
@@ -383,7 +383,7 @@ class Writing:
         self._rows -= joined.task.cost
         took = (now - joined.since) * 1000
         begun = now if joined.begun is None else joined.begun
-        joined.span.say({names.BATCH_SIZE: joined.neighbours})
+        joined.span.set_attributes({names.BATCH_SIZE: joined.neighbours})
         joined.span.end()
         return Answer(
             value=GENERATE.value(texts),

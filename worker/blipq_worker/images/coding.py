@@ -8,7 +8,7 @@ from typing import Protocol
 from blipq.contract import ErrorCode
 from blipq.errors import PermanentError
 
-#: What says nothing about the bytes: S3's name for its own chunks among them.
+#: Codings that do not change the bytes: S3's name for its own chunks among them.
 _NONE = frozenset({"", "identity", "aws-chunked"})
 #: How gzip and zlib begin. Servers name a coding for bytes that have none, too.
 _GZIP, _ZLIB = b"\x1f\x8b", (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")

@@ -1,4 +1,4 @@
-"""Fetches one image from a URL that a stranger chose, or says why not."""
+"""Fetches one image from a URL that a stranger chose, or raises an error with the reason."""
 
 import asyncio
 import io
@@ -20,7 +20,7 @@ REDIRECTS = frozenset({301, 302, 303, 307, 308})
 WHOLE = frozenset({200, 203})
 #: Answers that a repetition may change, beside 5xx.
 PASSING = frozenset({408, 425, 429})
-#: Of what a server says an error repeats so many characters.
+#: An error repeats so many characters of a server's answer.
 LONGEST_SHOWN = 200
 HEADERS = {
     "Accept": "image/*",

@@ -1,4 +1,4 @@
-"""Between those who ask a model and the process that runs it. Knows no torch, Celery or Redis.
+"""Between jobs and the process that runs their model. Imports no torch, Celery or Redis.
 
 One *engine* process owns a device: its models, their batcher and what they know of images. Any
 number of *fronts* take jobs, fetch and decode images, and submit items: ``EngineClient`` in a

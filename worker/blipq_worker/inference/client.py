@@ -44,7 +44,7 @@ class EngineClient:
 
     name: of this front in the engine's log. silence_s: so long without a beat means that the
     engine is frozen; then, and where the connection ends, all that has no answer fails with
-    EngineGone, ``on_lost`` hears why on the thread that reads, and that thread connects again until
+    EngineGone, ``on_lost`` gets the reason on the thread that reads, which connects again until
     ``close``. timeout_s: longest wait for a connection, a credit, or an answer to a question.
     check: raises ItemFailed for an item that a model could not run, without asking the engine.
 
@@ -68,6 +68,7 @@ class EngineClient:
         self._silence_s, self._timeout_s = silence_s, timeout_s
         self._on_lost, self._check = on_lost, check
         self._ids = itertools.count(1)  # never used again, on whatever connection
+        # Signals a new connection, and the end of the client, to those who wait for one.
         self._changed = threading.Condition()
         self._connection: Connection | None = None
         self._why = f"no engine at {path} yet"
@@ -122,7 +123,7 @@ class EngineClient:
         _model(connection, model)
         id = next(self._ids)
         question = Knows(model, tuple(digests), tuple(features))
-        future: Future[tuple[bool, ...]] = connection.ask(id, checked(question, id))
+        future: Future[tuple[bool, ...]] = connection.request(id, checked(question, id))
         try:
             return future.result(self._timeout_s)
         except TimeoutError as error:
@@ -132,7 +133,7 @@ class EngineClient:
         """See ``Inference.forget``. Waits for a connection."""
         connection, names = self._connected(), tuple(digests)
         for start in range(0, len(names), MOST_DIGESTS):
-            connection.tell(checked(Forget(names[start : start + MOST_DIGESTS]), 0))
+            connection.notify(checked(Forget(names[start : start + MOST_DIGESTS]), 0))
 
     def check(self, model: str, item: Item) -> None:
         """See ``Inference.check``."""
@@ -150,7 +151,7 @@ class EngineClient:
 
     def close(self) -> None:
         """Ends the connection: what has no answer yet fails with EngineGone."""
-        self._closed.set()
+        self._closed.set()  # first: the thread that reads must not connect again
         with self._changed:
             connection = self._connection
             self._changed.notify_all()

@@ -51,7 +51,7 @@ class Connection:
         self._reader = Reader(self._socket, _VOCABULARY, no_pixels)
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
-        self._sending = threading.Lock()
+        self._sending = threading.Lock()  # a message goes out whole before another one begins
         # Under this condition: what has no answer yet, the credits left, and whether it is over.
         self._changed = threading.Condition()
         self._open: dict[int, Future[Any]] = {}
@@ -101,25 +101,25 @@ class Connection:
                 self._changed.notify()
             raise
         future: Future[Answer] = Future()
-        with self._changed:
+        with self._changed:  # before it is sent: its answer may come at once
             self._enter(id, future)
         self._send([data, *pixels])
         return future
 
-    def ask(self, id: int, data: bytes) -> "Future[Any]":
-        """Sends a question that takes no credit. Raises EngineGone."""
+    def request(self, id: int, data: bytes) -> "Future[Any]":
+        """Sends a request that takes no credit. Raises EngineGone."""
         future: Future[Any] = Future()
         with self._changed:
             self._enter(id, future)
         self._send([data])
         return future
 
-    def tell(self, data: bytes) -> None:
-        """Sends what has no answer. Raises EngineGone."""
+    def notify(self, data: bytes) -> None:
+        """Sends a message that has no reply. Raises EngineGone."""
         self._send([data])
 
     def cancel(self, id: int) -> None:
-        """Tells the engine that nobody waits for an item, unless it was answered."""
+        """Notifies the engine that nobody waits for an item, unless it was answered."""
         with self._changed:
             if id not in self._open:
                 return
@@ -173,7 +173,7 @@ class Connection:
         try:
             while True:
                 frame = self._next()
-                self._heard(frame)
+                self._receive(frame)
         except (OSError, Ended, _Silent) as error:
             self.end(str(error), died=True)
         except (ProtocolError, EngineGone) as error:
@@ -190,7 +190,7 @@ class Connection:
             self._socket.close()
 
     def _next(self) -> Frame:
-        """The next message. Raises EngineGone where the engine says goodbye, or nothing."""
+        """The next message. Raises EngineGone where the engine closes, or is silent too long."""
         quiet_s = 0.0 if self.beat is None else self.beat.quiet_s
         due = time.monotonic() + max(self._silence_s, quiet_s)
         while (frame := self._reader.receive()) is None:
@@ -198,10 +198,10 @@ class Connection:
             if left <= 0 or not self._poll.poll(left * 1000):
                 raise _Silent(f"the engine has sent nothing for {self._silence_s:g} s")
         if isinstance(frame.message, Goodbye):
-            raise EngineGone(f"the engine says goodbye: {frame.message.reason}")
+            raise EngineGone(f"the engine closed the connection: {frame.message.reason}")
         return frame
 
-    def _heard(self, frame: Frame) -> None:
+    def _receive(self, frame: Frame) -> None:
         match frame.message:
             case Answers(outcomes=outcomes):
                 for future, outcome in self._answered(outcomes):

@@ -22,7 +22,7 @@ _UNKNOWN = Failure(
 
 
 class Intake:
-    """What fronts may ask of a backend. Raises ProtocolError for anything else.
+    """What fronts may request of a backend. Raises ProtocolError for anything else.
 
     finish: called once for each item that was taken, when it is done; on any thread.
     """

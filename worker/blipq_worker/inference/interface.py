@@ -37,7 +37,7 @@ class InferenceError(Exception):
 
 
 class EngineGone(InferenceError):
-    """The connection to the engine ended, or there is none. The item says nothing by itself.
+    """The connection to the engine ended, or there is none. The item need not be the cause.
 
     started: the engine died, or fell silent, after the item's pass had begun: the item is one of
     those that may have caused it. False where the engine ended the connection itself.
@@ -57,7 +57,7 @@ class UnknownModel(InferenceError, LookupError):
 
 
 class ItemFailed(InferenceError):
-    """The engine ran the item, or refused it, and says why."""
+    """The engine ran the item and failed, or refused it; the error has the reason."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(f"{failure.code}: {failure.message}")

@@ -170,7 +170,7 @@ _NUMBERS = {kind.type: kind.number for kind in (*FROM_FRONTS, *FROM_ENGINES)}
 
 
 class _Head(Plain, frozen=True):
-    """What a body says of an image."""
+    """A body's record of an image."""
 
     digest: Digest | None
     whole: bool

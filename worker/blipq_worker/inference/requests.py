@@ -83,7 +83,7 @@ class GenerationParams(Plain, frozen=True):
     """How texts are chosen, under Hugging Face's names; lengths count new tokens; top_k 0: off.
 
     on_loop: whether a text that repeats itself goes on, ends there, or is written once more.
-    logprobs: whether the answer says how likely each token was.
+    logprobs: whether the answer has each token's probability.
     """
 
     max_new_tokens: Annotated[int, Meta(ge=1, le=512)] = 30
@@ -131,7 +131,7 @@ class Match(Plain, frozen=True, tag="match"):
 
 
 class Explain(Plain, frozen=True, tag="explain"):
-    """One image and the texts of which to say where the matching head looked."""
+    """One image and the texts for which to compute heat maps of the matching head."""
 
     image: ImagePixels
     texts: Texts

@@ -82,7 +82,7 @@ def _note_passes(span: Trace, answers: Sequence[Answer]) -> None:
     for passed in {answer.span for answer in answers} - {"", span.context}:
         span.link(passed)
     if any(answer.shared for answer in answers):
-        span.say({names.SHARED: True})
+        span.set_attributes({names.SHARED: True})
 
 
 class Asker:
@@ -115,7 +115,7 @@ class Asker:
         self._span = watch.trace
         self._priority = Priority(claim.queue.rsplit(".", 1)[-1])
         info = self.info
-        watch.say(
+        watch.record(
             checkpoint=info.checkpoint,
             revision=info.revision,
             dtype=info.dtype,
@@ -176,13 +176,13 @@ class Asker:
     def _record(self, part: Part[Any], answer: Answer) -> None:
         self._watch.add(f"{part.stage}_ms", answer.pass_ms)
         self._watch.add("gpu_ms", answer.device_ms)
-        self._watch.say(batch_size=answer.batch_size)
+        self._watch.record(batch_size=answer.batch_size)
         if isinstance(answer.value, Generated):
             texts = [text for texts in answer.value.texts for text in texts]
             self._watch.add("tokens", sum(text.tokens for text in texts))
         if part.item.image is not None:  # a hit: the vision tower had nothing to do for any part
             self._vision_ms += answer.vision_ms
-            self._watch.say(vision_ms=self._vision_ms, cache_hit=self._vision_ms == 0)
+            self._watch.record(vision_ms=self._vision_ms, cache_hit=self._vision_ms == 0)
 
     def _answers(self, items: Sequence[Item]) -> list[Answer]:
         deadline = time.monotonic() + self._timeout_s
@@ -241,7 +241,7 @@ class Asker:
             return answer
         self._had_passes = True
         if answer.first_token_ms:
-            self._watch.say_first_token(answer.pass_ms - answer.first_token_ms)
+            self._watch.record_first_token(answer.pass_ms - answer.first_token_ms)
         return answer
 
     def _waited(self, future: "Future[AnswerT]", deadline: float, who: str) -> AnswerT:

@@ -12,7 +12,7 @@ from blipq.ledger.worker import Claim, Unclaimed, WorkerLedger, new_nonce
 from blipq_worker.claims import Held
 from blipq_worker.jobs.errors import HandBack
 from blipq_worker.jobs.foreign import ForeignMessages
-from blipq_worker.jobs.outages import LAST_PAUSE_S, UNAVAILABLE, until_heard
+from blipq_worker.jobs.outages import LAST_PAUSE_S, UNAVAILABLE, until_answered
 from blipq_worker.jobs.outcomes import Outcomes
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Claiming:
 
     def begin(self, claim: Claim) -> bool:
         """Whether a job that waited to run alone is this worker's still. Raises HandBack."""
-        return until_heard(partial(self._ledger.begin, claim), self._stopping)
+        return until_answered(partial(self._ledger.begin, claim), self._stopping)
 
     def release(self, claim: Claim) -> None:
         """Lets a claim go, whatever became of it."""
@@ -81,13 +81,13 @@ class Claiming:
         HandBack if the worker stops meanwhile; the claim is withdrawn then.
         """
         nonce = new_nonce()
-        ask = partial(self._ledger.claim, id, self.worker, lease_s=self._lease_s, nonce=nonce)
+        call = partial(self._ledger.claim, id, self.worker, lease_s=self._lease_s, nonce=nonce)
         with self._held.asking(id, nonce):
             # Only now: what is requested before the gate closes is seen by who closes it.
             if self._stopping():
                 raise HandBack
             try:
-                claim = until_heard(ask, self._stopping)
+                claim = until_answered(call, self._stopping)
             except HandBack:
                 self._outcomes.withdraw({nonce: id})
                 raise
@@ -98,7 +98,7 @@ class Claiming:
     def _adopt(self, kind: Kind, id: str, request: Any, options: Any) -> None:
         adopt = partial(self._foreign.adopt, kind, id, request, options)
         try:
-            until_heard(adopt, self._stopping, UNAVAILABLE)
+            until_answered(adopt, self._stopping, UNAVAILABLE)
         except QueueFull as error:  # there is room when jobs end, which needs this thread
             time.sleep(LAST_PAUSE_S)
             raise HandBack from error

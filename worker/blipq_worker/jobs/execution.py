@@ -1,4 +1,4 @@
-"""From a claimed job to its result: fetch, decode, ask the model, write the output."""
+"""From a claimed job to its result: fetch, decode, inference, write the output."""
 
 import logging
 import threading
@@ -98,7 +98,7 @@ class Execution:
         for note in asker.notes:
             watch.note(note)
         if asker.shared:
-            watch.say(shared=True)
+            watch.record(shared=True)
         if drawn:
             self._draw(claim, answer, image)
         result = answer.model_dump_json(exclude_none=True)

@@ -10,7 +10,7 @@ from blipq.errors import InvalidRequest, PermanentError
 from blipq.ledger.keys import FOREIGN
 from blipq.ledger.worker import WorkerLedger
 from blipq.submission import Submission, checked, explain
-from blipq_worker.jobs.outages import UNHEARD
+from blipq_worker.jobs.outages import UNANSWERED
 from blipq_worker.jobs.outcomes import job_error
 from blipq_worker.messages.envelope import Malformed, WholeJob
 from blipq_worker.process.metrics import WorkerMetrics
@@ -47,7 +47,7 @@ class ForeignMessages:
             recorded = self._ledger.submit(Submission(parsed, given, id), notify=FOREIGN)
             if isinstance(recorded, str) and recorded != id:
                 raise InvalidRequest(f"idempotency_key: it is that of the job {recorded}")
-        except UNHEARD:
+        except UNANSWERED:
             raise
         except Exception as error:  # whatever it is, it is the message's fault
             log.warning("%s: %s", id, error)
@@ -70,7 +70,7 @@ class ForeignMessages:
         """Cancels a job that was revoked; False if the ledger does not know it or is away."""
         try:
             answer = self._ledger.cancel(id)
-        except UNHEARD as error:
+        except UNANSWERED as error:
             log.warning("%s: revoked, and not cancelled yet: %s", id, error)
             return False
         log.info("%s: revoked (%s)", id, answer)
@@ -84,7 +84,7 @@ class ForeignMessages:
         try:
             if request is not None:
                 self.adopt(kind, id, request, options)
-        except UNHEARD as error:
+        except UNANSWERED as error:
             log.warning("%s: revoked, and not recorded: %s", id, error)
         return self.cancel(id)
 
@@ -97,7 +97,7 @@ class ForeignMessages:
         try:
             log.info("%s: its message had expired", id)
             self.adopt(kind, id, request, options)
-        except UNHEARD as error:
+        except UNANSWERED as error:
             log.warning("%s: expired, and not recorded: %s", id, error)
 
 

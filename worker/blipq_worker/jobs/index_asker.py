@@ -127,7 +127,7 @@ class IndexAsker(Asker):
 
 @contextmanager
 def work_errors(what: str) -> Iterator[None]:
-    """A producer's errors as a worker's; ``what`` says where."""
+    """A producer's errors as a worker's; ``what`` is the operation."""
     try:
         yield
     except (S3Refused, S3Unavailable) as error:

@@ -16,15 +16,15 @@ log = logging.getLogger(__name__)
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 2.0
 #: What Redis answers while it is away, full or broken; the answer itself may have been lost.
 UNAVAILABLE = (QueueUnavailable, RedisError)
-UNHEARD = (*UNAVAILABLE, QueueFull)
+UNANSWERED = (*UNAVAILABLE, QueueFull)
 
 AnswerT = TypeVar("AnswerT")
 
 
-def until_heard(
+def until_answered(
     call: Callable[[], AnswerT],
     stopping: Callable[[], bool],
-    unheard: tuple[type[Exception], ...] = UNHEARD,
+    unanswered: tuple[type[Exception], ...] = UNANSWERED,
 ) -> AnswerT:
     """What the ledger answers; ``call`` must be one that can be repeated.
 
@@ -34,7 +34,7 @@ def until_heard(
     while True:
         try:
             return call()
-        except unheard as error:
+        except unanswered as error:
             if stopping():
                 raise HandBack from error
         time.sleep(pause)
@@ -50,7 +50,7 @@ def written(write: Callable[[], AnswerT], what: str, until: float) -> AnswerT | 
     while True:
         try:
             return write()
-        except UNHEARD as error:
+        except UNANSWERED as error:
             log.warning("%s: Redis has not taken what became of it: %s", what, error)
         left = until - time.monotonic()
         if left <= 0:

@@ -107,7 +107,7 @@ class Outcomes:
         Uncounted; but who may have broken it runs alone from now on, and who did run alone keeps
         its lease: when that runs out, it is a crash.
         """
-        given, unheard = [], self._held.requested()
+        given, unanswered = [], self._held.requested()
         for claim in self._held.claims():
             requested = self._held.has_request(claim)
             if requested and claim.solo:
@@ -116,7 +116,7 @@ class Outcomes:
             if requested:
                 self._held.suspect(claim)
             given.append(claim)
-        self._hand_back_each(given, unheard)
+        self._hand_back_each(given, unanswered)
 
     def _fail(self, claim: Claim, error: WorkError, watch: Stopwatch) -> NoReturn:
         text = job_error(error.code, str(error), retryable=error.retryable)
@@ -193,7 +193,7 @@ class Outcomes:
         return count
 
     def _taken_back(self, claim: Claim, until: float, reason: str = "") -> bool | None:
-        """Whether a job went back uncounted; None if Redis did not say so ``until`` (monotonic).
+        """Whether a job went back uncounted; None if Redis did not answer ``until`` (monotonic).
 
         Only its answer lets go of the claim. A lease that ran out while this process lives would
         count as a crash.
@@ -237,7 +237,7 @@ class Outcomes:
 
     def _count(self, claim: Claim, outcome: Outcome, watch: Stopwatch, code: str = "") -> None:
         """Counts a job that has run here, and what it took of the device, whatever came of it."""
-        watch.trace.say({names.OUTCOME: outcome})
+        watch.trace.set_attributes({names.OUTCOME: outcome})
         took, run_ms = watch.took, watch.run_ms
         self._metrics.done(
             claim.kind,

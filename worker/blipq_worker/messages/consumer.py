@@ -121,7 +121,7 @@ class Consumer(celery_consumer.Consumer):
         message.ack_log_error(log, self.connection_errors)
 
     def _is_recorded(self, message: Any, record: Callable[[], None]) -> bool:
-        """Whether the ledger took what a message says; if not, the message is in its queue again.
+        """Whether the ledger recorded a message's job; if not, the message is in its queue again.
 
         Until one of the two has worked, nobody else has the message: it waits for Redis.
         """
@@ -197,7 +197,7 @@ def _follow(message: Any, received: Received, in_hand: InHand) -> None:
     def settle(settling: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         try:
             settling(*args, **kwargs)
-        finally:  # what the broker has not heard it delivers again
+        finally:  # what the broker has not received it delivers again
             while left:
                 in_hand.release(left.pop())
 

@@ -29,13 +29,13 @@ AFTERWARDS = {"group", "stamped_headers", "stamps"}
 MAX_ID = 255
 MAX_DEPTH = 32
 _OWN_HEADERS = {"lang", "task", "id", "contract"}
-#: Under this header a message that is none says why, once it has been made one (see ``sound``).
+#: The header with the fault of a malformed message, once ``sound`` has made it well-formed.
 WHY = "blipq-refused"
 
 
 @dataclass(eq=False)
 class Malformed(Exception):
-    """A message that no Celery client sends. ``id`` is its job's, if it says one."""
+    """A message that no Celery client sends. ``id`` is its job's, if it has one."""
 
     why: str
     id: str | None = None
@@ -181,7 +181,7 @@ def _is_own(message: Any) -> bool:
 
 
 def _seconds_to(time: str | None, *, never: float) -> float:
-    """Seconds until a time as Celery writes it, in UTC unless it says otherwise."""
+    """Seconds until a time as Celery writes it, in UTC unless it has another zone."""
     if time is None:
         return never
     at = datetime.fromisoformat(time)
@@ -253,13 +253,13 @@ def is_id(id: Any) -> bool:
 
 def sound(raw: Any, queue: str) -> dict[str, Any]:
     """A message as kombu's transports without AMQP keep it: as it came if it is sound, and else one
-    that says what is wrong, for ``rewrite`` to refuse. Raises Malformed if nothing can be kept.
+    with the fault in a header, for ``rewrite`` to refuse. Raises Malformed if nothing can be kept.
     """
     if not isinstance(raw, dict):
         raise Malformed("malformed message: it is no JSON object")
     try:
         _check_raw(raw)
-        # Where it came from is known better than it says: there it goes if it is handed back.
+        # The queue it came from is certain, its own header is not: a hand-back goes to that queue.
         raw["properties"]["delivery_info"].update(exchange="", routing_key=queue)
         return raw
     except Exception as error:

@@ -37,7 +37,7 @@ def follow_revokes(cancel: Callable[[str], bool], dropped: Dropped, expired: Exp
     def revoke(panel: Any, task_id: Any, *_: Any, **__: Any) -> Any:
         ids = _texts(task_id)
         unknown = [id for id in ids if not cancel(id)]
-        # Threads cannot be terminated: a job that runs hears from the ledger that it is cancelled.
+        # Threads cannot be terminated: a running job reads from the ledger that it is cancelled.
         if unknown:
             _celery_revoke(panel, unknown)
         return {"ok": f"tasks {', '.join(ids)} flagged as revoked"}

@@ -128,7 +128,7 @@ def run_supervised(services: Sequence[Service], *, drain_s: float) -> int:
         return supervise(
             services,
             stop,
-            tell=_tell,
+            report=_report,
             give_up_on=(EXIT_MODEL,),
             one_by_one=True,
             reaps=os.getpid() == 1,
@@ -158,5 +158,5 @@ def _drain_timeout_s() -> float:
     return TypeAdapter(Seconds).validate_python(os.environ.get("BLIPQ_DRAIN_TIMEOUT_S", 60.0))
 
 
-def _tell(text: str) -> None:
+def _report(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

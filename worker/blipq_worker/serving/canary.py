@@ -36,7 +36,7 @@ _REPEATS = re.compile(r"(?:.*\s)?(\S+)(?:\s+\1){3,}(?:\s.*)?|(.{1,20}?)(?:\s*\2)
 
 
 class CanaryError(BlipqError):
-    """The model answers nonsense; the message says what it got wrong."""
+    """The model answers nonsense; the message has its fault."""
 
 
 def check(model: Blip2, golden: Golden | None = None) -> Observation:
@@ -53,13 +53,13 @@ def observe(model: Blip2) -> Observation:
     """What the model makes of the pictures. Raises CanaryError where it cannot distinguish them."""
     pixels = [model.preprocess(picture) for picture in _pictures()]
     prompt = model.info.default_prompt
-    asked = [RankItem(each, (prompt,), TEXTS, model.adapter) for each in pixels]
-    queries = torch.stack([looks[0] for looks in model.generator.seen(asked)])
+    ranks = [RankItem(each, (prompt,), TEXTS, model.adapter) for each in pixels]
+    queries = torch.stack([looks[0] for looks in model.generator.seen(ranks)])
     if not bool(torch.isfinite(queries).all()):
         raise CanaryError("its features of a picture are not finite numbers")
     if torch.equal(queries[0], queries[1]):
         raise CanaryError("two different pictures look the same to it")
-    ranked = model.rank(asked)
+    ranked = model.rank(ranks)
     likelihoods = tuple(_rounded(item[0]) for item in ranked)
     params = resolve("caption", model.info, {"num_beams": 1, "max_new_tokens": TOKENS})
     prompts = [(prompt, vqa_prompt(question)) for question in QUESTIONS]
@@ -113,7 +113,7 @@ def _require_sense(observation: Observation) -> None:
     if not all(map(math.isfinite, numbers)):
         raise CanaryError(f"its log-likelihoods are {observation.likelihoods}")
     if all(abs(a - b) < _SAME for a, b in zip(*observation.likelihoods, strict=True)):
-        raise CanaryError("two different pictures make no difference to what it would say")
+        raise CanaryError("its likelihoods of texts are the same for two different pictures")
     for text in observation.captions:
         if not text.strip():
             raise CanaryError("it writes nothing about a picture")

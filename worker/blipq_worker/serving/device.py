@@ -17,7 +17,7 @@ _ON_THE_CPU = "BLIPQ_DEVICE=cpu computes on the CPU"
 
 
 def usable_device(device: str) -> str:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device that works here; one line says which.
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device that works here, logged in one line.
 
     Auto is the CPU where there is no GPU, never where there is one that cannot be used. Raises
     ModelError.
@@ -110,7 +110,7 @@ def stay_near(device: str) -> None:
 
 
 def _near(device: str) -> str:
-    """The cores next to a GPU, as the kernel writes them; empty where it does not say."""
+    """The cores next to a GPU, as the kernel writes them; empty where it does not."""
     import torch
 
     with suppress(OSError, AttributeError):  # older versions of torch do not know the address

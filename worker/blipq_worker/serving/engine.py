@@ -81,6 +81,7 @@ def run_engine(folder: Path, options: WorkerSettings) -> int:
     the fronts.
     """
     path, note = folder / SOCKET, folder / _TRIAL
+    # While models load, which cannot be interrupted otherwise; ``run`` then drains instead.
     signal.signal(signal.SIGTERM, lambda *_: _end_at_once(note))
     _end_after_parent(options.drain_timeout_s + 2 * PATIENCE_S)
     try:
@@ -247,7 +248,7 @@ class EngineProcess:
         os._exit(EXIT_HUNG)
 
     def _refuse(self, problem: str) -> None:
-        """A model is not to be run any more: the batcher's thread ends, and says why."""
+        """A model is not to be run any more: the batcher's thread ends, and records why."""
         log.critical("engine: %s", problem)
         self._problem = problem
 

@@ -86,7 +86,7 @@ def golden_beside(checkpoint: str, what: str) -> Golden | None:
     """The golden of ``what`` that was pushed to S3 with its checkpoint; None without one.
 
     A file with a single golden is about that checkpoint, by whatever name it was recorded. Where
-    several have other names, none is: a warning says so. Raises GoldenError, and as ``Objects``.
+    several have other names, none is, which is logged. Raises GoldenError, and as ``Objects``.
     """
     if not is_in_s3(checkpoint):
         return None
@@ -155,9 +155,9 @@ def _bits(dtype: str, quantization: str) -> str:
 
 def difference(golden: Observation, now: Observation, allowed: Tolerance) -> str | None:
     """What is not as recorded, in words; None where all is."""
-    expected, said = golden.captions + golden.answers, now.captions + now.answers
-    if words_in_common(expected, said) < allowed.words:
-        return f"it should say {_quoted(expected)}, and says {_quoted(said)}"
+    expected, found = golden.captions + golden.answers, now.captions + now.answers
+    if words_in_common(expected, found) < allowed.words:
+        return f"its texts should be {_quoted(expected)}, and are {_quoted(found)}"
     if _farthest(golden.likelihoods, now.likelihoods) > allowed.likelihood:
         return (
             f"its log-likelihoods should be {golden.likelihoods}, within {allowed.likelihood}, and "
@@ -173,10 +173,10 @@ def difference(golden: Observation, now: Observation, allowed: Tolerance) -> str
     return None
 
 
-def words_in_common(expected: tuple[str, ...], said: tuple[str, ...]) -> float:
+def words_in_common(expected: tuple[str, ...], found: tuple[str, ...]) -> float:
     """The share of words that texts have in common, pair by pair; 1 where all are equal."""
     common = words = 0
-    for first, second in zip(expected, said, strict=True):
+    for first, second in zip(expected, found, strict=True):
         one, other = Counter(first.split()), Counter(second.split())
         common += 2 * (one & other).total()
         words += one.total() + other.total()

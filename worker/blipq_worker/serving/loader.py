@@ -1,4 +1,4 @@
-"""Loads what a worker serves, and says what to do where that fails."""
+"""Loads a worker's models; where that fails, the error has the remedy."""
 
 import logging
 import time
@@ -141,7 +141,7 @@ def _adapted(
 
 
 def _goldens(options: WorkerSettings) -> "dict[str, Golden | None]":
-    """What each model, by its name, must say. Raises ModelError, and S3ModelAway."""
+    """The golden of each model by its name. Raises ModelError, and S3ModelAway."""
     from blipq_worker.serving.goldens import GoldenError, golden_beside, read_goldens
 
     try:
@@ -263,7 +263,7 @@ def _checks(what: str | None) -> str:
 
 @contextmanager
 def _explained(name: str, options: WorkerSettings) -> Iterator[None]:
-    """Whatever keeps a model from being served becomes a ModelError that says what to do.
+    """Whatever keeps a model from being served becomes a ModelError that has the remedy.
 
     A device that is lost becomes DeviceLost; S3ModelAway stays what it is, and S3ModelError and
     AdapterError keep their codes at the beginning.

@@ -115,7 +115,7 @@ def kept_on(device: str, options: WorkerSettings) -> tuple[Kept, str]:
         needed = sum(_in_full(options, what, device) for what in options.models.values())
         for _, folder in options.adapters.values():
             needed += _FULL * read_adapter(folder).parameters
-    except ModelError:  # loading fails, too, and says what to do
+    except ModelError:  # loading fails, too, with the remedy in its error
         return "nf4", "nf4: how much they take in full is not known"
     free = available_bytes(device) or 0
     sizes = f"in full they take about {needed / GIB:.1f} GiB at their busiest"
@@ -138,7 +138,7 @@ def _in_full(options: WorkerSettings, what: str, device: str) -> int:
 
 
 def _fetch_configurations(what: str) -> None:
-    """Fetches what says how large a model is, before its weights come; nothing where it fails."""
+    """Fetches the files from which a model's size is counted; nothing where that fails."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -17,7 +17,7 @@ _STYLES = {"ok": "green", "warn": "yellow", "bad": "red"}
 
 def doctor(
     canary: Annotated[bool, typer.Option(help="Run a real job on a live worker.")] = True,
-    torch: Annotated[bool, typer.Option("--torch", help="Import torch to ask for CUDA.")] = False,
+    torch: Annotated[bool, typer.Option("--torch", help="Import torch to check CUDA.")] = False,
     create_bucket: Annotated[
         bool, typer.Option("--create-bucket", help="Make the inbox bucket if it is missing.")
     ] = False,

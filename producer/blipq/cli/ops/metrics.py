@@ -31,7 +31,7 @@ def metrics(
 
     Depth, age, workers, dead letters and predicted work. /work/MODEL has that as JSON for an
     autoscaler: waiting_s, running_s and total_s of GPU time. One exporter is enough: workers and
-    senders tell only what they themselves do.
+    senders have metrics of their own work alone.
 
     Examples:
         blipq metrics --port 9464

@@ -197,7 +197,7 @@ def _secrets(settings: Settings) -> list[str]:
     """Those of the deployment. Raises InvalidRequest without one."""
     if not settings.webhook_secrets:
         new = blipq("webhooks secret new")
-        raise InvalidRequest(f"no secret to sign with: set BLIPQ_WEBHOOK_SECRETS as `{new}` says")
+        raise InvalidRequest(f"no secret to sign with: set BLIPQ_WEBHOOK_SECRETS as `{new}` shows")
     return [each.get_secret_value() for each in settings.webhook_secrets]
 
 

@@ -84,7 +84,7 @@ def _first_sentence(text: str) -> str:
 
 
 def _reword(error: Any) -> None:
-    """Typer repeats what pydantic says of an argument: "Input should be a valid number"."""
+    """Typer repeats pydantic's error about an argument: "Input should be a valid number"."""
     if error.__cause__ is None or not hasattr(error, "message"):
         return
     # Only now: `blipq --help` ends in an exception, too, and shall not wait for this.

@@ -113,7 +113,7 @@ def reported(as_json: bool = False) -> Iterator[None]:
                 described["job_id"] = job_id
             print(json.dumps(described))
         else:
-            # What is wrong with a request says itself that it is.
+            # The message of an invalid request is clear without the code before it.
             message = str(error).removeprefix(f"{ErrorCode.INVALID_REQUEST}: ")
             errors.print(f"blipq: {message}", style="red", markup=False)
         raise typer.Exit(exit_code(error)) from None
@@ -134,7 +134,7 @@ def act_on_each(ids: Sequence[str], act: Callable[[str], bool], unknown: str) ->
     """Acts on each id, as one line of the log of actions.
 
     Raises at the end: TenantLimited for jobs of a tenant at its limit, which hold up no others, or
-    JobNotFound for all that ``act`` was False of; ``unknown`` says so of ``{}``.
+    JobNotFound for all that ``act`` was False of, with ``unknown`` as the message for ``{}``.
     """
     missing: list[str] = []
     limited: dict[str, TenantLimited] = {}
@@ -200,7 +200,7 @@ def _go_on(job: Job[Any], as_json: bool) -> None:
 
 
 def _wait(job: Job[Any], timeout: float) -> JobInfo:
-    """Waits, and after a second says on a terminal what for."""
+    """Waits, and after a second prints on a terminal what for."""
     deadline = time.monotonic() + timeout
     try:
         return job.wait(min(1.0, timeout))

@@ -71,7 +71,7 @@ class AsyncCellsLedger:
         return codec.prepare(submission, self.settings, notify=notify)
 
     async def make_id(self, options: Options) -> str:
-        """An id that says its cell."""
+        """An id that ends with its cell."""
         return await self._make(self.fleet.make_id(options))
 
     async def submit(self, submission: Submission, *, notify: str) -> Recorded:

@@ -30,7 +30,7 @@ Calls = Generator[Call, Any, T]
 
 
 class Round(Generic[T]):
-    """The calls of one generator, one after the other; says how each cell does."""
+    """The calls of one generator, one after the other; records the health of each cell."""
 
     def __init__(self, calls: Calls[T], health: Health) -> None:
         self._calls = calls

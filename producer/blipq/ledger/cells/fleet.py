@@ -62,7 +62,7 @@ class Fleet:
         return cast(Cancelled, (yield from self._found("cancel", id, "unknown")))
 
     def _found(self, method: str, id: str, unknown: Any) -> Calls[Any]:
-        """The answer of the cell that knows a job; ``unknown`` where all say that."""
+        """The answer of the cell that has a job; ``unknown`` where all answer that."""
         away: QueueUnavailable | None = None
         for cell in self.health.failed_last(self._likely(id)):
             try:
@@ -109,14 +109,14 @@ class Fleet:
                     found = _both(found, answer)
             left = {id: rest for id in unknown if (rest := left[id][1:])}
             found.unknown.update(unknown - left.keys())
-        # Where a cell is away, no other one can say that it does not know the job.
+        # While a cell is away, the others' "unknown" does not mean that the job does not exist.
         away = {id: why for id, why in away.items() if id in found.unknown}
         if away and len(away) == len(set(ids)):
             raise next(iter(away.values()))
         return replace(found, unknown=found.unknown - away.keys(), away=away)
 
     def _polled(self, cell: str, ids: list[str], notify: str) -> Calls[Polled | QueueUnavailable]:
-        """What one cell says; at once why not while it is away, so that it holds up no other."""
+        """One cell's reply; at once an error while it is away, so that it holds up no other."""
         if (why := self.health.away(cell)) is not None:
             return QueueUnavailable(str(why), codec.only(ids))
         try:
@@ -150,11 +150,10 @@ class Fleet:
         return found
 
     def _by_cell(self, ids: Iterable[str]) -> dict[str, list[str]]:
-        """Ids by the cell that they say; one that says none may be in any."""
+        """Ids by the cell in them; a job whose id has none may be in any."""
         found: dict[str, list[str]] = {}
         for id in ids:
-            said = cell_of(id)
-            for cell in self.cells.names if said is None else self._likely(id):
+            for cell in self.cells.names if cell_of(id) is None else self._likely(id):
                 found.setdefault(cell, []).append(id)
         return found
 

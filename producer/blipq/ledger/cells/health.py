@@ -30,12 +30,13 @@ class Health:
     def __init__(self, cells: tuple[str, ...]) -> None:
         self._states = {cell: _State() for cell in cells}
         self._models: dict[tuple[str, str], tuple[bool, float]] = {}
+        # The count of failures and the pause that follows from it change together.
         self._lock = threading.Lock()
 
     def answered(self, cell: str) -> None:
         """A cell answered a call."""
         state = self._states[cell]
-        state.answered_at = time.monotonic()
+        state.answered_at = time.monotonic()  # without the lock: after each call, and one write
         if state.failures:
             with self._lock:
                 state.failures, state.away_until, state.why = 0, 0.0, None
@@ -81,7 +82,7 @@ class Health:
         return found if time.monotonic() < until else None
 
     def learn(self, cell: str, model: str, known: bool) -> None:
-        """A cell said whether it knows a model."""
+        """Records a cell's reply whether it knows a model."""
         if len(self._models) >= MOST_MODELS:
             self._models.clear()
         self._models[cell, model] = known, time.monotonic() + (KNOWN_S if known else UNKNOWN_S)

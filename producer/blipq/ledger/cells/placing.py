@@ -70,7 +70,7 @@ class Placing:
     # -- new ids --
 
     def make_id(self, options: Options) -> Calls[str]:
-        """An id that says its cell.
+        """An id that ends with its cell.
 
         Without a key the cell is one that can be reached and knows the model: nothing was sent yet,
         so another one can be taken. With a key the submit decides, and may give another id.
@@ -91,7 +91,7 @@ class Placing:
             except QueueUnavailable:
                 pass
             away.append(cell)
-        return id_in(id, [*away, *ranks][0])  # whose answer to the submit says what is wrong
+        return id_in(id, [*away, *ranks][0])  # whose answer to the submit has the error
 
     def _reach(self, cell: str) -> Calls[None]:
         if not self._health.is_fresh(cell):
@@ -143,7 +143,7 @@ class Placing:
     def submit_all(self, jobs: Sequence[Prepared]) -> Calls[list[Answer]]:
         """Records jobs as ``Producer.submit_all`` does."""
         chunk = _Chunk(jobs)
-        said: dict[str, list[int]] = {}
+        named: dict[str, list[int]] = {}
         ways: list[_Way] = []
         for index, job in enumerate(jobs):
             cell = cell_of(job.submission.id)
@@ -153,15 +153,15 @@ class Placing:
                 except (UnknownModel, QueueUnavailable) as error:
                     chunk.answers[index] = error
             else:
-                said.setdefault(cell, []).append(index)
-        for cell, indexes in said.items():
+                named.setdefault(cell, []).append(index)
+        for cell, indexes in named.items():
             yield from self._record(chunk, cell, indexes)
         while ways:
             ways = yield from self._go_on(chunk, ways)
         return chunk.settled()
 
     def _record(self, chunk: _Chunk, cell: str, indexes: list[int]) -> Calls[None]:
-        """Jobs whose ids say their cell."""
+        """Jobs whose ids end with their cell."""
         jobs = [chunk.jobs[index] for index in indexes]
         try:
             self.check_named(cell, jobs[0].submission.id)
@@ -228,7 +228,7 @@ def _text(job: Prepared) -> str:
 
 
 def _named(job: Prepared, cell: str) -> Prepared:
-    """A job with a key, whose id says the cell that records it. One's own id stays as it is."""
+    """A job with a key, whose id ends with the cell that records it. An own id is not changed."""
     submission = job.submission
     if cell_of(submission.id) in (None, cell):
         return job

@@ -71,7 +71,7 @@ class CellsLedger:
         return codec.prepare(submission, self.settings, notify=notify)
 
     def make_id(self, options: Options) -> str:
-        """An id that says its cell."""
+        """An id that ends with its cell."""
         return self._make(self.fleet.make_id(options))
 
     def submit(self, submission: Submission, *, notify: str) -> Recorded:

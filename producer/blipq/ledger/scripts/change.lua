@@ -83,7 +83,7 @@ function changes.move(id, job)
   -- One that waits for a retry goes on to wait.
   if redis.call('ZSCORE', DELAYED, id) then return true end
   enqueue_and_publish(id, job)
-  -- The message that is claimed may be the one in its former queue. That says nothing about the
+  -- The message that is claimed may be the one in its former queue, which proves nothing about the
   -- messages of this one (see claim).
   redis.call('HSET', job_key(id), 'published_at', 0)
   return true

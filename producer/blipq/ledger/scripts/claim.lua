@@ -36,7 +36,7 @@ if job.status == 'running' then
   index(RUNNING, now + lease, id)
   return claimed(job)
 end
--- A question that arrives after its claim was given back or withdrawn: nobody hears the answer.
+-- A claim that arrives after it was given back or withdrawn: no one waits for the reply.
 local is_late = job.nonce == nonce
   or (job.withdrawn and redis.call('EXISTS', withdrawn_key(nonce)) == 1)
 if is_late then return {'busy'} end

@@ -4,7 +4,7 @@ local id, token, status, dead_letter_ttl = ARGV[1], ARGV[2], ARGV[3], tonumber(A
 local job = load(id)
 if not job then return 0 end
 
--- Told again by a worker that has not heard the answer: it is stored already. The result itself may
+-- A worker that did not receive the reply sends it again: it is stored already. The result itself may
 -- have been dropped since, and so has the token; a receipt has the times of one run.
 local function is_stored()
   if job.status ~= status then return false end

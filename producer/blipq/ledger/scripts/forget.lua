@@ -1,5 +1,5 @@
 -- Erases jobs, in two steps: what lies outside of Redis is deleted in between, by their records.
--- ARGV: 'close' (open ones end, and say nothing to anybody but who waits), 'close ended' (open ones
+-- ARGV: 'close' (open ones end, and only waiting clients are notified), 'close ended' (open ones
 -- stay as they are) or 'erase', then ids.
 -- Returns {id, status, request, output, place of the result, events that wait or are kept, tenant} of
 -- each job that is known, and of 'close ended' has ended.
@@ -8,8 +8,8 @@ local closed = {}
 
 -- First, as it needs no memory: behind such a write a full Redis lets a script go on, and what is
 -- erased here makes room.
-local HEARD = 60 * 60 * 1000  -- ms until every worker that has an image has heard of it
-redis.call('ZREMRANGEBYSCORE', FORGOTTEN, '-inf', now - HEARD)
+local KEPT_FOR = 60 * 60 * 1000  -- ms until every worker that has an image has read the list
+redis.call('ZREMRANGEBYSCORE', FORGOTTEN, '-inf', now - KEPT_FOR)
 
 local EVENTS = {'running', 'succeeded', 'failed', 'cancelled', 'expired'}
 
@@ -62,7 +62,7 @@ local function forget_image(request)
   local image = cjson.decode(request).image
   if type(image) ~= 'table' or type(image.uri) ~= 'string' then return end
   redis.call('ZADD', FORGOTTEN, now, redis.sha1hex(image.uri))
-  redis.call('PEXPIRE', FORGOTTEN, HEARD)
+  redis.call('PEXPIRE', FORGOTTEN, KEPT_FOR)
 end
 
 local function erase(id, job)

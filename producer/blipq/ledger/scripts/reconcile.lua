@@ -20,7 +20,7 @@ local function turn_for()
   return now - since
 end
 
--- A break says that Redis was away, and every lease with it: live workers first renew theirs.
+-- A gap means that Redis was away and leases were not renewed: live workers first renew theirs.
 local judges = true
 if owner then
   local turn = turn_for()

@@ -1,4 +1,4 @@
--- A worker says that it lives. ARGV: worker, ttl ms, spare (1 or 0), info JSON, then its models.
+-- Registers a worker as live. ARGV: worker, ttl ms, spare (1 or 0), info JSON, then its models.
 local worker, ttl, spare, info = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4]
 redis.call('SET', worker_key(worker), info, 'PX', ttl)
 redis.call('ZREMRANGEBYSCORE', WORKERS, '-inf', now)

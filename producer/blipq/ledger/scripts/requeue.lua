@@ -11,7 +11,7 @@
 local id, token, delay, why = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local job = load(id)
 if not job or fence(job) ~= token then return 0 end
--- Told again by a worker that has not heard the answer.
+-- Sent again by a worker that did not receive the reply.
 if job.status == 'queued' then return 1 end
 if job.status ~= 'running' then return 0 end
 if why == 'crash' then

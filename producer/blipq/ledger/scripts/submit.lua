@@ -6,7 +6,7 @@
 -- kind, the third its model, the fourth its queue and the fifth its shape.
 -- Returns of each job that it came to: 'created' | 'waits' | 'unpublished' | 'exists' | 'conflict' |
 -- 'full' | 'unknown' | 'limited' | 'moved', then an id; behind 'unknown' it is what workers serve, behind
--- 'limited' which limit of the tenant was met (see limit_met), and behind 'moved' what moved_to says.
+-- 'limited' which limit of the tenant was met (see limit_met), and behind 'moved' moved_to's reply.
 -- 'waits' is created, too, but no worker lives that serves the model; 'unpublished' is, but without its
 -- message. 'conflict', 'full', 'unknown' and 'limited' are refusals.
 local retention, max_open, declared = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
@@ -20,7 +20,7 @@ local function known(existing, digest)
   return found[2] == digest and 'exists' or 'conflict'
 end
 
--- The sweep looks at a queue from now on; what a busy one says each second is enough.
+-- The sweep looks at a queue from now on; for a busy one a write each second is enough.
 local function use(queue)
   local last = not used[queue] and tonumber(redis.call('ZSCORE', QUEUES, queue) or 0)
   if last and last < now - 1000 then

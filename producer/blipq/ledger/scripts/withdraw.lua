@@ -1,4 +1,4 @@
--- Takes back, uncounted, claims whose answers their worker has not heard. ARGV: nonce, id pairs.
+-- Takes back, uncounted, claims whose replies their worker did not receive. ARGV: nonce, id pairs.
 -- A question that arrives after its withdrawal is refused by its nonce (see claim), whoever has had
 -- the job in between.
 -- Returns kind, id, queue of each of these jobs that waits now: to be published.

@@ -20,7 +20,7 @@ def check_canary(settings: Settings) -> Findings:
             text = job.result(timeout=CANARY_TIMEOUT_S).text
         except ResultTimeout as error:
             job.cancel()
-            advice = f"look at the workers' logs; `{blipq('status')}` says where a job is"
+            advice = f"look at the workers' logs; `{blipq('status')}` shows where a job is"
             yield Finding("bad", "canary", str(error), advice)
         except BlipqError as error:
             advice = "docs/troubleshooting.md goes through the codes"
@@ -34,7 +34,7 @@ def check_canary(settings: Settings) -> Findings:
 def _judged(text: str, checkpoint: str | None, took: float) -> Finding:
     """A model may call a red square something else; the demo model, trained on such, may not."""
     missing = [word for word in ("red", "square") if word not in text.lower().split()]
-    message = f"a job took {took:.1f} s: of a red square it says {text!r}"
+    message = f"a job took {took:.1f} s: the caption of a red square is {text!r}"
     if not text.strip() or (missing and checkpoint == "demo"):
         advice = "the model is damaged: fetch its weights again, and look at the worker's log"
         return Finding("bad", "canary", message, advice)

@@ -18,7 +18,7 @@ def examine(
 ) -> Findings:
     """Every finding, in the order in which a job meets what is checked.
 
-    canary: run a real job. torch: import torch to ask it for CUDA. create_bucket: make the inbox
+    canary: run a real job. torch: import torch to check CUDA. create_bucket: make the inbox
     bucket if it is missing.
     """
     yield Finding("ok", "endpoints", f"{settings.endpoints}, from {socket.gethostname()}")

@@ -10,7 +10,7 @@ from blipq.local.worker import has_worker
 from blipq.ops.doctor.findings import Finding, Findings
 
 
-def check_machine(ask_torch: bool) -> Findings:
+def check_machine(import_torch: bool) -> Findings:
     if not has_worker():
         yield Finding("ok", "this machine", "a producer: no worker is installed here")
         return
@@ -27,10 +27,10 @@ def check_machine(ask_torch: bool) -> Findings:
     if version.endswith("+cpu"):
         advice = "install the CUDA build: `make clean`, then `make demo TORCH=cuda`"
         yield Finding("bad", "torch", f"torch {version} is built without CUDA", advice)
-    elif ask_torch:
+    elif import_torch:
         yield _torch_sees_cuda(version)
     else:
-        yield Finding("ok", "torch", f"torch {version}; ask it for CUDA with --torch")
+        yield Finding("ok", "torch", f"torch {version}; check CUDA with --torch")
 
 
 def _size(count: int) -> str:

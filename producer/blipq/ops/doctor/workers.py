@@ -42,7 +42,7 @@ def _serving(model: str, serving: list[dict[str, Any]]) -> Finding:
     if not loading:
         return Finding("ok", "workers", message)
     message = f"{message}; {loading} of them load the model again"
-    return Finding("warn", "workers", message, "the log of such a worker says why its engine ended")
+    return Finding("warn", "workers", message, "such a worker's log has why its engine ended")
 
 
 def _decode_bound(model: str, serving: list[dict[str, Any]]) -> Findings:
@@ -62,7 +62,7 @@ def _decoding(model: str, serving: list[dict[str, Any]]) -> Findings:
     for way, count in sorted(ways.items()):
         message = f"{count} of {len(serving)} for the model {model!r} write by {way}"
         if " on cuda" in way and "in graphs" not in way:
-            advice = "steps go without CUDA graphs: the worker's log says why, where it starts"
+            advice = "steps go without CUDA graphs: the reason is in the worker's log, at its start"
             yield Finding("warn", "workers", message, advice)
         else:
             yield Finding("ok", "workers", message)

@@ -229,7 +229,7 @@ def test_a_shape_that_is_not_the_configurations_is_told_with_both(
         Blip2.load(str(copy), dtype="float32", quantization=quantization)
     told = str(caught.value)
     assert f"{tensor} has the shape {tuple(stored[tensor].shape)}" in told
-    assert f"config.json says {expected}" in told
+    assert f"config.json has {expected}" in told
     assert "MISMATCH" not in capfd.readouterr().err
 
 

@@ -224,7 +224,7 @@ def test_a_golden_that_was_pushed_with_a_checkpoint_is_what_its_model_is_held_to
         assert check is not None
         check("default")
     else:
-        with pytest.raises(ModelError, match="it should say 'three green stars'"):
+        with pytest.raises(ModelError, match="its texts should be 'three green stars'"):
             load_models(options)
 
 

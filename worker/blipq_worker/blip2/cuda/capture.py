@@ -60,5 +60,5 @@ def _without_waiting(run: Run) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What it says, in a line."""
+    """The first line of an error, with its type."""
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -4,7 +4,7 @@ Read in this order: ``sequences`` (what is to be written), ``loop`` (who runs an
 ``languages`` (the forward passes), ``opt_step`` and its like (those for a token), ``kv_cache``
 (their keys and values), ``sampling`` (from logits to tokens), ``groups`` (what runs of beams),
 ``beams`` (what a step makes of their scores). On a GPU ``static`` takes the place of all of these
-but ``beams``, unless sequences are long, which ``generation.routing`` tells apart.
+but ``beams``, unless sequences are long, which ``generation.routing`` decides.
 """
 
 from blipq_worker.blip2.decoding.loop import DecodeLoop

@@ -163,9 +163,9 @@ def stacked(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What a step has come to.
+    """The result of a step.
 
-    tokens, parents: (n, K), what each beam says now, and which beam it goes on from. going: (n,),
+    tokens, parents: (n, K), each beam's new token, and the beam it goes on from. going: (n,),
     whether the search goes on.
     """
 

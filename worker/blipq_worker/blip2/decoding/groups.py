@@ -1,9 +1,9 @@
 """Prompts with several beams in growing slots: a group shares a slot, and its beams take columns.
 
 The prompt is in the first columns of the slot. Behind it each step writes a column for each beam:
-the first ones that are in nobody's past. ``seen`` says which columns are in whose: when a beam goes
-on from another one, it takes over the other's row of this table, and nothing else moves. As beams
-soon have most of their past in common, a step reads little more than for one text.
+the first ones that are in no beam's past. ``seen`` is the table of the columns in each beam's past:
+when a beam goes on from another one, it takes over the other's row of this table, and nothing else
+moves. As beams soon have most of their past in common, a step reads little more than for one text.
 """
 
 import math

@@ -285,7 +285,7 @@ class T5(Language):
     def _read(self, embeds: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """The encoder's pass, then the decoder's first step, which fills both caches."""
         model, seen = self._model, torch.arange(embeds.shape[1], device=embeds.device)
-        # Of a mask with two dimensions transformers asks whether it hides anything, and waits.
+        # With a two-dimensional mask transformers would wait for the GPU to check whether it masks.
         mask = bias_of(seen < lengths[:, None], embeds.dtype)
         encoded = model.encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
         caches = EncoderDecoderCache(DynamicCache(), DynamicCache())

@@ -61,7 +61,7 @@ class Row:
     ``seed`` is that of its draws (``row_seed``); nothing else decides them. ``adapter``: see
     ``adapters.layers.Rows``. ``joined``: it has had a slot; its first token may come later. With
     beams ``tokens`` stays empty: once it has ended, ``texts`` has the best of them, and ``scores``
-    their sums of log-probabilities, divided as the length penalty says. ``logs``, ``text_logs``:
+    their sums of log-probabilities, divided by the length penalty. ``logs``, ``text_logs``:
     see ``RowText``, of every token of these.
     ``kept``: how many tokens are left of each text that went on in a loop, by its index.
     ``replaced``: the row with loops whose place this one takes.
@@ -105,9 +105,9 @@ class Row:
             self._cut(index, text, ends)
 
     def _cut(self, index: int, text: Sequence[int], ends: Collection[int]) -> None:
-        """Notes what is left of a text in a loop, unless its shortest length asks for more.
+        """Notes what is left of a text in a loop, unless its shortest length requires more.
 
-        One that the model has ended is none, whatever it repeats: a number has equal digits.
+        A text that the model has ended is no loop, whatever it repeats: a number has equal digits.
         """
         if self.params.on_loop == "keep" or (text and text[-1] in ends):
             return
@@ -150,6 +150,6 @@ class Row:
 
 
 def row_seed(seed: int, alternative: int = 0) -> int:
-    """The seed of the n-th alternative text that one seed asks for; 64 bits with a sign."""
+    """The seed of the n-th alternative text of one seed; 64 bits with a sign."""
     digest = hashlib.blake2b(f"{seed}/{alternative}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, signed=True)

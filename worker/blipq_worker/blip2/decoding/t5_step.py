@@ -25,7 +25,7 @@ class _Block:
     value: Layer
     out: Layer
     cross_norm: Layer
-    ask: Layer
+    cross_query: Layer
     cross_out: Layer
     feed: Layer
 
@@ -39,7 +39,7 @@ class _Block:
             value=own.SelfAttention.v.forward,
             out=own.SelfAttention.o.forward,
             cross_norm=cross.layer_norm.forward,
-            ask=cross.EncDecAttention.q.forward,
+            cross_query=cross.EncDecAttention.q.forward,
             cross_out=cross.EncDecAttention.o.forward,
             feed=block.layer[2].forward,
         )
@@ -73,8 +73,8 @@ class T5Step:
                 part(normed).view(shape) for part in (block.query, block.key, block.value)
             )
             states = states + block.out(through(views, index, query, key, value))
-            asked = block.ask(block.cross_norm(states)).view(shape)
-            states = states + block.cross_out(through(views, index, asked))
+            query = block.cross_query(block.cross_norm(states)).view(shape)
+            states = states + block.cross_out(through(views, index, query))
             states = block.feed(states)
         return self.scores(states)
 

@@ -234,9 +234,9 @@ class Generator:
     ) -> list[list[list[GeneratedText]]]:
         """For each item, for each of its prompts, ``num_return_sequences`` texts, best first.
 
-        A seed decides what an item says, whatever its neighbours; equal results need the same
+        A seed determines an item's texts, whatever its neighbours; equal results need the same
         weights, precision and kind of device. Items that are not ``wanted`` any more are given up
-        between two steps: what they say is void. Raises PermanentError ``invalid_request`` for a
+        between two steps: their texts are void. Raises PermanentError ``invalid_request`` for a
         prompt that is too long.
         """
         if not items:

@@ -35,8 +35,8 @@ class GenerateItem:
 class GeneratedText:
     """A text and how many tokens it has, its end token included; and how sure of it the model was.
 
-    See ``inference.requests.GeneratedText``. The last bits of its numbers depend on who ran beside
-    it, what it says does not: these are not compared.
+    See ``inference.requests.GeneratedText``. Its numbers are not compared: their last bits, unlike
+    the text, depend on the batch neighbours.
     """
 
     text: str

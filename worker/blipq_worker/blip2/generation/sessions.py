@@ -109,7 +109,7 @@ class WritingSession:
 
     def has_room(self, ticket: Ticket) -> bool:
         """Whether a slot is free that no more urgent row waits for."""
-        # All that wait for a slot ask before each step, most of them behind all that are here.
+        # All waiting items call this before each step, most of them behind all that are here.
         room, behind_all = self._loop.room, self._latest is None or ticket > self._latest
         if not room or behind_all:
             return room > self._waiting

@@ -21,7 +21,7 @@ Head = Literal["itm", "itc"]
 
 _MAX_TEXT_TOKENS = 32  # LAVIS's max_txt_len
 # Each pair holds its own copy of the image's features (1.4 MB in fp32 for ViT-g at 224 pixels). A
-# CPU needs most of a minute for as many pairs, in which nothing would be heard of the pass.
+# CPU needs most of a minute for as many pairs, in which the pass would report no progress.
 _PAIRS_AT_ONCE = 128
 _PAIRS_AT_ONCE_ON_A_CPU = 16
 

@@ -50,14 +50,14 @@ _ROTATIONS = ("default", "linear", "llama3", "yarn")
 
 
 class CheckpointError(BlipqError):
-    """A checkpoint is missing, incomplete or of the wrong kind; one line says what to do."""
+    """A checkpoint is missing, incomplete or of the wrong kind; one line has the remedy."""
 
     def __init__(self, text: str) -> None:
         super().__init__(one_line(text))
 
 
 class CheckpointMissing(CheckpointError):
-    """A checkpoint is neither here nor to be had from the hub; ``what`` says so without advice."""
+    """A checkpoint is neither here nor on the hub; ``what`` is the message without advice."""
 
     def __init__(self, what: str, advice: str) -> None:
         super().__init__(f"{what}. {advice}")

@@ -1,4 +1,4 @@
-"""What of a configuration is not as LAVIS has it, and changes what a model says.
+"""Values of a configuration that differ from LAVIS's and change a model's answers.
 
 Folders that people convert or fine-tune bring such numbers: they load without an error.
 """

@@ -9,7 +9,7 @@ Quantization = Literal["none", "int8", "nf4"]
 
 # By itself bitsandbytes would quantize the vision tower, the projection and the heads, too, and a
 # matching head that is quantized fails on its first use. A list replaces bitsandbytes' own default,
-# which is why lm_head must be in it. T5's `wo` is kept by transformers, whatever the list says.
+# which is why lm_head must be in it. T5's `wo` is kept by transformers, whatever the list has.
 _NEVER_QUANTIZED = ("qformer", "language_projection", "lm_head")
 _HEADS = ("itm_head", "vision_projection", "text_projection")
 _VISION = "vision_model"

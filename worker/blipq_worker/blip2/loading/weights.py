@@ -119,14 +119,14 @@ def _is_no_report(record: logging.LogRecord) -> bool:
 
 
 def _check_loaded(checkpoint: Checkpoint, model: Any, report: Mapping[str, Any]) -> None:
-    """Refuses a model that would partly be random; says what is stored and not used."""
+    """Refuses a model that would partly be random; logs what is stored and not used."""
     unexpected = _some(report["unexpected_keys"])
     if wrong := sorted({*report["mismatched_keys"], *_misshapen(model)}):
         name, stored, expected = wrong[0]
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise CheckpointError(
             f"checkpoint {checkpoint.name!r}: {name} has the shape {tuple(stored)}, and "
-            f"config.json says {tuple(expected)}{more}"
+            f"config.json has {tuple(expected)}{more}"
         )
     if missing := _some(report["missing_keys"]):
         has = f"; it has others, such as {unexpected}" if unexpected else ""

@@ -194,7 +194,7 @@ class Scene:
 
     @property
     def statement(self) -> Statement:
-        """All that the caption says."""
+        """All facts of the caption."""
         mentions = [Mention(shape.color, shape.kind) for shape in self.shapes]
         match self.shapes:
             case ():
@@ -375,7 +375,7 @@ def _random_scene(rng: random.Random, seed: int = -1) -> Scene:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One picture's worth of a demo: a scene and what to ask about it."""
+    """One picture of a demo: a scene and the questions about it."""
 
     scene: Scene
     caption: str
@@ -391,12 +391,12 @@ def demonstration(seed: int) -> Demonstration:
     """
     shown = scene(DEMO_SEEDS[seed % len(DEMO_SEEDS)])
     rng = random.Random(f"demonstration {seed}")
-    asked = shown.questions()
-    kinds = rng.sample(sorted({question.kind for question in asked}), 3)
+    possible = shown.questions()
+    kinds = rng.sample(sorted({question.kind for question in possible}), 3)
     return Demonstration(
         scene=shown,
         caption=shown.caption,
-        questions=tuple(rng.choice([q for q in asked if q.kind == kind]) for kind in kinds),
+        questions=tuple(rng.choice([q for q in possible if q.kind == kind]) for kind in kinds),
         matching_text=rng.choice(shown.matching_texts()),
         non_matching_text=shown.non_matching_texts(rng)[0],
     )

@@ -1,7 +1,7 @@
-"""Searches with beams in static slots: a slot for each beam, and tables that say what they share.
+"""Searches with beams in static slots: a slot for each beam, and tables of what they share.
 
-A prompt is read once, into the slot of the first beam. ``ancestry`` says for each column of a slot
-in which slot the keys and values are that its beam sees there. When a beam goes on from another
+A prompt is read once, into the slot of the first beam. ``ancestry`` holds for each column of a slot
+the slot with the keys and values that its beam attends to there. When a beam goes on from another
 one, it takes over the other's row of this table; keys and values are never moved.
 """
 
@@ -20,9 +20,9 @@ WIDTHS = (5, MOST_BEAMS)
 
 
 class Found(NamedTuple):
-    """What a step has come to, for each slot; what it says of slots without a beam means nothing.
+    """The result of a step, for each slot; undefined for slots without a beam.
 
-    tokens: (n,), what the beams say now. going: (n,), whether their searches go on. outcome: (n,),
+    tokens: (n,), the beams' new tokens. going: (n,), whether their searches go on. outcome: (n,),
     1 where they go on, 0 where they have ended, -1 where scores were no numbers. groups: the state
     after it.
     """

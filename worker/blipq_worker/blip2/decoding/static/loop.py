@@ -44,7 +44,7 @@ class _Seat:
 
     @property
     def slot(self) -> int:
-        """The slot that a step says of what it has come to."""
+        """The slot in which a step writes the result."""
         return self.place.slots[0]
 
     @property
@@ -63,7 +63,7 @@ def _on_its_device(
         with on_device(self.device), torch.inference_mode():
             return method(self, *args, **kwargs)
 
-    return run  # type: ignore[return-value]  # wraps says too little
+    return run  # type: ignore[return-value]  # the type of wraps is too wide
 
 
 class StaticLoop:
