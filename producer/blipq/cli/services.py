@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,11 +15,17 @@ from blipq.settings import Settings, read_stack_file
 from blipq.submission import checked
 
 
+def _port(help: str) -> Any:
+    return typer.Option(help=help, min=1, max=65535, metavar="PORT")
+
+
 def up(
-    redis_port: Annotated[int | None, typer.Option(help="Redis port.")] = None,
-    s3_port: Annotated[int | None, typer.Option(help="S3 port.")] = None,
-    api_port: Annotated[int | None, typer.Option(help="Port of the HTTP door.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="Where data and logs are kept.")] = None,
+    redis_port: Annotated[int | None, _port("Redis port.")] = None,
+    s3_port: Annotated[int | None, _port("S3 port.")] = None,
+    api_port: Annotated[int | None, _port("Port of the HTTP door.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where data and logs are kept.", file_okay=False)
+    ] = None,
     worker: Annotated[bool, typer.Option(help="Also start a worker.")] = True,
 ) -> None:
     """Start a local stack: Redis, S3, a worker and the HTTP door. Ctrl-C stops it all.

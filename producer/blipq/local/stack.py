@@ -4,6 +4,7 @@ Loopback only, with keys of its own. The same parts serve ``blipq up``, ``blipq 
 tests.
 """
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import redis
 
@@ -118,6 +120,7 @@ class LocalStack:
     services: list[Service] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._lock_file: IO[str] | None = None
         self._given_ports = self.redis_port, self.s3_port
         self._choose_ports()
         self._access_key = "blipq-local"
@@ -162,20 +165,38 @@ class LocalStack:
         self._start()
 
     def _start(self) -> None:
-        self.services = [self._redis_service(), self._s3_service()]
-        for service in self.services:
-            service.start()
+        self._lock_folder()
         try:
+            self.services = [self._redis_service(), self._s3_service()]
+            for service in self.services:
+                service.start()
             self._wait_until(self._redis_answers, self.services[0])
             self._wait_until(self._s3_answers, self.services[1])
         except BaseException:
             self.stop()
             raise
 
+    def _lock_folder(self) -> None:
+        """Raises StackError where another stack runs in the folder: both would write its data."""
+        if self._lock_file is not None:
+            return
+        file = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise StackError(
+                f"another stack runs in {self.folder}: stop it, or choose another --folder"
+            ) from None
+        self._lock_file = file
+
     def stop(self) -> None:
         """Stops both servers and removes what they leave outside the folder."""
         for service in reversed(self.services):
             service.stop()
+        if self._lock_file is not None:
+            self._lock_file.close()
+            self._lock_file = None
         for port in (self.s3_port, *self._inner_ports):
             for socket_file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108
                 socket_file.unlink(missing_ok=True)

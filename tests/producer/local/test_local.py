@@ -92,6 +92,30 @@ def test_a_taken_port_is_told(tmp_path: Path) -> None:
     assert stack.services == []
 
 
+def test_a_folder_that_another_stack_uses_is_told(stack: LocalStack) -> None:
+    with pytest.raises(StackError, match=r"another stack runs in .*choose another --folder"):
+        LocalStack(stack.folder).start()
+    with connect(stack.settings()) as raw:
+        assert raw.ping(), "the first goes on"
+
+
+def test_a_folder_can_be_used_again_after_its_stack_has_stopped(tmp_path: Path) -> None:
+    for _ in range(2):
+        stack = LocalStack(tmp_path / "stack")
+        stack.start()
+        stack.stop()
+
+
+def test_a_folder_that_is_a_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    told = blipq("up", "--folder", str(tmp_path / "file")).stderr
+    assert "is a file" in " ".join(told.replace("│", " ").split())
+
+
+def test_a_number_that_is_no_port_is_told() -> None:
+    assert "must be at most 65,535" in blipq("up", "--redis-port", "99999").stderr
+
+
 @pytest.mark.parametrize("which", ["redis", "s3", "inner"])
 def test_a_chosen_port_that_was_taken_meanwhile_is_chosen_anew(tmp_path: Path, which: str) -> None:
     stack = LocalStack(tmp_path / "stack")
