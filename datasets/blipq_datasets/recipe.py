@@ -131,7 +131,7 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{path}: {error}") from None
+        raise InvalidRequest(f"{path} is no TOML: {error}") from None
 
 
 # --- templates: texts with {column} in them, anywhere in a request --------------------------------

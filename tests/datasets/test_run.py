@@ -256,6 +256,18 @@ def test_pictures_under_a_prefix_are_read_where_they_lie(
     assert all(each["image"]["etag"] for each in worker.runs)
 
 
+def test_an_output_that_cannot_be_written_is_told_before_any_job(
+    run: Run, answering: Answering, tmp_path: Path
+) -> None:
+    (tmp_path / "set.csv").write_text("url\ns3://photos/1.jpg\n")
+    (tmp_path / "file").touch()
+    with answering() as worker:
+        ran = run("submit", "set.csv", "--output", "file/answers")
+    assert ran.exit_code == 2
+    assert "cannot write file/answers: Not a directory" in ran.stderr
+    assert worker.runs == []
+
+
 def test_a_recipe_says_all_and_flags_come_first(
     run: Run, answering: Answering, client: Client, bucket: str, tmp_path: Path
 ) -> None:

@@ -13,10 +13,16 @@ from blipq.s3.storage import Storage
 
 
 class LocalFolder:
-    """A local folder, which is made."""
+    """A local folder, which is made. Raises InvalidRequest if it cannot be."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidRequest(f"cannot write {folder}: {error.strerror}") from None
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise InvalidRequest(f"cannot write {folder}: Permission denied")
 
     def has(self, name: str) -> bool:
         """Whether a file is there."""
