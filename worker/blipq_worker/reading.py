@@ -52,7 +52,8 @@ class Readers:
             count = self._count(model.reading, prompt)
             if count > room:
                 raise _invalid(
-                    f"a prompt has {count:,} tokens, where this model has room for {room:,}"
+                    f"a prompt has {count:,} tokens, where this model has room for {room:,}: "
+                    "shorten it, or lower max_new_tokens"
                 )
 
     def _check_rank(self, model: ModelInfo, item: Rank) -> None:

@@ -401,7 +401,7 @@ def test_a_file_that_is_not_read_in_time_is_given_up(
     ("content", "told"),
     [
         (b"", "cannot be read"),
-        (b"no checkpoint at all", "cannot be read"),
+        (b"no checkpoint at all", "torch.save writes checkpoints"),
         (pickle.dumps([1, 2]), "cannot be read"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (None, "is no file"),

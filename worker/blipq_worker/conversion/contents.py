@@ -61,5 +61,6 @@ def read(file: Path, folder: Path) -> Contents:
         raise ConversionError(f"{file} ended the process that read it ({ended.returncode}): {last}")
     about = json.loads((folder / ABOUT).read_text())
     if "error" in about:
-        raise ConversionError(f"{file} cannot be read: {about['error']}")
+        why = f"{about['error']}; torch.save writes checkpoints of LAVIS"
+        raise ConversionError(f"{file} cannot be read: {why}")
     return Contents(folder / WEIGHTS, about["model"], about["epoch"], tuple(about["beside"]))

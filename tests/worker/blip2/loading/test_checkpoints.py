@@ -287,8 +287,9 @@ def test_a_checkpoint_that_is_nowhere_says_how_to_fetch_it(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", ["./no/such", "/no/such", "nothing", "a/b/c"])
 def test_a_name_that_cannot_be_a_hub_id_is_not_looked_up(name: str) -> None:
-    with pytest.raises(CheckpointError, match="neither a folder here nor a hub id"):
+    with pytest.raises(CheckpointError, match="neither a folder here nor a hub id") as caught:
         open_checkpoint(name)
+    assert "models list" in str(caught.value), "it may be a known name with a mistake in it"
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])

@@ -149,7 +149,8 @@ class Generator:
         room = self.room(params.max_new_tokens)
         if len(ids) > room:
             raise invalid(
-                f"a prompt has {len(ids):,} tokens, where this model has room for {room:,}"
+                f"a prompt has {len(ids):,} tokens, where this model has room for {room:,}: "
+                "shorten it, or lower max_new_tokens"
             )
         return ids
 

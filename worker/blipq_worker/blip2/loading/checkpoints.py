@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from blipq.errors import BlipqError
+from blipq.program import blipq
 from blipq_worker.blip2.loading.configs import is_instructed, is_served, read_config
 from blipq_worker.blip2.loading.oddities import oddities
 from blipq_worker.catalog.models import (
@@ -172,8 +173,9 @@ def _download(name: str, files: list[str]) -> Path:
     hub_id, _, revision = name.partition("@")
     if name.startswith((".", "/", "~")) or hub_id.count("/") != 1:
         raise CheckpointError(
-            f"{name!r} is neither a folder here nor a hub id (owner/name); in BLIPQ_MODELS a plus "
-            "or a comma of a folder's name is written \\+ or \\,"
+            f"{name!r} is neither a folder here nor a hub id (owner/name), nor a name that "
+            f"`{blipq('models list')}` shows; in BLIPQ_MODELS a plus or a comma of a folder's name "
+            "is written \\+ or \\,"
         )
     try:
         return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=files))
