@@ -24,6 +24,9 @@ class RefusingS3:
 
     def __init__(self) -> None:
         self.requests: list[str] = []
+        #: What signs them, and the token that goes with it.
+        self.signed: list[str] = []
+        self.tokens: list[str | None] = []
         #: What the next requests are answered, before anything else; None is no refusal.
         self.script: list[tuple[int, str] | None] = []
         #: The ETag of every object.
@@ -41,6 +44,8 @@ class RefusingS3:
             def do_GET(self) -> None:
                 self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 stub.requests.append(self.command)
+                stub.signed.append(self.headers.get("Authorization", ""))
+                stub.tokens.append(self.headers.get("X-Amz-Security-Token"))
                 in_json = "X-Amz-Target" in self.headers
                 self._reply(*stub._answer(self.command, in_json=in_json))
 

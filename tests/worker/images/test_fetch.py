@@ -18,6 +18,7 @@ from refusing_s3 import RefusingS3, refusing_s3
 BYTES = bytes(range(256)) * 2000
 OK = b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\nETag: "x"\r\n\r\n'
 ANYWHERE = ImageRef(uri="s3://bucket/key.png")
+BEFORE = ImageRef(uri="s3://bucket/before.png")
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,17 @@ def image(storage: Storage) -> ImageRef:
     return storage.upload(BYTES)
 
 
+class Serving(Storage):
+    """That of a bucket which has an object, ``BEFORE``, that is read before any other."""
+
+
 def fetcher(storage: Storage, **options: object) -> Fetcher:
-    return Fetcher(storage, **{"max_bytes": 2**20, "timeout_s": 10.0, **options})  # type: ignore[arg-type]
+    made = Fetcher(storage, **{"max_bytes": 2**20, "timeout_s": 10.0, **options})  # type: ignore[arg-type]
+    if isinstance(storage, Serving):  # within any time
+        made._timeout_s, within = 10.0, made._timeout_s
+        made.fetch(BEFORE)
+        made._timeout_s = within
+    return made
 
 
 def refusal(fetcher: Fetcher, image: ImageRef) -> WorkError:
@@ -290,9 +300,9 @@ Reply = Callable[[socket.socket], object]
 Serve = Callable[[Reply], Storage]
 
 
-@pytest.fixture
-def serve() -> Iterator[Serve]:
-    """A one-trick HTTP server; gives the storage that asks it."""
+@pytest.fixture(params=[Storage, Serving], ids=["first", "next"])
+def serve(request: pytest.FixtureRequest) -> Iterator[Serve]:
+    """A one-trick HTTP server; gives the storage that asks it: for a first object, or the next."""
     over = threading.Event()
 
     def serve(reply: Reply) -> Storage:
@@ -306,7 +316,7 @@ def serve() -> Iterator[Serve]:
             s3_access_key_id="key",
             s3_secret_access_key="secret",
         )
-        return Storage(settings, read_timeout_s=0.3)
+        return request.param(settings, read_timeout_s=0.3)
 
     started: list[threading.Thread] = []
     yield serve
@@ -323,7 +333,9 @@ def _serve(server: socket.socket, reply: Reply, over: threading.Event) -> None:
             except TimeoutError:
                 continue
             with connection, suppress(OSError):
-                connection.recv(65536)
+                if b"before.png" in connection.recv(65536):
+                    connection.sendall(OK % 4 + b"else")
+                    continue
                 while reply(connection) and not over.wait(0.02):
                     pass
 
@@ -397,6 +409,17 @@ def test_a_server_that_ignores_conditions_gives_no_other_bytes(serve: Serve) -> 
 def test_a_server_in_trouble_may_pass_later(serve: Serve, status: bytes) -> None:
     storage = serve(lambda c: c.sendall(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n"))
     assert is_unavailable(refusal(fetcher(storage), ANYWHERE))
+
+
+def test_a_server_that_falls_silent_is_waited_for_as_often_for_each_object(serve: Serve) -> None:
+    asked: list[socket.socket] = []
+
+    def wait(connection: socket.socket) -> None:
+        asked.append(connection)
+        connection.recv(1)  # the end, when the other side has waited long enough
+
+    assert is_unavailable(refusal(fetcher(serve(wait)), ANYWHERE))
+    assert len(asked) == 2
 
 
 def test_a_server_that_talks_nonsense_may_pass_later(serve: Serve) -> None:

@@ -30,6 +30,7 @@ from blipq_worker.images.forgetting import Forgetting
 from blipq_worker.images.https import HttpsFetcher
 from blipq_worker.images.loader import Pictures, Recent, mark_of
 from blipq_worker.images.memory_budget import Budget
+from blipq_worker.images.objects import Objects
 from blipq_worker.images.preprocess import pixels_of
 from blipq_worker.images.s3_access import AccessRefused
 from blipq_worker.inference.requests import ImagePixels, ModelInfo, Recipe
@@ -251,7 +252,7 @@ def test_what_one_may_not_read_is_not_answered_though_it_is_known(
     """The same worker, after its rights have been taken away."""
     parts.load()
     wrong = settings.model_dump() | {"s3_secret_access_key": "wrong"}
-    parts.fetcher._storage = Storage(Settings.model_validate(wrong))
+    parts.fetcher._objects = Objects(Storage(Settings.model_validate(wrong)))
     with pytest.raises(AccessRefused):
         parts.load()
 

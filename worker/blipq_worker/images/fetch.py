@@ -19,6 +19,7 @@ from blipq.s3.refusals import OF_THE_ASKER, Refusal, S3Refused, refusal_of, stat
 from blipq.s3.storage import Storage
 from blipq_worker.images.coding import TooLong, plain
 from blipq_worker.images.https import HttpsFetcher
+from blipq_worker.images.objects import Answer, Objects
 from blipq_worker.images.s3_access import AccessRefused
 
 CHUNK_BYTES = 256 * 1024
@@ -59,7 +60,8 @@ class Fetcher:
         allowed_buckets: Sequence[str] = (),
         https: HttpsFetcher | None = None,
     ) -> None:
-        self._storage = storage
+        self._inbox = storage.settings.inbox_bucket
+        self._objects = Objects(storage)
         self.max_bytes = max_bytes
         self._timeout_s = timeout_s
         self._allowed = tuple(allowed_buckets)
@@ -96,11 +98,12 @@ class Fetcher:
             raise self._too_large(image)
         deadline = time.monotonic() + self._timeout_s
         try:
-            response = self._storage.client.get_object(**_arguments(image, unless))
-            _check_etag(image, response)
-            _check_part(image, response)
-            data = self._read(image, response, deadline, sized)
-            fetched = _fetched(data, response.get("ETag"))
+            answer = self._objects.get(_arguments(image, unless))
+            if answer is None:
+                return None
+            _check_etag(image, answer)
+            _check_part(image, answer)
+            fetched = _fetched(self._read(image, answer, deadline, sized), answer.etag)
         except (ClientError, BotoCoreError, S3Refused) as error:
             if unless is not None and _is_unmodified(error):
                 return None
@@ -119,7 +122,7 @@ class Fetcher:
         if image.is_part:
             return
         named = _DIGEST_KEY.fullmatch(image.key)
-        if image.bucket != self._storage.settings.inbox_bucket or named is None:
+        if image.bucket != self._inbox or named is None:
             return
         if named["digest"] != fetched.digest:
             message = f"{image.uri} holds other bytes than were uploaded: upload the image again"
@@ -136,17 +139,16 @@ class Fetcher:
             message = f"{image.uri} is outside BLIPQ_ALLOWED_BUCKETS"
             raise PermanentError(ErrorCode.IMAGE_FORBIDDEN, message)
 
-    def _read(self, image: ImageRef, response: Any, deadline: float, sized: Sized) -> bytes:
-        body = response["Body"]
+    def _read(self, image: ImageRef, answer: Answer, deadline: float, sized: Sized) -> bytes:
+        length = answer.length
         try:
-            length = response.get("ContentLength")  # none in a chunked answer
             if length is not None and length > self.max_bytes:
                 raise self._too_large(image)
-            if length is not None and not response.get("ContentEncoding"):  # it may be packed
+            if length is not None and not answer.coding:  # it may be packed
                 sized(length)
             data = io.BytesIO()  # its value is its buffer: the bytes are held once
             # read1-sized steps: a whole chunk of a drip would outlast the deadline unseen.
-            while piece := body._raw_stream.read1(CHUNK_BYTES):
+            while piece := answer.raw.read1(CHUNK_BYTES):
                 data.write(piece)
                 if data.tell() > self.max_bytes:
                     raise self._too_large(image)
@@ -157,12 +159,12 @@ class Fetcher:
                 message = f"{image.uri}: the connection was cut after {data.tell():,} bytes"
                 raise TransientError(ErrorCode.IMAGE_UNAVAILABLE, message)
         except BaseException:
-            body.close()  # unread bytes: the connection cannot be used again
+            answer.raw.close()  # unread bytes: the connection cannot be used again
             raise
         if image.is_part:  # offsets count stored bytes
             return data.getvalue()
         try:
-            return plain(data.getvalue(), response.get("ContentEncoding"), self.max_bytes)
+            return plain(data.getvalue(), answer.coding, self.max_bytes)
         except TooLong:
             raise self._too_large(image) from None
 
@@ -188,23 +190,23 @@ def _arguments(image: ImageRef, unless: str | None) -> dict[str, Any]:
     return arguments
 
 
-def _check_etag(image: ImageRef, response: Any) -> None:
+def _check_etag(image: ImageRef, answer: Answer) -> None:
     """Refuses other bytes than those requested, whatever the server makes of conditions."""
-    etag = response.get("ETag")
+    etag = answer.etag
     if image.etag is not None and etag is not None and not _same(image.etag, etag):
-        response["Body"].close()
+        answer.raw.close()
         message = f"{image.uri} has the ETag {etag} now"
         raise PermanentError(ErrorCode.IMAGE_CHANGED, message)
 
 
-def _check_part(image: ImageRef, response: Any) -> None:
+def _check_part(image: ImageRef, answer: Answer) -> None:
     """Refuses another part than the requested one: an object that ends earlier, or a whole one."""
     if image.offset is None or image.length is None:
         return
     wanted = f"bytes {image.offset}-{image.offset + image.length - 1}/"
-    found = response.get("ContentRange")
+    found = answer.part
     if found is None or not found.startswith(wanted):
-        response["Body"].close()
+        answer.raw.close()
         shown = found or "the whole object"
         message = f"{image.uri}: S3 gives {shown} for {wanted.rstrip('/')}"
         raise PermanentError(ErrorCode.INVALID_REQUEST, message)
