@@ -23,6 +23,7 @@ from guarantees.traces.collector import Collector, collecting
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SAMPLED, UNSAMPLED = f"00-{TRACE}-{PARENT}-01", f"00-{TRACE}-{PARENT}-00"
 REQUEST = CaptionRequest.model_validate({"kind": "caption", "image": "s3://photos/cat.jpg"})
+CONSUMER = 5
 VARIABLES = ("OTEL_SDK_DISABLED", "OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 
@@ -155,6 +156,53 @@ def test_a_sampler_of_a_share_decides_for_each_job_of_a_bulk_submit(
         client.submit_many([REQUEST] * 200)
     wait_until(lambda: len(collector.spans) > 40, "the spans of about a half")
     assert len({span.trace for span in collector.spans}) == len(collector.spans) < 160
+
+
+def test_a_share_in_all_processes_decides_below_a_parent_that_is_sampled_too(
+    collector: Collector, environment: pytest.MonkeyPatch
+) -> None:
+    environment.setenv("OTEL_TRACES_SAMPLER", "traceidratio")
+    environment.setenv("OTEL_TRACES_SAMPLER_ARG", "0.0")
+    below = tracing.continued("process", SAMPLED)
+    assert (type(below), below.context) == (Trace, SAMPLED)
+
+
+def test_a_span_is_sent_as_it_was_when_it_ended(collector: Collector) -> None:
+    span = tracing.begun(
+        "process", SAMPLED, kind="consumer", attributes={"a": 1}, links=[UNSAMPLED], since_ns=7
+    )
+    span.say({"a": 2, "b": "two"})
+    child = span.child("fetch")
+    child.link(span.context)
+    child.end()
+    span.end()
+    span.say({"a": 3})
+    span.end(RuntimeError("ended already"))
+    tracing.begun("later").end()
+    wait_until(lambda: bool(collector.named("later")), "the last span")
+    fetch, process, later = collector.spans
+    assert (process.name, process.trace, process.parent) == ("process", TRACE, PARENT)
+    assert (process.kind, process.start_ns, process.failed) == (CONSUMER, 7, False)
+    assert (process.attributes, process.links) == ({"a": 2, "b": "two"}, (PARENT,))
+    assert (fetch.trace, fetch.parent, fetch.links) == (TRACE, process.id, (process.id,))
+    assert process.start_ns < fetch.start_ns <= fetch.end_ns <= process.end_ns
+    assert (later.parent, later.trace != TRACE) == ("", True)
+
+
+@pytest.mark.parametrize(
+    ("variable", "kept"),
+    [
+        ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", {"b": "word"}),
+        ("OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", {"a": "w", "b": "w"}),
+    ],
+)
+def test_limits_that_the_environment_sets_are_kept(
+    collector: Collector, environment: pytest.MonkeyPatch, variable: str, kept: dict[str, str]
+) -> None:
+    environment.setenv(variable, "1")
+    tracing.begun("submit", attributes={"a": "word", "b": "word"}).end()
+    wait_until(lambda: bool(collector.spans), "the span")
+    assert collector.spans[0].attributes == kept
 
 
 def test_an_applications_own_provider_and_current_span_are_used() -> None:
