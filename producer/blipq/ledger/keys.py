@@ -16,6 +16,7 @@ RUNNING = "blipq:running"  # zset: id -> end of the lease
 DELAYED = "blipq:delayed"  # zset: id -> when the retry is due
 TENANTS = "blipq:tenants"  # zset: tenant with open jobs -> when its set of them was written
 LIMITS = "blipq:limits"  # hash: tenant, or * for the others -> most open jobs and jobs a second
+MOVES = "blipq:moves"  # string: exists while any job has moved on from this cell
 QUEUES = "blipq:queues"  # zset: queue -> last use
 DEAD_LETTERS = "blipq:dead-letters"  # zset: id -> when it was given up
 WORKERS = "blipq:workers"  # zset: worker -> until when it counts as live
@@ -248,6 +249,7 @@ _CONSTANTS = {
     "OPEN": OPEN,
     "RUNNING": RUNNING,
     "DELAYED": DELAYED,
+    "MOVES": MOVES,
     "QUEUES": QUEUES,
     "DEAD_LETTERS": DEAD_LETTERS,
     "WORKERS": WORKERS,

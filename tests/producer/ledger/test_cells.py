@@ -363,7 +363,20 @@ def test_a_note_is_kept_for_as_long_as_a_dead_letter_of_whoever_came_last(fleet:
     (name,) = fleet.keys("blipq:moved:*")["a"]
     with connect(fleet.settings().in_cell("a")) as raw:
         kept_s = raw.ttl(name)
+        assert raw.ttl(keys.MOVES) > kept_s
     assert kept_s > fleet.settings().dead_letter_ttl + 400
+
+
+def test_no_note_is_looked_for_where_no_list_has_changed(fleet: Fleet, client: Client) -> None:
+    raws = [connect(fleet.settings().in_cell(name)) for name in "abc"]
+    for raw in raws:
+        raw.config_resetstat()
+    client.submit_many([Submission(REQUEST, Options(), f"order-{n}") for n in range(30)])
+    for raw in raws:
+        stats: Any = raw.info("commandstats")
+        assert "cmdstat_evalsha" in stats
+        assert "cmdstat_get" not in stats
+        raw.close()
 
 
 def test_a_former_cell_that_is_away_is_no_reason_for_a_second_job(fleet: Fleet) -> None:

@@ -135,14 +135,16 @@ end
 -- Cells.path) and its name, or nil where this cell is to record it. name: of the job's key or id. place:
 -- of this cell on the caller's way. onward: the next place and cell, or ''. What is left here sends on
 -- whoever comes with a lower place and would record the job here: whoever comes first, one cell alone
--- has it. It is kept for as long as the record of whoever comes last.
+-- has it. It is kept for as long as the record of whoever comes last, and MOVES for longer than any.
 local function moved_to(name, place, onward, ttl)
   local key = moved_key(redis.sha1hex(name))
   local moved = redis.call('GET', key)
   local is_ahead = moved and tonumber(string.match(moved, '^%d+')) > tonumber(place)
   if not is_ahead and onward == '' then return nil end
   moved = is_ahead and moved or onward
-  redis.call('SET', key, moved, 'PX', math.max(ttl, redis.call('PTTL', key)))
+  local kept = math.max(ttl, redis.call('PTTL', key))
+  if redis.call('PTTL', MOVES) < kept then redis.call('SET', MOVES, 1, 'PX', kept + HOUR) end
+  redis.call('SET', key, moved, 'PX', kept)
   return moved
 end
 

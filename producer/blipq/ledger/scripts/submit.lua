@@ -12,6 +12,8 @@
 local retention, max_open, declared = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
 local place, onward, longest = ARGV[4], ARGV[5], tonumber(ARGV[6])
 local live, used = {}, {}
+-- Whether a job may have moved on from here, or is to: only around a change of lists of cells.
+local may_move = place ~= '' and (onward ~= '' or redis.call('EXISTS', MOVES) == 1)
 
 local function known(existing, digest)
   local found = redis.call('HMGET', job_key(existing), 'status', 'digest')
@@ -40,7 +42,7 @@ local function record(id, digest, given_key, expires_in, message, first, last)
   end
   local answer = known(id, digest)
   if answer then return answer, id end
-  if place ~= '' then
+  if may_move then
     --RARELY moved_to
     local moved = moved_to(given_key ~= '' and 'k:' .. given_key or 'i:' .. id, place, onward,
       expires_in + longest)
