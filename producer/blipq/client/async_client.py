@@ -426,6 +426,8 @@ class AsyncClient(ClientBase):
     async def _publish(self, messages: list[Message]) -> None:
         """What is not taken in time is published by the reconciler: the jobs are recorded."""
         self._unserved.warn(messages)
+        if all(message.published for message in messages):
+            return
         sent = asyncio.wrap_future(self.broker.send(messages))
         sent.add_done_callback(self._on_sent)
         await asyncio.wait([sent], timeout=patience_s(messages))

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from blipq.contract import JobInfo, Kind, Options, Request, contract_of
@@ -250,16 +250,18 @@ def declared_models(settings: Settings) -> str:
     return f" {' '.join(settings.known_models)} "
 
 
-def submitted(jobs: Sequence[Prepared], answer: Sequence[str]) -> list[Recorded | BlipqError]:
-    """The submit script's reply, job by job."""
-    return cast("list[Recorded | BlipqError]", placed(jobs, answer))
+def submitted(
+    jobs: Sequence[Prepared], answer: Sequence[str], cell: str | None = None
+) -> list[Recorded | BlipqError]:
+    """The submit script's reply, job by job. ``cell``: whose reply it is, where there are some."""
+    return cast("list[Recorded | BlipqError]", placed(jobs, answer, cell))
 
 
-def placed(jobs: Sequence[Prepared], answer: Sequence[str]) -> list[Placed]:
+def placed(jobs: Sequence[Prepared], answer: Sequence[str], cell: str | None) -> list[Placed]:
     """The same where the script was given a place."""
     outcomes = zip(jobs, answer[::2], answer[1::2], strict=False)  # a refusal ends it early
     return [
-        moved(id) if each == "moved" else recorded(job, cast(Outcome, each), id)
+        moved(id) if each == "moved" else recorded(job, cast(Outcome, each), id, cell)
         for job, each, id in outcomes
     ]
 
@@ -270,8 +272,10 @@ def moved(text: str) -> Moved:
     return Moved(int(place), cell)
 
 
-def recorded(job: Prepared, outcome: Outcome, id: str) -> Recorded | BlipqError:
-    """What became of one submission.
+def recorded(
+    job: Prepared, outcome: Outcome, id: str, cell: str | None = None
+) -> Recorded | BlipqError:
+    """What became of one submission, in a cell where there are some.
 
     ``id``: of the job; for ``unknown`` the served models, for ``limited`` the limit that was met.
     """
@@ -288,9 +292,8 @@ def recorded(job: Prepared, outcome: Outcome, id: str) -> Recorded | BlipqError:
         return TenantLimited(submission.tenant or "", limit, json.loads(most), wait_s)
     if outcome == "exists":
         return id
-    message = message_of(submission)
     published = job.publishes and outcome != "unpublished"
-    return replace(message, served=outcome != "waits", published=published)
+    return message_of(submission, outcome != "waits", cell, published)
 
 
 def check_arguments(models: Iterable[str], settings: Settings) -> Iterator[str]:
@@ -327,11 +330,14 @@ def made_id(settings: Settings) -> str:
     return new_id() if settings.cell is None else id_in(new_id(), settings.cell)
 
 
-def message_of(submission: Submission) -> Message:
+def message_of(
+    submission: Submission, served: bool = True, cell: str | None = None, published: bool = False
+) -> Message:
     """The message of a submitted job."""
     options = submission.options
     queue = queue_name(options.model, options.priority)
-    return Message(Kind(submission.request.kind), submission.id, queue)
+    kind = Kind(submission.request.kind)
+    return Message(kind, submission.id, queue, served, cell, published)
 
 
 def poll_arguments(ids: Iterable[str], notify: str) -> Iterator[str]:

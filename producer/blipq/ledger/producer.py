@@ -36,7 +36,7 @@ class ProducerLedger(ScriptRunner):
         """Records jobs, each once and in order."""
         with redis_errors(codec.only(job.submission.id for job in jobs)):
             answer = self._run("submit", *codec.submit_arguments(jobs, self.settings))
-        return codec.submitted(jobs, answer)
+        return codec.submitted(jobs, answer, self.settings.cell)
 
     def check_models(self, models: Iterable[str]) -> None:
         """Raises UnknownModel if a job for one of these models would be refused."""

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 CELL_PATTERN = r"[a-z][a-z0-9]{0,15}"
 #: Places of one list on the way of a job.
@@ -152,8 +153,14 @@ class Cells:
 
 def ranked(text: str, names: Iterable[str]) -> list[str]:
     """Cells by rendezvous hashing: for each text in an order of its own, which all clients find."""
+    return list(_ranked(text, tuple(names)))
+
+
+@lru_cache(maxsize=1024)  # an id or a key is looked up several times on its way
+def _ranked(text: str, names: tuple[str, ...]) -> list[str]:
+    behind = f"\n{text}".encode()
 
     def weight(name: str) -> bytes:
-        return hashlib.blake2b(f"{name}\n{text}".encode(), digest_size=8).digest()
+        return hashlib.blake2b(name.encode() + behind, digest_size=8).digest()
 
     return sorted(names, key=weight, reverse=True)

@@ -87,6 +87,26 @@ def test_a_job_is_in_the_cell_that_its_id_says_and_is_found_there(
     assert client.count(JobFilter(status=Status.QUEUED)) == 59
 
 
+def test_an_id_is_made_without_a_call_where_its_cell_answered_just_now(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blipq.ledger.cells.health.FRESH_S", 3600.0)
+    calls = Calls(fleet.settings())
+    for cell in "ab":
+        calls.health.answered(cell)
+        calls.health.learn(cell, "default", True)
+    made = [calls.make_id(Options()) for _ in range(900)]
+    found = Counter(cell_of(each) if isinstance(each, str) else "calls" for each in made)
+    assert found.keys() == {"a", "b", "calls"}
+    assert min(found.values()) > 200
+
+
+def test_an_id_of_a_job_with_a_key_says_the_cell_of_the_key(fleet: Fleet) -> None:
+    calls = Calls(fleet.settings())
+    for cell in "abc":
+        assert cell_of(str(calls.make_id(keyed(key_of(cell))))) == cell
+
+
 def test_a_job_is_published_in_the_cell_that_records_it(fleet: Fleet, client: Client) -> None:
     jobs = [*client.submit_many(REQUEST for _ in range(20)), client.submit(REQUEST)]
     jobs += [client.submit(REQUEST, keyed(f"k{n}")) for n in range(10) for _ in range(2)]

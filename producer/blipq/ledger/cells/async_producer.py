@@ -26,7 +26,8 @@ class AsyncCellLedger(AsyncProducerLedger):
         """As ``CellLedger.place``."""
         with redis_errors(codec.only(job.submission.id for job in jobs)):
             arguments = codec.submit_arguments(jobs, self.settings, place, onward)
-            return codec.placed(jobs, await self._run("submit", *arguments))
+            answer = await self._run("submit", *arguments)
+            return codec.placed(jobs, answer, self.settings.cell)
 
     async def reach(self, with_an_answer: bool) -> None:
         """As ``CellLedger.reach``."""
@@ -72,7 +73,8 @@ class AsyncCellsLedger:
 
     async def make_id(self, options: Options) -> str:
         """An id that ends with its cell."""
-        return await self._make(self.fleet.make_id(options))
+        made = self.fleet.make_id(options)
+        return made if isinstance(made, str) else await self._make(made)
 
     async def submit(self, submission: Submission, *, notify: str) -> Recorded:
         """Records a job once."""

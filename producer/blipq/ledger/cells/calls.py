@@ -37,13 +37,13 @@ class Round(Generic[T]):
         self._health = health
         self._answer: list[T] = []
         self.call: Call | None = None
-        self._step(lambda: next(calls))
+        self._step(calls.send, None)
 
     def answered(self, answer: Any) -> None:
         """The call was answered. Raises what the generator makes of it."""
         assert self.call is not None, "there was a call"
         self._health.answered(self.call.cell)
-        self._step(lambda: self._calls.send(answer))
+        self._step(self._calls.send, answer)
 
     def failed(self, error: Exception) -> None:
         """The call raised. Raises what the generator makes of it."""
@@ -52,16 +52,16 @@ class Round(Generic[T]):
             self._health.failed(self.call.cell, error)
         else:
             self._health.answered(self.call.cell)
-        self._step(lambda: self._calls.throw(error))
+        self._step(self._calls.throw, error)
 
     @property
     def answer(self) -> T:
         """What the generator returned, when there is no call left."""
         return self._answer[0]
 
-    def _step(self, step: Callable[[], Call]) -> None:
+    def _step(self, step: Callable[[Any], Call], given: Any) -> None:
         try:
-            self.call = step()
+            self.call = step(given)
         except StopIteration as stop:
             self.call = None
             self._answer.append(stop.value)

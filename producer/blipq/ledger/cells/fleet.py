@@ -29,7 +29,7 @@ class Fleet:
 
     # -- submits --
 
-    def make_id(self, options: Options) -> Calls[str]:
+    def make_id(self, options: Options) -> str | Calls[str]:
         return self._placing.make_id(options)
 
     def submit_all(self, jobs: Sequence[Prepared]) -> Calls[list[Answer]]:

@@ -53,6 +53,10 @@ class Health:
         """Whether a cell answered just now."""
         return time.monotonic() - self._states[cell].answered_at < FRESH_S
 
+    def is_ready(self, cell: str, model: str) -> bool:
+        """Whether a job for a model can be sent to a cell without a look at either before."""
+        return self.is_fresh(cell) and self.knows(cell, model) is True
+
     def has_failed(self, cell: str) -> bool:
         """Whether the last call of a cell had no answer."""
         return self._states[cell].why is not None

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 from blipq.contract import Options
 from blipq.errors import BlipqError, QueueFull, QueueUnavailable, UnknownModel
 from blipq.ledger import codec
 from blipq.ledger.cells.calls import Calls, call
 from blipq.ledger.cells.health import Health
-from blipq.ledger.codec import Message, Moved, Placed, Prepared, Recorded
+from blipq.ledger.codec import Moved, Placed, Prepared, Recorded
 from blipq.redis.cells import Cells, cell_of, id_in, ranked
 from blipq.submission import new_id
 
@@ -51,12 +52,10 @@ class _Chunk:
                 break
         return found
 
-    def take(self, cell: str, indexes: Sequence[int], answers: Sequence[Placed]) -> None:
+    def take(self, indexes: Sequence[int], answers: Sequence[Placed]) -> None:
         """What a cell answered, which ends at its first refusal."""
         for index, answer in zip(indexes, answers, strict=False):
-            if isinstance(answer, Message):
-                self.answers[index] = replace(answer, cell=cell)
-            elif not isinstance(answer, Moved):
+            if not isinstance(answer, Moved):
                 self.answers[index] = answer
 
 
@@ -69,29 +68,36 @@ class Placing:
 
     # -- new ids --
 
-    def make_id(self, options: Options) -> Calls[str]:
-        """An id that ends with its cell.
+    def make_id(self, options: Options) -> str | Calls[str]:
+        """An id that ends with its cell; the calls that choose one, where some are needed.
 
         Without a key the cell is one that can be reached and knows the model: nothing was sent yet,
         so another one can be taken. With a key the submit decides, and may give another id.
         """
-        id = new_id()
-        ranks = ranked(id, self._cells.current)
+        id, cells = new_id(), self._cells.current
         if options.idempotency_key is not None:
-            return id_in(id, ranks[0])
+            return f"{id}_{ranked(options.idempotency_key, cells)[0]}"
+        first = cells[int(id[-8:], 16) % len(cells)]  # these digits are random
+        if self._health.is_ready(first, options.model):
+            return f"{id}_{first}"
+        return self._choose(id, first, options.model)
+
+    def _choose(self, id: str, first: str, model: str) -> Calls[str]:
+        others = (cell for cell in self._cells.current if cell != first)
+        ranks = [first, *ranked(id, others)]
         away: list[str] = []
         for cell in ranks:
             try:
                 if self._health.away(cell) is None:
-                    yield from self._check(cell, options.model)
+                    yield from self._check(cell, model)
                     yield from self._reach(cell)
-                    return id_in(id, cell)
+                    return f"{id}_{cell}"
             except UnknownModel:
                 continue
             except QueueUnavailable:
                 pass
             away.append(cell)
-        return id_in(id, [*away, *ranks][0])  # whose answer to the submit has the error
+        return f"{id}_{[*away, *ranks][0]}"  # whose answer to the submit has the error
 
     def _reach(self, cell: str) -> Calls[None]:
         if not self._health.is_fresh(cell):
@@ -142,32 +148,38 @@ class Placing:
 
     def submit_all(self, jobs: Sequence[Prepared]) -> Calls[list[Answer]]:
         """Records jobs as ``Producer.submit_all`` does."""
+        if len(jobs) == 1 and (cell := _cell_in_id(jobs[0])) is not None:
+            return (yield from self._submit_there(cell, jobs))
         chunk = _Chunk(jobs)
         named: dict[str, list[int]] = {}
         ways: list[_Way] = []
+        serves: dict[str, Callable[[str], bool] | BlipqError] = {}
         for index, job in enumerate(jobs):
-            cell = cell_of(job.submission.id)
-            if cell is None or job.submission.options.idempotency_key is not None:
-                try:
-                    ways.append((yield from self._way(index, job)))
-                except (UnknownModel, QueueUnavailable) as error:
-                    chunk.answers[index] = error
-            else:
+            if (cell := _cell_in_id(job)) is not None:
                 named.setdefault(cell, []).append(index)
+                continue
+            model = job.submission.options.model
+            if model not in serves:
+                serves[model] = yield from self._served(model)
+            found = serves[model]
+            if isinstance(found, BlipqError):
+                chunk.answers[index] = found
+            else:
+                ways.append(_Way(index, job, self._cells.path(_text(job), found)))
         for cell, indexes in named.items():
-            yield from self._record(chunk, cell, indexes)
+            there = [jobs[index] for index in indexes]
+            chunk.take(indexes, (yield from self._submit_there(cell, there)))
         while ways:
             ways = yield from self._go_on(chunk, ways)
         return chunk.settled()
 
-    def _record(self, chunk: _Chunk, cell: str, indexes: list[int]) -> Calls[None]:
+    def _submit_there(self, cell: str, jobs: Sequence[Prepared]) -> Calls[list[Answer]]:
         """Jobs whose ids end with their cell."""
-        jobs = [chunk.jobs[index] for index in indexes]
         try:
             self.check_named(cell, jobs[0].submission.id)
-            chunk.take(cell, indexes, (yield call(cell, "submit_all", jobs)))
+            return cast("list[Answer]", (yield call(cell, "submit_all", jobs)))
         except (QueueUnavailable, QueueFull) as error:
-            chunk.answers[indexes[0]] = error
+            return [error]
 
     def check_named(self, cell: str, id: str) -> None:
         """Raises QueueUnavailable for a cell that these settings do not name."""
@@ -176,15 +188,22 @@ class Placing:
                 f"job {id} is in the cell {cell!r}, which BLIPQ_CELLS does not name", id
             )
 
-    def _way(self, index: int, job: Prepared) -> Calls[_Way]:
-        model = job.submission.options.model
-        yield from self._learn(model)
-        if all(self._health.knows(cell, model) is False for cell in self._cells.current):
-            yield from self.check_model(model)  # what no cell knows must leave nothing in them
-        return _Way(index, job, self._cells.path(_text(job), self._serves(model)))
+    def _served(self, model: str) -> Calls[Callable[[str], bool] | BlipqError]:
+        """Whether a cell serves a model, once that is learned; why a job for it is refused."""
+        if any(self._health.knows(cell, model) is None for cell in self._cells.names):
+            yield from self._learn(model)
+        serves = self._serves(model)
+        if not any(map(serves, self._cells.current)):
+            try:
+                yield from self.check_model(model)  # what no cell knows must leave nothing in them
+            except (UnknownModel, QueueUnavailable) as error:
+                return error
+            serves = self._serves(model)
+        return serves
 
     def _serves(self, model: str) -> Callable[[str], bool]:
-        return lambda cell: self._health.knows(cell, model) is not False
+        knows = self._health.knows
+        return {cell for cell in self._cells.names if knows(cell, model) is not False}.__contains__
 
     def _go_on(self, chunk: _Chunk, ways: list[_Way]) -> Calls[list[_Way]]:
         """Consults the next cell of each job; the ways that go on."""
@@ -199,7 +218,7 @@ class Placing:
             except (QueueUnavailable, QueueFull) as error:
                 chunk.answers[group[0].index] = error
                 continue
-            chunk.take(cell, [way.index for way in group], answers)
+            chunk.take([way.index for way in group], answers)
             left += self._moved(chunk, group, answers)
         return left
 
@@ -220,6 +239,12 @@ class Placing:
             start = (answer.place, answer.cell)  # its place goes up: this ends
             way.path = self._cells.path(_text(way.job), serves, start)
             yield way
+
+
+def _cell_in_id(job: Prepared) -> str | None:
+    """The cell in the id of a job without a key, or None."""
+    submission = job.submission
+    return cell_of(submission.id) if submission.options.idempotency_key is None else None
 
 
 def _text(job: Prepared) -> str:

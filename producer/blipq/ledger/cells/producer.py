@@ -30,7 +30,7 @@ class CellLedger(ProducerLedger):
         """
         with redis_errors(codec.only(job.submission.id for job in jobs)):
             arguments = codec.submit_arguments(jobs, self.settings, place, onward)
-            return codec.placed(jobs, self._run("submit", *arguments))
+            return codec.placed(jobs, self._run("submit", *arguments), self.settings.cell)
 
     def reach(self, with_an_answer: bool) -> None:
         """Raises QueueUnavailable where Redis cannot be reached. Nothing is sent to find that out.
@@ -72,7 +72,8 @@ class CellsLedger:
 
     def make_id(self, options: Options) -> str:
         """An id that ends with its cell."""
-        return self._make(self.fleet.make_id(options))
+        made = self.fleet.make_id(options)
+        return made if isinstance(made, str) else self._make(made)
 
     def submit(self, submission: Submission, *, notify: str) -> Recorded:
         """Records a job once."""
