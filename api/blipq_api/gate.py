@@ -123,7 +123,7 @@ class Gate:
             text = "too many wrong keys came from here"
             close = {"Connection": "close"}
             raise Problem(429, "too_many_wrong_keys", text, retry_after_s=pause, headers=close)
-        text = "no key, or none of this door's: send Authorization: Bearer blipq_..."
+        text = "no key, or none of this door's: send the header Authorization with Bearer and a key"
         raise Problem(401, "unauthorized", text, headers={"WWW-Authenticate": "Bearer"})
 
     def _count(self, caller: Caller, passage: "_Passage") -> None:

@@ -94,13 +94,21 @@ class Problem(Exception):
         return Response(text, self.status, headers, MEDIA_TYPE)
 
 
+#: What the router says in two words.
+_OF_ROUTER = {
+    404: "there is no such path: /docs and /openapi.json have all",
+    405: "this path does not take this method: the header Allow has those that it takes",
+}
+
+
 def problem_of(error: BaseException) -> Problem:
     """An error of blipq's, or of the router's, as an answer."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, HTTPException):
         code = _OF_STATUS.get(error.status_code, "bad_request")
-        return Problem(error.status_code, code, error.detail, headers=error.headers)
+        detail = _OF_ROUTER.get(error.status_code, error.detail)
+        return Problem(error.status_code, code, detail, headers=error.headers)
     kinds = type(error).__mro__
     found = next((_OF_ERRORS[kind] for kind in kinds if kind in _OF_ERRORS), None)
     if found is None:

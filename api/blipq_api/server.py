@@ -193,7 +193,10 @@ def bound(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listening
     except OSError as error:
-        raise InvalidRequest(f"cannot listen on {host} port {port}: {error.strerror}") from None
+        # Python adds the address to what the system says of a port that is taken.
+        why = str(error.strerror).partition(" (while")[0]
+        message = f"cannot listen on {host} port {port}: {why}: give another --port, or --host"
+        raise InvalidRequest(message) from None
 
 
 def run(settings: ApiSettings, host: str, port: int, report: Callable[[str], None]) -> None:

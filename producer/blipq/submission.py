@@ -4,7 +4,7 @@ import os
 import secrets
 import time
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,7 +22,12 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 #: and so many characters of a name and of a message.
 MOST_NAMED, LONGEST_NAME, LONGEST_MESSAGE = 10, 100, 500
 
+#: Of more names than these, only the nearest is named.
+MOST_ACCEPTED = 20
+
 _MEMBER = "constrained-str"
+#: pydantic's types of errors where a model was expected.
+_NO_OBJECT = {"model_type", "model_attributes_type"}
 
 #: An s3:// or https:// URI, a reference with version or etag, a local file, or the file's bytes.
 ImageSource = str | Path | bytes | ImageRef
@@ -51,14 +56,23 @@ def checked(model: type[ModelT], /, **fields: Any) -> ModelT:
         raise InvalidRequest(explain(error, model, given)) from None
 
 
-def explain(error: ValidationError, model: Any = None, given: Collection[str] = ()) -> str:
+def check_names(given: Iterable[str], known: Sequence[str]) -> None:
+    """Raises InvalidRequest for the first name that is not known."""
+    for name in given:
+        if name not in known:
+            raise InvalidRequest(f"{shortened(name)}: {_unknown(name, known)}")
+
+
+def explain(
+    error: ValidationError, model: Any = None, given: Collection[str] = (), *, under: str = ""
+) -> str:
     """What is wrong, a field at a time, on one line.
 
     ``model``: the type that was expected. A setting that is not among the ``given`` arguments came
-    from its variable, and is named by it.
+    from its variable, and is named by it. ``under``: what stands before each field.
     """
     found = _own(error.errors(include_url=False, include_input=False))
-    wrong = [_described(item, model, given) for item in found[:MOST_NAMED]]
+    wrong = [f"{under}{_described(item, model, given)}" for item in found[:MOST_NAMED]]
     if len(found) > MOST_NAMED:
         wrong.append(f"and {len(found) - MOST_NAMED:,} more")
     return "; ".join(wrong)
@@ -80,7 +94,10 @@ def _described(item: Any, model: Any, given: Collection[str]) -> str:
     field = _place(item["loc"], model, given)
     if item["type"] == "extra_forbidden":
         return f"{field}: {_unknown(str(item['loc'][-1]), _fields(model, item['loc'][:-1]))}"
-    return f"{field}: {shortened(sentence(item), LONGEST_MESSAGE)}"
+    told = shortened(sentence(item), LONGEST_MESSAGE)
+    if item["type"] in _NO_OBJECT and (known := _fields(model, item["loc"])):
+        told += f": {', '.join(known)}"
+    return f"{field}: {told}"
 
 
 def _place(loc: Sequence[int | str], model: Any, given: Collection[str]) -> str:
@@ -91,7 +108,7 @@ def _place(loc: Sequence[int | str], model: Any, given: Collection[str]) -> str:
     prefix = getattr(model, "model_config", {}).get("env_prefix")
     if prefix and parts and parts[0] not in given:
         parts[0] = f"{prefix}{parts[0].removeprefix(prefix)}".upper()
-    return ".".join(parts) or "request"
+    return ".".join(parts) or ("settings" if prefix else "request")
 
 
 def shortened(text: str, most: int = LONGEST_NAME) -> str:
@@ -102,7 +119,7 @@ def shortened(text: str, most: int = LONGEST_NAME) -> str:
 def _unknown(name: str, known: Sequence[str]) -> str:
     near = get_close_matches(name, known, n=1) if len(name) <= LONGEST_NAME else ()
     hint = f"; did you mean {near[0]}?" if near else ""
-    accepted = f" (accepted: {', '.join(known)})" if known else ""
+    accepted = f" (accepted: {', '.join(known)})" if 0 < len(known) <= MOST_ACCEPTED else ""
     return f"unknown{hint}{accepted}"
 
 

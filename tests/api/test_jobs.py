@@ -325,7 +325,10 @@ def test_models_queues_and_health_are_shown(http: httpx2.Client) -> None:
     assert http.get("/v1/workers").json() == {"workers": []}
     assert http.get("/health").json() == {"status": "ok"}
     assert code_of(http.get("/v1/nothing")) == (404, "not_found")
+    assert "/openapi.json" in http.get("/v1/nothing").json()["detail"]
     assert code_of(http.patch("/v1/jobs")) == (405, "method_not_allowed")
+    assert "the header Allow" in http.patch("/v1/jobs").json()["detail"]
+    assert "accepted: status, kind" in http.get("/v1/jobs", params={"foo": "1"}).json()["detail"]
 
 
 def test_webhook_events_are_listed_without_tokens_and_sent_again(
@@ -506,7 +509,8 @@ def test_an_answer_in_two_parts_does_not_wait_for_an_acknowledgement() -> None:
 def test_a_port_that_is_taken_is_named() -> None:
     with bound("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(InvalidRequest, match=f"cannot listen on 127.0.0.1 port {port}"):
+        told = f"cannot listen on 127.0.0.1 port {port}: Address already in use: give another"
+        with pytest.raises(InvalidRequest, match=told):
             bound("127.0.0.1", port)
 
 

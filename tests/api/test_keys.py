@@ -212,7 +212,10 @@ def test_wrong_keys_of_an_address_have_a_limit_and_right_ones_are_always_taken(
     door = start(api_keys=str(folder / "keys.toml"), api_trusted_proxies="127.0.0.1")
     with door.http("blipq_wrong") as wrong, door.http(keys["shop"]) as shop, door.http() as http:
         for _ in range(WRONG_AT_ONCE):
-            assert code_of(wrong.get("/v1/models")) == (401, "unauthorized")
+            refused = wrong.get("/v1/models")
+            assert code_of(refused) == (401, "unauthorized")
+            # Nothing of it is taken for a secret and left out.
+            assert "Authorization with Bearer and a key" in refused.text
         refused = wrong.get("/v1/models")
         assert code_of(refused) == (429, "too_many_wrong_keys")
         assert 1 <= int(refused.headers["retry-after"]) <= 10

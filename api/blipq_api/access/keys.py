@@ -167,7 +167,7 @@ def read_keys(path: Path) -> dict[str, Key]:
     except ValidationError as error:
         raise InvalidRequest(f"{path}: {explain(error, _File)}") from None
     except ValueError as error:
-        raise InvalidRequest(f"{path}: {error}") from None
+        raise InvalidRequest(f"{path} is no TOML: {error}") from None
 
 
 def digest(secret: str) -> str:

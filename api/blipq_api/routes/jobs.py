@@ -42,6 +42,7 @@ _PREFER = re.compile(r"(?:^|[,;\s])wait\s*=\s*(\d{1,6})(?:$|[,;\s])", re.I)
 #: Ids that callers choose: no slash, so that a path can hold them.
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{7,127}")
 _METADATA = "metadata."
+_FILTERS = "status, kind, model, tenant, since, until, metadata.NAME, limit, cursor"
 
 
 def job_request_of(body: Any, key: str | None = None) -> tuple[JobRequest, Options]:
@@ -68,7 +69,7 @@ def job_request_of(body: Any, key: str | None = None) -> tuple[JobRequest, Optio
 
 def _explained(error: ValidationError) -> str:
     if error.title == Options.__name__:
-        return "; ".join(f"options.{each}" for each in explain(error, Options).split("; "))
+        return explain(error, Options, under="options.")
     return explain(error, JobRequest)
 
 
@@ -232,7 +233,7 @@ async def list_(request: Request) -> Response:
     after = _cursor(query.pop("cursor", None))
     wanted = wanted_of(query, caller)
     if query:
-        raise InvalidRequest(f"{min(query)[:100]}: no such filter")
+        raise InvalidRequest(f"{min(query)[:100]}: no such filter (accepted: {_FILTERS})")
     if wanted is None:
         return shown({"jobs": [], "read": 0})
     page = await door.operate(

@@ -73,7 +73,7 @@ async def actions(request: Request) -> Response:
     limit = number(query.pop("limit", "50"), "limit", 1, 500)
     cursor = query.pop("cursor", None)
     if query:
-        raise InvalidRequest(f"{min(query)[:100]}: no such filter")
+        raise InvalidRequest(f"{min(query)[:100]}: no such filter (accepted: limit, cursor)")
     if cursor is not None and not is_action_id(cursor):
         raise InvalidRequest("cursor: it is none that a list gave")
     found = await door_of(request).operate(lambda operator: actions_of(operator, limit, cursor))

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Unpack, cast
 
 from blipq.client.backend import Backend
-from blipq.client.base import ClientBase, Fields, embed_fields, folder_of, request_of
+from blipq.client.base import ClientBase, Fields, embed_fields, folder_of, options_of, request_of
 from blipq.client.coalescing import PollsOfCells
 from blipq.client.forgetting import Forgetting, Forgotten, Unindex
 from blipq.client.job import AsyncJob, last_expiry
@@ -56,7 +56,7 @@ from blipq.ledger.erasure import CHUNK as ERASED_AT_ONCE
 from blipq.ledger.protocols import AsyncProducer
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
-from blipq.submission import ImageSource, Submission, checked, turns
+from blipq.submission import ImageSource, Submission, turns
 from blipq.transport.async_notifications import AsyncNotifier
 from blipq.transport.broker import Broker, patience_s
 
@@ -410,7 +410,7 @@ class AsyncClient(ClientBase):
         """Checks the options, uploads the image unless it is in S3, and submits."""
         given = dict(options)
         tenant = self._tenant(given.pop("tenant", None))
-        chosen = checked(Options, **given)
+        chosen = options_of(fields, given)
         made = request_of(request, await self._reference(image, folder_of(tenant)), fields)
         return await self.submit(made, chosen, tenant=tenant)
 

@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
+from pydantic import BaseModel
+
 from blipq.client.unserved import Unserved
 from blipq.client.waiting import Waiting
 from blipq.contract import (
@@ -21,7 +23,7 @@ from blipq.errors import InvalidRequest
 from blipq.ledger.codec import check_tenant
 from blipq.redis.cells import is_clients
 from blipq.settings import Settings
-from blipq.submission import ImageSource, Submission, checked, uploadable
+from blipq.submission import ImageSource, Submission, check_names, checked, uploadable
 
 
 class Fields(OptionFields, total=False):
@@ -34,6 +36,7 @@ class ClientBase:
     """Base of the clients. Raises InvalidRequest for overrides that are no settings."""
 
     def __init__(self, settings: Settings | None, overrides: Mapping[str, Any]) -> None:
+        check_names(overrides, [*Settings.model_fields])
         self.settings = settings or checked(Settings, **overrides)
         self._id = secrets.token_hex(8)
         self._unserved = Unserved()
@@ -50,6 +53,9 @@ class ClientBase:
         self, request: Asks[Any], options: Options, id: str, tenant: str | None
     ) -> Submission:
         """A request as a job of the tenant that is given, or of the usual one."""
+        if not isinstance(request, BaseModel):
+            given = type(request).__name__
+            raise InvalidRequest(f"request: a CaptionRequest or another is expected, not {given}")
         return Submission(cast(Request, request), options, id, self._tenant(tenant))
 
     def _check_cell(
@@ -81,6 +87,12 @@ class ClientBase:
         if options is None:
             return None
         return time.monotonic() + (options.expires_in or self.settings.default_expires_in)
+
+
+def options_of(fields: Mapping[str, Any], options: Mapping[str, Any]) -> Options:
+    """A verb's options, beside the fields that it has. Raises InvalidRequest."""
+    check_names(options, ["image", *fields, *Options.model_fields, "tenant"])
+    return checked(Options, **options)
 
 
 def request_of(

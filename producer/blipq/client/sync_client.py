@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any, Unpack, cast
 
 from blipq.client.backend import Backend, PerProcess
-from blipq.client.base import ClientBase, Fields, embed_fields, folder_of, request_of
+from blipq.client.base import ClientBase, Fields, embed_fields, folder_of, options_of, request_of
 from blipq.client.forgetting import Forgetting, Forgotten, Unindex
 from blipq.client.job import Job, last_expiry
 from blipq.client.progress import Progress
@@ -47,7 +47,7 @@ from blipq.ledger.erasure import CHUNK as ERASED_AT_ONCE
 from blipq.ledger.protocols import Producer
 from blipq.s3.storage import Storage
 from blipq.settings import Settings
-from blipq.submission import ImageSource, Submission, checked, turns
+from blipq.submission import ImageSource, Submission, turns
 from blipq.transport.broker import Broker
 from blipq.transport.notifications import Notifier
 
@@ -479,7 +479,7 @@ class Client(ClientBase):
         """Checks the options, uploads the image unless it is in S3, and submits."""
         given = dict(options)
         tenant = self._tenant(given.pop("tenant", None))
-        chosen = checked(Options, **given)
+        chosen = options_of(fields, given)
         made = request_of(request, self._reference(image, folder_of(tenant)), fields)
         return self.submit(made, chosen, tenant=tenant)
 

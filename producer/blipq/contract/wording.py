@@ -93,6 +93,7 @@ _COMPUTED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "greater_than_equal": _bound("must be at least", "ge"),
     "less_than": _bound("must be less than", "lt"),
     "less_than_equal": _bound("must be at most", "le"),
+    "string_pattern_mismatch": lambda ctx: f"must be of the form {ctx['pattern']}",
     "enum": _one_of,
     "literal_error": _one_of,
     "union_tag_invalid": _kind,

@@ -212,6 +212,30 @@ def test_a_wrong_argument_is_named(client: Any, options: dict[str, Any], field: 
         client.caption(IMAGE, **options)
 
 
+def test_a_misspelt_argument_is_told_with_the_nearest_of_the_verb(client: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"promt: unknown; did you mean prompt\?"):
+        client.caption(IMAGE, promt="a photo of")
+
+
+def test_a_misspelt_setting_is_not_passed_over(opened: Callable[..., Any]) -> None:
+    for kind in (Client, BlockingClient):
+        with pytest.raises(InvalidRequest, match=r"redis_ulr: unknown; did you mean redis_url\?"):
+            kind(redis_ulr="redis://127.0.0.1/0")
+
+
+def test_what_is_no_request_is_told(client: Any) -> None:
+    with pytest.raises(InvalidRequest, match="a CaptionRequest or another is expected, not dict"):
+        client.submit({"kind": "caption", "image": IMAGE})
+    with pytest.raises(InvalidRequest, match="not str"):
+        client.submit_many([IMAGE])
+
+
+def test_an_option_of_the_wrong_kind_names_its_fields(client: Any) -> None:
+    told = "webhook: must be an object with named fields: url, events"
+    with pytest.raises(InvalidRequest, match=told):
+        client.caption(IMAGE, webhook="https://example.org/hook")
+
+
 def test_a_failure_has_its_code(client: Any, world: FakeBlipq) -> None:
     world.answer("caption", PermanentError(ErrorCode.IMAGE_NOT_FOUND, "no such key"), CAT)
     with pytest.raises(JobFailed, match="no such key") as raised:
