@@ -89,7 +89,8 @@ def served(
     try:
         server = make_server(host, port, _app(registry, pages), _Server, _Quiet)
     except OSError as error:
-        raise InvalidRequest(f"cannot serve metrics on {host}:{port}: {error}") from None
+        message = f"cannot serve metrics on {host}:{port}: {error.strerror}: name another port"
+        raise InvalidRequest(message) from None
     thread = threading.Thread(target=server.serve_forever, name="blipq-metrics", daemon=True)
     thread.start()
     try:

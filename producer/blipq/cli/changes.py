@@ -51,6 +51,8 @@ def which_jobs(
     given["metadata"] = pairs(metadata, "--metadata")
     if ids and any(value is not None for value in given.values()):
         raise InvalidRequest("name jobs by their ids or by a filter, not by both")
+    if not ids and all(value is None for value in given.values()):
+        raise InvalidRequest("which jobs? Name ids, or a filter such as --status failed")
     return ids or checked(JobFilter, **given)
 
 
@@ -182,7 +184,8 @@ def forget(
         which = which_jobs(ids=ids, metadata=metadata, tenant=tenant)
         found = len(which) if isinstance(which, list) else client.count(which)
         if not (dry_run or yes):
-            typer.confirm(f"Erase {found:,} jobs for good?", abort=True, err=True)
+            jobs = "1 job" if found == 1 else f"{found:,} jobs"
+            typer.confirm(f"Erase {jobs} for good?", abort=True, err=True)
         if dry_run:
             print(json.dumps({"jobs": found})) if as_json else out.print(f"{found:,} would go")
             return

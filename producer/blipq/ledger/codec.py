@@ -281,7 +281,9 @@ def recorded(
     """
     submission = job.submission
     if outcome == "conflict":
-        return IdempotencyConflict(f"job {id} was submitted with another request or options")
+        return IdempotencyConflict(
+            f"job {id} was submitted with another request or options: give another key or id"
+        )
     if outcome == "full":
         return QueueFull("too many jobs are open (BLIPQ_MAX_OPEN_JOBS)")
     if outcome == "unknown":

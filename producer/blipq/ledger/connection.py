@@ -29,6 +29,10 @@ COMPACT_FIELD = 1024
 #: As redis-py names it where nothing listens there.
 _DEFAULT_PLACE = urlsplit(Settings.model_fields["redis_url"].default).netloc
 
+_NO_MASTER = re.compile(r"No master found for '[^']*'")
+#: What redis-py says where no connection was made, of other places, too.
+_NOT_REACHED = re.compile(r"\bconnecting to\b")
+
 #: An error reply begins with a code. These mean that the command is wrong, and any other that the
 #: server cannot serve it now: READONLY, NOREPLICAS, MISCONF, BUSY, UNBLOCKED, TRYAGAIN and so on.
 MISTAKES = {"ERR", "WRONGTYPE", "NOSCRIPT", "NOPROTO", "EXECABORT"}
@@ -121,11 +125,24 @@ def _hint(error: Exception) -> str:
 
 
 def _with_way(error: Exception) -> str:
-    """Whoever named no Redis may have meant to start one."""
-    if _DEFAULT_PLACE not in str(error):
-        return str(error)
-    way = f"start a local stack with {blipq('up')}, or set BLIPQ_REDIS_URL"
-    return f"{str(error).rstrip('.')}; {way}"
+    """Whoever named no Redis may have meant to start one; another place may be a wrong one."""
+    why = str(error)
+    if found := _NO_MASTER.match(why):  # what follows is what each sentinel's client is made of
+        return f"{found[0]}: check the sentinels' places and ?master= in BLIPQ_REDIS_URL"
+    if _DEFAULT_PLACE in why:
+        way = f"start a local stack with {blipq('up')}, or set BLIPQ_REDIS_URL"
+    elif _NOT_REACHED.search(why):
+        way = "start it, or correct its place in BLIPQ_REDIS_URL or BLIPQ_CELLS"
+    else:
+        return why
+    return f"{why.rstrip('.')}; {way}"
+
+
+def _login(error: Exception) -> str:
+    """What is wrong with a login. Of a missing one, Redis says that HELLO needs it."""
+    if "HELLO must be" in str(error) or "Authentication required" in str(error):
+        return "a login without a password: put a colon, it and an @ before BLIPQ_REDIS_URL's host"
+    return f"the user or password of BLIPQ_REDIS_URL or BLIPQ_CELLS: {error}"
 
 
 def _wrong_server(error: Exception) -> str | None:
@@ -143,14 +160,14 @@ def redis_errors(job_id: str | None = None) -> Iterator[None]:
     except redis.exceptions.OutOfMemoryError as error:
         raise QueueFull("Redis has no memory left (maxmemory)") from error
     except redis.AuthenticationError as error:  # a ConnectionError, but it did answer
-        raise QueueUnavailable(f"Redis refuses the user or password: {error}", job_id) from error
+        raise QueueUnavailable(f"Redis refuses {_login(error)}", job_id) from error
     except redis.exceptions.InvalidResponse:  # which repeats what came
         raise QueueUnavailable(NOT_REDIS, job_id) from None
     except (redis.ConnectionError, redis.TimeoutError) as error:
         raise QueueUnavailable(f"Redis does not answer: {_with_way(error)}", job_id) from error
     except redis.exceptions.ResponseError as error:
         if "DB index" in str(error):
-            raise InvalidRequest(f"BLIPQ_REDIS_URL: {error}") from None
+            raise InvalidRequest(f"BLIPQ_REDIS_URL: {error}: name a smaller database") from None
         code = _CODE.search(str(error))
         if code and code[1] == "OOM":
             raise QueueFull("Redis has no memory left (maxmemory)") from error

@@ -185,7 +185,12 @@ def refusal_in(text: str) -> Refusal | None:
 def s3_errors(place: str = "") -> Iterator[None]:
     """Botocore's exceptions as S3Refused and S3Unavailable, which name the place: S3 may not."""
     from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        NoCredentialsError,
+        PartialCredentialsError,
+    )
 
     try:
         yield
@@ -194,6 +199,12 @@ def s3_errors(place: str = "") -> Iterator[None]:
             f"no S3 credentials: start a local stack with {blipq('up')}, or set "
             "BLIPQ_S3_ACCESS_KEY_ID and BLIPQ_S3_SECRET_ACCESS_KEY or AWS's own variables "
             "(one BLIPQ_* service variable switches the local stack off)"
+        )
+        raise S3Refused(message, Refusal.ACCESS) from error
+    except PartialCredentialsError as error:
+        message = (
+            "half of the S3 credentials: BLIPQ_S3_ACCESS_KEY_ID and BLIPQ_S3_SECRET_ACCESS_KEY "
+            "(or AWS's own variables) are set together, or neither is"
         )
         raise S3Refused(message, Refusal.ACCESS) from error
     except (ClientError, BotoCoreError, Boto3Error) as error:
@@ -205,5 +216,7 @@ def _told(error: Exception, place: str) -> S3Refused | S3Unavailable:
     usual = "S3 does not answer" if refusal is Refusal.PASSING else "S3 refuses"
     if "(NoSuchBucket)" in str(error):
         usual = "S3 has no such bucket: make it, or name another"
+    if "WRONG_VERSION_NUMBER" in str(error):
+        usual = "S3 does not speak TLS: write http:// in its endpoint (BLIPQ_S3_ENDPOINT_URL)"
     message = ": ".join(filter(None, (_TODO.get(refusal, usual), place, str(error))))
     return (S3Unavailable if refusal in FOR_NOW else S3Refused)(message, refusal)

@@ -310,7 +310,7 @@ def to_upload(source: str | Path | bytes) -> tuple[bytes, str]:
         path = Path(source)
         data, name, suffix = _start_of(path), str(path), path.suffix.lower()
     if not data:
-        raise InvalidRequest("the image is empty")
+        raise InvalidRequest(f"{name} is empty")
     if len(data) > MAX_UPLOAD_BYTES:
         raise InvalidRequest(f"{name} is too large: the most is {MAX_UPLOAD_BYTES:,} bytes")
     return data, suffix

@@ -191,7 +191,10 @@ class Policy:
         if host not in self._names:
             for address in judged:
                 if not is_public(address) and not self._lists(address):
-                    raise Forbidden(f"{host} is at {address}, which is not a public address")
+                    raise Forbidden(
+                        f"{host} is at {address}, which is not a public address "
+                        f"({self.options}_ALLOW lists hosts that are inside)"
+                    )
         return judged
 
     def _lists_host(self, target: Target) -> bool:

@@ -134,7 +134,8 @@ class Rule(_Table):
         try:
             request = request_adapter.validate_python(fields)
         except ValidationError as error:
-            raise InvalidRequest(f"request.{explain(error, Request)}") from None
+            told = explain(error, Request)  # of the whole it begins so already
+            raise InvalidRequest(f"request.{told.removeprefix('request: ')}") from None
         return request, self._options(upload, f"watch:{watch}:{self.name}:{upload.identity}")
 
     def _options(self, upload: Upload, key: str) -> Options:
@@ -212,7 +213,7 @@ def load(path: Path) -> Rules:
     except OSError as error:
         raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{path}: {error}") from None
+        raise InvalidRequest(f"{path} is no TOML: {error}") from None
     except ValidationError as error:
         raise InvalidRequest(f"{path}: {explain(error, Rules)}") from None
 

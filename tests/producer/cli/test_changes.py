@@ -34,6 +34,12 @@ def test_a_dry_run_counts_and_changes_nothing(run: Run, ids: list[str], client: 
     assert {client.job(id).status() for id in ids} == {"queued"}
 
 
+def test_a_change_of_nothing_named_says_how_to_name_jobs(run: Run) -> None:
+    ran = run("retry")
+    assert ran.exit_code == 2
+    assert "which jobs? Name ids, or a filter such as --status failed" in ran.stderr
+
+
 def test_a_change_of_all_that_match_asks_first(run: Run, ids: list[str], client: Client) -> None:
     ran = run("cancel", "--metadata", "user=a", input="n\n")
     assert "2 jobs: are all of them to be cancelled?" in ran.stderr

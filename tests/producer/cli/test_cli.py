@@ -207,6 +207,12 @@ def test_images_from_stdin_are_a_bounded_number_of_jobs_at_a_time(
     assert ran.stdout.splitlines() == [f"s3://uploads/{n}: a {n}" for n in range(12)]
 
 
+def test_a_stdin_without_images_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(several, "sys", SimpleNamespace(stdin=["\n"]))
+    assert "no image came from stdin" in run("caption", "-").stderr
+    assert run("caption", "-", "--json").stderr == ""
+
+
 @pytest.mark.usefixtures("captioned")
 def test_of_several_images_one_that_fails_stops_no_other(run: Run, tmp_path: Path) -> None:
     missing = str(tmp_path / "missing.jpg")
@@ -442,6 +448,23 @@ def test_services_that_are_down_exit_7(run: Run, monkeypatch: pytest.MonkeyPatch
     ran = run("status", "job_1")
     assert ran.exit_code == 7
     assert "Redis does not answer" in ran.stderr
+    assert "correct its place in BLIPQ_REDIS_URL" in ran.stderr
+
+
+def test_sentinels_that_are_down_are_told_in_one_short_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BLIPQ_REDIS_URL", "sentinel://127.0.0.1:1/0?master=m")
+    told = run("status", "job_1").stderr.splitlines()[-1]
+    assert "No master found for 'm': check the sentinels' places and ?master= in" in told
+
+
+def test_settings_that_do_not_go_together_are_told_as_settings(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BLIPQ_REDIS_URL")
+    monkeypatch.setenv("BLIPQ_CELLS", "a=redis://127.0.0.1:1 b=redis://127.0.0.1:2")
+    assert "blipq: settings: BLIPQ_CELL_LISTS says" in run("status", "job_1").stderr
 
 
 def test_whoever_named_no_redis_is_told_how_to_start_one(
@@ -565,6 +588,17 @@ def test_an_s3_that_is_down_exits_7(
     ran = run("caption", str(tmp_path / "cat.png"))
     assert ran.exit_code == 7
     assert "S3 does not answer" in ran.stderr
+
+
+def test_half_of_the_s3_credentials_exits_2_and_names_both(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("BLIPQ_S3_ACCESS_KEY_ID", "key")
+    monkeypatch.delenv("BLIPQ_S3_SECRET_ACCESS_KEY", raising=False)
+    (tmp_path / "cat.png").write_bytes(b"a cat")
+    ran = run("caption", str(tmp_path / "cat.png"))
+    assert ran.exit_code == 2
+    assert "BLIPQ_S3_ACCESS_KEY_ID and BLIPQ_S3_SECRET_ACCESS_KEY" in ran.stderr
 
 
 def test_a_wrong_setting_exits_2_with_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

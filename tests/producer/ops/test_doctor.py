@@ -171,6 +171,11 @@ def test_a_wrong_password_is_told_as_one_and_not_as_an_absent_redis(own_redis: S
     assert "refuses the user or password" in finding.message
     with Client(settings) as client, pytest.raises(QueueUnavailable, match="user or password"):
         client.caption("s3://uploads/cat.jpg")
+    with (
+        Client(own_redis) as client,
+        pytest.raises(QueueUnavailable, match="without a password: put"),
+    ):
+        client.caption("s3://uploads/cat.jpg")
 
 
 def test_a_database_that_is_not_there_is_no_silence(own_redis: Settings) -> None:

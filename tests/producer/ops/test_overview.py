@@ -100,6 +100,11 @@ def test_lists_are_one_object_of_json_even_when_empty(run: Run) -> None:
     assert json.loads(run("dead-letters", "list", "--json").stdout) == {"jobs": []}
 
 
+def test_lists_that_are_empty_say_so(run: Run) -> None:
+    assert run("list").stdout == "no jobs\n"
+    assert run("dead-letters", "list").stdout == "no dead letters\n"
+
+
 @pytest.mark.parametrize(
     ("names", "code"),
     [

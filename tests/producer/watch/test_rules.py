@@ -197,6 +197,8 @@ def test_metadata_may_hold_any_key(loaded: Callable[[str], Rules]) -> None:
         (GOOD + '[source]\nqueue = "photos"', "source.queue: a queue is the URL"),
         (GOOD + '[source]\nevery = "soon"', "source.every: 'soon' is not a duration"),
         ('name = "uploads"', "rules: missing"),
+        ("name = uploads", "rules.toml is no TOML: Invalid value (at line 1"),
+        (GOOD.replace('"caption"', '"captoin"'), "rules.0: request.kind must be one of caption"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_place(

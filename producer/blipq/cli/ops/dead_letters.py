@@ -30,7 +30,7 @@ def list_(
     """
     with connected(as_json) as client:
         operator = operator_of(client.ledger)
-        print_jobs(operator.dead_letters(limit), as_json)
+        print_jobs(operator.dead_letters(limit), as_json, "no dead letters")
 
 
 @app.command("show")

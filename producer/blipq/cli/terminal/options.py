@@ -15,7 +15,9 @@ from blipq.errors import InvalidRequest
 
 _PANEL = "Options of every job"
 
-TimeoutOption = Annotated[float, typer.Option(help="Longest wait for the result, in seconds.")]
+TimeoutOption = Annotated[
+    float, typer.Option(help="Longest wait for the result, in seconds.", min=0, metavar="SECONDS")
+]
 
 
 def _option(help: str, *names: str, metavar: str | None = None) -> Any:

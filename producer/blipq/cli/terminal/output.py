@@ -338,12 +338,18 @@ def print_json(info: JobInfo) -> None:
     print(info.model_dump_json(exclude_none=True))
 
 
-def print_jobs(infos: Iterable[JobInfo], as_json: bool) -> None:
-    """Jobs as one object of JSON, or two lines each: what they are, and what came of them."""
+def print_jobs(infos: Iterable[JobInfo], as_json: bool, none: str = "no jobs") -> None:
+    """Jobs as one object of JSON, or two lines each: what they are, and what came of them.
+
+    none: what is said to people where there are none.
+    """
+    infos = list(infos)
     if as_json:
         jobs = [info.model_dump(mode="json", exclude_none=True) for info in infos]
         print(json.dumps({"jobs": jobs}, ensure_ascii=False))
         return
+    if not infos:
+        out.print(none)
     for info in infos:
         at = f"{info.created_at:%m-%d %H:%M:%S}"
         out.print(f"{at}  {info.kind:<8}  {info.status:<9}  {info.id}", markup=False)

@@ -39,7 +39,7 @@ def follow_all(several: Several, wait: bool, timeout: float, as_json: bool) -> N
 
     Raises what ends the whole, such as QueueUnavailable and ResultTimeout.
     """
-    code = 0
+    code, seen = 0, False
     jobs: deque[tuple[str, Job[Any]]] = deque()
 
     def take() -> int:
@@ -47,6 +47,7 @@ def follow_all(several: Several, wait: bool, timeout: float, as_json: bool) -> N
         return _ended(image, job, timeout, as_json)
 
     for image in several.images:
+        seen = True
         try:
             job = several.submit(image)
         except InvalidRequest as error:
@@ -60,6 +61,8 @@ def follow_all(several: Several, wait: bool, timeout: float, as_json: bool) -> N
             code = _first(code, take())
     while jobs:
         code = _first(code, take())
+    if not seen and not as_json:
+        errors.print("no image came from stdin: give one a line", style="yellow")
     raise typer.Exit(code)
 
 
