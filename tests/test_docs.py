@@ -32,6 +32,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")
 #: Read from the environment elsewhere than in the settings.
 OTHER_VARIABLES = {"BLIPQ_STACK_FILE", "BLIPQ_REDIS_PASSWORD", "BLIPQ_S3_", "BLIPQ_MODEL_S3_"}
 OTHER_VARIABLES |= {"BLIPQ_LOG_LEVEL", "BLIPQ_LOG_FORMAT"}
+OTHER_VARIABLES |= {"BLIPQ_KEY"}  # of examples/http
 
 
 @pytest.fixture(scope="module")
