@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import secrets
 import time
 import tomllib
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from blipq.contract import ImageRef, Name, Options, Request
 from blipq.errors import InvalidRequest
+from blipq.files import whole_file
 from blipq.rights import ANY, Named, Refusal, Rights
 from blipq.submission import Submission, explain
 from blipq_api.problems import Problem
@@ -225,11 +225,9 @@ def add_key(
 
 def _replace(path: Path, text: str) -> None:
     """Writes a file that its owner alone reads, whole or not at all."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(text)
-        new.replace(path)
+        with whole_file(path, mode=0o600) as file:
+            file.write(text.encode())
     except OSError as error:
         raise InvalidRequest(f"cannot write {path}: {error.strerror}") from None

@@ -11,10 +11,10 @@ import typer
 
 from blipq.bulk.start import journal_path
 from blipq.cli import bulk
-from blipq.cli.terminal.files import is_same
 from blipq.cli.terminal.output import JsonOption, connected, out
 from blipq.client.sync_client import Client
 from blipq.errors import BlipqError, InvalidRequest
+from blipq.files import is_same
 from blipq_datasets.cli.figures import duration, interval
 from blipq_datasets.dataset import Dataset
 from blipq_datasets.journal import DatasetJournal

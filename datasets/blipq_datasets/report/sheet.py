@@ -13,6 +13,7 @@ from typing import Any
 import blipq
 from blipq.contract import Status
 from blipq.errors import BlipqError, InvalidRequest
+from blipq.files import whole_file
 from blipq.index.gallery import fetched, thumbnail
 from blipq.pages import environment
 from blipq.printable import printable
@@ -49,14 +50,11 @@ def write_sheet(
     Raises InvalidRequest.
     """
     found = drawn(rows, storage)
-    scratch = path.with_name(f".{path.name}.new")
     try:
-        scratch.write_text(rendered(found, facts), encoding="utf-8")
-        scratch.replace(path)
+        with whole_file(path) as file:
+            file.write(rendered(found, facts).encode())
     except OSError as error:
         raise InvalidRequest(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        scratch.unlink(missing_ok=True)
     return len(found)
 
 

@@ -1,7 +1,6 @@
 """Outcomes as lines of JSON, in the order of the manifest, to a file or an object."""
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import BinaryIO
@@ -9,6 +8,7 @@ from typing import BinaryIO
 from blipq.bulk.journal import Journal
 from blipq.contract import split_s3_uri
 from blipq.errors import InvalidRequest
+from blipq.files import whole_file
 from blipq.s3.refusals import s3_errors
 from blipq.s3.storage import Storage
 
@@ -18,16 +18,11 @@ def write(journal: Journal, target: str, storage: Storage) -> int:
     if target.startswith("s3://"):
         return _to_s3(journal, target, storage)
     path = Path(target)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with scratch.open("wb") as file:
-            lines = _write(journal, file)
-            os.fsync(file.fileno())
-        scratch.replace(path)
+        with whole_file(path) as file:
+            return _write(journal, file)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         raise InvalidRequest(f"cannot write {path}: {error.strerror}") from None
-    return lines
 
 
 def _to_s3(journal: Journal, uri: str, storage: Storage) -> int:

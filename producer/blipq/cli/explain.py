@@ -6,13 +6,13 @@ from typing import Annotated, Any, Unpack
 
 import typer
 
-from blipq.cli.terminal.files import is_same, write_whole
 from blipq.cli.terminal.options import Then, verb
 from blipq.cli.terminal.output import errors
 from blipq.client.job import Job
 from blipq.client.sync_client import Client
 from blipq.contract import MatchResult, OptionFields
 from blipq.errors import BlipqError, InvalidRequest
+from blipq.files import is_same, whole_file
 from blipq.s3.storage import to_upload
 from blipq.submission import uploadable
 
@@ -85,7 +85,8 @@ def _draw(job: Job[Any], data: bytes, png: Path) -> None:
     picture = decode(data)
     drawn = overlay(picture, heat_of(found.best.map), fitted(picture.size, SIDE))
     try:
-        write_whole(png, as_png(drawn))
+        with whole_file(png) as file:
+            file.write(as_png(drawn))
     except OSError as error:
         raise BlipqError(f"cannot write {png}: {error.strerror}") from error
     errors.print(f"written: {png}", markup=False)

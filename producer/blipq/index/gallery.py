@@ -15,6 +15,7 @@ from pathlib import Path
 
 from blipq.contract import Hit, ImageRef, SearchResult
 from blipq.errors import BlipqError, InvalidRequest
+from blipq.files import whole_file
 from blipq.images.decoding import decode
 from blipq.pages import environment
 from blipq.s3.refusals import s3_errors
@@ -68,7 +69,8 @@ def write_page(result: SearchResult, title: str, path: Path, storage: Storage) -
 
     html = page(result, title, fetch)
     try:
-        path.write_text(html, encoding="utf-8")
+        with whole_file(path) as file:
+            file.write(html.encode())
     except OSError as error:
         raise BlipqError(f"cannot write {path}: {error.strerror}") from error
 

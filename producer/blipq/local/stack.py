@@ -23,6 +23,7 @@ from typing import IO
 import redis
 
 from blipq.errors import BlipqError
+from blipq.files import whole_file
 from blipq.ledger.connection import COMPACT_FIELD
 from blipq.local.supervisor import Service
 from blipq.local.worker import NO_WORKER, has_worker
@@ -227,15 +228,15 @@ class LocalStack:
         pid = os.getpid()
         found = {"pid": pid, "born": born(pid), "settings": self.settings_fields()}
         text = json.dumps(found, indent=2)
-        scratch = path.with_suffix(".new")
-        scratch.touch(mode=0o600)
-        scratch.write_text(text)
-        scratch.replace(path)
+        with whole_file(path, mode=0o600) as file:
+            file.write(text.encode())
 
     @staticmethod
     def withdraw() -> None:
         """Removes that file."""
-        stack_file().unlink(missing_ok=True)
+        path = stack_file()
+        if path.is_file():  # a device is not ours
+            path.unlink(missing_ok=True)
 
     # -- the parts --
 

@@ -1,12 +1,11 @@
 """Where a listing got to, kept through restarts: in Redis, or in a file."""
 
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from blipq.errors import InvalidRequest
+from blipq.files import whole_file
 from blipq.ledger import keys
 from blipq.ledger.connection import redis_errors
 from blipq.ledger.operator import OperatorLedger
@@ -75,14 +74,8 @@ class FileCursor:
         raise InvalidRequest(f"source.state: {self._path} holds something else")
 
     def save(self, state: dict[str, Any]) -> None:
-        scratch = self._path.with_name(f"{self._path.name}.{os.getpid()}")
         try:
-            with scratch.open("w") as file:
-                file.write(json.dumps(state))
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(self._path)
+            with whole_file(self._path) as file:
+                file.write(json.dumps(state).encode())
         except OSError as error:
-            with suppress(OSError):
-                scratch.unlink()
             raise InvalidRequest(f"source.state: cannot write {self._path}: {error}") from None

@@ -14,7 +14,6 @@ from PIL import Image
 
 from blipq import Client
 from blipq.cli.explain import submitted
-from blipq.cli.terminal.files import write_whole
 from blipq.cli.terminal.maps import grids
 from blipq.contract import Array, TextScore
 from blipq.testing import FakeBlipq
@@ -103,13 +102,3 @@ def picture() -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (64, 48), "gray").save(stream, "PNG")
     return stream.getvalue()
-
-
-def test_a_file_is_replaced_whole_and_a_device_is_written_to(tmp_path: Path) -> None:
-    target, link = tmp_path / "a.png", tmp_path / "link.png"
-    target.write_bytes(b"before")
-    link.symlink_to(target)
-    write_whole(link, b"after")
-    assert (link.is_symlink(), target.read_bytes()) == (True, b"after")
-    write_whole(Path("/dev/null"), b"after")
-    assert not Path("/dev/null").is_file()

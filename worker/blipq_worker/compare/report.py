@@ -9,6 +9,7 @@ from pathlib import Path
 
 import blipq
 from blipq.contract import Request
+from blipq.files import whole_file
 from blipq.pages import environment
 from blipq_worker.compare.difference import SINGLE, Comparison, Pair, limit_of
 from blipq_worker.compare.pictures import Pictures
@@ -39,12 +40,8 @@ class Card:
 
 def write_page(comparison: Comparison, pictures: Pictures, path: Path) -> None:
     """Writes the page, whole or not at all. Raises OSError."""
-    scratch = path.with_name(f".{path.name}.new")
-    try:
-        scratch.write_text(rendered(comparison, pictures), encoding="utf-8")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(rendered(comparison, pictures).encode())
 
 
 def rendered(comparison: Comparison, pictures: Pictures) -> str:

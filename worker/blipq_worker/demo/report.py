@@ -11,6 +11,7 @@ from statistics import median
 from PIL import Image
 
 import blipq
+from blipq.files import whole_file
 from blipq.images.heat import heat_of
 from blipq.images.overlay import overlay
 from blipq.local.stack import API_PORT
@@ -49,12 +50,8 @@ class HeatMap:
 
 def write_report(run: Run, path: Path) -> None:
     """Writes the report, whole or not at all."""
-    scratch = path.with_name(f".{path.name}.new")
-    try:
-        scratch.write_text(render_report(run), encoding="utf-8")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(render_report(run).encode())
 
 
 def render_report(run: Run) -> str:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from blipq.errors import BlipqError
+from blipq.files import whole_file
 from blipq.submission import explain
 from blipq_worker.catalog.s3.objects import Objects
 from blipq_worker.catalog.s3.places import is_in_s3, place_of
@@ -133,7 +134,8 @@ def write_golden(file: Path, what: str, golden: Golden) -> None:
     """Adds a golden to a file, or replaces it there."""
     goldens = {**(_read(file) if file.exists() else {}), what: golden}
     written = {name: goldens[name].model_dump(mode="json") for name in sorted(goldens)}
-    file.write_text(json.dumps(written, indent=2) + "\n")
+    with whole_file(file) as whole:
+        whole.write((json.dumps(written, indent=2) + "\n").encode())
 
 
 def tolerance(*precisions: tuple[str, str]) -> Tolerance:
