@@ -137,6 +137,16 @@ def test_the_client_is_small_and_has_no_weights(wheels: dict[str, Path]) -> None
     assert not [name for name in names if name.startswith(others) or name.endswith("safetensors")]
 
 
+def test_the_wheel_of_the_door_has_the_files_of_its_pages_and_their_licenses(
+    wheels: dict[str, Path],
+) -> None:
+    names = {*zipfile.ZipFile(wheels["api"]).namelist()}
+    folder = "blipq_api/console/vendored"
+    files = {f"{folder}/{each.name}" for each in (ROOT / "api" / folder).iterdir()}
+    assert len(files) > 5
+    assert files <= names
+
+
 def test_the_wheels_say_the_version_of_the_code_and_go_together(wheels: dict[str, Path]) -> None:
     import blipq
 

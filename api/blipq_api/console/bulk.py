@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import urlencode
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -83,12 +84,15 @@ async def select(request: Request) -> Response:
     target = json.dumps({name: each for name, each in filters.items() if each and name != "value"})
     selection = Selection(action, ids, caller.only_tenant, target)
     token = await door.selections.keep(session, selection)
+    given = {name: value for name, value in filters.items() if value}
     return rendered(
         request,
         "bulk.html",
+        # Loaded again, the page is the list: nobody opens a count by its address.
+        headers={"HX-Push-Url": f"jobs?{urlencode(given)}"},
         action=action,
         bulk=bulk,
-        filters={name: value for name, value in filters.items() if value},
+        filters=given,
         token=token,
         count=len(ids),
         more=counted.more,

@@ -87,13 +87,17 @@ def answer(request: Request, error: Exception) -> Response:
 def _to_sign_in(request: Request) -> Response:
     """Leads a reader to where to sign in, and from there back; programs get a 401."""
     opened = request.headers.get("sec-fetch-dest", "document") == "document"
-    if request.method != "GET" or "x-refresh" in request.headers or not opened:
+    by_htmx = "hx-request" in request.headers
+    if not by_htmx and (request.method != "GET" or not opened):
         return Response("sign in: the session has ended", 401)
     here = path_in(request.scope).rpartition("/")[2]
     if request.url.query:
         here += f"?{request.url.query}"
-    known = 0 < len(here) <= _LONGEST_NEXT
-    return RedirectResponse(f"login?{urlencode({'next': here})}" if known else "login", 303)
+    known = request.method == "GET" and 0 < len(here) <= _LONGEST_NEXT
+    target = f"login?{urlencode({'next': here})}" if known else "login"
+    if by_htmx:  # it would follow a redirect, and put the page behind that into this one
+        return Response("sign in: the session has ended", 401, {"HX-Redirect": target})
+    return RedirectResponse(target, 303)
 
 
 async def handle(request: Request, error: Exception) -> Response:

@@ -28,7 +28,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
 }
-_TYPES = {"svg": "image/svg+xml", "css": "text/css", "js": "text/javascript", "txt": "text/plain"}
+_TYPES = {"svg": "image/svg+xml", "css": "text/css", "js": "text/javascript"}
 _YEAR_S = 365 * 86400
 
 
@@ -68,6 +68,7 @@ def _environment() -> Environment:
     made.filters.update(
         clock=clock,
         count=count,
+        digest=digest,
         percent=percent,
         plain=printable,
         seconds=seconds,
@@ -82,9 +83,14 @@ def _environment() -> Environment:
 
 @functools.cache
 def files() -> dict[str, bytes]:
-    """The files that pages use, by name."""
-    folder = resources.files(__package__) / "static"
-    found = {each.name: each.read_bytes() for each in folder.iterdir() if each.is_file()}
+    """The files that pages use, by name: the console's own, and those of other projects."""
+    folders = [resources.files(__package__) / name for name in ("static", "vendored")]
+    found = {
+        each.name: each.read_bytes()
+        for folder in folders
+        for each in folder.iterdir()
+        if _ending(each.name) in _TYPES
+    }
     made = environment(__package__, "static")
     found["console.css"] = made.get_template("console.css").render().encode()
     return found
@@ -100,7 +106,11 @@ def file_response(name: str) -> Response | None:
     if (data := files().get(name)) is None:
         return None
     headers = {"Cache-Control": f"public, max-age={_YEAR_S}, immutable"}
-    return Response(data, 200, headers, _TYPES[name.rpartition(".")[2]])
+    return Response(data, 200, headers, _TYPES[_ending(name)])
+
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 # -- numbers and times, as people read them --
@@ -133,6 +143,11 @@ def seconds(value: float) -> str:
 def count(value: float) -> str:
     """A number with its thousands apart."""
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
+
+
+def digest(text: str) -> str:
+    """A text of a caller's as an element's id, by which htmx finds what had the focus."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def percent(share: float) -> str:

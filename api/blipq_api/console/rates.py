@@ -21,6 +21,14 @@ class Rate:
         return not any(self.values)
 
     @property
+    def steps(self) -> list[tuple[float, float]]:
+        """How many seconds ago each step began, and its value."""
+        step = self.window_s / len(self.values)
+        return [
+            ((len(self.values) - place) * step, value) for place, value in enumerate(self.values)
+        ]
+
+    @property
     def mean(self) -> float:
         """Over the last minute, or the window where that is shorter."""
         step = self.window_s / STEPS

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,21 @@ PAGES = (
 )
 #: Runs wherever a text becomes markup, leaves an attribute, or becomes script.
 HOSTILE = "</script><img src=x onerror=hit()>\"'><svg onload=hit()>{{7*7}}${hit()}\u202e"
+#: The templates of pages, by name.
+TEMPLATES = {
+    each.name: each.read_text()
+    for folder in (
+        resources.files("blipq_api.console") / "page",
+        resources.files("blipq.pages") / "shared",
+    )
+    for each in folder.iterdir()
+    if each.name.endswith(".html")
+}
+#: Attributes whose values do something, with these.
+HX = re.compile(
+    r"""(?<![\w-])((?:data-)?hx-[\w:-]+|on\w+|style)\s*=\s*("[^"]*"|'[^']*'|[^\s>]*)""",
+    re.IGNORECASE,
+)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from blipq import Client, Settings
 from blipq.contract import ErrorCode, JobError
 from blipq.ledger.worker import WorkerLedger
 from blipq.local.stack import LocalStack
-from conftest import ROOT
+from conftest import ROOT, wait_until
 
 pytestmark = pytest.mark.programs
 
@@ -29,6 +29,7 @@ SCENE = ROOT / "docs" / "scene.png"
 PHONE = {"width": 390, "height": 844}
 TIMEOUT_MS = 20_000
 AXE = (resources.files("axe_playwright_python") / "axe.min.js").read_text()
+LOADED = "[...document.images].every((each) => each.naturalWidth > 0)"
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +50,18 @@ class Reader:
         self.sent: list[str] = []
         self.wrong: list[str] = []
         self.page.add_init_script("window.hit = () => console.error('hit')")
+        self.page.add_init_script(
+            "document.addEventListener('securitypolicyviolation', (event) =>"
+            " console.error(event.violatedDirective, event.blockedURI, event.sample))"
+        )
         self.page.on("request", lambda request: self.sent.append(request.url))
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.page.on("dialog", lambda dialog: self.wrong.append(dialog.message))
         self.page.on("console", self._heard)
 
     def _heard(self, message: Any) -> None:
-        if message.type == "error" and "the server responded with a status" not in message.text:
+        refused = ("the server responded with a status", "Response Status Error Code")
+        if message.type == "error" and not any(each in message.text for each in refused):
             self.wrong.append(message.text)
 
     def sign_in(self, key: str) -> None:
@@ -73,6 +79,17 @@ class Reader:
         assert self.wrong == []
         places = {f"{each.scheme}://{each.netloc}" for each in map(urlsplit, self.sent)}
         assert places == {re.sub(r"(://[^/]+).*", r"\1", self.url)}
+
+
+def faults_of(page: Page) -> list[tuple[str, list[str]]]:
+    """What is a serious fault for people who cannot see or point, and where."""
+    page.evaluate(AXE)
+    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+    return [
+        (each["id"], [node["html"][:200] for node in each["nodes"]][:3])
+        for each in found
+        if each["impact"] in ("serious", "critical")
+    ]
 
 
 @pytest.fixture(params=["light", "dark"])
@@ -95,7 +112,8 @@ def test_hostile_texts_run_nothing_and_load_nothing(reader: Reader, hostile: lis
         page = reader.open(path)
         page.wait_for_load_state("networkidle")
         assert page.locator("main h1").count() == 1
-        assert page.evaluate("typeof refresh") == "function", "the page's script runs"
+        config = page.evaluate("[htmx.config.allowEval, htmx.config.allowScriptTags]")
+        assert config == [False, False], "htmx runs, and runs nothing"
 
 
 def test_a_picture_is_dropped_and_its_stages_and_answer_appear(
@@ -161,7 +179,7 @@ def test_a_heat_map_covers_its_picture_exactly(
         scores = [explained("a red circle", "a", "red", "circle")]
         succeed(ledger, job.id, {"kind": "match", "head": "itm", "scores": scores})
     page = reader.open(f"job?id={both.id}")
-    page.wait_for_function("[...document.images].every((each) => each.naturalWidth > 0)")
+    wait_until(lambda: page.evaluate(LOADED), "its pictures")
     boxes = page.evaluate(
         "[...document.querySelectorAll('.heat')].map((heat) => [...heat.querySelectorAll('img')]"
         ".map((each) => { const box = each.getBoundingClientRect();"
@@ -172,7 +190,7 @@ def test_a_heat_map_covers_its_picture_exactly(
         assert under == over
         assert min(under[2:]) > 80
     page = reader.open(f"job?id={alone.id}")
-    page.wait_for_function("[...document.images].every((each) => each.naturalWidth > 0)")
+    wait_until(lambda: page.evaluate(LOADED), "its pictures")
     sizes = page.evaluate(
         "[...document.querySelectorAll('.heat')]"
         ".map((each) => [each.offsetWidth, each.offsetHeight])"
@@ -186,8 +204,10 @@ def test_a_queue_is_paused_while_a_job_runs_and_that_job_ends(
     runs, waits = (client.caption("s3://photos/cat.jpg") for _ in range(2))
     claim = claimed(ledger, runs.id)
     page = reader.open("queues")
+    page.evaluate("window.same = true")
     page.click("button:has-text('pause')")
     page.wait_for_selector("text=paused")
+    assert page.evaluate("window.same && document.activeElement.textContent") == "resume"
     assert ledger.claim(waits.id, "w2") == "paused"
     answer = {"kind": "caption", "captions": [{"text": "a cat"}]}
     assert ledger.succeed(claim, json.dumps(answer), "{}")
@@ -219,13 +239,135 @@ def test_filters_find_jobs_and_dead_letters_are_tried_again(
     reader: Reader, client: Client, hostile: list[str]
 ) -> None:
     page = reader.open("jobs")
+    page.evaluate("window.same = true")
     page.select_option("select[name=status]", "failed")
     page.click("text=Filter")
     page.wait_for_url("**status=failed**")
+    page.wait_for_selector("text=With all jobs of this list")
+    assert page.locator("tbody tr").count() == 1
+    assert page.evaluate("window.same && document.activeElement.id") == "filter"
+    page.go_back()
+    page.wait_for_selector(f"tbody tr:nth-child({len(hostile)})")
+    assert urlsplit(page.url).query == ""
+    page.go_forward()
+    page.wait_for_selector("text=With all jobs of this list")
     page.click("tbody th a")
+    page.wait_for_selector("h1.id")
+    page.evaluate("window.same = true")
     page.click("text=Try again")
     page.wait_for_selector(".status.queued")
+    assert page.evaluate("window.same")
     assert client.job(hostile[5]).info().status == "queued"
+
+
+def test_lists_are_paged_without_loading_the_page(reader: Reader, client: Client) -> None:
+    jobs = [client.caption("s3://photos/cat.jpg", model="m") for _ in range(51)]
+    page = reader.open("jobs")
+    page.evaluate("window.same = true")
+    page.click("a:has-text('Older')")
+    page.wait_for_selector(f"text={jobs[0].id}")
+    assert page.locator("tbody tr").count() == 1
+    assert "cursor=" in page.url
+    page.click("a:has-text('Newest')")
+    page.wait_for_selector(f"text={jobs[-1].id}")
+    assert page.evaluate("window.same")
+    reader.open("webhooks")
+    page.evaluate("window.same = true")
+    page.click("text=To be sent")
+    page.wait_for_selector("[aria-current=page]:has-text('To be sent')")
+    assert page.evaluate("window.same")
+    stored = page.evaluate("[{...localStorage}, Object.keys(sessionStorage)]")
+    assert stored == [{}, ["htmx-current-path-for-history"]], "no page is kept"
+
+
+def test_a_renewed_list_keeps_the_focus_on_its_job_and_where_it_was_scrolled(
+    browser: Browser, keyed: Keyed, client: Client
+) -> None:
+    context = browser.new_context(viewport=PHONE)  # type: ignore[arg-type]
+    reader = Reader(context, keyed.url)
+    reader.sign_in(keyed.keys["operator"])
+    job = client.caption("s3://photos/cat.jpg", model="m")
+    page = reader.open("jobs")
+    page.evaluate("document.querySelector('tbody a').focus({preventScroll: true})")
+    page.evaluate("document.querySelector('.scroll').scrollLeft = 60")
+    later = client.caption("s3://photos/cat.jpg", model="m")
+    page.wait_for_selector(f"text={later.id}")
+    assert page.evaluate("document.activeElement.textContent") == job.id
+    assert page.evaluate("document.querySelector('.scroll').scrollLeft") == 60
+    reader.check()
+    context.close()
+
+
+def test_a_page_stays_as_it_was_while_the_door_does_not_answer(
+    reader: Reader, client: Client
+) -> None:
+    job = client.caption("s3://photos/cat.jpg", model="m")
+    page = reader.open("jobs")
+    page.route("**/console/jobs", lambda route: route.fulfill(status=502, body="<h1>Bad</h1>"))
+    page.wait_for_selector("#lost:visible")
+    assert page.locator(f"text={job.id}").count() == 1
+    page.click("text=Filter")
+    page.wait_for_url("**/console/jobs?**")  # a click is an answer's page, whatever was lost
+    page.wait_for_selector("#lost", state="hidden")
+    page.unroute("**/console/jobs")
+
+
+def test_rates_are_drawn_from_their_table_and_follow_it(
+    reader: Reader, client: Client, ledger: WorkerLedger
+) -> None:
+    def end() -> None:
+        job = client.caption("s3://photos/cat.jpg")
+        succeed(ledger, job.id, {"kind": "caption", "captions": [{"text": "a cat"}]})
+
+    # The pixels of the chart that have the colour of bars in the light scheme.
+    painted = """(() => {
+        const canvas = document.querySelector("#chart canvas");
+        const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+        let count = 0;
+        for (let at = 0; at < data.length; at += 4)
+            count += data[at] === 0x3b && data[at + 1] === 0x63 && data[at + 2] === 0xd8;
+        return count;
+    })()"""
+    end()
+    page = reader.open("")
+    page.wait_for_selector("#chart canvas")
+    wait_until(lambda: page.evaluate(painted) > 100, "a chart")
+    page.evaluate("document.querySelector('#chart canvas').same = true")
+    for _ in range(4):
+        end()
+    total = (
+        "[...document.querySelectorAll('#values td data')]"
+        ".reduce((sum, each) => sum + Number(each.value), 0)"
+    )
+    wait_until(lambda: page.evaluate(total) > 0.49, "the new values")
+    assert page.evaluate("document.querySelector('#chart canvas').same"), "it is not made anew"
+    page.click("text=Values")
+    assert faults_of(page) == []
+    page.hover("#chart")
+    assert "Per second" in page.locator("#chart").inner_text()
+    page.emulate_media(color_scheme="dark")
+    wait_until(lambda: page.evaluate(painted) == 0, "the colours of the other scheme")
+
+
+def test_without_scripts_the_rates_are_a_table_and_a_filter_is_a_form(
+    browser: Browser, keyed: Keyed, client: Client, ledger: WorkerLedger
+) -> None:
+    job = client.caption("s3://photos/cat.jpg")
+    succeed(ledger, job.id, {"kind": "caption", "captions": [{"text": "a cat"}]})
+    context = browser.new_context(java_script_enabled=False)
+    reader = Reader(context, keyed.url)
+    reader.sign_in(keyed.keys["operator"])
+    page = reader.open("")
+    assert not page.locator("#chart").is_visible()
+    page.click("text=Values")
+    assert page.locator("#values tbody tr").count() == 60
+    assert page.locator("#values tbody").is_visible()
+    page.click("nav >> text=Jobs")
+    page.select_option("select[name=status]", "failed")
+    page.click("text=Filter")
+    page.wait_for_url("**status=failed**")
+    assert page.locator("text=No job is like that").count() == 1
+    context.close()
 
 
 def test_all_jobs_of_a_list_are_counted_and_exactly_those_are_tried_again(
@@ -245,18 +387,19 @@ def test_all_jobs_of_a_list_are_counted_and_exactly_those_are_tried_again(
     page.fill("input[name=name]", "campaign")
     page.fill("input[name=value]", "spring")
     page.click("text=Filter")
+    page.wait_for_url("**status=failed**")
+    page.evaluate("window.same = true")
     page.click("button:has-text('Try again…')")
-    assert page.locator("h1").inner_text() == "Try again: 60 jobs"
+    page.wait_for_selector("h1:has-text('Try again: 60 jobs')")
     assert {client.job(id).info().status for id in meant} == {"failed"}, "counted, not changed"
     later = failed("spring")
     page.keyboard.press("Tab")
-    page.evaluate(AXE)
-    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
-    assert [each["id"] for each in found if each["impact"] in ("serious", "critical")] == []
+    assert faults_of(page) == []
     page.set_viewport_size(PHONE)  # type: ignore[arg-type]
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     page.click("text=exactly these 60 jobs")
     page.wait_for_selector("h1:has-text('60 jobs queued again')")
+    assert page.evaluate("window.same && location.search").startswith("?status=failed")
     assert {client.job(id).info().status for id in meant} == {"queued"}
     assert {client.job(id).info().status for id in (*others, later)} == {"failed"}
 
@@ -281,7 +424,7 @@ def test_a_page_that_nobody_sees_asks_for_nothing(browser: Browser, keyed: Keyed
 def test_when_the_session_ends_the_page_leads_to_where_to_sign_in(reader: Reader) -> None:
     page = reader.open("queues")
     page.context.clear_cookies()
-    page.wait_for_url("**/console/login")
+    page.wait_for_url("**/console/login?next=queues")
 
 
 def test_no_page_has_a_serious_fault_for_people_who_cannot_see_or_point(
@@ -292,14 +435,7 @@ def test_no_page_has_a_serious_fault_for_people_who_cannot_see_or_point(
     reader.sign_in(keyed.keys["operator"])
     faults = {}
     for path in (*PAGES, *(f"job?id={id}" for id in hostile), "job?id=unknown"):
-        page = reader.open(path)
-        page.evaluate(AXE)
-        found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
-        faults[path] = [
-            (each["id"], [node["html"][:200] for node in each["nodes"]][:3])
-            for each in found
-            if each["impact"] in ("serious", "critical")
-        ]
+        faults[path] = faults_of(reader.open(path))
     reader.check()
     context.close()
     assert {path: found for path, found in faults.items() if found} == {}
@@ -372,6 +508,9 @@ def test_the_console_works_under_a_path_of_a_proxy(
     client.job(job.id).cancel()
     page = reader.open("")
     page.click("nav >> text=Jobs")
+    page.select_option("select[name=status]", "cancelled")
+    page.click("text=Filter")
+    page.wait_for_url("**/tools/blipq/console/jobs?status=cancelled**")
     page.click(f"text={job.id}")
     page.click("text=Forget…")
     page.click("text=Forget this job")

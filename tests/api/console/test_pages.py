@@ -13,7 +13,17 @@ import pytest
 from PIL import Image
 
 from api.conftest import Start
-from api.console.conftest import HOSTILE, PAGES, Keyed, Markup, explained, page, succeed
+from api.console.conftest import (
+    HOSTILE,
+    HX,
+    PAGES,
+    TEMPLATES,
+    Keyed,
+    Markup,
+    explained,
+    page,
+    succeed,
+)
 from blipq import Client, ImageRef, Settings
 from blipq.images.heat import PALETTE
 from blipq.ledger.views.runs import Run, Runs
@@ -51,8 +61,11 @@ def every_page(http: httpx2.Client, ids: list[str]) -> Iterator[Markup]:
 def test_hostile_texts_are_no_markup_on_any_page(
     operator: httpx2.Client, hostile: list[str]
 ) -> None:
+    attributes = [pair for text in TEMPLATES.values() for pair in HX.findall(text)]
+    written = {(name, value[1:-1]) for name, value in attributes}
     shown = [*every_page(operator, hostile)]
     assert len(shown) > 15
+    assert sum("hx-get" in each.text for each in shown) > 5
     assert sum("onerror=hit()" in each.text for each in shown) > 10
     for each in shown:
         assert "<img src=x" not in each.text
@@ -64,8 +77,38 @@ def test_hostile_texts_are_no_markup_on_any_page(
         for tag, given in each.elements:
             assert tag != "script" or given["src"].startswith("static/")
             assert not [name for name in given if name.startswith("on") or name == "style"]
-            assert not [name for name in given if name.startswith("hx-")]
-            assert given.get("data-fresh", "") == ""
+            found = {pair for pair in given.items() if pair[0].startswith(("hx-", "data-hx-"))}
+            assert found <= written, "what htmx does is said by templates alone"
+
+
+def test_what_can_have_the_focus_in_a_renewed_part_has_an_id(
+    operator: httpx2.Client, hostile: list[str]
+) -> None:
+    """htmx gives the focus to what has the same id: without one it would be lost at each copy."""
+    renewed = [each for each in every_page(operator, hostile) if 'id="fresh"' in each.text]
+    assert len(renewed) > 6
+    for each in renewed:
+        live = Markup(each.text.partition('id="live"')[2].partition("</main>")[0])
+        for tag, given in live.elements:
+            if tag in ("a", "button", "summary") or "tabindex" in given:
+                assert given.get("id"), (tag, given)
+        ids = each.values("id")
+        assert len(ids) == len({*ids})
+        assert not [id for id in ids if not re.fullmatch(r"[a-z0-9-]+", id)]
+
+
+def test_a_renewal_or_a_form_after_the_end_of_the_session_leads_to_where_to_sign_in(
+    keyed: Keyed,
+) -> None:
+    with keyed.door.http() as http:
+        by_htmx = {"HX-Request": "true", "Sec-Fetch-Dest": "empty"}
+        for path, to in (("queues", "login?next=queues"), ("job?id=a", "login?next=job%3Fid%3Da")):
+            answer = http.get(f"/console/{path}", headers=by_htmx)
+            assert (answer.status_code, answer.headers["hx-redirect"]) == (401, to)
+        answer = http.post("/console/queues", headers=by_htmx, data={"action": "pause"})
+        assert (answer.status_code, answer.headers["hx-redirect"]) == (401, "login")
+        answer = http.get("/console/queues", headers={"Sec-Fetch-Dest": "empty"})
+        assert (answer.status_code, "hx-redirect" in answer.headers) == (401, False)
 
 
 def test_no_page_names_another_place_or_where_the_door_lies(
@@ -88,7 +131,7 @@ def test_pages_let_nothing_run_but_their_own_files(operator: httpx2.Client) -> N
     names = {
         link for link in page(operator, "").values("src", "href") if link.startswith("static/")
     }
-    assert len(names) == 3
+    assert len(names) == 6
     for name in names:
         file = operator.get(f"/console/{name}")
         assert (file.status_code, "immutable" in file.headers["cache-control"]) == (200, True)
@@ -454,6 +497,8 @@ def test_the_rate_is_that_of_the_time_in_which_all_ends_are_known() -> None:
     assert many.window_s == pytest.approx(19.98)
     assert many.mean == pytest.approx(50, rel=0.05)
     assert rate_of(1000.0, []).empty
+    assert few.steps[0] == (600.0, 0.0)
+    assert few.steps[-1] == (10.0, few.values[-1])
     assert len(many.values) == 60
 
 
@@ -470,6 +515,19 @@ def test_formats_that_may_run_scripts_are_no_pictures() -> None:
     assert type_of(b"\x00\x00\x00\x1cftypavif") == "image/avif"
     for data in (b"<svg", b"%PDF-1.7", b"RIFF\x00\x00\x00\x00WAVE", b"\x89PNG"):
         assert type_of(data) is None
+
+
+def test_the_values_of_the_chart_stand_in_the_page(
+    operator: httpx2.Client, client: Client, ledger: WorkerLedger
+) -> None:
+    assert "None ended" in page(operator, "").text
+    job = client.caption("s3://photos/cat.jpg")
+    succeed(ledger, job.id, {"kind": "caption", "captions": [{"text": "a cat"}]})
+    shown = page(operator, "")
+    numbers = [float(given["value"]) for tag, given in shown.elements if tag == "data"]
+    assert numbers[0::2] == [-600.0 + 10 * place for place in range(60)]
+    assert sum(numbers[1::2]) == pytest.approx(0.1)
+    assert "10 min ago" in shown.text
 
 
 def test_a_jobs_page_says_how_sure_its_texts_are(

@@ -1,15 +1,18 @@
-// What pages do beyond forms and links, which work without it: they stay fresh, show
-// the picture that was dropped, and copy texts. Nothing here puts text into HTML.
+// What pages do beside htmx, which renews them and swaps parts of them. Without scripts the same
+// pages are links and forms, and stand still. Nothing here puts text into HTML.
 "use strict";
 
-const FRESH_MS = 2000;
-const TIMEOUT_MS = 15000;
 const one = (what, within = document) => within.querySelector(what);
 const all = (what, within = document) => within.querySelectorAll(what);
+const on = (name, act) => document.addEventListener(name, act);
 
-// -- fresh pages --
+// -- what htmx may ask for, and may put into the page --
 
-// Whoever reads a question, writes or marks a text would lose it to a new copy of the page.
+const SCROLLING = ".scroll, pre";
+let scrolled = [];
+
+// Whoever reads a question, writes, marks a text or waits for an answer would lose that to a new
+// copy of the page.
 function disturbs() {
   const live = one("#live");
   if (!live) return true;
@@ -17,60 +20,38 @@ function disturbs() {
   const selected = document.getSelection();
   return Boolean(
     one("details[open]", live) ||
-      (active && live.contains(active) && active.matches("input, select, textarea")) ||
-      (selected && !selected.isCollapsed && live.contains(selected.anchorNode)),
+      one("#main :is(a, form).htmx-request") ||
+      (live.contains(active) && active.matches("input, select, textarea")) ||
+      (!selected.isCollapsed && live.contains(selected.anchorNode)),
   );
 }
 
+const renews = (detail) => detail.requestConfig.elt.id === "fresh";
 const lost = (yes) => one("#lost").toggleAttribute("hidden", !yes);
-let fetching = false;
 
-// One request at a time: a slow door gets no second one meanwhile.
-async function refresh() {
-  if (fetching || !one("#live[data-fresh]") || document.visibilityState !== "visible") return;
-  if (disturbs()) return;
-  fetching = true;
-  try {
-    const answer = await fetch(location.href, {
-      headers: { "X-Refresh": "1" },
-      signal: AbortSignal.timeout(TIMEOUT_MS),
-    });
-    if (answer.status === 401) return location.assign("login");
-    if (!answer.ok) throw new Error(answer.status);
-    const copy = one("#live", new DOMParser().parseFromString(await answer.text(), "text/html"));
-    lost(false);
-    if (copy && !disturbs()) replace(one("#live"), copy);
-  } catch {
-    lost(true);
-  } finally {
-    fetching = false;
-  }
-}
+on("htmx:beforeRequest", (event) => {
+  const unseen = document.visibilityState !== "visible";
+  if (renews(event.detail) && (unseen || disturbs())) event.preventDefault();
+});
+on("htmx:sendError", () => lost(true));
+on("htmx:timeout", () => lost(true));
 
-setInterval(refresh, FRESH_MS);
-document.addEventListener("visibilitychange", refresh);
-
-// A fresh copy has the focus and the scrolled tables of the one that it replaces.
-
-const identity = (element) => {
-  const form = element.closest("form");
-  const about = form && one("input[name=id], input[name=event]", form);
-  return [element.tagName, element.textContent.trim(), element.getAttribute("href"), about?.value]
-    .join("|");
-};
-const scrolling = ".scroll, pre";
-
-function replace(live, copy) {
-  const focus = live.contains(document.activeElement) ? identity(document.activeElement) : null;
-  const scrolled = [...all(scrolling, live)].map((each) => each.scrollLeft);
-  live.replaceWith(copy); // adopted from a document that runs no scripts
-  all(scrolling, copy).forEach((each, place) => (each.scrollLeft = scrolled[place] ?? 0));
-  const same = [...all("a, button, summary, [tabindex]", copy)].find(
-    (each) => identity(each) === focus,
-  );
-  if (same) same.focus({ preventScroll: true });
+// An error in place of a renewed page leaves that as it is; so does a proxy's own page.
+on("htmx:beforeSwap", ({ detail }) => {
+  const fresh = renews(detail);
+  const answered =
+    detail.serverResponse.includes('<main id="main"') && !(fresh && detail.isError);
+  lost(!answered);
+  detail.shouldSwap = answered && !(fresh && disturbs());
+  scrolled = fresh ? [...all(SCROLLING)].map((each) => each.scrollLeft) : [];
+});
+on("htmx:afterSwap", ({ detail }) => {
+  all(SCROLLING).forEach((each, place) => (each.scrollLeft = scrolled[place] ?? 0));
+  // htmx gives the focus to what has the same id. Where nothing has, it must not be lost.
+  const focused = document.activeElement !== document.body;
+  if (!renews(detail) && !focused) one("#main").focus({ preventScroll: true });
   begin();
-}
+});
 
 // -- a job's stages, as the door sends them --
 
@@ -79,16 +60,80 @@ let stages = null;
 function follow() {
   const live = one("[data-stages]");
   if (!live) {
-    if (stages) stages.close();
+    stages?.close();
     stages = null;
-    return;
-  }
-  if (stages) return;
-  stages = new EventSource(live.dataset.stages);
-  for (const name of ["running", "retrying", "succeeded", "failed", "cancelled", "expired"]) {
-    stages.addEventListener(name, refresh);
+  } else if (!stages) {
+    stages = new EventSource(live.dataset.stages);
+    for (const name of ["running", "retrying", "succeeded", "failed", "cancelled", "expired"]) {
+      stages.addEventListener(name, () => document.dispatchEvent(new Event("stage")));
+    }
   }
 }
+
+// -- the chart, from the table of its values --
+
+const HEIGHT = 160;
+const theme = getComputedStyle(document.documentElement);
+const colour = (name) => () => theme.getPropertyValue(name);
+let chart = null;
+let labels = [];
+
+function draw() {
+  const host = one("#chart");
+  const cells = [...all("#values data")];
+  const numbers = cells.map((each) => Number(each.value));
+  const data = [0, 1].map((column) => numbers.filter((_, place) => place % 2 === column));
+  labels = cells.filter((_, place) => place % 2 === 0).map((each) => each.textContent);
+  if (!host) chart = null;
+  else if (chart?.root.isConnected) chart.setData(data);
+  else chart = charted(host, data);
+}
+
+function charted(host, data) {
+  const axis = {
+    font: `13px ${theme.getPropertyValue("--sans")}`,
+    stroke: colour("--soft"),
+    ticks: { show: false },
+  };
+  const made = new uPlot(
+    {
+      width: host.clientWidth,
+      height: HEIGHT,
+      cursor: { y: false, drag: { x: false }, points: { show: false } },
+      legend: { markers: { show: false } },
+      scales: {
+        x: { time: false, range: (self) => [self.data[0][0], 0] },
+        y: { range: (self, least, most) => [0, most] },
+      },
+      axes: [
+        {
+          ...axis,
+          size: 30,
+          grid: { show: false },
+          splits: ({ data: [xs] }) => [xs[0], xs[xs.length / 2], 0],
+          values: ({ data: [xs] }, splits) => splits.map((x) => labels[xs.indexOf(x)] ?? "now"),
+        },
+        { ...axis, size: 46, grid: { stroke: colour("--line"), width: 1 } },
+      ],
+      series: [
+        { label: "From", value: (self, x, series, place) => labels[place] ?? "–" },
+        {
+          label: "Per second",
+          fill: colour("--bar"),
+          paths: uPlot.paths.bars({ size: [0.86, Infinity], align: 1 }),
+          points: { show: false },
+          value: (self, y) => y?.toFixed(1) ?? "–",
+        },
+      ],
+    },
+    data,
+    host,
+  );
+  new ResizeObserver(() => made.setSize({ width: host.clientWidth, height: HEIGHT })).observe(host);
+  return made;
+}
+
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => chart?.redraw());
 
 // -- pictures that cannot be shown --
 
@@ -148,6 +193,7 @@ function watchCopies() {
 
 function begin() {
   follow();
+  draw();
   watchPictures();
   watchCopies();
 }
