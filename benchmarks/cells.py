@@ -1,13 +1,18 @@
 """What cells cost: ``python -m benchmarks.cells`` measures two beside one Redis, in turn.
 
 Both have two workers, a client and a door; the model answers at once and knows every image, and
-nothing is read from S3. Each part of a round is done on both, and which is first changes from round
-to round. What is told is the median of the rounds, and of the rounds' ratios.
+nothing is read from S3. Each part of a round is done on both in turns, a few times, and which is
+first changes from turn to turn. What is told is the median of the rounds, and of the rounds'
+ratios.
+
+Two servers with half of the jobs each take more CPU of a job than one, whoever chooses between
+them: two clients without cells that submit in turns measure that beside.
 """
 
 import argparse
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -18,7 +23,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 from tools.docs.page import replace_section
 
 from benchmarks import results
@@ -39,8 +43,9 @@ from blipq.submission import Submission
 from blipq_worker.bench.stack import BenchError
 
 PAGE = Path(__file__).parents[1] / "docs" / "cells.md"
-#: Jobs of each part.
-ONE_BY_ONE, MANY, RESULTS = 1_000, 4_000, 1_000
+#: Jobs of each part in a turn, and the turns of a round.
+ONE_BY_ONE, MANY, RESULTS = 500, 2_000, 500
+TURNS = 4
 #: A model without a worker: its jobs are submitted and no more.
 UNSERVED = Options(model="nobody")
 #: Nothing is read or written there.
@@ -96,6 +101,11 @@ class Deployment:
             for name, url in urls.items()
         }
         self.client = stack.enter_context(Client(Settings.model_validate(self._fields)))
+        #: A client without cells of each Redis.
+        self.apart = [
+            stack.enter_context(Client(Settings.model_validate(self._fields_of(url))))
+            for url in urls.values()
+        ]
         self.door = stack.enter_context(door_on(self._environment(), folder / "door.log"))
         serving = list(urls) if len(urls) > 1 else ["", ""]
         self._workers = [self._worker(cell, stack) for cell in serving]
@@ -103,6 +113,11 @@ class Deployment:
         self.idle_s: Spent = {}
         #: Ids that the client has made, of jobs without a key.
         self.chosen: list[str] = []
+
+    def _fields_of(self, url: str) -> dict[str, str]:
+        """The same without cells."""
+        common = {name: self._fields[name] for name in (*NO_S3, "known_models", "timeout_s")}
+        return {**common, "redis_url": url}
 
     def _environment(self, **options: str) -> dict[str, str]:
         fields = self._fields | options
@@ -139,6 +154,7 @@ class Deployment:
                 ONE_BY_ONE,
                 lambda: self._choose(client.submit(each, UNSERVED) for each in few),
             ),
+            "apart": (ONE_BY_ONE, lambda: self._submit_apart(few)),
             "keyed": (ONE_BY_ONE, lambda: [*map(client.submit, few, keyed)]),
             "many": (MANY, lambda: self._choose(client.submit_many(many, UNSERVED))),
             "own ids": (MANY, lambda: client.submit_many(own)),
@@ -149,6 +165,11 @@ class Deployment:
 
     def _choose(self, jobs: Iterable[Job[Any]]) -> None:
         self.chosen.extend(job.id for job in jobs)
+
+    def _submit_apart(self, requests: Sequence[Any]) -> None:
+        chosen = random.Random(0)
+        for each in requests:
+            chosen.choice(self.apart).submit(each, UNSERVED)
 
     def _finish(self, wanted: Sequence[Any]) -> None:
         ended = self.client.wait_all(self.client.submit_many(wanted), timeout=TIMEOUT_S)
@@ -201,7 +222,7 @@ class Deployment:
         return {**spent, "per_s": jobs / took}
 
     def _cpu_s(self) -> Spent:
-        """CPU seconds until now. Redis counts its own finer than the kernel's ticks."""
+        """CPU seconds until now, finer than the kernel's ticks."""
         found = {"client": time.process_time(), "door": _of([self.door.service])}
         found["workers"] = _of(self._workers)
         for name, raw in self.redis.items():
@@ -211,8 +232,8 @@ class Deployment:
 
 
 def _of(services: Sequence[Service]) -> float:
-    times = [psutil.Process(each.pid).cpu_times() for each in services]
-    return float(sum(each.user + each.system for each in times))
+    # clock_getcpuclockid(3), which Python lacks: the clock of all threads of a process.
+    return sum(time.clock_gettime((~each.pid << 3) | 2) for each in services)
 
 
 def _unserved(**options: Any) -> Options:
@@ -253,15 +274,20 @@ def measured(rounds: int) -> dict[str, Any]:
 
 
 def _round(both: Sequence[Deployment], number: int) -> dict[str, list[Spent]]:
-    """What each part takes of both, one right after the other."""
-    parts = [each.parts(number) for each in both]
+    """What each part takes of both: means of turns, one right after the other."""
     found = {"idle": [each.idle() for each in both]}
-    for part in parts[0]:
-        spent: dict[int, Spent] = {}
-        for place in (0, 1) if number % 2 else (1, 0):
-            spent[place] = both[place].spent(*parts[place][part])
-        found[part] = [spent[0], spent[1]]
+    turns = [[each.parts(number * TURNS + turn) for each in both] for turn in range(TURNS)]
+    for part in turns[0][0]:
+        spent: tuple[list[Spent], list[Spent]] = ([], [])
+        for turn, parts in enumerate(turns):
+            for place in (0, 1) if (number + turn) % 2 else (1, 0):
+                spent[place].append(both[place].spent(*parts[place][part]))
+        found[part] = [_mean(each) for each in spent]
     return found
+
+
+def _mean(turns: Sequence[Spent]) -> Spent:
+    return {name: statistics.fmean(each[name] for each in turns) for name in turns[0]}
 
 
 def _compared(pairs: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -290,9 +316,17 @@ def _told(found: Mapping[str, Any]) -> Iterator[str]:
         f"{each['first']:.1%} of {each['jobs']:,} {name}" for name, each in found["spread"].items()
     ]
     listed = ", ".join(spread[:-1]), spread[-1]
+    apart = {who: found["parts"]["apart"][who]["ratio"] for who in ("client", "redis")}
     yield (
         f"Medians of {found['rounds']} rounds. The first of the two cells has "
         f"{listed[0]}, and {listed[1]}."
+    )
+    yield ""
+    yield (
+        "Of what `submit` takes more with two cells, a part is that of two servers with half of "
+        "the jobs each, which sleep longer between two jobs: two clients without cells, each of "
+        f"one Redis, that submit in turns take **{apart['client']:.2f}** times the CPU of one "
+        f"client, and their Redis **{apart['redis']:.2f}** times that of one."
     )
     parts, idle = found["parts"]["results"], found["parts"]["idle"]["redis"]
     room = {name: 1e6 / parts["busiest"][name] for name in ("one", "two")}
