@@ -155,8 +155,8 @@ class Recorded(Trace):
         place = self._recorder.place(self._place)
         return Recorded(self._recorder, name, self._place, place, attributes, since_ns)
 
-    def say(self, attributes: Mapping[str, Any]) -> None:
-        """See ``Trace.say``."""
+    def set_attributes(self, attributes: Mapping[str, Any]) -> None:
+        """See ``Trace.set_attributes``."""
         if self._attributes is not None:
             self._attributes.update(attributes)
 
@@ -266,7 +266,10 @@ def _has_name() -> bool:
 
 
 def _status(error: BaseException) -> api.Status:
-    return api.Status(api.StatusCode.ERROR, redacted(str(error))[:_LONGEST_ERROR])
+    text = redacted(str(error))[:_LONGEST_ERROR]
+    # protobuf refuses a lone surrogate, and with it all spans of a batch.
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return api.Status(api.StatusCode.ERROR, text)
 
 
 def _of(context: str) -> api.SpanContext:

@@ -171,12 +171,12 @@ def test_a_span_is_sent_as_it_was_when_it_ended(collector: Collector) -> None:
     span = tracing.begun(
         "process", SAMPLED, kind="consumer", attributes={"a": 1}, links=[UNSAMPLED], since_ns=7
     )
-    span.say({"a": 2, "b": "two"})
+    span.set_attributes({"a": 2, "b": "two"})
     child = span.child("fetch")
     child.link(span.context)
     child.end()
     span.end()
-    span.say({"a": 3})
+    span.set_attributes({"a": 3})
     span.end(RuntimeError("ended already"))
     tracing.begun("later").end()
     wait_until(lambda: bool(collector.named("later")), "the last span")
@@ -248,6 +248,13 @@ def test_a_forked_process_sends_its_own_spans(collector: Collector) -> None:
     names = sorted(span.name for span in collector.spans)
     assert names == ["child", "parent", "still the parent"]
     assert {span.service for span in collector.spans} == {"forks"}
+
+
+def test_an_error_with_half_a_character_costs_no_span(collector: Collector) -> None:
+    for number, text in enumerate(("before", "\udcff is no text", "after")):
+        tracing.begun(f"span {number}").end(ValueError(text))
+    wait_until(lambda: len(collector.spans) == 3, "all spans")
+    assert collector.named("span 1")[0].failed
 
 
 def test_an_error_is_recorded_without_its_secrets(collector: Collector) -> None:
