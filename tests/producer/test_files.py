@@ -1,6 +1,9 @@
 """Files that appear whole, and what stands in their place is not a file."""
 
+import errno
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -50,6 +53,45 @@ def test_a_device_is_written_to_and_stays() -> None:
     with whole_file(Path("/dev/null")) as file:
         file.write(b"all")
     assert Path("/dev/null").is_char_device()
+
+
+def test_what_was_redirected_is_added_to_not_replaced(tmp_path: Path) -> None:
+    program = (
+        "from pathlib import Path; from blipq.files import whole_file\n"
+        "with whole_file(Path('/dev/stdout')) as file: file.write(b'second')"
+    )
+    log = tmp_path / "log"
+    log.write_bytes(b"first ")
+    with log.open("ab") as stdout:
+        subprocess.run([sys.executable, "-c", program], stdout=stdout, check=True, timeout=60)
+    assert log.read_bytes() == b"first second"
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_a_file_keeps_its_mode(tmp_path: Path) -> None:
+    target = tmp_path / "goldens.json"
+    target.write_bytes(b"before")
+    target.chmod(0o640)
+    with whole_file(target) as file:
+        file.write(b"after")
+    assert target.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_file_that_cannot_be_replaced_is_written_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is mounted into a container on its own."""
+
+    def busy(*_: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "replace", busy)
+    target = tmp_path / "goldens.json"
+    target.write_bytes(b"before it")
+    with whole_file(target) as file:
+        file.write(b"after")
+    assert target.read_bytes() == b"after"
+    assert [path.name for path in tmp_path.iterdir()] == ["goldens.json"]
 
 
 def test_a_secret_is_never_readable_by_others(tmp_path: Path) -> None:

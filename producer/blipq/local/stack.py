@@ -189,6 +189,8 @@ class LocalStack:
             raise StackError(
                 f"another stack runs in {self.folder}: stop it, or choose another --folder"
             ) from None
+        except OSError:
+            pass  # a file system without locks
         self._lock_file = file
 
     def stop(self) -> None:
@@ -236,7 +238,7 @@ class LocalStack:
         """Removes that file."""
         path = stack_file()
         if path.is_file():  # a device is not ours
-            path.unlink(missing_ok=True)
+            Path(os.path.realpath(path)).unlink(missing_ok=True)  # it has passwords
 
     # -- the parts --
 

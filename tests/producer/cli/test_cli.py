@@ -464,7 +464,7 @@ def test_settings_that_do_not_go_together_are_told_as_settings(
 ) -> None:
     monkeypatch.delenv("BLIPQ_REDIS_URL")
     monkeypatch.setenv("BLIPQ_CELLS", "a=redis://127.0.0.1:1 b=redis://127.0.0.1:2")
-    assert "blipq: settings: BLIPQ_CELL_LISTS says" in run("status", "job_1").stderr
+    assert "blipq: settings: BLIPQ_CELL_LISTS must name" in run("status", "job_1").stderr
 
 
 def test_whoever_named_no_redis_is_told_how_to_start_one(

@@ -5,6 +5,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -297,7 +298,7 @@ def test_what_no_later_try_can_read_fails_at_once(
 # --- servers that misbehave -----------------------------------------------------------------------
 
 Reply = Callable[[socket.socket], object]
-Serve = Callable[[Reply], Storage]
+Serve = Callable[..., Storage]
 
 
 @pytest.fixture(params=[Storage, Serving], ids=["first", "next"])
@@ -305,7 +306,7 @@ def serve(request: pytest.FixtureRequest) -> Iterator[Serve]:
     """A one-trick HTTP server; gives the storage that asks it: for a first object, or the next."""
     over = threading.Event()
 
-    def serve(reply: Reply) -> Storage:
+    def serve(reply: Reply, **options: Any) -> Storage:
         server = socket.create_server(("127.0.0.1", 0))
         server.settimeout(0.05)
         started.append(threading.Thread(target=_serve, args=(server, reply, over)))
@@ -316,7 +317,7 @@ def serve(request: pytest.FixtureRequest) -> Iterator[Serve]:
             s3_access_key_id="key",
             s3_secret_access_key="secret",
         )
-        return request.param(settings, read_timeout_s=0.3)
+        return request.param(settings, read_timeout_s=0.3, **options)
 
     started: list[threading.Thread] = []
     yield serve
@@ -411,15 +412,18 @@ def test_a_server_in_trouble_may_pass_later(serve: Serve, status: bytes) -> None
     assert is_unavailable(refusal(fetcher(storage), ANYWHERE))
 
 
-def test_a_server_that_falls_silent_is_waited_for_as_often_for_each_object(serve: Serve) -> None:
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_a_server_that_falls_silent_is_waited_for_as_often_for_each_object(
+    serve: Serve, attempts: int
+) -> None:
     asked: list[socket.socket] = []
 
     def wait(connection: socket.socket) -> None:
         asked.append(connection)
         connection.recv(1)  # the end, when the other side has waited long enough
 
-    assert is_unavailable(refusal(fetcher(serve(wait)), ANYWHERE))
-    assert len(asked) == 2
+    assert is_unavailable(refusal(fetcher(serve(wait, attempts=attempts)), ANYWHERE))
+    assert len(asked) == attempts
 
 
 def test_a_server_that_talks_nonsense_may_pass_later(serve: Serve) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from botocore.awsrequest import AWSRequest
-from botocore.exceptions import ConnectTimeoutError, HTTPClientError, ReadTimeoutError
+from botocore.exceptions import ConnectionError, HTTPClientError, ReadTimeoutError
 
 from blipq.s3.storage import Storage
 
@@ -25,6 +25,13 @@ MOST_BUCKETS = 1_000
 _SIGNATURE = "AWS4-HMAC-SHA256 "
 #: Arguments of GetObject, and the headers that they are sent as.
 _CONDITIONS = {"Range": "Range", "IfMatch": "If-Match", "IfNoneMatch": "If-None-Match"}
+#: Refusals that say nothing of the bucket's other objects.
+_OF_ONE_OBJECT = (
+    HTTPStatus.FORBIDDEN,
+    HTTPStatus.NOT_FOUND,
+    HTTPStatus.PRECONDITION_FAILED,
+    HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
+)
 #: Headers that the next request has anew, or has no use for: nobody reads checksums.
 _OF_ONE_REQUEST = frozenset(
     {
@@ -72,6 +79,10 @@ class _Call(threading.local):
 class _Unusual(Exception):
     """An answer that is for botocore to read."""
 
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
 
 class Objects:
     """Asks S3 for objects. Thread-safe."""
@@ -95,11 +106,15 @@ class Objects:
             request = self._signed(known, arguments)  # credentials are asked for once
             try:
                 return _read(self._session.send(request), arguments)
-            except (ConnectTimeoutError, ReadTimeoutError):
+            except (ConnectionError, ReadTimeoutError):
+                if self._attempts <= 1:
+                    raise
                 self._call.spent = 1
-            except (HTTPClientError, _Unusual):
+            except HTTPClientError:  # such as a connection that the server has closed meanwhile
                 pass
-            self._known.pop(arguments["Bucket"], None)
+            except _Unusual as answer:
+                if answer.status not in _OF_ONE_OBJECT:
+                    self._known.pop(arguments["Bucket"], None)
         try:
             found = client.get_object(**arguments)
         finally:
@@ -130,8 +145,12 @@ class Objects:
         self._session = endpoint.http_session
         if caught_exception is None or not self._call.spent:
             return None
-        most = self._client.meta.config.retries["total_max_attempts"]
-        return False if attempts + self._call.spent >= most else None
+        return False if attempts + self._call.spent >= self._attempts else None
+
+    @property
+    def _attempts(self) -> int:
+        most: int = self._client.meta.config.retries["total_max_attempts"]
+        return most
 
     def _learn(self, arguments: Mapping[str, Any]) -> None:
         """Remembers how this thread's request was made, which has just been answered."""
@@ -176,7 +195,7 @@ def _read(answer: Any, arguments: Mapping[str, Any]) -> Answer | None:
     readable = length is None or length.isdecimal()
     if not readable or answer.status_code not in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
         answer.raw.close()
-        raise _Unusual
+        raise _Unusual(answer.status_code)
     return Answer(
         answer.raw,
         None if length is None else int(length),

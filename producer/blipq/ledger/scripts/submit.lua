@@ -12,7 +12,7 @@
 local retention, max_open, declared = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
 local place, onward, longest = ARGV[4], ARGV[5], tonumber(ARGV[6])
 local live, used = {}, {}
--- Whether a job may have moved on from here, or is to: only around a change of lists of cells.
+-- Whether a job is to move on, or may have: rarely, and this costs less than a look for each job.
 local may_move = place ~= '' and (onward ~= '' or redis.call('EXISTS', MOVES) == 1)
 
 local function known(existing, digest)
