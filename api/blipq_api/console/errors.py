@@ -70,6 +70,8 @@ def answer(request: Request, error: Exception) -> Response:
     headers = dict(problem.headers)
     if problem.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(problem.retry_after_s))
+    if request.method == "POST":  # the address of a form is no page to load again
+        headers["HX-Push-Url"] = "false"
     body = problem.body(request.state.request_id)
     advice = ADVICE.get(problem.code, _OTHERWISE)
     is_form = request.method == "POST" and path_in(request.scope).rpartition("/")[2] in _OF_FORMS

@@ -12,13 +12,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+import redis
+from playwright.sync_api import Browser, BrowserContext, Page, Request, Route, sync_playwright
 
 from api.conftest import DoorProcess, running, service_of
 from api.console.browsers import chromium
 from api.console.conftest import PAGES, Keyed, claimed, explained, succeed
 from blipq import Client, Settings
 from blipq.contract import ErrorCode, JobError
+from blipq.ledger import keys
 from blipq.ledger.worker import WorkerLedger
 from blipq.local.stack import LocalStack
 from conftest import ROOT, wait_until
@@ -30,6 +32,14 @@ PHONE = {"width": 390, "height": 844}
 TIMEOUT_MS = 20_000
 AXE = (resources.files("axe_playwright_python") / "axe.min.js").read_text()
 LOADED = "[...document.images].every((each) => each.naturalWidth > 0)"
+TOTAL = (
+    "[...document.querySelectorAll('#values td data')]"
+    ".reduce((sum, each) => sum + Number(each.value), 0)"
+)
+#: The next renewal is done, and htmx has scrolled to where it would.
+RENEWED = """new Promise((done) => document.addEventListener(
+    "htmx:afterSettle", () => setTimeout(done), {once: true}
+))"""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +70,14 @@ class Reader:
         self.page.on("console", self._heard)
 
     def _heard(self, message: Any) -> None:
-        refused = ("the server responded with a status", "Response Status Error Code")
+        refused = (
+            "the server responded with a status",
+            "Response Status Error Code",
+            "net::ERR_FAILED",  # and what htmx says of it, and of what it ends itself
+            "htmx:afterRequest",
+            "htmx:sendError",
+            "htmx:sendAbort",
+        )
         if message.type == "error" and not any(each in message.text for each in refused):
             self.wrong.append(message.text)
 
@@ -90,6 +107,12 @@ def faults_of(page: Page) -> list[tuple[str, list[str]]]:
         for each in found
         if each["impact"] in ("serious", "critical")
     ]
+
+
+def end_one(client: Client, ledger: WorkerLedger) -> None:
+    """Has a job that has ended."""
+    job = client.caption("s3://photos/cat.jpg")
+    succeed(ledger, job.id, {"kind": "caption", "captions": [{"text": "a cat"}]})
 
 
 @pytest.fixture(params=["light", "dark"])
@@ -206,7 +229,7 @@ def test_a_queue_is_paused_while_a_job_runs_and_that_job_ends(
     page = reader.open("queues")
     page.evaluate("window.same = true")
     page.click("button:has-text('pause')")
-    page.wait_for_selector("text=paused")
+    page.wait_for_selector("button:has-text('resume')")
     assert page.evaluate("window.same && document.activeElement.textContent") == "resume"
     assert ledger.claim(waits.id, "w2") == "paused"
     answer = {"kind": "caption", "captions": [{"text": "a cat"}]}
@@ -305,6 +328,7 @@ def test_a_page_stays_as_it_was_while_the_door_does_not_answer(
     page = reader.open("jobs")
     page.route("**/console/jobs", lambda route: route.fulfill(status=502, body="<h1>Bad</h1>"))
     page.wait_for_selector("#lost:visible")
+    assert "The door does not answer." in page.locator("#lost").inner_text()
     assert page.locator(f"text={job.id}").count() == 1
     page.click("text=Filter")
     page.wait_for_url("**/console/jobs?**")  # a click is an answer's page, whatever was lost
@@ -312,13 +336,90 @@ def test_a_page_stays_as_it_was_while_the_door_does_not_answer(
     page.unroute("**/console/jobs")
 
 
+def test_an_action_without_an_answer_is_said_to_be_uncertain_until_another_has_one(
+    reader: Reader, client: Client
+) -> None:
+    def lose(route: Route) -> None:
+        if route.request.method == "POST":
+            route.abort()
+        else:
+            route.fallback()
+
+    client.caption("s3://photos/cat.jpg", model="m")
+    page = reader.open("queues")
+    page.route("**/console/queues", lose)
+    page.click("button:has-text('pause')")
+    page.wait_for_selector("#unanswered:visible")
+    page.evaluate(RENEWED)
+    shown = [page.locator(each).is_visible() for each in ("#unanswered", "#lost")]
+    assert shown == [True, False], "a renewal says nothing of an action"
+    page.unroute("**/console/queues")
+    page.click("button:has-text('pause')")
+    page.wait_for_selector("button:has-text('resume')")
+    page.wait_for_selector("#unanswered", state="hidden")
+
+
+def test_a_page_that_cannot_be_renewed_says_what_the_door_answered(
+    reader: Reader, client: Client, raw_redis: "redis.Redis"
+) -> None:
+    job = client.caption("s3://photos/cat.jpg", model="m")
+    page = reader.open(f"job?id={job.id}")
+    raw_redis.delete(keys.job(job.id))
+    page.wait_for_selector("#lost:visible")
+    said = page.locator("#lost").inner_text()
+    assert said.startswith("Not Found: ")
+    assert job.id in said
+    assert page.locator(".status").inner_text() == "queued"
+
+
+def test_a_count_that_comes_late_does_not_replace_what_was_opened_meanwhile(
+    reader: Reader, client: Client
+) -> None:
+    def counts(request: Request) -> bool:
+        return request.url.endswith("/console/select")
+
+    jobs = [client.caption("s3://photos/cat.jpg", model="m") for _ in range(51)]
+    page = reader.open("jobs?kind=caption")
+    page.route("**/console/select", lambda route: None)  # it gets no answer
+    with page.expect_event("requestfailed", counts):
+        page.click("button:has-text('Cancel…')")
+        page.click("a:has-text('Older')")
+    page.wait_for_selector(f"text={jobs[0].id}")
+    assert "cursor=" in page.url
+    assert not page.locator("#unanswered").is_visible()
+
+
+def test_a_page_stays_where_it_was_scrolled_after_the_link_to_its_content(
+    reader: Reader, client: Client
+) -> None:
+    for _ in range(50):
+        client.caption("s3://photos/cat.jpg", model="m")
+    page = reader.open("jobs")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/jobs#main")
+    page.evaluate("scrollTo(0, 500)")
+    page.evaluate(RENEWED)
+    assert page.evaluate("scrollY") == 500
+
+
+def test_the_values_of_a_chart_stay_open_and_in_their_place_and_are_renewed(
+    reader: Reader, client: Client, ledger: WorkerLedger
+) -> None:
+    end_one(client, ledger)
+    page = reader.open("")
+    page.click("text=Values")
+    page.evaluate("scrollTo(0, 1500)")
+    for _ in range(4):
+        end_one(client, ledger)
+    wait_until(lambda: page.evaluate(TOTAL) > 0.49, "the new values")
+    assert page.locator("#values tbody").is_visible()
+    assert page.evaluate("[scrollY, document.activeElement.id]") == [1500, "values-shown"]
+
+
 def test_rates_are_drawn_from_their_table_and_follow_it(
     reader: Reader, client: Client, ledger: WorkerLedger
 ) -> None:
-    def end() -> None:
-        job = client.caption("s3://photos/cat.jpg")
-        succeed(ledger, job.id, {"kind": "caption", "captions": [{"text": "a cat"}]})
-
     # The pixels of the chart that have the colour of bars in the light scheme.
     painted = """(() => {
         const canvas = document.querySelector("#chart canvas");
@@ -328,18 +429,14 @@ def test_rates_are_drawn_from_their_table_and_follow_it(
             count += data[at] === 0x3b && data[at + 1] === 0x63 && data[at + 2] === 0xd8;
         return count;
     })()"""
-    end()
+    end_one(client, ledger)
     page = reader.open("")
     page.wait_for_selector("#chart canvas")
     wait_until(lambda: page.evaluate(painted) > 100, "a chart")
     page.evaluate("document.querySelector('#chart canvas').same = true")
     for _ in range(4):
-        end()
-    total = (
-        "[...document.querySelectorAll('#values td data')]"
-        ".reduce((sum, each) => sum + Number(each.value), 0)"
-    )
-    wait_until(lambda: page.evaluate(total) > 0.49, "the new values")
+        end_one(client, ledger)
+    wait_until(lambda: page.evaluate(TOTAL) > 0.49, "the new values")
     assert page.evaluate("document.querySelector('#chart canvas').same"), "it is not made anew"
     page.click("text=Values")
     assert faults_of(page) == []
@@ -352,8 +449,7 @@ def test_rates_are_drawn_from_their_table_and_follow_it(
 def test_without_scripts_the_rates_are_a_table_and_a_filter_is_a_form(
     browser: Browser, keyed: Keyed, client: Client, ledger: WorkerLedger
 ) -> None:
-    job = client.caption("s3://photos/cat.jpg")
-    succeed(ledger, job.id, {"kind": "caption", "captions": [{"text": "a cat"}]})
+    end_one(client, ledger)
     context = browser.new_context(java_script_enabled=False)
     reader = Reader(context, keyed.url)
     reader.sign_in(keyed.keys["operator"])

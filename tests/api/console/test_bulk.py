@@ -313,3 +313,14 @@ def test_hostile_texts_in_filters_and_jobs_are_no_markup(
     assert hostile[5] in answer.text
     assert "<img src=x" not in answer.text
     assert "<svg onload" not in answer.text
+
+
+def test_an_error_that_answers_a_form_does_not_become_the_address_of_the_page(
+    operator: httpx2.Client,
+) -> None:
+    """Loaded again, the address would be a 405: it takes forms alone."""
+    by_htmx = {"HX-Request": "true"}
+    for path in ("select", "bulk", "job", "queues", "webhooks"):
+        answer = operator.post(f"/console/{path}", data={"action": "cancel"}, headers=by_htmx)
+        assert (answer.status_code, answer.headers["hx-push-url"]) == (403, "false")
+    assert "hx-push-url" not in operator.get("/console/job?id=unknown", headers=by_htmx).headers

@@ -19,7 +19,7 @@ function disturbs() {
   const active = document.activeElement;
   const selected = document.getSelection();
   return Boolean(
-    one("details[open]", live) ||
+    one("details.confirm[open]", live) ||
       one("#main :is(a, form).htmx-request") ||
       (live.contains(active) && active.matches("input, select, textarea")) ||
       (!selected.isCollapsed && live.contains(selected.anchorNode)),
@@ -27,24 +27,56 @@ function disturbs() {
 }
 
 const renews = (detail) => detail.requestConfig.elt.id === "fresh";
-const lost = (yes) => one("#lost").toggleAttribute("hidden", !yes);
+const show = (what, yes) => one(what).toggleAttribute("hidden", !yes);
 
 on("htmx:beforeRequest", (event) => {
   const unseen = document.visibilityState !== "visible";
   if (renews(event.detail) && (unseen || disturbs())) event.preventDefault();
 });
-on("htmx:sendError", () => lost(true));
-on("htmx:timeout", () => lost(true));
+
+const SILENT = one("#lost span").textContent;
+
+function lost(why) {
+  const said = one("#lost span");
+  if (why && said.textContent !== why) said.textContent = why; // a change is read out
+  show("#lost", why);
+}
+
+// A renewal is repeated by itself. Nothing else is, and it may have been done: that notice stays
+// until something else that was asked for has an answer.
+function unanswered({ detail }) {
+  if (renews(detail)) lost(SILENT);
+  else show("#unanswered", true);
+}
+on("htmx:sendError", unanswered);
+on("htmx:timeout", unanswered);
+
+function problemIn(text) {
+  const page = new DOMParser().parseFromString(text, "text/html");
+  return [...all("#main :is(h1, .alert p)", page)].map((each) => each.textContent).join(": ");
+}
 
 // An error in place of a renewed page leaves that as it is; so does a proxy's own page.
-on("htmx:beforeSwap", ({ detail }) => {
+on("htmx:beforeSwap", (event) => {
+  const { detail } = event;
   const fresh = renews(detail);
-  const answered =
-    detail.serverResponse.includes('<main id="main"') && !(fresh && detail.isError);
-  lost(!answered);
-  detail.shouldSwap = answered && !(fresh && disturbs());
+  const answered = detail.serverResponse.includes('<main id="main"');
+  const refused = fresh && detail.isError;
+  detail.shouldSwap = answered && !refused && !(fresh && disturbs());
+  if (!answered) unanswered(event);
+  else lost(refused && `${problemIn(detail.serverResponse)}.`);
+  if (answered && !fresh) show("#unanswered", false);
+  if (fresh) keepPlace(detail);
   scrolled = fresh ? [...all(SCROLLING)].map((each) => each.scrollLeft) : [];
 });
+
+function keepPlace(detail) {
+  detail.pathInfo.anchor = undefined; // the page's own: htmx would scroll there at each renewal
+  // Opened only after the swap, the page would be shorter for a moment, and lose its place.
+  const opened = one(".values")?.open ? '<details class="values" open>' : "$&";
+  detail.serverResponse = detail.serverResponse.replace('<details class="values">', opened);
+}
+
 on("htmx:afterSwap", ({ detail }) => {
   all(SCROLLING).forEach((each, place) => (each.scrollLeft = scrolled[place] ?? 0));
   // htmx gives the focus to what has the same id. Where nothing has, it must not be lost.
