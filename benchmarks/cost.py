@@ -50,12 +50,12 @@ def measured(jobs: int) -> dict[str, float]:
         environment = {**AT_ONCE, "BENCH_FETCH": "0", "BLIPQ_CONCURRENCY": str(THREADS)}
         stack.start_workers(environment, WORKER)
         stack.backlog(requests(image, WARM))
-        found = {**_from_submit_to_result(stack, image, jobs), **_drained(stack, image, jobs)}
+        found = {**from_submit_to_result(stack, image, jobs), **_drained(stack, image, jobs)}
         found["idle_p50_ms"] = _alone(stack, image)
         return found
 
 
-def _work() -> int:
+def work() -> int:
     """A worker whose model has seen every image, so that none is decoded."""
     from benchmarks import workers
 
@@ -66,7 +66,7 @@ def _work() -> int:
     return workers.main("sleeping")
 
 
-def _from_submit_to_result(stack: Stack, image: ImageRef, jobs: int) -> dict[str, float]:
+def from_submit_to_result(stack: Stack, image: ImageRef, jobs: int) -> dict[str, float]:
     """Jobs that come one by one while a worker takes them, and are waited for."""
     before = _cpu_s(stack)
     submitted = [stack.client.submit(each) for each in requests(image, jobs)]
@@ -179,7 +179,7 @@ def main() -> None:
         print(json.dumps(measured(options.jobs)))
         return
     if options.worker:
-        sys.exit(_work())
+        sys.exit(work())
     if options.against is None:
         parser.error("--against FOLDER: a checkout to compare with")
     from benchmarks import page, results

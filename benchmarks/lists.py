@@ -1,32 +1,34 @@
 """What the lists by which jobs are found cost Redis: ``python -m benchmarks.lists``.
 
-Jobs are submitted, claimed and ended through the ledger: a block of them with its scripts as they
-are, and the next one with scripts that put nothing into lists and take nothing out. Of the
-differences of neighbouring blocks in Redis' CPU time the median counts.
+Jobs as those of ``benchmarks.cost``, from submit to result, on two stacks in turns: one with the
+ledger's scripts as they are, and one whose scripts put nothing into lists and take nothing out. Of
+the differences of neighbouring turns in Redis' CPU time the median counts.
 """
 
 import argparse
+import operator
 import re
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from tools.docs.page import replace_section
 
 from benchmarks import results
-from blipq.contract import CaptionRequest, Options
-from blipq.ledger.connection import connect
+from benchmarks.cost import from_submit_to_result, work
+from benchmarks.overhead import AT_ONCE, THREADS
+from blipq.contract import ImageRef
 from blipq.ledger.scripts import runner
-from blipq.ledger.worker import Claim, WorkerLedger
-from blipq.settings import Settings
-from blipq.submission import Submission, new_id
-from blipq_worker.bench.stack import running
+from blipq_worker.bench.stack import Stack, running
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
-BLOCK = 100
-RESULT = '{"kind": "caption", "captions": [{"text": "a text"}]}'
+#: Jobs of a turn, and of those before the first.
+JOBS, WARM = 250, 1_100
+#: Nobody reads it.
+IMAGE = ImageRef(uri="s3://photos/cat.jpg")
 _CALLS = re.compile(r"^ *(?:un)?list_job\(.*\n", re.M)
 
 
@@ -45,75 +47,74 @@ def without_lists() -> Iterator[None]:
         runner.script_text = text
 
 
-def through(ledger: WorkerLedger) -> None:
-    """A block of jobs from submit to outcome."""
-    ids = [new_id() for _ in range(BLOCK)]
-    for id in ids:
-        request = CaptionRequest(image="s3://photos/cat.jpg", prompt=f"number {id}")
-        ledger.submit(Submission(request, Options(), id), notify="client")
-    claims = [ledger.claim(id, "worker") for id in ids]
-    for claim in claims:
-        assert isinstance(claim, Claim)
-        assert ledger.succeed(claim, RESULT, "{}")
-
-
-def measured(blocks: int) -> dict[str, Any]:
+def measured(rounds: int) -> dict[str, Any]:
     """Microseconds of Redis' CPU a job, with lists, without, and the difference."""
-    with running() as stack:
-        settings: Settings = stack.client.settings
-        ledgers = [WorkerLedger(connect(settings), settings) for _ in range(2)]
-        ledgers[0].register("worker", ["default"], "{}", ttl_s=3_600, spare=False)
-        through(ledgers[0])
+    with running() as listed, running() as bare:
+        stacks = {"with_us": listed, "without_us": bare}
+        begin(listed)
         with without_lists():
-            through(ledgers[1])
-        assert ledgers[0].redis.exists("blipq:lists")
-        used = [[_used_us(ledger, through) for ledger in ledgers] for _ in range(blocks)]
-    both = [statistics.median(each) for each in zip(*used, strict=True)]
+            begin(bare, "--without-lists")
+        found: dict[str, list[float]] = {name: [] for name in stacks}
+        for number in range(rounds):
+            for name in list(stacks)[:: -1 if number % 2 else 1]:
+                before = _cpu_us(stacks[name])
+                from_submit_to_result(stacks[name], IMAGE, JOBS)
+                found[name].append((_cpu_us(stacks[name]) - before) / JOBS)
+        kept = [stack.client.ledger.redis.exists("blipq:lists") for stack in stacks.values()]
+        assert kept == [1, 0], "one has lists"
+    differences = map(operator.sub, *found.values())
     return {
-        "blocks": blocks,
-        "with_us": both[0],
-        "without_us": both[1],
-        "lists_us": statistics.median(first - second for first, second in used),
+        "rounds": rounds,
+        "jobs": JOBS,
+        **{name: statistics.median(each) for name, each in found.items()},
+        "lists_us": statistics.median(differences),
     }
 
 
-def _used_us(ledger: WorkerLedger, run: Callable[[WorkerLedger], None]) -> float:
-    before = _cpu_us(ledger)
-    run(ledger)
-    return (_cpu_us(ledger) - before) / BLOCK
+def begin(stack: Stack, *options: str) -> None:
+    """A worker, and jobs until every cache is warm."""
+    environment = {**AT_ONCE, "BENCH_FETCH": "0", "BLIPQ_CONCURRENCY": str(THREADS)}
+    stack.start_workers(
+        environment, [sys.executable, "-m", "benchmarks.lists", "--worker", *options]
+    )
+    from_submit_to_result(stack, IMAGE, WARM)
 
 
-def _cpu_us(ledger: WorkerLedger) -> float:
-    info: Any = ledger.redis.info("cpu")
+def _cpu_us(stack: Stack) -> float:
+    info: Any = stack.client.ledger.redis.info("cpu")
     return 1e6 * (float(info["used_cpu_user"]) + float(info["used_cpu_sys"]))
 
 
 def text(found: dict[str, Any]) -> str:
     """The figures in a sentence or two."""
-    cost = (results.load("cost") or {"found": {"redis_us": {"now": found["with_us"]}}})["found"]
-    whole = cost["redis_us"]["now"]
-    mine = found["lists_us"] / found["with_us"]
     return (
-        f"Submit, claim and outcome of a job, each a call alone, take {found['with_us']:.0f} us of "
-        f"Redis' CPU, and {found['lists_us']:.1f} us less without lists: **{mine:.1%}** of it, and "
-        f"{found['lists_us'] / whole:.1%} of the {whole:.0f} us of a job in the table above."
+        f"From submit to result a job takes {found['with_us']:.0f} us of Redis' CPU, and "
+        f"{found['lists_us']:.1f} us less without lists: "
+        f"**{found['lists_us'] / found['with_us']:.1%}** of it. Medians of "
+        f"{found['rounds']} rounds of {found['jobs']:,} jobs, with lists and without in turns."
     )
 
 
-def main() -> None:
+def main() -> int:
     """Measures, keeps the figures, and writes them into docs/performance.md."""
     parser = argparse.ArgumentParser("python -m benchmarks.lists", description=__doc__)
-    parser.add_argument("--blocks", type=int, default=100, help="of 100 jobs, of each kind")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--without-lists", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.worker:
+        with without_lists() if options.without_lists else nullcontext():
+            return work()
     found = results.measure(
         "lists",
-        lambda: measured(options.blocks),
-        command=f"python -m benchmarks.lists --blocks {options.blocks}",
+        lambda: measured(options.rounds),
+        command=f"python -m benchmarks.lists --rounds {options.rounds}",
     )
     lines = [text(found), "", results.source("lists")]
     replace_section(PAGE, "lists", "\n".join(lines))
     print("\n".join(lines))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
