@@ -351,7 +351,7 @@ def test_an_engine_that_says_goodbye_leaves_nobody_suspect(rig: Rig) -> None:
     rig.says(engine, "begun run")
     engine.signal(signal.SIGTERM)
     assert rig.ended(front) == EXIT_ENGINE_GONE
-    assert "goodbye" in front.last_words(100)
+    assert "the engine closed the connection" in front.last_words(100)
     assert (rig.field(job, "solo"), rig.field(job, "attempts")) == (None, "0")
 
 
