@@ -139,7 +139,10 @@ def test_settings_of_one_cell_are_those_of_its_redis_and_broker() -> None:
         ({"cells": "a=redis://h:1/0", "redis_url": "redis://h:2/0"}, "in place of"),
         ({"cells": "a=redis://h:1/0", "broker_url": "amqp://h"}, "in place of"),
         ({"cells": "a=redis://h:1/0", "cell_brokers": "b=amqp://h"}, "of none"),
-        ({"cells": "a=redis://h:1/0 b=redis://h:2/0"}, "must name the cells that take new jobs: 1=a,b"),
+        (
+            {"cells": "a=redis://h:1/0 b=redis://h:2/0"},
+            "must name the cells that take new jobs: 1=a,b",
+        ),
         ({"cells": "a=redis://h:1/0", "cell_lists": "1=a,b"}, "no such cell: b"),
         ({"cells": "a=redis://h:1/0", "cell_lists": "2=a 1=a"}, "versions of lists go up"),
         ({"cells": "a=redis://h:1/0", "cell_lists": "a"}, "VERSION=NAME"),
