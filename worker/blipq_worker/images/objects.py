@@ -3,7 +3,7 @@
 botocore spends several times the CPU time of signing and sending on parameters, endpoint rules,
 events and parsing. What it found for one object of a bucket holds for the others: they are signed
 by its signer and sent by its HTTP session. Any answer but an object or "not modified" is left to
-botocore, which asks again: errors, redirects and retries are its own.
+botocore, which sends its own request: errors, redirects and retries are its own.
 """
 
 import threading
@@ -62,7 +62,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """How botocore asks for the objects of a bucket. url: up to the key."""
+    """How botocore requests the objects of a bucket. url: up to the key."""
 
     url: str
     headers: Mapping[str, str]
@@ -91,7 +91,7 @@ class Objects:
         self._storage = storage
         self._known: dict[str, _Known] = {}
         self._call = _Call()
-        # Both are the client's, and the same for all that it asks.
+        # Both are the client's, and the same for all of its requests.
         self._signer: Any = None
         self._session: Any = None
 
@@ -99,11 +99,11 @@ class Objects:
         """The answer to GetObject; None where ``IfNoneMatch`` is the ETag that the object has.
 
         Raises as the client's ``get_object``, and as ``boto_client``. A server that lets us wait
-        is asked as often as by botocore alone.
+        gets as many requests as from botocore alone.
         """
         client = self._client
         if (known := self._known.get(arguments["Bucket"])) is not None:
-            request = self._signed(known, arguments)  # credentials are asked for once
+            request = self._signed(known, arguments)  # credentials are fetched once
             try:
                 return _read(self._session.send(request), arguments)
             except (ConnectionError, ReadTimeoutError):
@@ -118,7 +118,7 @@ class Objects:
         try:
             found = client.get_object(**arguments)
         finally:
-            self._call.spent = 0  # what else this thread asks has all of its attempts
+            self._call.spent = 0  # this thread's next call has all of its attempts
         self._learn(arguments)
         return Answer(
             found["Body"]._raw_stream,  # it can be read as its bytes come
